@@ -1,0 +1,157 @@
+# Everything that people and CI run. A target that needs an environment makes it, once.
+
+PYTHON ?= python3
+VENV ?= .venv
+CORE_VENV ?= .venv-core
+OLDEST_VENV ?= .venv-oldest
+
+BIN := $(VENV)/bin
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check -c constraints.txt
+PYTEST_FLAGS ?= -q -n auto --dist worksteal
+REQUIREMENTS := pyproject.toml constraints.txt
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+# a picture is written, never shown
+export MPLBACKEND := Agg
+# the theme's notice that its successor is in preparation
+export NO_MKDOCS_2_WARNING := 1
+# an activated environment or a path of the caller's must not leak into ours
+unexport PYTHONPATH PYTHONHOME
+
+##@ Use
+
+.PHONY: help
+help: ## show this list
+	@awk 'BEGIN { FS = ":.*## " } \
+	    /^##@/ { printf "\n%s\n", substr($$0, 5) } \
+	    /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: demo
+demo: $(VENV)/.ready-demo ## train factorized experts on real images, with NumPy alone
+	@$(BIN)/tensormoe demo
+
+##@ Check
+
+.PHONY: test
+test: lint typecheck unit test-core docs build-check examples ## all the checks below
+	@echo "== all checks passed"
+
+.PHONY: lint
+lint: $(VENV)/.ready-dev ## ruff: rules and format
+	@echo "== lint"
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet || { echo "Run: make format"; exit 1; }
+
+.PHONY: typecheck
+typecheck: $(VENV)/.ready-dev ## mypy --strict
+	@echo "== typecheck"
+	@$(BIN)/mypy
+
+.PHONY: unit
+unit: $(VENV)/.ready-dev ## tests, doctests, and the code in README.md and docs/
+	@echo "== unit"
+	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+.PHONY: test-core
+test-core: $(CORE_VENV)/.ready ## the core where no array library is installed
+	@echo "== test-core"
+	@$(CORE_VENV)/bin/python -c 'import importlib.util as u; import sys; \
+	    found = [n for n in ("numpy", "torch", "jax", "cupy") if u.find_spec(n)]; \
+	    sys.exit(f"not an environment without array libraries: {found}" if found else 0)'
+	@$(CORE_VENV)/bin/python -m pytest -q --confcutdir=tests tests/core
+
+.PHONY: test-oldest
+test-oldest: $(OLDEST_VENV)/.ready ## tests on the oldest admitted versions (not part of test)
+	@echo "== test-oldest"
+	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest $(PYTEST_FLAGS) \
+	    --confcutdir=tests tests
+
+.PHONY: docs
+docs: $(VENV)/.ready-dev ## the documentation, built strictly into site/
+	@echo "== docs"
+	@$(BIN)/mkdocs build --strict --quiet
+
+.PHONY: build-check
+build-check: $(VENV)/.ready-dev ## sdist -> wheel -> clean environment -> import every package
+	@echo "== build-check"
+	@$(BIN)/python .ci/build_check.py
+
+.PHONY: examples
+examples: $(VENV)/.ready-dev ## run every example, warnings as errors
+	@echo "== examples"
+	@for example in examples/*.py; do \
+	    echo "$$example"; \
+	    $(BIN)/python -W error "$$example" > /dev/null || exit 1; \
+	done
+
+.PHONY: bench
+bench: $(VENV)/.ready-dev ## speed, as ratios taken in one run (not part of test)
+	@for benchmark in benchmarks/bench_*.py; do $(BIN)/python "$$benchmark" || exit 1; done
+
+##@ Work
+
+.PHONY: format
+format: $(VENV)/.ready-dev ## rewrite the code in the project's style
+	@$(BIN)/ruff check --fix-only --quiet
+	@$(BIN)/ruff format --quiet
+
+.PHONY: docs-serve
+docs-serve: $(VENV)/.ready-dev ## the documentation in a browser, rebuilt as you write
+	@$(BIN)/mkdocs serve
+
+.PHONY: pre-commit
+pre-commit: $(VENV)/.ready-dev ## run the checks of a commit now, and before every commit
+	@$(BIN)/pre-commit install
+	@$(BIN)/pre-commit run --all-files
+
+.PHONY: clean
+clean: ## remove environments and everything built
+	@rm -rf $(VENV) $(CORE_VENV) $(OLDEST_VENV) build dist site out \
+	    .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find tensormoe backends tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Environments. A stamp says that an environment holds what the requirements said at that time.
+
+$(VENV)/bin/python:
+	@$(call make_venv,$(VENV))
+
+$(VENV)/.ready-demo: $(REQUIREMENTS) | $(VENV)/bin/python
+	@echo "== setting up $(VENV): tensormoe with NumPy, the command line and the demo"
+	@$(BIN)/python $(PIP_INSTALL) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.ready-dev: $(REQUIREMENTS) | $(VENV)/bin/python
+	@echo "== setting up $(VENV): tensormoe with all that its checks need"
+	@$(BIN)/python $(PIP_INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.ready-demo
+
+$(CORE_VENV)/.ready: $(REQUIREMENTS)
+	@echo "== setting up $(CORE_VENV): the core alone"
+	@$(call make_venv,$(CORE_VENV))
+	@$(CORE_VENV)/bin/python $(PIP_INSTALL) -e . hypothesis pytest
+	@touch $@
+
+$(OLDEST_VENV)/.ready: $(REQUIREMENTS)
+	@echo "== setting up $(OLDEST_VENV): the oldest versions"
+	@$(call make_venv,$(OLDEST_VENV))
+	@$(OLDEST_VENV)/bin/python $(PIP_INSTALL) uv
+	@$(OLDEST_VENV)/bin/uv pip install --quiet --python $(OLDEST_VENV)/bin/python \
+	    --resolution lowest-direct -c constraints.txt -e '.[demo,testing]' \
+	    'array-api-strict>=2.3' 'pytest-xdist>=3.6'
+	@touch $@
+
+define make_venv
+command -v $(PYTHON) > /dev/null || { \
+    echo "$(PYTHON) was not found. Name a Python >= 3.11: make PYTHON=/path/to/python $(MAKECMDGOALS)"; exit 1; }; \
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+    echo "tensormoe needs Python >= 3.11; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+    "Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }; \
+$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
+    echo "$(PYTHON) lacks the venv module. Install it (Debian and Ubuntu: apt install python3-venv)."; exit 1; }; \
+$(PYTHON) -m venv --clear $(1)
+endef

@@ -1,0 +1,47 @@
+"""How docstrings become Markdown: examples as blocks of code, roles as names.
+
+In a terminal and in an editor a docstring reads best with bare ``>>>`` examples and roles such as
+``:class:`Name```; Markdown would take the first for quotations and show the second as they stand.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+
+_ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):`(?:~(?:\w+\.)*)?([^`]+)`")
+_EXAMPLES_HEADER = re.compile(r"\s*Examples:\s*$")
+
+
+class MarkdownDocstrings(griffe.Extension):
+    """Rewrites each docstring that was collected, before its sections are parsed."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        """Called by griffe for every module, class, function and attribute."""
+        if obj.docstring:
+            obj.docstring.value = to_markdown(obj.docstring.value)
+
+
+def to_markdown(text: str) -> str:
+    r"""The docstring with roles as code and examples fenced.
+
+    Sections headed ``Examples:`` are left alone: the parser of docstrings knows them.
+
+    >>> to_markdown("See :class:`a.b.C`.\n\n>>> 1 + 1\n2")
+    'See `a.b.C`.\n\n```pycon\n>>> 1 + 1\n2\n```'
+    """
+    paragraphs = re.split(r"\n\s*\n", _ROLE.sub(r"`\1`", text))
+    return "\n\n".join(_fenced(paragraph) for paragraph in paragraphs)
+
+
+def _fenced(paragraph: str) -> str:
+    lines = paragraph.split("\n")
+    starts = [place for place, line in enumerate(lines) if line.lstrip().startswith(">>> ")]
+    if not starts or any(_EXAMPLES_HEADER.match(line) for line in lines[: starts[0]]):
+        return paragraph
+    before, example = lines[: starts[0]], lines[starts[0] :]
+    indent = example[0][: len(example[0]) - len(example[0].lstrip())]
+    gap = [""] if before else []
+    return "\n".join([*before, *gap, f"{indent}```pycon", *example, f"{indent}```"])

@@ -1,0 +1,231 @@
+"""A layer as a frozen value: sizes, how 𝒲 is stored, bias."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from tensormoe._validation import positive_int, positive_ints
+from tensormoe.errors import SpecError
+from tensormoe.factorizations import (
+    INPUT,
+    OUTPUT,
+    Factorization,
+    Initializer,
+    Network,
+    resolve_factorization,
+)
+
+if TYPE_CHECKING:
+    from tensormoe.gates import Gate
+    from tensormoe.planning import Cost, Plan
+
+__all__ = ["LayerSpec"]
+
+
+@dataclass(frozen=True, init=False)
+class LayerSpec:
+    """A mixture of N linear experts before any array exists.
+
+    Args:
+        in_features: I, the size of an input.
+        out_features: O, the size of an output.
+        experts: N, or one size a level of hierarchy, (N₁, …, N_E); stored as a tuple.
+        factorization: a value such as ``CP(rank=64)``, or a name that needs no rank.
+        bias: whether every expert has a bias, stored as one small array over the bonds.
+
+    Raises:
+        SpecError: a size is not a positive integer, or a name is unknown.
+        RankError: the rank does not fit the number of levels.
+
+    >>> from tensormoe import CP
+    >>> spec = LayerSpec(768, 768, experts=(16, 8), factorization=CP(rank=256))
+    >>> spec.num_experts, spec.num_parameters, spec.expert_rank, spec.expert_span
+    (128, 399616, 256, 128)
+    """
+
+    in_features: int
+    out_features: int
+    experts: tuple[int, ...]
+    factorization: Factorization
+    bias: bool = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        experts: int | tuple[int, ...],
+        factorization: str | Factorization,
+        bias: bool = True,
+    ) -> None:
+        if not isinstance(bias, bool):
+            raise SpecError(f"bias must be True or False; got {bias!r}.")
+        put = object.__setattr__
+        put(self, "in_features", positive_int(in_features, "in_features"))
+        put(self, "out_features", positive_int(out_features, "out_features"))
+        put(self, "experts", positive_ints(experts, "experts", "level"))
+        put(self, "factorization", resolve_factorization(factorization))
+        put(self, "bias", bias)
+        self.factorization.bonds(self.levels)  # a rank of another length fails here, not later
+        fields = (self.in_features, self.out_features, self.experts, self.factorization, self.bias)
+        put(self, "_hash", hash(fields))
+
+    def __hash__(self) -> int:
+        # computed once: specs key the plan cache, which is read on every call of a layer
+        cached: int = self._hash  # type: ignore[attr-defined]
+        return cached
+
+    def __reduce__(self) -> tuple[type[LayerSpec], tuple[Any, ...]]:
+        # rebuilt rather than restored: hashes of strings differ from one process to the next
+        fields = (self.in_features, self.out_features, self.experts, self.factorization, self.bias)
+        return LayerSpec, fields
+
+    @cached_property
+    def levels(self) -> int:
+        """E, the number of levels of the expert hierarchy."""
+        return len(self.experts)
+
+    @cached_property
+    def num_experts(self) -> int:
+        """N, the number of experts: the product of the levels."""
+        return prod(self.experts)
+
+    @cached_property
+    def network(self) -> Network:
+        """The tensor network that stores 𝒲 and the bias."""
+        return self.factorization.network(
+            self.experts, self.in_features, self.out_features, self.bias
+        )
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every factor by name, the bias included."""
+        return self.network.shapes
+
+    @property
+    def num_parameters(self) -> int:
+        """Stored entries of the factors and the bias; the gate is not part of the spec."""
+        return self.network.num_parameters
+
+    @cached_property
+    def expert_rank(self) -> int:
+        """The rank that a single expert's matrix (in, out) has for almost all factor values."""
+        return self.network.generic_rank({INPUT}, {OUTPUT})
+
+    @cached_property
+    def expert_span(self) -> int:
+        """The dimension of the space that all experts' matrices span, for almost all factors.
+
+        It is the rank of the unfolding experts × (in·out): how different experts can be.
+        """
+        return self.network.generic_rank(self.network.expert_legs, {INPUT, OUTPUT})
+
+    def initializers(self, init: str = "variance") -> Mapping[str, Initializer]:
+        """How each factor starts, the bias included.
+
+        Args:
+            init: ``"variance"`` gives every entry of 𝒲 and of the experts' biases the variance
+                1/(3·in) of a ``torch.nn.Linear`` weight, half of it shared by all experts;
+                ``"paper"`` is the scheme of Oldfield et al. 2024, appendix F.2.
+
+        Raises:
+            SpecError: an unknown scheme.
+        """
+        starts = dict(
+            self.factorization.initializers(
+                self.experts, self.in_features, self.out_features, init
+            )
+        )
+        if self.bias:
+            # the bias is one more row of the input mode, and starts like the others
+            starts["bias"] = starts[self.network.input_factor.name]
+        return starts
+
+    def plan(
+        self,
+        batch: int,
+        *,
+        top_k: int | None = None,
+        indexed_input: bool = False,
+        prepared: bool = False,
+        memory_limit: int | None = None,
+    ) -> Plan:
+        """How the layer runs ``batch`` inputs: a look-up once it has been planned.
+
+        Args:
+            batch: number of inputs, all leading axes multiplied.
+            top_k: experts kept a level, if coefficients come as values and indices.
+            indexed_input: whether inputs are integer ids (an embedding).
+            prepared: plan for weight-only steps that have run beforehand.
+            memory_limit: bytes a call may take beyond input and parameters; the batch is cut into
+                chunks that keep to it.
+
+        Raises:
+            PlanError: the options do not fit the layer, or no chunk keeps to the limit.
+        """
+        # the planner stands on specs, so it is imported when the first plan is asked for
+        from tensormoe.planning import Routing, plan_layer
+
+        routing = Routing(top_k, indexed_input)
+        return plan_layer(self, batch, routing, prepared=prepared, memory_limit=memory_limit)
+
+    def cost(
+        self,
+        batch: int,
+        *,
+        gate: Gate | str | None = None,
+        training: bool = False,
+        itemsize: int = 4,
+    ) -> Cost:
+        """What the layer costs for ``batch`` inputs; see :class:`tensormoe.planning.Cost`.
+
+        Args:
+            batch: number of inputs, all leading axes multiplied.
+            gate: counted along if given.
+            training: forward and backward with all gradients, instead of forward alone.
+            itemsize: bytes an entry: 4 for float32.
+
+        >>> from tensormoe import CP
+        >>> spec = LayerSpec(768, 768, experts=512, factorization=CP(rank=512), bias=False)
+        >>> spec.cost(1).matmul_flops == 2 * 512 * (512 + 768 + 768)
+        True
+        """
+        return self.plan(batch).cost(gate, training=training, itemsize=itemsize)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec in plain values, as checkpoints store it."""
+        rank = self.factorization.rank
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "experts": list(self.experts),
+            "factorization": self.factorization.name,
+            "rank": list(rank) if isinstance(rank, tuple) else rank,
+            "bias": self.bias,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LayerSpec:
+        """The inverse of :meth:`to_dict`; strict about names.
+
+        Raises:
+            SpecError: a value is missing, unknown or cannot be.
+        """
+        expected = {"in_features", "out_features", "experts", "factorization", "rank", "bias"}
+        if not isinstance(values, Mapping) or set(values) != expected:
+            found = sorted(values) if isinstance(values, Mapping) else values
+            raise SpecError(f"a layer spec must have exactly {sorted(expected)}; got {found!r}.")
+        rank = values["rank"]
+        factorization = resolve_factorization(
+            values["factorization"], tuple(rank) if isinstance(rank, list) else rank
+        )
+        return cls(
+            values["in_features"],
+            values["out_features"],
+            tuple(values["experts"]) if isinstance(values["experts"], list) else values["experts"],
+            factorization,
+            values["bias"],
+        )

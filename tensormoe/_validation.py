@@ -1,0 +1,50 @@
+"""Checks shared by the public doors; each says the rule, the value and its position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from operator import index
+from typing import Any
+
+from tensormoe.errors import SpecError, TensormoeError
+
+__all__ = ["choice", "positive_int", "positive_ints"]
+
+
+def positive_int(value: Any, name: str, error: type[TensormoeError] = SpecError) -> int:
+    """``value`` as an ``int`` of at least 1; booleans and floats are not integers."""
+    try:
+        number = None if isinstance(value, bool) else index(value)
+    except TypeError:
+        number = None
+    if number is None or number < 1:
+        raise error(f"{name} must be a positive integer; got {value!r}.")
+    return number
+
+
+def positive_ints(
+    values: Any, name: str, unit: str, error: type[TensormoeError] = SpecError
+) -> tuple[int, ...]:
+    """``values`` (one integer or an iterable of them) as a tuple; ``unit`` names a position."""
+    listed = [values] if isinstance(values, int) or not isinstance(values, Iterable) else [*values]
+    checked = []
+    for place, value in enumerate(listed):
+        try:
+            checked.append(positive_int(value, name, error))
+        except error:
+            raise error(
+                f"{name} must be positive integers; got {value!r} for {unit} {place}. "
+                f"Give one size a {unit}."
+            ) from None
+    if not checked:
+        raise error(f"{name} must hold at least one positive integer; got {values!r}.")
+    return tuple(checked)
+
+
+def choice(value: Any, options: Iterable[str], name: str, error: type[TensormoeError]) -> str:
+    """``value`` if it is one of ``options``."""
+    listed = tuple(options)
+    if not isinstance(value, str) or value not in listed:
+        quoted = ", ".join(repr(option) for option in listed)
+        raise error(f"{name} must be one of {quoted}; got {value!r}.")
+    return value

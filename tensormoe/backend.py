@@ -1,0 +1,97 @@
+"""What a backend is: the few primitives that the core needs from an array library.
+
+An adapter implements :class:`Backend` and is registered as an entry point in the group
+``tensormoe.backends`` under the name of the array library's root module (``numpy`` for
+``numpy.ndarray``). The core never converts arrays from one library to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+__all__ = ["Array", "Backend"]
+
+Array: TypeAlias = Any
+"""An array of any library; the core has no array type of its own."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """The primitives an adapter provides; each stays inside its own library, dtype and device.
+
+    ``*`` and ``+`` between arrays of the library need no primitive. A new adapter proves itself
+    with :mod:`tensormoe.testing`.
+    """
+
+    @property
+    def name(self) -> str:
+        """The library's root module, e.g. ``"numpy"``."""
+        ...
+
+    @property
+    def namespace(self) -> Any:
+        """The library's Array-API namespace: gates are written against the standard."""
+        ...
+
+    @property
+    def row_block_bytes(self) -> int | None:
+        """Largest slice, in bytes, that elementwise work on rows should touch at once.
+
+        Libraries that run each operation on its own profit from slices that stay in cache;
+        compilers that fuse operations want ``None``.
+        """
+        ...
+
+    @property
+    def eager(self) -> bool:
+        """Whether array values can steer Python control flow (an early exit) at no great cost."""
+        ...
+
+    def owns(self, array: Array, /) -> bool:
+        """Whether ``array`` belongs to this library: mixing libraries is an error."""
+        ...
+
+    def matmul(self, left: Array, right: Array, /) -> Array:
+        """Matrix product over the last two axes, broadcasting the others: all the heavy work."""
+        ...
+
+    def reshape(self, array: Array, shape: tuple[int, ...], /) -> Array:
+        """Row-major reshape with at most one -1; a view where the library has views."""
+        ...
+
+    def permute(self, array: Array, axes: tuple[int, ...], /) -> Array:
+        """Reorder axes; a view where the library has views."""
+        ...
+
+    def contiguous(self, array: Array, /) -> Array:
+        """The same values in row-major order: makes the copy of an unavoidable permutation."""
+        ...
+
+    def sum(self, array: Array, axes: tuple[int, ...], /) -> Array:
+        """Sum over ``axes`` and drop them, in the array's own dtype."""
+        ...
+
+    def take(self, array: Array, indices: Array, axis: int, /) -> Array:
+        """Gather: replace ``axis`` by the axes of ``indices`` (embedding, top-k experts)."""
+        ...
+
+    def scatter_add(self, values: Array, indices: Array, axis: int, size: int, /) -> Array:
+        """The transpose of :meth:`take`: add ``values`` into zeros of length ``size`` at ``axis``."""
+        ...
+
+    def concat(self, arrays: Sequence[Array], /) -> Array:
+        """Join along the first axis: the chunks of a memory-limited run."""
+        ...
+
+    def stop_gradient(self, array: Array, /) -> Array:
+        """The same values, constant to differentiation: the root search inside a gate."""
+        ...
+
+    def to_bytes(self, array: Array, /) -> tuple[str, tuple[int, ...], bytes]:
+        """Canonical dtype name (``"float32"``), shape and little-endian row-major bytes."""
+        ...
+
+    def from_bytes(self, dtype: str, shape: tuple[int, ...], data: bytes, /) -> Array:
+        """The array that :meth:`to_bytes` described."""
+        ...

@@ -1,0 +1,311 @@
+"""One file for every framework: arrays by name, and what rebuilds the block they belong to.
+
+A checkpoint is a `safetensors <https://github.com/huggingface/safetensors>`_ file, so any program
+that reads those can read its arrays; nothing in it is ever executed. Its metadata say how to
+rebuild the block:
+
+==========  ========================================================================
+key         value
+==========  ========================================================================
+format      ``tensormoe``
+version     schema version of the file, an integer
+block       class of the block, e.g. ``MuMoE``
+config      JSON of the block's spec, gate and options
+==========  ========================================================================
+
+Blocks save and load themselves with the functions below, which know neither blocks nor names.
+
+>>> import tempfile, os
+>>> import numpy as np
+>>> from tensormoe_numpy import BACKEND
+>>> with tempfile.TemporaryDirectory() as folder:
+...     path = os.path.join(folder, "layer.safetensors")
+...     save_checkpoint(path, "MuMoE", {"rank": 2}, {"factors.input": np.ones((3, 2))})
+...     header = peek_checkpoint(path)
+...     checkpoint = read_checkpoint(path, BACKEND)
+>>> header.block, header.config, header.arrays
+('MuMoE', {'rank': 2}, {'factors.input': ArrayInfo(dtype='float64', shape=(3, 2))})
+>>> match_arrays({"factors.input": (3, 2)}, checkpoint.arrays).arrays["factors.input"].sum()
+np.float64(6.0)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import IO, Any
+
+from tensormoe._checkpoint_files import PARTIAL_SUFFIX as PARTIAL_SUFFIX
+from tensormoe._checkpoint_files import checkpoint_path, open_regular, write_whole
+from tensormoe._checkpoint_format import (
+    DAMAGED,
+    MAX_HEADER_BYTES,
+    encode_header,
+    file_order,
+    parse_header,
+)
+from tensormoe._checkpoint_format import SCHEMA_VERSION as SCHEMA_VERSION
+from tensormoe._checkpoint_format import ArrayInfo as ArrayInfo
+from tensormoe._checkpoint_format import CheckpointHeader as CheckpointHeader
+from tensormoe._registry import backend_of
+from tensormoe.backend import Array, Backend
+from tensormoe.errors import BackendError, CheckpointError
+
+__all__ = [
+    "PARTIAL_SUFFIX",
+    "SCHEMA_VERSION",
+    "ArrayInfo",
+    "ArrayMatch",
+    "Checkpoint",
+    "CheckpointHeader",
+    "match_arrays",
+    "peek_checkpoint",
+    "read_checkpoint",
+    "save_checkpoint",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A checkpoint in memory.
+
+    Args:
+        block: class name of the block that was saved, e.g. ``"MuMoE"``.
+        config: the values that rebuild the block, as JSON knows them.
+        arrays: the arrays by name, all of one library.
+        version: schema version of the file.
+    """
+
+    block: str
+    config: Mapping[str, Any]
+    arrays: Mapping[str, Array]
+    version: int
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayMatch:
+    """How arrays fit the shapes that a block expects.
+
+    Args:
+        arrays: those that fit, by name.
+        missing: expected shapes of names that are not there.
+        unexpected: found shapes of names that nobody expects.
+        mismatched: (expected, found) shapes of names that are there in another shape.
+    """
+
+    arrays: Mapping[str, Array]
+    missing: Mapping[str, tuple[int, ...]]
+    unexpected: Mapping[str, tuple[int, ...]]
+    mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+    @property
+    def exact(self) -> bool:
+        """Whether names and shapes are just the expected ones."""
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    def describe(self) -> str:
+        """Every difference, a line each; empty where there is none."""
+        lines = [
+            *(f"{name!r} {shape} is missing" for name, shape in self.missing.items()),
+            *(f"{name!r} {shape} is unexpected" for name, shape in self.unexpected.items()),
+            *(
+                f"{name!r} must have the shape {expected}; got {found}"
+                for name, (expected, found) in self.mismatched.items()
+            ),
+        ]
+        return "\n".join(lines)
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    block: str,
+    config: Mapping[str, Any],
+    arrays: Mapping[str, Array],
+) -> None:
+    """Write a checkpoint that is there whole or not at all.
+
+    Equal content gives equal bytes. A save that is killed leaves the old file as it was, and at
+    most a hidden file whose name ends in :data:`PARTIAL_SUFFIX`. While it runs, the save takes as
+    much memory again as the arrays.
+
+    Args:
+        path: the file to write or to replace, in a folder that exists.
+        block: class name of the block, e.g. ``"MuMoE"``.
+        config: plain values (``None``, ``bool``, ``int``, ``float``, ``str``, and ``dict`` and
+            ``list`` of these) that rebuild the block; they come back equal.
+        arrays: arrays of one library by name; of any shape, and of the dtypes bool, (u)int8 to
+            (u)int64, float16, bfloat16, float32 and float64.
+
+    Raises:
+        TypeError: ``path`` is neither a string nor a path.
+        BackendError: an array is of an unknown library, or of another one than the first.
+        CheckpointError: something can't be stored, or the file can't be written; the message says
+            what and why.
+    """
+    target = checkpoint_path(path)
+    if not isinstance(arrays, Mapping):
+        raise CheckpointError(
+            f"arrays must be a mapping from names to arrays; got {type(arrays).__qualname__}."
+        )
+    infos: dict[str, ArrayInfo] = {}
+    contents: dict[str, bytes] = {}
+    for name, array in arrays.items():
+        backend = _backend_for(name, array, arrays)
+        dtype, shape, contents[name] = backend.to_bytes(array)
+        try:
+            infos[name] = ArrayInfo(dtype, shape)
+        except CheckpointError as error:
+            raise CheckpointError(f"array {name!r}: {error}") from None
+        if len(contents[name]) != infos[name].nbytes:
+            raise BackendError(
+                f"the {backend.name} backend must give {infos[name].nbytes} bytes for {dtype} "
+                f"{shape}; got {len(contents[name])} for {name!r}."
+            )
+    head = encode_header(CheckpointHeader(block, config, infos))
+    write_whole(target, (head, *(contents[name] for name in file_order(infos))))
+
+
+def read_checkpoint(path: str | os.PathLike[str], backend: Backend) -> Checkpoint:
+    """Read a checkpoint, whichever library wrote it.
+
+    The whole header is checked before anything else is read, so that no file, damaged or hostile,
+    takes memory beyond a small multiple of its own size.
+
+    Args:
+        path: the file.
+        backend: the library of the arrays to return.
+
+    Raises:
+        TypeError: ``path`` is neither a string nor a path.
+        BackendError: ``backend`` is no backend.
+        CheckpointError: there is no such file, it is no whole checkpoint, a newer tensormoe wrote
+            it, or the library doesn't have one of its dtypes.
+    """
+    if not isinstance(backend, Backend):
+        raise BackendError(
+            f"backend must be a tensormoe.backend.Backend; got {backend!r}. "
+            "Pass for example tensormoe_numpy.BACKEND."
+        )
+    source = checkpoint_path(path)
+    with open_regular(source) as (file, size):
+        header = _read_header(source, file, size)
+        # the header lists arrays in the order of the file, and they lie end to end
+        arrays = {
+            name: _read_array(source, file, name, info, backend)
+            for name, info in header.arrays.items()
+        }
+    return Checkpoint(header.block, header.config, arrays, header.version)
+
+
+def peek_checkpoint(path: str | os.PathLike[str]) -> CheckpointHeader:
+    """Look inside a checkpoint without loading its arrays; needs no array library.
+
+    Args:
+        path: the file.
+
+    Raises:
+        TypeError: ``path`` is neither a string nor a path.
+        CheckpointError: there is no such file, it is no whole checkpoint, or a newer tensormoe
+            wrote it.
+    """
+    source = checkpoint_path(path)
+    with open_regular(source) as (file, size):
+        return _read_header(source, file, size)
+
+
+def match_arrays(
+    expected: Mapping[str, tuple[int, ...]],
+    arrays: Mapping[str, Array],
+    strict: bool = True,
+) -> ArrayMatch:
+    """Compare arrays with the shapes that a block expects.
+
+    Args:
+        expected: shape of every array by name.
+        arrays: anything with a ``shape`` by name: the arrays of a :class:`Checkpoint`, or those
+            of a :class:`CheckpointHeader` to compare before loading.
+        strict: whether a difference is an error; otherwise the result lists them.
+
+    Raises:
+        CheckpointError: ``strict``, and something differs; the message lists every difference.
+
+    >>> found = {"a": ArrayInfo("float32", (2,)), "b": ArrayInfo("float32", (3,))}
+    >>> print(match_arrays({"a": (2,), "b": (4,), "c": ()}, found, strict=False).describe())
+    'c' () is missing
+    'b' must have the shape (4,); got (3,)
+    """
+    wanted = {name: tuple(shape) for name, shape in expected.items()}
+    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+    match = ArrayMatch(
+        arrays={name: arrays[name] for name in wanted if shapes.get(name) == wanted[name]},
+        missing={name: shape for name, shape in wanted.items() if name not in shapes},
+        unexpected={name: shape for name, shape in shapes.items() if name not in wanted},
+        mismatched={
+            name: (shape, shapes[name])
+            for name, shape in wanted.items()
+            if name in shapes and shapes[name] != shape
+        },
+    )
+    if strict and not match.exact:
+        raise CheckpointError(
+            "arrays must have just the names and shapes of the block. Build the block from the "
+            "checkpoint's own config, or pass strict=False to take what fits. Differences:\n"
+            + match.describe()
+        )
+    return match
+
+
+def _backend_for(name: str, array: Array, arrays: Mapping[str, Array]) -> Backend:
+    """The backend of the first array, which must own ``array`` too."""
+    first, model = next(iter(arrays.items()))
+    try:
+        backend = backend_of(model)
+    except BackendError as error:
+        raise BackendError(
+            f"arrays must come from a library with a backend; got {_kind(model)} for {first!r}. "
+            "Convert it to an array."
+        ) from error
+    if not backend.owns(array):
+        raise BackendError(
+            f"arrays must come from one library; got {_kind(model)} for {first!r} and "
+            f"{_kind(array)} for {name!r}. Convert one: tensormoe never does it behind your back."
+        )
+    return backend
+
+
+def _kind(array: Array) -> str:
+    return f"{type(array).__module__.partition('.')[0]}.{type(array).__qualname__}"
+
+
+def _read_header(path: str, file: IO[bytes], size: int) -> CheckpointHeader:
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > size - 8:
+        raise CheckpointError(
+            f"{path!r}: a header must lie within the file; got a length of {length} bytes in a "
+            f"file of {size}. {DAMAGED}"
+        )
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path!r}: a header must have at most {MAX_HEADER_BYTES:,} bytes; got {length:,}. "
+            f"{DAMAGED}"
+        )
+    try:
+        return parse_header(file.read(length), size - 8 - length)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path!r}: {error}") from error.__cause__
+
+
+def _read_array(path: str, file: IO[bytes], name: str, info: ArrayInfo, backend: Backend) -> Array:
+    data = file.read(info.nbytes)
+    if len(data) != info.nbytes:
+        raise CheckpointError(f"{path!r}: the file was cut short while it was read, at {name!r}.")
+    try:
+        return backend.from_bytes(info.dtype, info.shape, data)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path!r}: the {backend.name} backend can't make an array {name!r} of {info.dtype} "
+            f"{info.shape}: {error}. Load it with a library that has this dtype, and save it in "
+            "another one."
+        ) from error

@@ -1,0 +1,66 @@
+"""What goes wrong at the public door: the rule, the value, its position, and what to do.
+
+Every error that tensormoe raises on purpose is one of these classes or a plain ``TypeError``. They
+derive from the built-in that callers would catch anyway.
+
+>>> from tensormoe import LayerSpec, CP
+>>> LayerSpec(8, 4, experts=(3, 0), factorization=CP(rank=2))
+Traceback (most recent call last):
+    ...
+tensormoe.errors.SpecError: experts must be positive integers; got 0 for level 1. Give one size a level.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendError",
+    "BudgetError",
+    "CheckpointError",
+    "GateError",
+    "MissingDependencyError",
+    "PlanError",
+    "RankError",
+    "ShapeError",
+    "SpecError",
+    "TensormoeError",
+]
+
+
+class TensormoeError(Exception):
+    """Base class of every error that tensormoe raises on purpose."""
+
+
+class SpecError(TensormoeError, ValueError):
+    """A layer description that cannot be: sizes, levels, names, options."""
+
+
+class RankError(SpecError):
+    """A rank that does not fit its factorization."""
+
+
+class BudgetError(TensormoeError, ValueError):
+    """A budget that cannot be met; the message names the smallest feasible one."""
+
+
+class ShapeError(TensormoeError, ValueError):
+    """An array whose shape does not fit the layer."""
+
+
+class GateError(TensormoeError, ValueError):
+    """Gate options, logits or coefficients that make no routing."""
+
+
+class PlanError(TensormoeError, ValueError):
+    """A contraction that cannot be planned, or a limit that no plan meets."""
+
+
+class CheckpointError(TensormoeError, ValueError):
+    """A file that is no checkpoint, or one of another layer; lists every difference."""
+
+
+class BackendError(TensormoeError, TypeError):
+    """Arrays of an unknown library, or of several libraries at once."""
+
+
+class MissingDependencyError(TensormoeError, ImportError):
+    """An optional package is not installed; the message says what to install."""

@@ -1,0 +1,159 @@
+"""Runs programs, forward and reverse, through a backend's primitives.
+
+Nothing here plans: a step already knows its views. The loop holds no reference that it does not
+need, so that memory is released as the cost model predicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from tensormoe.backend import Array, Backend
+from tensormoe.planning._program import Program, Step, View
+
+__all__ = ["execute", "run_named"]
+
+_FRESH = frozenset({"linear", "matmul", "multiply", "gather", "scatter", "reduce"})
+
+
+def execute(
+    program: Program, arrays: list[Array], backend: Backend, keep: Collection[int] = ()
+) -> tuple[tuple[Array, ...], dict[int, Array]]:
+    """Run a program.
+
+    Args:
+        program: what to run.
+        arrays: the operands in slot order, data with their leading axes merged into one. The
+            list is emptied, so that an array nobody else holds is freed at its last use.
+        backend: the adapter of the arrays' library.
+        keep: slots to return besides the outputs, for a reverse program.
+
+    Returns:
+        The outputs, and the kept slots.
+    """
+    slots: dict[int, Array] = dict(enumerate(arrays))
+    arrays.clear()
+    kept = {slot: slots[slot] for slot in keep if slot in slots}
+    fresh: set[int] = set()
+    for step in program.steps:
+        operands = [
+            _look(slots[slot], view, backend)
+            for slot, view in zip(step.inputs, step.views, strict=False)
+        ]
+        for slot in step.inputs[len(operands) :]:
+            operands.append(slots[slot])
+        if step.kind == "add":
+            # the sum takes the place of a left operand that nobody needs any more
+            own = step.inputs[0] in fresh and step.inputs[0] in step.free
+            result = _add(operands, own and step.inputs[0] not in kept)
+            fresh.add(step.output)
+        else:
+            result = _RUN[step.kind](program, step, operands, backend)
+            if step.kind in _FRESH:
+                fresh.add(step.output)
+        operands.clear()
+        if step.shape is not None:
+            result = backend.reshape(result, step.shape)
+        for slot in step.free:
+            del slots[slot]
+        slots[step.output] = result
+        if step.output in keep:
+            kept[step.output] = result
+    return tuple(slots[slot] for slot in program.outputs), kept
+
+
+def run_named(program: Program, arrays: Mapping[str, Array], backend: Backend) -> tuple[Array, ...]:
+    """Run a program on operands by name."""
+    listed = [arrays[operand.name] for operand in program.operands]
+    return execute(program, listed, backend)[0]
+
+
+def _look(array: Array, view: View, backend: Backend) -> Array:
+    if view.shape is not None:
+        array = backend.reshape(array, view.shape)
+    if view.axes is not None:
+        array = backend.permute(array, view.axes)
+    return array
+
+
+def _add(operands: list[Array], own: bool) -> Array:
+    if own:
+        operands[0] += operands[1]
+        return operands[0]
+    return operands[0] + operands[1]
+
+
+def _matmul(program: Program, step: Step, operands: list[Array], backend: Backend) -> Array:
+    return backend.matmul(operands[0], operands[1])
+
+
+def _multiply(program: Program, step: Step, operands: list[Array], backend: Backend) -> Array:
+    return operands[0] * operands[1]
+
+
+def _permute(program: Program, step: Step, operands: list[Array], backend: Backend) -> Array:
+    return backend.contiguous(operands[0])
+
+
+def _reduce(program: Program, step: Step, operands: list[Array], backend: Backend) -> Array:
+    axes = tuple(k for k, leg in enumerate(step.input_legs[0]) if leg not in step.legs)
+    return backend.sum(operands[0], axes)
+
+
+def _expand(program: Program, step: Step, operands: list[Array], backend: Backend) -> Array:
+    known = iter(operands[0].shape)
+    shape = [next(known) if leg in step.input_legs[0] else None for leg in step.legs]
+    ones = backend.reshape(operands[0], tuple(1 if size is None else size for size in shape))
+    full = tuple(
+        program.sizes[leg] if size is None else size
+        for leg, size in zip(step.legs, shape, strict=True)
+    )
+    return backend.namespace.broadcast_to(ones, full)
+
+
+def _gather(program: Program, step: Step, operands: list[Array], backend: Backend) -> Array:
+    array, indices, size, axis = _flattened(program, step, operands, backend, step.input_legs[0])
+    del size
+    return backend.take(array, indices, axis)
+
+
+def _scatter(program: Program, step: Step, operands: list[Array], backend: Backend) -> Array:
+    values, indices, size, axis = _flattened(program, step, operands, backend, step.legs)
+    total = backend.scatter_add(values, indices, axis, size)
+    return backend.reshape(total, tuple(program.sizes[leg] for leg in step.legs))
+
+
+def _flattened(
+    program: Program,
+    step: Step,
+    operands: list[Array],
+    backend: Backend,
+    stored: Sequence[str],
+) -> tuple[Array, Array, int, int]:
+    """Several neighbouring indexed modes of a factor as one mode and one flat index."""
+    array, *indices = operands
+    axis, count = step.axis, len(operands) - 1
+    sizes = [program.sizes[leg] for leg in stored[axis : axis + count]]
+    flat, size = indices[0], sizes[0]
+    for index, more in zip(indices[1:], sizes[1:], strict=True):
+        left = (*flat.shape, *(1,) * (index.ndim - 1))
+        right = (index.shape[0], *(1,) * (flat.ndim - 1), *index.shape[1:])
+        flat = backend.reshape(flat, left) * more + backend.reshape(index, right)
+        size *= more
+    if step.kind == "gather" and count > 1:
+        known = [program.sizes[leg] for leg in stored]
+        array = backend.reshape(array, (*known[:axis], size, *known[axis + count :]))
+    return array, flat, size, axis
+
+
+_Run = Callable[[Program, Step, list[Array], Backend], Array]
+_RUN: Mapping[str, _Run] = {
+    "linear": _matmul,
+    "matmul": _matmul,
+    "multiply": _multiply,
+    "permute": _permute,
+    "reduce": _reduce,
+    "expand": _expand,
+    "gather": _gather,
+    "scatter": _scatter,
+}

@@ -1,0 +1,59 @@
+"""How the expert tensor 𝒲 (experts…, in, out) is stored: one frozen value a factorization.
+
+| value | network | expert rank (one level) | expert span |
+| --- | --- | --- | --- |
+| `CP(rank=R)` | one bond shared by all factors | min(R, I, O) | min(N, R, I·O) |
+| `TensorRing(rank=(r₁, r₂, r₃))` | a ring of cores | min(r₃·min(r₁, r₂), I, O) | min(N, r₁r₂, …) |
+| `TensorTrain(rank=(r₁, r₂))` | a ring with an outer bond of 1 | min(r₂, I, O) | min(N, r₁, …) |
+| `Tucker(rank=(p, q, s))` | a core, one factor a mode | min(q, s, I, O) | min(N, p, qs) |
+| `Hadamard()` | the output mode is a hyperedge | min(I, O) | min(N, O) |
+| `Dense()` | 𝒲 itself | min(I, O) | min(N, I·O) |
+"""
+
+from __future__ import annotations
+
+from tensormoe.factorizations._base import INITIALIZATIONS as INITIALIZATIONS
+from tensormoe.factorizations._base import Factorization as Factorization
+from tensormoe.factorizations._cp import CP as CP
+from tensormoe.factorizations._dense import Dense as Dense
+from tensormoe.factorizations._hadamard import Hadamard as Hadamard
+from tensormoe.factorizations._initialization import Initializer as Initializer
+from tensormoe.factorizations._initialization import draw_factor as draw_factor
+from tensormoe.factorizations._named import FACTORIZATIONS as FACTORIZATIONS
+from tensormoe.factorizations._named import resolve_factorization as resolve_factorization
+from tensormoe.factorizations._network import BATCH as BATCH
+from tensormoe.factorizations._network import INPUT as INPUT
+from tensormoe.factorizations._network import OUTPUT as OUTPUT
+from tensormoe.factorizations._network import Factor as Factor
+from tensormoe.factorizations._network import Leg as Leg
+from tensormoe.factorizations._network import Network as Network
+from tensormoe.factorizations._network import expert_leg as expert_leg
+from tensormoe.factorizations._tensor_ring import TensorRing as TensorRing
+from tensormoe.factorizations._tensor_train import TensorTrain as TensorTrain
+from tensormoe.factorizations._tensorly import from_tensorly as from_tensorly
+from tensormoe.factorizations._tensorly import to_tensorly as to_tensorly
+from tensormoe.factorizations._tucker import Tucker as Tucker
+
+__all__ = [
+    "BATCH",
+    "CP",
+    "FACTORIZATIONS",
+    "INITIALIZATIONS",
+    "INPUT",
+    "OUTPUT",
+    "Dense",
+    "Factor",
+    "Factorization",
+    "Hadamard",
+    "Initializer",
+    "Leg",
+    "Network",
+    "TensorRing",
+    "TensorTrain",
+    "Tucker",
+    "draw_factor",
+    "expert_leg",
+    "from_tensorly",
+    "resolve_factorization",
+    "to_tensorly",
+]

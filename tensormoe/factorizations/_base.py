@@ -1,0 +1,137 @@
+"""What every factorization answers, and what follows from its network alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from math import sqrt
+from typing import Any, ClassVar
+
+from tensormoe._validation import choice, positive_ints
+from tensormoe.backend import Array
+from tensormoe.errors import RankError, SpecError
+from tensormoe.factorizations._initialization import Initializer
+from tensormoe.factorizations._network import (
+    INPUT,
+    OUTPUT,
+    Factor,
+    Leg,
+    Network,
+    expert_leg,
+)
+
+__all__ = ["Factorization", "INITIALIZATIONS"]
+
+INITIALIZATIONS = ("variance", "paper")
+
+
+class Factorization(ABC):
+    """How the expert tensor 𝒲 (experts…, in, out) is stored: a network of factors.
+
+    A factorization is a frozen value without arrays. A new one is a subclass in one new file that
+    names its factors and legs, says how its factors start, and how TensorLy lays them out.
+    """
+
+    name: ClassVar[str]
+    """The name under which users ask for it."""
+
+    rank: Any
+    """The bond sizes, an integer or one a bond; None where there are none to choose."""
+
+    @abstractmethod
+    def rank_pattern(self, levels: int) -> tuple[str, ...]:
+        """The bonds by symbol, for ``levels`` levels: bonds of one symbol vary together.
+
+        Rank selection searches over one size a symbol.
+        """
+
+    @abstractmethod
+    def with_rank(self, rank: tuple[int, ...]) -> Factorization:
+        """The same factorization with other bond sizes, one a bond."""
+
+    @abstractmethod
+    def bonds(self, levels: int) -> tuple[int, ...]:
+        """The bond sizes, one a bond, for ``levels`` levels; checks the number given."""
+
+    @abstractmethod
+    def factors(self, levels: int) -> tuple[Factor, ...]:
+        """The factors, mode first, then bonds."""
+
+    @abstractmethod
+    def bond_sizes(self, experts: tuple[int, ...], out_features: int) -> Mapping[Leg, int]:
+        """The size of every bond leg."""
+
+    @abstractmethod
+    def initializers(
+        self, experts: tuple[int, ...], in_features: int, out_features: int, scheme: str
+    ) -> Mapping[str, Initializer]:
+        """How each factor starts under the scheme ``"variance"`` or ``"paper"``."""
+
+    @abstractmethod
+    def to_tensorly(self, factors: Mapping[str, Array], xp: Any) -> Any:
+        """The factors, bias aside, in the layout of TensorLy's decomposition of that name."""
+
+    @abstractmethod
+    def from_tensorly(self, decomposition: Any, xp: Any) -> dict[str, Array]:
+        """The inverse of :meth:`to_tensorly`."""
+
+    def network(
+        self, experts: tuple[int, ...], in_features: int, out_features: int, bias: bool
+    ) -> Network:
+        """The network for a layer of these sizes."""
+        levels = len(experts)
+        factors = self.factors(levels)
+        sizes = {expert_leg(level): size for level, size in enumerate(experts)}
+        sizes |= {INPUT: in_features, OUTPUT: out_features}
+        sizes |= self.bond_sizes(experts, out_features)
+        row = None
+        if bias:
+            carrier = next(factor for factor in factors if INPUT in factor.legs)
+            row = Factor("bias", tuple(leg for leg in carrier.legs if leg != INPUT))
+        return Network(factors, tuple(sizes.items()), row)
+
+
+def checked_scheme(scheme: str) -> str:
+    """``scheme`` if it names an initialisation."""
+    return choice(scheme, INITIALIZATIONS, "init", SpecError)
+
+
+def checked_rank(rank: Any, single: bool) -> int | tuple[int, ...]:
+    """A rank of positive integers, as one integer where ``single`` or given so."""
+    sizes = positive_ints(rank, "rank", "bond", RankError)
+    if single and len(sizes) != 1:
+        raise RankError(f"rank must be one positive integer; got {rank!r}.")
+    return sizes[0] if single or isinstance(rank, int) else sizes
+
+
+def spread_rank(rank: int | tuple[int, ...], count: int, meaning: str) -> tuple[int, ...]:
+    """``rank`` with one entry for each of ``count`` bonds."""
+    if isinstance(rank, int):
+        return (rank,) * count
+    if len(rank) != count:
+        raise RankError(
+            f"rank must have {count} bonds, {meaning}; got {len(rank)}: {rank!r}. "
+            "Give one size a bond, or one integer for all."
+        )
+    return rank
+
+
+def linear_std(in_features: int) -> float:
+    """Standard deviation of a weight of ``torch.nn.Linear``: uniform on ±1/√in."""
+    return 1.0 / sqrt(3.0 * in_features)
+
+
+def cores_to_tensorly(factors: Mapping[str, Array], names: Sequence[str], xp: Any) -> list[Array]:
+    """Mode-major cores (n, r, r′) as TensorLy's (r, n, r′)."""
+    return [xp.permute_dims(factors[name], (1, 0, 2)) for name in names]
+
+
+def cores_from_tensorly(cores: Sequence[Array], names: Sequence[str], xp: Any) -> dict[str, Array]:
+    """TensorLy's cores (r, n, r′) as mode-major ones."""
+    moved = [xp.permute_dims(core, (1, 0, 2)) for core in cores]
+    return {name: xp.asarray(core, copy=True) for name, core in zip(names, moved, strict=True)}
+
+
+def mode_names(levels: int) -> tuple[str, ...]:
+    """Names of the factors that carry a mode, in the order of 𝒲's modes."""
+    return (*(f"expert_{level}" for level in range(levels)), "input", "output")

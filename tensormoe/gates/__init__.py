@@ -1,0 +1,50 @@
+"""Gates: from logits to expert coefficients, on arrays of any library.
+
+One implementation on the Array-API standard serves all backends. Nothing here keeps state.
+"""
+
+from __future__ import annotations
+
+from tensormoe.gates._activate import BLOCK_ARRAYS as BLOCK_ARRAYS
+from tensormoe.gates._activate import Activation as Activation
+from tensormoe.gates._activate import Statistics as Statistics
+from tensormoe.gates._activate import activate as activate
+from tensormoe.gates._activate import activate_vjp as activate_vjp
+from tensormoe.gates._activate import activation_workspace as activation_workspace
+from tensormoe.gates._functions import entmax as entmax
+from tensormoe.gates._functions import softmax as softmax
+from tensormoe.gates._functions import sparsemax as sparsemax
+from tensormoe.gates._gate import Gate as Gate
+from tensormoe.gates._losses import entropy as entropy
+from tensormoe.gates._losses import entropy_loss as entropy_loss
+from tensormoe.gates._losses import entropy_loss_vjp as entropy_loss_vjp
+from tensormoe.gates._losses import expert_load as expert_load
+from tensormoe.gates._losses import load_balance_loss as load_balance_loss
+from tensormoe.gates._losses import load_balance_loss_vjp as load_balance_loss_vjp
+from tensormoe.gates._top_k import TopK as TopK
+from tensormoe.gates._top_k import top_k as top_k
+from tensormoe.gates._top_k import top_k_indices as top_k_indices
+from tensormoe.gates._top_k import top_k_indices_vjp as top_k_indices_vjp
+
+__all__ = [
+    "BLOCK_ARRAYS",
+    "Activation",
+    "Gate",
+    "Statistics",
+    "TopK",
+    "activate",
+    "activate_vjp",
+    "activation_workspace",
+    "entmax",
+    "entropy",
+    "entropy_loss",
+    "entropy_loss_vjp",
+    "expert_load",
+    "load_balance_loss",
+    "load_balance_loss_vjp",
+    "softmax",
+    "sparsemax",
+    "top_k",
+    "top_k_indices",
+    "top_k_indices_vjp",
+]

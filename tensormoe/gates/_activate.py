@@ -1,0 +1,272 @@
+"""From logits to coefficients as a gate says, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tensormoe.backend import Array, Backend
+from tensormoe.errors import GateError
+from tensormoe.gates._functions import activation_vjp, entmax_block
+from tensormoe.gates._gate import Gate
+from tensormoe.gates._normalization import (
+    Affine,
+    LayerNorm,
+    Standardize,
+    batch_moments,
+    standardize_vjp,
+)
+from tensormoe.gates._rows import Rows, as_rows, block_rows, blocks, map_rows
+from tensormoe.gates._top_k import check_k, top_k_block
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Batch norm's running statistics, which the caller keeps.
+
+    Attributes:
+        mean: (experts,), starting at 0.
+        variance: (experts,), starting at 1; unbiased, as PyTorch keeps it.
+    """
+
+    mean: Array
+    variance: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Activation:
+    """What a gate made of logits.
+
+    Attributes:
+        coefficients: the logits' shape, non-negative, summing to one over the last axis.
+        statistics: new running statistics where batch norm trains, else the ones passed in.
+    """
+
+    coefficients: Array
+    statistics: Statistics | None = None
+
+
+def activate(
+    gate: Gate,
+    logits: Array,
+    *,
+    mask: Array | None = None,
+    statistics: Statistics | None = None,
+    training: bool = False,
+) -> Activation:
+    """Normalize logits and apply the gate's activation.
+
+    It works on blocks of rows of ``backend.row_block_bytes``, so at its peak holds, besides its
+    arguments, the coefficients and temporaries that :func:`activation_workspace` counts.
+
+    Args:
+        gate: normalization and activation.
+        logits: (..., experts), real floating point; in float32 at least inside and in the result.
+        mask: booleans that broadcast to ``logits``, true where an expert may be used. Masked and
+            infinite logits do not count in the normalization's statistics.
+        statistics: batch norm's running statistics: needed unless training, where ``None`` means
+            mean 0 and variance 1. They are not changed; new ones are returned.
+        training: whether batch norm uses the batch's own statistics (biased variance), and mixes
+            them into the running ones (unbiased variance), with weight ``gate.momentum``.
+
+    Returns:
+        Coefficients, and new statistics where batch norm trains.
+
+    Raises:
+        GateError: as :func:`entmax` and :func:`top_k`; also where the logits' variance overflows,
+            or batch norm lacks statistics, or trains on a batch of fewer than two tokens.
+
+    Example:
+        >>> import numpy as np
+        >>> activate(Gate("sparsemax"), np.array([[3.0, 1.0, -4.0]])).coefficients.round(3)
+        array([[0.84, 0.16, 0.  ]])
+    """
+    rows = as_rows(logits, mask=mask)
+    backend = rows.backend
+    how, updated = _standardize(gate, rows, statistics, training)
+    if gate.activation == "top_k":
+        k = check_k(gate.k, rows.shape[-1])
+        weights = map_rows(rows, lambda x, m, first: top_k_block(backend, x, m, first, how, k))
+    else:
+        alpha = gate.effective_alpha
+        weights = map_rows(rows, lambda x, m, first: entmax_block(backend, x, m, first, how, alpha))
+    return Activation(rows.restore(weights), updated)
+
+
+def _standardize(
+    gate: Gate, rows: Rows, statistics: Statistics | None, training: bool
+) -> tuple[Standardize, Statistics | None]:
+    if gate.normalization is None:
+        return None, statistics
+    if gate.normalization == "layer":
+        return LayerNorm(gate.eps), statistics
+    xp = rows.backend.namespace
+    count, experts = rows.values.shape
+    if statistics is not None:
+        for name, array in (("mean", statistics.mean), ("variance", statistics.variance)):
+            if tuple(array.shape) != (experts,):
+                raise GateError(
+                    f"statistics.{name} must have one entry an expert, shape {(experts,)}; got "
+                    f"{tuple(array.shape)}. Pass the statistics of this gate."
+                )
+    if not training:
+        if statistics is None:
+            raise GateError(
+                "batch normalization needs running statistics outside training; got None. Pass the "
+                "statistics that training returned."
+            )
+        mean, variance = statistics.mean[None, :], statistics.variance[None, :]
+        return Affine(mean, 1.0 / xp.sqrt(variance + gate.eps)), statistics
+    if count < 2:
+        raise GateError(
+            f"batch normalization must train on at least 2 tokens; got {count}. Use larger batches "
+            "or normalization='layer'."
+        )
+    mean, variance, tokens = batch_moments(rows)
+    how = Affine(mean, 1.0 / xp.sqrt(variance + gate.eps))
+    return how, _mix(gate, rows.backend, statistics, mean, variance, tokens)
+
+
+def _mix(
+    gate: Gate,
+    backend: Backend,
+    statistics: Statistics | None,
+    mean: Array,
+    variance: Array,
+    tokens: Array,
+) -> Statistics:
+    xp = backend.namespace
+    mean, variance, tokens = (
+        backend.stop_gradient(array)[0, :] for array in (mean, variance, tokens)
+    )
+    old_mean = xp.zeros_like(mean) if statistics is None else statistics.mean
+    old_variance = xp.ones_like(mean) if statistics is None else statistics.variance
+    unbiased = variance * (tokens / xp.maximum(tokens - 1.0, xp.ones_like(tokens)))
+    weight = xp.where(tokens > 1.0, gate.momentum, xp.zeros_like(tokens))
+    return Statistics(
+        old_mean + weight * (mean - old_mean), old_variance + weight * (unbiased - old_variance)
+    )
+
+
+def activate_vjp(
+    gate: Gate,
+    logits: Array,
+    coefficients: Array,
+    cotangent: Array,
+    *,
+    mask: Array | None = None,
+    statistics: Statistics | None = None,
+    training: bool = False,
+) -> Array:
+    """The gradient with respect to the logits of :func:`activate`, for libraries without one.
+
+    Args:
+        gate: as in the forward call, like ``logits``, ``mask``, ``statistics`` and ``training``.
+        logits: (..., experts).
+        coefficients: what the forward call returned for them.
+        cotangent: the derivative with respect to the coefficients, of their shape.
+        mask: as in the forward call.
+        statistics: the running statistics that were passed in, not those that came out.
+        training: as in the forward call.
+
+    Returns:
+        (..., experts), in the coefficients' dtype; zero where experts have no say.
+
+    Raises:
+        GateError: the shapes differ, or the forward call would have raised it.
+
+    Example:
+        >>> import numpy as np
+        >>> gate, x = Gate("softmax", normalization=None), np.zeros((1, 2))
+        >>> a = activate(gate, x).coefficients
+        >>> activate_vjp(gate, x, a, np.array([[1.0, 0.0]]))
+        array([[ 0.25, -0.25]])
+    """
+    rows = as_rows(logits, mask=mask)
+    backend, xp = rows.backend, rows.backend.namespace
+    for name, array in (("coefficients", coefficients), ("cotangent", cotangent)):
+        if tuple(array.shape) != rows.shape:
+            raise GateError(
+                f"{name} must have the logits' shape {rows.shape}; got {tuple(array.shape)}. Pass "
+                "arrays of the same forward call."
+            )
+    if rows.values.shape[0] == 0:
+        return rows.restore(rows.values)
+    matrix = tuple(rows.values.shape)
+    weights = backend.reshape(coefficients, matrix)
+    cotangent = backend.reshape(cotangent, matrix)
+    alpha = gate.effective_alpha
+
+    def gradient(values: Array, some: Array | None, first: int) -> Array:
+        stop = first + values.shape[0]
+        inner = activation_vjp(backend, weights[first:stop, :], cotangent[first:stop, :], alpha)
+        if gate.normalization == "layer":
+            return standardize_vjp(backend, values, some, first, gate.eps, inner)
+        return xp.where(xp.isinf(values), xp.zeros_like(inner), inner)
+
+    result = map_rows(rows, gradient)
+    if gate.normalization == "batch":
+        result = _batch_vjp(gate, rows, result, statistics, training)
+    return rows.restore(result)
+
+
+def _batch_vjp(
+    gate: Gate, rows: Rows, inner: Array, statistics: Statistics | None, training: bool
+) -> Array:
+    how, _ = _standardize(gate, rows, statistics, training)
+    assert isinstance(how, Affine)
+    if not training:
+        return inner * how.scale
+    xp = rows.backend.namespace
+    _, _, tokens = batch_moments(rows)
+    tokens = xp.maximum(tokens, xp.ones_like(tokens))
+
+    def unit(values: Array, mask: Array | None) -> tuple[Array, Array]:
+        live = xp.isfinite(values) if mask is None else xp.isfinite(values) & mask
+        values = xp.where(live, values, xp.zeros_like(values))
+        return xp.where(live, (values - how.mean) * how.scale, xp.zeros_like(values)), live
+
+    along = total = xp.zeros_like(how.mean)
+    for start, stop in blocks(rows):
+        mask = None if rows.mask is None else rows.mask[start:stop, :]
+        block = inner[start:stop, :]
+        scaled, _ = unit(rows.values[start:stop, :], mask)
+        total = total + xp.sum(block, axis=0, keepdims=True)
+        along = along + xp.sum(block * scaled, axis=0, keepdims=True)
+
+    def gradient(values: Array, mask: Array | None, first: int) -> Array:
+        scaled, live = unit(values, mask)
+        block = inner[first : first + values.shape[0], :]
+        block = (block - total / tokens - scaled * (along / tokens)) * how.scale
+        return xp.where(live, block, xp.zeros_like(block))
+
+    return map_rows(rows, gradient)
+
+
+def activation_workspace(
+    gate: Gate, rows: int, experts: int, itemsize: int, row_block_bytes: int | None
+) -> int:
+    """Bytes that :func:`activate` holds at its peak, the coefficients included, arguments not.
+
+    It counts unmasked, finite logits on a library that runs eagerly: the coefficients, once more
+    than one block is needed, and the temporaries of one block (:data:`BLOCK_ARRAYS`). Vectors
+    with one entry a row or an expert are left out.
+
+    Args:
+        gate: the gate, whose activation decides on the temporaries.
+        rows: tokens, all leading axes multiplied.
+        experts: logits a token.
+        itemsize: bytes of one logit in at least float32, hence 4 or 8.
+        row_block_bytes: the backend's.
+
+    Example:
+        >>> activation_workspace(Gate(), 1024, 1024, 4, 256 * 1024) / (1024 * 1024 * 4)
+        1.1875
+    """
+    block = block_rows(rows, experts, itemsize, row_block_bytes)
+    arrays, flags = BLOCK_ARRAYS[gate.activation]
+    output = rows * experts * itemsize if block < rows else 0
+    return output + (arrays * itemsize + flags) * block * experts
+
+
+BLOCK_ARRAYS = {"entmax": (3, 0), "sparsemax": (3, 2), "softmax": (3, 0), "top_k": (4, 1)}
+"""(block rows, experts) arrays alive at once inside a block: floating-point ones, and booleans."""

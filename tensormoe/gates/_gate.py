@@ -1,0 +1,139 @@
+"""How a layer turns logits into coefficients, as a value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from math import isfinite
+from typing import Any
+
+from tensormoe.errors import GateError
+from tensormoe.gates._functions import check_alpha
+from tensormoe.gates._top_k import check_k
+
+ACTIVATIONS = ("entmax", "sparsemax", "softmax", "top_k")
+NORMALIZATIONS = ("layer", "batch", None)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Normalization and activation between the projection of a token and its coefficients.
+
+    Layer norm is the default since a token's coefficients then depend on that token alone. Batch
+    norm is what the paper's vision models use (Oldfield et al. 2024, appendix H.3); in training it
+    lets a token see the others. Neither has an affine part.
+
+    Attributes:
+        activation: "entmax", "sparsemax", "softmax" or "top_k".
+        alpha: the α of entmax, at least 1; 1.5 unless given. Other activations have no use for it.
+        normalization: "layer", "batch" or ``None``.
+        k: experts a token for "top_k", ``None`` for the others.
+        bias: whether the projection has a bias. The paper's has none.
+        eps: added to the variance by both normalizations; positive.
+        momentum: weight of a new batch in batch norm's running statistics, in (0, 1].
+
+    Raises:
+        GateError: a field has an unknown name or an impossible value.
+
+    Example:
+        >>> Gate()
+        Gate(activation='entmax', alpha=1.5, normalization='layer', k=None, bias=False, eps=1e-05, \
+momentum=0.1)
+        >>> Gate("top_k", k=2, normalization=None).k
+        2
+    """
+
+    activation: str = "entmax"
+    alpha: float = 1.5
+    normalization: str | None = "layer"
+    k: int | None = None
+    bias: bool = False
+    eps: float = 1e-5
+    momentum: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise GateError(
+                f"activation must be one of {', '.join(ACTIVATIONS)}; got {self.activation!r}. "
+                "Compute other coefficients yourself and pass them to the layer."
+            )
+        if self.normalization not in NORMALIZATIONS:
+            raise GateError(
+                f"normalization must be 'layer', 'batch' or None; got {self.normalization!r}. Use "
+                "'layer' unless you reproduce a model with another."
+            )
+        object.__setattr__(self, "alpha", check_alpha(self.alpha))
+        if self.activation != "entmax" and self.alpha != 1.5:
+            raise GateError(
+                f"alpha belongs to entmax; got {self.alpha} with activation {self.activation!r}. "
+                "Leave it out or use entmax."
+            )
+        if self.activation == "top_k":
+            if self.k is None:
+                raise GateError(
+                    "top_k needs the number of experts a token uses; got k=None. Write "
+                    "Gate('top_k', k=2), for instance."
+                )
+            check_k(self.k)
+        elif self.k is not None:
+            raise GateError(
+                f"k belongs to top_k; got {self.k!r} with activation {self.activation!r}. Leave it "
+                "out or use top_k."
+            )
+        if not isinstance(self.bias, bool):
+            raise GateError(f"bias must be True or False; got {self.bias!r}. Give a boolean.")
+        if not _is_number(self.eps) or not (self.eps > 0 and isfinite(self.eps)):
+            raise GateError(f"eps must be a positive number; got {self.eps!r}. Use 1e-5.")
+        if not _is_number(self.momentum) or not 0 < self.momentum <= 1:
+            raise GateError(f"momentum must be in (0, 1]; got {self.momentum!r}. Use 0.1.")
+
+    @classmethod
+    def parse(cls, value: Gate | str) -> Gate:
+        """A gate as it is, or one by the name of its activation.
+
+        >>> Gate.parse("softmax").activation
+        'softmax'
+        """
+        if isinstance(value, Gate):
+            return value
+        if not isinstance(value, str):
+            raise GateError(
+                f"gate must be a Gate or the name of an activation; got {value!r}. Write "
+                "Gate('entmax', alpha=1.5), for instance."
+            )
+        return cls(value)
+
+    @property
+    def effective_alpha(self) -> float:
+        """The α whose derivative the activation has; 1 for softmax and top-k."""
+        return {"entmax": self.alpha, "sparsemax": 2.0}.get(self.activation, 1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as checkpoints store them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Gate:
+        """The gate that :meth:`to_dict` described; every field must be there and no other.
+
+        >>> Gate.from_dict(Gate("sparsemax").to_dict()).activation
+        'sparsemax'
+        """
+        if not isinstance(values, Mapping):
+            raise GateError(
+                f"a gate's description must be a mapping; got {type(values).__name__}. Pass what "
+                "Gate.to_dict() returned."
+            )
+        names = [field.name for field in fields(cls)]
+        missing = [name for name in names if name not in values]
+        unknown = [str(name) for name in values if name not in names]
+        if missing or unknown:
+            raise GateError(
+                f"a gate's description must have the fields {', '.join(names)}; got missing "
+                f"{missing} and unknown {unknown}. Pass what Gate.to_dict() returned."
+            )
+        return cls(**{name: values[name] for name in names})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

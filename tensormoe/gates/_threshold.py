@@ -1,0 +1,236 @@
+"""The threshold of an entmax by Newton's method, on rows whose largest entry is 0.
+
+With z = (α-1)(x - max x) and p = 1/(α-1), the entmax of x is max(z - τ, 0)^p, where τ in [-1, 0)
+solves h(τ) = Σ max(z - τ, 0)^p = 1 (Peters, Niculae & Martins 2019, "Sparse sequence-to-sequence
+models", eq. 10). Three facts carry this module.
+
+- For α ≤ 2, φ(τ) = h(τ)^(1/p) - 1 is a norm of a non-negative convex function, minus 1: convex and
+  decreasing. Newton's step from *any* point therefore lands left of the root, and from there on
+  the steps are monotone. With φ instead of h - 1 the steps are up to p times longer, and one step
+  suffices where all entries tie.
+- The root depends on the logits, but its derivative needs no derivative of the search: one more
+  Newton step δ = (h - 1) / (-h'), on live values with τ held constant, has exactly the derivative
+  of the implicit function at the root.
+- z - τ is computed first and δ subtracted after, so the rounding of τ itself never reaches the
+  coefficients: they are exact to a few ulp, and so is their sum.
+"""
+
+from __future__ import annotations
+
+from math import ceil, log, log2
+from typing import Any
+
+from tensormoe.backend import Array, Backend
+
+OUTSIDE = -2.0
+"""A shifted logit that no threshold in [-1, 0) reaches: what masked experts get."""
+
+
+def newton_rounds(experts: int, epsilon: float, power: float) -> int:
+    """Newton steps that suffice from τ = -1, for libraries that cannot look whether they do.
+
+    For a convex decreasing φ, Newton's iterates from the left obey φₖ₊₁ φ'ₖ₊₁ ≤ φₖ φ'ₖ / 4: with
+    s = φₖ₊₁/φₖ and r = φ'ₖ₊₁/φ'ₖ, convexity gives s + r ≤ 1, hence s·r ≤ 1/4. As φ starts at most
+    at N^(1/p) - 1 and |φ'| lies between 1 and N^(1/p), ⌈log₄(φ₀ |φ'₀| / tolerance)⌉ steps bring φ
+    below the tolerance.
+    """
+    largest = experts ** (1.0 / power)
+    area = max(largest * (largest - 1.0), 1e-30)
+    return max(1, ceil(log(area / _enough(experts, epsilon, power), 4.0)))
+
+
+def _enough(experts: int, epsilon: float, power: float) -> float:
+    # A last step δ leaves an error in h of about (p δ)² N for p ≥ 2. Below that, an expert which
+    # leaves the support may cost its whole share of the step, pδ.
+    return float((epsilon / experts) ** (0.5 if power >= 2.0 else 1.0) / power)
+
+
+def bracket_rounds(experts: int, epsilon: float, power: float) -> int:
+    """Halvings, in the logarithm of -τ, that take its range [N^(-1/p), 1] down to rounding."""
+    return ceil(log2(max(log(max(experts, 2)) / power, 1.0) / epsilon)) + 1
+
+
+def entmax15(backend: Backend, z: Array, start: Array | None = None) -> Array:
+    """Coefficients for α = 1.5, the square of max(z - τ, 0).
+
+    Args:
+        backend: the adapter of ``z``.
+        z: (rows, experts), half the logits minus half their row's largest.
+        start: (rows, 1), a guess of τ below 0; τ = -1 by default.
+    """
+    xp = backend.namespace
+    experts = z.shape[-1]
+    epsilon = float(xp.finfo(z.dtype).eps)
+    ones = xp.ones((experts, 1), dtype=z.dtype)
+    constant = backend.stop_gradient(z)
+    lowest = xp.full_like(constant[:, :1], -1.0)
+    tau = lowest if start is None else start
+    enough = _enough(experts, epsilon, 2.0)
+    rounds = newton_rounds(experts, epsilon, 2.0) + (start is not None)
+    for left in range(rounds, -1, -1):
+        excess = xp.maximum(constant, tau)
+        excess -= tau
+        total = backend.matmul(excess, ones)
+        square = _squares(backend, excess)
+        root = xp.sqrt(square)
+        step = (root - 1.0) * root / total
+        if left == 0 or (backend.eager and float(xp.max(xp.abs(step))) <= enough):
+            break
+        tau = xp.maximum(tau + step, lowest)
+    zero = xp.zeros_like(lowest)
+    if constant is not z:  # differentiated, so the last step has to see live values
+        square = _squares(backend, xp.maximum(z - tau, zero))
+    excess = z - tau
+    excess = excess - (square - 1.0) / (2.0 * total)
+    excess = xp.maximum(excess, zero)
+    return excess * excess
+
+
+def sparsemax(backend: Backend, z: Array) -> Array:
+    """Coefficients for α = 2, max(z - τ, 0): p = 1, where Newton's method ends by itself."""
+    xp = backend.namespace
+    experts = z.shape[-1]
+    epsilon = float(xp.finfo(z.dtype).eps)
+    constant = backend.stop_gradient(z)
+    tau = xp.full_like(constant[:, :1], -1.0)
+    zero = xp.zeros_like(tau)
+    for _ in range(newton_rounds(experts, epsilon, 1.0)):
+        margin = constant - tau
+        support = row_sums(backend, xp.astype(margin > 0.0, z.dtype))
+        step = (row_sums(backend, xp.maximum(margin, zero)) - 1.0) / support
+        if backend.eager and float(xp.max(step)) <= epsilon:
+            break
+        # rounding must not take τ back, or the search goes round in a circle
+        tau = tau + xp.maximum(step, zero)
+    margin = z - tau
+    inside = margin > 0.0
+    support = row_sums(backend, xp.astype(inside, z.dtype))
+    margin = xp.where(inside, margin, zero)
+    margin = margin - (row_sums(backend, margin) - 1.0) / support
+    return xp.where(inside & (margin > 0.0), margin, zero)
+
+
+def entmax(backend: Backend, z: Array, alpha: float) -> Array:
+    """Coefficients for any α > 1.
+
+    For α < 2 the search is for σ = τ + 1 and t = 1 + (z - σ), whose logarithm is taken with
+    log1p: that keeps its precision as α tends to 1, where p is large and all t are near 1. For
+    α > 2 the precision of τ near 0 counts, and t = z - τ.
+    """
+    if alpha == 1.5:
+        return entmax15(backend, z)
+    if alpha == 2.0:
+        return sparsemax(backend, z)
+    xp = backend.namespace
+    power = 1.0 / (alpha - 1.0)
+    constant = backend.stop_gradient(z)
+    near_one = alpha < 2.0
+    shift = (_newton if near_one else _bracket)(backend, constant, power)
+    margin = z - shift
+    mass, slope, _ = _moments(backend, margin, power, near_one)
+    margin = margin - (mass - 1.0) / backend.stop_gradient(power * slope)
+    _, inside = _log(xp, constant - shift, near_one)
+    logarithm, still = _log(xp, margin, near_one)
+    raised = xp.where(inside & still, xp.exp(power * logarithm), xp.zeros_like(margin))
+    # powers round: the sum is 1 up to that, and its derivative is 0 already
+    return raised / backend.stop_gradient(row_sums(backend, raised))
+
+
+# A product that runs along a whole row adds up rounding errors over its length. Longer rows than
+# _LONG are therefore cut into pieces, whose sums are added pairwise.
+_LONG, _PIECE = 1024, 256
+
+
+def _pieces(backend: Backend, values: Array) -> tuple[Array, Array]:
+    rows, experts = values.shape
+    whole = experts - experts % _PIECE
+    shape = (rows, whole // _PIECE, _PIECE)
+    return backend.reshape(values[:, :whole], shape), values[:, whole:]
+
+
+def _squares(backend: Backend, values: Array) -> Array:
+    """Sum of squares of each row, (rows, 1)."""
+    xp = backend.namespace
+    if values.shape[-1] <= _LONG:
+        return xp.vecdot(values, values)[:, None]
+    pieces, rest = _pieces(backend, values)
+    total = xp.sum(xp.vecdot(pieces, pieces), axis=-1, keepdims=True)
+    return total + xp.vecdot(rest, rest)[:, None]
+
+
+def row_sums(backend: Backend, values: Array) -> Array:
+    """Sum of each row, (rows, 1); the product with ones is the fastest in most libraries."""
+    xp = backend.namespace
+    if values.shape[-1] <= _LONG:
+        return backend.matmul(values, xp.ones((values.shape[-1], 1), dtype=values.dtype))
+    pieces, rest = _pieces(backend, values)
+    ones = xp.ones((_PIECE, 1), dtype=values.dtype)
+    total = xp.sum(backend.matmul(pieces, ones)[:, :, 0], axis=-1, keepdims=True)
+    return total + xp.sum(rest, axis=-1, keepdims=True)
+
+
+def _log(xp: Any, margin: Array, near_one: bool) -> tuple[Array, Array]:
+    """Log t where t > 0 and 0 elsewhere, and where t > 0."""
+    inside = margin > (-1.0 if near_one else 0.0)
+    if near_one:
+        return xp.log1p(xp.where(inside, margin, xp.zeros_like(margin))), inside
+    return xp.log(xp.where(inside, margin, xp.ones_like(margin))), inside
+
+
+def _moments(
+    backend: Backend, margin: Array, power: float, near_one: bool
+) -> tuple[Array, Array, Array]:
+    """H = Σ t^p, Σ t^(p-1) and Newton's step on h^(1/p) - 1, each (rows, 1)."""
+    xp = backend.namespace
+    logarithm, inside = _log(xp, margin, near_one)
+    nothing = xp.zeros_like(margin)
+    mass = row_sums(backend, xp.where(inside, xp.exp(power * logarithm), nothing))
+    slope = row_sums(backend, xp.where(inside, xp.exp((power - 1.0) * logarithm), nothing))
+    # (h^(1/p) - 1) / (h^(1/p - 1) Σ t^(p-1)), without its cancellation at large p
+    return mass, slope, -xp.expm1(-xp.log(mass) / power) * mass / slope
+
+
+def _newton(backend: Backend, z: Array, power: float) -> Array:
+    """σ for α < 2, from the left."""
+    xp = backend.namespace
+    experts = z.shape[-1]
+    epsilon = float(xp.finfo(z.dtype).eps)
+    sigma = xp.zeros_like(z[:, :1])
+    # for p < 2 the tolerance that bounds the rounds is below what rounding lets one see
+    enough = _enough(experts, epsilon, power) if power >= 2.0 else epsilon
+    for _ in range(newton_rounds(experts, epsilon, power)):
+        _, _, step = _moments(backend, z - sigma, power, True)
+        if backend.eager and float(xp.max(step)) <= enough:
+            break
+        sigma = sigma + xp.maximum(step, xp.zeros_like(step))
+    return sigma
+
+
+def _bracket(backend: Backend, z: Array, power: float) -> Array:
+    """τ for α > 2, where t^p has an infinite slope at the edge of the support.
+
+    Newton's step is taken where it stays inside the bracket, and every other round halves the
+    bracket in the logarithm of -τ, which bounds the number of rounds.
+    """
+    xp = backend.namespace
+    experts = z.shape[-1]
+    info = xp.finfo(z.dtype)
+    epsilon = float(info.eps)
+    low = xp.full_like(z[:, :1], -1.0)
+    # the largest t^p is at least 1/N
+    high = xp.full_like(low, -max(float(experts) ** (-1.0 / power), float(info.smallest_normal)))
+    tau = low
+    for turn in range(2 * bracket_rounds(experts, epsilon, power)):
+        mass, _, step = _moments(backend, z - tau, power, False)
+        left = mass >= 1.0
+        low = xp.where(left, tau, low)
+        high = xp.where(left, high, tau)
+        middle = -xp.sqrt(low * high)
+        newton = tau + step
+        fits = (newton > low) & (newton < high)
+        following = xp.where(fits, newton, middle) if turn % 2 == 0 else middle
+        done = (high - low <= -epsilon * low) | (step == 0.0)
+        tau = xp.where(done, low, following)
+        if backend.eager and bool(xp.all(done)):
+            break
+    return low

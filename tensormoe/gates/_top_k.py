@@ -1,0 +1,186 @@
+"""Hard routing: softmax over the k largest logits, dense or indexed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tensormoe.backend import Array, Backend
+from tensormoe.errors import GateError
+from tensormoe.gates._functions import _softmax
+from tensormoe.gates._normalization import Shifted, Standardize, shift
+from tensormoe.gates._rows import as_rows, map_rows
+
+# up to here, k passes over the logits are cheaper than a stable sort of them
+_PASSES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class TopK:
+    """Coefficients of k experts a token, the others being zero.
+
+    Attributes:
+        indices: (..., k) integers, the largest logit first.
+        values: (..., k) coefficients that sum to one.
+    """
+
+    indices: Array
+    values: Array
+
+
+def check_k(k: object, experts: int | None = None) -> int:
+    """``k`` as a positive integer, at most ``experts``."""
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise GateError(f"k must be a positive integer; got {k!r}. Give the experts a token uses.")
+    if experts is not None and k > experts:
+        raise GateError(
+            f"k must be at most the number of experts, {experts}; got {k}. Lower k or add experts."
+        )
+    return k
+
+
+def largest(backend: Backend, values: Array, k: int) -> tuple[Array, Array]:
+    """The k largest entries, ties to the lower index: indices (rows, k) and (rows, N) booleans."""
+    xp = backend.namespace
+    values = backend.stop_gradient(values)
+    experts = values.shape[-1]
+    columns = xp.arange(experts)[None, :]
+    if k > _PASSES:
+        order = xp.argsort(values, axis=-1, descending=True, stable=True)
+        # where each expert comes in the order is the order's own argsort
+        places = xp.argsort(order, axis=-1, stable=True)
+        return order[:, :k], places < k
+    # experts of logit -inf come after all others, but before those chosen already
+    values = xp.maximum(values, xp.full_like(values[:, :1], float(xp.finfo(values.dtype).min)))
+    found = []
+    chosen = xp.zeros_like(values, dtype=xp.bool)
+    lowest = xp.full_like(values[:, :1], -float("inf"))
+    for _ in range(k):
+        index = xp.argmax(values, axis=-1, keepdims=True)
+        here = columns == index
+        chosen = chosen | here
+        values = xp.where(here, lowest, values)
+        found.append(index)
+    return xp.concat(found, axis=-1), chosen
+
+
+def top_k_block(
+    backend: Backend, values: Array, mask: Array | None, first_row: int, how: Standardize, k: int
+) -> Array:
+    """Standardize a (rows, experts) block and keep the softmax of its k largest entries."""
+    if values.shape[0] == 0:
+        return values
+    xp = backend.namespace
+    shifted = shift(backend, values, mask, first_row, how, 1.0)
+    chosen = _chosen(xp, backend, shifted, k)
+    if shifted.usable is not None:
+        chosen = chosen & shifted.usable
+    return _softmax(backend, Shifted(shifted.values, chosen))
+
+
+def _chosen(xp: Any, backend: Backend, shifted: Shifted, k: int) -> Array:
+    values = shifted.values
+    if shifted.usable is not None:
+        values = xp.where(shifted.usable, values, xp.full_like(values, -float("inf")))
+    return largest(backend, values, k)[1]
+
+
+def top_k(logits: Array, k: int, axis: int = -1, mask: Array | None = None) -> Array:
+    """Dense coefficients with exactly k experts: softmax over the k largest logits, zero elsewhere.
+
+    Shazeer et al. 2017, eq. 3 to 5, without noise. Ties go to the lower index. A token with fewer
+    than k usable experts uses those it has.
+
+    Args:
+        logits: any shape, real floating point, as in :func:`entmax`.
+        k: experts a token, from 1 to their number.
+        axis: the axis of the experts.
+        mask: booleans that broadcast to ``logits``, true where an expert may be used.
+
+    Returns:
+        Coefficients of the logits' shape, summing to one along ``axis``.
+
+    Raises:
+        GateError: ``k`` is out of range; otherwise as in :func:`entmax`.
+
+    Example:
+        >>> import numpy as np
+        >>> top_k(np.array([0.0, 2.0, 2.0, 1.0]), k=2)
+        array([0. , 0.5, 0.5, 0. ])
+    """
+    rows = as_rows(logits, axis, mask)
+    check_k(k, rows.shape[-1])
+    return rows.restore(
+        map_rows(rows, lambda x, m, first: top_k_block(rows.backend, x, m, first, None, k))
+    )
+
+
+def top_k_indices(logits: Array, k: int) -> TopK:
+    """The same coefficients in indexed form, for layers that gather k experts a token.
+
+    Args:
+        logits: (..., experts), real floating point, with at least k usable experts a token.
+        k: experts a token, from 1 to their number.
+
+    Returns:
+        Indices and coefficients, (..., k) each, the largest logit first. Experts of logit -inf
+        have coefficient 0.
+
+    Raises:
+        GateError: as in :func:`top_k`.
+
+    Example:
+        >>> import numpy as np
+        >>> top_k_indices(np.array([0.0, 2.0, 2.0, 1.0]), k=2)
+        TopK(indices=array([1, 2]), values=array([0.5, 0.5]))
+    """
+    rows = as_rows(logits)
+    backend, xp = rows.backend, rows.backend.namespace
+    check_k(k, rows.shape[-1])
+    shape = (*rows.shape[:-1], k)
+    if rows.values.shape[0] == 0:
+        return TopK(xp.zeros(shape, dtype=xp.int64), xp.zeros(shape, dtype=rows.values.dtype))
+    shifted = shift(backend, rows.values, None, 0, None, 1.0)
+    values, usable = shifted.values, shifted.usable
+    if usable is not None:
+        values = xp.where(usable, values, xp.full_like(values, -float("inf")))
+    indices, _ = largest(backend, values, k)
+    picked = xp.take_along_axis(shifted.values, indices, axis=-1)
+    if usable is not None:
+        usable = xp.take_along_axis(usable, indices, axis=-1)
+    weights = _softmax(backend, Shifted(picked, usable))
+    return TopK(backend.reshape(indices, shape), backend.reshape(weights, shape))
+
+
+def top_k_indices_vjp(chosen: TopK, cotangent: Array, experts: int) -> Array:
+    """The gradient with respect to the logits of :func:`top_k_indices`.
+
+    Args:
+        chosen: what :func:`top_k_indices` returned.
+        cotangent: (..., k), the derivative with respect to ``chosen.values``.
+        experts: how many logits a token had.
+
+    Returns:
+        (..., experts); zero for experts that were not chosen.
+
+    Example:
+        >>> import numpy as np
+        >>> chosen = top_k_indices(np.array([0.0, 2.0, 2.0, 1.0]), k=2)
+        >>> top_k_indices_vjp(chosen, np.array([1.0, 0.0]), experts=4)
+        array([ 0.  ,  0.25, -0.25,  0.  ])
+    """
+    rows = as_rows(chosen.values)
+    backend, xp = rows.backend, rows.backend.namespace
+    if tuple(cotangent.shape) != rows.shape:
+        raise GateError(
+            f"cotangent must have the values' shape {rows.shape}; got {tuple(cotangent.shape)}. "
+            "Pass the derivative with respect to chosen.values."
+        )
+    weights = rows.values
+    cotangent = backend.reshape(cotangent, tuple(weights.shape))
+    gradient = weights * (cotangent - xp.sum(weights * cotangent, axis=-1, keepdims=True))
+    count = weights.shape[0]
+    indices = backend.reshape(chosen.indices, tuple(weights.shape))
+    flat = backend.reshape(indices + xp.arange(count)[:, None] * experts, (-1,))
+    spread = backend.scatter_add(backend.reshape(gradient, (-1,)), flat, 0, count * experts)
+    return backend.reshape(spread, (*rows.shape[:-1], experts))

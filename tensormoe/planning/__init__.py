@@ -1,0 +1,19 @@
+"""Network → path → program → cost, and from cost to ranks: all on shapes, without arrays."""
+
+from __future__ import annotations
+
+from tensormoe.planning._cost import Cost as Cost
+from tensormoe.planning._cost import StepCost as StepCost
+from tensormoe.planning._plan import Plan as Plan
+from tensormoe.planning._plan import plan_layer as plan_layer
+from tensormoe.planning._program import Operand as Operand
+from tensormoe.planning._program import Program as Program
+from tensormoe.planning._program import Step as Step
+from tensormoe.planning._regimes import Regimes as Regimes
+from tensormoe.planning._regimes import Routing as Routing
+from tensormoe.planning._regimes import plan_regimes as plan_regimes
+from tensormoe.planning._regimes import weight_program as weight_program
+from tensormoe.planning._reverse import Reverse as Reverse
+from tensormoe.planning._reverse import reverse as reverse
+from tensormoe.planning._roofline import PUBLISHED_ROOFLINES as PUBLISHED_ROOFLINES
+from tensormoe.planning._roofline import Roofline as Roofline

@@ -1,0 +1,237 @@
+"""What a program costs: counted from its steps, never measured.
+
+Conventions, tested against independent counters:
+
+- a multiply-add is 2 FLOPs; work of matrix products is kept apart from elementwise work, because
+  counters such as ``torch.utils.flop_counter`` see the first only;
+- a gather, a scatter's zeros, a view and a copy are 0 FLOPs; every step reads its operands once
+  and writes its result once;
+- memory is that of live arrays beyond the layer's input and parameters: results, intermediates,
+  coefficients, and in training what is saved for the way back and the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+
+from tensormoe.factorizations import BATCH, Leg
+from tensormoe.planning._program import Program, Role, Step
+from tensormoe.planning._reverse import Reverse
+
+__all__ = [
+    "INDEX_BYTES",
+    "Cost",
+    "StepCost",
+    "contraction_cost",
+    "batch_sizes",
+    "program_cost",
+    "program_peak",
+    "reverse_peak",
+]
+
+INDEX_BYTES = 8
+"""Size of an index: 64-bit integers, as NumPy, PyTorch and CuPy make them."""
+
+_ELEMENTWISE = frozenset({"multiply", "add"})
+_PRODUCTS = frozenset({"linear", "matmul"})
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """The work of one step.
+
+    Args:
+        label: what the step is, for tables.
+        matmul_flops: of matrix products, 2 a multiply-add.
+        elementwise_flops: of everything else.
+        bytes_read: operands.
+        bytes_written: results.
+    """
+
+    label: str
+    matmul_flops: int = 0
+    elementwise_flops: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a layer, or of a part of it, for one batch.
+
+    Args:
+        parameters: stored entries.
+        steps: the work, step by step.
+        peak_memory: bytes live at the worst moment, beyond input and parameters.
+        saved_memory: bytes of them kept from forward to backward; 0 for inference.
+    """
+
+    parameters: int
+    steps: tuple[StepCost, ...] = field(repr=False)
+    peak_memory: int
+    saved_memory: int = 0
+
+    @cached_property
+    def matmul_flops(self) -> int:
+        """FLOPs of matrix products."""
+        return sum(step.matmul_flops for step in self.steps)
+
+    @cached_property
+    def elementwise_flops(self) -> int:
+        """FLOPs of elementwise work."""
+        return sum(step.elementwise_flops for step in self.steps)
+
+    @property
+    def flops(self) -> int:
+        """All FLOPs."""
+        return self.matmul_flops + self.elementwise_flops
+
+    @cached_property
+    def bytes_read(self) -> int:
+        """Bytes that steps read."""
+        return sum(step.bytes_read for step in self.steps)
+
+    @cached_property
+    def bytes_written(self) -> int:
+        """Bytes that steps write."""
+        return sum(step.bytes_written for step in self.steps)
+
+    def then(self, other: Cost) -> Cost:
+        """This work followed by ``other``: work adds up, the larger peak stays."""
+        return replace(
+            self,
+            parameters=self.parameters + other.parameters,
+            steps=self.steps + other.steps,
+            peak_memory=max(self.peak_memory, other.peak_memory),
+            saved_memory=self.saved_memory + other.saved_memory,
+        )
+
+
+def contraction_cost(
+    label: str,
+    inputs: Sequence[Sequence[Leg]],
+    output: Sequence[Leg],
+    sizes: Mapping[Leg, int],
+    itemsize: int,
+) -> StepCost:
+    """The cost of one matrix product by its legs.
+
+    A leg of one operand alone that the result lacks is selected by the data rather than summed
+    (the expert mode of a grouped product), and does not multiply the work.
+    """
+    touched = set(output).union(*(set(legs) for legs in inputs))
+    for leg in set(touched).difference(output):
+        if sum(leg in legs for legs in inputs) == 1:
+            touched.discard(leg)
+    return StepCost(
+        label,
+        matmul_flops=2 * prod(sizes[leg] for leg in touched),
+        bytes_read=itemsize * sum(prod(sizes[leg] for leg in legs) for legs in inputs),
+        bytes_written=itemsize * prod(sizes[leg] for leg in output),
+    )
+
+
+def program_cost(
+    program: Program, sizes: Mapping[Leg, int], itemsize: int = 4, prefix: str = ""
+) -> tuple[StepCost, ...]:
+    """The cost of every step of a program.
+
+    Args:
+        program: what is run.
+        sizes: the size of every leg, the batch included; may be another layer's of like structure.
+        itemsize: bytes an entry.
+        prefix: put before every label.
+    """
+    return tuple(_step_cost(program, step, sizes, itemsize, prefix) for step in program.steps)
+
+
+def _step_cost(
+    program: Program, step: Step, sizes: Mapping[Leg, int], itemsize: int, prefix: str
+) -> StepCost:
+    label = f"{prefix}{step.kind} {step}"
+    count = len(program.operands)
+    roles: list[Role] = [
+        program.operands[slot].role if slot < count else "data" for slot in step.inputs
+    ]
+    if step.kind in _PRODUCTS:
+        return contraction_cost(label, step.input_legs, step.legs, sizes, itemsize)
+    volumes = [prod(sizes[leg] for leg in legs) for legs in step.input_legs]
+    written = prod(sizes[leg] for leg in step.legs)
+    if step.kind == "gather":
+        # only the rows that are picked are touched
+        volumes[0] = written
+    read = sum(
+        volume * (INDEX_BYTES if role == "indices" else itemsize)
+        for volume, role in zip(volumes, roles, strict=True)
+    )
+    work = {"reduce": volumes[0], "scatter": volumes[0]}.get(step.kind, 0)
+    work = written if step.kind in _ELEMENTWISE else work
+    return StepCost(label, 0, work, read, itemsize * written)
+
+
+def program_peak(
+    program: Program,
+    sizes: Mapping[Leg, int],
+    itemsize: int = 4,
+    *,
+    owned: Iterable[int] = (),
+    kept: Collection[int] = (),
+) -> tuple[int, int]:
+    """Bytes live at the worst moment of a program, and at its end.
+
+    Args:
+        program: what is run.
+        sizes: the size of every leg, the batch included.
+        itemsize: bytes an entry.
+        owned: operands that count as live until their last use; the others belong to the caller.
+        kept: slots that stay live to the end, for a reverse program.
+    """
+    legs = program.legs
+    live = {slot: itemsize * prod(sizes[leg] for leg in legs[slot]) for slot in owned}
+    now = peak = sum(live.values())
+    count = len(program.operands)
+    for step in program.steps:
+        size = itemsize * prod(sizes[leg] for leg in step.legs)
+        source = step.inputs[0]
+        if _in_place(step, count, kept):
+            live[step.output] = live.pop(source)
+        elif step.kind != "expand":
+            live[step.output] = size
+            now += size
+        peak = max(peak, now)
+        for slot in step.free:
+            if slot not in kept:
+                now -= live.pop(slot, 0)
+    return peak, now
+
+
+def _in_place(step: Step, count: int, kept: Collection[int]) -> bool:
+    """Whether a step's result takes the place of its first operand, as the executor does it."""
+    source = step.inputs[0]
+    return step.kind == "add" and source >= count and source in step.free and source not in kept
+
+
+def reverse_peak(
+    reverse: Reverse, program: Program, sizes: Mapping[Leg, int], itemsize: int = 4
+) -> tuple[int, int]:
+    """Bytes of saved intermediates, and bytes live at the worst moment of the way back.
+
+    Saved slots stay live throughout; gradients count as they are made. Operands of the forward
+    program are not counted: the caller holds them.
+    """
+    legs = program.legs
+    saved = sum(
+        itemsize * prod(sizes[leg] for leg in legs[slot])
+        for slot in reverse.saved
+        if slot >= len(program.operands)
+    )
+    peak, _ = program_peak(reverse.program, sizes, itemsize)
+    return saved, saved + peak
+
+
+def batch_sizes(program: Program, batch: int) -> dict[Leg, int]:
+    """The sizes of a program's legs for a batch."""
+    return {**program.sizes, BATCH: batch}

@@ -1,0 +1,164 @@
+"""A plan: the path chosen for a batch, lowered, with its cost and a report to read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from tensormoe._spec import LayerSpec
+from tensormoe._validation import positive_int
+from tensormoe.errors import PlanError
+from tensormoe.gates import Gate
+from tensormoe.planning._cost import Cost
+from tensormoe.planning._describe import describe_plan
+from tensormoe.planning._layer_cost import layer_cost
+from tensormoe.planning._program import Program
+from tensormoe.planning._regimes import Regimes, Routing, plan_regimes
+
+__all__ = ["Plan", "plan_layer"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a layer runs at one batch size.
+
+    Args:
+        spec: the layer.
+        routing: what its data operands look like.
+        batch: number of inputs planned for.
+        program: what runs; shared by all batches of the regime.
+        first_batch: the smallest batch of the regime.
+        last_batch: the largest, or None if it has no end.
+        chunk: inputs that run at a time; smaller than ``batch`` only under a memory limit.
+        prepared: whether weight-only steps have run beforehand and cost nothing.
+    """
+
+    spec: LayerSpec
+    routing: Routing
+    batch: int
+    program: Program
+    first_batch: int
+    last_batch: int | None
+    chunk: int
+    prepared: bool = False
+
+    def cost(
+        self,
+        gate: Gate | str | None = None,
+        *,
+        training: bool = False,
+        itemsize: int = 4,
+        row_block_bytes: int | None = None,
+    ) -> Cost:
+        """What one call costs.
+
+        Args:
+            gate: counted along if given.
+            training: forward and backward with all gradients, instead of forward alone.
+            itemsize: bytes an entry: 4 for float32.
+            row_block_bytes: the backend's, for the temporaries of the gate.
+        """
+        gate = None if gate is None else Gate.parse(gate)
+        program = self.program.split()[1] if self.prepared else self.program
+
+        def of(batch: int) -> Cost:
+            return layer_cost(
+                program,
+                self.spec.num_parameters,
+                self.spec.in_features,
+                self.spec.experts,
+                batch,
+                gate=gate,
+                training=training,
+                itemsize=itemsize,
+                row_block_bytes=row_block_bytes,
+            )
+
+        if self.chunk >= self.batch:
+            return of(self.batch)
+        return _chunked(of, self.batch, self.chunk, itemsize * self.spec.out_features)
+
+    def describe(self, gate: Gate | str | None = None, *, itemsize: int = 4) -> str:
+        """The plan as text: equation, steps, FLOPs, bytes, memory, and the dense equivalent.
+
+        >>> from tensormoe import CP, LayerSpec
+        >>> print(LayerSpec(6, 5, experts=4, factorization=CP(rank=3)).plan(32).describe())
+        ... # doctest: +ELLIPSIS
+        CP(rank=3): 4 experts of 6 → 5, with bias
+        y[b o] = coefficients_0[b n0] · x[b i] · expert_0[n0 r] · input[i r] · output[o r], ...
+        """
+        return describe_plan(self, self.cost(gate, itemsize=itemsize), itemsize)
+
+
+def _chunked(of: object, batch: int, chunk: int, row: int) -> Cost:
+    """The cost of a batch cut into chunks: results so far, one chunk at work, one final join."""
+    assert callable(of)
+    whole, rest = divmod(batch, chunk)
+    one: Cost = of(chunk)
+    total = replace(one, steps=one.steps * whole)
+    if rest:
+        total = total.then(replace(of(rest), parameters=0))
+    waiting = row * (batch - chunk)
+    return replace(total, peak_memory=max(waiting + one.peak_memory, 2 * row * batch))
+
+
+@lru_cache(maxsize=4096)
+def plan_layer(
+    spec: LayerSpec,
+    batch: int,
+    routing: Routing = Routing(),
+    *,
+    prepared: bool = False,
+    memory_limit: int | None = None,
+    gate: Gate | None = None,
+    itemsize: int = 4,
+    row_block_bytes: int | None = None,
+) -> Plan:
+    """The plan of a layer for a batch; the answer is cached.
+
+    Args:
+        spec: the layer.
+        batch: number of inputs; 0 is planned like 1.
+        routing: what the data operands look like.
+        prepared: plan for weight-only steps that have run beforehand.
+        memory_limit: bytes that a forward call may take beyond input and parameters; the batch
+            is cut into chunks that keep to it.
+        gate: counted against the limit if given.
+        itemsize: bytes an entry.
+        row_block_bytes: the backend's, for the temporaries of the gate.
+
+    Raises:
+        PlanError: a batch that is no size, or a limit that not even single inputs keep to; the
+            message names the smallest feasible one.
+    """
+    if batch != 0:
+        batch = positive_int(batch, "batch", PlanError)
+    regimes: Regimes = plan_regimes(spec, routing)
+    index = len(regimes.starts) - 1 if prepared else regimes.index(batch)
+    last = regimes.starts[index + 1] - 1 if index + 1 < len(regimes.starts) else None
+    first = 1 if prepared else max(regimes.starts[index], 1)
+    program = regimes.programs[index]
+    plan = Plan(spec, routing, batch, program, first, last, max(batch, 1), prepared)
+    if memory_limit is None:
+        return plan
+    limit = positive_int(memory_limit, "memory_limit", PlanError)
+
+    def peak(chunk: int) -> int:
+        cut = replace(plan, chunk=chunk)
+        return cut.cost(gate, itemsize=itemsize, row_block_bytes=row_block_bytes).peak_memory
+
+    if peak(max(batch, 1)) <= limit:
+        return plan
+    least = min(peak(1), peak(max(batch, 1)))
+    if peak(1) > limit:
+        raise PlanError(
+            f"memory_limit must be at least {least} bytes for {batch} inputs of {spec}; got "
+            f"{limit}. Raise the limit or call with fewer inputs."
+        )
+    low, high = 1, batch
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if peak(middle) <= limit else (low, middle)
+    return replace(plan, chunk=low)
+
+

@@ -1,0 +1,173 @@
+"""A program: the frozen list of two-operand steps that a plan was lowered to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+from tensormoe.factorizations import BATCH, Leg
+
+__all__ = ["IDENTITY", "Kind", "Operand", "Program", "Role", "Step", "View"]
+
+Kind = Literal["linear", "matmul", "multiply", "add", "gather", "scatter", "reduce", "expand", "permute"]
+"""What a step does.
+
+``linear`` is one matrix product of an operand over the batch with one that is not; ``matmul`` any
+other, batched or between weights; ``multiply`` and ``add`` are elementwise with broadcasting;
+``gather`` picks rows by index and ``scatter`` is its transpose; ``reduce`` sums legs away and
+``expand`` is its transpose; ``permute`` is a copy into another leg order.
+"""
+
+Role = Literal["factor", "data", "indices"]
+"""What an operand is: a weight, a dense array over the batch, or integer indices."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """An array that a program takes."""
+
+    name: str
+    legs: tuple[Leg, ...]
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How a step looks at an operand: a reshape, then an axis order; None where nothing changes."""
+
+    shape: tuple[int, ...] | None = None
+    axes: tuple[int, ...] | None = None
+
+
+IDENTITY = View()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One operation on one or two slots, its leg orders fixed.
+
+    Args:
+        kind: the operation.
+        inputs: slots of its operands.
+        output: slot of its result.
+        input_legs: legs of each operand, in storage order.
+        legs: legs of the result, in storage order.
+        views: how each operand is looked at before the operation.
+        shape: reshape of the result, if any; -1 stands for the batch.
+        axis: first axis of the legs that gather or scatter works on.
+        free: slots that no later step needs.
+    """
+
+    kind: Kind
+    inputs: tuple[int, ...]
+    output: int
+    input_legs: tuple[tuple[Leg, ...], ...]
+    legs: tuple[Leg, ...]
+    views: tuple[View, ...] = (IDENTITY, IDENTITY)
+    shape: tuple[int, ...] | None = None
+    axis: int = 0
+    free: tuple[int, ...] = ()
+
+    @property
+    def batched(self) -> bool:
+        """Whether the work grows with the batch."""
+        return any(BATCH in legs for legs in (self.legs, *self.input_legs))
+
+    def __str__(self) -> str:
+        operands = " × ".join("(" + " ".join(legs) + ")" for legs in self.input_legs)
+        return f"{operands} → ({' '.join(self.legs)})"
+
+
+@dataclass(frozen=True)
+class Program:
+    """Steps in single-assignment form, valid for every batch size of a regime.
+
+    Slot k is operand k for the first operands and the result of a step after that.
+
+    Args:
+        operands: the arrays it takes, in slot order.
+        steps: what it does, in order.
+        outputs: slots of its results.
+        size_items: pairs (leg, size), one for every leg but the batch.
+    """
+
+    operands: tuple[Operand, ...]
+    steps: tuple[Step, ...]
+    outputs: tuple[int, ...]
+    size_items: tuple[tuple[Leg, int], ...] = field(repr=False)
+
+    @cached_property
+    def sizes(self) -> Mapping[Leg, int]:
+        """The size of every leg but the batch."""
+        return dict(self.size_items)
+
+    @cached_property
+    def legs(self) -> Mapping[int, tuple[Leg, ...]]:
+        """The legs of every slot, in storage order."""
+        listed = {slot: operand.legs for slot, operand in enumerate(self.operands)}
+        return listed | {step.output: step.legs for step in self.steps}
+
+    def with_liveness(self) -> Program:
+        """The same program with every slot freed after its last use."""
+        last = {slot: index for index, step in enumerate(self.steps) for slot in step.inputs}
+        kept = set(self.outputs)
+        ends: dict[int, list[int]] = {}
+        for slot, index in last.items():
+            if slot not in kept:
+                ends.setdefault(index, []).append(slot)
+        steps = tuple(
+            replace(step, free=tuple(sorted(ends.get(index, ()))))
+            for index, step in enumerate(self.steps)
+        )
+        return replace(self, steps=steps)
+
+    def split(self) -> tuple[Program, Program]:
+        """The weight-only steps, and the rest as a program that takes their results.
+
+        The first program's outputs are, in order, the operands that the second takes beyond the
+        data; factors that the rest uses as they are pass through.
+        """
+        weights = {k for k, operand in enumerate(self.operands) if operand.role == "factor"}
+        hoisted, rest = [], []
+        for step in self.steps:
+            if all(slot in weights for slot in step.inputs):
+                weights.add(step.output)
+                hoisted.append(step)
+            else:
+                rest.append(step)
+        needed = {slot for step in rest for slot in step.inputs} | set(self.outputs)
+        cached = sorted(slot for slot in weights if slot in needed)
+        data = [k for k, operand in enumerate(self.operands) if operand.role != "factor"]
+        sources = [k for k, operand in enumerate(self.operands) if operand.role == "factor"]
+        names = {k: operand.name for k, operand in enumerate(self.operands)}
+        operands = [self.operands[k] for k in data]
+        operands += [
+            Operand(names.get(slot, f"prepared_{slot}"), self.legs[slot], "factor")
+            for slot in cached
+        ]
+        first = Program(
+            tuple(self.operands[k] for k in sources), tuple(hoisted), tuple(cached), self.size_items
+        )
+        second = Program(tuple(operands), tuple(rest), self.outputs, self.size_items)
+        return (
+            _renumber(first, sources).with_liveness(),
+            _renumber(second, [*data, *cached]).with_liveness(),
+        )
+
+
+def _renumber(program: Program, inputs: list[int]) -> Program:
+    """``program`` with ``inputs`` as its first slots and its steps' results after them."""
+    order = [*inputs, *(step.output for step in program.steps)]
+    place = {slot: k for k, slot in enumerate(order)}
+    steps = tuple(
+        replace(
+            step,
+            inputs=tuple(place[slot] for slot in step.inputs),
+            output=place[step.output],
+            free=(),
+        )
+        for step in program.steps
+    )
+    return replace(program, steps=steps, outputs=tuple(place[slot] for slot in program.outputs))

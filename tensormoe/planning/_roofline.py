@@ -1,0 +1,98 @@
+"""From cost to predicted time: each step at the speed of what limits it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any
+
+from tensormoe.errors import PlanError
+from tensormoe.planning._cost import Cost
+
+__all__ = ["PUBLISHED_ROOFLINES", "Roofline"]
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """A device in four numbers (Williams et al. 2009, extended by a cost per operation).
+
+    Args:
+        name: of the device.
+        matmul_rate: FLOP/s of large matrix products.
+        elementwise_rate: FLOP/s of elementwise work on data in cache.
+        bandwidth: bytes/s between memory and the processor.
+        overhead: seconds that starting one operation takes.
+
+    Raises:
+        PlanError: a number is not positive.
+
+    >>> from tensormoe import CP, LayerSpec
+    >>> spec = LayerSpec(768, 768, experts=512, factorization=CP(rank=256))
+    >>> 1e-6 < PUBLISHED_ROOFLINES["a100"].time(spec.cost(1024)) < 1e-3
+    True
+    """
+
+    name: str
+    matmul_rate: float
+    elementwise_rate: float
+    bandwidth: float
+    overhead: float
+
+    def __post_init__(self) -> None:
+        for key in ("matmul_rate", "elementwise_rate", "bandwidth", "overhead"):
+            value = getattr(self, key)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 < value < float("inf"):
+                raise PlanError(f"{key} of a roofline must be a positive number; got {value!r}.")
+
+    def time(self, cost: Cost) -> float:
+        """Predicted seconds: for every step the slowest of arithmetic and memory, and overhead."""
+        total = 0.0
+        for step in cost.steps:
+            arithmetic = step.matmul_flops / self.matmul_rate
+            arithmetic += step.elementwise_flops / self.elementwise_rate
+            memory = (step.bytes_read + step.bytes_written) / self.bandwidth
+            total += max(arithmetic, memory) + self.overhead
+        return total
+
+    def to_dict(self) -> dict[str, Any]:
+        """The profile in plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Roofline:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            PlanError: a value is missing, unknown or not a positive number.
+        """
+        expected = set(cls.__dataclass_fields__)
+        if not isinstance(values, Mapping) or set(values) != expected:
+            found = sorted(values) if isinstance(values, Mapping) else values
+            raise PlanError(f"a roofline must have exactly {sorted(expected)}; got {found!r}.")
+        return cls(**values)
+
+
+def _published(name: str, matmul: float, elementwise: float, bandwidth: float) -> Roofline:
+    # starting a kernel takes a few microseconds on every current GPU
+    return Roofline(name, matmul * 1e12, elementwise * 1e12, bandwidth * 1e9, 5e-6)
+
+
+PUBLISHED_ROOFLINES: Mapping[str, Roofline] = MappingProxyType(
+    {
+        # peak dense TFLOP/s of matrix units in TF32 (float32 in and out), of float32 vector
+        # units, and memory bandwidth in GB/s, from the makers' data sheets; T4 and the
+        # workstation cards without TF32 figures use float32 throughout
+        "t4": _published("t4", 8.1, 8.1, 320),
+        "v100": _published("v100", 15.7, 15.7, 900),
+        "a100": _published("a100", 156.0, 19.5, 2039),
+        "l4": _published("l4", 60.0, 30.3, 300),
+        "h100": _published("h100", 494.0, 67.0, 3350),
+        "h200": _published("h200", 494.0, 67.0, 4800),
+        # one current server core pair: what a laptop or a CI machine has
+        "cpu": Roofline("cpu", 1.5e11, 4e9, 2e10, 2e-6),
+    }
+)
+"""Peaks that makers publish, by device; ``cpu`` is a rough two-core machine. Measure your own with
+``tensormoe calibrate``."""

@@ -1,0 +1,103 @@
+"""What `import tensormoe` loads and costs, and that the public surface is what it says."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = (ROOT / "tensormoe", ROOT / "backends")
+HEAVY = ("cupy", "jax", "jaxlib", "matplotlib", "numpy", "opt_einsum", "rich", "scipy", "torch")
+
+IMPORT_AND_MEASURE = """
+import json, sys, time
+before = set(sys.modules)
+start = time.perf_counter()
+import tensormoe
+seconds = time.perf_counter() - start
+json.dump({"seconds": seconds, "modules": sorted(set(sys.modules) - before)}, sys.stdout)
+"""
+
+
+def run_python(code: str) -> str:
+    """Standard output of ``code`` in a new interpreter that turns warnings into errors."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "backends")])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return done.stdout
+
+
+def public_modules() -> list[str]:
+    names = []
+    for source in (SOURCES[0], *sorted(SOURCES[1].glob("tensormoe_*"))):
+        for path in sorted(source.rglob("*.py")):
+            parts = path.relative_to(source.parent).with_suffix("").parts
+            parts = parts[:-1] if parts[-1] == "__init__" else parts
+            if not any(part.startswith("_") for part in parts):
+                names.append(".".join(parts))
+    return names
+
+
+def load(name: str) -> ModuleType:
+    """The module, or a skip where it needs a library that isn't installed."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in {"tensormoe", name.partition(".")[0]}:
+            raise
+        pytest.skip(f"{name} needs {error.name}, which is not installed")
+
+
+def test_import_loads_no_array_library() -> None:
+    modules = json.loads(run_python(IMPORT_AND_MEASURE))["modules"]
+    assert not {name.partition(".")[0] for name in modules}.intersection(HEAVY)
+
+
+def test_import_takes_less_than_a_tenth_of_a_second() -> None:
+    # The fastest of five: the others measure what else the machine is doing.
+    seconds = [json.loads(run_python(IMPORT_AND_MEASURE))["seconds"] for _ in range(5)]
+    assert min(seconds) < 0.1, seconds
+
+
+@pytest.mark.parametrize("name", public_modules())
+def test_public_names_resolve_and_are_documented(name: str) -> None:
+    module = load(name)
+    assert module.__doc__, f"{name} has no docstring"
+    names = getattr(module, "__all__", None)
+    assert names is not None, f"{name} is public and has no __all__"
+    assert len(set(names)) == len(names)
+    for public in names:
+        value = getattr(module, public)
+        if callable(value):
+            assert value.__doc__, f"{name}.{public} has no docstring"
+
+
+def test_backends_is_never_imported_as_a_package() -> None:
+    found = []
+    for folder in (*SOURCES, ROOT / "tests", ROOT / "examples", ROOT / "benchmarks"):
+        for path in folder.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                modules = (
+                    [alias.name for alias in node.names]
+                    if isinstance(node, ast.Import)
+                    else [node.module or ""]
+                    if isinstance(node, ast.ImportFrom) and not node.level
+                    else []
+                )
+                if any(module.partition(".")[0] == "backends" for module in modules):
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not found

@@ -1,0 +1,48 @@
+"""Planning works where no array library can be imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PLAN = """
+import sys
+
+for name in ("cupy", "jax", "jaxlib", "numpy", "scipy", "torch"):
+    sys.modules[name] = None  # importing it now fails as if it weren't installed
+
+from tensormoe import CP, Dense, Hadamard, LayerSpec, TensorRing, TensorTrain, Tucker
+
+spec = LayerSpec(16, 12, experts=(6, 5), factorization={factorization})
+spec.cost(32)
+print(spec.plan(32).describe())
+"""
+
+
+@pytest.mark.parametrize(
+    "factorization",
+    [
+        "CP(rank=4)",
+        "TensorRing(rank=(2, 3, 4, 5))",
+        "TensorTrain(rank=(2, 3, 4))",
+        "Tucker(rank=(2, 3, 4, 5))",
+        "Hadamard()",
+        "Dense()",
+    ],
+)
+def test_plans_and_costs_need_no_array_library(factorization: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PLAN.format(factorization=factorization)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
