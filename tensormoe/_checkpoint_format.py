@@ -220,7 +220,10 @@ def brief(value: Any) -> str:
     """``repr`` of a value that may be huge or nested without end."""
     shortener = reprlib.Repr()
     shortener.maxstring = shortener.maxother = 80
-    return shortener.repr(value)
+    try:
+        return shortener.repr(value)
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        return f"an {type(value).__name__} too long to print"
 
 
 def _parse_version(text: str | None) -> int:

@@ -1,4 +1,25 @@
-"""tensormoe on NumPy: the adapter and the layers."""
+"""tensormoe on NumPy: layers that run, train and save with nothing but NumPy."""
 
+from __future__ import annotations
+
+from tensormoe_numpy._activations import ACTIVATIONS as ACTIVATIONS
+from tensormoe_numpy._adam import Adam as Adam
 from tensormoe_numpy._adapter import BACKEND as BACKEND
 from tensormoe_numpy._adapter import NumpyBackend as NumpyBackend
+from tensormoe_numpy._layer import Gradients as Gradients
+from tensormoe_numpy._layer import MuMoE as MuMoE
+from tensormoe_numpy._layer import MuMoEEmbedding as MuMoEEmbedding
+from tensormoe_numpy._layer import Prepared as Prepared
+from tensormoe_numpy._mlp import MuMoEMLP as MuMoEMLP
+
+__all__ = [
+    "ACTIVATIONS",
+    "BACKEND",
+    "Adam",
+    "Gradients",
+    "MuMoE",
+    "MuMoEEmbedding",
+    "MuMoEMLP",
+    "NumpyBackend",
+    "Prepared",
+]

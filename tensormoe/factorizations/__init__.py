@@ -17,6 +17,7 @@ from tensormoe.factorizations._base import Factorization as Factorization
 from tensormoe.factorizations._cp import CP as CP
 from tensormoe.factorizations._dense import Dense as Dense
 from tensormoe.factorizations._hadamard import Hadamard as Hadamard
+from tensormoe.factorizations._initialization import Draw as Draw
 from tensormoe.factorizations._initialization import Initializer as Initializer
 from tensormoe.factorizations._initialization import draw_factor as draw_factor
 from tensormoe.factorizations._named import FACTORIZATIONS as FACTORIZATIONS
@@ -42,6 +43,7 @@ __all__ = [
     "INPUT",
     "OUTPUT",
     "Dense",
+    "Draw",
     "Factor",
     "Factorization",
     "Hadamard",

@@ -89,9 +89,20 @@ class Network:
         It is the smallest product of leg sizes that separates the two sets of open legs (a
         minimum cut). Open legs in neither set are held at one index.
         """
-        structure = tuple(factor.legs for factor in self.factors)
-        cuts = _minimal_cuts(structure, frozenset(rows), frozenset(columns))
+        cuts = self.minimal_cuts(rows, columns)
         return min(prod(self.sizes[leg] for leg in cut) for cut in cuts)
+
+    def minimal_cuts(
+        self, rows: Iterable[Leg], columns: Iterable[Leg]
+    ) -> tuple[tuple[Leg, ...], ...]:
+        """The sets of legs that separate the open legs ``rows`` from ``columns``.
+
+        They depend on the structure alone: the products of their sizes are the terms of the closed
+        form min(∏, ∏, …) of :meth:`generic_rank`, for any sizes. Sets that contain another of
+        them are left out.
+        """
+        structure = tuple(factor.legs for factor in self.factors)
+        return _minimal_cuts(structure, frozenset(rows), frozenset(columns))
 
 
 @lru_cache(maxsize=256)

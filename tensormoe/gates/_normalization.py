@@ -220,7 +220,7 @@ def batch_moments(rows: Rows) -> tuple[Array, Array, Array]:
     # the plain sum shows whether anything is infinite, if it may be looked at
     plain = backend.eager and rows.mask is None
     if plain:
-        tops = xp.max(xp.abs(rows.values), axis=-1)
+        tops = xp.max(xp.abs(backend.stop_gradient(rows.values)), axis=-1)
         plain = all_finite(xp, tops)
     if plain:
         count = xp.full_like(rows.values[:1, :], float(rows.values.shape[0]))

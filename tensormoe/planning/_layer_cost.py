@@ -155,7 +155,10 @@ def layer_cost(
             itemsize * _volume(back.program, slot, back_sizes) for slot in back.program.outputs
         )
         own = itemsize * gate_parameters(gate, in_features, experts)
-        last = width * batch * experts[-1] + itemsize * batch * in_features
+        rows = width * batch * in_features
+        last = max(
+            width * batch * count + rows * (1 + (level > 0)) for level, count in enumerate(experts)
+        )
         after = saved + gradients + own + last
     peak = max(peak_gate, held + forward, held + result + max(backward, after))
     return Cost(parameters, steps, peak, saved + held)

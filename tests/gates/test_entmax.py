@@ -105,6 +105,13 @@ def test_equal_logits_share_equally(alpha, dtype):
         np.testing.assert_allclose(got, 1 / experts, rtol=40 * np.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("alpha", [1.02, 1.1, 1.8, 3.0, 5.0])
+def test_rows_sum_to_one_in_float32(alpha):
+    x = np.random.default_rng(0).standard_normal((20, 5000)).astype(np.float32)
+    sums = entmax(x, alpha).astype(np.float64).sum(axis=-1)
+    np.testing.assert_allclose(sums, 1, atol=5e-7)
+
+
 def test_alpha_near_one_tends_to_softmax():
     x = np.random.default_rng(0).standard_normal((4, 50)).astype(np.float32)
     np.testing.assert_allclose(entmax(x, 1 + 1e-6), softmax(x), rtol=2e-5)

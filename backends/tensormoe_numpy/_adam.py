@@ -1,0 +1,81 @@
+"""A small optimizer, so that a layer can be trained with nothing but NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import sqrt
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tensormoe.errors import ShapeError, SpecError
+
+__all__ = ["Adam"]
+
+NDArray = npt.NDArray[Any]
+
+
+class Adam:
+    """Adam (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019).
+
+    Args:
+        parameters: arrays by name, updated in place.
+        lr: learning rate; may be set between steps.
+        betas: decay of the running mean and of the running square.
+        eps: added to the root of the running square.
+        weight_decay: share of a parameter, times ``lr``, taken off at each step.
+
+    Raises:
+        SpecError: a number outside its range.
+
+    >>> import numpy as np
+    >>> weight = {"w": np.array([1.0])}
+    >>> adam = Adam(weight, lr=0.1)
+    >>> adam.step({"w": np.array([5.0])})
+    >>> weight["w"].round(6)
+    array([0.9])
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, NDArray],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if not all(0.0 <= beta < 1.0 for beta in betas) or len(betas) != 2:
+            raise SpecError(f"betas must be two numbers in [0, 1); got {betas!r}.")
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not 0.0 <= value < float("inf"):
+                raise SpecError(f"{name} must be a number of at least 0; got {value!r}.")
+        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        self._parameters = dict(parameters)
+        self._means = {name: np.zeros_like(value) for name, value in parameters.items()}
+        self._squares = {name: np.zeros_like(value) for name, value in parameters.items()}
+        self._steps = 0
+
+    def step(self, gradients: Mapping[str, NDArray]) -> None:
+        """Move every parameter against its gradient.
+
+        Raises:
+            ShapeError: a gradient is missing or has another shape than its parameter.
+        """
+        for name, value in self._parameters.items():
+            if name not in gradients or gradients[name].shape != value.shape:
+                found = gradients[name].shape if name in gradients else "none"
+                raise ShapeError(
+                    f"the gradient of {name} must have shape {value.shape}; got {found}."
+                )
+        self._steps += 1
+        first, second = self.betas
+        scale = self.lr / (1.0 - first**self._steps)
+        root = 1.0 / sqrt(1.0 - second**self._steps)
+        for name, value in self._parameters.items():
+            gradient, mean, square = gradients[name], self._means[name], self._squares[name]
+            mean += (1.0 - first) * (gradient - mean)
+            square += (1.0 - second) * (gradient * gradient - square)
+            if self.weight_decay:
+                value *= 1.0 - self.lr * self.weight_decay
+            value -= scale * mean / (np.sqrt(square) * root + self.eps)

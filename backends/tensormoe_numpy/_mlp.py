@@ -1,0 +1,243 @@
+"""The two-layer block: experts, activation, experts, with one gate for both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from os import PathLike
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from tensormoe._validation import choice
+from tensormoe.backend import Backend
+from tensormoe.checkpoint import save_checkpoint
+from tensormoe.errors import SpecError
+from tensormoe.factorizations import Factorization
+from tensormoe.functional import BlockConfig
+from tensormoe.gates import Gate
+from tensormoe.planning import Budget, Cost
+from tensormoe_numpy._activations import ACTIVATIONS, activation
+from tensormoe_numpy._adapter import BACKEND
+from tensormoe_numpy._layer import Given, Gradients, MuMoE, check_cotangent, read_block
+
+__all__ = ["MuMoEMLP"]
+
+NDArray = npt.NDArray[Any]
+
+
+class MuMoEMLP:
+    """A μMoE block in place of an MLP (Oldfield et al. 2024, section 3): two mixtures, one gate.
+
+    The coefficients are computed once, from the block's input, and mix the experts of both layers.
+    Argument names are those that vision codebases give their MLPs.
+
+    Args:
+        in_features: size of an input.
+        hidden_features: size between the layers; ``in_features`` by default.
+        out_features: size of an output; ``in_features`` by default.
+        act_layer: name of the activation between: "gelu", "gelu_tanh", "relu", "silu" or "tanh".
+        bias: whether every expert has a bias.
+        drop: share of entries dropped, in training, behind the activation and the second layer.
+        experts: N, or one size a level of hierarchy.
+        factorization: a value used for both layers, a pair of one a layer, or a name.
+        rank: bond sizes of both layers, with a name.
+        budget: what each rank may cost instead; by default every layer gets the parameters of the
+            linear layer that it replaces.
+        gate: how inputs become coefficients, or None for a block that is always given them.
+        init: ``"variance"`` or ``"paper"``.
+        dtype: ``"float16"``, ``"float32"`` or ``"float64"``.
+        seed: of the first values and of dropped entries; a NumPy generator is drawn from.
+
+    Attributes:
+        parameters: the trainable arrays by canonical name: ``first.…``, ``second.…``, ``gate.…``.
+        buffers: batch norm's running statistics, empty for other gates.
+
+    Raises:
+        SpecError, RankError, BudgetError: as :class:`MuMoE`.
+
+    >>> import numpy as np
+    >>> block = MuMoEMLP(32, 64, experts=16, factorization="tensor_ring", rank=(2, 2, 8), seed=0)
+    >>> block(np.ones((5, 32), dtype="float32")).shape
+    (5, 32)
+    """
+
+    backend: ClassVar[Backend] = BACKEND
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: str = "gelu",
+        bias: bool = True,
+        drop: float = 0.0,
+        *,
+        experts: int | tuple[int, ...],
+        factorization: str | Factorization | tuple[Factorization, Factorization] = "cp",
+        rank: int | tuple[int, ...] | None = None,
+        budget: Budget | int | str | None = None,
+        gate: Gate | str | None = "entmax",
+        init: str = "variance",
+        dtype: npt.DTypeLike = "float32",
+        seed: int | np.random.Generator | None = None,
+    ) -> None:
+        if isinstance(drop, bool) or not isinstance(drop, (int, float)) or not 0.0 <= drop < 1.0:
+            raise SpecError(f"drop must be in [0, 1); got {drop!r}. Give the share to drop.")
+        hidden = in_features if hidden_features is None else hidden_features
+        out = in_features if out_features is None else out_features
+        pair = factorization if isinstance(factorization, tuple) else (factorization,) * 2
+        if len(pair) != 2:
+            raise SpecError(
+                f"factorization must be one, or one a layer; got {len(pair)}: {factorization!r}."
+            )
+        act = choice(act_layer, ACTIVATIONS, "act_layer", SpecError)
+        generator = np.random.default_rng(seed)
+        shared: dict[str, Any] = {
+            "rank": rank,
+            "budget": budget,
+            "bias": bias,
+            "init": init,
+            "dtype": dtype,
+            "seed": generator,
+        }
+        self.first = MuMoE(in_features, hidden, experts, pair[0], gate=gate, **shared)
+        self.second = MuMoE(hidden, out, experts, pair[1], gate=None, **shared)
+        self.config = BlockConfig(self.first.config, self.second.config, act, float(drop))
+        self._generator = generator
+
+    def __repr__(self) -> str:
+        first, second = self.first.spec, self.second.spec
+        experts = first.experts[0] if first.levels == 1 else first.experts
+        return (
+            f"MuMoEMLP({first.in_features}, {first.out_features}, {second.out_features}, "
+            f"act_layer={self.config.act_layer!r}, bias={first.bias}, drop={self.config.drop}, "
+            f"experts={experts}, factorization={(first.factorization, second.factorization)!r}, "
+            f"gate={self.first.gate!r}, dtype={self.dtype.name!r})"
+        )
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of the parameters; inputs must have it."""
+        return self.first.dtype
+
+    @property
+    def parameters(self) -> dict[str, NDArray]:
+        """The trainable arrays by canonical name; update them in place."""
+        return self._named(self.first.parameters, self.second.parameters)
+
+    @property
+    def buffers(self) -> dict[str, NDArray]:
+        """Batch norm's running statistics by canonical name."""
+        return self.first.buffers
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable entries, the gate's included."""
+        return self.first.num_parameters + self.second.num_parameters
+
+    def cost(self, batch: int, *, training: bool = False) -> Cost:
+        """What one call costs for ``batch`` inputs; the activation between is not counted."""
+        first = self.first.cost(batch, training=training)
+        return first.then(self.second.cost(batch, training=training))
+
+    def coefficients(self, x: NDArray) -> tuple[NDArray, ...]:
+        """The coefficients (..., N_e) a level that both layers share."""
+        return self.first.coefficients(x)
+
+    def __call__(self, x: NDArray, coefficients: Given | None = None) -> NDArray:
+        """Run the block: (..., in) → (..., out); nothing is dropped.
+
+        Args:
+            x: (..., in), in the block's dtype.
+            coefficients: ready-made ones for both layers; the gate makes them otherwise.
+        """
+        given = self.first.coefficients(x) if coefficients is None else coefficients
+        middle = activation(self.config.act_layer)[0](self.first(x, given))
+        return self.second(middle, given)
+
+    def vjp(
+        self, x: NDArray, coefficients: Given | None = None, *, training: bool = True
+    ) -> tuple[NDArray, Callable[[NDArray], Gradients]]:
+        """Run the block and return its output with the way back, as :meth:`MuMoE.vjp`.
+
+        Args:
+            x: (..., in), in the block's dtype.
+            coefficients: ready-made ones for both layers; the gate makes them otherwise.
+            training: whether entries are dropped and batch norm uses the batch's own statistics.
+        """
+        own = coefficients is None
+        if own:
+            given, pull_gate = self.first.route_vjp(x, training=training)
+        else:
+            given = coefficients
+        function, slope = activation(self.config.act_layer)
+        before, pull_first = self.first.vjp(x, given)
+        keep = self._keep(before.shape, training)
+        after = function(before) * keep
+        result, pull_second = self.second.vjp(after, given)
+        keep_out = self._keep(result.shape, training)
+
+        def pullback(cotangent: NDArray) -> Gradients:
+            check_cotangent(cotangent, result.shape)
+            second = pull_second(cotangent * keep_out)
+            assert second.input is not None
+            first = pull_first(second.input * keep * slope(before))
+            by_level = tuple(
+                a + b for a, b in zip(first.coefficients, second.coefficients, strict=True)
+            )
+            named = self._named(first.parameters, second.parameters)
+            if not own:
+                return Gradients(first.input, named, by_level)
+            through_gate, gate = pull_gate(by_level)
+            return Gradients(first.input + through_gate, named | gate)
+
+        return result * keep_out, pullback
+
+    def _keep(self, shape: tuple[int, ...], training: bool) -> NDArray | float:
+        """What entries are multiplied by: 0 where dropped, more than 1 elsewhere."""
+        drop = self.config.drop
+        if not training or drop == 0.0:
+            return 1.0
+        kept = self._generator.random(shape) >= drop
+        return (kept / (1.0 - drop)).astype(self.dtype)
+
+    def _named(
+        self, first: dict[str, NDArray], second: dict[str, NDArray]
+    ) -> dict[str, NDArray]:
+        gate = {name: value for name, value in first.items() if name.startswith("gate.")}
+        layers = (("first", first), ("second", second))
+        return {
+            f"{layer}.{name}": value
+            for layer, arrays in layers
+            for name, value in arrays.items()
+            if name.startswith("factors.")
+        } | gate
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a checkpoint that every backend opens; an interrupted save leaves the old file.
+
+        Raises:
+            CheckpointError: the folder is missing or the file cannot be written.
+        """
+        arrays = {**self.parameters, **self.buffers}
+        save_checkpoint(path, "MuMoEMLP", self.config.to_dict(), arrays)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """The block of a checkpoint, whichever backend wrote it.
+
+        Raises:
+            CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit.
+        """
+        values, arrays = read_block(path, "MuMoEMLP", BlockConfig, cls.backend)
+        block = cls.__new__(cls)
+        block.config = values
+        block.first = MuMoE.restore(
+            values.first, {name.removeprefix("first."): array for name, array in arrays.items()}
+        )
+        block.second = MuMoE.restore(
+            values.second, {name.removeprefix("second."): array for name, array in arrays.items()}
+        )
+        block._generator = np.random.default_rng()
+        return block

@@ -1,0 +1,55 @@
+"""Where a layer's first values come from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tensormoe import functional
+from tensormoe.backend import Backend
+from tensormoe.errors import SpecError
+from tensormoe.functional import LayerConfig
+
+FLOATS = ("float16", "float32", "float64")
+
+
+def checked_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
+    """``dtype`` if a layer can be stored in it.
+
+    Raises:
+        SpecError: not a floating-point type of NumPy's.
+    """
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in FLOATS:
+        raise SpecError(f"dtype must be one of {', '.join(FLOATS)}; got {dtype!r}.")
+    return found
+
+
+def draw(
+    config: LayerConfig,
+    dtype: np.dtype[Any],
+    seed: int | np.random.Generator | None,
+    init: str,
+    backend: Backend,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters and buffers of a new layer, drawn in float64 so that seeds mean one thing."""
+    generator = np.random.default_rng(seed)
+    parameters = functional.initialize(
+        config,
+        backend,
+        normal=lambda shape: generator.standard_normal(shape).astype(dtype),
+        uniform=lambda shape: generator.uniform(-1.0, 1.0, shape).astype(dtype),
+        zeros=lambda shape: np.zeros(shape, dtype),
+        init=init,
+    )
+    width = np.dtype("float32") if dtype.itemsize < 4 else dtype
+    buffers = {
+        name: (np.ones if "variance" in name else np.zeros)(shape, width)
+        for name, shape in config.buffer_shapes().items()
+    }
+    return parameters, buffers

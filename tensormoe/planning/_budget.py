@@ -1,0 +1,180 @@
+"""What a layer may cost at most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+
+from tensormoe._validation import choice, positive_int
+from tensormoe.errors import BudgetError
+from tensormoe.planning._cost import Cost
+from tensormoe.planning._roofline import PUBLISHED_ROOFLINES, Roofline
+
+__all__ = ["Budget", "mlp_budgets"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper limits on the cost of one layer; all that are given must hold.
+
+    Args:
+        parameters: stored entries.
+        flops: FLOPs of one forward call, a multiply-add being 2.
+        memory: bytes live at the worst moment of a forward call, beyond input and parameters.
+        time: predicted seconds of a forward call.
+        batch: number of inputs of that call, all leading axes multiplied.
+        roofline: the device that ``time`` is predicted for, as a value or the name of a published
+            one; "cpu" if none is given.
+        itemsize: bytes an entry: 4 for float32.
+
+    Raises:
+        BudgetError: no limit is given, or one is not positive.
+
+    >>> Budget(parameters=590_592)
+    Budget(parameters=590592)
+    >>> Budget(time=1e-3, batch=64).roofline.name
+    'cpu'
+    """
+
+    parameters: int | None = None
+    flops: int | None = None
+    memory: int | None = None
+    time: float | None = None
+    batch: int = 1024
+    roofline: Roofline | str | None = None
+    itemsize: int = 4
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        for name in ("parameters", "flops", "memory"):
+            value = getattr(self, name)
+            if value is not None:
+                put(self, name, positive_int(value, f"{name} of a budget", BudgetError))
+        put(self, "batch", positive_int(self.batch, "batch of a budget", BudgetError))
+        put(self, "itemsize", positive_int(self.itemsize, "itemsize of a budget", BudgetError))
+        if self.time is not None:
+            number = isinstance(self.time, (int, float)) and not isinstance(self.time, bool)
+            if not number or not isfinite(self.time) or self.time <= 0:
+                raise BudgetError(
+                    f"time of a budget must be a positive number of seconds; got {self.time!r}."
+                )
+            put(self, "roofline", _resolved(self.roofline))
+        elif self.roofline is not None:
+            raise BudgetError(
+                f"roofline belongs to a budget of time; got roofline={self.roofline!r} without "
+                "time. Give time=… in seconds, or leave the roofline out."
+            )
+        if not self.limits:
+            raise BudgetError(
+                "a budget must limit at least one of parameters, flops, memory and time; got none. "
+                "Write Budget(parameters=590_592), for instance."
+            )
+
+    def __repr__(self) -> str:
+        shown = [f"{name}={value!r}" for name, value in self.limits.items()]
+        if set(self.limits) != {"parameters"}:
+            shown.append(f"batch={self.batch}")
+        if self.roofline is not None:
+            shown.append(f"roofline={self.roofline!r}")
+        if self.itemsize != 4:
+            shown.append(f"itemsize={self.itemsize}")
+        return f"Budget({', '.join(shown)})"
+
+    @property
+    def limits(self) -> Mapping[str, float]:
+        """The limits that are given, by name."""
+        named = {
+            "parameters": self.parameters,
+            "flops": self.flops,
+            "memory": self.memory,
+            "time": self.time,
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+    def spent(self, cost: Cost) -> Mapping[str, float]:
+        """What ``cost`` takes of every limit that is given.
+
+        >>> from tensormoe import CP, LayerSpec
+        >>> cost = LayerSpec(6, 5, experts=4, factorization=CP(rank=3)).cost(32)
+        >>> Budget(parameters=100, memory=4096).spent(cost)
+        {'parameters': 48, 'memory': 1024}
+        """
+        taken: dict[str, float] = {
+            "parameters": cost.parameters,
+            "flops": cost.flops,
+            "memory": cost.peak_memory,
+        }
+        if isinstance(self.roofline, Roofline):
+            taken["time"] = self.roofline.time(cost)
+        return {name: taken[name] for name in self.limits}
+
+    def allows(self, cost: Cost) -> bool:
+        """Whether ``cost`` keeps to every limit."""
+        limits = self.limits
+        return all(value <= limits[name] for name, value in self.spent(cost).items())
+
+    @classmethod
+    def like_linear(cls, in_features: int, out_features: int, bias: bool = True) -> Budget:
+        """The parameters of a linear layer: I·O, and O more with a bias.
+
+        >>> Budget.like_linear(768, 768)
+        Budget(parameters=590592)
+        """
+        rows = positive_int(in_features, "in_features", BudgetError) + bool(bias)
+        return cls(parameters=rows * positive_int(out_features, "out_features", BudgetError))
+
+    @classmethod
+    def like_mlp(
+        cls, in_features: int, hidden_features: int, out_features: int, bias: bool = True
+    ) -> Budget:
+        """The parameters of two linear layers: I·H + H·O, and H + O more with a bias.
+
+        >>> Budget.like_mlp(768, 3072, 768)
+        Budget(parameters=4722432)
+        """
+        first, second = mlp_budgets(in_features, hidden_features, out_features, bias)
+        assert first.parameters is not None and second.parameters is not None
+        return cls(parameters=first.parameters + second.parameters)
+
+    @classmethod
+    def parse(
+        cls, value: Budget | int | str, in_features: int, out_features: int, bias: bool = True
+    ) -> Budget:
+        """A budget as it is, one of so many parameters, or "linear": that of the layer replaced.
+
+        >>> Budget.parse("linear", 768, 768) == Budget.parse(590592, 768, 768)
+        True
+        """
+        if isinstance(value, Budget):
+            return value
+        if isinstance(value, str):
+            choice(value, ("linear",), "budget", BudgetError)
+            return cls.like_linear(in_features, out_features, bias)
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise BudgetError(
+                f"budget must be a Budget, a number of parameters or 'linear'; got {value!r}. "
+                "Write Budget(flops=…), for instance."
+            )
+        return cls(parameters=value)
+
+
+def mlp_budgets(
+    in_features: int, hidden_features: int, out_features: int, bias: bool = True
+) -> tuple[Budget, Budget]:
+    """One budget for each layer of an MLP block: the parameters of the linear layer it replaces.
+
+    >>> mlp_budgets(768, 3072, 768)
+    (Budget(parameters=2362368), Budget(parameters=2360064))
+    """
+    return (
+        Budget.like_linear(in_features, hidden_features, bias),
+        Budget.like_linear(hidden_features, out_features, bias),
+    )
+
+
+def _resolved(roofline: Roofline | str | None) -> Roofline:
+    if isinstance(roofline, Roofline):
+        return roofline
+    name = "cpu" if roofline is None else roofline
+    return PUBLISHED_ROOFLINES[choice(name, PUBLISHED_ROOFLINES, "roofline", BudgetError)]

@@ -1,0 +1,178 @@
+"""Layers that differ in the sizes of their free bonds alone, and their capacity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from typing import Any, cast
+
+from tensormoe._spec import LayerSpec
+from tensormoe._validation import choice, positive_int
+from tensormoe.errors import BudgetError, RankError, SpecError
+from tensormoe.factorizations import FACTORIZATIONS, INPUT, OUTPUT, Dense, Hadamard, Leg, Network
+from tensormoe.planning._polynomial import Polynomial
+
+__all__ = ["Choice", "Family", "largest"]
+
+Choice = tuple[int, int]
+"""The sizes of the outer and the inner symbol; 1 for a symbol that the family does not have."""
+
+OUTER, INNER = 0, 1
+
+
+class Family:
+    """All layers of one factorization whose free bonds vary by symbol.
+
+    Bonds of one symbol are equally large. The last symbol of the pattern is the inner one, which
+    is solved for; the one before it, if any, is the outer one, which is searched over.
+
+    Args:
+        factorization: a name.
+        in_features: I.
+        out_features: O.
+        experts: N, or one size a level.
+        bias: whether every expert has a bias.
+        bonds: for every bond a size that is fixed, a symbol, or None, which is a symbol like any
+            other; by default the factorization's own pattern.
+    """
+
+    def __init__(
+        self,
+        factorization: str,
+        in_features: int,
+        out_features: int,
+        experts: int | tuple[int, ...],
+        bias: bool,
+        bonds: Sequence[int | str | None] | None,
+    ) -> None:
+        kind = FACTORIZATIONS[choice(factorization, FACTORIZATIONS, "factorization", SpecError)]
+        # sizes are checked as every spec's are, before there is a rank
+        sizes = LayerSpec(in_features, out_features, experts, Hadamard(), bias)
+        self.sizes = sizes
+        # with_rank makes the ranks from a value of the factorization; its own rank is not used
+        self._kind = kind() if kind in (Dense, Hadamard) else kind(1)  # type: ignore[call-arg]
+        self.name = kind.name
+        pattern = self._kind.rank_pattern(sizes.levels)
+        self._bonds = pattern if bonds is None else _checked_bonds(bonds, pattern, kind.name)
+        free = [bond for bond in self._bonds if not isinstance(bond, int)]
+        symbols = list(dict.fromkeys(free))
+        if len(symbols) > 2:
+            raise BudgetError(
+                f"bonds must vary by at most two symbols; got {len(symbols)} in {self._bonds!r}. "
+                "Fix the sizes of some bonds, or give bonds the same symbol."
+            )
+        self._places = {name: INNER - k for k, name in enumerate(reversed(symbols))}
+        self.symbols = len(symbols)
+        self.legs = self._symbolic_sizes()
+        network = self.spec((1, 1)).network
+        self.parameters = _symbolic(network, self.legs).num_parameters
+        modes = {INPUT, OUTPUT}
+        self._figures = tuple(
+            tuple(_cheapest(_polynomial(self.legs, cut) for cut in cuts))
+            for cuts in (
+                network.minimal_cuts({INPUT}, {OUTPUT}),
+                network.minimal_cuts(network.expert_legs, modes),
+            )
+        )
+
+    def rank(self, sizes: Choice) -> tuple[int, ...]:
+        """One size a bond."""
+        return tuple(
+            bond if isinstance(bond, int) else sizes[self._places[bond]] for bond in self._bonds
+        )
+
+    def spec(self, sizes: Choice) -> LayerSpec:
+        """The layer with these bonds."""
+        value = self._kind.with_rank(self.rank(sizes))
+        given = self.sizes
+        return LayerSpec(
+            given.in_features, given.out_features, given.experts, value, bias=given.bias
+        )
+
+    def figures(self, sizes: Choice) -> tuple[int, int]:
+        """Expert rank and expert span."""
+        rank, span = (int(min(term(*sizes) for term in terms)) for terms in self._figures)
+        return rank, span
+
+    def saturation(self, symbol: int) -> int:
+        """The size from which on a symbol changes neither figure, whatever the other's size."""
+        size = 1
+        for terms in self._figures:
+            # every unfolding has a cut through its open legs alone
+            bound = min(term.terms[0, 0] for term in terms if (0, 0) in term.terms)
+            for term in terms:
+                ((powers, factor),) = term.terms.items()
+                if powers[symbol]:
+                    while factor * size ** powers[symbol] < bound:
+                        size = _root(bound / factor, powers[symbol], size)
+        return size
+
+    def _symbolic_sizes(self) -> Mapping[Leg, Polynomial]:
+        """The size of every leg as a polynomial in the symbols."""
+        numbers = tuple(range(1, len(self._bonds) + 1))
+        given = self.sizes
+        probe = self._kind.with_rank(numbers)
+        bonds = probe.bond_sizes(given.experts, given.out_features)
+        network = probe.network(given.experts, given.in_features, given.out_features, given.bias)
+        legs = {leg: Polynomial.constant(size) for leg, size in network.sizes.items()}
+        for leg, number in bonds.items():
+            bond = self._bonds[number - 1]
+            if not isinstance(bond, int):
+                legs[leg] = Polynomial.symbol(self._places[bond])
+            else:
+                legs[leg] = Polynomial.constant(bond)
+        return legs
+
+
+def largest(fits: Any, low: int, high: int) -> int:
+    """The largest size between ``low``, which fits or is 0, and ``high`` such that it fits."""
+    if fits(high):
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _checked_bonds(
+    bonds: Sequence[int | str | None], pattern: tuple[str, ...], name: str
+) -> tuple[int | str | None, ...]:
+    if isinstance(bonds, str) or not isinstance(bonds, Sequence) or len(bonds) != len(pattern):
+        raise RankError(
+            f"bonds must have {len(pattern)} entries for {name!r}; got {bonds!r}. Give a size, or "
+            "None where it is to be chosen, for every bond."
+        )
+    checked: list[int | str | None] = []
+    for place, bond in enumerate(bonds):
+        if bond is None or isinstance(bond, str):
+            checked.append(bond)
+        else:
+            checked.append(positive_int(bond, f"bonds, at bond {place},", RankError))
+    return tuple(checked)
+
+
+def _symbolic(network: Network, legs: Mapping[Leg, Polynomial]) -> Any:
+    # counting multiplies and adds sizes, and polynomials can be multiplied and added
+    return Network(network.factors, cast(Any, tuple(legs.items())), network.bias)
+
+
+def _polynomial(legs: Mapping[Leg, Polynomial], names: Iterable[Leg]) -> Polynomial:
+    return prod((legs[leg] for leg in names), start=Polynomial.constant(1))
+
+
+def _cheapest(terms: Iterable[Polynomial]) -> list[Polynomial]:
+    """Of monomials with equal powers the smallest, since only a minimum is asked for."""
+    kept: dict[tuple[int, int], Polynomial] = {}
+    for term in terms:
+        ((powers, factor),) = term.terms.items()
+        if powers not in kept or factor < kept[powers].terms[powers]:
+            kept[powers] = term
+    return list(kept.values())
+
+
+def _root(value: float, power: int, low: int) -> int:
+    """The smallest integer, at least ``low``, whose power reaches ``value``."""
+    high = low
+    while high**power < value:
+        high *= 2
+    return largest(lambda size: size**power < value, low, high) + 1
