@@ -85,7 +85,8 @@ def write_whole(path: str, parts: Iterable[bytes]) -> None:
                     file.write(part)
                 file.flush()
                 os.fsync(file.fileno())
-            with suppress(FileNotFoundError):
+            # there is no old file, or the file system knows no permissions
+            with suppress(OSError):
                 os.chmod(partial, stat.S_IMODE(os.stat(target).st_mode))
             os.replace(partial, target)
         except BaseException:

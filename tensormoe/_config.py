@@ -88,7 +88,9 @@ class LayerConfig:
         expected = {"spec", "gate", "indexed_input"}
         if not isinstance(values, Mapping) or set(values) != expected:
             found = sorted(values) if isinstance(values, Mapping) else values
-            raise SpecError(f"a layer's config must have exactly {sorted(expected)}; got {found!r}.")
+            raise SpecError(
+                f"a layer's config must have exactly {sorted(expected)}; got {found!r}."
+            )
         gate, indexed = values["gate"], values["indexed_input"]
         if not isinstance(indexed, bool):
             raise SpecError(f"indexed_input must be True or False; got {indexed!r}.")
@@ -146,7 +148,9 @@ class BlockConfig:
         expected = {"first", "second", "act_layer", "drop"}
         if not isinstance(values, Mapping) or set(values) != expected:
             found = sorted(values) if isinstance(values, Mapping) else values
-            raise SpecError(f"a block's config must have exactly {sorted(expected)}; got {found!r}.")
+            raise SpecError(
+                f"a block's config must have exactly {sorted(expected)}; got {found!r}."
+            )
         first, second = (LayerConfig.from_dict(values[name]) for name in ("first", "second"))
         act, drop = values["act_layer"], values["drop"]
         if not isinstance(act, str) or not isinstance(drop, (int, float)) or not 0 <= drop < 1:

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import BackendError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+__all__ = ["available_backends", "backend_of", "get_backend", "known_backends"]
 
 ENTRY_POINT_GROUP = "tensormoe.backends"
 
@@ -90,4 +95,7 @@ def _describe(array: Array) -> str:
 
 @lru_cache(maxsize=1)
 def _entry_points() -> dict[str, EntryPoint]:
+    # a third of the core's import time, and needed for unknown names only
+    from importlib.metadata import entry_points
+
     return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}

@@ -135,9 +135,7 @@ class LayerSpec:
             SpecError: an unknown scheme.
         """
         starts = dict(
-            self.factorization.initializers(
-                self.experts, self.in_features, self.out_features, init
-            )
+            self.factorization.initializers(self.experts, self.in_features, self.out_features, init)
         )
         if self.bias:
             # the bias is one more row of the input mode, and starts like the others

@@ -206,9 +206,7 @@ def route(
         if gate.bias:
             logits += _widened(parameters[f"gate.bias_{level}"], backend)
         found.append(
-            activate(
-                gate, logits, statistics=_statistics(buffers, level), training=training
-            )
+            activate(gate, logits, statistics=_statistics(buffers, level), training=training)
         )
         if keep:
             kept.append(logits)

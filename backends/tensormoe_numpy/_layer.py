@@ -75,7 +75,9 @@ class _Layer:
     def factors(self) -> dict[str, NDArray]:
         """The factors and the bias by their short names, as TensorLy's layouts take them."""
         named = (name.partition(".") for name in self.parameters)
-        return {short: self.parameters[f"factors.{short}"] for k, _, short in named if k == "factors"}
+        return {
+            short: self.parameters[f"factors.{short}"] for k, _, short in named if k == "factors"
+        }
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -245,9 +247,7 @@ class MuMoE(_Layer):
         """
         lead = functional.check_input(x, self.spec.in_features, self.dtype)
         routed = self._route(x.reshape(-1, self.spec.in_features))
-        return tuple(
-            weights.reshape(*lead, weights.shape[-1]) for weights in routed.coefficients
-        )
+        return tuple(weights.reshape(*lead, weights.shape[-1]) for weights in routed.coefficients)
 
     def __call__(
         self,
@@ -333,7 +333,9 @@ class MuMoE(_Layer):
 
     def route_vjp(
         self, x: NDArray, *, training: bool = True
-    ) -> tuple[tuple[NDArray, ...], Callable[[Sequence[NDArray]], tuple[NDArray, dict[str, NDArray]]]]:
+    ) -> tuple[
+        tuple[NDArray, ...], Callable[[Sequence[NDArray]], tuple[NDArray, dict[str, NDArray]]]
+    ]:
         """The coefficients (..., N_e) a level, with their way back.
 
         Args:
@@ -398,9 +400,7 @@ class MuMoE(_Layer):
 
     def _forward(self, rows: NDArray, given: list[Any] | None) -> NDArray:
         weights = self._route(rows).coefficients if given is None else given
-        return functional.apply_experts(
-            self.config, self.parameters, rows, weights, self.backend
-        )
+        return functional.apply_experts(self.config, self.parameters, rows, weights, self.backend)
 
 
 class Prepared:
@@ -575,5 +575,3 @@ def _slice(given: list[Any] | None, start: int, stop: int) -> list[Any] | None:
         else each[start:stop]
         for each in given
     ]
-
-

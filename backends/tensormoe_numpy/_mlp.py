@@ -202,9 +202,7 @@ class MuMoEMLP:
         kept = self._generator.random(shape) >= drop
         return (kept / (1.0 - drop)).astype(self.dtype)
 
-    def _named(
-        self, first: dict[str, NDArray], second: dict[str, NDArray]
-    ) -> dict[str, NDArray]:
+    def _named(self, first: dict[str, NDArray], second: dict[str, NDArray]) -> dict[str, NDArray]:
         gate = {name: value for name, value in first.items() if name.startswith("gate.")}
         layers = (("first", first), ("second", second))
         return {

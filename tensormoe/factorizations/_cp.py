@@ -8,6 +8,7 @@ from math import sqrt
 from typing import Any, ClassVar
 
 from tensormoe.backend import Array
+from tensormoe.errors import RankError
 from tensormoe.factorizations._base import (
     Factorization,
     checked_rank,
@@ -49,6 +50,8 @@ class CP(Factorization):
         return ("R",)
 
     def with_rank(self, rank: tuple[int, ...]) -> CP:
+        if len(rank) != 1:
+            raise RankError(f"rank must have one bond for cp; got {len(rank)}: {rank!r}.")
         return CP(*rank)
 
     def bonds(self, levels: int) -> tuple[int, ...]:

@@ -51,9 +51,7 @@ class Hadamard(Factorization):
     def factors(self, levels: int) -> tuple[Factor, ...]:
         modes = (*(expert_leg(level) for level in range(levels)), INPUT)
         names = mode_names(levels)[:-1]
-        return tuple(
-            Factor(name, (mode, OUTPUT)) for name, mode in zip(names, modes, strict=True)
-        )
+        return tuple(Factor(name, (mode, OUTPUT)) for name, mode in zip(names, modes, strict=True))
 
     def bond_sizes(self, experts: tuple[int, ...], out_features: int) -> Mapping[Leg, int]:
         return {}

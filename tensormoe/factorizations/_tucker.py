@@ -55,7 +55,9 @@ class Tucker(Factorization):
         return Tucker(rank)
 
     def bonds(self, levels: int) -> tuple[int, ...]:
-        return spread_rank(self.rank, levels + 2, f"one a mode of {levels} expert level(s), in, out")
+        return spread_rank(
+            self.rank, levels + 2, f"one a mode of {levels} expert level(s), in, out"
+        )
 
     def factors(self, levels: int) -> tuple[Factor, ...]:
         modes = (*(expert_leg(level) for level in range(levels)), INPUT, OUTPUT)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import GateError
+from tensormoe.gates._candidates import candidate_bytes, worth_it
 from tensormoe.gates._functions import activation_vjp, entmax_block
 from tensormoe.gates._gate import Gate
 from tensormoe.gates._normalization import (
@@ -247,7 +248,7 @@ def activation_workspace(
 ) -> int:
     """Bytes that :func:`activate` holds at its peak, the coefficients included, arguments not.
 
-    It counts unmasked, finite logits on a library that runs eagerly: the coefficients, once more
+    It counts unmasked, finite, roughly normal logits on a library that runs eagerly: the coefficients, once more
     than one block is needed, and the temporaries of one block (:data:`BLOCK_ARRAYS`). Vectors
     with one entry a row or an expert are left out.
 
@@ -259,12 +260,16 @@ def activation_workspace(
         row_block_bytes: the backend's.
 
     Example:
-        >>> activation_workspace(Gate(), 1024, 1024, 4, 256 * 1024) / (1024 * 1024 * 4)
+        >>> activation_workspace(Gate("softmax"), 1024, 1024, 4, 256 * 1024) / (1024 * 1024 * 4)
         1.1875
     """
     block = block_rows(rows, experts, itemsize, row_block_bytes)
     arrays, flags = BLOCK_ARRAYS[gate.activation]
     output = rows * experts * itemsize if block < rows else 0
+    if gate == replace(gate, activation="entmax", alpha=1.5, normalization="layer", k=None):
+        if worth_it(block, experts):
+            each = itemsize + candidate_bytes(experts, itemsize)
+            return output + round(each * block * experts)
     return output + (arrays * itemsize + flags) * block * experts
 
 

@@ -58,12 +58,25 @@ def entmax15(backend: Backend, z: Array, start: Array | None = None) -> Array:
         z: (rows, experts), half the logits minus half their row's largest.
         start: (rows, 1), a guess of τ below 0; τ = -1 by default.
     """
+    return entmax15_root(backend, z, z.shape[-1], start)[0]
+
+
+def entmax15_root(
+    backend: Backend, z: Array, experts: int, start: Array | None
+) -> tuple[Array, Array]:
+    """Coefficients for α = 1.5, and the τ (rows, 1) that they were computed from.
+
+    Args:
+        backend: the adapter of ``z``.
+        z: (rows, candidates), as for :func:`entmax15`; entries may be missing, or -inf.
+        experts: how many logits a row had at first.
+        start: (rows, 1), a guess of τ below 0; τ = -1 by default.
+    """
     xp = backend.namespace
-    experts = z.shape[-1]
     epsilon = float(xp.finfo(z.dtype).eps)
-    ones = xp.ones((experts, 1), dtype=z.dtype)
     constant = backend.stop_gradient(z)
     lowest = xp.full_like(constant[:, :1], -1.0)
+    ones = xp.ones((z.shape[-1], 1), dtype=z.dtype)
     tau = lowest if start is None else start
     enough = _enough(experts, epsilon, 2.0)
     rounds = newton_rounds(experts, epsilon, 2.0) + (start is not None)
@@ -71,7 +84,7 @@ def entmax15(backend: Backend, z: Array, start: Array | None = None) -> Array:
         excess = xp.maximum(constant, tau)
         excess -= tau
         total = backend.matmul(excess, ones)
-        square = _squares(backend, excess)
+        square = square_sums(backend, excess)
         root = xp.sqrt(square)
         step = (root - 1.0) * root / total
         if left == 0 or (backend.eager and float(xp.max(xp.abs(step))) <= enough):
@@ -79,11 +92,11 @@ def entmax15(backend: Backend, z: Array, start: Array | None = None) -> Array:
         tau = xp.maximum(tau + step, lowest)
     zero = xp.zeros_like(lowest)
     if constant is not z:  # differentiated, so the last step has to see live values
-        square = _squares(backend, xp.maximum(z - tau, zero))
+        square = square_sums(backend, xp.maximum(z - tau, zero))
     excess = z - tau
     excess = excess - (square - 1.0) / (2.0 * total)
     excess = xp.maximum(excess, zero)
-    return excess * excess
+    return excess * excess, tau
 
 
 def sparsemax(backend: Backend, z: Array) -> Array:
@@ -148,7 +161,7 @@ def _pieces(backend: Backend, values: Array) -> tuple[Array, Array]:
     return backend.reshape(values[:, :whole], shape), values[:, whole:]
 
 
-def _squares(backend: Backend, values: Array) -> Array:
+def square_sums(backend: Backend, values: Array) -> Array:
     """Sum of squares of each row, (rows, 1)."""
     xp = backend.namespace
     if values.shape[-1] <= _LONG:

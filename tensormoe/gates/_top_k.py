@@ -46,7 +46,8 @@ def largest(backend: Backend, values: Array, k: int) -> tuple[Array, Array]:
     experts = values.shape[-1]
     columns = xp.arange(experts)[None, :]
     if k > _PASSES:
-        order = xp.argsort(values, axis=-1, descending=True, stable=True)
+        # stable in ascending order of the negatives: ties go to the lower index
+        order = xp.argsort(-values, axis=-1, stable=True)
         # where each expert comes in the order is the order's own argsort
         places = xp.argsort(order, axis=-1, stable=True)
         return order[:, :k], places < k

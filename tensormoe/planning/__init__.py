@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tensormoe.planning._budget import Budget as Budget
+from tensormoe.planning._budget import mlp_budgets as mlp_budgets
 from tensormoe.planning._cost import Cost as Cost
 from tensormoe.planning._cost import StepCost as StepCost
 from tensormoe.planning._plan import Plan as Plan
@@ -17,3 +19,7 @@ from tensormoe.planning._reverse import Reverse as Reverse
 from tensormoe.planning._reverse import reverse as reverse
 from tensormoe.planning._roofline import PUBLISHED_ROOFLINES as PUBLISHED_ROOFLINES
 from tensormoe.planning._roofline import Roofline as Roofline
+from tensormoe.planning._select import OBJECTIVES as OBJECTIVES
+from tensormoe.planning._select import RankChoice as RankChoice
+from tensormoe.planning._select import rank_front as rank_front
+from tensormoe.planning._select import select_rank as select_rank

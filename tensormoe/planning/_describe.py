@@ -54,7 +54,7 @@ def describe_plan(plan: Plan, cost: Cost, itemsize: int) -> str:
     ]
     width = max(len(step.label) for step in cost.steps)
     lines.append(f"  {'step':<{width}}  {'FLOPs':>9}  {'bytes':>9}")
-    for step in cost.steps[: 40]:
+    for step in cost.steps[:40]:
         work = format_count(step.matmul_flops + step.elementwise_flops)
         moved = format_bytes(step.bytes_read + step.bytes_written)
         lines.append(f"  {step.label:<{width}}  {work:>9}  {moved:>9}")

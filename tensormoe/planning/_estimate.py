@@ -1,19 +1,20 @@
 """Whether a rank keeps to a budget: counted at once where it can be, and planned where it counts.
 
 Planning takes milliseconds and a search looks at hundreds of ranks. But a program consists of legs,
-not of sizes: one that was planned for some rank gives the cost of its path as a polynomial in the
-rank. So a few programs are planned, other ranks are taken to run by the program with the
-lowest planning cost among them, and the ranks that matter are planned after all.
+not of sizes: one that was found for some rank gives the cost of its path as a polynomial in the
+rank. So a few paths are found, other ranks are taken to run by the path that the planner would
+prefer among them, and the rank that is chosen is planned in full.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any, cast
 
-from tensormoe.factorizations import BATCH, Leg
+from tensormoe.factorizations import BATCH, OUTPUT, Leg
 from tensormoe.gates import Gate
 from tensormoe.planning._budget import Budget
 from tensormoe.planning._cost import Cost, StepCost, program_cost
@@ -21,8 +22,9 @@ from tensormoe.planning._family import INNER, Choice, Family, largest
 from tensormoe.planning._layer_cost import layer_cost
 from tensormoe.planning._polynomial import Polynomial, evaluate, undominated
 from tensormoe.planning._program import Program
-from tensormoe.planning._regimes import WRITE_WEIGHT
+from tensormoe.planning._regimes import WRITE_WEIGHT, Routing, _best, _build, _Draft
 from tensormoe.planning._roofline import Roofline
+from tensormoe.planning._tree import Node, tree_cost
 
 __all__ = ["Estimator", "Slice"]
 
@@ -37,6 +39,16 @@ class _Model:
     priority: Polynomial
     totals: tuple[tuple[Total, float], ...]
 
+    def fits(self, outer: int, inner: int) -> bool:
+        """Whether it keeps to every limit."""
+        for total, limit in self.totals:
+            value: float = 0
+            for group in total:
+                value += max([each(outer, inner) for each in group])
+            if value > limit:
+                return False
+        return True
+
 
 @dataclass
 class Estimator:
@@ -46,13 +58,13 @@ class Estimator:
         family: the layers.
         budget: what they may cost.
         gate: counted along if given.
+        known: ranks that were planned in full, and whether they keep to the budget.
     """
 
     family: Family
     budget: Budget
     gate: Gate | None
     known: dict[Choice, bool] = field(default_factory=dict)
-    models: dict[object, _Model] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         given = self.family.sizes
@@ -67,29 +79,48 @@ class Estimator:
             itemsize=self.budget.itemsize,
         )
         self.planned = set(self.budget.limits) != {"parameters"}
+        self._explored: set[Choice] = set()
+        self.models: dict[object, _Model | None] = {}
         if not self.planned:
-            self.models[None] = self._model(nothing)
+            self.models[None] = self._model(nothing, Polynomial.constant(0))
+        self.explore((1, 1))
 
     def cost(self, sizes: Choice) -> Cost:
-        """What the planner gives for a rank."""
+        """What a layer with this rank costs."""
         spec = self.family.spec(sizes)
         if not self.planned:
             return Cost(spec.num_parameters + self._gate.parameters, (), 0)
         return spec.cost(self.budget.batch, gate=self.gate, itemsize=self.budget.itemsize)
 
     def verify(self, sizes: Choice) -> bool:
-        """Plan a rank, learn its program, and say whether that was news."""
-        if sizes in self.known:
+        """Whether a rank keeps to the budget, by its own plan."""
+        if sizes not in self.known:
+            self.known[sizes] = self.budget.allows(self.cost(sizes))
+        return self.known[sizes]
+
+    def explore(self, sizes: Choice) -> bool:
+        """Learn the path that is best for a rank; says whether it is a new one."""
+        if not self.planned or sizes in self._explored:
             return False
-        self.known[sizes] = self.budget.allows(self.cost(sizes))
-        if not self.planned:
+        self._explored.add(sizes)
+        draft = _Draft(self.family.spec(sizes), Routing())
+        path = _best(draft, self.budget.batch)
+        # the same trees at other sizes are the same path
+        trees = (path.main, path.bias)
+        if trees in self.models:
             return False
-        program = self.family.spec(sizes).plan(self.budget.batch).program
-        key = tuple((step.kind, step.inputs, step.legs) for step in program.steps)
-        if key in self.models:
-            return False
-        self.models[key] = self._model(program)
+        legs = {**self.family.legs, BATCH: Polynomial.constant(self.budget.batch)}
+        model = self._model(_build(draft, path), _priority(trees, legs))
+        for other, earlier in self.models.items():
+            # a path that another is preferred to at every rank is out
+            if earlier is not None and model.priority.below(earlier.priority):
+                self.models[other] = None
+        self.models[trees] = model
         return True
+
+    def fits_any(self, outer: int, inner: int) -> bool:
+        """Whether some path that was seen keeps to every limit."""
+        return any(model.fits(outer, inner) for model in self.models.values() if model)
 
     def slice(self, outer: int) -> Slice:
         """The ranks with this outer size."""
@@ -97,16 +128,15 @@ class Estimator:
 
     def ceiling(self) -> int:
         """An inner size that is out of reach at the smallest outer size, or large enough."""
-        first = self.slice(1)
         if set(self.budget.limits) == {"memory"}:
             # weights contracted beforehand may leave no trace of a bond in memory
             return self.family.saturation(INNER)
         size = 1
-        while any(first.fits(model, size) for model in range(len(self.models))):
+        while self.fits_any(1, size):
             size *= 2
         return size
 
-    def _model(self, program: Program) -> _Model:
+    def _model(self, program: Program, priority: Polynomial) -> _Model:
         budget, gate = self.budget, self._gate
         sizes = {**dict(program.size_items), **self.family.legs, BATCH: budget.batch}
         symbolic = cast(Mapping[Leg, int], sizes)
@@ -119,8 +149,10 @@ class Estimator:
         if isinstance(budget.roofline, Roofline):
             totals["time"] = _time(steps, budget.roofline, budget.roofline.time(gate))
         limits = budget.limits
+        # sums of seconds round in another order here: what is chosen is checked against the limit
+        slack = {"time": 1 + 1e-9}
         return _Model(
-            _priority(program, symbolic), tuple((totals[name], limits[name]) for name in limits)
+            priority, tuple((totals[name], limits[name] * slack.get(name, 1)) for name in limits)
         )
 
     def _moments(self, program: Program, sizes: Mapping[Leg, int]) -> tuple[Polynomial, ...]:
@@ -141,14 +173,14 @@ class Slice:
     def __init__(self, estimator: Estimator, outer: int) -> None:
         self._outer = outer
         self._known = estimator.known
-        models = tuple(estimator.models.values())
-        self._priorities = [model.priority.at(outer) for model in models]
+        models = _contenders(outer, estimator.models.values())
+        self._priorities = [priority for priority, _ in models]
         self._totals = [
             [
                 ([[each.at(outer) for each in group] for group in total], limit)
                 for total, limit in model.totals
             ]
-            for model in models
+            for _, model in models
         ]
 
     def fits(self, model: int, inner: int) -> bool:
@@ -156,7 +188,7 @@ class Slice:
         for total, limit in self._totals[model]:
             value: float = 0
             for group in total:
-                value += max(evaluate(each, inner) for each in group)
+                value += max([evaluate(each, inner) for each in group])
             if value > limit:
                 return False
         return True
@@ -171,10 +203,7 @@ class Slice:
 
     def widest(self, high: int) -> list[int]:
         """For every program the largest inner size, up to ``high``, at which it fits; or 0."""
-        return [
-            largest(lambda inner, model=model: self.fits(model, inner), 0, high)
-            for model in range(len(self._totals))
-        ]
+        return [largest(partial(self.fits, model), 0, high) for model in range(len(self._totals))]
 
     def largest(self, widest: list[int]) -> int:
         """The largest inner size at which the program chosen for it fits; 0 if there is none.
@@ -198,6 +227,30 @@ class Slice:
             else:
                 inner = largest(lambda size: self.chosen(size) != model, max(low, 1), inner)  # noqa: B023
         return 0
+
+
+def _contenders(
+    outer: int, models: Iterable[_Model | None]
+) -> list[tuple[tuple[float, ...], _Model]]:
+    """The models that the planner prefers to all others at some inner size."""
+    kept: list[tuple[tuple[float, ...], _Model]] = []
+    for model in models:
+        if model is None:
+            continue
+        priority = model.priority.at(outer)
+        # a later one takes the place of an equal one
+        kept = [pair for pair in kept if not _below(priority, pair[0])]
+        if not any(_below(other, priority) for other, _ in kept):
+            kept.append((priority, model))
+    return kept
+
+
+def _below(left: tuple[float, ...], right: tuple[float, ...]) -> bool:
+    """Whether no coefficient, the highest power first, is larger than the other's."""
+    short = len(left) - len(right)
+    if short > 0 and any(left[:short]):
+        return False
+    return all(a <= b for a, b in zip(left[::-1], right[::-1], strict=False))
 
 
 def _live(
@@ -243,15 +296,15 @@ def _time(steps: tuple[StepCost, ...], roofline: Roofline, gate: float) -> Total
     return ((always,), *groups)
 
 
-def _priority(program: Program, sizes: Mapping[Leg, int]) -> Polynomial:
-    """What the planner minimizes: multiply-adds and weighted writes of the contractions."""
+def _priority(trees: tuple[Node, Node | None], legs: Mapping[Leg, Polynomial]) -> Polynomial:
+    """What the planner minimizes, for one batch size."""
+    sizes = cast(Mapping[Leg, int], legs)
     total = Polynomial.constant(0)
-    for step in program.steps:
-        written = prod(sizes[leg] for leg in step.legs)
-        if step.kind in ("linear", "matmul", "multiply"):
-            touched = set(step.legs).union(*map(set, step.input_legs))
-            total = total + prod(sizes[leg] for leg in touched) + WRITE_WEIGHT * written
-        elif step.kind == "add" and all(BATCH in legs for legs in step.input_legs):
-            # a bias that went through the network on its own
-            total = total + 2 * WRITE_WEIGHT * written
+    for tree in trees:
+        if tree is not None:
+            const, slope = tree_cost(tree, sizes, WRITE_WEIGHT)
+            total = total + const + slope * legs[BATCH]
+    if trees[1] is not None:
+        # a bias that went through the network on its own is added to the result
+        total = total + 2 * WRITE_WEIGHT * legs[BATCH] * legs[OUTPUT]
     return total

@@ -84,9 +84,7 @@ def gate_backward_steps(
             steps.append(contraction_cost(label, inputs, output, sizes, itemsize))
         entries = batch * in_features
         label = f"gate {level}: add to the input's gradient"
-        steps.append(
-            StepCost(label, 0, entries, 2 * itemsize * entries, itemsize * entries)
-        )
+        steps.append(StepCost(label, 0, entries, 2 * itemsize * entries, itemsize * entries))
     return tuple(steps)
 
 
@@ -189,5 +187,3 @@ def _gate_peak(
         # training keeps the logits for the way back
         done += logits if training else 0
     return peak
-
-

@@ -160,5 +160,3 @@ def plan_layer(
         middle = (low + high) // 2
         low, high = (middle, high) if peak(middle) <= limit else (low, middle)
     return replace(plan, chunk=low)
-
-

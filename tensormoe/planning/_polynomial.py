@@ -60,7 +60,10 @@ class Polynomial:
     __rmul__ = __mul__
 
     def __call__(self, outer: int, inner: int) -> float:
-        return sum(value * outer**p * inner**q for (p, q), value in self.terms.items())
+        total: float = 0
+        for (p, q), value in self.terms.items():
+            total += value * outer**p * inner**q
+        return total
 
     def at(self, outer: int) -> tuple[float, ...]:
         """Coefficients in the inner size alone, the highest power first."""

@@ -11,7 +11,9 @@ from tensormoe.factorizations import BATCH, Leg
 
 __all__ = ["IDENTITY", "Kind", "Operand", "Program", "Role", "Step", "View"]
 
-Kind = Literal["linear", "matmul", "multiply", "add", "gather", "scatter", "reduce", "expand", "permute"]
+Kind = Literal[
+    "linear", "matmul", "multiply", "add", "gather", "scatter", "reduce", "expand", "permute"
+]
 """What a step does.
 
 ``linear`` is one matrix product of an operand over the batch with one that is not; ``matmul`` any

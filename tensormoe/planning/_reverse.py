@@ -113,4 +113,3 @@ def _transpose(
         return builder.add("scatter", (cotangent, *indices), legs, axis=step.axis)
     other = slots[step.inputs[1 - place]]
     return builder.contract(cotangent, other, frozenset(legs), legs)
-

@@ -209,9 +209,7 @@ class Builder:
         choice = table[node][order]
         assert choice.lowered is not None
         slots = []
-        for child, source, wanted in zip(
-            node.children, choice.sources, choice.orders, strict=True
-        ):
+        for child, source, wanted in zip(node.children, choice.sources, choice.orders, strict=True):
             slots.append(self.permute(self._emit(child, source, table), wanted))
         inputs = (slots[1], slots[0]) if choice.lowered.swapped else (slots[0], slots[1])
         lowered = choice.lowered

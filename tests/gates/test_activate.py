@@ -19,6 +19,7 @@ from tensormoe.gates import (
     top_k_indices,
     top_k_indices_vjp,
 )
+from tensormoe_numpy import BACKEND
 
 
 def layer_norm(x, eps=1e-5):
@@ -190,7 +191,9 @@ def test_the_workspace_is_predicted(activation, normalization, shape):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak == pytest.approx(activation_workspace(gate, *shape, 4, 256 * 1024), rel=0.05)
+    assert peak == pytest.approx(
+        activation_workspace(gate, *shape, 4, BACKEND.row_block_bytes), rel=0.05
+    )
 
 
 @pytest.mark.parametrize("k", [1, 3, 9, 20])

@@ -4,51 +4,19 @@ For each number of experts and tokens, in float32: the gate (layer norm and entm
 the product that makes its logits, and entmax by sorting against ours. Repeats are interleaved, so
 that a busy machine slows all of them alike; the ratios are of the medians.
 
-    python benchmarks/gates.py
+    python benchmarks/bench_gates.py
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from statistics import median
-from time import perf_counter
 
 import numpy as np
-import numpy.typing as npt
+from _shared import Array, interleaved, settings, sorted_entmax15
 
 from tensormoe.gates import Gate, activate, entmax
 
-Array = npt.NDArray[np.float32]
 FEATURES = 768
-
-
-def sorted_entmax15(logits: Array) -> Array:
-    """Entmax-1.5 from the sorted logits (Peters, Niculae & Martins 2019, algorithm 2)."""
-    z = (logits - logits.max(axis=-1, keepdims=True)) / 2
-    order = np.sort(z, axis=-1)[:, ::-1]
-    count = np.arange(1, z.shape[-1] + 1, dtype=z.dtype)
-    mean = np.cumsum(order, axis=-1) / count
-    square = np.cumsum(order * order, axis=-1) / count
-    tau = mean - np.sqrt(np.maximum((1 - count * (square - mean * mean)) / count, 0))
-    support = np.count_nonzero(tau <= order, axis=-1)
-    chosen = np.take_along_axis(tau, support[:, None] - 1, axis=-1)
-    weights: Array = np.maximum(z - chosen, 0) ** 2
-    return weights
-
-
-def interleaved(calls: list[Callable[[], object]], seconds: float) -> list[float]:
-    """Median seconds of each call."""
-    for call in calls:
-        call()
-    times: list[list[float]] = [[] for _ in calls]
-    end = perf_counter() + seconds
-    while perf_counter() < end or len(times[0]) < 5:
-        for call, taken in zip(calls, times, strict=True):
-            start = perf_counter()
-            call()
-            taken.append(perf_counter() - start)
-    return [median(taken) for taken in times]
 
 
 def main() -> None:
@@ -56,6 +24,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each line")
     seconds = parser.parse_args().seconds
     rng = np.random.default_rng(0)
+    print(f"gates, float32, {FEATURES} features; {settings()}")
     print(f"{'experts':>7} {'batch':>5} {'gate µs':>9} {'gate/product':>12} {'sorted/ours':>11}")
     for experts in (128, 1024, 8192):
         projection = rng.standard_normal((FEATURES, experts), dtype=np.float32)

@@ -1,0 +1,12 @@
+"""The command line: choose ranks, look at plans, measure this machine, see it all work.
+
+``tensormoe rank``, ``tensormoe plan``, ``tensormoe calibrate`` and ``tensormoe demo``; ``--help``
+after any of them says more. ``--json`` prints one JSON object for programs, ``--plot`` writes a
+picture. Errors are one line on standard error and exit status 2.
+"""
+
+from __future__ import annotations
+
+from tensormoe.cli._main import main as main
+
+__all__ = ["main"]

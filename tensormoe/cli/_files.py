@@ -1,0 +1,73 @@
+"""Files that a command writes: checked before the work, whole or not at all after it."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from tensormoe.errors import SpecError
+
+__all__ = ["PICTURE_SUFFIXES", "check_picture", "make_folder", "write_file"]
+
+PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def check_picture(name: str | None) -> Path | None:
+    """The path of a picture, checked before anything is computed for it.
+
+    Raises:
+        SpecError: an extension that no picture is written in, or a folder that can't be written.
+    """
+    if name is None:
+        return None
+    path = Path(name)
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
+        listed = ", ".join(PICTURE_SUFFIXES)
+        raise SpecError(f"--plot must end in one of {listed}; got {name!r}. Rename the file.")
+    if not path.parent.is_dir():
+        raise SpecError(
+            f"the folder of --plot must exist; {str(path.parent)!r} does not. Create it first."
+        )
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise SpecError(f"--plot must be a file that can be written; {name!r} is not.")
+    return path
+
+
+def make_folder(name: str | Path) -> Path:
+    """A folder to write to, made if it is missing.
+
+    Raises:
+        SpecError: it can't be made or written.
+    """
+    path = Path(name)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpecError(
+            f"{str(path)!r} can't be made a folder: {error.strerror}. Choose another one."
+        ) from None
+    if not os.access(path, os.W_OK):
+        raise SpecError(f"{str(path)!r} can't be written. Choose another folder.")
+    return path
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file so that it is the old one or all of the new one.
+
+    Raises:
+        SpecError: it can't be written; what was there before is unchanged.
+    """
+    partial = path.with_name(f".{path.name[:40]}.{os.urandom(8).hex()}.partial")
+    try:
+        try:
+            partial.write_bytes(data)
+            os.replace(partial, path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+    except OSError as error:
+        raise SpecError(
+            f"{str(path)!r} could not be written: {error.strerror}. Choose another path."
+        ) from None

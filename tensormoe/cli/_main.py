@@ -1,0 +1,205 @@
+"""The parser, the dispatch, and what every error becomes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from tensormoe.cli._console import print_error
+from tensormoe.errors import SpecError, TensormoeError
+
+__all__ = ["main"]
+
+_FAILED, _INTERRUPTED = 2, 130
+
+_SIZES = (
+    ("in_features", "IN", "size of an input"),
+    ("out_features", "OUT", "size of an output"),
+    ("experts", "EXPERTS", "number of experts: 128, or 16x8 for two levels"),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are the library's."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SpecError(f"{message}. Run: {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the words after ``tensormoe``; those of the process by default.
+
+    Returns:
+        The exit status: 0, 2 for an error that was reported on standard error, 130 when
+        interrupted, 1 when the reader of a pipe went away.
+    """
+    try:
+        try:
+            arguments = _parser().parse_args(argv)
+            run: Callable[[argparse.Namespace], None] = _command(arguments.command)
+            run(arguments)
+            return 0
+        finally:
+            sys.stdout.flush()
+    except TensormoeError as error:
+        print_error(str(error))
+        return _FAILED
+    except KeyboardInterrupt:
+        print_error("interrupted.")
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # the interpreter flushes once more at exit: give it somewhere to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _command(name: str) -> Callable[[argparse.Namespace], None]:
+    # imported when asked for, so that --help answers at once
+    if name == "rank":
+        from tensormoe.cli._rank import run_rank
+
+        return run_rank
+    if name == "plan":
+        from tensormoe.cli._plan import run_plan
+
+        return run_plan
+    if name == "calibrate":
+        from tensormoe.cli._calibrate import run_calibrate
+
+        return run_calibrate
+    from tensormoe.cli._demo import run_demo
+
+    return run_demo
+
+
+def _parser() -> _Parser:
+    from tensormoe import __version__
+
+    parser = _Parser(
+        prog="tensormoe",
+        description="Factorized mixtures of linear experts: choose, plan and try them out.",
+        epilog="A command's own options: tensormoe COMMAND --help",
+    )
+    parser.add_argument("--version", action="version", version=f"tensormoe {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_rank(commands)
+    _add_plan(commands)
+    _add_calibrate(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _add_rank(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "rank",
+        help="budget → ranks of every factorization, next to the layers they replace",
+        description="The rank with the most capacity that a budget allows, for every "
+        "factorization, with its cost next to that of the layers it replaces.",
+        epilog="example: tensormoe rank 768 768 512 --budget linear --plot front.png",
+    )
+    _add_sizes(parser)
+    option = parser.add_argument
+    option(
+        "--budget",
+        default="linear",
+        metavar="BUDGET",
+        help="linear, mlp, a number of parameters (590k), or limits on a forward call: "
+        "parameters=590k,flops=2G,memory=64MiB,time=2ms (default: linear)",
+    )
+    option("--factorization", metavar="NAMES", help="only these, with commas between")
+    option(
+        "--bonds",
+        action="append",
+        default=[],
+        metavar="[NAME=]BONDS",
+        help="sizes of bonds that are fixed: tensor_ring=4,4,free",
+    )
+    option(
+        "--objective",
+        default="capacity",
+        metavar="NAME",
+        help="capacity (expert rank × expert span, the default), expert_rank or expert_span",
+    )
+    option("--hidden", metavar="N", help="hidden size of the MLP (default: 4 × IN)")
+    option("--top-k", metavar="K", default="2", help="experts a token of the sparse MoE (2)")
+    _add_gate(parser, "counted in every figure and against the budget (default: none)")
+    _add_common(parser)
+
+
+def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="how a layer runs: its network, the steps of its contraction, and their cost",
+        description="The contraction plan of a layer with the cost of every step, and a drawing "
+        "of its tensor network.",
+        epilog="example: tensormoe plan 768 768 512 --factorization tensor_ring --rank 4,4,94",
+    )
+    _add_sizes(parser)
+    option = parser.add_argument
+    option("--factorization", default="cp", metavar="NAME", help="how 𝒲 is stored (default: cp)")
+    option("--rank", metavar="RANK", help="one size for all bonds, or one a bond: 4,4,94")
+    option("--budget", metavar="BUDGET", help="what to choose the rank by instead (linear)")
+    option("--training", action="store_true", help="forward and backward")
+    option("--top-k", metavar="K", help="coefficients come as K values and indices a level")
+    option("--prepared", action="store_true", help="weight-only steps have run beforehand")
+    option("--memory-limit", metavar="BYTES", help="cut the batch into chunks that keep to 64MiB")
+    _add_gate(parser, "counted along (default: none)")
+    _add_common(parser)
+
+
+def _add_calibrate(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "calibrate",
+        help="measure this machine, for predicted times",
+        description="Measure this machine's roofline with NumPy and keep it in the user's config "
+        "folder, where rank and plan find it.",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="measure and print, keep nothing")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="factorized experts on real images, from budget to picture",
+        description="Choose ranks by the budget of a linear layer, train on scikit-learn's "
+        "digits with NumPy alone, prove that factorized is unfactorized, and draw what the "
+        "experts do.",
+    )
+    option = parser.add_argument
+    option("--out", default="out", metavar="DIR", help="where files go (default: ./out)")
+    option("--experts", default="32", metavar="EXPERTS", help="number of experts (default: 32)")
+    option("--epochs", default="40", metavar="N", help="passes over the images (default: 40)")
+    option("--seed", default="0", metavar="N", help="of first values and batches (default: 0)")
+    option("--json", action="store_true", help="print one JSON object")
+
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
+    for name, shown, text in _SIZES:
+        parser.add_argument(name, metavar=shown, help=text)
+
+
+def _add_gate(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument(
+        "--gate", metavar="NAME", help=f"entmax, sparsemax, softmax or top_k: {text}"
+    )
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument
+    option("--batch", default="1024", metavar="N", help="inputs of a call (default: 1024)")
+    option("--no-bias", dest="bias", action="store_false", help="experts without a bias")
+    option(
+        "--device",
+        metavar="NAME",
+        help="whose times are predicted: this (see calibrate), t4, v100, a100, l4, h100, h200 or "
+        "cpu (default: this if it was measured, else cpu)",
+    )
+    option("--json", action="store_true", help="print one JSON object")
+    option("--plot", metavar="FILE", help="write a picture: .png, .svg or .pdf")

@@ -1,0 +1,157 @@
+"""What a layer must return, computed by code that shares nothing with the library's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorly
+
+from tensormoe.errors import ShapeError, SpecError
+from tensormoe.factorizations import Factorization, to_tensorly
+
+__all__ = ["reconstruct", "reconstruct_by_einsum", "reference_output"]
+
+Doubles = npt.NDArray[np.float64]
+
+_EXPERTS = "abcdefgh"
+_BONDS = "pqrstuvwxyz"
+
+
+def reconstruct(factorization: Factorization, factors: Mapping[str, Any]) -> Doubles:
+    """𝒲 by TensorLy's reconstruction of the factors' TensorLy layout, in float64.
+
+    Args:
+        factorization: one of the six that come with the library.
+        factors: arrays by name, as a layer's ``factors``; anything that NumPy can read.
+
+    Returns:
+        (experts…, in, out); (experts…, in + 1, out) if there is a bias, which is the last row of
+        the input mode, as in Oldfield et al. 2024, section 3.1.
+
+    Raises:
+        SpecError: a factorization that TensorLy has no reconstruction of.
+
+    >>> import numpy as np
+    >>> from tensormoe import CP
+    >>> factors = {"expert_0": np.eye(2), "input": np.ones((3, 2)), "output": np.ones((4, 2))}
+    >>> reconstruct(CP(2), factors).shape
+    (2, 3, 4)
+    """
+    read: Callable[[Any], Any]
+    # here, not at the top: the default backend may be another one when this is imported
+    if factorization.name in ("cp", "hadamard"):
+        read = tensorly.cp_to_tensor
+    elif factorization.name == "tensor_ring":
+        read = tensorly.tr_to_tensor
+    elif factorization.name == "tensor_train":
+        read = tensorly.tt_to_tensor
+    elif factorization.name == "tucker":
+        read = tensorly.tucker_to_tensor
+    elif factorization.name == "dense":
+        read = np.asarray
+    else:
+        raise SpecError(
+            f"TensorLy reconstructs the library's own factorizations; got {factorization!r}. "
+            "Compare with an einsum of your own."
+        )
+    with tensorly.backend_context("numpy", local_threadsafe=True):
+        return np.asarray(read(to_tensorly(factorization, _doubles(factors))))
+
+
+def reconstruct_by_einsum(factorization: Factorization, factors: Mapping[str, Any]) -> Doubles:
+    """𝒲 by one ``numpy.einsum`` over the factors as they are stored, in float64.
+
+    The equations are written out a factorization each and know nothing of TensorLy's layouts, so
+    that a wrong layout and a wrong network are told apart.
+
+    Args:
+        factorization: one of the six that come with the library.
+        factors: arrays by name, as a layer's ``factors``; anything that NumPy can read.
+
+    Returns:
+        (experts…, in, out); (experts…, in + 1, out) if there is a bias.
+
+    Raises:
+        SpecError: another factorization.
+    """
+    arrays = _doubles(factors)
+    bias = arrays.pop("bias", None)
+    if bias is not None:
+        name = "weight" if "weight" in arrays else "input"
+        axis = -2 if name == "weight" else 0
+        row = np.expand_dims(bias, axis)
+        arrays[name] = np.concatenate([arrays[name], row], axis=axis)
+    if factorization.name == "dense":
+        return arrays["weight"]
+    levels = sum(name.startswith("expert_") for name in arrays)
+    experts = _EXPERTS[:levels]
+    modes = experts + "io"
+    names = [*(f"expert_{level}" for level in range(levels)), "input", "output"]
+    if factorization.name == "cp":
+        terms = [mode + "r" for mode in modes]
+    elif factorization.name == "hadamard":
+        names.pop()
+        terms = [mode + "o" for mode in modes[:-1]]
+    elif factorization.name == "tensor_ring":
+        bonds = _BONDS[: len(modes)]
+        terms = [m + bonds[k] + bonds[(k + 1) % len(modes)] for k, m in enumerate(modes)]
+    elif factorization.name == "tensor_train":
+        bonds = _BONDS[: len(modes) - 1]
+        inner = [m + bonds[k] + bonds[k + 1] for k, m in enumerate(modes[1:-1])]
+        terms = [modes[0] + bonds[0], *inner, modes[-1] + bonds[-1]]
+    elif factorization.name == "tucker":
+        bonds = _BONDS[: len(modes)]
+        names.insert(0, "core")
+        terms = [bonds, *(m + bond for m, bond in zip(modes, bonds, strict=True))]
+    else:
+        raise SpecError(
+            f"equations are known for the library's own factorizations; got {factorization!r}. "
+            "Compare with an einsum of your own."
+        )
+    operands = [arrays[name] for name in names]
+    result: Doubles = np.einsum(f"{','.join(terms)}->{modes}", *operands, optimize=True)
+    return result
+
+
+def reference_output(weights: Any, coefficients: Sequence[Any], x: Any) -> Doubles:
+    """y = Σ a₁[n₁] … a_E[n_E] [x, 1]ᵀ 𝒲[n₁, …, n_E], by one ``numpy.einsum`` in float64.
+
+    This is the definition of the layer (Oldfield et al. 2024, eq. 1), with every weight explicit.
+
+    Args:
+        weights: 𝒲 (experts…, in, out), or (experts…, in + 1, out) with the bias as its last row.
+        coefficients: one array (..., N_e) a level.
+        x: inputs (..., in).
+
+    Returns:
+        (..., out).
+
+    Raises:
+        ShapeError: the input has neither as many features as 𝒲, nor one less.
+
+    >>> import numpy as np
+    >>> weights = np.arange(12.0).reshape(2, 3, 2)  # two experts, 2 → 2, with bias
+    >>> reference_output(weights, [np.array([0.0, 1.0])], np.array([1.0, 0.0]))
+    array([16., 18.])
+    """
+    full = np.asarray(weights, dtype=np.float64)
+    rows = np.asarray(x, dtype=np.float64)
+    if full.shape[-2] == rows.shape[-1] + 1:
+        rows = np.concatenate([rows, np.ones((*rows.shape[:-1], 1))], axis=-1)
+    if full.shape[-2] != rows.shape[-1]:
+        raise ShapeError(
+            f"x must have {full.shape[-2]} features, or {full.shape[-2] - 1} beside a bias row; "
+            f"got shape {rows.shape}. Check which weights belong to the input."
+        )
+    experts = _EXPERTS[: len(coefficients)]
+    terms = [f"{experts}io", *(f"...{mode}" for mode in experts), "...i"]
+    given = [np.asarray(each, dtype=np.float64) for each in coefficients]
+    result: Doubles = np.einsum(f"{','.join(terms)}->...o", full, *given, rows)
+    return result
+
+
+def _doubles(factors: Mapping[str, Any]) -> dict[str, Doubles]:
+    return {name: np.asarray(array, dtype=np.float64) for name, array in factors.items()}
