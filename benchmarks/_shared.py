@@ -33,8 +33,11 @@ def interleaved(calls: Sequence[Callable[[], object]], seconds: float) -> list[f
         call()
     times: list[list[float]] = [[] for _ in calls]
     end = perf_counter() + seconds
+    pairs = list(zip(calls, times, strict=True))
     while perf_counter() < end or len(times[0]) < 7:
-        for call, taken in zip(calls, times, strict=True):
+        # another first each time: what ran before leaves the caches warm or cold
+        pairs.append(pairs.pop(0))
+        for call, taken in pairs:
             start = perf_counter()
             call()
             taken.append(perf_counter() - start)

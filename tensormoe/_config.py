@@ -188,16 +188,14 @@ def resolve_config(
         RankError: a rank that does not fit, or both a rank and a budget.
         BudgetError: an impossible budget; the message names the smallest feasible one.
     """
-    chosen = isinstance(factorization, Factorization)
-    if budget is not None and (rank is not None or chosen):
+    if budget is not None and (rank is not None or isinstance(factorization, Factorization)):
         given = f"rank={rank!r}" if rank is not None else repr(factorization)
         raise RankError(
             f"rank and budget exclude one another; got {given} and budget={budget!r}. Drop one."
         )
-    if not chosen and rank is None:
+    if not isinstance(factorization, Factorization) and rank is None:
         sizes = positive_ints(experts, "experts", "level")
-        free = isinstance(factorization, str) and factorization in ("hadamard", "dense")
-        if budget is not None or not free:
+        if budget is not None or factorization not in ("hadamard", "dense"):
             rank = select_rank(
                 factorization,
                 in_features,

@@ -6,7 +6,7 @@ nothing is scanned for the usual names; entry points are consulted for unknown n
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -41,7 +41,7 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in known_backends() if find_spec(name) is not None)
 
 
-@lru_cache(maxsize=None)
+@cache
 def get_backend(name: str) -> Backend:
     """The adapter registered under ``name``.
 

@@ -77,7 +77,7 @@ class Backend(Protocol):
         ...
 
     def scatter_add(self, values: Array, indices: Array, axis: int, size: int, /) -> Array:
-        """The transpose of :meth:`take`: add ``values`` into zeros of length ``size`` at ``axis``."""
+        """Transpose of :meth:`take`: add ``values`` into zeros of length ``size`` at ``axis``."""
         ...
 
     def concat(self, arrays: Sequence[Array], /) -> Array:

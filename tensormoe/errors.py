@@ -7,7 +7,8 @@ derive from the built-in that callers would catch anyway.
 >>> LayerSpec(8, 4, experts=(3, 0), factorization=CP(rank=2))
 Traceback (most recent call last):
     ...
-tensormoe.errors.SpecError: experts must be positive integers; got 0 for level 1. Give one size a level.
+tensormoe.errors.SpecError: experts must be positive integers; got 0 for level 1. Give one size \
+a level.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ from tensormoe_numpy._activations import ACTIVATIONS as ACTIVATIONS
 from tensormoe_numpy._adam import Adam as Adam
 from tensormoe_numpy._adapter import BACKEND as BACKEND
 from tensormoe_numpy._adapter import NumpyBackend as NumpyBackend
-from tensormoe_numpy._layer import Gradients as Gradients
+from tensormoe_numpy._base import Gradients as Gradients
+from tensormoe_numpy._embedding import MuMoEEmbedding as MuMoEEmbedding
 from tensormoe_numpy._layer import MuMoE as MuMoE
-from tensormoe_numpy._layer import MuMoEEmbedding as MuMoEEmbedding
 from tensormoe_numpy._layer import Prepared as Prepared
 from tensormoe_numpy._mlp import MuMoEMLP as MuMoEMLP
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-
 import numpy as np
 import numpy.typing as npt
 
@@ -53,7 +52,8 @@ class NumpyBackend:
     def scatter_add(self, values: NDArray, indices: NDArray, axis: int, size: int, /) -> NDArray:
         before, after = values.shape[:axis], values.shape[axis + indices.ndim :]
         total = np.zeros((*before, size, *after), dtype=values.dtype)
-        np.add.at(total, (slice(None),) * axis + (indices,), values)
+        place: Any = (slice(None),) * axis + (indices,)
+        np.add.at(total, place, values)
         return total
 
     def concat(self, arrays: Sequence[NDArray], /) -> NDArray:

@@ -1,175 +1,28 @@
-"""Layers on NumPy: forward, gradients without a framework, and checkpoints."""
+"""The layer on NumPy: forward, gradients without a framework, and inference on prepared weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from math import prod
-from os import PathLike
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tensormoe import functional
-from tensormoe.backend import Backend
-from tensormoe.checkpoint import match_arrays, read_checkpoint, save_checkpoint
-from tensormoe.errors import CheckpointError, ShapeError, TensormoeError
+from tensormoe.errors import ShapeError
 from tensormoe.execution import execute
 from tensormoe.factorizations import Factorization
-from tensormoe.functional import BlockConfig, LayerConfig, Routed
+from tensormoe.functional import Routed
 from tensormoe.gates import Gate, TopK
-from tensormoe.planning import Budget, Cost, Plan, Routing, plan_layer
-from tensormoe_numpy._adapter import BACKEND
+from tensormoe.planning import Budget
+from tensormoe_numpy._base import Given, Gradients, Layer, NDArray, check_cotangent
 from tensormoe_numpy._random import checked_dtype, draw
 
-__all__ = [
-    "Given",
-    "Gradients",
-    "MuMoE",
-    "MuMoEEmbedding",
-    "Prepared",
-    "check_cotangent",
-    "read_block",
-]
-
-NDArray = npt.NDArray[Any]
-Given = NDArray | TopK | Sequence[NDArray | TopK]
+__all__ = ["MuMoE", "Prepared"]
 
 
-@dataclass(frozen=True, eq=False)
-class Gradients:
-    """What a pullback returns.
-
-    Args:
-        input: by the layer's input; None for ids.
-        parameters: by canonical name, as the layer's ``parameters``.
-        coefficients: by ready-made coefficients, one array a level; empty if the layer's own gate
-            made them.
-    """
-
-    input: NDArray | None
-    parameters: dict[str, NDArray]
-    coefficients: tuple[NDArray, ...] = ()
-
-
-class _Layer:
-    """What the layers share: parameters by canonical name, and experts of given coefficients."""
-
-    backend: ClassVar[Backend] = BACKEND
-    config: LayerConfig
-    parameters: dict[str, NDArray]
-    buffers: dict[str, NDArray]
-
-    @property
-    def spec(self) -> Any:
-        """The :class:`tensormoe.LayerSpec` of the layer."""
-        return self.config.spec
-
-    @property
-    def gate(self) -> Gate | None:
-        """How inputs become coefficients."""
-        return self.config.gate
-
-    @property
-    def factors(self) -> dict[str, NDArray]:
-        """The factors and the bias by their short names, as TensorLy's layouts take them."""
-        named = (name.partition(".") for name in self.parameters)
-        return {
-            short: self.parameters[f"factors.{short}"] for k, _, short in named if k == "factors"
-        }
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The dtype of the parameters; inputs must have it."""
-        dtype: np.dtype[Any] = next(iter(self.parameters.values())).dtype
-        return dtype
-
-    @property
-    def num_parameters(self) -> int:
-        """Trainable entries, the gate's included."""
-        return self.config.num_parameters
-
-    def plan(self, batch: int) -> Plan:
-        """How the layer runs ``batch`` inputs."""
-        return plan_layer(self.config.spec, batch, Routing(None, self.config.indexed_input))
-
-    def cost(self, batch: int, *, training: bool = False) -> Cost:
-        """What one call costs for ``batch`` inputs, the gate included."""
-        return self.plan(batch).cost(
-            self.gate,
-            training=training,
-            itemsize=self.dtype.itemsize,
-            row_block_bytes=self.backend.row_block_bytes,
-        )
-
-    def expert(self, *index: int) -> tuple[NDArray, NDArray | None]:
-        """One expert's matrix (in, out) and bias (out,), without building 𝒲.
-
-        Args:
-            index: one number a level.
-
-        Raises:
-            ShapeError: another number of levels, or an index out of range.
-        """
-        return functional.expert_weight(self.config, self.parameters, index, self.backend)
-
-    def materialize(self) -> tuple[NDArray, NDArray | None]:
-        """𝒲 (experts…, in, out) and the biases (experts…, out), built explicitly: N·I·O entries."""
-        return functional.materialize(self.config, self.parameters, self.backend)
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write a checkpoint that every backend opens; an interrupted save leaves the old file.
-
-        Raises:
-            CheckpointError: the folder is missing or the file cannot be written.
-        """
-        arrays = {**self.parameters, **self.buffers}
-        save_checkpoint(path, type(self).__name__, self.config.to_dict(), arrays)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Self:
-        """The layer of a checkpoint, whichever backend wrote it.
-
-        Raises:
-            CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit; the
-                message lists every difference.
-        """
-        config, arrays = read_block(path, cls.__name__, LayerConfig, cls.backend)
-        return cls.restore(config, arrays)
-
-    @classmethod
-    def restore(cls, config: LayerConfig, arrays: Mapping[str, NDArray]) -> Self:
-        """A layer of arrays that exist already, by canonical name."""
-        layer = cls.__new__(cls)
-        layer.config = config
-        layer.parameters = {name: arrays[name] for name in config.parameter_shapes()}
-        layer.buffers = {name: arrays[name] for name in config.buffer_shapes()}
-        return layer
-
-    def _arguments(self) -> str:
-        spec = self.config.spec
-        experts = spec.experts[0] if spec.levels == 1 else spec.experts
-        return (
-            f"experts={experts}, factorization={spec.factorization!r}, bias={spec.bias}, "
-            f"gate={self.gate!r}, dtype={self.dtype.name!r}"
-        )
-
-    def _merged(self, coefficients: Given, lead: tuple[int, ...]) -> list[Any]:
-        """Ready-made coefficients with their leading axes merged into one."""
-        merged: list[Any] = []
-        for given in functional.check_coefficients(self.config, coefficients, lead):
-            if isinstance(given, TopK):
-                count = self.config.spec.experts[len(merged)]
-                functional.check_ids(given.indices, count, self.backend)
-                k = given.values.shape[-1]
-                merged.append(TopK(given.indices.reshape(-1, k), given.values.reshape(-1, k)))
-            else:
-                merged.append(given.reshape(prod(lead), given.shape[-1]))
-        return merged
-
-
-class MuMoE(_Layer):
+class MuMoE(Layer):
     """A multilinear mixture of linear experts (Oldfield et al. 2024), on NumPy.
 
     ``y = Σ_n a_n(x) (W_nᵀ x + b_n)``, with all W_n stored as one tensor network that is never
@@ -237,7 +90,7 @@ class MuMoE(_Layer):
 
     def __repr__(self) -> str:
         spec = self.config.spec
-        return f"MuMoE({spec.in_features}, {spec.out_features}, {self._arguments()})"
+        return f"MuMoE({spec.in_features}, {spec.out_features}, {self.arguments()})"
 
     def coefficients(self, x: NDArray) -> tuple[NDArray, ...]:
         """The coefficients of inputs (..., in): one array (..., N_e) a level, rows summing to one.
@@ -275,7 +128,7 @@ class MuMoE(_Layer):
         """
         lead = functional.check_input(x, self.spec.in_features, self.dtype)
         rows = x.reshape(prod(lead), self.spec.in_features)
-        given = None if coefficients is None else self._merged(coefficients, lead)
+        given = None if coefficients is None else self.merged(coefficients, lead)
         if memory_limit is None:
             result = self._forward(rows, given)
         else:
@@ -307,11 +160,11 @@ class MuMoE(_Layer):
         """
         lead = functional.check_input(x, self.spec.in_features, self.dtype)
         rows = x.reshape(prod(lead), self.spec.in_features)
-        own = coefficients is None
-        if own:
+        pull_gate = None
+        if coefficients is None:
             given, pull_gate = self._route_vjp(rows, training)
         else:
-            given = self._merged(coefficients, lead)
+            given = self.merged(coefficients, lead)
         result, pull = functional.experts_vjp(
             self.config, self.parameters, rows, given, self.backend
         )
@@ -322,7 +175,7 @@ class MuMoE(_Layer):
             found = pull(cotangent.reshape(result.shape))
             by_input = found.pop("x")
             by_level = [found.pop(f"coefficients_{e}") for e in range(self.spec.levels)]
-            if own:
+            if pull_gate is not None:
                 through_gate, gate = pull_gate(by_level)
                 by_input += through_gate
                 return Gradients(by_input.reshape(x.shape), found | gate)
@@ -400,7 +253,10 @@ class MuMoE(_Layer):
 
     def _forward(self, rows: NDArray, given: list[Any] | None) -> NDArray:
         weights = self._route(rows).coefficients if given is None else given
-        return functional.apply_experts(self.config, self.parameters, rows, weights, self.backend)
+        result: NDArray = functional.apply_experts(
+            self.config, self.parameters, rows, weights, self.backend
+        )
+        return result
 
 
 class Prepared:
@@ -429,7 +285,7 @@ class Prepared:
                 layer.config, self._gate, rows, layer.backend, buffers=layer.buffers
             ).coefficients
         else:
-            weights = layer._merged(coefficients, lead)
+            weights = layer.merged(coefficients, lead)
             if any(isinstance(given, TopK) for given in weights):
                 raise ShapeError(
                     "a prepared layer takes dense coefficients; got indexed ones. Call the layer."
@@ -438,132 +294,8 @@ class Prepared:
         named |= {"x": rows} | self._arrays
         arrays = [named.pop(operand.name) for operand in self._program.operands]
         weights.clear()
-        (result,), _ = execute(self._program, arrays, layer.backend)
+        result: NDArray = execute(self._program, arrays, layer.backend)[0][0]
         return result.reshape(*lead, layer.spec.out_features)
-
-
-class MuMoEEmbedding(_Layer):
-    """A mixture of embedding tables: token ids pick a row of every expert, coefficients mix them.
-
-    An id is a one-hot input that is never built: the input mode is indexed by a gather. The layer
-    has no gate of its own, since an id says nothing but itself; coefficients come from the model.
-
-    Args:
-        num_embeddings: size of the vocabulary.
-        embedding_dim: size of an embedding.
-        experts: N, or one size a level of hierarchy.
-        factorization: a value such as ``CP(rank=64)``, or its name.
-        rank: bond sizes, with a name.
-        budget: what the rank may cost instead; by default the parameters of one table.
-        init: ``"variance"`` or ``"paper"``.
-        dtype: ``"float16"``, ``"float32"`` or ``"float64"``.
-        seed: of the first values; a NumPy generator is drawn from.
-
-    Raises:
-        SpecError, RankError, BudgetError: as :class:`MuMoE`.
-
-    >>> import numpy as np
-    >>> table = MuMoEEmbedding(1000, 32, experts=4, factorization="cp", rank=8, seed=0)
-    >>> even = np.full((2, 3, 4), 0.25, dtype="float32")
-    >>> table(np.array([[1, 5, 7], [2, 2, 999]]), even).shape
-    (2, 3, 32)
-    """
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        experts: int | tuple[int, ...],
-        factorization: str | Factorization = "cp",
-        *,
-        rank: int | tuple[int, ...] | None = None,
-        budget: Budget | int | str | None = None,
-        init: str = "variance",
-        dtype: npt.DTypeLike = "float32",
-        seed: int | np.random.Generator | None = None,
-    ) -> None:
-        self.config = functional.resolve_config(
-            num_embeddings,
-            embedding_dim,
-            experts,
-            factorization,
-            rank=rank,
-            budget=budget,
-            bias=False,
-            gate=None,
-            indexed_input=True,
-        )
-        self.parameters, self.buffers = draw(
-            self.config, checked_dtype(dtype), seed, init, self.backend
-        )
-
-    def __repr__(self) -> str:
-        spec = self.config.spec
-        experts = spec.experts[0] if spec.levels == 1 else spec.experts
-        return (
-            f"MuMoEEmbedding({spec.in_features}, {spec.out_features}, experts={experts}, "
-            f"factorization={spec.factorization!r}, dtype={self.dtype.name!r})"
-        )
-
-    def __call__(self, ids: NDArray, coefficients: Given) -> NDArray:
-        """Embeddings (..., dim) of ids (...), mixed by coefficients (..., N_e) a level.
-
-        Raises:
-            ShapeError: ids that are no integers or out of range, or coefficients of other shapes.
-        """
-        lead = functional.check_ids(ids, self.spec.in_features, self.backend)
-        given = self._merged(coefficients, lead)
-        result = functional.apply_experts(
-            self.config, self.parameters, ids.reshape(-1), given, self.backend
-        )
-        return result.reshape(*lead, self.spec.out_features)
-
-    def vjp(
-        self, ids: NDArray, coefficients: Given
-    ) -> tuple[NDArray, Callable[[NDArray], Gradients]]:
-        """Run the layer and return its output with the way back, as :meth:`MuMoE.vjp`."""
-        lead = functional.check_ids(ids, self.spec.in_features, self.backend)
-        given = self._merged(coefficients, lead)
-        result, pull = functional.experts_vjp(
-            self.config, self.parameters, ids.reshape(-1), given, self.backend
-        )
-        shape = (*lead, self.spec.out_features)
-
-        def pullback(cotangent: NDArray) -> Gradients:
-            check_cotangent(cotangent, shape)
-            found = pull(cotangent.reshape(result.shape))
-            by_level = [found.pop(f"coefficients_{e}") for e in range(self.spec.levels)]
-            wide = tuple(each.reshape(*lead, each.shape[-1]) for each in by_level)
-            return Gradients(None, found, wide)
-
-        return result.reshape(shape), pullback
-
-
-C = TypeVar("C", LayerConfig, BlockConfig)
-
-
-def read_block(
-    path: str | PathLike[str], block: str, kind: type[C], backend: Backend
-) -> tuple[C, Mapping[str, NDArray]]:
-    """Configuration and arrays of a checkpoint, checked against one another."""
-    saved = read_checkpoint(path, backend)
-    if saved.block != block:
-        raise CheckpointError(
-            f"the file must hold a {block}; got a {saved.block}. Open it with {saved.block}.load."
-        )
-    try:
-        config = kind.from_dict(saved.config)
-    except TensormoeError as error:
-        raise CheckpointError(f"the file describes no {block}: {error}") from error
-    match_arrays({**config.parameter_shapes(), **config.buffer_shapes()}, saved.arrays)
-    return config, saved.arrays
-
-
-def check_cotangent(cotangent: NDArray, shape: tuple[int, ...]) -> None:
-    if tuple(cotangent.shape) != shape:
-        raise ShapeError(
-            f"the cotangent must have the output's shape {shape}; got {tuple(cotangent.shape)}."
-        )
 
 
 def _slice(given: list[Any] | None, start: int, stop: int) -> list[Any] | None:

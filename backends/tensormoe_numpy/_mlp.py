@@ -19,11 +19,10 @@ from tensormoe.gates import Gate
 from tensormoe.planning import Budget, Cost
 from tensormoe_numpy._activations import ACTIVATIONS, activation
 from tensormoe_numpy._adapter import BACKEND
-from tensormoe_numpy._layer import Given, Gradients, MuMoE, check_cotangent, read_block
+from tensormoe_numpy._base import Given, Gradients, NDArray, check_cotangent, read_block
+from tensormoe_numpy._layer import MuMoE
 
 __all__ = ["MuMoEMLP"]
-
-NDArray = npt.NDArray[Any]
 
 
 class MuMoEMLP:
@@ -166,8 +165,9 @@ class MuMoEMLP:
             coefficients: ready-made ones for both layers; the gate makes them otherwise.
             training: whether entries are dropped and batch norm uses the batch's own statistics.
         """
-        own = coefficients is None
-        if own:
+        pull_gate = None
+        given: Given
+        if coefficients is None:
             given, pull_gate = self.first.route_vjp(x, training=training)
         else:
             given = coefficients
@@ -187,7 +187,7 @@ class MuMoEMLP:
                 a + b for a, b in zip(first.coefficients, second.coefficients, strict=True)
             )
             named = self._named(first.parameters, second.parameters)
-            if not own:
+            if pull_gate is None:
                 return Gradients(first.input, named, by_level)
             through_gate, gate = pull_gate(by_level)
             return Gradients(first.input + through_gate, named | gate)

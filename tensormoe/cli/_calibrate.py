@@ -89,6 +89,7 @@ def measure_roofline() -> Roofline:
 def _overhead() -> float:
     """Seconds that a step takes whose arithmetic is next to nothing, as layers run it."""
     import numpy as np
+
     from tensormoe_numpy import MuMoE
 
     layer = MuMoE(4, 4, experts=4, factorization="tensor_ring", rank=2, gate=None, seed=0)
@@ -100,6 +101,7 @@ def _overhead() -> float:
 def _checks(roofline: Roofline) -> list[dict[str, Any]]:
     """What the profile predicts for real layers, next to what they take."""
     import numpy as np
+
     from tensormoe_numpy import MuMoE
 
     found = []

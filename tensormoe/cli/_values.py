@@ -207,6 +207,6 @@ def _quantity(text: str, name: str, units: dict[str, float], example: str) -> fl
     value = 0.0
     if match and unit in units:
         value = float(match[1].replace("_", "") + (match[2] or "")) * units[unit]
-    if not 0 < value or not isfinite(value) or (units is not _SECONDS and value < 1):
+    if not value > 0 or not isfinite(value) or (units is not _SECONDS and value < 1):
         raise BudgetError(f"{name} must be a quantity such as {example}; got {text!r}.")
     return value

@@ -20,7 +20,7 @@ from tensormoe.factorizations._network import (
     expert_leg,
 )
 
-__all__ = ["Factorization", "INITIALIZATIONS"]
+__all__ = ["INITIALIZATIONS", "Factorization"]
 
 INITIALIZATIONS = ("variance", "paper")
 

@@ -8,6 +8,7 @@ from math import sqrt
 from typing import Any, ClassVar
 
 from tensormoe.backend import Array
+from tensormoe.errors import RankError
 from tensormoe.factorizations._base import (
     Factorization,
     checked_scheme,
@@ -16,7 +17,6 @@ from tensormoe.factorizations._base import (
 )
 from tensormoe.factorizations._initialization import Initializer, noise_share
 from tensormoe.factorizations._network import INPUT, OUTPUT, Factor, Leg, expert_leg
-from tensormoe.errors import RankError
 
 __all__ = ["Hadamard"]
 

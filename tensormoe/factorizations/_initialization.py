@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from math import sqrt
 from typing import Literal
 
@@ -58,7 +59,7 @@ def chain_energy(bonds: tuple[int, ...], share: float) -> tuple[tuple[float, ...
     """
     second = [[float(p == q) for q in range(bonds[0])] for p in range(bonds[0])]
     variances = []
-    for rows, columns in zip(bonds, bonds[1:], strict=False):
+    for rows, columns in pairwise(bonds):
         variance = share * max(rows, columns) / (rows * columns)
         variances.append(variance)
         noise = variance * sum(second[p][p] for p in range(rows))

@@ -42,7 +42,8 @@ def resolve_factorization(
     >>> resolve_factorization("cp")
     Traceback (most recent call last):
         ...
-    tensormoe.errors.RankError: rank is missing for 'cp'. Give rank=…, or budget=… to have it chosen.
+    tensormoe.errors.RankError: rank is missing for 'cp'. Give rank=…, or budget=… to have it \
+chosen.
     """
     if isinstance(factorization, Factorization):
         if rank is not None:

@@ -62,7 +62,7 @@ class TensorTrain(Factorization):
 
     def factors(self, levels: int) -> tuple[Factor, ...]:
         modes = (*(expert_leg(level) for level in range(levels)), INPUT, OUTPUT)
-        bonds = [(f"r{k - 1}", f"r{k}") for k in range(len(modes))]
+        bonds: list[tuple[Leg, ...]] = [(f"r{k - 1}", f"r{k}") for k in range(len(modes))]
         bonds[0], bonds[-1] = bonds[0][1:], bonds[-1][:1]
         return tuple(
             Factor(name, (mode, *legs))

@@ -248,9 +248,9 @@ def activation_workspace(
 ) -> int:
     """Bytes that :func:`activate` holds at its peak, the coefficients included, arguments not.
 
-    It counts unmasked, finite, roughly normal logits on a library that runs eagerly: the coefficients, once more
-    than one block is needed, and the temporaries of one block (:data:`BLOCK_ARRAYS`). Vectors
-    with one entry a row or an expert are left out.
+    It counts unmasked, finite, roughly normal logits on a library that runs eagerly: the
+    coefficients, once more than one block is needed, and the temporaries of one block
+    (:data:`BLOCK_ARRAYS`). Vectors with one entry a row or an expert are left out.
 
     Args:
         gate: the gate, whose activation decides on the temporaries.
@@ -266,10 +266,10 @@ def activation_workspace(
     block = block_rows(rows, experts, itemsize, row_block_bytes)
     arrays, flags = BLOCK_ARRAYS[gate.activation]
     output = rows * experts * itemsize if block < rows else 0
-    if gate == replace(gate, activation="entmax", alpha=1.5, normalization="layer", k=None):
-        if worth_it(block, experts):
-            each = itemsize + candidate_bytes(experts, itemsize)
-            return output + round(each * block * experts)
+    usual = gate == replace(gate, activation="entmax", alpha=1.5, normalization="layer", k=None)
+    if usual and worth_it(block, experts):
+        each = itemsize + candidate_bytes(experts, itemsize)
+        return output + round(each * block * experts)
     return output + (arrays * itemsize + flags) * block * experts
 
 

@@ -37,8 +37,9 @@ def entmax_block(
     """Standardize a (rows, experts) block and apply entmax; softmax for ``alpha`` = 1."""
     if values.shape[0] == 0:
         return values
-    usual = alpha == 1.5 and isinstance(how, LayerNorm) and mask is None
+    usual = isinstance(how, LayerNorm) and alpha == 1.5 and mask is None
     if usual and backend.eager and worth_it(*values.shape):
+        assert isinstance(how, LayerNorm)
         found = entmax15_of_candidates(backend, values, how)
         if found is not None:
             return _completed(backend, values, first_row, how, *found)

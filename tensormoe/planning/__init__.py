@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from tensormoe.planning._baselines import dense_moe_cost as dense_moe_cost
+from tensormoe.planning._baselines import linear_cost as linear_cost
+from tensormoe.planning._baselines import mlp_cost as mlp_cost
+from tensormoe.planning._baselines import sparse_moe_cost as sparse_moe_cost
 from tensormoe.planning._budget import Budget as Budget
 from tensormoe.planning._budget import mlp_budgets as mlp_budgets
+from tensormoe.planning._compare import ComparisonRow as ComparisonRow
+from tensormoe.planning._compare import compare as compare
 from tensormoe.planning._cost import Cost as Cost
 from tensormoe.planning._cost import StepCost as StepCost
 from tensormoe.planning._plan import Plan as Plan
@@ -23,3 +29,33 @@ from tensormoe.planning._select import OBJECTIVES as OBJECTIVES
 from tensormoe.planning._select import RankChoice as RankChoice
 from tensormoe.planning._select import rank_front as rank_front
 from tensormoe.planning._select import select_rank as select_rank
+
+__all__ = [
+    "OBJECTIVES",
+    "PUBLISHED_ROOFLINES",
+    "Budget",
+    "ComparisonRow",
+    "Cost",
+    "Operand",
+    "Plan",
+    "Program",
+    "RankChoice",
+    "Regimes",
+    "Reverse",
+    "Roofline",
+    "Routing",
+    "Step",
+    "StepCost",
+    "compare",
+    "dense_moe_cost",
+    "linear_cost",
+    "mlp_budgets",
+    "mlp_cost",
+    "plan_layer",
+    "plan_regimes",
+    "rank_front",
+    "reverse",
+    "select_rank",
+    "sparse_moe_cost",
+    "weight_program",
+]

@@ -98,7 +98,7 @@ class Budget:
         >>> from tensormoe import CP, LayerSpec
         >>> cost = LayerSpec(6, 5, experts=4, factorization=CP(rank=3)).cost(32)
         >>> Budget(parameters=100, memory=4096).spent(cost)
-        {'parameters': 48, 'memory': 1024}
+        {'parameters': 48, 'memory': 1152}
         """
         taken: dict[str, float] = {
             "parameters": cost.parameters,
@@ -134,7 +134,8 @@ class Budget:
         Budget(parameters=4722432)
         """
         first, second = mlp_budgets(in_features, hidden_features, out_features, bias)
-        assert first.parameters is not None and second.parameters is not None
+        assert first.parameters is not None
+        assert second.parameters is not None
         return cls(parameters=first.parameters + second.parameters)
 
     @classmethod

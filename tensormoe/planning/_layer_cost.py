@@ -6,6 +6,7 @@ from math import log2
 
 from tensormoe.factorizations import BATCH, INPUT, OUTPUT, expert_leg
 from tensormoe.gates import Gate, activation_workspace
+from tensormoe.gates._rows import block_rows
 from tensormoe.planning._cost import (
     INDEX_BYTES,
     Cost,
@@ -130,34 +131,30 @@ def layer_cost(
     if gate is not None:
         parameters += gate_parameters(gate, in_features, experts)
         steps = gate_steps(gate, in_features, experts, batch, itemsize) + steps
-        peak_gate = _gate_peak(gate, experts, batch, width, row_block_bytes, training)
+        peak_gate = _gate_peak(
+            gate, in_features, experts, batch, itemsize, row_block_bytes, training
+        )
     if not training:
         peak, _ = program_peak(program, sizes, itemsize, owned=owned)
         return Cost(parameters, steps, max(peak_gate, peak))
     back = reverse(program)
     back_sizes = batch_sizes(back.program, batch)
     steps += program_cost(back.program, back_sizes, itemsize, "backward ")
-    logits = 0
-    if gate is not None:
-        steps += gate_backward_steps(gate, in_features, experts, batch, itemsize)
-        logits = width * batch * sum(experts)
     kept = [slot for slot in back.saved if slot >= len(program.operands)]
     forward, _ = program_peak(program, sizes, itemsize, kept=kept)
     saved, backward = reverse_peak(back, program, sizes, itemsize)
     result = itemsize * batch * sizes[OUTPUT]
-    held = routing + logits
-    after = 0
+    held, after = routing, 0
     if gate is not None:
+        steps += gate_backward_steps(gate, in_features, experts, batch, itemsize)
+        # logits, and coefficients once more where the experts take them in a narrower type
+        held += (width + (itemsize if itemsize < width else 0)) * batch * sum(experts)
         # the way back through the gate, while the program's gradients are all there
         gradients = sum(
             itemsize * _volume(back.program, slot, back_sizes) for slot in back.program.outputs
         )
-        own = itemsize * gate_parameters(gate, in_features, experts)
-        rows = width * batch * in_features
-        last = max(
-            width * batch * count + rows * (1 + (level > 0)) for level, count in enumerate(experts)
-        )
-        after = saved + gradients + own + last
+        after = saved + gradients
+        after += _gate_vjp_peak(gate, in_features, experts, batch, itemsize, row_block_bytes)
     peak = max(peak_gate, held + forward, held + result + max(backward, after))
     return Cost(parameters, steps, peak, saved + held)
 
@@ -171,19 +168,62 @@ def _volume(program: Program, slot: int, sizes: dict[str, int]) -> int:
 
 def _gate_peak(
     gate: Gate,
+    in_features: int,
     experts: tuple[int, ...],
     batch: int,
-    width: int,
+    itemsize: int,
     row_block_bytes: int | None,
     training: bool,
 ) -> int:
     """Bytes live at the worst moment while coefficients are made, level by level."""
-    peak = done = 0
+    width = max(itemsize, GATE_ITEMSIZE)
+    # input and projection of a narrower layer are widened
+    extra = width * (itemsize < width)
+    peak, done = 0, extra * batch * in_features
     for count in experts:
         logits = width * batch * count
         workspace = activation_workspace(gate, batch, count, width, row_block_bytes)
-        peak = max(peak, done + logits + workspace)
-        done += width * batch * (count if gate.k is None else count)
+        peak = max(peak, done + logits + workspace + extra * in_features * count)
+        done += width * batch * count
         # training keeps the logits for the way back
         done += logits if training else 0
     return peak
+
+
+def _gate_vjp_peak(
+    gate: Gate,
+    in_features: int,
+    experts: tuple[int, ...],
+    batch: int,
+    itemsize: int,
+    row_block_bytes: int | None,
+) -> int:
+    """Bytes live at the worst moment of the way back through the gate, level by level."""
+    width = max(itemsize, GATE_ITEMSIZE)
+    extra = width * (itemsize < width)
+    rows = width * batch * in_features
+    peak, done = 0, extra * batch * in_features
+    for level, count in enumerate(experts):
+        inner = width * batch * count
+        workspace = _activation_vjp_workspace(gate, batch, count, width, row_block_bytes)
+        # before and after the projection's gradient is made
+        before = workspace + extra * batch * count
+        table = (itemsize + 2 * extra) * in_features * count
+        peak = max(peak, done + rows * (level > 0) + max(before, inner + table + rows))
+        done += itemsize * (in_features + gate.bias) * count
+    return peak
+
+
+def _activation_vjp_workspace(
+    gate: Gate, batch: int, count: int, width: int, row_block_bytes: int | None
+) -> int:
+    """Bytes that the way back through one level's activation holds, its result included."""
+    block = block_rows(batch, count, width, row_block_bytes)
+    arrays, flags, whole = _VJP_ARRAYS[gate.normalization or ""]
+    # the result of several blocks is joined in an array of its own
+    whole += block < batch
+    return (arrays * width + flags) * block * count + whole * width * batch * count
+
+
+# normalization -> block-sized arrays and booleans, and whole arrays, that its way back holds
+_VJP_ARRAYS = {"layer": (5, 0, 0), "batch": (5, 1, 1), "": (3, 1, 0)}

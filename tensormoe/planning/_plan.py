@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -13,7 +14,7 @@ from tensormoe.planning._cost import Cost
 from tensormoe.planning._describe import describe_plan
 from tensormoe.planning._layer_cost import layer_cost
 from tensormoe.planning._program import Program
-from tensormoe.planning._regimes import Regimes, Routing, plan_regimes
+from tensormoe.planning._regimes import DENSE, Regimes, Routing, plan_regimes
 
 __all__ = ["Plan", "plan_layer"]
 
@@ -90,11 +91,10 @@ class Plan:
         return describe_plan(self, self.cost(gate, itemsize=itemsize), itemsize)
 
 
-def _chunked(of: object, batch: int, chunk: int, row: int) -> Cost:
+def _chunked(of: Callable[[int], Cost], batch: int, chunk: int, row: int) -> Cost:
     """The cost of a batch cut into chunks: results so far, one chunk at work, one final join."""
-    assert callable(of)
     whole, rest = divmod(batch, chunk)
-    one: Cost = of(chunk)
+    one = of(chunk)
     total = replace(one, steps=one.steps * whole)
     if rest:
         total = total.then(replace(of(rest), parameters=0))
@@ -106,7 +106,7 @@ def _chunked(of: object, batch: int, chunk: int, row: int) -> Cost:
 def plan_layer(
     spec: LayerSpec,
     batch: int,
-    routing: Routing = Routing(),
+    routing: Routing = DENSE,
     *,
     prepared: bool = False,
     memory_limit: int | None = None,

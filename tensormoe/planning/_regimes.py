@@ -20,7 +20,7 @@ from tensormoe.factorizations import BATCH, INPUT, OUTPUT, Leg, expert_leg
 from tensormoe.planning._program import Operand, Program
 from tensormoe.planning._tree import Builder, Node, contract_path, tree_cost, tree_of
 
-__all__ = ["MAX_BATCH", "WRITE_WEIGHT", "Regimes", "Routing", "plan_regimes", "weight_program"]
+__all__ = ["DENSE", "MAX_BATCH", "WRITE_WEIGHT", "Regimes", "Routing", "plan_regimes", "weight_program"]
 
 WRITE_WEIGHT = 32
 """Multiply-adds that writing one entry is worth when paths are compared: the ratio of arithmetic
@@ -47,6 +47,10 @@ class Routing:
     def __post_init__(self) -> None:
         if self.top_k is not None:
             object.__setattr__(self, "top_k", positive_int(self.top_k, "top_k", PlanError))
+
+
+DENSE = Routing()
+"""Dense coefficients and dense inputs."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ class _Draft:
 
 
 @lru_cache(maxsize=1024)
-def plan_regimes(spec: LayerSpec, routing: Routing = Routing()) -> Regimes:
+def plan_regimes(spec: LayerSpec, routing: Routing = DENSE) -> Regimes:
     """Plan a layer for every batch size.
 
     Args:
@@ -292,7 +296,7 @@ def weight_program(spec: LayerSpec, *, single: bool, bias: bool) -> Program:
     network = spec.network
     experts = () if single else network.expert_legs
     dropped = {expert_leg(level) for level in range(spec.levels)} - set(experts)
-    factors = [factor for factor in network.factors]
+    factors = list(network.factors)
     if bias:
         assert network.bias is not None
         factors = [network.bias if f is network.input_factor else f for f in factors]

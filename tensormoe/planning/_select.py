@@ -25,7 +25,7 @@ _MEASURES: dict[str, Callable[[int, int], Figures]] = {
 }
 
 # outer sizes that are all looked at before a rank is settled; of more, few
-_FEW = 12
+_FEW = 16
 
 OBJECTIVES = tuple(_MEASURES)
 """What rank selection can maximize."""
@@ -102,12 +102,12 @@ def select_rank(
     >>> select_rank("cp", 768, 768, 512)
     288
     >>> select_rank("tensor_ring", 768, 768, 512, bonds=(4, 4, None))
-    94
+    (4, 4, 94)
     >>> select_rank("hadamard", 768, 768, 512)
     Traceback (most recent call last):
         ...
     tensormoe.errors.BudgetError: parameters must be at least 983808 for hadamard, 512 experts of \
-768 → 768; got 590592. Raise the budget, or use fewer experts.
+768 → 768; got 590592. Raise the budget, use fewer experts, or choose another factorization.
     """
     measure = _MEASURES[choice(objective, OBJECTIVES, "objective", BudgetError)]
     estimator = _estimator(
@@ -218,7 +218,8 @@ def _settled(
         # ranks that would be better if they fitted: the estimate was right if their best
         # paths are among those that it chose from
         news = [estimator.explore(sizes) for sizes in [*found, *rivals(found)]]
-        if not any(news) and all([estimator.verify(sizes) for sizes in found]):
+        fits = [estimator.verify(sizes) for sizes in found]
+        if not any(news) and all(fits):
             return found
 
 
@@ -342,7 +343,7 @@ def _rivals(
     family: Family, figures: Callable[[Choice], Figures], best: Choice | None
 ) -> Iterable[Choice]:
     """The smallest ranks that would be better, at outer sizes near the best one and far from it."""
-    outer, inner = best or (1, 0)
+    outer, _ = best or (1, 0)
     goal = figures(best) if best else (0, 0)
     last = family.saturation(OUTER) if family.symbols == 2 else 1
     others = {outer, outer - 1, outer + 1, *(4**k for k in range(last.bit_length() // 2 + 1))}
@@ -369,8 +370,8 @@ def _impossible(estimator: Estimator) -> BudgetError:
     values = ", ".join(str(value) for name, value in budget.limits.items() if needed[name] > value)
     experts = " × ".join(map(str, given.experts))
     gate = "" if estimator.gate is None else " with a gate"
-    remedy = "use fewer experts" if estimator.family.symbols else "choose another factorization"
     return BudgetError(
         f"{rules} for {estimator.family.name}, {experts} experts of {given.in_features} → "
-        f"{given.out_features}{gate}; got {values}. Raise the budget, or {remedy}."
+        f"{given.out_features}{gate}; got {values}. Raise the budget, use fewer experts, "
+        "or choose another factorization."
     )

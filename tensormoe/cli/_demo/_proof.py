@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from tensormoe_numpy import MuMoE
 
 __all__ = ["largest_error", "routing"]

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tensormoe_numpy import ACTIVATIONS, Adam, MuMoE
 
 from tensormoe.cli._demo._digits import CLASSES, Digits
+from tensormoe_numpy import ACTIVATIONS, Adam, MuMoE
 
 __all__ = ["HIDDEN", "Classifier", "History", "Linear", "train"]
 

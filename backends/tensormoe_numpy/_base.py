@@ -1,0 +1,185 @@
+"""What the layers share: parameters by canonical name, checkpoints, and ready-made coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from os import PathLike
+from typing import Any, ClassVar, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from tensormoe import LayerSpec, functional
+from tensormoe.backend import Backend
+from tensormoe.checkpoint import match_arrays, read_checkpoint, save_checkpoint
+from tensormoe.errors import CheckpointError, ShapeError, TensormoeError
+from tensormoe.functional import BlockConfig, LayerConfig
+from tensormoe.gates import Gate, TopK
+from tensormoe.planning import Cost, Plan, Routing, plan_layer
+from tensormoe_numpy._adapter import BACKEND
+
+__all__ = ["Given", "Gradients", "Layer", "NDArray", "check_cotangent", "read_block"]
+
+NDArray = npt.NDArray[Any]
+Given = NDArray | TopK | Sequence[NDArray | TopK]
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """What a pullback returns.
+
+    Args:
+        input: by the layer's input; None for ids.
+        parameters: by canonical name, as the layer's ``parameters``.
+        coefficients: by ready-made coefficients, one array a level; empty if the layer's own gate
+            made them.
+    """
+
+    input: NDArray | None
+    parameters: dict[str, NDArray]
+    coefficients: tuple[NDArray, ...] = ()
+
+
+class Layer:
+    """What the layers share: parameters by canonical name, and experts of given coefficients."""
+
+    backend: ClassVar[Backend] = BACKEND
+    config: LayerConfig
+    parameters: dict[str, NDArray]
+    buffers: dict[str, NDArray]
+
+    @property
+    def spec(self) -> LayerSpec:
+        """Sizes and factorization."""
+        return self.config.spec
+
+    @property
+    def gate(self) -> Gate | None:
+        """How inputs become coefficients."""
+        return self.config.gate
+
+    @property
+    def factors(self) -> dict[str, NDArray]:
+        """The factors and the bias by their short names, as TensorLy's layouts take them."""
+        named = (name.partition(".") for name in self.parameters)
+        return {
+            short: self.parameters[f"factors.{short}"] for k, _, short in named if k == "factors"
+        }
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of the parameters; inputs must have it."""
+        dtype: np.dtype[Any] = next(iter(self.parameters.values())).dtype
+        return dtype
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable entries, the gate's included."""
+        return self.config.num_parameters
+
+    def plan(self, batch: int) -> Plan:
+        """How the layer runs ``batch`` inputs."""
+        return plan_layer(self.config.spec, batch, Routing(None, self.config.indexed_input))
+
+    def cost(self, batch: int, *, training: bool = False) -> Cost:
+        """What one call costs for ``batch`` inputs, the gate included."""
+        return self.plan(batch).cost(
+            self.gate,
+            training=training,
+            itemsize=self.dtype.itemsize,
+            row_block_bytes=self.backend.row_block_bytes,
+        )
+
+    def expert(self, *index: int) -> tuple[NDArray, NDArray | None]:
+        """One expert's matrix (in, out) and bias (out,), without building 𝒲.
+
+        Args:
+            index: one number a level.
+
+        Raises:
+            ShapeError: another number of levels, or an index out of range.
+        """
+        return functional.expert_weight(self.config, self.parameters, index, self.backend)
+
+    def materialize(self) -> tuple[NDArray, NDArray | None]:
+        """𝒲 (experts…, in, out) and the biases (experts…, out), built explicitly: N·I·O entries."""
+        return functional.materialize(self.config, self.parameters, self.backend)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a checkpoint that every backend opens; an interrupted save leaves the old file.
+
+        Raises:
+            CheckpointError: the folder is missing or the file cannot be written.
+        """
+        arrays = {**self.parameters, **self.buffers}
+        save_checkpoint(path, type(self).__name__, self.config.to_dict(), arrays)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """The layer of a checkpoint, whichever backend wrote it.
+
+        Raises:
+            CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit; the
+                message lists every difference.
+        """
+        config, arrays = read_block(path, cls.__name__, LayerConfig, cls.backend)
+        return cls.restore(config, arrays)
+
+    @classmethod
+    def restore(cls, config: LayerConfig, arrays: Mapping[str, NDArray]) -> Self:
+        """A layer of arrays that exist already, by canonical name."""
+        layer = cls.__new__(cls)
+        layer.config = config
+        layer.parameters = {name: arrays[name] for name in config.parameter_shapes()}
+        layer.buffers = {name: arrays[name] for name in config.buffer_shapes()}
+        return layer
+
+    def arguments(self) -> str:
+        spec = self.config.spec
+        experts = spec.experts[0] if spec.levels == 1 else spec.experts
+        return (
+            f"experts={experts}, factorization={spec.factorization!r}, bias={spec.bias}, "
+            f"gate={self.gate!r}, dtype={self.dtype.name!r}"
+        )
+
+    def merged(self, coefficients: Given, lead: tuple[int, ...]) -> list[Any]:
+        """Ready-made coefficients with their leading axes merged into one."""
+        merged: list[Any] = []
+        for given in functional.check_coefficients(self.config, coefficients, lead):
+            if isinstance(given, TopK):
+                count = self.config.spec.experts[len(merged)]
+                functional.check_ids(given.indices, count, self.backend)
+                k = given.values.shape[-1]
+                merged.append(TopK(given.indices.reshape(-1, k), given.values.reshape(-1, k)))
+            else:
+                merged.append(given.reshape(prod(lead), given.shape[-1]))
+        return merged
+
+
+C = TypeVar("C", LayerConfig, BlockConfig)
+
+
+def read_block(
+    path: str | PathLike[str], block: str, kind: type[C], backend: Backend
+) -> tuple[C, Mapping[str, NDArray]]:
+    """Configuration and arrays of a checkpoint, checked against one another."""
+    saved = read_checkpoint(path, backend)
+    if saved.block != block:
+        raise CheckpointError(
+            f"the file must hold a {block}; got a {saved.block}. Open it with {saved.block}.load."
+        )
+    try:
+        config = kind.from_dict(saved.config)
+    except TensormoeError as error:
+        raise CheckpointError(f"the file describes no {block}: {error}") from error
+    match_arrays({**config.parameter_shapes(), **config.buffer_shapes()}, saved.arrays)
+    return config, saved.arrays
+
+
+def check_cotangent(cotangent: NDArray, shape: tuple[int, ...]) -> None:
+    if tuple(cotangent.shape) != shape:
+        raise ShapeError(
+            f"the cotangent must have the output's shape {shape}; got {tuple(cotangent.shape)}."
+        )

@@ -1,0 +1,113 @@
+"""Embedding tables as experts: the input mode is indexed by token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from tensormoe import functional
+from tensormoe.factorizations import Factorization
+from tensormoe.planning import Budget
+from tensormoe_numpy._base import Given, Gradients, Layer, NDArray, check_cotangent
+from tensormoe_numpy._random import checked_dtype, draw
+
+__all__ = ["MuMoEEmbedding"]
+
+
+class MuMoEEmbedding(Layer):
+    """A mixture of embedding tables: token ids pick a row of every expert, coefficients mix them.
+
+    An id is a one-hot input that is never built: the input mode is indexed by a gather. The layer
+    has no gate of its own, since an id says nothing but itself; coefficients come from the model.
+
+    Args:
+        num_embeddings: size of the vocabulary.
+        embedding_dim: size of an embedding.
+        experts: N, or one size a level of hierarchy.
+        factorization: a value such as ``CP(rank=64)``, or its name.
+        rank: bond sizes, with a name.
+        budget: what the rank may cost instead; by default the parameters of one table.
+        init: ``"variance"`` or ``"paper"``.
+        dtype: ``"float16"``, ``"float32"`` or ``"float64"``.
+        seed: of the first values; a NumPy generator is drawn from.
+
+    Raises:
+        SpecError, RankError, BudgetError: as :class:`MuMoE`.
+
+    >>> import numpy as np
+    >>> table = MuMoEEmbedding(1000, 32, experts=4, factorization="cp", rank=8, seed=0)
+    >>> even = np.full((2, 3, 4), 0.25, dtype="float32")
+    >>> table(np.array([[1, 5, 7], [2, 2, 999]]), even).shape
+    (2, 3, 32)
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        experts: int | tuple[int, ...],
+        factorization: str | Factorization = "cp",
+        *,
+        rank: int | tuple[int, ...] | None = None,
+        budget: Budget | int | str | None = None,
+        init: str = "variance",
+        dtype: npt.DTypeLike = "float32",
+        seed: int | np.random.Generator | None = None,
+    ) -> None:
+        self.config = functional.resolve_config(
+            num_embeddings,
+            embedding_dim,
+            experts,
+            factorization,
+            rank=rank,
+            budget=budget,
+            bias=False,
+            gate=None,
+            indexed_input=True,
+        )
+        self.parameters, self.buffers = draw(
+            self.config, checked_dtype(dtype), seed, init, self.backend
+        )
+
+    def __repr__(self) -> str:
+        spec = self.config.spec
+        experts = spec.experts[0] if spec.levels == 1 else spec.experts
+        return (
+            f"MuMoEEmbedding({spec.in_features}, {spec.out_features}, experts={experts}, "
+            f"factorization={spec.factorization!r}, dtype={self.dtype.name!r})"
+        )
+
+    def __call__(self, ids: NDArray, coefficients: Given) -> NDArray:
+        """Embeddings (..., dim) of ids (...), mixed by coefficients (..., N_e) a level.
+
+        Raises:
+            ShapeError: ids that are no integers or out of range, or coefficients of other shapes.
+        """
+        lead = functional.check_ids(ids, self.spec.in_features, self.backend)
+        given = self.merged(coefficients, lead)
+        result: NDArray = functional.apply_experts(
+            self.config, self.parameters, ids.reshape(-1), given, self.backend
+        )
+        return result.reshape(*lead, self.spec.out_features)
+
+    def vjp(
+        self, ids: NDArray, coefficients: Given
+    ) -> tuple[NDArray, Callable[[NDArray], Gradients]]:
+        """Run the layer and return its output with the way back, as :meth:`MuMoE.vjp`."""
+        lead = functional.check_ids(ids, self.spec.in_features, self.backend)
+        given = self.merged(coefficients, lead)
+        result, pull = functional.experts_vjp(
+            self.config, self.parameters, ids.reshape(-1), given, self.backend
+        )
+        shape = (*lead, self.spec.out_features)
+
+        def pullback(cotangent: NDArray) -> Gradients:
+            check_cotangent(cotangent, shape)
+            found = pull(cotangent.reshape(result.shape))
+            by_level = [found.pop(f"coefficients_{e}") for e in range(self.spec.levels)]
+            wide = tuple(each.reshape(*lead, each.shape[-1]) for each in by_level)
+            return Gradients(None, found, wide)
+
+        return result.reshape(shape), pullback

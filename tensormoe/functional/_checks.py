@@ -1,0 +1,87 @@
+"""What a layer accepts, said once for every framework."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from tensormoe._config import LayerConfig
+from tensormoe.backend import Array, Backend
+from tensormoe.errors import ShapeError
+from tensormoe.gates import TopK
+
+__all__ = ["Coefficients", "check_coefficients", "check_ids", "check_input"]
+
+Coefficients = Sequence["Array | TopK"]
+"""One entry a level: dense coefficients (batch, N_e), or indices and values (batch, k)."""
+
+
+def check_input(x: Array, features: int, dtype: object, name: str = "x") -> tuple[int, ...]:
+    """The leading shape of a floating-point input.
+
+    Raises:
+        ShapeError: no axis of ``features``, or another dtype than the layer's.
+    """
+    shape = tuple(getattr(x, "shape", ()))
+    if not shape or shape[-1] != features:
+        raise ShapeError(
+            f"{name} must end in an axis of {features} features; got shape {shape}. "
+            "Check the layer's in_features, or move the feature axis last."
+        )
+    if x.dtype != dtype:
+        raise ShapeError(
+            f"{name} must have the layer's dtype {dtype}; got {x.dtype}. Cast the input, or build "
+            "the layer with the input's dtype."
+        )
+    return shape[:-1]
+
+
+def check_ids(ids: Array, count: int, backend: Backend) -> tuple[int, ...]:
+    """The shape of an array of integer ids; their range is checked where values can be read.
+
+    Raises:
+        ShapeError: not integers, or an id outside [0, count).
+    """
+    xp = backend.namespace
+    if not hasattr(ids, "dtype") or not xp.isdtype(ids.dtype, "integral"):
+        found = getattr(ids, "dtype", type(ids).__name__)
+        raise ShapeError(f"ids must be integers; got {found}. Cast them with astype('int64').")
+    if backend.eager and prod(ids.shape):
+        low, high = int(xp.min(ids)), int(xp.max(ids))
+        if low < 0 or high >= count:
+            wrong = low if low < 0 else high
+            raise ShapeError(
+                f"ids must lie in [0, {count}); got {wrong}. Check the vocabulary's size."
+            )
+    return tuple(ids.shape)
+
+
+def check_coefficients(
+    config: LayerConfig, coefficients: Array | TopK | Coefficients, lead: tuple[int, ...]
+) -> list[Array | TopK]:
+    """Ready-made coefficients, one entry a level, their shapes checked.
+
+    Raises:
+        ShapeError: another number of levels, or shapes that do not fit the input.
+    """
+    single = isinstance(coefficients, TopK) or hasattr(coefficients, "dtype")
+    listed: list[Array | TopK] = [coefficients] if single else list(coefficients)  # type: ignore[arg-type]
+    experts = config.spec.experts
+    if len(listed) != len(experts):
+        raise ShapeError(
+            f"coefficients must have one array a level, {len(experts)}; got {len(listed)}."
+        )
+    for level, (given, count) in enumerate(zip(listed, experts, strict=True)):
+        if isinstance(given, TopK):
+            same = given.indices.shape == given.values.shape
+            fits = same and tuple(given.values.shape[:-1]) == lead
+            found, wanted = tuple(given.values.shape), str((*lead, "k"))
+        else:
+            found, wanted = tuple(given.shape), str((*lead, count))
+            fits = found == (*lead, count)
+        if not fits:
+            raise ShapeError(
+                f"coefficients of level {level} must have shape {wanted}; got {found}. Their "
+                "leading axes are the input's, their last one the level's experts."
+            )
+    return listed

@@ -1,0 +1,144 @@
+"""The mixture of experts for given coefficients, its way back, and prepared weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from tensormoe._config import LayerConfig
+from tensormoe.backend import Array, Backend
+from tensormoe.errors import ShapeError
+from tensormoe.execution import execute
+from tensormoe.functional._checks import Coefficients
+from tensormoe.functional._dtypes import cast
+from tensormoe.gates import TopK
+from tensormoe.planning import Program, Routing, plan_layer, plan_regimes, reverse
+
+__all__ = ["apply_experts", "chunk_size", "experts_vjp", "prepare"]
+
+
+def apply_experts(
+    config: LayerConfig,
+    parameters: Mapping[str, Array],
+    x: Array,
+    coefficients: list[Array | TopK],
+    backend: Backend,
+) -> Array:
+    """The mixture of experts for inputs (batch, in) and given coefficients.
+
+    Args:
+        config: the layer.
+        parameters: by canonical name.
+        x: (batch, in), or ids (batch,).
+        coefficients: one entry a level, leading axes merged; the list is emptied.
+        backend: the adapter of the arrays' library.
+
+    Returns:
+        The output (batch, out).
+    """
+    program = _program(config, coefficients, x.shape[0])
+    arrays = _operands(program, parameters, x, coefficients, backend)
+    coefficients.clear()
+    return execute(program, arrays, backend)[0][0]
+
+
+def experts_vjp(
+    config: LayerConfig,
+    parameters: Mapping[str, Array],
+    x: Array,
+    coefficients: list[Array | TopK],
+    backend: Backend,
+) -> tuple[Array, Callable[[Array], dict[str, Array]]]:
+    """:func:`apply_experts` with its way back.
+
+    Returns:
+        The output (batch, out), and a function from its cotangent to the gradients by operand:
+        ``x`` (not for ids), ``coefficients_<level>``, and ``factors.<name>``.
+    """
+    program = _program(config, coefficients, x.shape[0])
+    back = reverse(program)
+    arrays = _operands(program, parameters, x, coefficients, backend)
+    coefficients.clear()
+    (result,), kept = execute(program, arrays, backend, back.saved)
+
+    def pull(cotangent: Array) -> dict[str, Array]:
+        saved = [kept[slot] for slot in back.saved]
+        gradients, _ = execute(back.program, [*saved, cotangent], backend)
+        named = zip(back.wanted, gradients, strict=True)
+        factors = config.spec.shapes
+        return {f"factors.{k}" if k in factors else k: value for k, value in named}
+
+    return result, pull
+
+
+def prepare(
+    config: LayerConfig, parameters: Mapping[str, Array], backend: Backend
+) -> tuple[Program, dict[str, Array]]:
+    """Run the weight-only steps of the plan for large batches once.
+
+    Returns:
+        The program that is left, and the arrays it takes besides input and coefficients.
+    """
+    first, rest = config.regimes.programs[-1].split()
+    arrays = [parameters[f"factors.{operand.name}"] for operand in first.operands]
+    results, _ = execute(first, arrays, backend)
+    names = [operand.name for operand in rest.operands if operand.role == "factor"]
+    return rest, dict(zip(names, results, strict=True))
+
+
+def chunk_size(
+    config: LayerConfig, batch: int, memory_limit: int, backend: Backend, itemsize: int
+) -> int:
+    """How many inputs may run at a time within ``memory_limit`` bytes, the gate included.
+
+    Raises:
+        PlanError: not even one; the message names the smallest feasible limit.
+    """
+    plan = plan_layer(
+        config.spec,
+        batch,
+        Routing(None, config.indexed_input),
+        memory_limit=memory_limit,
+        gate=config.gate,
+        itemsize=itemsize,
+        row_block_bytes=backend.row_block_bytes,
+    )
+    return plan.chunk
+
+
+def _program(config: LayerConfig, coefficients: Coefficients, batch: int) -> Program:
+    kinds = {None if not isinstance(c, TopK) else int(c.values.shape[-1]) for c in coefficients}
+    if len(kinds) > 1:
+        raise ShapeError(
+            "coefficients of all levels must be dense, or all indexed with one k; got a mixture."
+        )
+    kept = next(iter(kinds))
+    if kept is None:
+        return config.regimes.program(batch)
+    return plan_regimes(config.spec, Routing(kept, config.indexed_input)).program(batch)
+
+
+def _operands(
+    program: Program,
+    parameters: Mapping[str, Array],
+    x: Array,
+    coefficients: Coefficients,
+    backend: Backend,
+) -> list[Array]:
+    """The arrays of a program in slot order."""
+    dtype = next(value.dtype for name, value in parameters.items() if name.startswith("factors."))
+    arrays = []
+    for operand in program.operands:
+        kind, _, level = operand.name.rpartition("_")
+        if operand.role == "factor":
+            arrays.append(parameters[f"factors.{operand.name}"])
+        elif kind == "coefficients":
+            given = coefficients[int(level)]
+            values = given.values if isinstance(given, TopK) else given
+            arrays.append(cast(values, dtype, backend))
+        elif kind == "indices":
+            chosen = coefficients[int(level)]
+            assert isinstance(chosen, TopK)
+            arrays.append(chosen.indices)
+        else:
+            arrays.append(x)
+    return arrays

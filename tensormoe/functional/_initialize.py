@@ -1,0 +1,47 @@
+"""First values of a layer's parameters."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+from tensormoe._config import LayerConfig
+from tensormoe.backend import Array, Backend
+from tensormoe.factorizations import Draw, draw_factor
+
+__all__ = ["initialize"]
+
+
+def initialize(
+    config: LayerConfig,
+    backend: Backend,
+    normal: Draw,
+    uniform: Draw,
+    zeros: Draw,
+    init: str = "variance",
+) -> dict[str, Array]:
+    """Draw all parameters; projections of the gate start at zero, so that experts start alike.
+
+    Args:
+        config: the layer.
+        backend: adapter of the library that draws.
+        normal: draws standard normal arrays of a shape, in the layer's dtype.
+        uniform: draws arrays uniform on [-1, 1) of a shape, in the layer's dtype.
+        zeros: makes arrays of zeros of a shape, in the layer's dtype.
+        init: ``"variance"`` or ``"paper"``, see :meth:`LayerSpec.initializers`.
+
+    Raises:
+        SpecError: an unknown scheme.
+    """
+    starts = config.spec.initializers(init)
+    parameters = {}
+    for name, shape in config.parameter_shapes().items():
+        kind, _, factor = name.partition(".")
+        if kind == "factors":
+            array = draw_factor(starts[factor], shape, backend, normal, uniform)
+            if config.indexed_input and factor == config.spec.network.input_factor.name:
+                # rows of a table are used alone: they start with variance 1, as nn.Embedding's
+                array = array * sqrt(3.0 * config.spec.in_features)
+            parameters[name] = array
+        else:
+            parameters[name] = zeros(shape)
+    return parameters

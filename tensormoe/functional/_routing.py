@@ -1,0 +1,144 @@
+"""From inputs to coefficients, through a layer's own gate, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tensormoe._config import LayerConfig
+from tensormoe.backend import Array, Backend
+from tensormoe.errors import ShapeError
+from tensormoe.functional._dtypes import cast, widened
+from tensormoe.gates import Activation, Statistics, activate, activate_vjp
+
+__all__ = ["Routed", "gate_vjp", "route"]
+
+
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """What a gate made of its input.
+
+    Args:
+        coefficients: one array (batch, N_e) a level.
+        logits: what they came from, for the way back.
+        statistics: batch norm's new running statistics, one a level; None for other gates.
+    """
+
+    coefficients: list[Array]
+    logits: list[Array]
+    statistics: list[Statistics] | None
+
+
+def route(
+    config: LayerConfig,
+    parameters: Mapping[str, Array],
+    x: Array,
+    backend: Backend,
+    *,
+    buffers: Mapping[str, Array] | None = None,
+    keep: bool = False,
+    training: bool = False,
+) -> Routed:
+    """Coefficients of inputs (batch, in), from the layer's own gate.
+
+    Logits and coefficients are float32 or wider, whatever the layer's dtype.
+
+    Args:
+        config: the layer.
+        parameters: by canonical name.
+        x: (batch, in).
+        backend: the adapter of the arrays' library.
+        buffers: batch norm's running statistics by canonical name.
+        keep: whether to return the logits, for the way back.
+        training: whether batch norm uses the batch's own statistics.
+    """
+    gate = config.gate
+    if gate is None:
+        raise ShapeError(
+            "this layer has no gate; got no coefficients. Call it with coefficients=…, or build "
+            "it with a gate."
+        )
+    wide = widened(x, backend)
+    found: list[Activation] = []
+    kept = []
+    for level in range(config.spec.levels):
+        projection = widened(parameters[f"gate.projection_{level}"], backend)
+        logits = backend.matmul(wide, projection)
+        if gate.bias:
+            logits += widened(parameters[f"gate.bias_{level}"], backend)
+        found.append(
+            activate(gate, logits, statistics=_statistics(buffers, level), training=training)
+        )
+        if keep:
+            kept.append(logits)
+        del logits
+    statistics = [each.statistics for each in found if each.statistics is not None]
+    return Routed([each.coefficients for each in found], kept, statistics or None)
+
+
+def gate_vjp(
+    config: LayerConfig,
+    parameters: Mapping[str, Array],
+    x: Array,
+    routed: Routed,
+    cotangents: Sequence[Array],
+    backend: Backend,
+    *,
+    buffers: Mapping[str, Array] | None = None,
+    training: bool = True,
+) -> tuple[Array, dict[str, Array]]:
+    """Gradients of :func:`route` by its input and its parameters.
+
+    Args:
+        config: the layer.
+        parameters: by canonical name.
+        x: (batch, in), as in the forward call.
+        routed: what the forward call, with ``keep=True``, returned.
+        cotangents: one array (batch, N_e) a level.
+        backend: the adapter of the arrays' library.
+        buffers: the running statistics that the forward call was given.
+        training: whether batch norm used the batch's own statistics.
+
+    Returns:
+        The gradient by ``x``, and the parameters' by canonical name.
+    """
+    gate = config.gate
+    assert gate is not None
+    wide = widened(x, backend)
+    gradients: dict[str, Array] = {}
+    total = None
+    for level, (logits, weights, cotangent) in enumerate(
+        zip(routed.logits, routed.coefficients, cotangents, strict=True)
+    ):
+        inner = activate_vjp(
+            gate,
+            logits,
+            weights,
+            widened(cotangent, backend),
+            statistics=_statistics(buffers, level),
+            training=training,
+        )
+        projection = parameters[f"gate.projection_{level}"]
+        dtype = projection.dtype
+        table = backend.matmul(backend.permute(wide, (1, 0)), inner)
+        gradients[f"gate.projection_{level}"] = cast(table, dtype, backend)
+        if gate.bias:
+            row = backend.sum(inner, (0,))
+            gradients[f"gate.bias_{level}"] = cast(row, dtype, backend)
+        back = backend.permute(widened(projection, backend), (1, 0))
+        part = backend.matmul(inner, back)
+        del inner
+        if total is None:
+            total = part
+        else:
+            total += part
+        del part  # not held while the next level's is made
+    return cast(total, x.dtype, backend), gradients
+
+
+def _statistics(buffers: Mapping[str, Array] | None, level: int) -> Statistics | None:
+    if not buffers:
+        return None
+    return Statistics(
+        buffers[f"gate.running_mean_{level}"], buffers[f"gate.running_variance_{level}"]
+    )

@@ -1,0 +1,69 @@
+"""Weights built explicitly: all of 𝒲, or one expert."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tensormoe._config import LayerConfig
+from tensormoe.backend import Array, Backend
+from tensormoe.errors import ShapeError
+from tensormoe.execution import execute
+from tensormoe.planning import weight_program
+
+__all__ = ["expert_weight", "materialize"]
+
+
+def materialize(
+    config: LayerConfig, parameters: Mapping[str, Array], backend: Backend
+) -> tuple[Array, Array | None]:
+    """𝒲 (experts…, in, out) and the experts' biases (experts…, out), built explicitly.
+
+    This is what the library exists to avoid: it takes N·I·O entries.
+    """
+    return _weights(config, dict(parameters), backend, single=False)
+
+
+def expert_weight(
+    config: LayerConfig,
+    parameters: Mapping[str, Array],
+    index: Sequence[int],
+    backend: Backend,
+) -> tuple[Array, Array | None]:
+    """One expert's matrix (in, out) and bias (out,), without building 𝒲.
+
+    Args:
+        config: the layer.
+        parameters: by canonical name.
+        index: one number a level.
+        backend: the adapter of the arrays' library.
+
+    Raises:
+        ShapeError: another number of levels, or an index out of range.
+    """
+    experts = config.spec.experts
+    if len(index) != len(experts):
+        raise ShapeError(f"an expert has one index a level, {len(experts)}; got {index!r}.")
+    for level, (place, count) in enumerate(zip(index, experts, strict=True)):
+        if not 0 <= place < count:
+            raise ShapeError(
+                f"expert index must lie in [0, {count}) at level {level}; got {place}."
+            )
+    chosen = dict(parameters)
+    for factor in config.spec.network.all_factors:
+        picked = tuple(
+            index[int(leg[1:])] if leg in config.spec.network.expert_legs else slice(None)
+            for leg in factor.legs
+        )
+        chosen[f"factors.{factor.name}"] = chosen[f"factors.{factor.name}"][picked]
+    return _weights(config, chosen, backend, single=True)
+
+
+def _weights(
+    config: LayerConfig, parameters: Mapping[str, Array], backend: Backend, *, single: bool
+) -> tuple[Array, Array | None]:
+    def run(bias: bool) -> Array:
+        program = weight_program(config.spec, single=single, bias=bias)
+        arrays = [parameters[f"factors.{operand.name}"] for operand in program.operands]
+        return execute(program, arrays, backend)[0][0]
+
+    return run(False), run(True) if config.spec.bias else None
