@@ -60,7 +60,7 @@ def run_calibrate(arguments: argparse.Namespace) -> None:
     if path is None:
         console.print("A dry run: nothing was kept.")
     else:
-        console.print(f"Kept in {path}", markup=False, soft_wrap=True)
+        console.print(f"Kept in {path}", soft_wrap=True)
         console.print("tensormoe rank and tensormoe plan now predict times for this machine.")
 
 

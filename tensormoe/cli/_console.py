@@ -20,13 +20,14 @@ __all__ = ["format_rank", "format_time", "make_console", "make_table", "print_er
 _PIPE_WIDTH = 160
 
 
-def make_console() -> Console:
-    """Where results go. Colour follows the terminal, ``NO_COLOR`` and ``FORCE_COLOR``."""
+def make_console(quiet: bool = False) -> Console:
+    """Where results go, if anywhere. Colour follows the terminal, NO_COLOR and FORCE_COLOR."""
     require("rich", "cli", "the command line")
     from rich.console import Console
 
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(highlight=False, emoji=False, width=_PIPE_WIDTH if piped else None)
+    width = _PIPE_WIDTH if piped else None
+    return Console(highlight=False, emoji=False, markup=False, width=width, quiet=quiet)
 
 
 def make_table(*columns: str, left: int = 1) -> Table:

@@ -175,7 +175,7 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
     option = parser.add_argument
     option("--out", default="out", metavar="DIR", help="where files go (default: ./out)")
     option("--experts", default="32", metavar="EXPERTS", help="number of experts (default: 32)")
-    option("--epochs", default="40", metavar="N", help="passes over the images (default: 40)")
+    option("--epochs", default="60", metavar="N", help="passes over the images (default: 60)")
     option("--seed", default="0", metavar="N", help="of first values and batches (default: 0)")
     option("--json", action="store_true", help="print one JSON object")
 

@@ -71,7 +71,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
             path, repr(spec.factorization), _sizes(spec), arrays_of(spec), spec.network.sizes
         )
         if not arguments.json:
-            make_console().print(f"drawn in {path}", markup=False)
+            make_console().print(f"drawn in {path}")
 
 
 def _spec(arguments: argparse.Namespace, given: LayerArguments) -> LayerSpec:

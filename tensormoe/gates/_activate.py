@@ -264,7 +264,8 @@ def activation_workspace(
         1.1875
     """
     block = block_rows(rows, experts, itemsize, row_block_bytes)
-    arrays, flags = BLOCK_ARRAYS[gate.activation]
+    special = gate.activation != "entmax" or gate.alpha in (1.0, 1.5, 2.0)
+    arrays, flags = BLOCK_ARRAYS[gate.activation if special else "entmax of any α"]
     output = rows * experts * itemsize if block < rows else 0
     usual = gate == replace(gate, activation="entmax", alpha=1.5, normalization="layer", k=None)
     if usual and worth_it(block, experts):
@@ -273,5 +274,11 @@ def activation_workspace(
     return output + (arrays * itemsize + flags) * block * experts
 
 
-BLOCK_ARRAYS = {"entmax": (3, 0), "sparsemax": (3, 2), "softmax": (3, 0), "top_k": (4, 1)}
+BLOCK_ARRAYS = {
+    "entmax": (3, 0),
+    "entmax of any α": (7, 2),
+    "sparsemax": (3, 2),
+    "softmax": (3, 0),
+    "top_k": (4, 1),
+}
 """(block rows, experts) arrays alive at once inside a block: floating-point ones, and booleans."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tensormoe import CP, Dense, Gate, Hadamard, LayerSpec, TensorRing, TensorTrain, Tucker
@@ -107,6 +107,8 @@ class Counted(np.ndarray):
 
 
 def counted(array: np.ndarray, tally: dict[str, int]) -> np.ndarray:
+    if array.dtype.kind == "i":
+        return array  # what is done to find a place is no arithmetic of the layer
     found = array.view(Counted)
     found.tally = tally
     return found
@@ -192,12 +194,12 @@ def test_prepared_programs_cost_less_by_their_weight_steps(data: st.DataObject) 
 SPECS = [
     (factorization, experts)
     for experts, factorizations in (
-        ((96,), (CP(80), TensorRing((4, 4, 24)), TensorTrain((8, 40)), Tucker((8, 40, 40)))),
-        ((12, 8), (CP(80), TensorRing((4, 4, 4, 24)), TensorTrain((4, 8, 40)), Tucker(16))),
-        ((6, 5, 4), (CP(80), TensorRing((3, 4, 3, 4, 24)), TensorTrain((4, 4, 8, 40)), Tucker(8))),
-        ((96,), (Hadamard(),)),
-        ((12, 8), (Hadamard(),)),
-        ((6, 5, 4), (Hadamard(),)),
+        ((256,), (CP(160), TensorRing((4, 4, 48)), TensorTrain((8, 96)), Tucker((8, 48, 48)))),
+        ((24, 16), (CP(160), TensorRing((4, 4, 4, 48)), TensorTrain((4, 8, 96)), Tucker(16))),
+        ((12, 10, 8), (CP(160), TensorRing((3, 4, 3, 4, 48)), TensorTrain((4, 4, 8, 96)))),
+        ((12, 10, 8), (Tucker((4, 3, 2, 48, 48)), Hadamard())),
+        ((256,), (Hadamard(),)),
+        ((24, 16), (Hadamard(),)),
         ((12,), (Dense(),)),
         ((4, 3), (Dense(),)),
         ((3, 2, 2), (Dense(),)),
@@ -221,26 +223,51 @@ def peak(call: Callable[[], object]) -> int:
     return found
 
 
-@pytest.mark.parametrize("batch", [256, 700])
-@pytest.mark.parametrize(("factorization", "experts"), SPECS, ids=str)
-def test_peak_memory_is_tracemallocs(factorization: Any, experts: Any, batch: int) -> None:
-    layer = MuMoE(192, 128, experts, factorization, seed=0)
-    x = np.random.default_rng(0).standard_normal((batch, 192)).astype("float32")
-    cotangent = np.ones((batch, 128), "float32")
+def make_layer(*arguments: Any, **options: Any) -> MuMoE:
+    """A layer whose gate has been trained: at the start all logits are equal, a case of its own."""
+    layer = MuMoE(*arguments, seed=0, **options)
+    rng = np.random.default_rng(1)
+    for name, array in layer.parameters.items():
+        if name.startswith("gate."):
+            array[...] = rng.standard_normal(array.shape)
+    return layer
+
+
+def assert_memory(layer: MuMoE, batch: int) -> None:
+    """Predicted within 5 %, for inference and for training."""
+    dtype = layer.dtype.name
+    x = np.random.default_rng(0).standard_normal((batch, layer.spec.in_features)).astype(dtype)
+    cotangent = np.ones((batch, layer.spec.out_features), dtype)
 
     def train() -> object:
         output, pull = layer.vjp(x)
         return output, pull(cotangent)
 
+    train()  # the running statistics of batch norm
     for training, call in ((False, lambda: layer(x)), (True, train)):
         got, want = layer.cost(batch, training=training).peak_memory, peak(call)
         assert abs(got - want) <= 0.05 * want, f"training={training}: {got / want:.3f}"
 
 
-@pytest.mark.parametrize("gate", ["entmax", "sparsemax", "softmax", Gate("top_k", k=3)], ids=str)
+@pytest.mark.parametrize("batch", [256, 1000])
+@pytest.mark.parametrize(("factorization", "experts"), SPECS, ids=str)
+def test_peak_memory_is_tracemallocs(factorization: Any, experts: Any, batch: int) -> None:
+    assert_memory(make_layer(384, 256, experts, factorization), batch)
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        Gate(),
+        Gate(normalization=None),
+        Gate(normalization="batch"),
+        Gate(alpha=1.3),
+        Gate("sparsemax"),
+        Gate("softmax", bias=True),
+        Gate("top_k", k=3),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_peak_memory_of_gates_and_dtypes(gate: Any, dtype: str) -> None:
-    layer = MuMoE(64, 48, 1024, CP(24), gate=gate, dtype=dtype, seed=0)
-    x = np.random.default_rng(0).standard_normal((512, 64)).astype(dtype)
-    got, want = layer.cost(512).peak_memory, peak(lambda: layer(x))
-    assert abs(got - want) <= 0.05 * want, f"{got / want:.3f}"
+def test_peak_memory_of_gates_and_dtypes(gate: Gate, dtype: str) -> None:
+    assert_memory(make_layer(64, 48, 1024, CP(24), gate=gate, dtype=dtype), 512)

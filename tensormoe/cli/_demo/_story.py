@@ -1,0 +1,350 @@
+"""What the demo does and says, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tensormoe_numpy import MuMoE
+
+from tensormoe import LayerSpec
+from tensormoe.cli._console import format_rank, make_table, print_json
+from tensormoe.cli._demo import _digits
+from tensormoe.cli._demo._picture import draw
+from tensormoe.cli._demo._proof import largest_error, routing
+from tensormoe.cli._demo._training import HIDDEN, Classifier, History, Linear, train
+from tensormoe.cli._figures import COLUMNS, Figures
+from tensormoe.cli._profile import resolve_device
+from tensormoe.errors import CheckpointError
+from tensormoe.factorizations import resolve_factorization
+from tensormoe.gates import Gate
+from tensormoe.planning import Budget, Roofline, dense_moe_cost, linear_cost, select_rank
+from tensormoe.planning._layer_cost import gate_parameters
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["tell"]
+
+_RUNS = 3
+_BATCH = 1024
+_GATE = Gate("entmax")
+_FACTORIZATIONS = {"cp": "CP", "tensor_ring": "tensor ring"}
+
+
+@dataclass
+class Entry:
+    """A model with what it costs and what came of it.
+
+    Args:
+        name: for people.
+        factorization: None for linear layers.
+        hidden: the size of the body's output.
+        body_parameters: of the layer that is compared.
+        gate_parameters: of its gate.
+        models: one a run, trained.
+        histories: one a run.
+    """
+
+    name: str
+    spec: LayerSpec | None
+    hidden: int
+    body_parameters: int
+    gate_parameters: int
+    models: list[Classifier] = field(default_factory=list)
+    histories: list[History] = field(default_factory=list)
+
+    @property
+    def all_parameters(self) -> int:
+        """Body, gate and head."""
+        head = (self.hidden + 1) * _digits.CLASSES
+        return self.body_parameters + self.gate_parameters + head
+
+    @property
+    def accuracies(self) -> list[float]:
+        """On the test images, one a run."""
+        return [history.accuracies[-1] for history in self.histories]
+
+    @property
+    def layer(self) -> MuMoE:
+        """The mixture of the first run."""
+        body = self.models[0].body
+        assert isinstance(body, MuMoE)
+        return body
+
+    def model(self, seed: int) -> tuple[Classifier, np.random.Generator]:
+        """An untrained model, and the generator that goes on to shuffle its batches."""
+        rng = np.random.default_rng(seed)
+        body: MuMoE | Linear
+        if self.spec is None:
+            body = Linear(_digits.PIXELS, self.hidden, rng)
+        else:
+            spec = self.spec
+            body = MuMoE(
+                spec.in_features,
+                spec.out_features,
+                spec.experts,
+                spec.factorization,
+                gate=_GATE,
+                seed=rng,
+            )
+        return Classifier(body, self.hidden, rng), rng
+
+
+def tell(
+    console: Console,
+    folder: Path,
+    experts: tuple[int, ...],
+    epochs: int,
+    seed: int,
+    *,
+    as_json: bool,
+) -> None:
+    """Run the demo.
+
+    Args:
+        console: where it is told.
+        folder: where its files go.
+        experts: one size a level.
+        epochs: passes over the training images.
+        seed: of the first run; the others count up from it.
+        as_json: print one JSON object at the end.
+    """
+    start = perf_counter()
+    digits = _digits.load()
+    device = resolve_device(None)
+    entries = _entries(experts)
+    rows = _compare(console, entries, experts, device)
+    _train(console, entries, digits, epochs, seed)
+    errors = _prove(console, entries, digits)
+    _report(console, entries, digits, epochs, seed)
+    files = _keep(console, entries, digits, folder)
+    picture = folder / "demo.png"
+    tables = {
+        entry.name: routing(entry.layer, digits.test, digits.test_labels, _digits.CLASSES)
+        for entry in entries
+        if entry.spec is not None
+    }
+    draw(picture, {entry.name: entry.histories for entry in entries}, tables)
+    files.append(str(picture))
+    seconds = perf_counter() - start
+    console.print(f"\nPicture  {picture}: loss curves, and which digits each expert serves.")
+    console.print(f"All of it took {seconds:.0f} s.", style="dim")
+    if as_json:
+        print_json(
+            {
+                "command": "demo",
+                "experts": list(experts),
+                "epochs": epochs,
+                "seeds": [seed + run for run in range(_RUNS)],
+                "train_images": len(digits.train),
+                "test_images": len(digits.test),
+                "device": device.to_dict(),
+                "costs": {row.name: row.to_dict() for row in rows},
+                "max_relative_error": errors,
+                "models": [_entry_dict(entry) for entry in entries],
+                "files": files,
+                "seconds": seconds,
+            }
+        )
+
+
+def _entries(experts: tuple[int, ...]) -> list[Entry]:
+    """CP and tensor ring at the budget of the linear layer, and two linear layers."""
+    pixels = _digits.PIXELS
+    budget = Budget.like_linear(pixels, HIDDEN)
+    gate = gate_parameters(_GATE, pixels, experts)
+    entries = []
+    for name, shown in _FACTORIZATIONS.items():
+        rank = select_rank(name, pixels, HIDDEN, experts, budget=budget)
+        spec = LayerSpec(pixels, HIDDEN, experts, resolve_factorization(name, rank))
+        entries.append(Entry(shown, spec, HIDDEN, spec.num_parameters, gate))
+    linear = (pixels + 1) * HIDDEN
+    entries.append(Entry("linear", None, HIDDEN, linear, 0))
+    # the gate's parameters spent on a wider layer instead, its larger head counted
+    wide = HIDDEN + gate // (pixels + 1 + _digits.CLASSES)
+    entries.append(Entry("linear, wider", None, wide, (pixels + 1) * wide, 0))
+    return entries
+
+
+def _compare(
+    console: Console, entries: list[Entry], experts: tuple[int, ...], device: Roofline
+) -> list[Figures]:
+    pixels = _digits.PIXELS
+    listed = " × ".join(map(str, experts))
+    console.print(f"\n1  A linear layer, {pixels} → {HIDDEN}, and {listed} experts", style="bold")
+    rows = []
+    for entry in entries:
+        if entry.spec is not None:
+            rows.append(
+                Figures.of(
+                    entry.name,
+                    entry.spec.cost(_BATCH, gate=_GATE),
+                    device,
+                    rank=entry.spec.factorization.rank,
+                    expert_rank=entry.spec.expert_rank,
+                    expert_span=entry.spec.expert_span,
+                )
+            )
+    dense = LayerSpec(pixels, HIDDEN, experts, "dense")
+    linear = linear_cost(pixels, HIDDEN, _BATCH)
+    own = {"expert_rank": dense.expert_rank, "expert_span": 1}
+    rows.append(Figures.of("linear", linear, device, **own))
+    cost = dense_moe_cost(pixels, HIDDEN, experts, _BATCH, gate=_GATE)
+    spans = {"expert_rank": dense.expert_rank, "expert_span": dense.expert_span}
+    rows.append(Figures.of("dense MoE", cost, device, **spans))
+    table = make_table(*COLUMNS[:3], "gate", *COLUMNS[3:], left=2)
+    gate = gate_parameters(_GATE, pixels, experts)
+    for row in rows:
+        cells, own = row.cells(), 0 if row.name == "linear" else gate
+        style = "green" if row.name in _FACTORIZATIONS.values() else ""
+        counts = (f"{row.cost.parameters - own:,}", f"{own:,}" if own else "–")
+        table.add_row(*cells[:2], *counts, *cells[3:], style=style)
+    console.print(table)
+    budget = (pixels + 1) * HIDDEN
+    console.print(
+        f"The ranks are the best within the {budget:,} parameters of the linear layer; the gate "
+        "comes on top.\n"
+        f"FLOPs, memory and time are those of a forward call of {_BATCH:,} images, gate included; "
+        f"time as predicted for {device.name}.",
+        style="dim",
+    )
+    return rows
+
+
+def _train(
+    console: Console, entries: list[Entry], digits: _digits.Digits, epochs: int, seed: int
+) -> None:
+    count = len(digits.train)
+    console.print(
+        f"\n2  Training on {count:,} images of handwritten digits, {_RUNS} runs each", style="bold"
+    )
+    for entry in entries:
+        with _progress(console, entry.name, _RUNS * epochs) as report:
+            for run in range(_RUNS):
+                model, rng = entry.model(seed + run)
+                entry.models.append(model)
+                entry.histories.append(train(model, digits, epochs, rng, report))
+
+
+@contextmanager
+def _progress(console: Console, name: str, total: int) -> Iterator[Any]:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("   {task.description:<14}"),
+        BarColumn(bar_width=28),
+        TextColumn("{task.fields[state]:<22}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(name, total=total, state="")
+
+        def report(loss: float, accuracy: float) -> None:
+            progress.update(task, advance=1, state=f"loss {loss:.4f}  test {accuracy:.1%}")
+
+        yield report
+
+
+def _prove(console: Console, entries: list[Entry], digits: _digits.Digits) -> dict[str, float]:
+    images = np.concatenate([digits.train, digits.test])
+    console.print(
+        f"\n3  Factorized = unfactorized, on all {len(images):,} images in float64", style="bold"
+    )
+    errors = {}
+    for entry in entries:
+        if entry.spec is not None:
+            errors[entry.name] = error = largest_error(entry.layer, images)
+            built = entry.spec.num_experts * (_digits.PIXELS + 1) * HIDDEN
+            console.print(
+                f"   {entry.name:<14} largest relative error {error:.1e}, against einsum over all "
+                f"{built:,} entries of 𝒲"
+            )
+    return errors
+
+
+def _report(
+    console: Console, entries: list[Entry], digits: _digits.Digits, epochs: int, seed: int
+) -> None:
+    tests = len(digits.test)
+    console.print(f"\n4  Accuracy on {tests} test images", style="bold")
+    table = make_table(
+        "model", "rank", "layer", "gate", "all with head", "accuracy", "lowest", "highest", left=2
+    )
+    best = max(np.mean(entry.accuracies) for entry in entries)
+    for entry in entries:
+        found = entry.accuracies
+        rank = None if entry.spec is None else entry.spec.factorization.rank
+        table.add_row(
+            entry.name,
+            format_rank(rank) if entry.spec is not None else f"hidden {entry.hidden}",
+            f"{entry.body_parameters:,}",
+            f"{entry.gate_parameters:,}" if entry.gate_parameters else "–",
+            f"{entry.all_parameters:,}",
+            f"{np.mean(found):.1%}",
+            f"{min(found):.1%}",
+            f"{max(found):.1%}",
+            style="bold green" if np.mean(found) == best else "",
+        )
+    console.print(table)
+    console.print(_verdict(entries, tests), style="dim")
+
+
+def _verdict(entries: list[Entry], tests: int) -> str:
+    """What the accuracies say, whichever model they favour."""
+    means = {entry.name: float(np.mean(entry.accuracies)) for entry in entries}
+    linear = means["linear"]
+    best = max((name for name in _FACTORIZATIONS.values()), key=lambda name: means[name])
+    gap = means[best] - linear
+    # one standard error of the difference of two accuracies on so many images
+    noise = float(np.sqrt(2 * linear * (1 - linear) / tests))
+    others = "above" if gap > 0 else "below"
+    if abs(gap) <= noise:
+        said = f"{best} and the linear layer differ by {abs(gap):.1%}, which is within the noise"
+    else:
+        said = f"{best} lies {abs(gap):.1%} {others} the linear layer, which is more than the noise"
+    winner = max(means, key=lambda name: means[name])
+    return (
+        f"Means of {_RUNS} runs. {said} of {tests} images (± {noise:.1%}).\n"
+        f"The highest mean is that of {winner}; the wider linear layer has the gate's parameters "
+        "as well."
+    )
+
+
+def _keep(
+    console: Console, entries: list[Entry], digits: _digits.Digits, folder: Path
+) -> list[str]:
+    console.print("\n5  Checkpoints", style="bold")
+    files = []
+    for entry in entries:
+        if entry.spec is None:
+            continue
+        path = folder / f"{entry.spec.factorization.name}.safetensors"
+        entry.layer.save(path)
+        again = MuMoE.load(path)
+        if not np.array_equal(again(digits.test), entry.layer(digits.test)):
+            raise CheckpointError(
+                f"{str(path)!r} gives other outputs than the layer it was saved from."
+            )
+        files.append(str(path))
+        console.print(f"   {path}: saved, loaded, outputs are equal to the last bit")
+    return files
+
+
+def _entry_dict(entry: Entry) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "spec": None if entry.spec is None else entry.spec.to_dict(),
+        "hidden": entry.hidden,
+        "parameters": entry.body_parameters,
+        "gate_parameters": entry.gate_parameters,
+        "all_parameters": entry.all_parameters,
+        "accuracies": entry.accuracies,
+        "losses": [history.losses for history in entry.histories],
+        "seconds": [history.seconds for history in entry.histories],
+    }
