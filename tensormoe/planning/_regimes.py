@@ -191,7 +191,7 @@ def _crossings(
     meet = max(meet, floor((large.const - small.const) / (small.slope - large.slope)), 2)
     while large.cost(meet) > small.cost(meet):
         meet += 1
-    if meet >= end:
+    if meet > end:
         return []
     middle = _best(draft, meet)
     if middle.cost(meet) >= large.cost(meet):

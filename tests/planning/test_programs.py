@@ -52,7 +52,7 @@ def least_work(
     sizes: dict,
     together: frozenset[int] = frozenset(),
 ) -> int:
-    """The least work of all binary trees over the operands, outer products included.
+    """The least work of all binary trees over the operands whose every step sums or shares a leg.
 
     Args:
         operands: legs of each.
@@ -83,6 +83,8 @@ def least_work(
                     continue
                 sides = [legs(side) if len(side) > 1 else operands[min(side)] for side in
                          (left, right)]
+                if not sides[0] & sides[1]:
+                    continue
                 work = contraction_work(sides, legs(group), sizes)
                 found.append(work + best(left) + best(right))
         return min(found, default=10**30)
@@ -377,10 +379,10 @@ def test_plans_know_their_regime(spec: LayerSpec, batch: int) -> None:
     plan = spec.plan(batch)
     assert plan.first_batch <= batch
     assert plan.last_batch is None or batch <= plan.last_batch
-    assert plan.program is plan_regimes(spec).program(batch)
+    assert plan.program == plan_regimes(spec).program(batch)
     assert spec.plan(batch) is plan, "a look-up"
     for neighbour in (plan.first_batch, plan.last_batch or batch):
-        assert spec.plan(neighbour).program is plan.program
+        assert spec.plan(neighbour).program == plan.program
 
 
 @given(spec=specs(), batch=st.integers(1, 500), share=st.floats(0, 1))
