@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tensormoe import _registry, available_backends, backend_of, get_backend, known_backends
-from tensormoe.errors import BackendError, MissingDependencyError
+from tensormoe.errors import BackendError
 from tensormoe.testing import BackendContract
 from tensormoe_numpy import BACKEND
 

@@ -77,7 +77,7 @@ N, I, O = 11, 7, 5  # noqa: E741
         (Hadamard(), (4, 2, 3), lambda rows: O * (4 + 2 + 3 + rows)),
         (Dense(), (4, 2, 3), lambda rows: 4 * 2 * 3 * rows * O),
     ],
-    ids=str,
+    ids=lambda value: "formula" if callable(value) else str(value),
 )
 def test_parameters_are_the_closed_form(factorization, experts, parameters, bias) -> None:
     spec = LayerSpec(**SIZES, experts=experts, factorization=factorization, bias=bias)

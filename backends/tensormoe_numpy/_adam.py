@@ -45,10 +45,11 @@ class Adam:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        if not all(0.0 <= beta < 1.0 for beta in betas) or len(betas) != 2:
+        pair = isinstance(betas, tuple | list) and len(betas) == 2
+        if not pair or not all(_is_number(beta) and 0.0 <= beta < 1.0 for beta in betas):
             raise SpecError(f"betas must be two numbers in [0, 1); got {betas!r}.")
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not 0.0 <= value < float("inf"):
+            if not _is_number(value) or not 0.0 <= value < float("inf"):
                 raise SpecError(f"{name} must be a number of at least 0; got {value!r}.")
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self._parameters = dict(parameters)
@@ -79,3 +80,7 @@ class Adam:
             if self.weight_decay:
                 value *= 1.0 - self.lr * self.weight_decay
             value -= scale * mean / (np.sqrt(square) * root + self.eps)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)

@@ -147,7 +147,7 @@ class Layer:
     def merged(self, coefficients: Given, lead: tuple[int, ...]) -> list[Any]:
         """Ready-made coefficients with their leading axes merged into one."""
         merged: list[Any] = []
-        for given in functional.check_coefficients(self.config, coefficients, lead):
+        for given in functional.check_coefficients(self.config, coefficients, lead, self.backend):
             if isinstance(given, TopK):
                 count = self.config.spec.experts[len(merged)]
                 functional.check_ids(given.indices, count, self.backend)
@@ -178,8 +178,13 @@ def read_block(
     return config, saved.arrays
 
 
-def check_cotangent(cotangent: NDArray, shape: tuple[int, ...]) -> None:
+def check_cotangent(cotangent: NDArray, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    functional.check_array(cotangent, BACKEND, "the cotangent")
     if tuple(cotangent.shape) != shape:
         raise ShapeError(
             f"the cotangent must have the output's shape {shape}; got {tuple(cotangent.shape)}."
+        )
+    if cotangent.dtype != dtype:
+        raise ShapeError(
+            f"the cotangent must have the output's dtype {dtype}; got {cotangent.dtype}. Cast it."
         )

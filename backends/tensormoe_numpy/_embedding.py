@@ -104,7 +104,7 @@ class MuMoEEmbedding(Layer):
         shape = (*lead, self.spec.out_features)
 
         def pullback(cotangent: NDArray) -> Gradients:
-            check_cotangent(cotangent, shape)
+            check_cotangent(cotangent, shape, result.dtype)
             found = pull(cotangent.reshape(result.shape))
             by_level = [found.pop(f"coefficients_{e}") for e in range(self.spec.levels)]
             wide = tuple(each.reshape(*lead, each.shape[-1]) for each in by_level)

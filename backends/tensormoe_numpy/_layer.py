@@ -98,7 +98,7 @@ class MuMoE(Layer):
         Raises:
             ShapeError: the input does not fit, or the layer has no gate.
         """
-        lead = functional.check_input(x, self.spec.in_features, self.dtype)
+        lead = functional.check_input(x, self.spec.in_features, self.dtype, self.backend)
         routed = self._route(x.reshape(-1, self.spec.in_features))
         return tuple(weights.reshape(*lead, weights.shape[-1]) for weights in routed.coefficients)
 
@@ -126,7 +126,7 @@ class MuMoE(Layer):
             PlanError: a limit that not even single inputs keep to.
             GateError: logits are NaN.
         """
-        lead = functional.check_input(x, self.spec.in_features, self.dtype)
+        lead = functional.check_input(x, self.spec.in_features, self.dtype, self.backend)
         rows = x.reshape(prod(lead), self.spec.in_features)
         given = None if coefficients is None else self.merged(coefficients, lead)
         if memory_limit is None:
@@ -158,7 +158,7 @@ class MuMoE(Layer):
             The output (..., out), and a function from its cotangent, of the same shape, to
             :class:`Gradients`.
         """
-        lead = functional.check_input(x, self.spec.in_features, self.dtype)
+        lead = functional.check_input(x, self.spec.in_features, self.dtype, self.backend)
         rows = x.reshape(prod(lead), self.spec.in_features)
         pull_gate = None
         if coefficients is None:
@@ -171,7 +171,7 @@ class MuMoE(Layer):
         shape = (*lead, self.spec.out_features)
 
         def pullback(cotangent: NDArray) -> Gradients:
-            check_cotangent(cotangent, shape)
+            check_cotangent(cotangent, shape, result.dtype)
             found = pull(cotangent.reshape(result.shape))
             by_input = found.pop("x")
             by_level = [found.pop(f"coefficients_{e}") for e in range(self.spec.levels)]
@@ -200,7 +200,7 @@ class MuMoE(Layer):
             One array a level, and a function from their cotangents to the gradient by ``x`` and
             the gate's parameters by canonical name.
         """
-        lead = functional.check_input(x, self.spec.in_features, self.dtype)
+        lead = functional.check_input(x, self.spec.in_features, self.dtype, self.backend)
         weights, pull = self._route_vjp(x.reshape(prod(lead), x.shape[-1]), training)
 
         def pullback(cotangents: Sequence[NDArray]) -> tuple[NDArray, dict[str, NDArray]]:
@@ -267,10 +267,11 @@ class Prepared:
 
     def __init__(self, layer: MuMoE) -> None:
         self._layer = layer
-        self._program, self._arrays = functional.prepare(
-            layer.config, layer.parameters, layer.backend
-        )
-        self._gate = {k: v.copy() for k, v in layer.parameters.items() if k.startswith("gate.")}
+        # optimizers update arrays in place, so that those that are used as they are get copied
+        parameters = {name: array.copy() for name, array in layer.parameters.items()}
+        self._program, self._arrays = functional.prepare(layer.config, parameters, layer.backend)
+        self._gate = {k: v for k, v in parameters.items() if k.startswith("gate.")}
+        self._buffers = {name: array.copy() for name, array in layer.buffers.items()}
 
     def __repr__(self) -> str:
         return f"{self._layer!r}.prepare()"
@@ -278,11 +279,11 @@ class Prepared:
     def __call__(self, x: NDArray, coefficients: Given | None = None) -> NDArray:
         """The layer's output (..., out) for (..., in); coefficients must be dense."""
         layer = self._layer
-        lead = functional.check_input(x, layer.spec.in_features, layer.dtype)
+        lead = functional.check_input(x, layer.spec.in_features, layer.dtype, layer.backend)
         rows = x.reshape(prod(lead), layer.spec.in_features)
         if coefficients is None:
             weights: list[Any] = functional.route(
-                layer.config, self._gate, rows, layer.backend, buffers=layer.buffers
+                layer.config, self._gate, rows, layer.backend, buffers=self._buffers
             ).coefficients
         else:
             weights = layer.merged(coefficients, lead)
@@ -290,7 +291,10 @@ class Prepared:
                 raise ShapeError(
                     "a prepared layer takes dense coefficients; got indexed ones. Call the layer."
                 )
-        named = {f"coefficients_{level}": given for level, given in enumerate(weights)}
+        named = {
+            f"coefficients_{level}": given.astype(layer.dtype, copy=False)
+            for level, given in enumerate(weights)
+        }
         named |= {"x": rows} | self._arrays
         arrays = [named.pop(operand.name) for operand in self._program.operands]
         weights.clear()

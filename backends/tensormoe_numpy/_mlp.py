@@ -179,7 +179,7 @@ class MuMoEMLP:
         keep_out = self._keep(result.shape, training)
 
         def pullback(cotangent: NDArray) -> Gradients:
-            check_cotangent(cotangent, result.shape)
+            check_cotangent(cotangent, result.shape, result.dtype)
             second = pull_second(cotangent * keep_out)
             assert second.input is not None
             first = pull_first(second.input * keep * slope(before))

@@ -7,11 +7,17 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
-from tensormoe.cli._console import format_time, make_console, make_table, print_json
+from tensormoe.cli._console import (
+    format_memory,
+    format_short,
+    format_time,
+    make_console,
+    make_table,
+    print_json,
+)
 from tensormoe.cli._extras import require
 from tensormoe.cli._profile import THIS_MACHINE, save_profile
 from tensormoe.planning import Roofline
-from tensormoe.planning._describe import format_bytes, format_count
 
 __all__ = ["measure_roofline", "run_calibrate"]
 
@@ -43,11 +49,13 @@ def run_calibrate(arguments: argparse.Namespace) -> None:
         return
     console = make_console()
     table = make_table("this machine, float32", "measured")
-    table.add_row("matrix products", f"{format_count(roofline.matmul_rate)}FLOP/s")
-    table.add_row("elementwise work in cache", f"{format_count(roofline.elementwise_rate)}FLOP/s")
-    table.add_row("memory bandwidth", f"{format_bytes(roofline.bandwidth)}/s")
+    table.add_row("matrix products", f"{format_short(roofline.matmul_rate)}FLOP/s")
+    table.add_row("elementwise work in cache", f"{format_short(roofline.elementwise_rate)}FLOP/s")
+    table.add_row("memory bandwidth", f"{format_memory(roofline.bandwidth)}/s")
     table.add_row("starting an operation", format_time(roofline.overhead))
+    console.print()
     console.print(table)
+    console.print()
     check = make_table("a layer, 768 → 768, 512 experts", "batch", "predicted", "measured")
     for each in checks:
         check.add_row(
@@ -57,6 +65,7 @@ def run_calibrate(arguments: argparse.Namespace) -> None:
             format_time(each["measured"]),
         )
     console.print(check)
+    console.print()
     if path is None:
         console.print("A dry run: nothing was kept.")
     else:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tensormoe.cli._console import format_rank, format_time
+from tensormoe.cli._console import format_memory, format_rank, format_short, format_time
 from tensormoe.planning import Cost, Roofline
-from tensormoe.planning._describe import format_bytes, format_count
 
-__all__ = ["COLUMNS", "Figures", "cost_dict"]
+__all__ = ["COLUMNS", "Figures", "cost_dict", "format_parameters"]
 
 COLUMNS = (
     "layer",
@@ -34,7 +33,6 @@ class Figures:
         time: predicted seconds.
         expert_rank: rank of one expert's matrix; None for layers without experts.
         expert_span: dimension of the space that the experts span.
-        note: shown in place of a rank.
     """
 
     name: str
@@ -43,7 +41,6 @@ class Figures:
     time: float
     expert_rank: int | None
     expert_span: int | None
-    note: str = ""
 
     @classmethod
     def of(
@@ -55,19 +52,18 @@ class Figures:
         rank: int | tuple[int, ...] | None = None,
         expert_rank: int | None = None,
         expert_span: int | None = None,
-        note: str = "",
     ) -> Figures:
         """A row whose time is predicted for a device."""
-        return cls(name, rank, cost, roofline.time(cost), expert_rank, expert_span, note)
+        return cls(name, rank, cost, roofline.time(cost), expert_rank, expert_span)
 
     def cells(self) -> tuple[str, ...]:
         """One text for each of ``COLUMNS``."""
         return (
             self.name,
-            self.note or format_rank(self.rank),
-            f"{self.cost.parameters:,}",
-            format_count(self.cost.flops),
-            format_bytes(self.cost.peak_memory),
+            format_rank(self.rank),
+            format_parameters(self.cost.parameters),
+            format_short(self.cost.flops),
+            format_memory(self.cost.peak_memory),
             format_time(self.time),
             "–" if self.expert_rank is None else f"{self.expert_rank:,}",
             "–" if self.expert_span is None else f"{self.expert_span:,}",
@@ -82,6 +78,15 @@ class Figures:
             "expert_rank": self.expert_rank,
             "expert_span": self.expert_span,
         }
+
+
+def format_parameters(count: int) -> str:
+    """Every digit where budgets are compared, three where layers are huge.
+
+    >>> format_parameters(4_722_432), format_parameters(302_383_104)
+    ('4,722,432', '302 M')
+    """
+    return f"{count:,}" if count < 10**8 else format_short(count)
 
 
 def cost_dict(cost: Cost) -> dict[str, int]:

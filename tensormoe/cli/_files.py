@@ -25,11 +25,11 @@ def check_picture(name: str | None) -> Path | None:
     if path.suffix.lower() not in PICTURE_SUFFIXES:
         listed = ", ".join(PICTURE_SUFFIXES)
         raise SpecError(f"--plot must end in one of {listed}; got {name!r}. Rename the file.")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise SpecError(
             f"the folder of --plot must exist; {str(path.parent)!r} does not. Create it first."
         )
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if os.path.isdir(path) or not os.access(path.parent, os.W_OK):
         raise SpecError(f"--plot must be a file that can be written; {name!r} is not.")
     return path
 

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from typing import NoReturn
 
 from tensormoe.cli._console import print_error
@@ -14,6 +15,18 @@ from tensormoe.errors import SpecError, TensormoeError
 __all__ = ["main"]
 
 _FAILED, _INTERRUPTED = 2, 130
+
+_DESCRIPTION = """\
+Factorized mixtures of linear experts: choose, plan and try them out.
+
+commands:
+  rank        what a budget buys: ranks of every factorization, next to the
+              layers that they replace
+  plan        how a layer runs: its tensor network, and the steps of its
+              contraction with their cost
+  calibrate   measure this machine, for predicted times
+  demo        factorized experts on real images, from budget to picture
+"""
 
 _SIZES = (
     ("in_features", "IN", "size of an input"),
@@ -39,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 for an error that was reported on standard error, 130 when
         interrupted, 1 when the reader of a pipe went away.
     """
+    # names and rules beyond ASCII never stop a result from being shown
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         try:
             arguments = _parser().parse_args(argv)
@@ -83,11 +100,19 @@ def _parser() -> _Parser:
 
     parser = _Parser(
         prog="tensormoe",
-        description="Factorized mixtures of linear experts: choose, plan and try them out.",
+        usage="tensormoe [-h] [--version] COMMAND ...",
+        description=_DESCRIPTION,
         epilog="A command's own options: tensormoe COMMAND --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"tensormoe {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        dest="command",
+        metavar="COMMAND",
+        required=True,
+        help=argparse.SUPPRESS,
+        prog="tensormoe",
+    )
     _add_rank(commands)
     _add_plan(commands)
     _add_calibrate(commands)
@@ -98,7 +123,6 @@ def _parser() -> _Parser:
 def _add_rank(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "rank",
-        help="budget → ranks of every factorization, next to the layers they replace",
         description="The rank with the most capacity that a budget allows, for every "
         "factorization, with its cost next to that of the layers it replaces.",
         epilog="example: tensormoe rank 768 768 512 --budget linear --plot front.png",
@@ -135,7 +159,6 @@ def _add_rank(commands: argparse._SubParsersAction[_Parser]) -> None:
 def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "plan",
-        help="how a layer runs: its network, the steps of its contraction, and their cost",
         description="The contraction plan of a layer with the cost of every step, and a drawing "
         "of its tensor network.",
         epilog="example: tensormoe plan 768 768 512 --factorization tensor_ring --rank 4,4,94",
@@ -156,7 +179,6 @@ def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
 def _add_calibrate(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "calibrate",
-        help="measure this machine, for predicted times",
         description="Measure this machine's roofline with NumPy and keep it in the user's config "
         "folder, where rank and plan find it.",
     )
@@ -167,7 +189,6 @@ def _add_calibrate(commands: argparse._SubParsersAction[_Parser]) -> None:
 def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "demo",
-        help="factorized experts on real images, from budget to picture",
         description="Choose ranks by the budget of a linear layer, train on scikit-learn's "
         "digits with NumPy alone, prove that factorized is unfactorized, and draw what the "
         "experts do.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import cos, hypot, pi, sin
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tensormoe.cli._network_text import Array, Role, is_core
 from tensormoe.cli._picture import INK, MUTED, picture
@@ -185,7 +185,7 @@ def _draw_node(axes: Axes, array: Array, place: Point) -> None:
     if array.role == "result":
         # an open leg: the network is not contracted there
         plain = {"facecolor": "white", "edgecolor": "none", "pad": 3.0}
-        bold = {"fontsize": 11, "fontweight": "bold", "color": _EDGE["result"]}
+        bold: dict[str, Any] = {"fontsize": 11, "fontweight": "bold", "color": _EDGE["result"]}
         axes.text(*place, array.name, ha="center", va="center", zorder=5, bbox=plain, **bold)
         return
     axes.text(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tensormoe.cli._extras import require
 from tensormoe.cli._files import write_file
@@ -23,7 +23,7 @@ INK, MUTED = "#1f2933", "#7b8794"
 # told apart by people who don't see red and green alike (Okabe & Ito 2008, darker yellow)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b08d00", "#56b4e9")
 
-_STYLE = {
+_STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.color": INK,
@@ -56,7 +56,7 @@ def picture(path: Path, width: float, height: float) -> Iterator[Figure]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context(_STYLE):
+    with rc_context(_STYLE):  # type: ignore[arg-type]
         # no pyplot: nothing global, and no window system is looked for
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)

@@ -9,6 +9,8 @@ from typing import Any
 
 from tensormoe import LayerSpec
 from tensormoe.cli._console import (
+    format_memory,
+    format_short,
     format_time,
     make_console,
     make_table,
@@ -22,7 +24,6 @@ from tensormoe.cli._values import parse_budget, parse_bytes, parse_rank
 from tensormoe.errors import PlanError, RankError
 from tensormoe.factorizations import resolve_factorization
 from tensormoe.planning import Cost, Plan, Routing, plan_layer, select_rank
-from tensormoe.planning._describe import format_bytes, format_count
 
 __all__ = ["run_plan"]
 
@@ -187,15 +188,17 @@ def _show(
         share = row.time / total
         table.add_row(
             row.label if row.count == 1 else f"{row.count} × {row.label}",
-            format_count(row.matmul_flops + row.elementwise_flops),
-            format_bytes(row.bytes_read + row.bytes_written),
+            format_short(row.matmul_flops + row.elementwise_flops),
+            format_memory(row.bytes_read + row.bytes_written),
             format_time(row.time),
             Text.assemble((_bar(share), "cyan"), f" {share:.0%}"),
         )
     table.add_section()
-    moved = format_bytes(cost.bytes_read + cost.bytes_written)
-    table.add_row("all", format_count(cost.flops), moved, format_time(total), "", style="bold")
+    moved = format_memory(cost.bytes_read + cost.bytes_written)
+    table.add_row("all", format_short(cost.flops), moved, format_time(total), "", style="bold")
+    console.print()
     console.print(table)
+    console.print()
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(plan, cost, given, arguments):
         facts.add_row(Text(name, style="bold"), value)
@@ -223,24 +226,24 @@ def _facts(
     sizes = {**plan.program.sizes, "b": plan.chunk}
     largest = max((prod(sizes[leg] for leg in step.legs) for step in plan.program.steps), default=0)
     entries, flops = _dense(spec, max(plan.batch, 1))
-    kept = f", {format_bytes(cost.saved_memory)} kept for the way back"
+    kept = f", {format_memory(cost.saved_memory)} kept for the way back"
     gate = "" if given.gate is None else f", {given.gate.activation} gate included"
     return [
         ("counted", ("forward and backward" if arguments.training else "forward") + gate),
         (
             "FLOPs",
-            f"{cost.flops:,} ({format_count(cost.matmul_flops)} in matrix products; "
-            f"{format_count(cost.flops / max(plan.batch, 1))} an input)",
+            f"{cost.flops:,} ({format_short(cost.matmul_flops)} in matrix products; "
+            f"{format_short(cost.flops / max(plan.batch, 1))} an input)",
         ),
         (
             "memory",
-            f"{format_bytes(cost.peak_memory)} at the peak, largest intermediate "
-            f"{format_bytes(_ITEMSIZE * largest)}{kept if arguments.training else ''}",
+            f"{format_memory(cost.peak_memory)} at the peak, largest intermediate "
+            f"{format_memory(_ITEMSIZE * largest)}{kept if arguments.training else ''}",
         ),
         ("time", f"{format_time(given.device.time(cost))} predicted for {given.device.name}"),
         ("parameters", f"{cost.parameters:,}"),
         ("capacity", f"expert rank {spec.expert_rank:,}, expert span {spec.expert_span:,}"),
-        ("dense 𝒲", f"{entries:,} parameters, {format_count(flops)} FLOPs forward"),
+        ("dense 𝒲", f"{entries:,} parameters, {format_short(flops)} FLOPs forward"),
     ]
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from tensormoe import LayerSpec
 from tensormoe._validation import choice
 from tensormoe.cli._console import (
-    format_rank,
+    format_memory,
+    format_short,
     format_time,
     make_console,
     make_table,
@@ -32,7 +33,6 @@ from tensormoe.planning import (
     select_rank,
     sparse_moe_cost,
 )
-from tensormoe.planning._describe import format_bytes, format_count
 
 __all__ = ["run_rank"]
 
@@ -180,7 +180,7 @@ def _baselines(asked: _Question) -> list[Figures]:
     rows, columns, experts = asked.sizes
     batch, bias, device = layer.batch, layer.bias, layer.device
     dense = LayerSpec(*asked.sizes, Dense(), bias)
-    full = {"expert_rank": dense.expert_rank, "expert_span": dense.expert_span}
+    full: dict[str, Any] = {"expert_rank": dense.expert_rank, "expert_span": dense.expert_span}
     return [
         Figures.of(
             "linear",
@@ -193,14 +193,12 @@ def _baselines(asked: _Question) -> list[Figures]:
             "MLP",
             mlp_cost(rows, asked.hidden, columns, batch, bias=bias),
             device,
-            note=f"hidden {asked.hidden}",
         ),
         Figures.of("dense MoE", dense.cost(batch, gate=layer.gate), device, **full),
         Figures.of(
             "sparse MoE",
             sparse_moe_cost(rows, columns, experts, asked.top_k, batch, bias=bias),
             device,
-            note=f"top {asked.top_k}",
             **full,
         ),
     ]
@@ -215,9 +213,9 @@ def _amount(limit: str, value: float) -> str:
     if limit == "parameters":
         text = f"{round(value):,}"
     elif limit == "flops":
-        text = format_count(value)
+        text = format_short(value)
     elif limit == "memory":
-        text = format_bytes(value)
+        text = format_memory(value)
     else:
         text = format_time(value)
     return f"{text} {_SHOWN[limit]}".strip()
@@ -253,7 +251,9 @@ def _show(
     table.add_section()
     for row in baselines:
         table.add_row(*row.cells(), style="cyan")
+    console.print()
     console.print(table)
+    console.print()
     for line in _notes(asked, answers, best):
         console.print(line)
     console.print()
@@ -275,6 +275,10 @@ def _notes(asked: _Question, answers: list[_Answer], best: str | None) -> list[s
             needed = " and ".join(_amount(*item) for item in each.smallest.items())
             what = "with these bonds " if each.name in asked.bonds else ""
             notes.append(f"{each.name} is too large: {what}it needs at least {needed}.")
+    notes.append(
+        f"The MLP has {asked.hidden:,} hidden features; the sparse MoE runs {asked.top_k} of its "
+        "experts an input."
+    )
     if layer.gate is None:
         rows = layer.in_features * sum(layer.experts)
         notes.append(
@@ -283,7 +287,8 @@ def _notes(asked: _Question, answers: list[_Answer], best: str | None) -> list[s
         )
     else:
         notes.append(f"The {layer.gate.activation} gate is counted in every row of experts.")
-    notes.append(f"time: predicted for {layer.device.name}, float32.")
+    hint = " (tensormoe calibrate measures this machine)" if layer.device.name == "cpu" else ""
+    notes.append(f"time: predicted for {layer.device.name}, float32{hint}.")
     return notes
 
 
@@ -295,6 +300,8 @@ def _as_dict(
         **asked.layer.to_dict(),
         "budget": dict(asked.budget.limits),
         "objective": asked.objective,
+        "hidden": asked.hidden,
+        "top_k": asked.top_k,
         "best": best,
         "factorizations": [
             {"factorization": each.name, "feasible": False, "smallest_budget": each.smallest}
@@ -315,7 +322,5 @@ def _as_dict(
             }
             for each in answers
         ],
-        "baselines": [
-            {"layer": row.name, "note": row.note or None, **row.to_dict()} for row in baselines
-        ],
+        "baselines": [{"layer": row.name, **row.to_dict()} for row in baselines],
     }

@@ -20,6 +20,8 @@ __all__ = [
     "parse_size",
 ]
 
+_MOST_DIGITS = 15
+
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BYTES = {
     **_DECIMAL,
@@ -49,9 +51,10 @@ def parse_size(text: str, name: str) -> int:
     >>> parse_size("768", "in_features")
     768
     """
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
+    size = _whole(text)
+    if size is None:
         raise SpecError(f"{name} must be a positive integer; got {text!r}.")
-    return int(text)
+    return size
 
 
 def parse_experts(text: str) -> tuple[int, ...]:
@@ -60,13 +63,16 @@ def parse_experts(text: str) -> tuple[int, ...]:
     >>> parse_experts("128"), parse_experts("16x8")
     ((128,), (16, 8))
     """
-    parts = re.split("[x×,]", text.lower())
-    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise SpecError(
-            f"experts must be positive integers, one a level; got {text!r}. Write 128, or 16x8 "
-            "for two levels."
-        )
-    return tuple(int(part) for part in parts)
+    sizes = []
+    for level, part in enumerate(re.split("[x×,]", text.lower())):
+        size = _whole(part)
+        if size is None:
+            raise SpecError(
+                f"experts must be positive integers; got {part!r} for level {level} of {text!r}. "
+                "Write 128, or 16x8 for two levels."
+            )
+        sizes.append(size)
+    return tuple(sizes)
 
 
 def parse_rank(text: str | None) -> int | tuple[int, ...] | None:
@@ -78,13 +84,14 @@ def parse_rank(text: str | None) -> int | tuple[int, ...] | None:
     if text is None:
         return None
     sizes = []
-    for place, part in enumerate(text.replace("x", ",").split(",")):
-        if not part.isascii() or not part.isdigit() or int(part) < 1:
+    for place, part in enumerate(text.split(",")):
+        size = _whole(part)
+        if size is None:
             raise RankError(
                 f"rank must be positive integers; got {part!r} for bond {place}. Write 64, or "
                 "4,4,97 for one size a bond."
             )
-        sizes.append(int(part))
+        sizes.append(size)
     return sizes[0] if len(sizes) == 1 else tuple(sizes)
 
 
@@ -127,8 +134,8 @@ def parse_bonds(
         for place, part in enumerate(listed.split(",")):
             if part in ("free", "*"):
                 bonds.append(None)
-            elif part.isascii() and part.isdigit() and int(part) > 0:
-                bonds.append(int(part))
+            elif (size := _whole(part)) is not None:
+                bonds.append(size)
             elif part.isidentifier():
                 bonds.append(part)
             else:
@@ -199,6 +206,14 @@ def parse_budget(
         roofline=roofline if "time" in limits else None,
     )
     return replace(budget, batch=batch)
+
+
+def _whole(text: str) -> int | None:
+    """A positive integer in plain digits, none of them absurdly many."""
+    text = text.strip()
+    if not text.isascii() or not text.isdigit() or len(text) > _MOST_DIGITS:
+        return None
+    return int(text) or None
 
 
 def _quantity(text: str, name: str, units: dict[str, float], example: str) -> float:

@@ -11,6 +11,7 @@ from tensormoe._config import BlockConfig as BlockConfig
 from tensormoe._config import LayerConfig as LayerConfig
 from tensormoe._config import resolve_config as resolve_config
 from tensormoe.functional._checks import Coefficients as Coefficients
+from tensormoe.functional._checks import check_array as check_array
 from tensormoe.functional._checks import check_coefficients as check_coefficients
 from tensormoe.functional._checks import check_ids as check_ids
 from tensormoe.functional._checks import check_input as check_input
@@ -31,6 +32,7 @@ __all__ = [
     "LayerConfig",
     "Routed",
     "apply_experts",
+    "check_array",
     "check_coefficients",
     "check_ids",
     "check_input",

@@ -7,22 +7,41 @@ from math import prod
 
 from tensormoe._config import LayerConfig
 from tensormoe.backend import Array, Backend
-from tensormoe.errors import ShapeError
+from tensormoe.errors import BackendError, ShapeError
 from tensormoe.gates import TopK
 
-__all__ = ["Coefficients", "check_coefficients", "check_ids", "check_input"]
+__all__ = ["Coefficients", "check_array", "check_coefficients", "check_ids", "check_input"]
 
 Coefficients = Sequence["Array | TopK"]
 """One entry a level: dense coefficients (batch, N_e), or indices and values (batch, k)."""
 
 
-def check_input(x: Array, features: int, dtype: object, name: str = "x") -> tuple[int, ...]:
+def check_array(array: Array, backend: Backend, name: str) -> None:
+    """Refuse what is no array of the layer's library.
+
+    Raises:
+        BackendError: an array of another library, or no array.
+    """
+    if not backend.owns(array):
+        kind = type(array)
+        found = f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}"
+        raise BackendError(
+            f"{name} must be an array of {backend.name}, as the layer's own; got {found}. Convert "
+            "it yourself: tensormoe never does it behind your back."
+        )
+
+
+def check_input(
+    x: Array, features: int, dtype: object, backend: Backend, name: str = "x"
+) -> tuple[int, ...]:
     """The leading shape of a floating-point input.
 
     Raises:
+        BackendError: no array of the layer's library.
         ShapeError: no axis of ``features``, or another dtype than the layer's.
     """
-    shape = tuple(getattr(x, "shape", ()))
+    check_array(x, backend, name)
+    shape = tuple(x.shape)
     if not shape or shape[-1] != features:
         raise ShapeError(
             f"{name} must end in an axis of {features} features; got shape {shape}. "
@@ -40,12 +59,13 @@ def check_ids(ids: Array, count: int, backend: Backend) -> tuple[int, ...]:
     """The shape of an array of integer ids; their range is checked where values can be read.
 
     Raises:
+        BackendError: no array of the layer's library.
         ShapeError: not integers, or an id outside [0, count).
     """
     xp = backend.namespace
-    if not hasattr(ids, "dtype") or not xp.isdtype(ids.dtype, "integral"):
-        found = getattr(ids, "dtype", type(ids).__name__)
-        raise ShapeError(f"ids must be integers; got {found}. Cast them with astype('int64').")
+    check_array(ids, backend, "ids")
+    if not xp.isdtype(ids.dtype, "integral"):
+        raise ShapeError(f"ids must be integers; got {ids.dtype}. Cast them with astype('int64').")
     if backend.eager and prod(ids.shape):
         low, high = int(xp.min(ids)), int(xp.max(ids))
         if low < 0 or high >= count:
@@ -57,21 +77,28 @@ def check_ids(ids: Array, count: int, backend: Backend) -> tuple[int, ...]:
 
 
 def check_coefficients(
-    config: LayerConfig, coefficients: Array | TopK | Coefficients, lead: tuple[int, ...]
+    config: LayerConfig,
+    coefficients: Array | TopK | Coefficients,
+    lead: tuple[int, ...],
+    backend: Backend,
 ) -> list[Array | TopK]:
     """Ready-made coefficients, one entry a level, their shapes checked.
 
     Raises:
+        BackendError: no arrays of the layer's library.
         ShapeError: another number of levels, or shapes that do not fit the input.
     """
-    single = isinstance(coefficients, TopK) or hasattr(coefficients, "dtype")
-    listed: list[Array | TopK] = [coefficients] if single else list(coefficients)  # type: ignore[arg-type]
+    listed: list[Array | TopK]
+    listed = [*coefficients] if isinstance(coefficients, list | tuple) else [coefficients]
     experts = config.spec.experts
     if len(listed) != len(experts):
         raise ShapeError(
             f"coefficients must have one array a level, {len(experts)}; got {len(listed)}."
         )
     for level, (given, count) in enumerate(zip(listed, experts, strict=True)):
+        name = f"coefficients of level {level}"
+        for array in (given.indices, given.values) if isinstance(given, TopK) else (given,):
+            check_array(array, backend, name)
         if isinstance(given, TopK):
             same = given.indices.shape == given.values.shape
             fits = same and tuple(given.values.shape[:-1]) == lead
@@ -81,7 +108,7 @@ def check_coefficients(
             fits = found == (*lead, count)
         if not fits:
             raise ShapeError(
-                f"coefficients of level {level} must have shape {wanted}; got {found}. Their "
+                f"{name} must have shape {wanted}; got {found}. Their "
                 "leading axes are the input's, their last one the level's experts."
             )
     return listed

@@ -44,9 +44,9 @@ def expert_weight(
     if len(index) != len(experts):
         raise ShapeError(f"an expert has one index a level, {len(experts)}; got {index!r}.")
     for level, (place, count) in enumerate(zip(index, experts, strict=True)):
-        if not 0 <= place < count:
+        if not hasattr(place, "__index__") or not 0 <= place < count:
             raise ShapeError(
-                f"expert index must lie in [0, {count}) at level {level}; got {place}."
+                f"expert index must lie in [0, {count}) at level {level}; got {place!r}."
             )
     chosen = dict(parameters)
     for factor in config.spec.network.all_factors:

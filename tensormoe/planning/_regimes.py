@@ -11,7 +11,6 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import floor
 
 from tensormoe._spec import LayerSpec
 from tensormoe._validation import positive_int
@@ -20,7 +19,15 @@ from tensormoe.factorizations import BATCH, INPUT, OUTPUT, Leg, expert_leg
 from tensormoe.planning._program import Operand, Program
 from tensormoe.planning._tree import Builder, Node, contract_path, tree_cost, tree_of
 
-__all__ = ["DENSE", "MAX_BATCH", "WRITE_WEIGHT", "Regimes", "Routing", "plan_regimes", "weight_program"]
+__all__ = [
+    "DENSE",
+    "MAX_BATCH",
+    "WRITE_WEIGHT",
+    "Regimes",
+    "Routing",
+    "plan_regimes",
+    "weight_program",
+]
 
 WRITE_WEIGHT = 32
 """Multiply-adds that writing one entry is worth when paths are compared: the ratio of arithmetic
@@ -175,8 +182,11 @@ def plan_regimes(spec: LayerSpec, routing: Routing = DENSE) -> Regimes:
     small, large = _best(draft, 1), _best(draft, MAX_BATCH)
     starts, chosen = [0], [small]
     for threshold, candidate in _crossings(draft, small, large, MAX_BATCH):
-        starts.append(threshold)
-        chosen.append(candidate)
+        if threshold == 1:
+            chosen[0] = candidate
+        else:
+            starts.append(threshold)
+            chosen.append(candidate)
     return Regimes(tuple(starts), tuple(_build(draft, candidate) for candidate in chosen))
 
 
@@ -186,11 +196,8 @@ def _crossings(
     """Where, between the batches that ``small`` and ``large`` are best for, others take over."""
     if large.slope >= small.slope:
         return []
-    # the first whole batch at which the flatter line is no dearer
-    meet = -((small.const - large.const) // (small.slope - large.slope))
-    meet = max(meet, floor((large.const - small.const) / (small.slope - large.slope)), 2)
-    while large.cost(meet) > small.cost(meet):
-        meet += 1
+    # the first whole batch at which the flatter line is no dearer, rounded up
+    meet = max(-((small.const - large.const) // (small.slope - large.slope)), 1)
     if meet > end:
         return []
     middle = _best(draft, meet)

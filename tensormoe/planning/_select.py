@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 from tensormoe._spec import LayerSpec
 from tensormoe._validation import choice
@@ -24,8 +25,8 @@ _MEASURES: dict[str, Callable[[int, int], Figures]] = {
     "expert_span": lambda rank, span: (span, rank),
 }
 
-# outer sizes that are all looked at before a rank is settled; of more, few
-_FEW = 16
+# ranks of a family that are all looked at before one is settled; of more, few
+_FEW = 256
 
 OBJECTIVES = tuple(_MEASURES)
 """What rank selection can maximize."""
@@ -167,11 +168,15 @@ def rank_front(
         factorization, in_features, out_features, experts, budget, bias, bonds, gate
     )
     family = estimator.family
-    settled = _settled(
-        estimator,
-        lambda: _front(estimator),
-        lambda found: [(outer, inner + 1) for outer, inner in found],
-    )
+
+    def rivals(found: list[Choice]) -> Iterable[Choice]:
+        if not _small(family):
+            return [(outer, inner + 1) for outer, inner in found]
+        reached = [family.figures(sizes) for sizes in found]
+        grid = product(range(1, _last(family) + 1), range(1, family.saturation(INNER) + 1))
+        return [sizes for sizes in grid if not _dominated(family.figures(sizes), reached)]
+
+    settled = _settled(estimator, lambda: _front(estimator), rivals)
     if not settled:
         raise _impossible(estimator)
     choices = []
@@ -219,8 +224,28 @@ def _settled(
         # paths are among those that it chose from
         news = [estimator.explore(sizes) for sizes in [*found, *rivals(found)]]
         fits = [estimator.verify(sizes) for sizes in found]
-        if not any(news) and all(fits):
+        if any(news) or not all(fits):
+            continue
+        # small bonds make paths nearly equal, and ties can fall otherwise than estimated
+        others = list(rivals(found)) if _small(estimator.family) else []
+        fits = [estimator.verify(sizes) for sizes in (others if found else [(1, 1), *others])]
+        if not any(fits):
             return found
+
+
+def _last(family: Family) -> int:
+    """The largest outer size that is of use."""
+    return family.saturation(OUTER) if family.symbols == 2 else 1
+
+
+def _small(family: Family) -> bool:
+    """Whether there are so few ranks that all that matter can be planned."""
+    return _last(family) * family.saturation(INNER) <= _FEW
+
+
+def _dominated(figures: Figures, others: Iterable[Figures]) -> bool:
+    """Whether another rank has as much of both figures."""
+    return any(figures[0] <= rank and figures[1] <= span for rank, span in others)
 
 
 class _Reach:
@@ -231,7 +256,7 @@ class _Reach:
         self._estimator = estimator
         self._high = estimator.ceiling() if family.symbols else 1
         self._seen: dict[int, tuple[int, int]] = {}
-        self.last = family.saturation(OUTER) if family.symbols == 2 else 1
+        self.last = _last(family)
 
     def __call__(self, outer: int) -> tuple[int, int]:
         """The inner size that is taken, and one that no larger outer size gets beyond."""
@@ -316,6 +341,10 @@ def _best(estimator: Estimator, figures: Callable[[Choice], Figures]) -> list[Ch
     for sizes in reach.walk(wanted):
         if propose(sizes) and reach.last > 1:
             propose(reach.plateau(sizes))
+    for sizes, fits in estimator.known.items():
+        # planned ranks that fit count even where the estimate is too high
+        if fits:
+            propose(sizes)
     return best
 
 
@@ -325,11 +354,14 @@ def _front(estimator: Estimator) -> list[Choice]:
     found: dict[Figures, Choice] = {}
 
     def wanted(_: int, corner: Choice) -> bool:
-        rank, span = figures(corner)
-        return not any(rank <= r and span <= s for r, s in found)
+        return not _dominated(figures(corner), found)
 
     for sizes in _Reach(estimator).walk(wanted):
         found.setdefault(figures(sizes), sizes)
+    for sizes, fits in estimator.known.items():
+        # planned ranks that fit count even where the estimate is too high
+        if fits:
+            found.setdefault(figures(sizes), sizes)
     front: list[Choice] = []
     span = 0
     for pair in sorted(found, reverse=True):
@@ -345,16 +377,17 @@ def _rivals(
     """The smallest ranks that would be better, at outer sizes near the best one and far from it."""
     outer, _ = best or (1, 0)
     goal = figures(best) if best else (0, 0)
-    last = family.saturation(OUTER) if family.symbols == 2 else 1
-    others = {outer, outer - 1, outer + 1, *(4**k for k in range(last.bit_length() // 2 + 1))}
-    if last <= _FEW:
+    last = _last(family)
+    others = {outer, outer - 1, outer + 1, *(8**k for k in range(last.bit_length() // 3 + 1))}
+    small = _small(family)
+    if small:
         others = set(range(1, last + 1))
     end = family.saturation(INNER)
     for other in sorted(each for each in others if 1 <= each <= last):
         if figures((other, end)) > goal:
             low = largest(lambda size: figures((other, size)) <= goal, 0, end)  # noqa: B023
             # a still larger one may have another path, which costs less of what is limited
-            for size in range(low + 1, end + 1 if end <= _FEW else low + 2):
+            for size in range(low + 1, end + 1 if small else low + 2):
                 yield other, size
 
 

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tensormoe import _registry, functional
+from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import BackendError
+from tensormoe.factorizations import CP, Dense, Hadamard, TensorRing, TensorTrain, Tucker
 from tensormoe.functional import LayerConfig
 from tensormoe.gates import Gate, Statistics, activate, activate_vjp
 from tensormoe.testing._layer_checks import CHECKS, LayerChecks
@@ -234,8 +236,8 @@ class BackendContract(LayerChecks):
     @pytest.mark.parametrize("init", ["variance", "paper"])
     def test_layers_are_drawn(self, init: str) -> None:
         rng = np.random.default_rng(0)
+        dtype = self.dtypes[0]
         for spec in _some_specs():
-            dtype = self.dtypes[0]
             config = LayerConfig(spec, Gate(bias=True))
             drawn = functional.initialize(
                 config,
@@ -264,8 +266,6 @@ class BackendContract(LayerChecks):
         np.testing.assert_allclose(found, want, rtol=tolerance, atol=tolerance)
 
 
-def _some_specs() -> list[Any]:
-    from tensormoe import CP, Dense, Hadamard, LayerSpec, TensorRing, TensorTrain, Tucker
-
+def _some_specs() -> list[LayerSpec]:
     kinds = (CP(3), TensorRing(3), TensorTrain(2), Tucker(2), Hadamard(), Dense())
     return [LayerSpec(5, 4, (3, 2), kind) for kind in kinds]

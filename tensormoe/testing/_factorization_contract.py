@@ -57,7 +57,7 @@ class FactorizationContract(LayerChecks):
     factorization: Factorization
 
     @property
-    def backend(self) -> Any:  # type: ignore[override]
+    def backend(self) -> Any:
         """NumPy's adapter."""
         return _registry.get_backend("numpy")
 

@@ -29,7 +29,7 @@ NDArray = npt.NDArray[Any]
 
 CHECKS = settings(
     # every example plans a layer anew and compares whole arrays
-    max_examples=max(settings.default.max_examples // 2, 1),
+    max_examples=max(settings().max_examples // 2, 1),
     deadline=None,
     # a test of a contract is one function that several classes inherit
     suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow],
@@ -104,12 +104,12 @@ class LayerChecks:
         coefficients: Sequence[NDArray | TopK] | None = None,
     ) -> NDArray:
         """The output of a case, or of one with other values."""
-        given = case.coefficients if coefficients is None else coefficients
+        routing = case.coefficients if coefficients is None else coefficients
         result = functional.apply_experts(
             LayerConfig(case.spec, None),
             self._parameters(case.factors if factors is None else factors),
             self.from_numpy(case.x),
-            [self._routing(each) for each in given],
+            [self._routing(each) for each in routing],
             self.backend,
         )
         found = self.to_numpy(result)
@@ -207,8 +207,8 @@ class LayerChecks:
         weights = {operand.name for operand in program.operands if operand.role == "factor"}
         assert set(arrays) == weights
         assert all(step.batched for step in program.steps)
-        given = {f"coefficients_{e}": self.from_numpy(a) for e, a in enumerate(case.coefficients)}
-        named = {**given, **arrays, "x": self.from_numpy(case.x)}
+        made = {f"coefficients_{e}": self.from_numpy(a) for e, a in enumerate(case.coefficients)}
+        named = {**made, **arrays, "x": self.from_numpy(case.x)}
         (result,) = run_named(program, named, self.backend)
         self.assert_output(self.to_numpy(result), case)
 
@@ -232,11 +232,11 @@ class LayerChecks:
         config, x = LayerConfig(case.spec, None), self.from_numpy(case.x)
         parameters = self._parameters(case.factors)
         by_form = []
-        for given in (chosen, dense):
-            routed = [self._routing(each) for each in given]
+        for form in (chosen, dense):
+            routed = [self._routing(each) for each in form]
             output, pull = functional.experts_vjp(config, parameters, x, routed, self.backend)
             by_form.append(pull(output))
-        self._assert_same_gradients(*by_form, case)
+        self._assert_same_gradients(by_form[0], by_form[1], case)
         for level, each in enumerate(chosen):
             name = f"coefficients_{level}"
             sparse, full = (self.to_numpy(gradients[name]) for gradients in by_form)
@@ -256,14 +256,14 @@ class LayerChecks:
             (LayerConfig(case.spec, None, indexed_input=True), ids),
             (LayerConfig(case.spec, None), one_hot),
         ):
-            given: list[Any] = [self.from_numpy(each) for each in case.coefficients]
+            made: list[Any] = [self.from_numpy(each) for each in case.coefficients]
             output, pull = functional.experts_vjp(
-                config, parameters, self.from_numpy(x), given, self.backend
+                config, parameters, self.from_numpy(x), made, self.backend
             )
             self.assert_output(self.to_numpy(output), case, x=one_hot)
             by_form.append(pull(output))
         assert "x" not in by_form[0], "integer ids have no gradient"
-        self._assert_same_gradients(*by_form, case)
+        self._assert_same_gradients(by_form[0], by_form[1], case)
 
     @CHECKS
     @given(data=st.data())

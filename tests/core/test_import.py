@@ -13,6 +13,8 @@ from types import ModuleType
 
 import pytest
 
+from tensormoe.errors import MissingDependencyError
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (ROOT / "tensormoe", ROOT / "backends")
 HEAVY = ("cupy", "jax", "jaxlib", "matplotlib", "numpy", "opt_einsum", "rich", "scipy", "torch")
@@ -56,6 +58,8 @@ def load(name: str) -> ModuleType:
     """The module, or a skip where it needs a library that isn't installed."""
     try:
         return import_module(name)
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in {"tensormoe", name.partition(".")[0]}:
             raise

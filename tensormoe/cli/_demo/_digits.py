@@ -39,9 +39,10 @@ def load() -> Digits:
     from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
-    train, test, train_labels, test_labels = train_test_split(
+    split: Any = train_test_split(
         images, labels, test_size=_TEST_SHARE, random_state=0, stratify=labels
     )
+    train, test, train_labels, test_labels = split
     mean = train.mean(axis=0)
     # pixels of the margin hardly ever vary: their noise is not blown up
     scale = np.maximum(train.std(axis=0), 1.0)

@@ -32,7 +32,7 @@ def draw(
     """
     with picture(path, 11.0, 8.6) as figure:
         figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08, hspace=0.05)  # type: ignore[union-attr,call-arg]
-        top, bottom = figure.subfigures(2, 1, height_ratios=(1.0, 1.15))
+        top, bottom = figure.subfigures(2, 1, height_ratios=(1.0, 1.15), squeeze=False)[:, 0]
         loss, accuracy = top.subplots(1, 2)
         _curves(loss, histories, "losses", 1.0)
         loss.set_yscale("log")
@@ -46,12 +46,15 @@ def draw(
         accuracy.legend(loc="lower right")
         panels = bottom.subplots(len(tables), 1, squeeze=False)[:, 0]
         ceiling = max(float(table.max()) for table in tables.values())
-        for panel, (name, table) in zip(panels, tables.items(), strict=True):
-            image = _heat(panel, name, table, ceiling)
+        images = [
+            _heat(panel, name, table, ceiling)
+            for panel, (name, table) in zip(panels, tables.items(), strict=True)
+        ]
         panels[-1].set_xlabel("experts, sorted by the digit that they serve most")
-        bar = bottom.colorbar(image, ax=list(panels), pad=0.015, aspect=28)
+        # all have the same scale
+        bar = bottom.colorbar(images[0], ax=list(panels), pad=0.015, aspect=28)
         bar.set_label("mean coefficient")
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
 
 
 def _curves(

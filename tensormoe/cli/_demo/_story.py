@@ -10,7 +10,6 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tensormoe_numpy import MuMoE
 
 from tensormoe import LayerSpec
 from tensormoe.cli._console import format_rank, make_table, print_json
@@ -25,6 +24,7 @@ from tensormoe.factorizations import resolve_factorization
 from tensormoe.gates import Gate
 from tensormoe.planning import Budget, Roofline, dense_moe_cost, linear_cost, select_rank
 from tensormoe.planning._layer_cost import gate_parameters
+from tensormoe_numpy import MuMoE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -133,8 +133,9 @@ def tell(
     draw(picture, {entry.name: entry.histories for entry in entries}, tables)
     files.append(str(picture))
     seconds = perf_counter() - start
-    console.print(f"\nPicture  {picture}: loss curves, and which digits each expert serves.")
-    console.print(f"All of it took {seconds:.0f} s.", style="dim")
+    console.print("\n6  Picture: loss curves, and which digits each expert serves", style="bold")
+    console.print(f"   {picture}", soft_wrap=True)
+    console.print(f"\nAll of it took {seconds:.0f} s.", style="dim")
     if as_json:
         print_json(
             {
@@ -193,10 +194,10 @@ def _compare(
             )
     dense = LayerSpec(pixels, HIDDEN, experts, "dense")
     linear = linear_cost(pixels, HIDDEN, _BATCH)
-    own = {"expert_rank": dense.expert_rank, "expert_span": 1}
-    rows.append(Figures.of("linear", linear, device, **own))
+    plain: dict[str, Any] = {"expert_rank": dense.expert_rank, "expert_span": 1}
+    rows.append(Figures.of("linear", linear, device, **plain))
     cost = dense_moe_cost(pixels, HIDDEN, experts, _BATCH, gate=_GATE)
-    spans = {"expert_rank": dense.expert_rank, "expert_span": dense.expert_span}
+    spans: dict[str, Any] = {"expert_rank": dense.expert_rank, "expert_span": dense.expert_span}
     rows.append(Figures.of("dense MoE", cost, device, **spans))
     table = make_table(*COLUMNS[:3], "gate", *COLUMNS[3:], left=2)
     gate = gate_parameters(_GATE, pixels, experts)
@@ -205,13 +206,14 @@ def _compare(
         style = "green" if row.name in _FACTORIZATIONS.values() else ""
         counts = (f"{row.cost.parameters - own:,}", f"{own:,}" if own else "–")
         table.add_row(*cells[:2], *counts, *cells[3:], style=style)
+    console.print()
     console.print(table)
+    console.print()
     budget = (pixels + 1) * HIDDEN
     console.print(
-        f"The ranks are the best within the {budget:,} parameters of the linear layer; the gate "
-        "comes on top.\n"
-        f"FLOPs, memory and time are those of a forward call of {_BATCH:,} images, gate included; "
-        f"time as predicted for {device.name}.",
+        f"Ranks are the best within the {budget:,} parameters of the linear layer; the gate\n"
+        f"comes on top. FLOPs, memory and time: a forward call of {_BATCH:,} images with the\n"
+        f"gate, as predicted for {device.name}.",
         style="dim",
     )
     return rows
@@ -256,14 +258,15 @@ def _prove(console: Console, entries: list[Entry], digits: _digits.Digits) -> di
     console.print(
         f"\n3  Factorized = unfactorized, on all {len(images):,} images in float64", style="bold"
     )
+    console.print("   against a plain einsum over all experts, built explicitly", style="dim")
     errors = {}
     for entry in entries:
         if entry.spec is not None:
             errors[entry.name] = error = largest_error(entry.layer, images)
             built = entry.spec.num_experts * (_digits.PIXELS + 1) * HIDDEN
             console.print(
-                f"   {entry.name:<14} largest relative error {error:.1e}, against einsum over all "
-                f"{built:,} entries of 𝒲"
+                f"   {entry.name:<14} largest relative error {error:.1e} "
+                f"({entry.spec.num_parameters:,} numbers for {built:,})"
             )
     return errors
 
@@ -291,7 +294,9 @@ def _report(
             f"{max(found):.1%}",
             style="bold green" if np.mean(found) == best else "",
         )
+    console.print()
     console.print(table)
+    console.print()
     console.print(_verdict(entries, tests), style="dim")
 
 
@@ -299,20 +304,18 @@ def _verdict(entries: list[Entry], tests: int) -> str:
     """What the accuracies say, whichever model they favour."""
     means = {entry.name: float(np.mean(entry.accuracies)) for entry in entries}
     linear = means["linear"]
-    best = max((name for name in _FACTORIZATIONS.values()), key=lambda name: means[name])
-    gap = means[best] - linear
+    gaps = ", ".join(
+        f"{name} {100 * (means[name] - linear):+.1f}" for name in _FACTORIZATIONS.values()
+    )
     # one standard error of the difference of two accuracies on so many images
-    noise = float(np.sqrt(2 * linear * (1 - linear) / tests))
-    others = "above" if gap > 0 else "below"
-    if abs(gap) <= noise:
-        said = f"{best} and the linear layer differ by {abs(gap):.1%}, which is within the noise"
-    else:
-        said = f"{best} lies {abs(gap):.1%} {others} the linear layer, which is more than the noise"
-    winner = max(means, key=lambda name: means[name])
+    noise = 100 * float(np.sqrt(2 * linear * (1 - linear) / tests))
+    highest = max(means.values())
+    winners = " and ".join(name for name, mean in means.items() if mean == highest)
     return (
-        f"Means of {_RUNS} runs. {said} of {tests} images (± {noise:.1%}).\n"
-        f"The highest mean is that of {winner}; the wider linear layer has the gate's parameters "
-        "as well."
+        f"Means of {_RUNS} runs; the highest: {winners}.\n"
+        f"Points against the linear layer: {gaps}; less than {noise:.1f} is\n"
+        f"noise (one standard error on {tests} images). The wider linear layer has as many\n"
+        "parameters as the factorized ones with their gates."
     )
 
 
@@ -332,7 +335,7 @@ def _keep(
                 f"{str(path)!r} gives other outputs than the layer it was saved from."
             )
         files.append(str(path))
-        console.print(f"   {path}: saved, loaded, outputs are equal to the last bit")
+        console.print(f"   {path}: loaded again, outputs equal to the last bit", soft_wrap=True)
     return files
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensormoe.cli._demo._digits import CLASSES, PIXELS, Digits
-from tensormoe_numpy import ACTIVATIONS, Adam, MuMoE
+from tensormoe_numpy import ACTIVATIONS, Adam, Gradients, MuMoE
 
 __all__ = ["HIDDEN", "Classifier", "History", "Linear", "train"]
 
@@ -39,12 +39,12 @@ class Linear:
         result: NDArray = x @ self.parameters["weight"] + self.parameters["bias"]
         return result
 
-    def vjp(self, x: NDArray) -> tuple[NDArray, Callable[[NDArray], tuple[NDArray, Arrays]]]:
+    def vjp(self, x: NDArray) -> tuple[NDArray, Callable[[NDArray], Gradients]]:
         """The output, and the way back to input and parameters."""
 
-        def pull(cotangent: NDArray) -> tuple[NDArray, Arrays]:
+        def pull(cotangent: NDArray) -> Gradients:
             gradients = {"weight": x.T @ cotangent, "bias": cotangent.sum(axis=0)}
-            return cotangent @ self.parameters["weight"].T, gradients
+            return Gradients(cotangent @ self.parameters["weight"].T, gradients)
 
         return self(x), pull
 
@@ -84,11 +84,11 @@ class Classifier:
         logs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
         cotangent = np.exp(logs)
         cotangent[rows, labels] -= 1.0
-        back, head = pull_head(cotangent / np.float32(len(labels)))
-        found = pull_body(back * _GELU_SLOPE(before))
-        body = found[1] if isinstance(found, tuple) else found.parameters
-        named = {f"body.{name}": value for name, value in body.items()}
-        named |= {f"head.{name}": value for name, value in head.items()}
+        head = pull_head(cotangent / np.float32(len(labels)))
+        assert head.input is not None
+        body = pull_body(head.input * _GELU_SLOPE(before))
+        named = {f"body.{name}": value for name, value in body.parameters.items()}
+        named |= {f"head.{name}": value for name, value in head.parameters.items()}
         return float(-logs[rows, labels].mean()), named
 
 
