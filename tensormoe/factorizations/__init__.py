@@ -43,7 +43,6 @@ __all__ = [
     "INPUT",
     "OUTPUT",
     "Dense",
-    "Draw",
     "Factor",
     "Factorization",
     "Hadamard",

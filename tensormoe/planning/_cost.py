@@ -27,6 +27,7 @@ __all__ = [
     "StepCost",
     "batch_sizes",
     "contraction_cost",
+    "live_memory",
     "program_cost",
     "program_peak",
     "reverse_peak",
@@ -179,8 +180,8 @@ def program_peak(
     *,
     owned: Iterable[int] = (),
     kept: Collection[int] = (),
-) -> tuple[int, int]:
-    """Bytes live at the worst moment of a program, and at its end.
+) -> int:
+    """Bytes live at the worst moment of a program.
 
     Args:
         program: what is run.
@@ -189,23 +190,41 @@ def program_peak(
         owned: operands that count as live until their last use; the others belong to the caller.
         kept: slots that stay live to the end, for a reverse program.
     """
+    return max(live_memory(program, sizes, itemsize, owned=owned, kept=kept))
+
+
+def live_memory(
+    program: Program,
+    sizes: Mapping[Leg, int],
+    itemsize: int = 4,
+    *,
+    owned: Iterable[int] = (),
+    kept: Collection[int] = (),
+) -> list[int]:
+    """Bytes live before the first step of a program, and while each of its steps runs.
+
+    Args:
+        program: what is run.
+        sizes: the size of every leg, the batch included; polynomials give polynomials.
+        itemsize: bytes an entry.
+        owned: operands that count as live until their last use; the others belong to the caller.
+        kept: slots that stay live to the end, for a reverse program.
+    """
     legs = program.legs
     live = {slot: itemsize * prod(sizes[leg] for leg in legs[slot]) for slot in owned}
-    now = peak = sum(live.values())
-    count = len(program.operands)
+    now = sum(live.values())
+    moments = [now]
     for step in program.steps:
-        size = itemsize * prod(sizes[leg] for leg in step.legs)
-        source = step.inputs[0]
-        if _in_place(step, count, kept):
-            live[step.output] = live.pop(source)
+        if _in_place(step, len(program.operands), kept):
+            live[step.output] = live.pop(step.inputs[0])
         elif step.kind != "expand":
-            live[step.output] = size
-            now += size
-        peak = max(peak, now)
+            live[step.output] = itemsize * prod(sizes[leg] for leg in step.legs)
+            now = now + live[step.output]
+        moments.append(now)
         for slot in step.free:
             if slot not in kept:
-                now -= live.pop(slot, 0)
-    return peak, now
+                now = now - live.pop(slot, 0)
+    return moments
 
 
 def _in_place(step: Step, count: int, kept: Collection[int]) -> bool:
@@ -228,8 +247,7 @@ def reverse_peak(
         for slot in reverse.saved
         if slot >= len(program.operands)
     )
-    peak, _ = program_peak(reverse.program, sizes, itemsize)
-    return saved, saved + peak
+    return saved, saved + program_peak(reverse.program, sizes, itemsize)
 
 
 def batch_sizes(program: Program, batch: int) -> dict[Leg, int]:

@@ -8,21 +8,20 @@ prefer among them, and the rank that is chosen is planned in full.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from math import prod
 from typing import Any, cast
 
 from tensormoe.factorizations import BATCH, OUTPUT, Leg
 from tensormoe.gates import Gate
 from tensormoe.planning._budget import Budget
-from tensormoe.planning._cost import Cost, StepCost, program_cost
+from tensormoe.planning._cost import Cost, StepCost, live_memory, program_cost
 from tensormoe.planning._family import INNER, Choice, Family, largest
 from tensormoe.planning._layer_cost import layer_cost
 from tensormoe.planning._polynomial import Polynomial, evaluate, undominated
 from tensormoe.planning._program import Program
-from tensormoe.planning._regimes import WRITE_WEIGHT, Routing, _best, _build, _Draft
+from tensormoe.planning._regimes import DENSE, WRITE_WEIGHT, Draft, best_candidate, build_program
 from tensormoe.planning._roofline import Roofline
 from tensormoe.planning._tree import Node, tree_cost
 
@@ -103,14 +102,14 @@ class Estimator:
         if not self.planned or sizes in self._explored:
             return False
         self._explored.add(sizes)
-        draft = _Draft(self.family.spec(sizes), Routing())
-        path = _best(draft, self.budget.batch)
+        draft = Draft(self.family.spec(sizes), DENSE)
+        path = best_candidate(draft, self.budget.batch)
         # the same trees at other sizes are the same path
         trees = (path.main, path.bias)
         if trees in self.models:
             return False
         legs = {**self.family.legs, BATCH: Polynomial.constant(self.budget.batch)}
-        model = self._model(_build(draft, path), _priority(trees, legs))
+        model = self._model(build_program(draft, path), _priority(trees, legs))
         for other, earlier in self.models.items():
             # a path that another is preferred to at every rank is out
             if earlier is not None and model.priority.below(earlier.priority):
@@ -163,8 +162,8 @@ class Estimator:
             if self.gate is not None and operand.name.startswith(("coefficients_", "indices_"))
         ]
         moments = [Polynomial.constant(self._gate.peak_memory)]
-        moments += _live(program, sizes, self.budget.itemsize, owned)
-        return undominated(moments)
+        live = live_memory(program, sizes, self.budget.itemsize, owned=owned)
+        return undominated([*moments, *map(_sum, live)])
 
 
 class Slice:
@@ -251,25 +250,6 @@ def _below(left: tuple[float, ...], right: tuple[float, ...]) -> bool:
     if short > 0 and any(left[:short]):
         return False
     return all(a <= b for a, b in zip(left[::-1], right[::-1], strict=False))
-
-
-def _live(
-    program: Program, sizes: Mapping[Leg, int], itemsize: int, owned: list[int]
-) -> Iterator[Any]:
-    """Bytes live while each step runs."""
-    legs = program.legs
-    live = {slot: itemsize * prod(sizes[leg] for leg in legs[slot]) for slot in owned}
-    now: Any = sum(live.values(), Polynomial.constant(0))
-    for step in program.steps:
-        source = step.inputs[0]
-        if step.kind == "add" and source >= len(program.operands) and source in step.free:
-            live[step.output] = live.pop(source)
-        else:
-            live[step.output] = itemsize * prod(sizes[leg] for leg in step.legs)
-            now = now + live[step.output]
-        yield now
-        for slot in step.free:
-            now = now - live.pop(slot, 0)
 
 
 def _sum(*values: Any) -> Polynomial:

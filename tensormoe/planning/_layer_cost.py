@@ -135,13 +135,13 @@ def layer_cost(
             gate, in_features, experts, batch, itemsize, row_block_bytes, training
         )
     if not training:
-        peak, _ = program_peak(program, sizes, itemsize, owned=owned)
+        peak = program_peak(program, sizes, itemsize, owned=owned)
         return Cost(parameters, steps, max(peak_gate, peak))
     back = reverse(program)
     back_sizes = batch_sizes(back.program, batch)
     steps += program_cost(back.program, back_sizes, itemsize, "backward ")
     kept = [slot for slot in back.saved if slot >= len(program.operands)]
-    forward, _ = program_peak(program, sizes, itemsize, kept=kept)
+    forward = program_peak(program, sizes, itemsize, kept=kept)
     saved, backward = reverse_peak(back, program, sizes, itemsize)
     result = itemsize * batch * sizes[OUTPUT]
     held, after = routing, 0

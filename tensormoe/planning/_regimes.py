@@ -23,8 +23,12 @@ __all__ = [
     "DENSE",
     "MAX_BATCH",
     "WRITE_WEIGHT",
+    "Candidate",
+    "Draft",
     "Regimes",
     "Routing",
+    "best_candidate",
+    "build_program",
     "plan_regimes",
     "weight_program",
 ]
@@ -82,7 +86,7 @@ class Regimes:
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class Candidate:
     """A way to run a layer: contraction trees over the slots of a draft, and their cost line."""
 
     main: Node
@@ -91,10 +95,11 @@ class _Candidate:
     slope: int
 
     def cost(self, batch: int) -> int:
+        """What the planner minimizes, at one batch size."""
         return self.const + self.slope * batch
 
 
-class _Draft:
+class Draft:
     """The part that every plan of a layer shares: operands, and gathers by index."""
 
     def __init__(self, spec: LayerSpec, routing: Routing) -> None:
@@ -178,8 +183,8 @@ def plan_regimes(spec: LayerSpec, routing: Routing = DENSE) -> Regimes:
     Raises:
         PlanError: the routing does not fit the layer.
     """
-    draft = _Draft(spec, routing)
-    small, large = _best(draft, 1), _best(draft, MAX_BATCH)
+    draft = Draft(spec, routing)
+    small, large = best_candidate(draft, 1), best_candidate(draft, MAX_BATCH)
     starts, chosen = [0], [small]
     for threshold, candidate in _crossings(draft, small, large, MAX_BATCH):
         if threshold == 1:
@@ -187,12 +192,12 @@ def plan_regimes(spec: LayerSpec, routing: Routing = DENSE) -> Regimes:
         else:
             starts.append(threshold)
             chosen.append(candidate)
-    return Regimes(tuple(starts), tuple(_build(draft, candidate) for candidate in chosen))
+    return Regimes(tuple(starts), tuple(build_program(draft, candidate) for candidate in chosen))
 
 
 def _crossings(
-    draft: _Draft, small: _Candidate, large: _Candidate, end: int
-) -> list[tuple[int, _Candidate]]:
+    draft: Draft, small: Candidate, large: Candidate, end: int
+) -> list[tuple[int, Candidate]]:
     """Where, between the batches that ``small`` and ``large`` are best for, others take over."""
     if large.slope >= small.slope:
         return []
@@ -200,22 +205,22 @@ def _crossings(
     meet = max(-((small.const - large.const) // (small.slope - large.slope)), 1)
     if meet > end:
         return []
-    middle = _best(draft, meet)
+    middle = best_candidate(draft, meet)
     if middle.cost(meet) >= large.cost(meet):
         return [(meet, large)]
     return _crossings(draft, small, middle, meet) + _crossings(draft, middle, large, end)
 
 
-def _best(draft: _Draft, batch: int) -> _Candidate:
+def best_candidate(draft: Draft, batch: int) -> Candidate:
     """The cheapest candidate at one batch size."""
     builder, slots, carrier, bias = draft.start()
     sizes = {**draft.sizes, BATCH: batch}
     output = (BATCH, OUTPUT)
     tree = _search(builder, slots, output, sizes)
     if bias is None:
-        return _Candidate(tree, None, *tree_cost(tree, sizes, WRITE_WEIGHT))
+        return Candidate(tree, None, *tree_cost(tree, sizes, WRITE_WEIGHT))
     if _contracts(tree, draft.x, carrier):
-        return _Candidate(tree, None, *tree_cost(tree, sizes, WRITE_WEIGHT))
+        return Candidate(tree, None, *tree_cost(tree, sizes, WRITE_WEIGHT))
     # the path does not contract the input with its own factor first: either let it, and add
     # the bias there, or run the bias through the network on its own
     rest = [slot for slot in slots if slot not in (draft.x, carrier)]
@@ -226,11 +231,11 @@ def _best(draft: _Draft, batch: int) -> _Candidate:
     )
     joined = tree_of([*(builder.legs[slot] for slot in rest), tuple(legs)], path, output)
     fused = _renamed(joined, [*rest, inner], builder)
-    together = _Candidate(fused, None, *tree_cost(fused, sizes, WRITE_WEIGHT))
+    together = Candidate(fused, None, *tree_cost(fused, sizes, WRITE_WEIGHT))
     alone = _search(builder, [*rest, bias], output, sizes)
     costs = (tree_cost(each, sizes, WRITE_WEIGHT) for each in (tree, alone))
     const, slope = (sum(pair) for pair in zip(*costs, strict=True))
-    apart = _Candidate(tree, alone, const, slope + 2 * WRITE_WEIGHT * sizes[OUTPUT])
+    apart = Candidate(tree, alone, const, slope + 2 * WRITE_WEIGHT * sizes[OUTPUT])
     return min(together, apart, key=lambda candidate: candidate.cost(batch))
 
 
@@ -265,7 +270,7 @@ def _contracts(tree: Node, x: int | None, carrier: int) -> bool:
     return any(_contracts(child, x, carrier) for child in tree.children)
 
 
-def _build(draft: _Draft, candidate: _Candidate) -> Program:
+def build_program(draft: Draft, candidate: Candidate) -> Program:
     """Lower a candidate."""
     builder, _, carrier, bias = draft.start()
     output = (BATCH, OUTPUT)

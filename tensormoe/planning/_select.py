@@ -68,8 +68,11 @@ def select_rank(
     """The rank with the most capacity that a budget allows.
 
     The budget is never exceeded, and no other rank of the same family within it has a higher
-    objective. The family is one size for every symbol of the factorization's pattern: the bonds
-    of a tensor ring next to an expert mode are equally large and the one between input and output
+    objective: without exception for parameters, and for FLOPs, memory and time as far as the
+    paths go that the planner takes at the ranks around the best one and at some far from it. (In
+    families of a few hundred ranks every rank that could be better is planned in full.) The
+    family is one size for every symbol of the factorization's pattern: the bonds of a tensor
+    ring next to an expert mode are equally large and the one between input and output
     is free. Equal objectives are told apart by the other figure, then by smaller bonds around the
     expert modes, then by the larger bond between input and output. Where a budget limits memory
     alone, bonds stop where a larger one would add nothing to either figure.
