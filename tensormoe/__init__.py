@@ -33,19 +33,16 @@ from tensormoe.gates import entmax as entmax
 from tensormoe.gates import softmax as softmax
 from tensormoe.gates import sparsemax as sparsemax
 from tensormoe.planning import Budget as Budget
-from tensormoe.planning import ComparisonRow as ComparisonRow
 from tensormoe.planning import Cost as Cost
 from tensormoe.planning import Plan as Plan
 from tensormoe.planning import RankChoice as RankChoice
 from tensormoe.planning import Roofline as Roofline
-from tensormoe.planning import compare as compare
 from tensormoe.planning import rank_front as rank_front
 from tensormoe.planning import select_rank as select_rank
 
 __all__ = [
     "CP",
     "Budget",
-    "ComparisonRow",
     "Cost",
     "Dense",
     "Factorization",
@@ -61,7 +58,6 @@ __all__ = [
     "Tucker",
     "available_backends",
     "backend_of",
-    "compare",
     "entmax",
     "from_tensorly",
     "get_backend",

@@ -51,11 +51,14 @@ def run(
 
 
 def ask(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
-    """What a command prints with --json."""
-    assert main([*words, "--json"]) == 0
+    """What a command prints with --json; an error besides if nothing fits a budget."""
+    code = main([*words, "--json"])
     captured = capsys.readouterr()
-    assert not captured.err
-    return json.loads(captured.out)
+    found = json.loads(captured.out)
+    nothing = words[0] == "rank" and found["best"] is None
+    assert code == (2 if nothing else 0)
+    assert captured.err.startswith("error: no factorization fits") == nothing
+    return found
 
 
 def check_not_blank(path: Path, least: int = 300) -> None:
@@ -152,10 +155,11 @@ def test_an_impossible_budget_is_a_row_with_the_smallest_feasible_one(
             capsys, "rank", "64", "64", "512", "--budget", str(least - 1), "--factorization", name
         )
         assert again["factorizations"][0]["smallest_budget"] == each["smallest_budget"]
-    assert main(["rank", "64", "64", "512", "--budget", "100"]) == 0
-    text = capsys.readouterr().out
-    assert "No factorization fits the budget." in text
-    assert "cp is too large: it needs at least 641 parameters." in text
+    assert main(["rank", "64", "64", "512", "--budget", "100"]) == 2
+    text = capsys.readouterr()
+    assert "No factorization fits the budget." in text.out
+    assert "cp is too large: it needs at least 641 parameters." in text.out
+    assert "cp needs parameters at least 641. Raise the budget" in text.err
 
 
 def test_several_limits_hold_at_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,7 +240,7 @@ def test_rank_plots_the_front(
 
 def test_a_plot_where_nothing_fits_says_so(tmp_path: Path) -> None:
     path = tmp_path / "front.png"
-    assert main(["rank", "64", "64", "32", "--budget", "10", "--plot", str(path)]) == 0
+    assert main(["rank", "64", "64", "32", "--budget", "10", "--plot", str(path)]) == 2
     check_not_blank(path)
 
 

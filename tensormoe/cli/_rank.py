@@ -104,6 +104,18 @@ def run_rank(arguments: argparse.Namespace) -> None:
         draw_front(path, _title(asked), f"within {_budget(asked.budget)}", fronts)
         if not arguments.json:
             make_console().print(f"drawn in {path}")
+    if star is None:
+        raise BudgetError(_nothing_fits(asked, answers))
+
+
+def _nothing_fits(asked: _Question, answers: list[_Answer]) -> str:
+    """What to raise, so that at least one factorization fits."""
+    least = min(answers, key=lambda each: sum(each.smallest.values()))
+    needed = " and ".join(f"{limit} at least {value}" for limit, value in least.smallest.items())
+    return (
+        f"no factorization fits the budget of {_budget(asked.budget)}; {least.name} needs {needed}. "
+        "Raise the budget or use fewer experts."
+    )
 
 
 def _question(arguments: argparse.Namespace) -> _Question:

@@ -8,8 +8,6 @@ from tensormoe.planning._baselines import mlp_cost as mlp_cost
 from tensormoe.planning._baselines import sparse_moe_cost as sparse_moe_cost
 from tensormoe.planning._budget import Budget as Budget
 from tensormoe.planning._budget import mlp_budgets as mlp_budgets
-from tensormoe.planning._compare import ComparisonRow as ComparisonRow
-from tensormoe.planning._compare import compare as compare
 from tensormoe.planning._cost import Cost as Cost
 from tensormoe.planning._cost import StepCost as StepCost
 from tensormoe.planning._plan import Plan as Plan
@@ -34,7 +32,6 @@ __all__ = [
     "OBJECTIVES",
     "PUBLISHED_ROOFLINES",
     "Budget",
-    "ComparisonRow",
     "Cost",
     "Operand",
     "Plan",
@@ -46,7 +43,6 @@ __all__ = [
     "Routing",
     "Step",
     "StepCost",
-    "compare",
     "dense_moe_cost",
     "linear_cost",
     "mlp_budgets",

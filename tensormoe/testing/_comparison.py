@@ -41,7 +41,7 @@ def assert_close(got: Any, want: Any, bound: Any, tolerance: float, what: str = 
     >>> assert_close(np.zeros(2), np.array([0.0, 1.0]), 1.0, 1e-10, "output")
     Traceback (most recent call last):
         ...
-    AssertionError: output is off by 1.00e+00 at (1,), relative to 1.00e+00; admitted are 1e-10
+    AssertionError: output is off by 1.00e+00 at (1,), relative to 1.00e+00...
     """
     found = np.asarray(got, dtype=np.float64)
     wanted = np.asarray(want, dtype=np.float64)
@@ -56,8 +56,8 @@ def assert_close(got: Any, want: Any, bound: Any, tolerance: float, what: str = 
     where = tuple(int(k) for k in place)
     off = abs(float(found[place] - wanted[place])) / max(float(sizes[place]), 1e-30)
     assert excess[place] <= 0.0, (
-        f"{what} is off by {off:.2e} at {where}, relative to {float(sizes[place]):.2e}; admitted "
-        f"are {tolerance:g}"
+        f"{what} is off by {off:.2e} at {where}, relative to {float(sizes[place]):.2e}; at most "
+        f"{tolerance:g} is admitted"
     )
 
 

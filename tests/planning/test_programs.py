@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 from tensormoe import CP, Dense, Hadamard, LayerSpec, TensorRing, TensorTrain, Tucker
 from tensormoe.errors import PlanError
 from tensormoe.execution import execute
-from tensormoe.planning import Program, Regimes, Routing, plan_layer, plan_regimes, reverse
+from tensormoe.planning import (
+    Operand,
+    Program,
+    Regimes,
+    Routing,
+    Step,
+    plan_layer,
+    plan_regimes,
+    reverse,
+)
 from tensormoe.planning._lowering import Lowered, lower
 from tensormoe.planning._program import View
 from tensormoe.testing import specs
@@ -260,6 +269,25 @@ def test_split_programs_give_the_same(
     named |= dict(zip(weights, prepared, strict=True))
     (parts,), _ = execute(rest, [named[o.name] for o in rest.operands], BACKEND)
     np.testing.assert_array_equal(parts, whole)
+
+
+def test_sums_are_made_in_place_only_where_nobody_looks() -> None:
+    """Neither an operand of the caller's nor a slot that is kept for the way back is written to."""
+    legs = (BATCH, "o")
+    operands = (Operand("left", legs, "data"), Operand("right", legs, "data"))
+    product = Step("multiply", (0, 1), 2, (legs, legs), legs)
+    rng = np.random.default_rng(0)
+    for steps, kept, want in (
+        ((Step("add", (0, 1), 2, (legs, legs), legs),), 0, lambda a, b: a + b),
+        ((product, Step("add", (2, 1), 3, (legs, legs), legs)), 2, lambda a, b: a * b + b),
+    ):
+        program = Program(operands, steps, (steps[-1].output,), (("o", 3),)).with_liveness()
+        left, right = rng.standard_normal((2, 4, 3))
+        before = left.copy(), right.copy()
+        (result,), found = execute(program, [left, right], BACKEND, (kept,))
+        np.testing.assert_array_equal(result, want(*before))
+        np.testing.assert_array_equal(found[kept], before[0] if kept == 0 else left * right)
+        np.testing.assert_array_equal((left, right), before)
 
 
 def orders(legs: str) -> st.SearchStrategy[tuple[str, ...]]:
