@@ -113,8 +113,8 @@ def _nothing_fits(asked: _Question, answers: list[_Answer]) -> str:
     least = min(answers, key=lambda each: sum(each.smallest.values()))
     needed = " and ".join(f"{limit} at least {value}" for limit, value in least.smallest.items())
     return (
-        f"no factorization fits the budget of {_budget(asked.budget)}; {least.name} needs {needed}. "
-        "Raise the budget or use fewer experts."
+        f"no factorization fits the budget of {_budget(asked.budget)}; {least.name} needs "
+        f"{needed}. Raise the budget or use fewer experts."
     )
 
 

@@ -278,7 +278,7 @@ def test_sums_are_made_in_place_only_where_nobody_looks() -> None:
     product = Step("multiply", (0, 1), 2, (legs, legs), legs)
     rng = np.random.default_rng(0)
     for steps, kept, want in (
-        ((Step("add", (0, 1), 2, (legs, legs), legs),), 0, lambda a, b: a + b),
+        ((Step("add", (0, 1), 2, (legs, legs), legs),), 1, lambda a, b: a + b),
         ((product, Step("add", (2, 1), 3, (legs, legs), legs)), 2, lambda a, b: a * b + b),
     ):
         program = Program(operands, steps, (steps[-1].output,), (("o", 3),)).with_liveness()
@@ -286,7 +286,7 @@ def test_sums_are_made_in_place_only_where_nobody_looks() -> None:
         before = left.copy(), right.copy()
         (result,), found = execute(program, [left, right], BACKEND, (kept,))
         np.testing.assert_array_equal(result, want(*before))
-        np.testing.assert_array_equal(found[kept], before[0] if kept == 0 else left * right)
+        np.testing.assert_array_equal(found[kept], right if kept == 1 else left * right)
         np.testing.assert_array_equal((left, right), before)
 
 
