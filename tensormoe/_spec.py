@@ -128,7 +128,7 @@ class LayerSpec:
 
         Args:
             init: ``"variance"`` gives every entry of 𝒲 and of the experts' biases the variance
-                1/(3·in) of a ``torch.nn.Linear`` weight, half of it shared by all experts;
+                1/(3·in) of a ``torch.nn.Linear`` weight, about half of it shared by all experts;
                 ``"paper"`` is the scheme of Oldfield et al. 2024, appendix F.2.
 
         Raises:

@@ -449,7 +449,7 @@ CASES: dict[str, tuple[Callable[..., Any], type[TensormoeError], str]] = {
     "an id beyond the vocabulary": (
         lambda: table()(np.array([1, 9]), shares(2, 3)),
         ShapeError,
-        r"ids must lie in \[0, 9\); got 9. Check the vocabulary's size",
+        r"ids must lie in \[0, 9\); got 9. Check the size they index",
     ),
     "a negative id": (
         lambda: table()(np.array([-1]), shares(1, 3)),
@@ -562,6 +562,26 @@ CASES: dict[str, tuple[Callable[..., Any], type[TensormoeError], str]] = {
         lambda: layer()(X, memory_limit=10),
         PlanError,
         r"memory_limit must be at least \d+ bytes for 3 inputs of .*; got 10. Raise the limit",
+    ),
+    "a seed in letters": (
+        lambda: MuMoE(8, 4, 3, CP(2), seed="a"),
+        SpecError,
+        "seed must be a non-negative integer or a NumPy generator; got 'a'",
+    ),
+    "no dtype": (
+        lambda: MuMoE(8, 4, 3, CP(2), dtype=None),
+        SpecError,
+        "dtype must be one of float16, float32, float64; got None",
+    ),
+    "whole coefficients": (
+        lambda: layer()(X, np.ones((3, 3), dtype=np.int64)),
+        ShapeError,
+        "coefficients of level 0 must be real floating point; got int64. Cast them",
+    ),
+    "entries of no size": (
+        lambda: LayerSpec(8, 4, 3, CP(2)).cost(16, itemsize=0),
+        PlanError,
+        "itemsize must be a positive integer; got 0",
     ),
     # the optimizer
     "a learning rate below zero": (

@@ -150,7 +150,7 @@ class Layer:
         for given in functional.check_coefficients(self.config, coefficients, lead, self.backend):
             if isinstance(given, TopK):
                 count = self.config.spec.experts[len(merged)]
-                functional.check_ids(given.indices, count, self.backend)
+                functional.check_ids(given.indices, count, self.backend, "indices of coefficients")
                 k = given.values.shape[-1]
                 merged.append(TopK(given.indices.reshape(-1, k), given.values.reshape(-1, k)))
             else:

@@ -21,6 +21,7 @@ from tensormoe_numpy._activations import ACTIVATIONS, activation
 from tensormoe_numpy._adapter import BACKEND
 from tensormoe_numpy._base import Given, Gradients, NDArray, check_cotangent, read_block
 from tensormoe_numpy._layer import MuMoE
+from tensormoe_numpy._random import checked_generator
 
 __all__ = ["MuMoEMLP"]
 
@@ -91,7 +92,7 @@ class MuMoEMLP:
                 f"factorization must be one, or one a layer; got {len(pair)}: {factorization!r}."
             )
         act = choice(act_layer, ACTIVATIONS, "act_layer", SpecError)
-        generator = np.random.default_rng(seed)
+        generator = checked_generator(seed)
         shared: dict[str, Any] = {
             "rank": rank,
             "budget": budget,

@@ -22,12 +22,27 @@ def checked_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
         SpecError: not a floating-point type of NumPy's.
     """
     try:
-        found = np.dtype(dtype)
+        # NumPy reads None as float64
+        found = None if dtype is None else np.dtype(dtype)
     except TypeError:
         found = None
     if found is None or found.name not in FLOATS:
         raise SpecError(f"dtype must be one of {', '.join(FLOATS)}; got {dtype!r}.")
     return found
+
+
+def checked_generator(seed: int | np.random.Generator | None) -> np.random.Generator:
+    """A generator from a seed, or the one given.
+
+    Raises:
+        SpecError: neither a seed nor a generator.
+    """
+    try:
+        return np.random.default_rng(seed)
+    except (TypeError, ValueError):
+        raise SpecError(
+            f"seed must be a non-negative integer or a NumPy generator; got {seed!r}."
+        ) from None
 
 
 def draw(
@@ -38,7 +53,7 @@ def draw(
     backend: Backend,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parameters and buffers of a new layer, drawn in float64 so that seeds mean one thing."""
-    generator = np.random.default_rng(seed)
+    generator = checked_generator(seed)
     parameters = functional.initialize(
         config,
         backend,

@@ -55,7 +55,7 @@ def check_input(
     return shape[:-1]
 
 
-def check_ids(ids: Array, count: int, backend: Backend) -> tuple[int, ...]:
+def check_ids(ids: Array, count: int, backend: Backend, name: str = "ids") -> tuple[int, ...]:
     """The shape of an array of integer ids; their range is checked where values can be read.
 
     Raises:
@@ -63,15 +63,15 @@ def check_ids(ids: Array, count: int, backend: Backend) -> tuple[int, ...]:
         ShapeError: not integers, or an id outside [0, count).
     """
     xp = backend.namespace
-    check_array(ids, backend, "ids")
+    check_array(ids, backend, name)
     if not xp.isdtype(ids.dtype, "integral"):
-        raise ShapeError(f"ids must be integers; got {ids.dtype}. Cast them with astype('int64').")
+        raise ShapeError(f"{name} must be integers; got {ids.dtype}. Cast them to int64.")
     if backend.eager and prod(ids.shape):
         low, high = int(xp.min(ids)), int(xp.max(ids))
         if low < 0 or high >= count:
             wrong = low if low < 0 else high
             raise ShapeError(
-                f"ids must lie in [0, {count}); got {wrong}. Check the vocabulary's size."
+                f"{name} must lie in [0, {count}); got {wrong}. Check the size they index."
             )
     return tuple(ids.shape)
 
@@ -99,6 +99,12 @@ def check_coefficients(
         name = f"coefficients of level {level}"
         for array in (given.indices, given.values) if isinstance(given, TopK) else (given,):
             check_array(array, backend, name)
+        values = given.values if isinstance(given, TopK) else given
+        if not backend.namespace.isdtype(values.dtype, "real floating"):
+            raise ShapeError(
+                f"{name} must be real floating point; got {values.dtype}. Cast them to the "
+                "layer's dtype."
+            )
         if isinstance(given, TopK):
             same = given.indices.shape == given.values.shape
             fits = same and tuple(given.values.shape[:-1]) == lead

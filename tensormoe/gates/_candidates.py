@@ -58,7 +58,11 @@ def entmax15_of_candidates(
     xp = backend.namespace
     rows, experts = values.shape
     square = square_sums(backend, values)
-    if not isfinite(float(xp.sum(square))):
+    total = float(xp.sum(square))
+    if total == 0.0:
+        # a gate that was never trained: its projection starts at zero
+        return xp.full_like(values, 1.0 / experts), xp.zeros((rows,), dtype=xp.bool)
+    if not isfinite(total):
         return None
     mean = row_sums(backend, values) * (1.0 / experts)
     centre = mean * mean

@@ -60,6 +60,7 @@ class Plan:
             row_block_bytes: the backend's, for the temporaries of the gate.
         """
         gate = None if gate is None else Gate.parse(gate)
+        positive_int(itemsize, "itemsize", PlanError)
         program = self.program.split()[1] if self.prepared else self.program
 
         def of(batch: int) -> Cost:

@@ -226,8 +226,11 @@ def _settled(
         # ranks that would be better if they fitted: the estimate was right if their best
         # paths are among those that it chose from
         news = [estimator.explore(sizes) for sizes in [*found, *rivals(found)]]
+        if any(news):
+            continue
+        # one that turns out not to fit is left out of the next search
         fits = [estimator.verify(sizes) for sizes in found]
-        if any(news) or not all(fits):
+        if not all(fits):
             continue
         # small bonds make paths nearly equal, and ties can fall otherwise than estimated
         others = list(rivals(found)) if _small(estimator.family) else []
