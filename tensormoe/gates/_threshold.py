@@ -85,9 +85,11 @@ def entmax15_root(
         excess -= tau
         total = backend.matmul(excess, ones)
         square = square_sums(backend, excess)
-        root = xp.sqrt(square)
-        step = (root - 1.0) * root / total
-        if left == 0 or (backend.eager and float(xp.max(xp.abs(step))) <= enough):
+        # (√h - 1) √h / Σ, the step on the norm
+        step = (square - xp.sqrt(square)) / total
+        # a first step from a guess never is the last, and a look costs as much as two operations
+        looks = backend.eager and (start is None or left < rounds)
+        if left == 0 or (looks and float(xp.max(xp.abs(step))) <= enough):
             break
         tau = xp.maximum(tau + step, lowest)
     zero = xp.zeros_like(lowest)
