@@ -12,7 +12,7 @@ from tensormoe.errors import SpecError
 
 __all__ = ["run_demo"]
 
-_NEEDED = ("rich", "numpy", "scipy", "safetensors", "sklearn", "matplotlib")
+_NEEDED = ("rich", "numpy", "scipy", "sklearn", "matplotlib")
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
