@@ -142,7 +142,7 @@ $(OLDEST_VENV)/.ready: $(REQUIREMENTS)
 	@$(OLDEST_VENV)/bin/python $(PIP_INSTALL) uv
 	@$(OLDEST_VENV)/bin/uv pip install --quiet --python $(OLDEST_VENV)/bin/python \
 	    --resolution lowest-direct -c constraints.txt -e '.[demo,testing]' \
-	    'array-api-strict>=2.3' 'pytest-xdist>=3.6'
+	    'array-api-strict>=2.3' 'mpmath>=1.3' 'pytest-xdist>=3.6' 'safetensors>=0.4.5'
 	@touch $@
 
 define make_venv

@@ -142,7 +142,7 @@ def _mix(
     old_mean = xp.zeros_like(mean) if statistics is None else statistics.mean
     old_variance = xp.ones_like(mean) if statistics is None else statistics.variance
     unbiased = variance * (tokens / xp.maximum(tokens - 1.0, xp.ones_like(tokens)))
-    weight = xp.where(tokens > 1.0, gate.momentum, xp.zeros_like(tokens))
+    weight = gate.momentum * xp.astype(tokens > 1.0, tokens.dtype)
     return Statistics(
         old_mean + weight * (mean - old_mean), old_variance + weight * (unbiased - old_variance)
     )

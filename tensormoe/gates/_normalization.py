@@ -255,7 +255,8 @@ def standardize_vjp(
     if moments is None:
         split = finite(backend, values, mask, first)
         live = split.live
-        shifted = xp.where(live, split.values - _top(backend, split.values, live), 0.0)
+        shifted = split.values - _top(backend, split.values, live)
+        shifted = xp.where(live, shifted, xp.zeros_like(shifted))
         moments = _row_moments(backend, shifted, live)
         if moments is None:
             raise GateError(
