@@ -65,7 +65,7 @@ class Backend(Protocol):
         ...
 
     def contiguous(self, array: Array, /) -> Array:
-        """The same values in row-major order: makes the copy of an unavoidable permutation."""
+        """A copy in row-major order: what an unavoidable permutation costs."""
         ...
 
     def sum(self, array: Array, axes: tuple[int, ...], /) -> Array:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from tensormoe.backend import Array, Backend
 from tensormoe.planning._program import Program, Step, View
 
-__all__ = ["execute", "run_named"]
+__all__ = ["execute"]
 
 _FRESH = frozenset({"linear", "matmul", "multiply", "gather", "scatter", "reduce"})
 
@@ -62,12 +62,6 @@ def execute(
     return tuple(slots[slot] for slot in program.outputs), kept
 
 
-def run_named(program: Program, arrays: Mapping[str, Array], backend: Backend) -> tuple[Array, ...]:
-    """Run a program on operands by name."""
-    listed = [arrays[operand.name] for operand in program.operands]
-    return execute(program, listed, backend)[0]
-
-
 def _look(array: Array, view: View, backend: Backend) -> Array:
     if view.shape is not None:
         array = backend.reshape(array, view.shape)
@@ -112,14 +106,13 @@ def _expand(program: Program, step: Step, operands: list[Array], backend: Backen
 
 
 def _gather(program: Program, step: Step, operands: list[Array], backend: Backend) -> Array:
-    array, indices, size, axis = _flattened(program, step, operands, backend, step.input_legs[0])
-    del size
-    return backend.take(array, indices, axis)
+    array, indices, _ = _flattened(program, step, operands, backend, step.input_legs[0])
+    return backend.take(array, indices, step.axis)
 
 
 def _scatter(program: Program, step: Step, operands: list[Array], backend: Backend) -> Array:
-    values, indices, size, axis = _flattened(program, step, operands, backend, step.legs)
-    total = backend.scatter_add(values, indices, axis, size)
+    values, indices, size = _flattened(program, step, operands, backend, step.legs)
+    total = backend.scatter_add(values, indices, step.axis, size)
     return backend.reshape(total, tuple(program.sizes[leg] for leg in step.legs))
 
 
@@ -129,7 +122,7 @@ def _flattened(
     operands: list[Array],
     backend: Backend,
     stored: Sequence[str],
-) -> tuple[Array, Array, int, int]:
+) -> tuple[Array, Array, int]:
     """Several neighbouring indexed modes of a factor as one mode and one flat index."""
     array, *indices = operands
     axis, count = step.axis, len(operands) - 1
@@ -143,7 +136,7 @@ def _flattened(
     if step.kind == "gather" and count > 1:
         known = [program.sizes[leg] for leg in stored]
         array = backend.reshape(array, (*known[:axis], size, *known[axis + count :]))
-    return array, flat, size, axis
+    return array, flat, size
 
 
 _Run = Callable[[Program, Step, list[Array], Backend], Array]

@@ -38,8 +38,8 @@ class NumpyBackend:
         return array.transpose(axes)
 
     def contiguous(self, array: NDArray, /) -> NDArray:
-        # asarray keeps the shape of an array without axes; ascontiguousarray does not
-        return np.asarray(array, order="C")
+        # always a copy: the executor may add into what it gets
+        return array.copy(order="C")
 
     def sum(self, array: NDArray, axes: tuple[int, ...], /) -> NDArray:
         total: NDArray = np.sum(array, axis=axes)

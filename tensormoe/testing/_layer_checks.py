@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tensormoe import functional
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array
-from tensormoe.execution import execute, run_named
+from tensormoe.execution import execute
 from tensormoe.factorizations import Factorization
 from tensormoe.functional import LayerConfig
 from tensormoe.gates import TopK
@@ -209,7 +209,8 @@ class LayerChecks:
         assert all(step.batched for step in program.steps)
         made = {f"coefficients_{e}": self.from_numpy(a) for e, a in enumerate(case.coefficients)}
         named = {**made, **arrays, "x": self.from_numpy(case.x)}
-        (result,) = run_named(program, named, self.backend)
+        listed = [named[operand.name] for operand in program.operands]
+        (result,), _ = execute(program, listed, self.backend)
         self.assert_output(self.to_numpy(result), case)
 
     @CHECKS
