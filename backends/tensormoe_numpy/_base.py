@@ -84,7 +84,11 @@ class Layer:
         return plan_layer(self.config.spec, batch, Routing(None, self.config.indexed_input))
 
     def cost(self, batch: int, *, training: bool = False) -> Cost:
-        """What one call costs for ``batch`` inputs, the gate included."""
+        """What one call costs for ``batch`` inputs, the gate included.
+
+        Peak memory is that of a gate whose logits differ; a wide gate that was never trained needs
+        less for its coefficients.
+        """
         return self.plan(batch).cost(
             self.gate,
             training=training,
