@@ -140,7 +140,7 @@ class Layer:
         layer.buffers = {name: arrays[name] for name in config.buffer_shapes()}
         return layer
 
-    def arguments(self) -> str:
+    def _arguments(self) -> str:
         spec = self.config.spec
         experts = spec.experts[0] if spec.levels == 1 else spec.experts
         return (
@@ -148,7 +148,7 @@ class Layer:
             f"gate={self.gate!r}, dtype={self.dtype.name!r}"
         )
 
-    def merged(self, coefficients: Given, lead: tuple[int, ...]) -> list[Any]:
+    def _merged(self, coefficients: Given, lead: tuple[int, ...]) -> list[Any]:
         """Ready-made coefficients with their leading axes merged into one."""
         merged: list[Any] = []
         for given in functional.check_coefficients(self.config, coefficients, lead, self.backend):

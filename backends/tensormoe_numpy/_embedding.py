@@ -86,7 +86,7 @@ class MuMoEEmbedding(Layer):
             ShapeError: ids that are no integers or out of range, or coefficients of other shapes.
         """
         lead = functional.check_ids(ids, self.spec.in_features, self.backend)
-        given = self.merged(coefficients, lead)
+        given = self._merged(coefficients, lead)
         result: NDArray = functional.apply_experts(
             self.config, self.parameters, ids.reshape(-1), given, self.backend
         )
@@ -97,7 +97,7 @@ class MuMoEEmbedding(Layer):
     ) -> tuple[NDArray, Callable[[NDArray], Gradients]]:
         """Run the layer and return its output with the way back, as :meth:`MuMoE.vjp`."""
         lead = functional.check_ids(ids, self.spec.in_features, self.backend)
-        given = self.merged(coefficients, lead)
+        given = self._merged(coefficients, lead)
         result, pull = functional.experts_vjp(
             self.config, self.parameters, ids.reshape(-1), given, self.backend
         )

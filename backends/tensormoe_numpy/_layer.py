@@ -90,7 +90,7 @@ class MuMoE(Layer):
 
     def __repr__(self) -> str:
         spec = self.config.spec
-        return f"MuMoE({spec.in_features}, {spec.out_features}, {self.arguments()})"
+        return f"MuMoE({spec.in_features}, {spec.out_features}, {self._arguments()})"
 
     def coefficients(self, x: NDArray) -> tuple[NDArray, ...]:
         """The coefficients of inputs (..., in): one array (..., N_e) a level, rows summing to one.
@@ -128,7 +128,7 @@ class MuMoE(Layer):
         """
         lead = functional.check_input(x, self.spec.in_features, self.dtype, self.backend)
         rows = x.reshape(prod(lead), self.spec.in_features)
-        given = None if coefficients is None else self.merged(coefficients, lead)
+        given = None if coefficients is None else self._merged(coefficients, lead)
         if memory_limit is None:
             result = self._forward(rows, given)
         else:
@@ -164,7 +164,7 @@ class MuMoE(Layer):
         if coefficients is None:
             given, pull_gate = self._route_vjp(rows, training)
         else:
-            given = self.merged(coefficients, lead)
+            given = self._merged(coefficients, lead)
         result, pull = functional.experts_vjp(
             self.config, self.parameters, rows, given, self.backend
         )
@@ -286,7 +286,7 @@ class Prepared:
                 layer.config, self._gate, rows, layer.backend, buffers=self._buffers
             ).coefficients
         else:
-            weights = layer.merged(coefficients, lead)
+            weights = layer._merged(coefficients, lead)
             if any(isinstance(given, TopK) for given in weights):
                 raise ShapeError(
                     "a prepared layer takes dense coefficients; got indexed ones. Call the layer."
