@@ -55,7 +55,10 @@ typecheck: $(VENV)/.ready-dev ## mypy --strict
 .PHONY: unit
 unit: $(VENV)/.ready-dev ## tests, doctests, and the code in README.md and docs/
 	@echo "== unit"
-	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) \
+	    tests tensormoe backends
+	@# the blocks of a document build on one another: they stay in one process
+	@$(BIN)/python -m pytest -q README.md docs
 
 .PHONY: test-core
 test-core: $(CORE_VENV)/.ready ## the core where no array library is installed
