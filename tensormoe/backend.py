@@ -45,7 +45,23 @@ class Backend(Protocol):
 
     @property
     def eager(self) -> bool:
-        """Whether array values can steer Python control flow (an early exit) at no great cost."""
+        """Whether array values can steer Python control flow (an early exit) at no great cost.
+
+        Such a library runs operation by operation, and what was just made may be written into.
+        """
+        ...
+
+    @property
+    def checks_values(self) -> bool:
+        """Whether values that make no sense (NaN logits, ids out of range) are looked for.
+
+        They are errors then. Elsewhere they propagate, as users of the library expect.
+        """
+        ...
+
+    @property
+    def picks_entries(self) -> bool:
+        """Whether gathering a few scattered entries is cheaper than a few passes over all."""
         ...
 
     def owns(self, array: Array, /) -> bool:
@@ -70,6 +86,17 @@ class Backend(Protocol):
 
     def sum(self, array: Array, axes: tuple[int, ...], /) -> Array:
         """Sum over ``axes`` and drop them, in the array's own dtype."""
+        ...
+
+    def row_sums(self, array: Array, /) -> Array:
+        """Sums of the rows of a floating-point matrix, (rows, 1), for rows of any length.
+
+        With :meth:`square_sums`, what the root search of a gate does besides elementwise work.
+        """
+        ...
+
+    def square_sums(self, array: Array, /) -> Array:
+        """Sums of the squares of each row of a floating-point matrix, (rows, 1)."""
         ...
 
     def take(self, array: Array, indices: Array, axis: int, /) -> Array:

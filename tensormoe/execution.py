@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from tensormoe.backend import Array, Backend
 from tensormoe.planning._program import Program, Step, View
 
-__all__ = ["execute"]
+__all__ = ["execute", "plus"]
 
 _FRESH = frozenset({"linear", "matmul", "multiply", "gather", "scatter", "reduce"})
 
@@ -45,7 +45,10 @@ def execute(
         if step.kind == "add":
             # the sum takes the place of a left operand that nobody needs any more
             own = step.inputs[0] in fresh and step.inputs[0] in step.free
-            result = _add(operands, own and step.inputs[0] not in kept)
+            own = own and step.inputs[0] not in kept
+            left, right = operands
+            result = plus(left, right, backend) if own else left + right
+            del left, right
             fresh.add(step.output)
         else:
             result = _RUN[step.kind](program, step, operands, backend)
@@ -70,11 +73,15 @@ def _look(array: Array, view: View, backend: Backend) -> Array:
     return array
 
 
-def _add(operands: list[Array], own: bool) -> Array:
-    if own:
-        operands[0] += operands[1]
-        return operands[0]
-    return operands[0] + operands[1]
+def plus(own: Array, other: Array, backend: Backend) -> Array:
+    """The sum, in the place of ``own``, which nobody else holds, where the library runs eagerly.
+
+    Transformations of a traced library may know nothing of an array being written to.
+    """
+    if not backend.eager:
+        return own + other
+    own += other
+    return own
 
 
 def _matmul(program: Program, step: Step, operands: list[Array], backend: Backend) -> Array:

@@ -43,6 +43,8 @@ class StrictBackend:
     # an odd size, so that gates work on several blocks even where arrays are small
     row_block_bytes = 100
     eager = True
+    checks_values = True
+    picks_entries = False
 
     def owns(self, array: Any, /) -> bool:
         return isinstance(array, type(strict.asarray(0)))
@@ -61,6 +63,12 @@ class StrictBackend:
 
     def sum(self, array: Any, axes: tuple[int, ...], /) -> Any:
         return strict.sum(array, axis=axes, dtype=array.dtype)
+
+    def row_sums(self, array: Any, /) -> Any:
+        return strict.sum(array, axis=-1, keepdims=True)
+
+    def square_sums(self, array: Any, /) -> Any:
+        return strict.sum(array * array, axis=-1, keepdims=True)
 
     def take(self, array: Any, indices: Any, axis: int, /) -> Any:
         flat = strict.take(array, strict.reshape(indices, (-1,)), axis=axis)

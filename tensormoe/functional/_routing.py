@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tensormoe._config import LayerConfig
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import ShapeError
+from tensormoe.execution import plus
 from tensormoe.functional._dtypes import cast, widened
 from tensormoe.gates import Activation, Statistics, activate, activate_vjp
 
@@ -65,9 +66,15 @@ def route(
         projection = widened(parameters[f"gate.projection_{level}"], backend)
         logits = backend.matmul(wide, projection)
         if gate.bias:
-            logits += widened(parameters[f"gate.bias_{level}"], backend)
+            logits = plus(logits, widened(parameters[f"gate.bias_{level}"], backend), backend)
         found.append(
-            activate(gate, logits, statistics=_statistics(buffers, level), training=training)
+            activate(
+                gate,
+                logits,
+                statistics=_statistics(buffers, level),
+                training=training,
+                backend=backend,
+            )
         )
         if keep:
             kept.append(logits)
@@ -117,6 +124,7 @@ def gate_vjp(
             widened(cotangent, backend),
             statistics=_statistics(buffers, level),
             training=training,
+            backend=backend,
         )
         projection = parameters[f"gate.projection_{level}"]
         dtype = projection.dtype

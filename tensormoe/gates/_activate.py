@@ -53,6 +53,7 @@ def activate(
     mask: Array | None = None,
     statistics: Statistics | None = None,
     training: bool = False,
+    backend: Backend | None = None,
 ) -> Activation:
     """Normalize logits and apply the gate's activation.
 
@@ -68,6 +69,7 @@ def activate(
             mean 0 and variance 1. They are not changed; new ones are returned.
         training: whether batch norm uses the batch's own statistics (biased variance), and mixes
             them into the running ones (unbiased variance), with weight ``gate.momentum``.
+        backend: the adapter to run on; that of the logits' library by default.
 
     Returns:
         Coefficients, and new statistics where batch norm trains.
@@ -81,7 +83,7 @@ def activate(
         >>> activate(Gate("sparsemax"), np.array([[3.0, 1.0, -4.0]])).coefficients.round(3)
         array([[0.84, 0.16, 0.  ]])
     """
-    rows = as_rows(logits, mask=mask)
+    rows = as_rows(logits, mask=mask, backend=backend)
     backend = rows.backend
     how, updated = _standardize(gate, rows, statistics, training)
     if gate.activation == "top_k":
@@ -157,6 +159,7 @@ def activate_vjp(
     mask: Array | None = None,
     statistics: Statistics | None = None,
     training: bool = False,
+    backend: Backend | None = None,
 ) -> Array:
     """The gradient with respect to the logits of :func:`activate`, for libraries without one.
 
@@ -168,6 +171,7 @@ def activate_vjp(
         mask: as in the forward call.
         statistics: the running statistics that were passed in, not those that came out.
         training: as in the forward call.
+        backend: as in the forward call.
 
     Returns:
         (..., experts), in the coefficients' dtype; zero where experts have no say.
@@ -182,7 +186,7 @@ def activate_vjp(
         >>> activate_vjp(gate, x, a, np.array([[1.0, 0.0]]))
         array([[ 0.25, -0.25]])
     """
-    rows = as_rows(logits, mask=mask)
+    rows = as_rows(logits, mask=mask, backend=backend)
     backend, xp = rows.backend, rows.backend.namespace
     for name, array in (("coefficients", coefficients), ("cotangent", cotangent)):
         if tuple(array.shape) != rows.shape:

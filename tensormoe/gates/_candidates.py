@@ -12,15 +12,12 @@ from __future__ import annotations
 from math import erfc, isfinite, sqrt
 
 from tensormoe.backend import Array, Backend
-from tensormoe.gates._normalization import LayerNorm, usual_threshold
-from tensormoe.gates._threshold import entmax15_root, row_sums, square_sums
+from tensormoe.gates._normalization import LayerNorm, off_centre, usual_threshold
+from tensormoe.gates._threshold import entmax15_root
 
 # below the usual threshold, in units of the rows' standard deviation: half of it would lose a
 # tenth of the rows of normal logits, twice as much would keep twice as many logits
 _MARGIN = 0.2
-
-# mean² up to this many variances costs the variance no more than two digits
-_OFF_CENTRE = 16.0
 
 # with more candidates than this share, passes over all logits are cheaper
 _MOST = 0.25
@@ -43,7 +40,7 @@ def candidate_bytes(experts: int, itemsize: int) -> float:
 
 def entmax15_of_candidates(
     backend: Backend, values: Array, how: LayerNorm
-) -> tuple[Array, Array] | None:
+) -> tuple[Array, Array | None] | None:
     """Coefficients of a (rows, experts) block, and which rows could not be done this way.
 
     Args:
@@ -53,21 +50,21 @@ def entmax15_of_candidates(
 
     Returns:
         ``None`` where the block is not of the usual kind: infinities or NaN, logits far off
-        center, or too many candidates.
+        center, or too many candidates. Otherwise (rows, experts), and (rows,) booleans or
+        ``None`` for no row.
     """
     xp = backend.namespace
     rows, experts = values.shape
-    square = square_sums(backend, values)
+    square = backend.square_sums(values)
     total = float(xp.sum(square))
     if total == 0.0:
         # a gate that was never trained: its projection starts at zero
-        return xp.full_like(values, 1.0 / experts), xp.zeros((rows,), dtype=xp.bool)
+        return xp.full_like(values, 1.0 / experts), None
     if not isfinite(total):
         return None
-    mean = row_sums(backend, values) * (1.0 / experts)
-    centre = mean * mean
-    variance = square * (1.0 / experts) - centre
-    if bool(xp.any(centre > _OFF_CENTRE * variance)):
+    mean = backend.row_sums(values) * (1.0 / experts)
+    variance = square * (1.0 / experts) - mean * mean
+    if bool(xp.any(off_centre(mean, variance))):
         return None
     scale = 0.5 / xp.sqrt(variance + how.eps)
     above = values > mean + (usual_threshold(experts) - _MARGIN) / scale

@@ -8,10 +8,10 @@ from tensormoe.backend import Array, Backend
 from tensormoe.errors import GateError
 from tensormoe.gates._candidates import entmax15_of_candidates, worth_it
 from tensormoe.gates._normalization import LayerNorm, Shifted, Standardize, shift
+from tensormoe.gates._passes import entmax15_of_one_row, entmax15_of_rows
 from tensormoe.gates._rows import as_rows, map_rows
 from tensormoe.gates._threshold import entmax as _entmax
 from tensormoe.gates._threshold import entmax15 as _entmax15
-from tensormoe.gates._threshold import row_sums
 
 
 def check_alpha(alpha: object) -> float:
@@ -38,9 +38,9 @@ def entmax_block(
     if values.shape[0] == 0:
         return values
     usual = isinstance(how, LayerNorm) and alpha == 1.5 and mask is None
-    if usual and backend.eager and worth_it(*values.shape):
+    if usual and backend.eager:
         assert isinstance(how, LayerNorm)
-        found = entmax15_of_candidates(backend, values, how)
+        found = _usual(backend, values, how)
         if found is not None:
             return _completed(backend, values, first_row, how, *found)
     factor = alpha - 1.0 if alpha > 1.0 else 1.0
@@ -53,10 +53,21 @@ def entmax_block(
         weights = _entmax15(backend, shifted.values, shifted.start)
     else:
         weights = _entmax(backend, shifted.values, alpha)
-    if shifted.usable is None or backend.eager:
+    if shifted.usable is None or backend.checks_values:
         return weights
     # a row without experts, which could not be refused
     return xp.where(shifted.usable, weights, xp.zeros_like(weights))
+
+
+def _usual(backend: Backend, values: Array, how: LayerNorm) -> tuple[Array, Array | None] | None:
+    """The usual gate in few passes, and the rows left out; ``None`` for blocks of another kind."""
+    rows, experts = values.shape
+    if rows == 1:
+        weights = entmax15_of_one_row(backend, values, how)
+        return None if weights is None else (weights, None)
+    if not backend.picks_entries:
+        return entmax15_of_rows(backend, values, how)
+    return entmax15_of_candidates(backend, values, how) if worth_it(rows, experts) else None
 
 
 def _completed(
@@ -65,11 +76,11 @@ def _completed(
     first_row: int,
     how: LayerNorm,
     weights: Array,
-    left_out: Array,
+    left_out: Array | None,
 ) -> Array:
     """``weights`` with the rows that were left out done in full."""
     xp = backend.namespace
-    if bool(xp.any(left_out)):
+    if left_out is not None and bool(xp.any(left_out)):
         rows = xp.nonzero(left_out)[0]
         shifted = shift(backend, xp.take(values, rows, axis=0), None, first_row, how, 0.5, True)
         weights[rows, :] = _entmax15(backend, shifted.values, shifted.start)
@@ -81,8 +92,8 @@ def _softmax(backend: Backend, shifted: Shifted) -> Array:
     weights = xp.exp(shifted.values)
     if shifted.usable is not None:
         weights = xp.where(shifted.usable, weights, xp.zeros_like(weights))
-    total = row_sums(backend, weights)
-    if not backend.eager:
+    total = backend.row_sums(weights)
+    if not backend.checks_values:
         total = xp.where(total > 0.0, total, xp.ones_like(total))
     return weights / total
 
@@ -109,8 +120,8 @@ def entmax(logits: Array, alpha: float = 1.5, axis: int = -1, mask: Array | None
         Coefficients of the logits' shape, non-negative, summing to one along ``axis``.
 
     Raises:
-        GateError: ``alpha``, ``axis``, ``mask`` or the logits' dtype or shape are unfit; on
-            libraries that run eagerly also where logits are NaN or a token has no expert left.
+        GateError: ``alpha``, ``axis``, ``mask`` or the logits' dtype or shape are unfit; where
+            the backend checks values also where logits are NaN or a token has no expert left.
             Elsewhere NaN propagates, and such a token gets coefficients of zero.
 
     Example:
@@ -172,7 +183,7 @@ def activation_vjp(backend: Backend, weights: Array, cotangent: Array, alpha: fl
         support = weights > 0.0
         slope = xp.where(support, weights, xp.ones_like(weights)) ** (2.0 - alpha)
         slope = xp.where(support, slope, xp.zeros_like(slope))
-    total = row_sums(backend, slope)
+    total = backend.row_sums(slope)
     # a row of zeros, where no error could be raised, has derivative zero
     total = xp.where(total > 0.0, total, xp.ones_like(total))
     return slope * (cotangent - xp.vecdot(slope, cotangent)[:, None] / total)

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import GateError
 from tensormoe.gates._rows import Rows, all_finite, blocks, finite
-from tensormoe.gates._threshold import OUTSIDE, row_sums
+from tensormoe.gates._threshold import OUTSIDE
 
 
 @dataclass(frozen=True)
@@ -154,26 +154,35 @@ def _row_moments(backend: Backend, values: Array, live: Array | None) -> tuple[A
         live: the experts that count, or ``None`` for all.
 
     Returns:
-        ``None`` where, on an eager library, a square is seen to overflow, or might with ``live``
-        ``None``.
+        ``None`` where a square might overflow with ``live`` ``None``, or, on a backend that checks
+        values, is seen to.
     """
     xp = backend.namespace
     experts = values.shape[-1]
     widest = float((xp.finfo(values.dtype).max / experts) ** 0.5)
     if live is None:
-        mean = row_sums(backend, values) * (1.0 / experts)
+        mean = backend.row_sums(values) * (1.0 / experts)
         # no entry is above 0, so none lies further down than the sum; NaN fails the test too
         if not -float(xp.min(backend.stop_gradient(mean))) * experts < widest:
             return None
         centred = values - mean
-        return mean, xp.vecdot(centred, centred)[:, None] * (1.0 / experts)
-    if backend.eager and not -float(xp.min(backend.stop_gradient(values))) < widest:
+        return mean, backend.square_sums(centred) * (1.0 / experts)
+    if backend.checks_values and not -float(xp.min(values)) < widest:
         return None
-    count = row_sums(backend, xp.astype(live, values.dtype))
+    count = backend.row_sums(xp.astype(live, values.dtype))
     count = xp.maximum(count, xp.ones_like(count))
-    mean = row_sums(backend, values) / count
+    mean = backend.row_sums(values) / count
     centred = xp.where(live, values - mean, xp.zeros_like(values))
-    return mean, xp.vecdot(centred, centred)[:, None] / count
+    return mean, backend.square_sums(centred) / count
+
+
+# mean² up to this many variances costs the variance no more than two digits
+_OFF_CENTRE = 16.0
+
+
+def off_centre(mean: Array, variance: Array) -> Array:
+    """Where E[x²] - E[x]² is no good variance: logits far off center."""
+    return mean * mean > _OFF_CENTRE * variance
 
 
 @lru_cache(maxsize=64)
@@ -213,8 +222,7 @@ def batch_moments(rows: Rows) -> tuple[Array, Array, Array]:
             split = None if plain else finite(backend, block, mask, start)
             live = None if split is None else split.live
             block = block if split is None else split.values
-            ones = xp.ones((1, stop - start), dtype=block.dtype)
-            total = total + backend.matmul(ones, function(block, live))
+            total = total + backend.sum(function(block, live), (0,))[None, :]
         return total
 
     # the plain sum shows whether anything is infinite, if it may be looked at

@@ -35,9 +35,15 @@ class Rows:
         return self.backend.namespace.moveaxis(values, -1, self.axis) if self.axis != -1 else values
 
 
-def as_rows(logits: Array, axis: int = -1, mask: Array | None = None) -> Rows:
-    """Check ``logits`` and ``mask`` at the public door and flatten them to rows."""
-    backend = backend_of(logits) if mask is None else backend_of(logits, mask)
+def as_rows(
+    logits: Array, axis: int = -1, mask: Array | None = None, backend: Backend | None = None
+) -> Rows:
+    """Check ``logits`` and ``mask`` at the public door and flatten them to rows.
+
+    ``backend`` is that of the arrays, for callers that know it; it is looked up otherwise.
+    """
+    if backend is None:
+        backend = backend_of(logits) if mask is None else backend_of(logits, mask)
     xp = backend.namespace
     if not xp.isdtype(logits.dtype, "real floating"):
         raise GateError(
@@ -153,7 +159,7 @@ def finite(backend: Backend, values: Array, mask: Array | None, first_row: int) 
         live = live & mask
     values = xp.where(live, values, xp.zeros_like(values))
     crowned = xp.any(infinite, axis=-1, keepdims=True)
-    if backend.eager:
+    if backend.checks_values:
         _refuse_nan(xp, values, first_row)
         dead = ~(crowned[:, 0] | xp.any(live, axis=-1))
         if bool(xp.any(dead)):

@@ -36,10 +36,11 @@ def newton_rounds(experts: int, epsilon: float, power: float) -> int:
     """
     largest = experts ** (1.0 / power)
     area = max(largest * (largest - 1.0), 1e-30)
-    return max(1, ceil(log(area / _enough(experts, epsilon, power), 4.0)))
+    return max(1, ceil(log(area / enough_of(experts, epsilon, power), 4.0)))
 
 
-def _enough(experts: int, epsilon: float, power: float) -> float:
+def enough_of(experts: int, epsilon: float, power: float) -> float:
+    """The largest last step, in units of τ, that leaves no error to be seen."""
     # A last step δ leaves an error in h of about (p δ)² N for p ≥ 2. Below that, an expert which
     # leaves the support may cost its whole share of the step, pδ.
     return float((epsilon / experts) ** (0.5 if power >= 2.0 else 1.0) / power)
@@ -76,15 +77,14 @@ def entmax15_root(
     epsilon = float(xp.finfo(z.dtype).eps)
     constant = backend.stop_gradient(z)
     lowest = xp.full_like(constant[:, :1], -1.0)
-    ones = xp.ones((z.shape[-1], 1), dtype=z.dtype)
     tau = lowest if start is None else start
-    enough = _enough(experts, epsilon, 2.0)
+    enough = enough_of(experts, epsilon, 2.0)
     rounds = newton_rounds(experts, epsilon, 2.0) + (start is not None)
     for left in range(rounds, -1, -1):
         excess = xp.maximum(constant, tau)
         excess -= tau
-        total = backend.matmul(excess, ones)
-        square = square_sums(backend, excess)
+        total = backend.row_sums(excess)
+        square = backend.square_sums(excess)
         # (√h - 1) √h / Σ, the step on the norm
         step = (square - xp.sqrt(square)) / total
         # a first step from a guess never is the last, and a look costs as much as two operations
@@ -94,7 +94,7 @@ def entmax15_root(
         tau = xp.maximum(tau + step, lowest)
     zero = xp.zeros_like(lowest)
     if constant is not z:  # differentiated, so the last step has to see live values
-        square = square_sums(backend, xp.maximum(z - tau, zero))
+        square = backend.square_sums(xp.maximum(z - tau, zero))
     excess = z - tau
     excess = excess - (square - 1.0) / (2.0 * total)
     excess = xp.maximum(excess, zero)
@@ -111,17 +111,17 @@ def sparsemax(backend: Backend, z: Array) -> Array:
     zero = xp.zeros_like(tau)
     for _ in range(newton_rounds(experts, epsilon, 1.0)):
         margin = constant - tau
-        support = row_sums(backend, xp.astype(margin > 0.0, z.dtype))
-        step = (row_sums(backend, xp.maximum(margin, zero)) - 1.0) / support
+        support = backend.row_sums(xp.astype(margin > 0.0, z.dtype))
+        step = (backend.row_sums(xp.maximum(margin, zero)) - 1.0) / support
         if backend.eager and float(xp.max(step)) <= epsilon:
             break
         # rounding must not take τ back, or the search goes round in a circle
         tau = tau + xp.maximum(step, zero)
     margin = z - tau
     inside = margin > 0.0
-    support = row_sums(backend, xp.astype(inside, z.dtype))
+    support = backend.row_sums(xp.astype(inside, z.dtype))
     margin = xp.where(inside, margin, zero)
-    margin = margin - (row_sums(backend, margin) - 1.0) / support
+    margin = margin - (backend.row_sums(margin) - 1.0) / support
     return xp.where(inside & (margin > 0.0), margin, zero)
 
 
@@ -148,40 +148,7 @@ def entmax(backend: Backend, z: Array, alpha: float) -> Array:
     logarithm, still = _log(xp, margin, near_one)
     raised = xp.where(inside & still, xp.exp(power * logarithm), xp.zeros_like(margin))
     # powers round: the sum is 1 up to that, and its derivative is 0 already
-    return raised / backend.stop_gradient(row_sums(backend, raised))
-
-
-# A product that runs along a whole row adds up rounding errors over its length. Longer rows than
-# _LONG are therefore cut into pieces, whose sums are added pairwise.
-_LONG, _PIECE = 1024, 256
-
-
-def _pieces(backend: Backend, values: Array) -> tuple[Array, Array]:
-    rows, experts = values.shape
-    whole = experts - experts % _PIECE
-    shape = (rows, whole // _PIECE, _PIECE)
-    return backend.reshape(values[:, :whole], shape), values[:, whole:]
-
-
-def square_sums(backend: Backend, values: Array) -> Array:
-    """Sum of squares of each row, (rows, 1)."""
-    xp = backend.namespace
-    if values.shape[-1] <= _LONG:
-        return xp.vecdot(values, values)[:, None]
-    pieces, rest = _pieces(backend, values)
-    total = xp.sum(xp.vecdot(pieces, pieces), axis=-1, keepdims=True)
-    return total + xp.vecdot(rest, rest)[:, None]
-
-
-def row_sums(backend: Backend, values: Array) -> Array:
-    """Sum of each row, (rows, 1); the product with ones is the fastest in most libraries."""
-    xp = backend.namespace
-    if values.shape[-1] <= _LONG:
-        return backend.matmul(values, xp.ones((values.shape[-1], 1), dtype=values.dtype))
-    pieces, rest = _pieces(backend, values)
-    ones = xp.ones((_PIECE, 1), dtype=values.dtype)
-    total = xp.sum(backend.matmul(pieces, ones)[:, :, 0], axis=-1, keepdims=True)
-    return total + xp.sum(rest, axis=-1, keepdims=True)
+    return raised / backend.stop_gradient(backend.row_sums(raised))
 
 
 def _log(xp: Any, margin: Array, near_one: bool) -> tuple[Array, Array]:
@@ -199,8 +166,8 @@ def _moments(
     xp = backend.namespace
     logarithm, inside = _log(xp, margin, near_one)
     nothing = xp.zeros_like(margin)
-    mass = row_sums(backend, xp.where(inside, xp.exp(power * logarithm), nothing))
-    slope = row_sums(backend, xp.where(inside, xp.exp((power - 1.0) * logarithm), nothing))
+    mass = backend.row_sums(xp.where(inside, xp.exp(power * logarithm), nothing))
+    slope = backend.row_sums(xp.where(inside, xp.exp((power - 1.0) * logarithm), nothing))
     # (h^(1/p) - 1) / (h^(1/p - 1) Σ t^(p-1)), without its cancellation at large p
     return mass, slope, -xp.expm1(-xp.log(mass) / power) * mass / slope
 
@@ -212,7 +179,7 @@ def _newton(backend: Backend, z: Array, power: float) -> Array:
     epsilon = float(xp.finfo(z.dtype).eps)
     sigma = xp.zeros_like(z[:, :1])
     # for p < 2 the tolerance that bounds the rounds is below what rounding lets one see
-    enough = _enough(experts, epsilon, power) if power >= 2.0 else epsilon
+    enough = enough_of(experts, epsilon, power) if power >= 2.0 else epsilon
     for _ in range(newton_rounds(experts, epsilon, power)):
         _, _, step = _moments(backend, z - sigma, power, True)
         if backend.eager and float(xp.max(step)) <= enough:

@@ -7,7 +7,6 @@ neighbouring segments cross finds every one of them, and the thresholds between 
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -78,11 +77,15 @@ class Regimes:
 
     def index(self, batch: int) -> int:
         """The regime that ``batch`` falls in."""
-        return bisect_right(self.starts, batch) - 1
+        index = len(self.starts) - 1
+        # few regimes, and a traced framework follows comparisons of symbolic sizes
+        while index and self.starts[index] > batch:
+            index -= 1
+        return index
 
     def program(self, batch: int) -> Program:
         """The program for ``batch``: a look-up, no search."""
-        return self.programs[bisect_right(self.starts, batch) - 1]
+        return self.programs[self.index(batch)]
 
 
 @dataclass(frozen=True)
