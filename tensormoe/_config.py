@@ -13,7 +13,7 @@ from tensormoe.factorizations import Factorization, resolve_factorization
 from tensormoe.gates import Gate
 from tensormoe.planning import Budget, Regimes, Routing, plan_regimes, select_rank
 
-__all__ = ["BlockConfig", "LayerConfig", "resolve_config"]
+__all__ = ["BlockConfig", "LayerConfig", "resolve_block", "resolve_config"]
 
 
 @dataclass(frozen=True)
@@ -216,3 +216,43 @@ def resolve_config(
                     f"for level {level} of {count}. Lower k."
                 )
     return LayerConfig(spec, parsed, indexed_input)
+
+
+def resolve_block(
+    in_features: int,
+    hidden_features: int | None,
+    out_features: int | None,
+    act_layer: str,
+    drop: float,
+    *,
+    experts: int | tuple[int, ...],
+    factorization: str | Factorization | tuple[Factorization, Factorization],
+    rank: int | tuple[int, ...] | None,
+    budget: Budget | int | str | None,
+    bias: bool,
+    gate: Gate | str | None,
+) -> BlockConfig:
+    """A block's configuration from the arguments that every framework's block takes.
+
+    Hidden and output size are the input's unless given; ``rank`` and ``budget`` hold for each of
+    the two layers.
+
+    Raises:
+        SpecError, RankError, BudgetError: as :func:`resolve_config`.
+    """
+    if isinstance(drop, bool) or not isinstance(drop, (int, float)) or not 0.0 <= drop < 1.0:
+        raise SpecError(f"drop must be in [0, 1); got {drop!r}. Give the share to drop.")
+    hidden = in_features if hidden_features is None else hidden_features
+    out = in_features if out_features is None else out_features
+    pair = factorization if isinstance(factorization, tuple) else (factorization,) * 2
+    if len(pair) != 2:
+        raise SpecError(
+            f"factorization must be one, or one a layer; got {len(pair)}: {factorization!r}."
+        )
+    first = resolve_config(
+        in_features, hidden, experts, pair[0], rank=rank, budget=budget, bias=bias, gate=gate
+    )
+    second = resolve_config(
+        hidden, out, experts, pair[1], rank=rank, budget=budget, bias=bias, gate=None
+    )
+    return BlockConfig(first, second, act_layer, float(drop))

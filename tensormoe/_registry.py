@@ -24,6 +24,7 @@ ENTRY_POINT_GROUP = "tensormoe.backends"
 # root module of an array's type -> (module of the adapter, extra that installs the library)
 _BUILT_IN = {
     "numpy": ("tensormoe_numpy", "numpy"),
+    "torch": ("tensormoe_torch", "torch"),
 }
 
 

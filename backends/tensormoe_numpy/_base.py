@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from os import PathLike
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from tensormoe import LayerSpec, functional
 from tensormoe.backend import Backend
-from tensormoe.checkpoint import match_arrays, read_checkpoint, save_checkpoint
-from tensormoe.errors import CheckpointError, ShapeError, TensormoeError
-from tensormoe.functional import BlockConfig, LayerConfig
+from tensormoe.checkpoint import save_checkpoint
+from tensormoe.errors import ShapeError
+from tensormoe.functional import LayerConfig
 from tensormoe.gates import Gate, TopK
 from tensormoe.planning import Cost, Plan, Routing, plan_layer
 from tensormoe_numpy._adapter import BACKEND
 
-__all__ = ["Given", "Gradients", "Layer", "NDArray", "check_cotangent", "read_block"]
+__all__ = ["Given", "Gradients", "Layer", "NDArray", "check_cotangent"]
 
 NDArray = npt.NDArray[Any]
 Given = NDArray | TopK | Sequence[NDArray | TopK]
@@ -128,7 +127,7 @@ class Layer:
             CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit; the
                 message lists every difference.
         """
-        config, arrays = read_block(path, cls.__name__, LayerConfig, cls.backend)
+        config, arrays = functional.read_block(path, cls.__name__, LayerConfig, cls.backend)
         return cls.restore(config, arrays)
 
     @classmethod
@@ -150,36 +149,7 @@ class Layer:
 
     def _merged(self, coefficients: Given, lead: tuple[int, ...]) -> list[Any]:
         """Ready-made coefficients with their leading axes merged into one."""
-        merged: list[Any] = []
-        for given in functional.check_coefficients(self.config, coefficients, lead, self.backend):
-            if isinstance(given, TopK):
-                count = self.config.spec.experts[len(merged)]
-                functional.check_ids(given.indices, count, self.backend, "indices of coefficients")
-                k = given.values.shape[-1]
-                merged.append(TopK(given.indices.reshape(-1, k), given.values.reshape(-1, k)))
-            else:
-                merged.append(given.reshape(prod(lead), given.shape[-1]))
-        return merged
-
-
-C = TypeVar("C", LayerConfig, BlockConfig)
-
-
-def read_block(
-    path: str | PathLike[str], block: str, kind: type[C], backend: Backend
-) -> tuple[C, Mapping[str, NDArray]]:
-    """Configuration and arrays of a checkpoint, checked against one another."""
-    saved = read_checkpoint(path, backend)
-    if saved.block != block:
-        raise CheckpointError(
-            f"the file must hold a {block}; got a {saved.block}. Open it with {saved.block}.load."
-        )
-    try:
-        config = kind.from_dict(saved.config)
-    except TensormoeError as error:
-        raise CheckpointError(f"the file describes no {block}: {error}") from error
-    match_arrays({**config.parameter_shapes(), **config.buffer_shapes()}, saved.arrays)
-    return config, saved.arrays
+        return functional.merged_coefficients(self.config, coefficients, lead, self.backend)
 
 
 def check_cotangent(cotangent: NDArray, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:

@@ -85,7 +85,8 @@ class MuMoEEmbedding(Layer):
         Raises:
             ShapeError: ids that are no integers or out of range, or coefficients of other shapes.
         """
-        lead = functional.check_ids(ids, self.spec.in_features, self.backend)
+        ids = functional.check_ids(ids, self.spec.in_features, self.backend)
+        lead = ids.shape
         given = self._merged(coefficients, lead)
         result: NDArray = functional.apply_experts(
             self.config, self.parameters, ids.reshape(-1), given, self.backend
@@ -96,7 +97,8 @@ class MuMoEEmbedding(Layer):
         self, ids: NDArray, coefficients: Given
     ) -> tuple[NDArray, Callable[[NDArray], Gradients]]:
         """Run the layer and return its output with the way back, as :meth:`MuMoE.vjp`."""
-        lead = functional.check_ids(ids, self.spec.in_features, self.backend)
+        ids = functional.check_ids(ids, self.spec.in_features, self.backend)
+        lead = ids.shape
         given = self._merged(coefficients, lead)
         result, pull = functional.experts_vjp(
             self.config, self.parameters, ids.reshape(-1), given, self.backend

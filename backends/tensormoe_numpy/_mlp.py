@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
+from tensormoe import functional
 from tensormoe._validation import choice
 from tensormoe.backend import Backend
 from tensormoe.checkpoint import save_checkpoint
@@ -19,9 +20,9 @@ from tensormoe.gates import Gate
 from tensormoe.planning import Budget, Cost
 from tensormoe_numpy._activations import ACTIVATIONS, activation
 from tensormoe_numpy._adapter import BACKEND
-from tensormoe_numpy._base import Given, Gradients, NDArray, check_cotangent, read_block
+from tensormoe_numpy._base import Given, Gradients, NDArray, check_cotangent
 from tensormoe_numpy._layer import MuMoE
-from tensormoe_numpy._random import checked_generator
+from tensormoe_numpy._random import checked_dtype, checked_generator, draw
 
 __all__ = ["MuMoEMLP"]
 
@@ -82,29 +83,25 @@ class MuMoEMLP:
         dtype: npt.DTypeLike = "float32",
         seed: int | np.random.Generator | None = None,
     ) -> None:
-        if isinstance(drop, bool) or not isinstance(drop, (int, float)) or not 0.0 <= drop < 1.0:
-            raise SpecError(f"drop must be in [0, 1); got {drop!r}. Give the share to drop.")
-        hidden = in_features if hidden_features is None else hidden_features
-        out = in_features if out_features is None else out_features
-        pair = factorization if isinstance(factorization, tuple) else (factorization,) * 2
-        if len(pair) != 2:
-            raise SpecError(
-                f"factorization must be one, or one a layer; got {len(pair)}: {factorization!r}."
-            )
-        act = choice(act_layer, ACTIVATIONS, "act_layer", SpecError)
-        generator = checked_generator(seed)
-        shared: dict[str, Any] = {
-            "rank": rank,
-            "budget": budget,
-            "bias": bias,
-            "init": init,
-            "dtype": dtype,
-            "seed": generator,
-        }
-        self.first = MuMoE(in_features, hidden, experts, pair[0], gate=gate, **shared)
-        self.second = MuMoE(hidden, out, experts, pair[1], gate=None, **shared)
-        self.config = BlockConfig(self.first.config, self.second.config, act, float(drop))
-        self._generator = generator
+        self.config = functional.resolve_block(
+            in_features,
+            hidden_features,
+            out_features,
+            choice(act_layer, ACTIVATIONS, "act_layer", SpecError),
+            drop,
+            experts=experts,
+            factorization=factorization,
+            rank=rank,
+            budget=budget,
+            bias=bias,
+            gate=gate,
+        )
+        self._generator = checked_generator(seed)
+        layers = []
+        for layer in (self.config.first, self.config.second):
+            drawn = draw(layer, checked_dtype(dtype), self._generator, init, self.backend)
+            layers.append(MuMoE.restore(layer, {**drawn[0], **drawn[1]}))
+        self.first, self.second = layers
 
     def __repr__(self) -> str:
         first, second = self.first.spec, self.second.spec
@@ -229,7 +226,7 @@ class MuMoEMLP:
         Raises:
             CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit.
         """
-        values, arrays = read_block(path, "MuMoEMLP", BlockConfig, cls.backend)
+        values, arrays = functional.read_block(path, "MuMoEMLP", BlockConfig, cls.backend)
         block = cls.__new__(cls)
         block.config = values
         block.first = MuMoE.restore(

@@ -88,7 +88,8 @@ class CP(Factorization):
     def to_tensorly(self, factors: Mapping[str, Array], xp: Any) -> Any:
         """(weights, factors) of ``tensorly.cp_to_tensor``: unit weights, factors (n, R)."""
         listed = [array for name, array in factors.items() if name != "bias"]
-        return xp.ones((self.rank,), dtype=listed[0].dtype), listed
+        ones = xp.ones((self.rank,), dtype=listed[0].dtype, device=listed[0].device)
+        return ones, listed
 
     def from_tensorly(self, decomposition: Any, xp: Any) -> dict[str, Array]:
         weights, factors = decomposition

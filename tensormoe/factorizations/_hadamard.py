@@ -74,15 +74,17 @@ class Hadamard(Factorization):
     def to_tensorly(self, factors: Mapping[str, Array], xp: Any) -> Any:
         """(weights, factors) of ``tensorly.cp_to_tensor``: CP of rank O, output factor identity."""
         listed = [array for name, array in factors.items() if name != "bias"]
-        size, dtype = listed[0].shape[1], listed[0].dtype
-        return xp.ones((size,), dtype=dtype), [*listed, xp.eye(size, dtype=dtype)]
+        size, like = listed[0].shape[1], listed[0]
+        ones = xp.ones((size,), dtype=like.dtype, device=like.device)
+        return ones, [*listed, xp.eye(size, dtype=like.dtype, device=like.device)]
 
     def from_tensorly(self, decomposition: Any, xp: Any) -> dict[str, Array]:
         weights, factors = decomposition
         names = mode_names(len(factors) - 2)[:-1]
         stored = {n: xp.asarray(a, copy=True) for n, a in zip(names, factors[:-1], strict=True)}
         last = factors[-1]
-        if last.shape[0] != last.shape[1] or bool(xp.any(last != xp.eye(last.shape[0]))):
+        one = xp.eye(last.shape[0], dtype=last.dtype, device=last.device)
+        if last.shape[0] != last.shape[1] or bool(xp.any(last != one)):
             raise RankError(
                 "the output factor of a Hadamard decomposition must be the identity; got another "
                 f"of shape {tuple(last.shape)}. Use CP for a free output factor."

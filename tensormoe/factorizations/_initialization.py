@@ -111,10 +111,10 @@ def draw_factor(
     if initializer.center == "one":
         return array + 1.0
     rows, columns = shape[-2:]
-    center = xp.eye(rows, columns, dtype=array.dtype)
+    center = xp.eye(rows, columns, dtype=array.dtype, device=array.device)
     if initializer.center == "tiled":
         period = min(rows, columns)
-        block = xp.eye(period, dtype=array.dtype)
+        block = xp.eye(period, dtype=array.dtype, device=array.device)
         center = xp.concat([block] * -(-rows // period), axis=0)[:rows, :]
         center = xp.concat([center] * -(-columns // period), axis=1)[:, :columns]
     return center * (1.0 + array) if initializer.diagonal else center + array

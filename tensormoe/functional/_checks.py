@@ -10,7 +10,14 @@ from tensormoe.backend import Array, Backend
 from tensormoe.errors import BackendError, ShapeError
 from tensormoe.gates import TopK
 
-__all__ = ["Coefficients", "check_array", "check_coefficients", "check_ids", "check_input"]
+__all__ = [
+    "Coefficients",
+    "check_array",
+    "check_coefficients",
+    "check_ids",
+    "check_input",
+    "merged_coefficients",
+]
 
 Coefficients = Sequence["Array | TopK"]
 """One entry a level: dense coefficients (batch, N_e), or indices and values (batch, k)."""
@@ -55,8 +62,17 @@ def check_input(
     return shape[:-1]
 
 
-def check_ids(ids: Array, count: int, backend: Backend, name: str = "ids") -> tuple[int, ...]:
-    """The shape of an array of integer ids; their range is checked where values can be read.
+def check_ids(
+    ids: Array, count: int, backend: Backend, name: str = "ids", look: bool | None = None
+) -> Array:
+    """Integer ids in a type that indexes: of 32 bits at least.
+
+    Args:
+        ids: integers of any shape.
+        count: how many there are.
+        backend: the adapter of the layer's library.
+        name: names them in messages.
+        look: whether their range is checked; what the backend says of values by default.
 
     Raises:
         BackendError: no array of the layer's library.
@@ -66,14 +82,48 @@ def check_ids(ids: Array, count: int, backend: Backend, name: str = "ids") -> tu
     check_array(ids, backend, name)
     if not xp.isdtype(ids.dtype, "integral"):
         raise ShapeError(f"{name} must be integers; got {ids.dtype}. Cast them to int64.")
-    if backend.checks_values and prod(ids.shape):
+    if (backend.checks_values if look is None else look) and prod(ids.shape):
         low, high = int(xp.min(ids)), int(xp.max(ids))
         if low < 0 or high >= count:
             wrong = low if low < 0 else high
             raise ShapeError(
                 f"{name} must lie in [0, {count}); got {wrong}. Check the size they index."
             )
-    return tuple(ids.shape)
+    return xp.astype(ids, xp.int64) if ids.dtype not in (xp.int32, xp.int64) else ids
+
+
+def merged_coefficients(
+    config: LayerConfig,
+    coefficients: Array | TopK | Coefficients,
+    lead: tuple[int, ...],
+    backend: Backend,
+    look: bool | None = None,
+) -> list[Array | TopK]:
+    """Ready-made coefficients, checked, with their leading axes merged into one.
+
+    Args:
+        config: the layer.
+        coefficients: an array (..., N_e) or a ``TopK`` a level.
+        lead: leading shape of the inputs.
+        backend: the adapter of the layer's library.
+        look: whether the range of indices is checked; what the backend says by default.
+
+    Raises:
+        BackendError, ShapeError: as :func:`check_coefficients` and :func:`check_ids`.
+    """
+    rows = prod(lead)
+    merged: list[Array | TopK] = []
+    checked = check_coefficients(config, coefficients, lead, backend)
+    for given, count in zip(checked, config.spec.experts, strict=True):
+        if isinstance(given, TopK):
+            name = "indices of coefficients"
+            indices = check_ids(given.indices, count, backend, name, look)
+            shape = (rows, given.values.shape[-1])
+            values = backend.reshape(given.values, shape)
+            merged.append(TopK(backend.reshape(indices, shape), values))
+        else:
+            merged.append(backend.reshape(given, (rows, count)))
+    return merged
 
 
 def check_coefficients(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 from tensormoe._config import LayerConfig
 from tensormoe.backend import Array, Backend
@@ -11,9 +12,17 @@ from tensormoe.execution import execute
 from tensormoe.functional._checks import Coefficients
 from tensormoe.functional._dtypes import cast
 from tensormoe.gates import TopK
-from tensormoe.planning import Program, Routing, plan_layer, plan_regimes, reverse
+from tensormoe.planning import Program, Reverse, Routing, plan_layer, plan_regimes, reverse
 
-__all__ = ["apply_experts", "chunk_size", "experts_vjp", "prepare"]
+__all__ = [
+    "Residuals",
+    "apply_experts",
+    "chunk_size",
+    "experts_backward",
+    "experts_forward",
+    "experts_vjp",
+    "prepare",
+]
 
 
 def apply_experts(
@@ -54,20 +63,61 @@ def experts_vjp(
         The output (batch, out), and a function from its cotangent to the gradients by operand:
         ``x`` (not for ids), ``coefficients_<level>``, and ``factors.<name>``.
     """
+    result, residuals = experts_forward(config, parameters, x, coefficients, backend)
+    return result, lambda cotangent: experts_backward(config, residuals, cotangent, backend)
+
+
+@dataclass(frozen=True, eq=False)
+class Residuals:
+    """What the way back of a mixture needs.
+
+    Args:
+        reverse: its program, and which gradients that gives.
+        arrays: operands and intermediates of the forward call, in the order of ``reverse.saved``.
+    """
+
+    reverse: Reverse
+    arrays: tuple[Array, ...]
+
+
+def experts_forward(
+    config: LayerConfig,
+    parameters: Mapping[str, Array],
+    x: Array,
+    coefficients: list[Array | TopK],
+    backend: Backend,
+    wanted: Collection[str] | None = None,
+) -> tuple[Array, Residuals]:
+    """:func:`apply_experts`, and what :func:`experts_backward` needs.
+
+    Args:
+        config: the layer.
+        parameters: by canonical name.
+        x: (batch, in), or ids (batch,).
+        coefficients: one entry a level, leading axes merged; the list is emptied.
+        backend: the adapter of the arrays' library.
+        wanted: names of the gradients to compute, as :func:`experts_vjp` has them; all by default.
+    """
     program = _program(config, coefficients, x.shape[0])
-    back = reverse(program)
+    operands = None
+    if wanted is not None:
+        short = {name.removeprefix("factors.") for name in wanted}
+        operands = tuple(each.name for each in program.operands if each.name in short)
+    back = reverse(program, operands)
     arrays = _operands(program, parameters, x, coefficients, backend)
     coefficients.clear()
     (result,), kept = execute(program, arrays, backend, back.saved)
+    return result, Residuals(back, tuple(kept[slot] for slot in back.saved))
 
-    def pull(cotangent: Array) -> dict[str, Array]:
-        saved = [kept[slot] for slot in back.saved]
-        gradients, _ = execute(back.program, [*saved, cotangent], backend)
-        named = zip(back.wanted, gradients, strict=True)
-        factors = config.spec.shapes
-        return {f"factors.{k}" if k in factors else k: value for k, value in named}
 
-    return result, pull
+def experts_backward(
+    config: LayerConfig, residuals: Residuals, cotangent: Array, backend: Backend
+) -> dict[str, Array]:
+    """The gradients of a mixture by operand, from the cotangent of its output."""
+    gradients, _ = execute(residuals.reverse.program, [*residuals.arrays, cotangent], backend)
+    named = zip(residuals.reverse.wanted, gradients, strict=True)
+    factors = config.spec.shapes
+    return {f"factors.{k}" if k in factors else k: value for k, value in named}
 
 
 def prepare(

@@ -93,7 +93,8 @@ def gate_vjp(
     *,
     buffers: Mapping[str, Array] | None = None,
     training: bool = True,
-) -> tuple[Array, dict[str, Array]]:
+    by_input: bool = True,
+) -> tuple[Array | None, dict[str, Array]]:
     """Gradients of :func:`route` by its input and its parameters.
 
     Args:
@@ -105,9 +106,10 @@ def gate_vjp(
         backend: the adapter of the arrays' library.
         buffers: the running statistics that the forward call was given.
         training: whether batch norm used the batch's own statistics.
+        by_input: whether the gradient by ``x`` is wanted too.
 
     Returns:
-        The gradient by ``x``, and the parameters' by canonical name.
+        The gradient by ``x`` or None, and the parameters' by canonical name.
     """
     gate = config.gate
     assert gate is not None
@@ -133,15 +135,13 @@ def gate_vjp(
         if gate.bias:
             row = backend.sum(inner, (0,))
             gradients[f"gate.bias_{level}"] = cast(row, dtype, backend)
-        back = backend.permute(widened(projection, backend), (1, 0))
-        part = backend.matmul(inner, back)
+        if by_input:
+            back = backend.permute(widened(projection, backend), (1, 0))
+            part = backend.matmul(inner, back)
+            total = part if total is None else plus(total, part, backend)
+            del part  # not held while the next level's is made
         del inner
-        if total is None:
-            total = part
-        else:
-            total += part
-        del part  # not held while the next level's is made
-    return cast(total, x.dtype, backend), gradients
+    return None if total is None else cast(total, x.dtype, backend), gradients
 
 
 def _statistics(buffers: Mapping[str, Array] | None, level: int) -> Statistics | None:

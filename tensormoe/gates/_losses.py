@@ -31,7 +31,9 @@ def _matrix(coefficients: Array) -> tuple[Backend, Array]:
 def _share(backend: Backend, weights: Array) -> Array:
     xp = backend.namespace
     first = xp.argmax(backend.stop_gradient(weights), axis=-1, keepdims=True)
-    hits = xp.astype(first == xp.arange(weights.shape[-1])[None, :], weights.dtype)
+    hits = xp.astype(
+        first == xp.arange(weights.shape[-1], device=weights.device)[None, :], weights.dtype
+    )
     return xp.mean(hits, axis=0)
 
 

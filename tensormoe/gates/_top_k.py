@@ -44,7 +44,7 @@ def largest(backend: Backend, values: Array, k: int) -> tuple[Array, Array]:
     xp = backend.namespace
     values = backend.stop_gradient(values)
     experts = values.shape[-1]
-    columns = xp.arange(experts)[None, :]
+    columns = xp.arange(experts, device=values.device)[None, :]
     if k > _PASSES:
         # stable in ascending order of the negatives: ties go to the lower index
         order = xp.argsort(-values, axis=-1, stable=True)
@@ -140,7 +140,10 @@ def top_k_indices(logits: Array, k: int) -> TopK:
     check_k(k, rows.shape[-1])
     shape = (*rows.shape[:-1], k)
     if rows.values.shape[0] == 0:
-        return TopK(xp.zeros(shape, dtype=xp.int64), xp.zeros(shape, dtype=rows.values.dtype))
+        return TopK(
+            xp.zeros(shape, dtype=xp.int64, device=rows.values.device),
+            xp.zeros(shape, dtype=rows.values.dtype, device=rows.values.device),
+        )
     shifted = shift(backend, rows.values, None, 0, None, 1.0)
     values, usable = shifted.values, shifted.usable
     if usable is not None:
@@ -182,6 +185,8 @@ def top_k_indices_vjp(chosen: TopK, cotangent: Array, experts: int) -> Array:
     gradient = weights * (cotangent - xp.sum(weights * cotangent, axis=-1, keepdims=True))
     count = weights.shape[0]
     indices = backend.reshape(chosen.indices, tuple(weights.shape))
-    flat = backend.reshape(indices + xp.arange(count)[:, None] * experts, (-1,))
+    flat = backend.reshape(
+        indices + xp.arange(count, device=indices.device)[:, None] * experts, (-1,)
+    )
     spread = backend.scatter_add(backend.reshape(gradient, (-1,)), flat, 0, count * experts)
     return backend.reshape(spread, (*rows.shape[:-1], experts))

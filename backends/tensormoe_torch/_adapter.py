@@ -1,0 +1,105 @@
+"""PyTorch's primitives for the core, twice: for any tensors, and for those that nobody follows.
+
+The general adapter is what any transformation of PyTorch can follow: no value steers Python,
+nothing is written in place, and every operation has a derivative. The eager one is for CPU tensors
+that nobody traces, inside :mod:`tensormoe_torch._autograd`, where gradients come from closed forms.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensormoe_torch import _namespace
+
+__all__ = ["BACKEND", "EAGER", "TorchBackend"]
+
+
+class TorchBackend:
+    """Adapter of :class:`tensormoe.backend.Backend` for ``torch.Tensor``.
+
+    Args:
+        eager: whether values may be read and fresh tensors written to; needs tensors on the CPU
+            that are neither traced nor differentiated.
+    """
+
+    name = "torch"
+    namespace = _namespace
+    # NaN propagates, as everywhere in PyTorch: a scaler of gradients skips such a step
+    checks_values = False
+    picks_entries = False
+
+    def __init__(self, eager: bool = False) -> None:
+        self.eager = eager
+        # larger slices leave the cache that the cores share, and come from the system every time
+        self.row_block_bytes = 4 * 1024 * 1024 if eager else None
+
+    def __repr__(self) -> str:
+        return f"TorchBackend(eager={self.eager})"
+
+    def owns(self, array: Any, /) -> bool:
+        return isinstance(array, Tensor)
+
+    def matmul(self, left: Tensor, right: Tensor, /) -> Tensor:
+        return torch.matmul(left, right)
+
+    def reshape(self, array: Tensor, shape: tuple[int, ...], /) -> Tensor:
+        return array.reshape(shape)
+
+    def permute(self, array: Tensor, axes: tuple[int, ...], /) -> Tensor:
+        return array.permute(axes)
+
+    def contiguous(self, array: Tensor, /) -> Tensor:
+        # always a copy: the executor may add into what it gets
+        return array.clone(memory_format=torch.contiguous_format)
+
+    def sum(self, array: Tensor, axes: tuple[int, ...], /) -> Tensor:
+        return torch.sum(array, dim=axes, dtype=array.dtype)
+
+    def row_sums(self, array: Tensor, /) -> Tensor:
+        return torch.sum(array, dim=-1, keepdim=True)
+
+    def square_sums(self, array: Tensor, /) -> Tensor:
+        if self.eager:
+            # one pass and no product of the array's size; a norm has no derivative at zero
+            norm: Tensor = torch.linalg.vector_norm(array, dim=-1, keepdim=True)
+            return norm * norm
+        return torch.sum(array * array, dim=-1, keepdim=True)
+
+    def take(self, array: Tensor, indices: Tensor, axis: int, /) -> Tensor:
+        flat = torch.index_select(array, axis, indices.reshape(-1))
+        if indices.ndim == 1:
+            return flat
+        return flat.reshape(*array.shape[:axis], *indices.shape, *array.shape[axis + 1 :])
+
+    def scatter_add(self, values: Tensor, indices: Tensor, axis: int, size: int, /) -> Tensor:
+        before, after = values.shape[:axis], values.shape[axis + indices.ndim :]
+        total = values.new_zeros((*before, size, *after))
+        flat = values.reshape(*before, indices.numel(), *after)
+        return torch.index_add(total, axis, indices.reshape(-1), flat)
+
+    def concat(self, arrays: Sequence[Tensor], /) -> Tensor:
+        return torch.concat(list(arrays), dim=0)
+
+    def stop_gradient(self, array: Tensor, /) -> Tensor:
+        return array if self.eager else array.detach()
+
+    def to_bytes(self, array: Tensor, /) -> tuple[str, tuple[int, ...], bytes]:
+        solid = array.detach().to("cpu").contiguous()
+        # no NumPy, which an installation of PyTorch may lack
+        content = ctypes.string_at(solid.data_ptr(), solid.nbytes) if solid.nbytes else b""
+        return str(solid.dtype).removeprefix("torch."), tuple(solid.shape), content
+
+    def from_bytes(self, dtype: str, shape: tuple[int, ...], data: bytes, /) -> Tensor:
+        found: torch.dtype = getattr(torch, dtype)
+        if not data:
+            return torch.empty(shape, dtype=found)
+        return torch.frombuffer(bytearray(data), dtype=found).reshape(shape)
+
+
+BACKEND = TorchBackend()
+EAGER = TorchBackend(eager=True)

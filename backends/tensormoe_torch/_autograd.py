@@ -1,0 +1,241 @@
+"""Which way a call runs: operation by operation with gradients in closed form, or traced.
+
+Where PyTorch runs eagerly, a gate and a mixture are one node of its graph each. What they save and
+what their way back costs is then what the core's reverse programs say, and no operation inside is
+recorded. Under ``torch.compile``, export and ``torch.func`` the same programs run as plain
+operations, which those follow and differentiate by themselves; so does a second derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensormoe import functional
+from tensormoe.functional import LayerConfig, Routed
+from tensormoe.gates import Statistics, TopK
+from tensormoe.planning import Reverse
+from tensormoe_torch._adapter import BACKEND, EAGER, TorchBackend
+
+__all__ = ["is_traced", "mix", "no_autocast", "route"]
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether something follows the operations on ``x``: a compiler, an exporter, a transform."""
+    return (
+        torch.compiler.is_compiling()
+        or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+    )
+
+
+def no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Autocast switched off where it is on: the layer chooses its dtypes itself."""
+    if not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def route(
+    config: LayerConfig,
+    parameters: Mapping[str, Tensor],
+    x: Tensor,
+    buffers: Mapping[str, Tensor],
+    *,
+    training: bool,
+) -> tuple[Sequence[Tensor], list[Statistics] | None]:
+    """Coefficients (batch, N_e) a level of inputs (batch, in), and batch norm's new statistics."""
+    options: dict[str, Any] = {"buffers": buffers, "training": training}
+    if is_traced(x):
+        routed = functional.route(config, parameters, x, BACKEND, **options)
+        return routed.coefficients, routed.statistics
+    call = _GateCall(config, _direct(x), tuple(parameters), dict(buffers), training)
+    arrays = tuple(parameters.values())
+    if _differentiated(x, *arrays):
+        made = _Gate.apply(call, x, *arrays)
+        return made, call.statistics
+    routed = functional.route(config, parameters, x, call.backend, **options)
+    return routed.coefficients, routed.statistics
+
+
+def mix(
+    config: LayerConfig,
+    parameters: Mapping[str, Tensor],
+    x: Tensor,
+    coefficients: list[Tensor | TopK],
+) -> Tensor:
+    """The mixture (batch, out) for inputs (batch, in), or ids (batch,), all in one dtype."""
+    if is_traced(x):
+        return functional.apply_experts(config, parameters, x, coefficients, BACKEND)
+    named = dict(parameters)
+    for level, given in enumerate(coefficients):
+        if isinstance(given, TopK):
+            named[f"indices_{level}"] = given.indices
+            given = given.values
+        named[f"coefficients_{level}"] = given
+    if _differentiated(x, *named.values()):
+        call = _ExpertsCall(config, _direct(x), tuple(named))
+        result: Tensor = _Experts.apply(call, x, *named.values())
+        return result
+    return functional.apply_experts(config, parameters, x, coefficients, _direct(x))
+
+
+def _direct(x: Tensor) -> TorchBackend:
+    # reading a value from another device waits for all the work that it was given
+    return EAGER if x.device.type == "cpu" else BACKEND
+
+
+def _differentiated(*arrays: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(array.requires_grad for array in arrays)
+
+
+@dataclass(eq=False)
+class _GateCall:
+    """What a gate's node knows besides tensors; ``statistics`` is what the call found."""
+
+    config: LayerConfig
+    backend: TorchBackend
+    names: tuple[str, ...]
+    buffers: dict[str, Tensor]
+    training: bool
+    statistics: list[Statistics] | None = field(default=None)
+
+
+class _Gate(torch.autograd.Function):
+    """From inputs to coefficients, as one node."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _GateCall, x: Tensor, *arrays: Tensor) -> tuple[Tensor, ...]:
+        parameters = dict(zip(call.names, arrays, strict=True))
+        routed = functional.route(
+            call.config,
+            parameters,
+            x,
+            call.backend,
+            buffers=call.buffers,
+            keep=True,
+            training=call.training,
+        )
+        call.statistics = routed.statistics
+        # in training the running statistics have no part in the way back, and are about to change
+        kept = {} if call.training else call.buffers
+        ctx.call, ctx.count, ctx.buffers = call, len(arrays), tuple(kept)
+        call.buffers = {}
+        ctx.save_for_backward(x, *arrays, *kept.values(), *routed.logits, *routed.coefficients)
+        return tuple(routed.coefficients)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        call: _GateCall = ctx.call
+        x, *rest = ctx.saved_tensors
+        arrays, rest = rest[: ctx.count], rest[ctx.count :]
+        parameters = dict(zip(call.names, arrays, strict=True))
+        buffers = dict(zip(ctx.buffers, rest, strict=False))
+        rest = rest[len(buffers) :]
+        levels = len(rest) // 2
+        by_input, *by_array = ctx.needs_input_grad[1:]
+        with no_autocast(x.device.type):
+            if torch.is_grad_enabled():
+                routed = functional.route(
+                    call.config, parameters, x, BACKEND, buffers=buffers, training=call.training
+                )
+                return _again(ctx, routed.coefficients, (x, *arrays), cotangents)
+            routed = Routed(rest[levels:], rest[:levels], None)
+            total, named = functional.gate_vjp(
+                call.config,
+                parameters,
+                x,
+                routed,
+                cotangents,
+                call.backend,
+                buffers=buffers,
+                training=call.training,
+                by_input=by_input,
+            )
+        found = (
+            named[name] if want else None for name, want in zip(call.names, by_array, strict=True)
+        )
+        return None, total, *found
+
+
+@dataclass(eq=False)
+class _ExpertsCall:
+    """What a mixture's node knows besides tensors."""
+
+    config: LayerConfig
+    backend: TorchBackend
+    names: tuple[str, ...]
+
+
+class _Experts(torch.autograd.Function):
+    """The mixture for given coefficients, as one node."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _ExpertsCall, x: Tensor, *arrays: Tensor) -> Tensor:
+        named = dict(zip(call.names, arrays, strict=True))
+        operands = ("x", *call.names)
+        wanted = [
+            name for name, want in zip(operands, ctx.needs_input_grad[1:], strict=True) if want
+        ]
+        result, residuals = functional.experts_forward(
+            call.config, named, x, _coefficients(named), call.backend, wanted
+        )
+        # operands are among the residuals: each tensor is saved once
+        given = (x, *arrays)
+        places = {id(array): place for place, array in enumerate(given)}
+        made = [array for array in residuals.arrays if id(array) not in places]
+        places |= {id(array): len(given) + place for place, array in enumerate(made)}
+        ctx.call, ctx.wanted, ctx.reverse = call, wanted, residuals.reverse
+        ctx.places = [places[id(array)] for array in residuals.arrays]
+        ctx.save_for_backward(*given, *made)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        call: _ExpertsCall = ctx.call
+        saved = ctx.saved_tensors
+        x, *arrays = saved[: 1 + len(call.names)]
+        with no_autocast(x.device.type):
+            if torch.is_grad_enabled():
+                named = dict(zip(call.names, arrays, strict=True))
+                result = functional.apply_experts(
+                    call.config, named, x, _coefficients(named), BACKEND
+                )
+                return _again(ctx, [result], (x, *arrays), (cotangent,))
+            reverse: Reverse = ctx.reverse
+            residuals = functional.Residuals(reverse, tuple(saved[k] for k in ctx.places))
+            found = functional.experts_backward(call.config, residuals, cotangent, call.backend)
+        return None, *(found.get(name) for name in ("x", *call.names))
+
+
+def _coefficients(named: Mapping[str, Tensor]) -> list[Tensor | TopK]:
+    """The coefficients among a node's tensors, one entry a level."""
+    found: list[Tensor | TopK] = []
+    while (values := named.get(f"coefficients_{len(found)}")) is not None:
+        indices = named.get(f"indices_{len(found)}")
+        found.append(values if indices is None else TopK(indices, values))
+    return found
+
+
+def _again(
+    ctx: Any, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a plain run of the same call, for a graph of the way back itself."""
+    wanted = [array for array, want in zip(inputs, ctx.needs_input_grad[1:], strict=True) if want]
+    pairs = [pair for pair in zip(outputs, cotangents, strict=True) if pair[0].requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            [output for output, _ in pairs],
+            wanted,
+            [cotangent for _, cotangent in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return None, *(next(found) if want else None for want in ctx.needs_input_grad[1:])

@@ -1,0 +1,95 @@
+"""What the layers accept in PyTorch's terms: dtypes under autocast, devices, readable ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensormoe import functional
+from tensormoe.errors import BackendError
+from tensormoe.functional import LayerConfig
+from tensormoe.gates import TopK
+from tensormoe_torch._adapter import BACKEND
+from tensormoe_torch._autograd import is_traced
+
+__all__ = ["Given", "check_ids", "check_input", "compute_dtype", "merged"]
+
+Given = Tensor | TopK | Sequence[Tensor | TopK]
+"""Ready-made coefficients: a tensor (..., N_e) or a ``TopK`` a level."""
+
+_NARROWED = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype that a layer's experts run in: autocast's where that is on, else the layer's own.
+
+    As for PyTorch's own layers, autocast leaves float64 alone.
+    """
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype in _NARROWED:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def check_input(x: Tensor, features: int, weight: Tensor, name: str = "x") -> tuple[int, ...]:
+    """The leading shape of an input (..., features) for a layer that holds ``weight``.
+
+    Raises:
+        BackendError: no tensor, or one on another device.
+        ShapeError: no axis of ``features``, or another dtype than the layer's; under autocast,
+            any that it narrows will do.
+    """
+    dtype = weight.dtype
+    mixed = isinstance(x, Tensor) and x.dtype != dtype and x.dtype in _NARROWED
+    if mixed and dtype in _NARROWED and torch.is_autocast_enabled(weight.device.type):
+        dtype = x.dtype
+    lead = functional.check_input(x, features, dtype, BACKEND, name)
+    _check_device(x, weight, name)
+    return lead
+
+
+def check_ids(ids: Tensor, count: int, weight: Tensor) -> Tensor:
+    """Integer ids in [0, count), in a type that indexes.
+
+    Their range is checked where that does not wait for a device, and nothing is traced.
+
+    Raises:
+        BackendError: no tensor, or one on another device.
+        ShapeError: not integers, or an id out of range.
+    """
+    functional.check_array(ids, BACKEND, "ids")
+    _check_device(ids, weight, "ids")
+    return functional.check_ids(ids, count, BACKEND, look=_readable(ids))
+
+
+def merged(
+    config: LayerConfig, coefficients: Given, lead: tuple[int, ...], weight: Tensor
+) -> list[Any]:
+    """Ready-made coefficients with their leading axes merged, checked against the layer.
+
+    Raises:
+        BackendError: no tensors, or some on another device.
+        ShapeError: another number of levels, or shapes that do not fit the input.
+    """
+    found = functional.merged_coefficients(
+        config, coefficients, lead, BACKEND, look=_readable(weight)
+    )
+    for given in found:
+        for array in (given.indices, given.values) if isinstance(given, TopK) else (given,):
+            _check_device(array, weight, "coefficients")
+    return found
+
+
+def _readable(array: Tensor) -> bool:
+    return array.device.type == "cpu" and not is_traced(array)
+
+
+def _check_device(array: Tensor, weight: Tensor, name: str) -> None:
+    if array.device != weight.device:
+        raise BackendError(
+            f"{name} must be on the layer's device {weight.device}; got {array.device}. Move one "
+            "of them with .to(…)."
+        )

@@ -1,0 +1,102 @@
+"""The gate of a layer as a module of its own: from inputs to coefficients."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from tensormoe.functional import LayerConfig
+from tensormoe.gates import Gate, Statistics
+from tensormoe_torch._autograd import no_autocast, route
+from tensormoe_torch._checks import check_input
+
+__all__ = ["ExpertGate"]
+
+
+class ExpertGate(nn.Module):
+    """Projection, normalization and activation: (..., in) to one tensor (..., N_e) a level.
+
+    A layer makes its own. Its parameters are ``projection_<level>`` (in, N_e) and, if the gate has
+    one, ``bias_<level>`` (N_e,); its buffers are batch norm's ``running_mean_<level>`` and
+    ``running_variance_<level>``. Logits and coefficients are float32 at least. A forward hook on
+    this module sees which experts every input uses.
+
+    Args:
+        config: the layer, which has a gate.
+        device: of the parameters.
+        dtype: of the parameters; buffers are float32 at least.
+
+    >>> import torch
+    >>> from tensormoe_torch import MuMoE
+    >>> (coefficients,) = MuMoE(8, 4, experts=3, rank=2).gate(torch.ones(5, 8))
+    >>> coefficients.shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        config: LayerConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        assert config.gate is not None
+        self.config = config
+        for name, shape in config.parameter_shapes().items():
+            kind, _, short = name.partition(".")
+            if kind == "gate":
+                array = torch.empty(shape, device=device, dtype=dtype)
+                self.register_parameter(short, nn.Parameter(array))
+        for name, shape in config.buffer_shapes().items():
+            array = torch.empty(shape, device=device, dtype=dtype)
+            wide = array.to(torch.float32) if array.dtype.itemsize < 4 else array
+            self.register_buffer(name.partition(".")[2], wide)
+        self._names = {f"gate.{name}": name for name, _ in self.named_parameters()}
+        self._buffer_names = {f"gate.{name}": name for name, _ in self.named_buffers()}
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew: projections of zero, so that experts start alike, and fresh statistics."""
+        for parameter in self.parameters(recurse=False):
+            parameter.zero_()
+        for name, buffer in self.named_buffers(recurse=False):
+            buffer.fill_(1.0 if "variance" in name else 0.0)
+
+    def extra_repr(self) -> str:
+        return f"{self.config.spec.in_features}, {self.config.spec.experts}, {self.config.gate!r}"
+
+    @property
+    def gate(self) -> Gate:
+        """How logits become coefficients."""
+        assert self.config.gate is not None
+        return self.config.gate
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The coefficients of inputs (..., in): one tensor (..., N_e) a level, rows sum to one.
+
+        In training, a batch-norm gate uses the batch's own statistics and updates its buffers.
+
+        Raises:
+            BackendError, ShapeError: the input does not fit.
+        """
+        features = self.config.spec.in_features
+        parameters = {name: getattr(self, short) for name, short in self._names.items()}
+        lead = check_input(x, features, parameters["gate.projection_0"])
+        rows = x if len(lead) == 1 else x.reshape(prod(lead), features)
+        buffers = {name: getattr(self, short) for name, short in self._buffer_names.items()}
+        with no_autocast(x.device.type):
+            made, statistics = route(self.config, parameters, rows, buffers, training=self.training)
+        if self.training and statistics is not None:
+            self._update(statistics)
+        if len(lead) == 1:
+            return tuple(made)
+        return tuple(each.reshape(*lead, each.shape[-1]) for each in made)
+
+    @torch.no_grad()
+    def _update(self, statistics: list[Statistics]) -> None:
+        for level, found in enumerate(statistics):
+            getattr(self, f"running_mean_{level}").copy_(found.mean)
+            getattr(self, f"running_variance_{level}").copy_(found.variance)

@@ -1,0 +1,117 @@
+"""The layer as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tensormoe import functional
+from tensormoe.errors import ShapeError
+from tensormoe.factorizations import Factorization
+from tensormoe.gates import Gate
+from tensormoe.planning import Budget
+from tensormoe_torch._base import Mixture
+from tensormoe_torch._checks import Given, check_input
+
+__all__ = ["MuMoE"]
+
+
+class MuMoE(Mixture):
+    """A multilinear mixture of linear experts (Oldfield et al. 2024) in place of a ``nn.Linear``.
+
+    ``y = Σ_n a_n(x) (W_nᵀ x + b_n)``, with all W_n stored as one tensor network that is never
+    multiplied out.
+
+    Args:
+        in_features: size of an input.
+        out_features: size of an output.
+        experts: N, or one size a level of hierarchy.
+        factorization: a value such as ``CP(rank=64)``, or its name.
+        rank: bond sizes, with a name.
+        budget: what the rank may cost instead (:class:`tensormoe.Budget`, a number of parameters,
+            or ``"linear"``); the default is ``"linear"``, the parameters of the linear layer of
+            the same size, gate not counted.
+        bias: whether every expert has a bias.
+        gate: how inputs become coefficients: a :class:`tensormoe.Gate` or the name of its
+            activation; None for a layer that is always given coefficients.
+        init: ``"variance"`` (every expert starts like ``nn.Linear``) or ``"paper"``.
+        device: of the parameters.
+        dtype: of the parameters; inputs must have it, unless autocast is on.
+
+    Attributes:
+        factors: the factors and the bias by name, an ``nn.ParameterDict``.
+        gate: the :class:`ExpertGate`, or None.
+        config: spec and gate as frozen values.
+
+    Raises:
+        SpecError: sizes, names or options that cannot be.
+        RankError: a rank that does not fit the factorization.
+        BudgetError: an impossible budget; the message names the smallest feasible one.
+
+    >>> import torch
+    >>> layer = MuMoE(64, 10, experts=32, factorization="cp", rank=16)
+    >>> layer(torch.ones(5, 7, 64)).shape
+    torch.Size([5, 7, 10])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        experts: int | tuple[int, ...],
+        factorization: str | Factorization = "cp",
+        *,
+        rank: int | tuple[int, ...] | None = None,
+        budget: Budget | int | str | None = None,
+        bias: bool = True,
+        gate: Gate | str | None = "entmax",
+        init: str = "variance",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        config = functional.resolve_config(
+            in_features,
+            out_features,
+            experts,
+            factorization,
+            rank=rank,
+            budget=budget,
+            bias=bias,
+            gate=gate,
+        )
+        super().__init__(config, init, device, dtype)
+
+    def __repr__(self) -> str:
+        return f"MuMoE({self.spec.in_features}, {self.spec.out_features}, {self._arguments()})"
+
+    def coefficients(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The coefficients of inputs (..., in): one tensor (..., N_e) a level, rows summing to one.
+
+        Raises:
+            BackendError, ShapeError: the input does not fit, or the layer has no gate.
+        """
+        if self.gate is None:
+            raise ShapeError(
+                "this layer has no gate, and makes no coefficients. Build it with one."
+            )
+        made: tuple[Tensor, ...] = self.gate(x)
+        return made
+
+    def forward(self, x: Tensor, coefficients: Given | None = None) -> Tensor:
+        """Run the layer.
+
+        Args:
+            x: (..., in), in the layer's dtype; under autocast, in any dtype that it narrows.
+            coefficients: ready-made ones, a tensor (..., N_e) or a ``TopK`` a level; the gate
+                makes them otherwise.
+
+        Returns:
+            (..., out), in the layer's dtype, or in autocast's.
+
+        Raises:
+            BackendError: no tensor, or one on another device.
+            ShapeError: input or coefficients do not fit the layer.
+        """
+        weight = self._weight
+        lead = check_input(x, self.spec.in_features, weight)
+        return self._mix(x, coefficients, lead, weight)
