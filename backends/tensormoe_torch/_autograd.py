@@ -31,7 +31,7 @@ def is_traced(x: Tensor) -> bool:
         torch.compiler.is_compiling()
         or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
         or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
     )
 
 

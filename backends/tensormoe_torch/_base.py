@@ -215,7 +215,7 @@ class Mixture(nn.Module):
     def _mix(
         self, x: Tensor, coefficients: Given | None, lead: tuple[int, ...], weight: Tensor
     ) -> Tensor:
-        """The experts, mixed by the gate's coefficients or given ones; ``lead`` are leading axes."""
+        """The experts, mixed by the gate's coefficients or by given ones."""
         if coefficients is None:
             if self.gate is None:
                 raise ShapeError(
