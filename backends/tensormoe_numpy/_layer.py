@@ -217,7 +217,7 @@ class MuMoE(Layer):
         routed = self._route(rows, keep=True, training=training)
 
         def pullback(cotangents: Sequence[NDArray]) -> tuple[NDArray, dict[str, NDArray]]:
-            return functional.gate_vjp(
+            total, named = functional.gate_vjp(
                 self.config,
                 self.parameters,
                 rows,
@@ -227,6 +227,8 @@ class MuMoE(Layer):
                 buffers=buffers,
                 training=training,
             )
+            assert total is not None
+            return total, named
 
         return list(routed.coefficients), pullback
 
