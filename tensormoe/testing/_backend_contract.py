@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from tensormoe.testing._strategies import dtypes, factors, gates, inputs, seeds
 __all__ = ["BackendContract"]
 
 NDArray = npt.NDArray[Any]
+Convert = Callable[[Any], Any]
 
 # a gate runs the same operations everywhere: only their rounding differs
 _GATE_TOLERANCES = {"float32": 1e-5, "float64": 1e-11}
@@ -31,8 +33,8 @@ _GATE_TOLERANCES = {"float32": 1e-5, "float64": 1e-11}
 class BackendContract(LayerChecks):
     """Everything that the library relies on in a backend, as tests.
 
-    The adapter must be registered (:mod:`tensormoe.backend` says how), since gates find it by the
-    arrays they are given. A subclass gives the adapter and the way from NumPy and back::
+    The adapter must be registered (:mod:`tensormoe.backend` says how), so that functions of arrays
+    alone find it. A subclass gives the adapter and the way from NumPy and back::
 
         class TestMyBackend(BackendContract):
             backend = my_adapter.BACKEND
@@ -174,10 +176,12 @@ class BackendContract(LayerChecks):
         training = data.draw(st.booleans(), "training")
         upstream = rng.standard_normal((rows, count)).astype(dtype)
         found = []
-        for convert, back in ((self.from_numpy, self.to_numpy), (np.asarray, np.asarray)):
+        for backend, convert, back in self._beside_numpy():
             statistics = Statistics(convert(kept.mean), convert(kept.variance))
             given = convert(logits)
-            result = activate(gate, given, statistics=statistics, training=training)
+            result = activate(
+                gate, given, statistics=statistics, training=training, backend=backend
+            )
             gradient = activate_vjp(
                 gate,
                 given,
@@ -185,6 +189,7 @@ class BackendContract(LayerChecks):
                 convert(upstream),
                 statistics=statistics,
                 training=training,
+                backend=backend,
             )
             assert result.statistics is not None
             parts = (result.coefficients, result.statistics.mean, result.statistics.variance)
@@ -214,10 +219,7 @@ class BackendContract(LayerChecks):
         x = data.draw(inputs(spec.in_features, (data.draw(st.integers(1, 5)),), dtype))
         upstream = [rng.standard_normal((len(x), n)).astype(dtype) for n in spec.experts]
         found = []
-        for backend, convert, back in (
-            (self.backend, self.from_numpy, self.to_numpy),
-            (_registry.get_backend("numpy"), np.asarray, np.asarray),
-        ):
+        for backend, convert, back in self._beside_numpy():
             parameters = {name: convert(array) for name, array in stored.items()}
             given = convert(x)
             routed = functional.route(config, parameters, given, backend, keep=True)
@@ -251,6 +253,13 @@ class BackendContract(LayerChecks):
             assert shapes == config.parameter_shapes()
             assert {self.to_numpy(array).dtype.name for array in drawn.values()} == {dtype}
             assert all(self.backend.owns(array) for array in drawn.values())
+
+    def _beside_numpy(self) -> tuple[tuple[Backend, Convert, Convert], ...]:
+        """The adapter under test and NumPy's, each with the way from NumPy and back."""
+        return (
+            (self.backend, self.from_numpy, self.to_numpy),
+            (_registry.get_backend("numpy"), np.asarray, np.asarray),
+        )
 
     def _array(self, data: st.DataObject, least_axes: int = 0) -> NDArray:
         shape = data.draw(st.lists(st.integers(0, 4), min_size=least_axes, max_size=4))

@@ -1,0 +1,94 @@
+"""What the tests of the PyTorch layers share: layers with random values, and the traced way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tensormoe import CP, Dense, Gate, Hadamard, LayerSpec, TensorRing, TensorTrain, Tucker
+from tensormoe_torch import MuMoE
+
+KINDS = [CP(3), TensorRing(3), TensorTrain(3), Tucker(2), Hadamard(), Dense()]
+"""One of each factorization, for any number of levels."""
+
+GATES = [
+    Gate(),
+    Gate(alpha=1.25, bias=True),
+    Gate("sparsemax", normalization=None),
+    Gate("softmax", normalization=None, bias=True),
+    Gate("top_k", k=2),
+    Gate(normalization="batch", bias=True),
+]
+"""Every activation and every normalization."""
+
+
+def numpy_of(tensor: Tensor) -> np.ndarray:
+    """The values, whatever follows the tensor; bfloat16, which NumPy lacks, in float32."""
+    values = tensor.detach()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+
+
+def factors_of(layer: Any) -> dict[str, np.ndarray]:
+    """The factors by their short names, as the oracle takes them."""
+    return {name: numpy_of(array) for name, array in layer.factors.items()}
+
+
+@torch.no_grad()
+def randomize(module: nn.Module, seed: int = 0) -> Any:
+    """Random parameters, those of the gate included, which start at zero, and statistics."""
+    rng = np.random.default_rng(seed)
+    for parameter in module.parameters():
+        parameter.copy_(torch.tensor(rng.standard_normal(tuple(parameter.shape))))
+    for name, buffer in module.named_buffers():
+        scale = 1.0 if "variance" in name else 0.1
+        buffer.copy_(torch.tensor(rng.uniform(0.5, 2.0, tuple(buffer.shape)) * scale))
+    return module
+
+
+def build(
+    spec: LayerSpec, gate: Gate | None = None, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> MuMoE:
+    """A layer of random values."""
+    layer: MuMoE = randomize(
+        MuMoE(
+            spec.in_features,
+            spec.out_features,
+            spec.experts,
+            spec.factorization,
+            bias=spec.bias,
+            gate=gate,
+            dtype=dtype,
+        ),
+        seed,
+    )
+    return layer
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard normal values."""
+    return torch.tensor(np.random.default_rng(seed).standard_normal(shape)).to(dtype)
+
+
+@contextmanager
+def traced() -> Iterator[None]:
+    """Layers take the way that transformations of PyTorch follow, whatever they are given."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tensormoe_torch._autograd.is_traced", lambda x: True)
+        yield
+
+
+def gradients(output: Tensor, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of the sum of squares of an output, zero where nothing depends on a source."""
+    found = torch.autograd.grad(
+        (output.double() ** 2).sum(), list(sources.values()), allow_unused=True
+    )
+    return {
+        name: torch.zeros_like(source) if grad is None else grad
+        for (name, source), grad in zip(sources.items(), found, strict=True)
+    }
