@@ -88,11 +88,15 @@ class Backend(Protocol):
         """Sum over ``axes`` and drop them, in the array's own dtype."""
         ...
 
-    def row_sums(self, array: Array, /) -> Array:
-        """Sums of the rows of a floating-point matrix, (rows, 1), for rows of any length.
+    def excess(self, array: Array, threshold: Array, /, out: Array | None = None) -> Array:
+        """max(array - threshold, 0): with the two sums below, the work of a gate's root search.
 
-        With :meth:`square_sums`, what the root search of a gate does besides elementwise work.
+        Written to ``out``, an array that nobody needs any more, where the library can do so.
         """
+        ...
+
+    def row_sums(self, array: Array, /) -> Array:
+        """Sums of the rows of a floating-point matrix, (rows, 1), for rows of any length."""
         ...
 
     def square_sums(self, array: Array, /) -> Array:

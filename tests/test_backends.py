@@ -64,6 +64,10 @@ class StrictBackend:
     def sum(self, array: Any, axes: tuple[int, ...], /) -> Any:
         return strict.sum(array, axis=axes, dtype=array.dtype)
 
+    def excess(self, array: Any, threshold: Any, /, out: Any = None) -> Any:
+        difference = array - threshold
+        return strict.maximum(difference, strict.zeros_like(difference))
+
     def row_sums(self, array: Any, /) -> Any:
         return strict.sum(array, axis=-1, keepdims=True)
 

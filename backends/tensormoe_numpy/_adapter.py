@@ -47,6 +47,12 @@ class NumpyBackend:
         total: NDArray = np.sum(array, axis=axes)
         return total
 
+    def excess(
+        self, array: NDArray, threshold: NDArray | float, /, out: NDArray | None = None
+    ) -> NDArray:
+        difference = np.subtract(array, threshold, out=out)
+        return np.maximum(difference, 0, out=difference)
+
     def row_sums(self, array: NDArray, /) -> NDArray:
         # the product with ones is the fastest
         if array.shape[1] <= _LONG:

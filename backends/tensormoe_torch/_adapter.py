@@ -60,6 +60,17 @@ class TorchBackend:
     def sum(self, array: Tensor, axes: tuple[int, ...], /) -> Tensor:
         return torch.sum(array, dim=axes, dtype=array.dtype)
 
+    def excess(
+        self, array: Tensor, threshold: Tensor | float, /, out: Tensor | None = None
+    ) -> Tensor:
+        if not self.eager:
+            return torch.relu(array - threshold)
+        if isinstance(threshold, float):
+            difference = array - threshold if out is None else out.copy_(array).sub_(threshold)
+        else:
+            difference = torch.sub(array, threshold, out=out)
+        return difference.relu_()
+
     def row_sums(self, array: Tensor, /) -> Tensor:
         return torch.sum(array, dim=-1, keepdim=True)
 

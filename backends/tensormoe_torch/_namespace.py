@@ -110,7 +110,7 @@ def nonzero(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def vecdot(x: Tensor, y: Tensor) -> Tensor:
-    return torch.sum(x * y, dim=-1)
+    return torch.dot(x, y) if x.ndim == 1 == y.ndim else torch.sum(x * y, dim=-1)
 
 
 def permute_dims(x: Tensor, axes: Sequence[int]) -> Tensor:

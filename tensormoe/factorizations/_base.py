@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import sqrt
 from typing import Any, ClassVar
 
 from tensormoe._validation import choice, positive_ints
-from tensormoe.backend import Array
+from tensormoe.backend import Array, Backend
 from tensormoe.errors import RankError, SpecError
 from tensormoe.factorizations._initialization import Initializer
 from tensormoe.factorizations._network import (
@@ -20,7 +20,10 @@ from tensormoe.factorizations._network import (
     expert_leg,
 )
 
-__all__ = ["INITIALIZATIONS", "Factorization"]
+__all__ = ["INITIALIZATIONS", "Factorization", "Split"]
+
+Split = Callable[[int], "tuple[Array, Array]"]
+"""From an inner size K to (rows, K) and (K, out): factors of the best product of that size."""
 
 INITIALIZATIONS = ("variance", "paper")
 
@@ -74,6 +77,39 @@ class Factorization(ABC):
     @abstractmethod
     def from_tensorly(self, decomposition: Any, xp: Any) -> dict[str, Array]:
         """The inverse of :meth:`to_tensorly`."""
+
+    def shared_experts(
+        self, experts: tuple[int, ...], table: Array, split: Split, backend: Backend
+    ) -> dict[str, Array]:
+        """Factors with which all experts equal one matrix, or the nearest that the bonds admit.
+
+        No bond is left dead: where a factor is zero, its neighbours are not, so that gradients
+        reach every entry.
+
+        Args:
+            experts: one size a level.
+            table: the matrix (in, out), and the bias as one more row if there is one.
+            split: the best product of an inner size that equals ``table``; its spare columns, where
+                the size is more than the matrix has singular values, add nothing.
+            backend: adapter of the arrays' library.
+
+        Returns:
+            The factors by name; the bias, if any, is still the last row of the input mode.
+
+        Raises:
+            SpecError: the factorization does not say how.
+        """
+        raise SpecError(
+            f"{self.name} does not say which factors make all experts equal. Define its "
+            "shared_experts, or start from fresh values."
+        )
+
+    def expert_variance(self, levels: int) -> float:
+        """Variance of independent noise on an expert factor that moves experts by their own size.
+
+        Expert factors as :meth:`shared_experts` makes them are meant; ones for most networks.
+        """
+        return 1.0
 
     def network(
         self, experts: tuple[int, ...], in_features: int, out_features: int, bias: bool
@@ -135,3 +171,14 @@ def cores_from_tensorly(cores: Sequence[Array], names: Sequence[str], xp: Any) -
 def mode_names(levels: int) -> tuple[str, ...]:
     """Names of the factors that carry a mode, in the order of 𝒲's modes."""
     return (*(f"expert_{level}" for level in range(levels)), "input", "output")
+
+
+def ones_like_table(table: Array, shape: tuple[int, ...], backend: Backend) -> Array:
+    """Ones of a shape, with the dtype and on the device of ``table``."""
+    return backend.namespace.ones(shape, dtype=table.dtype, device=table.device)
+
+
+def tiled_columns(array: Array, count: int, xp: Any) -> Array:
+    """The columns of a matrix again and again, ``count`` in all."""
+    times = -(-count // array.shape[1])
+    return array if count == array.shape[1] else xp.concat([array] * times, axis=1)[:, :count]

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any, ClassVar
 
-from tensormoe.backend import Array
+from tensormoe.backend import Array, Backend
 from tensormoe.errors import RankError
 from tensormoe.factorizations._base import (
     Factorization,
+    Split,
     checked_rank,
     checked_scheme,
     linear_std,
     mode_names,
+    ones_like_table,
 )
 from tensormoe.factorizations._initialization import Initializer, noise_share
 from tensormoe.factorizations._network import INPUT, OUTPUT, Factor, Leg, expert_leg
@@ -84,6 +86,16 @@ class CP(Factorization):
             "input": Initializer(1.0 / sqrt(in_features)),
             "output": Initializer(1.0 / sqrt(3.0 * energy)),
         }
+
+    def shared_experts(
+        self, experts: tuple[int, ...], table: Array, split: Split, backend: Backend
+    ) -> dict[str, Array]:
+        left, right = split(self.rank)
+        stored = {
+            f"expert_{level}": ones_like_table(table, (count, self.rank), backend)
+            for level, count in enumerate(experts)
+        }
+        return stored | {"input": left, "output": backend.permute(right, (1, 0))}
 
     def to_tensorly(self, factors: Mapping[str, Array], xp: Any) -> Any:
         """(weights, factors) of ``tensorly.cp_to_tensor``: unit weights, factors (n, R)."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any, ClassVar
 
-from tensormoe.backend import Array
+from tensormoe.backend import Array, Backend
 from tensormoe.errors import RankError
-from tensormoe.factorizations._base import Factorization, checked_scheme, linear_std
+from tensormoe.factorizations._base import Factorization, Split, checked_scheme, linear_std
 from tensormoe.factorizations._initialization import Initializer
 from tensormoe.factorizations._network import INPUT, OUTPUT, Factor, Leg, expert_leg
 
@@ -55,6 +55,11 @@ class Dense(Factorization):
             return {"weight": Initializer(std)}
         # a draw that all experts share, as strong as what sets them apart
         return {"weight": Initializer(std / sqrt(2.0), center="shared", center_std=std / sqrt(2.0))}
+
+    def shared_experts(
+        self, experts: tuple[int, ...], table: Array, split: Split, backend: Backend
+    ) -> dict[str, Array]:
+        return {"weight": backend.namespace.broadcast_to(table, (*experts, *table.shape))}
 
     def to_tensorly(self, factors: Mapping[str, Array], xp: Any) -> Any:
         """The full tensor (experts…, in, out)."""

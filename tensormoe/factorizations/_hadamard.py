@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any, ClassVar
 
-from tensormoe.backend import Array
+from tensormoe.backend import Array, Backend
 from tensormoe.errors import RankError
 from tensormoe.factorizations._base import (
     Factorization,
+    Split,
     checked_scheme,
     linear_std,
     mode_names,
+    ones_like_table,
 )
 from tensormoe.factorizations._initialization import Initializer, noise_share
 from tensormoe.factorizations._network import INPUT, OUTPUT, Factor, Leg, expert_leg
@@ -70,6 +72,15 @@ class Hadamard(Factorization):
         starts = {f"expert_{e}": Initializer(sqrt(share), "normal", "one") for e in range(levels)}
         energy = (1.0 + share) ** levels
         return starts | {"input": Initializer(linear_std(in_features) / sqrt(energy))}
+
+    def shared_experts(
+        self, experts: tuple[int, ...], table: Array, split: Split, backend: Backend
+    ) -> dict[str, Array]:
+        stored = {
+            f"expert_{level}": ones_like_table(table, (count, table.shape[1]), backend)
+            for level, count in enumerate(experts)
+        }
+        return stored | {"input": table}
 
     def to_tensorly(self, factors: Mapping[str, Array], xp: Any) -> Any:
         """(weights, factors) of ``tensorly.cp_to_tensor``: CP of rank O, output factor identity."""

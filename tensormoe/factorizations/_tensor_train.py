@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any, ClassVar
 
-from tensormoe.backend import Array
+from tensormoe.backend import Array, Backend
 from tensormoe.factorizations._base import (
     Factorization,
+    Split,
     checked_rank,
     checked_scheme,
     cores_from_tensorly,
@@ -20,6 +21,7 @@ from tensormoe.factorizations._base import (
 )
 from tensormoe.factorizations._initialization import Initializer, chain_energy, noise_share
 from tensormoe.factorizations._network import INPUT, OUTPUT, Factor, Leg, expert_leg
+from tensormoe.factorizations._shared_ring import shared_ring
 
 __all__ = ["TensorTrain"]
 
@@ -97,6 +99,14 @@ class TensorTrain(Factorization):
             "input": Initializer(1.0 / sqrt(in_features)),
             "output": Initializer(1.0 / sqrt(3.0 * bonds[-1] * norm)),
         }
+
+    def shared_experts(
+        self, experts: tuple[int, ...], table: Array, split: Split, backend: Backend
+    ) -> dict[str, Array]:
+        stored = shared_ring(experts, (1, *self.bonds(len(experts))), table, split, backend)
+        stored["expert_0"] = stored["expert_0"][:, 0, :]
+        stored["output"] = stored["output"][:, :, 0]
+        return stored
 
     def to_tensorly(self, factors: Mapping[str, Array], xp: Any) -> Any:
         """The cores (r, n, r′) of ``tensorly.tt_to_tensor``, the outer bonds 1 included."""

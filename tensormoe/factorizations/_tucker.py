@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Any, ClassVar
 
-from tensormoe.backend import Array
+from tensormoe.backend import Array, Backend
 from tensormoe.factorizations._base import (
     Factorization,
+    Split,
     checked_rank,
     checked_scheme,
     linear_std,
     mode_names,
+    ones_like_table,
     spread_rank,
+    tiled_columns,
 )
 from tensormoe.factorizations._initialization import Initializer, noise_share
 from tensormoe.factorizations._network import INPUT, OUTPUT, Factor, Leg, expert_leg
@@ -92,6 +95,30 @@ class Tucker(Factorization):
             "core": Initializer(sqrt(bonds[-1] / (core * (1.0 + share) ** levels))),
             "input": Initializer(1.0 / sqrt(in_features)),
             "output": Initializer(1.0 / sqrt(3.0 * bonds[-1])),
+        }
+
+    def shared_experts(
+        self, experts: tuple[int, ...], table: Array, split: Split, backend: Backend
+    ) -> dict[str, Array]:
+        """As in the base class; every index of the expert bonds owns its share of the rank."""
+        xp = backend.namespace
+        *outer, rows, columns = self.bonds(len(experts))
+        left, right = split(min(rows, columns))
+        groups = prod(outer)
+        group, row, column = (
+            xp.arange(size, device=table.device) for size in (groups, rows, columns)
+        )
+        diagonal = row[:, None] == column[None, :]
+        owned = (row[None, :] % groups) == group[:, None]
+        core = xp.astype(diagonal[None, :, :] & owned[:, :, None], table.dtype)
+        stored = {
+            f"expert_{level}": ones_like_table(table, shape, backend)
+            for level, shape in enumerate(zip(experts, outer, strict=True))
+        }
+        return stored | {
+            "core": backend.reshape(core, (*outer, rows, columns)),
+            "input": tiled_columns(left, rows, xp),
+            "output": tiled_columns(backend.permute(right, (1, 0)), columns, xp),
         }
 
     def to_tensorly(self, factors: Mapping[str, Array], xp: Any) -> Any:

@@ -40,9 +40,9 @@ def entmax_block(
     usual = isinstance(how, LayerNorm) and alpha == 1.5 and mask is None
     if usual and backend.eager:
         assert isinstance(how, LayerNorm)
-        found = _usual(backend, values, how)
+        found = _usual(backend, values, first_row, how)
         if found is not None:
-            return _completed(backend, values, first_row, how, *found)
+            return found
     factor = alpha - 1.0 if alpha > 1.0 else 1.0
     guess = alpha == 1.5 and isinstance(how, LayerNorm)
     shifted = shift(backend, values, mask, first_row, how, factor, guess)
@@ -59,31 +59,25 @@ def entmax_block(
     return xp.where(shifted.usable, weights, xp.zeros_like(weights))
 
 
-def _usual(backend: Backend, values: Array, how: LayerNorm) -> tuple[Array, Array | None] | None:
-    """The usual gate in few passes, and the rows left out; ``None`` for blocks of another kind."""
+def _usual(backend: Backend, values: Array, first_row: int, how: LayerNorm) -> Array | None:
+    """The usual gate in few passes; ``None`` for blocks of another kind."""
     rows, experts = values.shape
     if rows == 1:
-        weights = entmax15_of_one_row(backend, values, how)
-        return None if weights is None else (weights, None)
+        return entmax15_of_one_row(backend, values, how)
     if not backend.picks_entries:
         return entmax15_of_rows(backend, values, how)
-    return entmax15_of_candidates(backend, values, how) if worth_it(rows, experts) else None
-
-
-def _completed(
-    backend: Backend,
-    values: Array,
-    first_row: int,
-    how: LayerNorm,
-    weights: Array,
-    left_out: Array | None,
-) -> Array:
-    """``weights`` with the rows that were left out done in full."""
+    if not worth_it(rows, experts):
+        return None
+    found = entmax15_of_candidates(backend, values, how)
+    if found is None:
+        return None
+    weights, left_out = found
     xp = backend.namespace
     if left_out is not None and bool(xp.any(left_out)):
-        rows = xp.nonzero(left_out)[0]
-        shifted = shift(backend, xp.take(values, rows, axis=0), None, first_row, how, 0.5, True)
-        weights[rows, :] = _entmax15(backend, shifted.values, shifted.start)
+        # their threshold lies below the bound, so that candidates may be missing
+        some = xp.nonzero(left_out)[0]
+        shifted = shift(backend, xp.take(values, some, axis=0), None, first_row, how, 0.5, True)
+        weights[some, :] = _entmax15(backend, shifted.values, shifted.start)
     return weights
 
 

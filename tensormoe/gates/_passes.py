@@ -3,9 +3,9 @@
 For libraries that run each operation by itself, on several cores, and for which picking entries
 costs more than a pass over all of them. Logits are neither centred nor scaled: layer norm only
 says how large the mass above the threshold has to be. With radius r = 2 √(variance + eps) the
-coefficients are max((x - t)/r, 0)², where Σ max(x - t, 0)² = r², and Newton's method on that norm
-starts where rows of many normal logits have t. Rows that need more steps than most are for the
-caller to do in full.
+coefficients are (max(x - t, 0) / r)², where the norm of max(x - t, 0) is r, and Newton's method on
+that norm starts where rows of many normal logits have t. Once a step is lost in rounding, dividing
+by the norm that was found instead of r makes rows sum to one.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from math import isfinite, sqrt
 
 from tensormoe.backend import Array, Backend
 from tensormoe.gates._normalization import LayerNorm, off_centre, usual_threshold
-from tensormoe.gates._threshold import enough_of
 
-# a round for all rows costs more than to do this share of them again
-_LEFT_OUT = 1.0 / 24.0
+# Newton steps before it pays to look whether more are needed
+_LEAST_ROUNDS = 4
 
 # rows that have not converged after these are unlike the usual ones
 _MOST_ROUNDS = 12
 
+# a last step of so many units of rounding, relative to the radius, is noise
+_NOISE = 2.0
 
-def entmax15_of_rows(
-    backend: Backend, values: Array, how: LayerNorm
-) -> tuple[Array, Array | None] | None:
-    """Coefficients of a (rows, experts) block, and which rows could not be done this way.
+
+def entmax15_of_rows(backend: Backend, values: Array, how: LayerNorm) -> Array | None:
+    """Coefficients of a (rows, experts) block.
 
     Args:
         backend: an eager adapter.
@@ -34,16 +34,16 @@ def entmax15_of_rows(
         how: the layer norm.
 
     Returns:
-        ``None`` where the block is not of the usual kind: infinities or NaN, or logits far off
-        center. Otherwise (rows, experts), and (rows,) booleans or ``None`` for no row.
+        (rows, experts), or ``None`` where the block is not of the usual kind: infinities or NaN,
+        logits far off center, rows whose search takes long.
     """
     xp = backend.namespace
-    rows, experts = values.shape
+    experts = values.shape[-1]
     square = backend.square_sums(values)
     total = float(xp.sum(square))
     if total == 0.0:
         # a gate that was never trained: its projection starts at zero
-        return xp.full_like(values, 1.0 / experts), None
+        return xp.full_like(values, 1.0 / experts)
     if not isfinite(total):
         return None
     mean = backend.row_sums(values) * (1.0 / experts)
@@ -52,28 +52,21 @@ def entmax15_of_rows(
         return None
     radius = 2.0 * xp.sqrt(variance + how.eps)
     threshold = mean + usual_threshold(experts) * radius
-    tolerance = enough_of(experts, float(xp.finfo(values.dtype).eps), 2.0) * radius
-    most = max(1.0, _LEFT_OUT * rows)
-    excess = left_out = None
-    for _ in range(_MOST_ROUNDS):
-        del excess  # so that the next one takes its place in memory
-        excess = xp.maximum(values, threshold)
-        excess -= threshold
+    noise = _NOISE * float(xp.finfo(values.dtype).eps)
+    excess = None
+    for done in range(_MOST_ROUNDS):
+        excess = backend.excess(values, threshold, out=excess)
         norm = xp.sqrt(backend.square_sums(excess))
-        # a row without any excess divides by zero, and is left out
+        # a row without any excess divides by zero, and never ends
         step = (norm - radius) * norm / backend.row_sums(excess)
-        left_out = ~(xp.abs(step) <= tolerance)
-        if float(xp.sum(xp.astype(left_out, values.dtype))) < most:
+        if done >= _LEAST_ROUNDS and float(xp.max(xp.abs(step) / radius)) <= noise:
             break
         threshold = threshold + step
     else:
         return None
-    # a step to the left would be one of rounding, and let in experts without any excess
-    excess -= xp.maximum(step, xp.zeros_like(step))
-    excess = xp.maximum(excess, xp.zeros_like(step))
-    excess *= 1.0 / radius
+    excess *= 1.0 / norm
     excess *= excess
-    return excess, left_out[:, 0]
+    return excess
 
 
 def entmax15_of_one_row(backend: Backend, values: Array, how: LayerNorm) -> Array | None:
@@ -84,31 +77,30 @@ def entmax15_of_one_row(backend: Backend, values: Array, how: LayerNorm) -> Arra
     """
     xp = backend.namespace
     experts = values.shape[-1]
-    square = float(backend.square_sums(values)[0, 0])
+    row = backend.reshape(values, (experts,))
+    square = float(xp.vecdot(row, row))
     if square == 0.0:
         return xp.full_like(values, 1.0 / experts)
-    mean = float(backend.row_sums(values)[0, 0]) / experts
+    mean = float(xp.sum(row)) / experts
     variance = square / experts - mean * mean
     if not isfinite(square) or off_centre(mean, variance):
         return None
     radius = 2.0 * sqrt(variance + how.eps)
     threshold = mean + usual_threshold(experts) * radius
-    tolerance = enough_of(experts, float(xp.finfo(values.dtype).eps), 2.0) * radius
+    noise = _NOISE * float(xp.finfo(values.dtype).eps) * radius
+    excess = None
     for _ in range(_MOST_ROUNDS):
-        excess = xp.maximum(values, threshold)
-        excess -= threshold
-        mass = float(backend.row_sums(excess)[0, 0])
+        excess = backend.excess(row, threshold, out=excess)
+        mass = float(xp.sum(excess))
         if mass == 0.0:
             return None
-        norm = sqrt(float(backend.square_sums(excess)[0, 0]))
+        norm = sqrt(float(xp.vecdot(excess, excess)))
         step = (norm - radius) * norm / mass
-        if abs(step) <= tolerance:
+        if abs(step) <= noise:
             break
         threshold += step
     else:
         return None
-    excess -= max(step, 0.0)
-    excess = xp.maximum(excess, 0.0)
-    excess *= 1.0 / radius
+    excess *= 1.0 / norm
     excess *= excess
-    return excess
+    return backend.reshape(excess, (1, experts))

@@ -1,0 +1,47 @@
+"""Where the experts of a level are stored: what editing single experts needs to know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tensormoe.factorizations._network import Network, expert_leg
+
+__all__ = ["expert_axes", "expert_carriers"]
+
+
+def expert_axes(network: Network, level: int) -> Mapping[str, int]:
+    """The axis of a level's experts in every array that has one, the bias included, by name.
+
+    Copying these slices from one expert to another copies the expert, weights and bias.
+
+    >>> from tensormoe import CP, Dense, LayerSpec
+    >>> expert_axes(LayerSpec(6, 5, (4, 3), CP(2)).network, 1)
+    {'expert_1': 0}
+    >>> expert_axes(LayerSpec(6, 5, (4, 3), Dense()).network, 1)
+    {'weight': 1, 'bias': 1}
+    """
+    leg = expert_leg(level)
+    return {
+        factor.name: factor.legs.index(leg) for factor in network.all_factors if leg in factor.legs
+    }
+
+
+def expert_carriers(network: Network, level: int) -> tuple[str, ...]:
+    """Names of arrays in whose slices a level's experts are linear, each once.
+
+    An expert's matrix and its bias each depend on exactly one of these slices, all else fixed:
+    scaled together, they scale the expert. That is one factor where it has a part in both, or the
+    one that carries the input mode and its counterpart, the bias.
+
+    >>> from tensormoe import Dense, Hadamard, LayerSpec
+    >>> expert_carriers(LayerSpec(6, 5, 4, Hadamard()).network, 0)
+    ('expert_0',)
+    >>> expert_carriers(LayerSpec(6, 5, 4, Dense()).network, 0)
+    ('weight', 'bias')
+    """
+    leg = expert_leg(level)
+    source = network.input_factor
+    for factor in network.factors:
+        if factor != source and leg in factor.legs:
+            return (factor.name,)
+    return (source.name,) if network.bias is None else (source.name, network.bias.name)
