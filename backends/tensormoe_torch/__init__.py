@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from tensormoe_torch._adapter import BACKEND as BACKEND
 from tensormoe_torch._adapter import TorchBackend as TorchBackend
+from tensormoe_torch._editing import replace_expert as replace_expert
+from tensormoe_torch._editing import restored as restored
+from tensormoe_torch._editing import scale_experts as scale_experts
+from tensormoe_torch._editing import silence_experts as silence_experts
 from tensormoe_torch._embedding import MuMoEEmbedding as MuMoEEmbedding
 from tensormoe_torch._gate import ExpertGate as ExpertGate
+from tensormoe_torch._groups import parameter_groups as parameter_groups
 from tensormoe_torch._layer import MuMoE as MuMoE
 from tensormoe_torch._mlp import MuMoEMLP as MuMoEMLP
+from tensormoe_torch._official import from_official as from_official
+from tensormoe_torch._official_write import to_official as to_official
+from tensormoe_torch._pre_normed import PreNormed as PreNormed
 
 __all__ = [
     "BACKEND",
@@ -15,5 +23,13 @@ __all__ = [
     "MuMoE",
     "MuMoEEmbedding",
     "MuMoEMLP",
+    "PreNormed",
     "TorchBackend",
+    "from_official",
+    "parameter_groups",
+    "replace_expert",
+    "restored",
+    "scale_experts",
+    "silence_experts",
+    "to_official",
 ]

@@ -1,0 +1,294 @@
+"""Editing single experts in place, and taking it back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from math import isfinite
+from operator import index as as_index
+
+import torch
+from torch import Tensor, nn
+
+from tensormoe import functional
+from tensormoe.errors import ShapeError, SpecError
+from tensormoe.factorizations._experts import expert_axes, expert_carriers
+from tensormoe_torch._adapter import BACKEND
+from tensormoe_torch._base import Mixture
+from tensormoe_torch._fit import fit_expert
+from tensormoe_torch._mlp import MuMoEMLP
+from tensormoe_torch._pre_normed import PreNormed
+
+__all__ = ["replace_expert", "restored", "scale_experts", "silence_experts"]
+
+Editable = Mixture | MuMoEMLP | PreNormed
+"""What has experts by number; both layers of a block are edited together."""
+
+
+@torch.no_grad()
+def scale_experts(layer: Editable, factors: Mapping[int, float], level: int = 0) -> None:
+    """Multiply experts, weights and biases, by a factor each; coefficients stay as they are.
+
+    Parameters change in place and stay the same objects, so that optimizers go on with them. A
+    backward pass through an earlier call of the layer is then an error of PyTorch's.
+
+    Args:
+        layer: a layer, a block (both of its layers, ``block.first`` for one), or a
+            :class:`PreNormed` of them.
+        factors: a finite factor by the expert's index in its level.
+        level: of the hierarchy. An expert of one level has a part in all combinations with
+            experts of the others, and all of them are scaled.
+
+    Raises:
+        TypeError: no such layer, or no mapping.
+        ShapeError: a level or an index out of range.
+        SpecError: a factor that is no finite number, or a layer whose factors are computed.
+
+    >>> from tensormoe_torch import MuMoE
+    >>> layer = MuMoE(8, 4, experts=3, rank=2)
+    >>> before = layer.expert(1)[0]
+    >>> scale_experts(layer, {1: 0.5, 2: 2.0})
+    >>> bool((layer.expert(1)[0] - 0.5 * before).abs().max() < 1e-6)
+    True
+    """
+    mixtures = _mixtures(layer)
+    if not isinstance(factors, Mapping):
+        raise TypeError(
+            f"factors must map experts' indices to numbers; got {type(factors).__qualname__}."
+        )
+    places = _indices(mixtures[0], factors, level)
+    for place, factor in zip(places, factors.values(), strict=True):
+        number = isinstance(factor, int | float) and not isinstance(factor, bool)
+        if not number or not isfinite(factor):
+            raise SpecError(f"a factor must be a finite number; got {factor!r} for expert {place}.")
+    for mixture in mixtures:
+        for array, axis in _carriers(mixture, level):
+            for place, factor in zip(places, factors.values(), strict=True):
+                array.select(axis, place).mul_(float(factor))
+
+
+@torch.no_grad()
+def silence_experts(layer: Editable, indices: int | Iterable[int], level: int = 0) -> None:
+    """Set experts to zero, weights and biases; coefficients stay as they are.
+
+    This is the intervention of Oldfield et al. 2024, section 4: an input that is routed to a
+    silent expert loses that expert's share, and no other expert takes it over.
+
+    Args:
+        layer: as for :func:`scale_experts`.
+        indices: of experts in their level, or one.
+        level: of the hierarchy.
+
+    Raises:
+        TypeError, ShapeError, SpecError: as :func:`scale_experts`.
+    """
+    mixtures = _mixtures(layer)
+    listed = [*indices] if isinstance(indices, Iterable) else [indices]
+    places = _indices(mixtures[0], listed, level)
+    for mixture in mixtures:
+        for array, axis in _carriers(mixture, level):
+            for place in places:
+                array.select(axis, place).zero_()
+
+
+@torch.no_grad()
+def replace_expert(
+    layer: Editable,
+    index: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    source: int | None = None,
+    level: int = 0,
+) -> float:
+    """Put another expert in an expert's place: a copy of one of the layer's own, or a given matrix.
+
+    A factorized layer can only hold matrices within what its other factors span, so a given matrix
+    is replaced by the closest of those (least squares over all entries, in float64 on the CPU).
+    Only this expert changes.
+
+    Args:
+        layer: as for :func:`scale_experts`; a given matrix needs a single layer.
+        index: of the expert to replace.
+        weight: (in, out), the matrix that it shall have. With several levels, one for every
+            combination with experts of the other levels: (other levels' experts…, in, out).
+        bias: (out,), or (other levels' experts…, out). Without it, biases are left out of the
+            fit: in a factorized layer they change along with the weights.
+        source: copy this expert, exactly, instead.
+        level: of the hierarchy.
+
+    Returns:
+        How far the expert now is from what was given: the norm of the difference over the norm,
+        weight and bias taken together. Zero for a copy.
+
+    Raises:
+        TypeError: as :func:`scale_experts`.
+        ShapeError: an index, a level, a shape or a dtype that does not fit, or entries that are
+            not finite.
+        BackendError: no tensors.
+        SpecError: both or neither of ``weight`` and ``source``, a bias that has no place, a block
+            and a weight, or a layer whose factors are computed.
+
+    >>> import torch
+    >>> from tensormoe_torch import MuMoE
+    >>> layer = MuMoE(8, 4, experts=3, rank=64)
+    >>> replace_expert(layer, 2, source=0)
+    0.0
+    >>> replace_expert(layer, 1, torch.eye(8, 4), torch.zeros(4)) < 1e-5
+    True
+    """
+    mixtures = _mixtures(layer)
+    (place,) = _indices(mixtures[0], [index], level)
+    if (weight is None) == (source is None) or (weight is None and bias is not None):
+        raise SpecError(
+            "replace_expert takes either weight, with or without bias, or source; got "
+            f"weight {'absent' if weight is None else 'given'}, "
+            f"bias {'absent' if bias is None else 'given'}, source {source!r}."
+        )
+    if source is not None:
+        (origin,) = _indices(mixtures[0], [source], level)
+        for mixture in mixtures:
+            for name, axis in expert_axes(mixture.spec.network, level).items():
+                factor = _factor(mixture, name)
+                factor.select(axis, place).copy_(factor.select(axis, origin))
+        return 0.0
+    if len(mixtures) > 1:
+        raise SpecError(
+            "a block has two layers, and a weight belongs to one; got a block. Edit block.first or "
+            "block.second."
+        )
+    mixture = mixtures[0]
+    assert weight is not None
+    _check_given(mixture, weight, bias, level)
+    axes = expert_axes(mixture.spec.network, level)
+    arrays = {name: _factor(mixture, name) for name in mixture.spec.shapes}
+    slices: dict[str, Tensor] = {
+        name: array.select(axes[name], place) if name in axes else array
+        for name, array in arrays.items()
+    }
+    found, error = fit_expert(mixture.spec.network, level, slices, weight, bias)
+    if not isfinite(error):
+        raise ShapeError(
+            "the layer's factors and the fitted ones must be finite; got some that are not. Train "
+            "the layer in a wider dtype, or give a smaller weight."
+        )
+    for name, array in found.items():
+        slices[name].copy_(array)
+    return error
+
+
+def restored(module: nn.Module) -> AbstractContextManager[None]:
+    """A context in which experts can be edited, and after which they are as before, bit for bit.
+
+    On leaving, also by an exception, every factor of every μMoE layer inside ``module`` gets the
+    values that it had on entering, whatever happened to it. Gates and other parameters are not
+    restored. It holds one copy of the factors.
+
+    Args:
+        module: a layer, or a model with layers anywhere inside.
+
+    Raises:
+        TypeError: no module, or one without a μMoE layer.
+
+    >>> import torch
+    >>> from tensormoe_torch import MuMoE
+    >>> layer = MuMoE(8, 4, experts=3, rank=2)
+    >>> before = layer(torch.ones(8))
+    >>> with restored(layer):
+    ...     silence_experts(layer, [0, 1, 2])
+    ...     print(layer(torch.ones(8)).detach())
+    tensor([0., 0., 0., 0.])
+    >>> bool((layer(torch.ones(8)) == before).all())
+    True
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module; got {type(module).__qualname__}.")
+    layers = [each for each in module.modules() if isinstance(each, Mixture)]
+    if not layers:
+        raise TypeError(f"module must be or hold a μMoE layer; got {type(module).__qualname__}.")
+    return _restored([_factor(each, name) for each in layers for name in each.spec.shapes])
+
+
+@contextmanager
+def _restored(parameters: list[nn.Parameter]) -> Iterator[None]:
+    kept = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, values in zip(parameters, kept, strict=True):
+                parameter.copy_(values)
+
+
+def _mixtures(layer: Editable) -> list[Mixture]:
+    """The layers to edit."""
+    block = layer.block if isinstance(layer, PreNormed) else layer
+    if isinstance(block, MuMoEMLP):
+        return [block.first, block.second]
+    if isinstance(block, Mixture):
+        return [block]
+    raise TypeError(
+        "layer must be a MuMoE, MuMoEMLP, MuMoEEmbedding or PreNormed; got "
+        f"{type(layer).__qualname__}. Pass the layer inside whose experts you mean."
+    )
+
+
+def _factor(mixture: Mixture, name: str) -> nn.Parameter:
+    """A factor that can be edited in place."""
+    found = mixture.factors[name]
+    if not isinstance(found, nn.Parameter):
+        raise SpecError(
+            f"factors must be parameters to be edited; got a computed {name!r}. Remove its "
+            "parametrization first, or edit what it is computed from."
+        )
+    return found
+
+
+def _carriers(mixture: Mixture, level: int) -> list[tuple[nn.Parameter, int]]:
+    """The arrays in which a level's experts are linear, with the axis of the experts."""
+    network = mixture.spec.network
+    axes = expert_axes(network, level)
+    return [(_factor(mixture, name), axes[name]) for name in expert_carriers(network, level)]
+
+
+def _indices(mixture: Mixture, indices: Iterable[int], level: int) -> list[int]:
+    """Indices of experts in a level, checked."""
+    experts = mixture.spec.experts
+    if not _lies_in(level, len(experts)):
+        raise ShapeError(
+            f"level must lie in [0, {len(experts)}), the layer's levels; got {level!r}."
+        )
+    listed = [*indices]
+    for place in listed:
+        if not _lies_in(place, experts[level]):
+            raise ShapeError(
+                f"expert index must lie in [0, {experts[level]}) at level {level}; got {place!r}."
+            )
+    return [as_index(place) for place in listed]
+
+
+def _lies_in(value: object, count: int) -> bool:
+    return (
+        not isinstance(value, bool) and hasattr(value, "__index__") and 0 <= as_index(value) < count
+    )
+
+
+def _check_given(mixture: Mixture, weight: Tensor, bias: Tensor | None, level: int) -> None:
+    """A given expert must have the layer's sizes and finite entries."""
+    spec = mixture.spec
+    others = spec.experts[:level] + spec.experts[level + 1 :]
+    if bias is not None and not spec.bias:
+        raise SpecError("the layer's experts have no biases; got a bias. Leave it out.")
+    given = [("weight", weight, (*others, spec.in_features, spec.out_features))]
+    if bias is not None:
+        given.append(("bias", bias, (*others, spec.out_features)))
+    for name, array, shape in given:
+        functional.check_array(array, BACKEND, name)
+        if tuple(array.shape) != shape:
+            raise ShapeError(f"{name} must have shape {shape}; got {tuple(array.shape)}.")
+        if not array.dtype.is_floating_point:
+            raise ShapeError(f"{name} must be real floating point; got {array.dtype}. Cast it.")
+        bad = (~torch.isfinite(array)).nonzero()
+        if len(bad):
+            where = tuple(bad[0].tolist())
+            raise ShapeError(f"{name} must be finite; got {float(array[where])} at {where}.")
