@@ -1,0 +1,1 @@
+"""What the two training examples share: variants, data, training, comparison, report."""

@@ -1,0 +1,148 @@
+"""A small GPT whose MLPs are experts, on real text, next to the dense one of the same size.
+
+    python examples/gpt_on_text.py
+    python examples/gpt_on_text.py --quick
+
+It reads and predicts single characters. Every MLP becomes a ``MuMoEMLP`` block (CP and tensor
+ring), which with its gate has no more parameters than the dense MLP. The gate normalizes over the
+experts of one token, so that no token sees a later one. All models get the same seeds, batches,
+optimizer and steps. Prints a table; figures and loss curves go to ``out/``. The full run takes
+some minutes, ``--quick`` some seconds.
+
+Needs PyTorch, rich and matplotlib (``pip install 'tensormoe[torch,cli]'``). The text is the
+language reference that Python's ``help()`` shows, else sources of the standard library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from _comparison.compare import compare, parse, resolve_recipe
+from _comparison.outcome import Model, Task
+from _comparison.text import Text, batches, load_text, windows
+from _comparison.training import Recipe, Score, evaluate
+from _comparison.variants import Variant, make_mlp
+from torch import Tensor, nn
+
+from tensormoe import Gate
+
+# batch norm would let a token see later ones in training
+GATE = Gate("entmax", normalization="layer")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a GPT, in GPT-2's proportions: four times as many hidden units as channels."""
+
+    depth: int = 3
+    channels: int = 64
+    heads: int = 4
+    context: int = 128
+    experts: int = 32
+
+
+FULL = Sizes()
+QUICK = Sizes(depth=1, channels=32, heads=2, context=32, experts=8)
+RECIPE = Recipe(steps=800, batch=16, rate=3e-3)
+QUICK_RECIPE = Recipe(steps=60, batch=16, rate=5e-3, scores=3)
+
+
+class Attention(nn.Module):
+    """Every token looks at itself and those before it."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.inputs, self.output = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.inputs(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        result: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
+        return result
+
+
+class Layer(nn.Module):
+    """Attention, then an MLP, each behind a norm and around a shortcut (Radford et al. 2019)."""
+
+    def __init__(self, channels: int, attention: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.attention, self.mlp = attention, mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm_attention(x))
+        mixed: Tensor = x + self.mlp(self.norm_mlp(x))
+        return mixed
+
+
+class GPT(Model):
+    """Ids (batch, T) → logits (batch, T, symbols) of the ids that follow.
+
+    Args:
+        sizes: of the model; T is at most ``sizes.context``.
+        symbols: number of different characters.
+        variant: what its MLPs are.
+    """
+
+    def __init__(self, sizes: Sizes, symbols: int, variant: Variant) -> None:
+        super().__init__()
+        self.sizes = sizes
+        channels = sizes.channels
+        # what variants share comes first, so that it starts equal at an equal seed
+        self.symbols = nn.Embedding(symbols, channels)
+        self.places = nn.Embedding(sizes.context, channels)
+        for table in (self.symbols, self.places):
+            nn.init.normal_(table.weight, std=0.02)
+        self.norm = nn.LayerNorm(channels)
+        self.head = nn.Linear(channels, symbols)
+        attentions = [Attention(channels, sizes.heads) for _ in range(sizes.depth)]
+        self.layers = nn.ModuleList(
+            Layer(channels, each, make_mlp(variant, channels, 4 * channels, sizes.experts, GATE))
+            for each in attentions
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.symbols(ids) + self.places.weight[: ids.shape[-1]]
+        for layer in self.layers:
+            x = layer(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+    def mlps(self, batch: int) -> list[tuple[nn.Module, int]]:
+        rows = batch * self.sizes.context
+        return [(layer.mlp, rows) for layer in self.layers if isinstance(layer, Layer)]
+
+
+def make_task(text: Text, sizes: Sizes, recipe: Recipe) -> Task:
+    """Predict the next character."""
+    return Task(
+        name="gpt",
+        data=f"Character-level GPT on {text.name}: {len(text.train):,} training and "
+        f"{len(text.test):,} test characters",
+        figure="loss",
+        tokens=sizes.context,
+        build=lambda variant: GPT(sizes, len(text.symbols), variant),
+        batches=lambda seed: batches(text, sizes.context, recipe.batch, seed),
+        score=lambda model: score(model, text, sizes.context),
+    )
+
+
+def score(model: nn.Module, text: Text, context: int) -> Score:
+    """Loss and accuracy over the test text, in windows side by side."""
+    return evaluate(model, *windows(text.test, context), batch=32)
+
+
+def main() -> None:
+    words = parse("A small GPT of experts next to the dense one, on real text.")
+    recipe = resolve_recipe(QUICK_RECIPE if words.quick else RECIPE, words)
+    text = load_text(holdout=words.holdout)
+    sizes = QUICK if words.quick else FULL
+    torch.use_deterministic_algorithms(True)
+    compare(make_task(text, sizes, recipe), recipe, words)
+
+
+if __name__ == "__main__":
+    main()
