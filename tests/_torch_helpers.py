@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormoe import CP, Dense, Gate, Hadamard, LayerSpec, TensorRing, TensorTrain, Tucker
+from tensormoe.testing import assert_output
 from tensormoe_torch import MuMoE
 
 KINDS = [CP(3), TensorRing(3), TensorTrain(3), Tucker(2), Hadamard(), Dense()]
@@ -81,6 +82,26 @@ def traced() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tensormoe_torch._autograd.is_traced", lambda x: True)
         yield
+
+
+WAYS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "without gradients": torch.no_grad,
+    "in inference": torch.inference_mode,
+    "with gradients": torch.enable_grad,
+    "traced": traced,
+}
+"""The ways that a call may run: operation by operation, as nodes of the graph, traced."""
+
+
+def assert_mixture(output: Tensor, layer: Any, made: Any, x: Tensor) -> None:
+    """Factorized equals unfactorized, for given coefficients."""
+    assert_output(
+        numpy_of(output),
+        layer.spec.factorization,
+        factors_of(layer),
+        [numpy_of(each) for each in made],
+        numpy_of(x),
+    )
 
 
 def gradients(output: Tensor, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
