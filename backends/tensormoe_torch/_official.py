@@ -71,8 +71,8 @@ alpha=1.5, normalization='layer', k=None, bias=False, eps=1e-05, momentum=0.1), 
         choice(factorization, _FACTORIZATIONS, "factorization", SpecError)
     arrays = _arrays(state, prefix)
     layout = Layout.of(arrays, None if factorization is None else factorization != "cp")
-    outer = {layout.bond(layer, 0): 1 for layer in range(layout.layers)}
-    sizes = layout.sizes(arrays, outer if factorization == "tensor_train" else {})
+    outer = {layout.bond(0): 1} if factorization == "tensor_train" else {}
+    sizes = layout.sizes(arrays, outer)
     _check(layout, sizes, arrays, prefix)
     try:
         configs = _configs(layout, sizes, factorization == "tensor_train", activation)
@@ -149,12 +149,12 @@ def _configs(
     gate = Gate(activation, normalization="batch" if layout.batch_norm else "layer")
     experts = tuple(sizes[f"n{level}"] for level in range(layout.levels))
     modes = ["in", "hidden", "out"] if layout.layers == 2 else ["in", "out"]
+    bonds = tuple(sizes[layout.bond(place)] for place in range(layout.levels + 2))
+    factorization: Factorization = CP(bonds[0])
+    if layout.ring:
+        factorization = TensorTrain(bonds[1:]) if train else TensorRing(bonds)
     configs = []
     for layer in range(layout.layers):
-        bonds = tuple(sizes[layout.bond(layer, k)] for k in range(layout.levels + 2))
-        factorization: Factorization = CP(bonds[0])
-        if layout.ring:
-            factorization = TensorTrain(bonds[1:]) if train else TensorRing(bonds)
         source, target = (sizes[mode] for mode in modes[layer : layer + 2])
         spec = LayerSpec(source, target, experts, factorization, sizes["in+"] > sizes["in"])
         configs.append(LayerConfig(spec, None if layer else gate))

@@ -98,7 +98,7 @@ class Layout:
             source, target = (("in", "hidden"), ("hidden", "out"))[layer]
             modes = [*experts, f"{source}+", target if self.layers == 2 else "out"]
             for place, mode in enumerate(modes):
-                before, after = (self.bond(layer, k % len(modes)) for k in (place, place + 1))
+                before, after = self.bond(place), self.bond((place + 1) % len(modes))
                 ring = (before, mode, after)
                 named[factor_name(layer, place)] = ring if self.ring else (mode, before)
         if self.input_norm:
@@ -109,9 +109,9 @@ class Layout:
             named[f"bn.{level}.num_batches_tracked"] = ()
         return named
 
-    def bond(self, layer: int, place: int) -> str:
-        """The bond of a layer before one of its modes; CP has a single one."""
-        return f"bond {layer}.{place if self.ring else 0}"
+    def bond(self, place: int) -> str:
+        """The bond before a mode, of one size in both layers of a block; CP has a single one."""
+        return f"bond {place if self.ring else 0}"
 
     def sizes(self, state: Mapping[str, Tensor], fixed: Mapping[str, int]) -> dict[str, int]:
         """The size of everything that axes run over: what the first array with such an axis says.

@@ -83,6 +83,17 @@ def _layers(block: MuMoE | MuMoEMLP) -> tuple[MuMoE, ...]:
     return (block.first, block.second) if isinstance(block, MuMoEMLP) else (block,)
 
 
+def _stored(mixture: MuMoE) -> str:
+    """Kind, rank and bias: the released code gives both layers of a block the same."""
+    spec = mixture.spec
+    bonds = spec.factorization.bonds(spec.levels)
+    kind = "CP"
+    if not isinstance(spec.factorization, CP):
+        kind = "a ring"
+        bonds = (1, *bonds) if isinstance(spec.factorization, TensorTrain) else bonds
+    return f"{kind} of rank {bonds} {'with' if spec.bias else 'without'} biases"
+
+
 def _misfits(block: MuMoE | MuMoEMLP, norm: nn.Module | None) -> list[str]:
     """What about a block the released code cannot hold, a line each."""
     lines = []
@@ -109,9 +120,9 @@ def _misfits(block: MuMoE | MuMoEMLP, norm: nn.Module | None) -> list[str]:
     if isinstance(block, MuMoEMLP):
         if block.config.act_layer != "gelu":
             lines.append(f"act_layer must be 'gelu'; got {block.config.act_layer!r}")
-        biases = [mixture.spec.bias for mixture in _layers(block)]
-        if biases[0] != biases[1]:
-            lines.append(f"both layers must have biases, or neither; got {biases}")
+        first, second = (_stored(mixture) for mixture in _layers(block))
+        if first != second:
+            lines.append(f"both layers must be stored alike; got {first} and {second}")
     if norm is not None:
         size = _layers(block)[0].spec.in_features
         wanted_norm = nn.LayerNorm(size, device="meta")

@@ -1,0 +1,371 @@
+"""Experts scaled, silenced, replaced and restored: only they change, and only as asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tensormoe import CP, Dense, Gate, Hadamard, LayerSpec, TensorRing, TensorTrain, Tucker
+from tensormoe.errors import BackendError, ShapeError, SpecError
+from tensormoe.testing import reconstruct_by_einsum, specs
+from tensormoe_torch import (
+    MuMoE,
+    MuMoEEmbedding,
+    MuMoEMLP,
+    PreNormed,
+    replace_expert,
+    restored,
+    scale_experts,
+    silence_experts,
+)
+from tests._torch_helpers import KINDS, build, factors_of, normal, randomize
+
+EXPERTS = [(5,), (4, 3), (2, 3, 2)]
+
+
+def weights(layer: Any) -> np.ndarray:
+    """𝒲 with the bias as its last row, built by code of its own; a copy, as Dense is 𝒲 itself."""
+    return np.array(reconstruct_by_einsum(layer.spec.factorization, factors_of(layer)))
+
+
+def assert_near(found: Any, wanted: Any, tolerance: float = 1e-11) -> None:
+    np.testing.assert_allclose(found, wanted, rtol=0.0, atol=tolerance * np.abs(wanted).max())
+
+
+def put(array: np.ndarray, level: int, place: int, values: Any) -> np.ndarray:
+    """A copy with the slice of one expert of one level changed."""
+    changed = np.array(array)
+    np.moveaxis(changed, level, 0)[place] = values
+    return changed
+
+
+def pick(array: np.ndarray, level: int, place: int) -> np.ndarray:
+    return np.take(array, place, axis=level)
+
+
+@given(data=st.data())
+def test_only_the_edited_experts_change(data: st.DataObject) -> None:
+    """Every factorization, level, bias: weights built explicitly, before and after."""
+    spec = data.draw(specs(), "spec")
+    layer = build(spec, Gate(normalization=None), seed=data.draw(st.integers(0, 99), "seed"))
+    level = data.draw(st.integers(0, spec.levels - 1), "level")
+    place = data.draw(st.integers(0, spec.experts[level] - 1), "expert")
+    x = normal(3, spec.in_features)
+    before, coefficients = weights(layer), layer.coefficients(x)
+    kept = {name: array.clone() for name, array in layer.state_dict().items()}
+    parameters = [*layer.parameters()]
+
+    with restored(layer):
+        scale_experts(layer, {place: -2.5}, level)
+        assert_near(weights(layer), put(before, level, place, -2.5 * pick(before, level, place)))
+    with restored(layer):
+        silence_experts(layer, place, level)
+        assert np.array_equal(weights(layer), put(before, level, place, 0.0))
+    source = data.draw(st.integers(0, spec.experts[level] - 1), "source")
+    with restored(layer):
+        assert replace_expert(layer, place, source=source, level=level) == 0.0
+        assert_near(weights(layer), put(before, level, place, pick(before, level, source)))
+        after = weights(layer)
+        assert np.array_equal(pick(after, level, place), pick(after, level, source))
+
+    assert all(torch.equal(a, b) for a, b in zip(layer.coefficients(x), coefficients, strict=True))
+    assert all(a is b for a, b in zip(layer.parameters(), parameters, strict=True))
+    assert all(torch.equal(array, kept[name]) for name, array in layer.state_dict().items())
+
+
+def test_several_experts_at_once() -> None:
+    layer = build(LayerSpec(4, 3, 5, CP(3)))
+    before = weights(layer)
+    scale_experts(layer, {0: 2.0, np.int64(3): 0, 4: 1})
+    factors = np.array([2.0, 1.0, 1.0, 0.0, 1.0])[:, None, None]
+    assert_near(weights(layer), before * factors)
+    silence_experts(layer, (place for place in (1, 4, 1)))
+    assert_near(weights(layer), before * factors * np.array([1, 0, 1, 1, 0])[:, None, None])
+    scale_experts(layer, {})
+    silence_experts(layer, [])
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_blocks_are_edited_in_both_layers(level: int) -> None:
+    block = randomize(MuMoEMLP(4, 5, 3, experts=(4, 3), rank=3, dtype=torch.float64))
+    for layer in (block, PreNormed(block)):
+        for edit in (
+            lambda each: scale_experts(each, {1: 0.5, 2: 3.0}, level),
+            lambda each: silence_experts(each, [1], level),
+            lambda each: replace_expert(each, 1, source=2, level=level),
+        ):
+            before = [weights(each) for each in (block.first, block.second)]
+            with restored(layer):
+                edit(layer)
+                both = [weights(each) for each in (block.first, block.second)]
+            for place, single in enumerate((block.first, block.second)):
+                assert_near(weights(single), before[place], 0.0)
+                with restored(single):
+                    edit(single)
+                    assert_near(both[place], weights(single), 0.0)
+                    assert np.abs(both[place] - before[place]).max() > 0.1
+
+
+def test_embeddings_are_edited() -> None:
+    table = randomize(MuMoEEmbedding(6, 3, 4, "dense", dtype=torch.float64))
+    before = weights(table)
+    given_ones = torch.eye(4, dtype=torch.float64)
+    silence_experts(table, 2)
+    found = table(torch.tensor([5, 5, 5, 5]), given_ones).detach().numpy()
+    assert np.array_equal(found, put(before, 0, 2, 0.0)[:, 5])
+    target = normal(6, 3)
+    assert replace_expert(table, 1, target) == 0.0
+    assert np.array_equal(weights(table)[1], target.numpy())
+
+
+def jacobian_fit(
+    layer: MuMoE, names: tuple[str, ...], level: int, place: int, target: np.ndarray, rows: slice
+) -> np.ndarray:
+    """The best slice by brute force: the design matrix column by column, then SVD."""
+    arrays = factors_of(layer)
+    sliced = []
+    for name in names:
+        axis = level if name in ("weight", "bias") and "weight" in arrays else 0
+        sliced.append(np.moveaxis(arrays[name], axis, 0)[place])
+    size = sum(each.size for each in sliced)
+    columns = []
+    for k in range(size):
+        flat = np.zeros(size)
+        flat[k] = 1.0
+        changed = dict(arrays)
+        for name, part in zip(
+            names, np.split(flat, np.cumsum([s.size for s in sliced])), strict=False
+        ):
+            axis = level if "weight" in arrays else 0
+            shape = np.moveaxis(arrays[name], axis, 0)[place].shape
+            changed[name] = put(arrays[name], axis, place, part.reshape(shape))
+        full = reconstruct_by_einsum(layer.spec.factorization, changed)
+        columns.append(pick(full, level, place)[..., rows, :].ravel())
+    design = np.stack(columns, axis=1)
+    found = np.linalg.lstsq(design, target[..., rows, :].ravel(), rcond=None)[0]
+    return (design @ found).reshape(target[..., rows, :].shape)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("experts", EXPERTS, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_replacing_is_least_squares(kind: Any, experts: tuple[int, ...], with_bias: bool) -> None:
+    layer = build(LayerSpec(6, 5, experts, kind))
+    for level in range(len(experts)):
+        before = weights(layer)
+        others = experts[:level] + experts[level + 1 :]
+        target = np.random.default_rng(level).standard_normal((*others, 7, 5))
+        names = ("weight", "bias") if "weight" in layer.factors else (f"expert_{level}",)
+        rows = slice(None) if with_bias else slice(0, 6)
+        want = jacobian_fit(layer, names, level, 1, target, rows)
+        given_bias = torch.tensor(target[..., 6, :]) if with_bias else None
+        with restored(layer):
+            error = replace_expert(
+                layer, 1, torch.tensor(target[..., :6, :]), given_bias, level=level
+            )
+            after = weights(layer)
+        assert_near(pick(after, level, 1)[..., rows, :], want, 1e-9)
+        off = np.linalg.norm(pick(after, level, 1)[..., rows, :] - target[..., rows, :])
+        assert error == pytest.approx(
+            off / np.linalg.norm(target[..., rows, :]), rel=1e-9, abs=1e-14
+        )
+        assert_near(put(after, level, 1, pick(before, level, 1)), before, 0.0)
+        if kind == Dense():
+            assert error < 1e-15
+            assert with_bias or np.array_equal(after[..., 6, :], before[..., 6, :])
+        else:
+            assert 0.1 < error < 1.0
+
+
+@pytest.mark.parametrize("experts", EXPERTS, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_what_the_factors_span_is_reached(kind: Any, experts: tuple[int, ...]) -> None:
+    """An expert scaled down and shifted towards another one is still within the span."""
+    layer = build(LayerSpec(6, 5, experts, kind))
+    level = len(experts) - 1
+    before = weights(layer)
+    target = 0.3 * pick(before, level, 0) - 2.0 * pick(before, level, 1)
+    rows = torch.tensor(target)
+    error = replace_expert(layer, 0, rows[..., :6, :], rows[..., 6, :], level=level)
+    assert error < 1e-13
+    assert_near(weights(layer), put(before, level, 0, target))
+
+
+def test_of_equally_close_slices_the_nearest_is_taken() -> None:
+    layer = build(LayerSpec(2, 2, 3, CP(30), bias=False))
+    slices = layer.factors["expert_0"].detach().clone()
+    with restored(layer):
+        assert replace_expert(layer, 1, layer.expert(1)[0].detach()) < 1e-14
+        torch.testing.assert_close(layer.factors["expert_0"].detach(), slices)
+    assert replace_expert(layer, 1, normal(2, 2)) < 1e-13
+    moved = layer.factors["expert_0"].detach()[1] - slices[1]
+    products = layer.factors["input"][:, None] * layer.factors["output"]
+    rows = products.detach().reshape(4, 30)
+    # the change has no part in what makes no difference
+    torch.testing.assert_close(torch.linalg.pinv(rows) @ (rows @ moved), moved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_layers_report_what_they_store(dtype: torch.dtype) -> None:
+    layer = build(LayerSpec(6, 5, 4, TensorRing((2, 2, 30))), dtype=dtype)
+    target = layer.expert(0)[0].double().detach() * 3.0
+    error = replace_expert(layer, 2, target)
+    stored = torch.tensor(weights(layer)[2, :6])
+    assert error == pytest.approx(float((stored - target).norm() / target.norm()), rel=1e-6)
+    assert 0.0 < error < 4.0 * torch.finfo(dtype).eps
+    assert layer.factors["expert_0"].dtype == dtype
+
+
+def test_a_zero_expert_can_be_given() -> None:
+    layer = build(LayerSpec(6, 5, 4, Tucker(3)))
+    assert replace_expert(layer, 2, torch.zeros(6, 5)) == 0.0
+    assert np.array_equal(weights(layer)[2], np.zeros((7, 5)))
+    dense = build(LayerSpec(6, 5, 4, Dense()))
+    biases = weights(dense)[:, 6]
+    assert replace_expert(dense, 2, torch.zeros(6, 5)) == 0.0
+    assert np.array_equal(weights(dense)[2, :6], np.zeros((6, 5)))
+    assert np.array_equal(weights(dense)[:, 6], biases)
+
+
+def test_everything_is_restored_after_an_exception() -> None:
+    model = nn.Sequential(
+        build(LayerSpec(4, 4, (3, 2), TensorTrain(2)), Gate()),
+        randomize(MuMoEMLP(4, 5, 4, experts=3, rank=2, dtype=torch.float64)),
+        nn.Linear(4, 4, dtype=torch.float64),
+    )
+    first: Any = model[0]
+    kept = {name: array.clone() for name, array in model.state_dict().items()}
+
+    def edit_and_fail() -> None:
+        with restored(model):
+            silence_experts(first, [0, 1, 2])
+            with restored(model):
+                scale_experts(first, {0: 3.0})
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(1.0)
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        edit_and_fail()
+    for name, array in model.state_dict().items():
+        changed = "factors" not in name
+        assert torch.equal(array, kept[name] + 1.0 if changed else kept[name]), name
+
+
+def test_optimizers_go_on_with_edited_layers() -> None:
+    layer = build(LayerSpec(4, 3, 3, Hadamard()), Gate())
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.0)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        layer(normal(9, 4)).square().sum().backward()
+        optimizer.step()
+
+    step()
+    silence_experts(layer, 1)
+    with restored(layer):
+        silence_experts(layer, [0, 2])
+    before = weights(layer)
+    assert np.array_equal(before[1], np.zeros((5, 3)))
+    step()
+    assert np.abs(weights(layer) - before).min(axis=(1, 2)).max() > 0.0
+    assert len(optimizer.state) == len([*layer.parameters()])
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda layer: scale_experts(layer, {1: 2.0}),
+        lambda layer: silence_experts(layer, 1),
+        lambda layer: replace_expert(layer, 1, source=0),
+        lambda layer: replace_expert(layer, 1, torch.ones(4, 3)),
+        lambda layer: restored(layer)(lambda: None)(),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_backward_pass_through_edited_experts_is_an_error(
+    edit: Callable[[Any], Any], kind: Any
+) -> None:
+    layer = build(LayerSpec(4, 3, 3, kind), Gate())
+    output: Tensor = layer(normal(5, 4)).sum()
+    edit(layer)
+    assert all(each.requires_grad and each.is_leaf for each in layer.parameters())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
+
+
+LAYER = build(LayerSpec(4, 3, (3, 2), CP(2), bias=False))
+BAD: list[tuple[Any, type[Exception], str]] = [
+    (lambda: scale_experts(LAYER, {3: 2.0}), ShapeError, r"in \[0, 3\) at level 0; got 3"),
+    (lambda: scale_experts(LAYER, {2: 2.0}, 1), ShapeError, r"in \[0, 2\) at level 1; got 2"),
+    (lambda: silence_experts(LAYER, [0, -1]), ShapeError, r"in \[0, 3\) at level 0; got -1"),
+    (lambda: silence_experts(LAYER, True), ShapeError, "got True"),
+    (lambda: silence_experts(LAYER, 1.0), ShapeError, "got 1.0"),  # type: ignore[arg-type]
+    (lambda: silence_experts(LAYER, 0, 2), ShapeError, r"level must lie in \[0, 2\).*got 2"),
+    (lambda: silence_experts(LAYER, 0, -1), ShapeError, r"level must lie in \[0, 2\).*got -1"),
+    (lambda: scale_experts(LAYER, {0: float("nan")}), SpecError, "finite number; got nan for"),
+    (lambda: scale_experts(LAYER, {0: "2"}), SpecError, "finite number; got '2' for expert 0"),  # type: ignore[dict-item]
+    (lambda: scale_experts(LAYER, [2.0]), TypeError, "must map experts' indices"),  # type: ignore[arg-type]
+    (lambda: silence_experts(nn.Linear(2, 2), 0), TypeError, "got Linear"),  # type: ignore[arg-type]
+    (lambda: restored(nn.Linear(2, 2)), TypeError, "hold a μMoE layer; got Linear"),
+    (lambda: restored(3), TypeError, "must be a torch.nn.Module; got int"),  # type: ignore[arg-type]
+    (lambda: replace_expert(LAYER, 3, source=0), ShapeError, "got 3"),
+    (lambda: replace_expert(LAYER, 0, source=3), ShapeError, "got 3"),
+    (lambda: replace_expert(LAYER, 0), SpecError, "weight absent, bias absent, source None"),
+    (lambda: replace_expert(LAYER, 0, normal(2, 4, 3), source=1), SpecError, "either weight"),
+    (lambda: replace_expert(LAYER, 0, bias=normal(2, 3), source=1), SpecError, "bias given"),
+    (lambda: replace_expert(LAYER, 0, normal(4, 3)), ShapeError, r"\(2, 4, 3\); got \(4, 3\)"),
+    (lambda: replace_expert(LAYER, 0, normal(2, 4, 3), level=1), ShapeError, r"\(3, 4, 3\)"),
+    (lambda: replace_expert(LAYER, 0, normal(2, 4, 3), normal(2, 3)), SpecError, "no biases"),
+    (lambda: replace_expert(LAYER, 0, torch.ones(2, 4, 3, dtype=int)), ShapeError, "int64. Cast"),  # type: ignore[call-overload]
+    (lambda: replace_expert(LAYER, 0, np.ones((2, 4, 3))), BackendError, "array of torch"),  # type: ignore[arg-type]
+    (lambda: replace_expert(LAYER, 0, normal(2, 4, 3).log()), ShapeError, r"finite; got nan at"),
+    (
+        lambda: replace_expert(MuMoEMLP(4, experts=2, rank=2), 0, normal(4, 4)),
+        SpecError,
+        "Edit block.first or",
+    ),
+]
+
+
+@pytest.mark.parametrize(("edit", "error", "message"), BAD)
+def test_what_cannot_be_is_refused_and_changes_nothing(
+    edit: Callable[[], Any], error: type[Exception], message: str
+) -> None:
+    kept = {name: array.clone() for name, array in LAYER.state_dict().items()}
+    with pytest.raises(error, match=message):
+        edit()
+    assert all(torch.equal(array, kept[name]) for name, array in LAYER.state_dict().items())
+
+
+def test_values_that_do_not_fit_are_refused() -> None:
+    layer = build(LayerSpec(4, 3, 3, CP(2)), dtype=torch.float16)
+    kept = layer.factors["expert_0"].detach().clone()
+    with pytest.raises(ShapeError, match="factors and the fitted ones must be finite"):
+        replace_expert(layer, 0, 1e9 * normal(4, 3))
+    biased = build(LayerSpec(4, 3, 3, CP(2)))
+    with pytest.raises(ShapeError, match=r"bias must have shape \(3,\); got \(4,\)"):
+        replace_expert(biased, 0, normal(4, 3), normal(4))
+    with pytest.raises(ShapeError, match=r"bias must be finite; got inf at \(2,\)"):
+        replace_expert(biased, 0, normal(4, 3), torch.tensor([0.0, 1.0, float("inf")]))
+    assert torch.equal(layer.factors["expert_0"], kept)
+
+
+def test_computed_factors_are_refused() -> None:
+    layer = build(LayerSpec(4, 3, 3, CP(2)))
+    nn.utils.parametrize.register_parametrization(layer.factors, "expert_0", nn.Softplus())
+    for edit in (
+        lambda: scale_experts(layer, {0: 2.0}),
+        lambda: replace_expert(layer, 0, source=1),
+        lambda: restored(layer),
+    ):
+        with pytest.raises(SpecError, match="got a computed 'expert_0'"):
+            edit()

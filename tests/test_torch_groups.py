@@ -1,0 +1,144 @@
+"""Which parameters decay: every trainable one in exactly one group, each where it belongs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tensormoe import CP, Gate, LayerSpec, TensorRing
+from tensormoe.errors import SpecError
+from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP, PreNormed, parameter_groups
+from tests._torch_helpers import KINDS, build, normal
+
+
+def names(model: nn.Module, groups: list[dict[str, Any]]) -> tuple[set[str], set[str]]:
+    """Names of the parameters in each group; an error if one is there twice."""
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    listed = [[known[id(each)] for each in group["params"]] for group in groups]
+    assert len({*listed[0], *listed[1]}) == len(listed[0]) + len(listed[1])
+    return set(listed[0]), set(listed[1])
+
+
+def mixed() -> nn.ModuleDict:
+    """Every kind of layer there is, and some of PyTorch's."""
+    return nn.ModuleDict(
+        {
+            "tokens": nn.Embedding(11, 8),
+            "table": MuMoEEmbedding(11, 8, experts=(3, 2), rank=4),
+            "norm": nn.LayerNorm((3, 8)),
+            "scale": nn.RMSNorm(8),
+            "batch": nn.BatchNorm1d(8),
+            "linear": nn.Linear(8, 8),
+            "conv": nn.Conv1d(8, 8, 3),
+            "layer": MuMoE(8, 8, (3, 2), TensorRing(2), gate=Gate(bias=True)),
+            "block": PreNormed(MuMoEMLP(8, 16, experts=3, factorization=CP(4))),
+        }
+    )
+
+
+def test_a_model_of_every_kind() -> None:
+    model = mixed()
+    groups = parameter_groups(model, 0.1)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    decayed, kept = names(model, groups)
+    assert decayed == {
+        "table.factors.output",
+        "linear.weight",
+        "conv.weight",
+        "layer.factors.input",
+        "layer.factors.output",
+        "layer.gate.projection_0",
+        "layer.gate.projection_1",
+        "block.block.first.factors.input",
+        "block.block.first.factors.output",
+        "block.block.second.factors.input",
+        "block.block.second.factors.output",
+        "block.block.gate.projection_0",
+    }
+    assert kept == {name for name, _ in model.named_parameters()} - decayed
+
+
+@pytest.mark.parametrize("init", ["variance", "paper"])
+@pytest.mark.parametrize("experts", [(3,), (3, 2)], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_factors_that_start_around_zero_decay(
+    kind: Any, experts: tuple[int, ...], init: str
+) -> None:
+    model = MuMoE(8, 6, experts, kind, gate=Gate(bias=True), init=init)
+    decayed, kept = names(model, parameter_groups(model, 0.1))
+    biases = {f"gate.bias_{level}" for level in range(len(experts))} | {"factors.bias"}
+    centers = {name for name in model.factors if name.startswith("expert_")}
+    assert kept == biases | {f"factors.{name}" for name in centers}
+    assert {name for name in decayed if "factors" in name} == {
+        f"factors.{name}" for name in set(model.spec.shapes) - centers - {"bias"}
+    }
+    assert {name for name in decayed if "gate" in name} == {
+        f"gate.projection_{level}" for level in range(len(experts))
+    }
+
+
+def test_dense_tables_do_not_decay() -> None:
+    model = MuMoEEmbedding(11, 8, 3, "dense")
+    assert names(model, parameter_groups(model, 0.1)) == (set(), {"factors.weight"})
+
+
+def test_frozen_parameters_are_left_out_and_shared_ones_are_there_once() -> None:
+    model = mixed()
+    model["again"] = nn.Linear(8, 8)
+    model["again"].weight = model["linear"].weight
+    model["head"] = nn.Linear(8, 11, bias=False)
+    model["head"].weight = model["tokens"].weight
+    model["twin"] = model["layer"]
+    model["conv"].requires_grad_(False)
+    model["layer"].factors["input"].requires_grad_(False)
+    decayed, kept = names(model, parameter_groups(model, 0.1))
+    assert "linear.weight" in decayed
+    assert "tokens.weight" in kept  # the embedding keeps it from decay
+    trainable = {name for name, each in model.named_parameters() if each.requires_grad}
+    assert decayed | kept == trainable
+
+
+def test_adamw_decays_what_it_should() -> None:
+    """Without gradients, a step multiplies by 1 - lr · decay, or by one."""
+    model = mixed()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.5), lr=0.1, betas=(0.0, 0.0))
+    decayed, _ = names(model, optimizer.param_groups)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+        parameter.grad = torch.zeros_like(parameter)
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 0.95 if name in decayed else 1.0
+        torch.testing.assert_close(parameter.detach(), factor * before[name])
+
+
+def test_decay_leaves_experts_with_what_they_share() -> None:
+    """Decayed to the end, a layer goes to zero through its other factors alone."""
+    layer = build(LayerSpec(6, 5, 4, CP(3), bias=False), dtype=torch.float32)
+    optimizer = torch.optim.SGD(parameter_groups(layer, 0.5), lr=0.1)
+    start = layer.materialize()[0].detach().clone()
+    layer(normal(3, 6, dtype=torch.float32), torch.zeros(3, 4)).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(layer.materialize()[0].detach(), 0.95**2 * start)
+
+
+def test_models_without_decay_or_without_parameters() -> None:
+    assert [len(group["params"]) for group in parameter_groups(nn.LayerNorm(3), 0.1)] == [0, 2]
+    assert [len(group["params"]) for group in parameter_groups(nn.ReLU(), 0)] == [0, 0]
+    optimizer = torch.optim.AdamW(parameter_groups(nn.LayerNorm(3), 0.1))
+    optimizer.step()
+
+
+@pytest.mark.parametrize("decay", [-0.1, float("nan"), float("inf"), "0.1", None, True])
+def test_decay_must_be_a_number(decay: Any) -> None:
+    with pytest.raises(SpecError, match="weight_decay must be a number of at least 0; got"):
+        parameter_groups(nn.Linear(2, 2), decay)
+
+
+def test_only_modules_have_groups() -> None:
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module; got list"):
+        parameter_groups([nn.Parameter(torch.ones(2))], 0.1)  # type: ignore[arg-type]
