@@ -16,6 +16,11 @@ from tensormoe_torch._mlp import MuMoEMLP as MuMoEMLP
 from tensormoe_torch._official import from_official as from_official
 from tensormoe_torch._official_write import to_official as to_official
 from tensormoe_torch._pre_normed import PreNormed as PreNormed
+from tensormoe_torch._surgery import Replacement as Replacement
+from tensormoe_torch._surgery import Surgery as Surgery
+from tensormoe_torch._surgery import from_linear as from_linear
+from tensormoe_torch._surgery import from_mlp as from_mlp
+from tensormoe_torch._surgery import replace as replace
 
 __all__ = [
     "BACKEND",
@@ -24,9 +29,14 @@ __all__ = [
     "MuMoEEmbedding",
     "MuMoEMLP",
     "PreNormed",
+    "Replacement",
+    "Surgery",
     "TorchBackend",
+    "from_linear",
+    "from_mlp",
     "from_official",
     "parameter_groups",
+    "replace",
     "replace_expert",
     "restored",
     "scale_experts",

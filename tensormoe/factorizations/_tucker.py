@@ -104,12 +104,16 @@ class Tucker(Factorization):
         xp = backend.namespace
         *outer, rows, columns = self.bonds(len(experts))
         left, right = split(min(rows, columns))
-        groups = prod(outer)
         group, row, column = (
-            xp.arange(size, device=table.device) for size in (groups, rows, columns)
+            xp.arange(size, device=table.device) for size in (prod(outer), rows, columns)
         )
+        owner, stride = 0 * row, 1
+        for size in outer:
+            # mixed radix, each digit turned by those before it: few components vary at all levels
+            owner = owner * size + (row % stride + row // stride) % size
+            stride *= size
         diagonal = row[:, None] == column[None, :]
-        owned = (row[None, :] % groups) == group[:, None]
+        owned = owner[None, :] == group[:, None]
         core = xp.astype(diagonal[None, :, :] & owned[:, :, None], table.dtype)
         stored = {
             f"expert_{level}": ones_like_table(table, shape, backend)
