@@ -7,7 +7,6 @@ An adapter implements :class:`Backend` and is registered as an entry point in th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 __all__ = ["Array", "Backend"]
@@ -111,8 +110,8 @@ class Backend(Protocol):
         """Transpose of :meth:`take`: add ``values`` into zeros of length ``size`` at ``axis``."""
         ...
 
-    def concat(self, arrays: Sequence[Array], /) -> Array:
-        """Join along the first axis: the chunks of a memory-limited run."""
+    def floats(self, array: Array, /) -> list[float]:
+        """The entries of a vector as Python's numbers; needed of eager libraries only."""
         ...
 
     def stop_gradient(self, array: Array, /) -> Array:

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from tensormoe.backend import Array, Backend
-from tensormoe.planning._program import Program, Step, View
+from tensormoe.planning._program import Program, Step
 
 __all__ = ["execute", "plus"]
-
-_FRESH = frozenset({"linear", "matmul", "multiply", "gather", "scatter", "reduce"})
 
 
 def execute(
@@ -34,26 +32,17 @@ def execute(
     slots: dict[int, Array] = dict(enumerate(arrays))
     arrays.clear()
     kept = {slot: slots[slot] for slot in keep if slot in slots}
-    fresh: set[int] = set()
     for step in program.steps:
-        operands = [
-            _look(slots[slot], view, backend)
-            for slot, view in zip(step.inputs, step.views, strict=False)
-        ]
-        for slot in step.inputs[len(operands) :]:
-            operands.append(slots[slot])
-        if step.kind == "add":
-            # the sum takes the place of a left operand that nobody needs any more
-            own = step.inputs[0] in fresh and step.inputs[0] in step.free
-            own = own and step.inputs[0] not in kept
-            left, right = operands
-            result = plus(left, right, backend) if own else left + right
-            del left, right
-            fresh.add(step.output)
+        operands = [slots[slot] for slot in step.inputs]
+        for place, view in enumerate(step.views):
+            if view.shape is not None:
+                operands[place] = backend.reshape(operands[place], view.shape)
+            if view.axes is not None:
+                operands[place] = backend.permute(operands[place], view.axes)
+        if step.in_place and step.inputs[0] not in kept:
+            result = plus(operands[0], operands[1], backend)
         else:
             result = _RUN[step.kind](program, step, operands, backend)
-            if step.kind in _FRESH:
-                fresh.add(step.output)
         operands.clear()
         if step.shape is not None:
             result = backend.reshape(result, step.shape)
@@ -62,15 +51,7 @@ def execute(
         slots[step.output] = result
         if step.output in keep:
             kept[step.output] = result
-    return tuple(slots[slot] for slot in program.outputs), kept
-
-
-def _look(array: Array, view: View, backend: Backend) -> Array:
-    if view.shape is not None:
-        array = backend.reshape(array, view.shape)
-    if view.axes is not None:
-        array = backend.permute(array, view.axes)
-    return array
+    return tuple([slots[slot] for slot in program.outputs]), kept
 
 
 def plus(own: Array, other: Array, backend: Backend) -> Array:
@@ -90,6 +71,10 @@ def _matmul(program: Program, step: Step, operands: list[Array], backend: Backen
 
 def _multiply(program: Program, step: Step, operands: list[Array], backend: Backend) -> Array:
     return operands[0] * operands[1]
+
+
+def _add(program: Program, step: Step, operands: list[Array], backend: Backend) -> Array:
+    return operands[0] + operands[1]
 
 
 def _permute(program: Program, step: Step, operands: list[Array], backend: Backend) -> Array:
@@ -151,6 +136,7 @@ _RUN: Mapping[str, _Run] = {
     "linear": _matmul,
     "matmul": _matmul,
     "multiply": _multiply,
+    "add": _add,
     "permute": _permute,
     "reduce": _reduce,
     "expand": _expand,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -83,8 +82,9 @@ class NumpyBackend:
         np.add.at(total, place, values)
         return total
 
-    def concat(self, arrays: Sequence[NDArray], /) -> NDArray:
-        return np.concatenate(list(arrays), axis=0)
+    def floats(self, array: NDArray, /) -> list[float]:
+        listed: list[float] = array.tolist()
+        return listed
 
     def stop_gradient(self, array: NDArray, /) -> NDArray:
         return array

@@ -135,7 +135,7 @@ class MuMoE(Layer):
             size = functional.chunk_size(
                 self.config, len(rows), memory_limit, self.backend, self.dtype.itemsize
             )
-            result = self.backend.concat(
+            result = np.concatenate(
                 [
                     self._forward(rows[k : k + size], _slice(given, k, k + size))
                     for k in range(0, max(len(rows), 1), size)

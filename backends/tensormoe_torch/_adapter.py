@@ -8,13 +8,13 @@ that nobody traces, inside :mod:`tensormoe_torch._autograd`, where gradients com
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tensormoe_torch import _namespace
+from tensormoe_torch._products import product
 
 __all__ = ["BACKEND", "EAGER", "TorchBackend"]
 
@@ -45,7 +45,7 @@ class TorchBackend:
         return isinstance(array, Tensor)
 
     def matmul(self, left: Tensor, right: Tensor, /) -> Tensor:
-        return torch.matmul(left, right)
+        return product(left, right) if self.eager else torch.matmul(left, right)
 
     def reshape(self, array: Tensor, shape: tuple[int, ...], /) -> Tensor:
         return array.reshape(shape)
@@ -65,11 +65,7 @@ class TorchBackend:
     ) -> Tensor:
         if not self.eager:
             return torch.relu(array - threshold)
-        if isinstance(threshold, float):
-            difference = array - threshold if out is None else out.copy_(array).sub_(threshold)
-        else:
-            difference = torch.sub(array, threshold, out=out)
-        return difference.relu_()
+        return torch.sub(array, threshold, out=out).relu_()
 
     def row_sums(self, array: Tensor, /) -> Tensor:
         return torch.sum(array, dim=-1, keepdim=True)
@@ -93,8 +89,8 @@ class TorchBackend:
         flat = values.reshape(*before, indices.numel(), *after)
         return torch.index_add(total, axis, indices.reshape(-1), flat)
 
-    def concat(self, arrays: Sequence[Tensor], /) -> Tensor:
-        return torch.concat(list(arrays), dim=0)
+    def floats(self, array: Tensor, /) -> list[float]:
+        return array.tolist()
 
     def stop_gradient(self, array: Tensor, /) -> Tensor:
         return array if self.eager else array.detach()

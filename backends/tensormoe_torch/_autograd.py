@@ -55,12 +55,13 @@ def route(
     if is_traced(x):
         routed = functional.route(config, parameters, x, BACKEND, **options)
         return routed.coefficients, routed.statistics
-    call = _GateCall(config, _direct(x), tuple(parameters), dict(buffers), training)
-    arrays = tuple(parameters.values())
-    if _differentiated(x, *arrays):
-        made = _Gate.apply(call, x, *arrays)
-        return made, call.statistics
-    routed = functional.route(config, parameters, x, call.backend, **options)
+    if torch.is_grad_enabled():
+        arrays = tuple(parameters.values())
+        if _any_differentiated(x, *arrays):
+            call = _GateCall(config, _direct(x), tuple(parameters), dict(buffers), training)
+            made = _Gate.apply(call, x, *arrays)
+            return made, call.statistics
+    routed = functional.route(config, parameters, x, _direct(x), **options)
     return routed.coefficients, routed.statistics
 
 
@@ -73,16 +74,17 @@ def mix(
     """The mixture (batch, out) for inputs (batch, in), or ids (batch,), all in one dtype."""
     if is_traced(x):
         return functional.apply_experts(config, parameters, x, coefficients, BACKEND)
-    named = dict(parameters)
-    for level, given in enumerate(coefficients):
-        if isinstance(given, TopK):
-            named[f"indices_{level}"] = given.indices
-            given = given.values
-        named[f"coefficients_{level}"] = given
-    if _differentiated(x, *named.values()):
-        call = _ExpertsCall(config, _direct(x), tuple(named))
-        result: Tensor = _Experts.apply(call, x, *named.values())
-        return result
+    if torch.is_grad_enabled():
+        named = dict(parameters)
+        for level, given in enumerate(coefficients):
+            if isinstance(given, TopK):
+                named[f"indices_{level}"] = given.indices
+                given = given.values
+            named[f"coefficients_{level}"] = given
+        if _any_differentiated(x, *named.values()):
+            call = _ExpertsCall(config, _direct(x), tuple(named))
+            result: Tensor = _Experts.apply(call, x, *named.values())
+            return result
     return functional.apply_experts(config, parameters, x, coefficients, _direct(x))
 
 
@@ -91,8 +93,8 @@ def _direct(x: Tensor) -> TorchBackend:
     return EAGER if x.device.type == "cpu" else BACKEND
 
 
-def _differentiated(*arrays: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(array.requires_grad for array in arrays)
+def _any_differentiated(*arrays: Tensor) -> bool:
+    return any(array.requires_grad for array in arrays)
 
 
 @dataclass(eq=False)

@@ -96,7 +96,7 @@ class Mixture(nn.Module):
             }
         )
         self.gate = None if config.gate is None else ExpertGate(config, device, dtype)
-        self._first = next(iter(config.spec.shapes))
+        self._names = tuple((f"factors.{name}", name) for name in config.spec.shapes)
         self._reset_factors()
 
     @property
@@ -117,7 +117,7 @@ class Mixture(nn.Module):
     @property
     def _weight(self) -> Tensor:
         """One of the factors: it has the layer's dtype and device."""
-        weight: Tensor = getattr(self.factors, self._first)
+        weight: Tensor = getattr(self.factors, self._names[0][1])
         return weight
 
     def reset_parameters(self) -> None:
@@ -202,7 +202,7 @@ class Mixture(nn.Module):
 
     def _parameters_by_name(self) -> dict[str, Tensor]:
         factors = self.factors
-        return {f"factors.{name}": getattr(factors, name) for name in self.config.spec.shapes}
+        return {name: getattr(factors, short) for name, short in self._names}
 
     def _arguments(self) -> str:
         spec = self.spec

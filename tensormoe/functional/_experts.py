@@ -176,19 +176,13 @@ def _operands(
 ) -> list[Array]:
     """The arrays of a program in slot order."""
     dtype = next(value.dtype for name, value in parameters.items() if name.startswith("factors."))
-    arrays = []
-    for operand in program.operands:
-        kind, _, level = operand.name.rpartition("_")
-        if operand.role == "factor":
-            arrays.append(parameters[f"factors.{operand.name}"])
-        elif kind == "coefficients":
-            given = coefficients[int(level)]
-            values = given.values if isinstance(given, TopK) else given
-            arrays.append(cast(values, dtype, backend))
-        elif kind == "indices":
-            chosen = coefficients[int(level)]
-            assert isinstance(chosen, TopK)
-            arrays.append(chosen.indices)
-        else:
-            arrays.append(x)
-    return arrays
+    data = {"x": x, "ids": x}
+    for level, given in enumerate(coefficients):
+        if isinstance(given, TopK):
+            data[f"indices_{level}"] = given.indices
+            given = given.values
+        data[f"coefficients_{level}"] = cast(given, dtype, backend)
+    return [
+        parameters["factors." + operand.name] if operand.role == "factor" else data[operand.name]
+        for operand in program.operands
+    ]

@@ -63,15 +63,17 @@ def _usual(backend: Backend, values: Array, first_row: int, how: LayerNorm) -> A
     """The usual gate in few passes; ``None`` for blocks of another kind."""
     rows, experts = values.shape
     if rows == 1:
-        return entmax15_of_one_row(backend, values, how)
+        found = entmax15_of_one_row(backend, values, how)
+        if found is not None:
+            return found
     if not backend.picks_entries:
         return entmax15_of_rows(backend, values, how)
     if not worth_it(rows, experts):
         return None
-    found = entmax15_of_candidates(backend, values, how)
-    if found is None:
+    picked = entmax15_of_candidates(backend, values, how)
+    if picked is None:
         return None
-    weights, left_out = found
+    weights, left_out = picked
     xp = backend.namespace
     if left_out is not None and bool(xp.any(left_out)):
         # their threshold lies below the bound, so that candidates may be missing

@@ -21,6 +21,12 @@ _LEAST_ROUNDS = 4
 # rows that have not converged after these are unlike the usual ones
 _MOST_ROUNDS = 12
 
+# below the usual threshold, in units of the radius: few rows have theirs further down
+_MARGIN = 0.25
+
+# more numbers than these are slower than passes
+_MOST_FLOATS = 256
+
 # a last step of so many units of rounding, relative to the radius, is noise
 _NOISE = 2.0
 
@@ -70,10 +76,14 @@ def entmax15_of_rows(backend: Backend, values: Array, how: LayerNorm) -> Array |
 
 
 def entmax15_of_one_row(backend: Backend, values: Array, how: LayerNorm) -> Array | None:
-    """The same for (1, experts): scalars are Python's, which spares most of the operations.
+    """The same for (1, experts): the few logits that can matter go through the closed form.
+
+    For a set of k logits that contains the support, t is their mean - √((r² - Σ (x - mean)²)/k)
+    (Peters, Niculae & Martins 2019, algorithm 2). They come out as Python's numbers, which spares
+    most of the operations.
 
     Returns:
-        (1, experts), or ``None`` as :func:`entmax15_of_rows`.
+        (1, experts), or ``None`` as :func:`entmax15_of_rows`, or for too many or too few of them.
     """
     xp = backend.namespace
     experts = values.shape[-1]
@@ -86,21 +96,30 @@ def entmax15_of_one_row(backend: Backend, values: Array, how: LayerNorm) -> Arra
     if not isfinite(square) or off_centre(mean, variance):
         return None
     radius = 2.0 * sqrt(variance + how.eps)
-    threshold = mean + usual_threshold(experts) * radius
-    noise = _NOISE * float(xp.finfo(values.dtype).eps) * radius
-    excess = None
-    for _ in range(_MOST_ROUNDS):
-        excess = backend.excess(row, threshold, out=excess)
-        mass = float(xp.sum(excess))
-        if mass == 0.0:
-            return None
-        norm = sqrt(float(xp.vecdot(excess, excess)))
-        step = (norm - radius) * norm / mass
-        if abs(step) <= noise:
-            break
-        threshold += step
-    else:
-        return None
-    excess *= 1.0 / norm
+    bound = mean + (usual_threshold(experts) - _MARGIN) * radius
+    largest = sorted(backend.floats(row[row > bound]), reverse=True)
+    threshold = _threshold(largest, radius)
+    if threshold is None or threshold < bound:
+        return None  # what lies below the bound may matter too
+    excess = backend.excess(row, threshold)
+    excess *= 1.0 / radius
     excess *= excess
     return backend.reshape(excess, (1, experts))
+
+
+def _threshold(largest: list[float], radius: float) -> float | None:
+    """The t of logits in descending order; ``None`` where some may be missing."""
+    if not largest or len(largest) > _MOST_FLOATS:
+        return None
+    top = largest[0]
+    total = square = 0.0
+    for count, value in enumerate(largest, start=1):
+        # relative to the largest, so that nothing is lost in the squares
+        total += value - top
+        square += (value - top) ** 2
+        mean = total / count
+        inside = (radius * radius - square + total * mean) / count
+        threshold = top + mean - sqrt(inside) if inside > 0.0 else top + mean
+        if count == len(largest) or threshold >= largest[count]:
+            return threshold
+    return None

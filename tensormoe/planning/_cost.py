@@ -215,7 +215,7 @@ def live_memory(
     now = sum(live.values())
     moments = [now]
     for step in program.steps:
-        if _in_place(step, len(program.operands), kept):
+        if step.in_place and step.inputs[0] not in kept:
             live[step.output] = live.pop(step.inputs[0])
         elif step.kind != "expand":
             live[step.output] = itemsize * prod(sizes[leg] for leg in step.legs)
@@ -225,12 +225,6 @@ def live_memory(
             if slot not in kept:
                 now = now - live.pop(slot, 0)
     return moments
-
-
-def _in_place(step: Step, count: int, kept: Collection[int]) -> bool:
-    """Whether a step's result takes the place of its first operand, as the executor does it."""
-    source = step.inputs[0]
-    return step.kind == "add" and source >= count and source in step.free and source not in kept
 
 
 def reverse_peak(

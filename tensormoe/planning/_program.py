@@ -60,6 +60,8 @@ class Step:
         shape: reshape of the result, if any; -1 stands for the batch.
         axis: first axis of the legs that gather or scatter works on.
         free: slots that no later step needs.
+        in_place: whether the result of an ``add`` takes the place of its first operand, which is
+            an array of the program's own that nobody needs any more.
     """
 
     kind: Kind
@@ -71,6 +73,7 @@ class Step:
     shape: tuple[int, ...] | None = None
     axis: int = 0
     free: tuple[int, ...] = ()
+    in_place: bool = False
 
     @property
     def batched(self) -> bool:
@@ -112,18 +115,21 @@ class Program:
         return listed | {step.output: step.legs for step in self.steps}
 
     def with_liveness(self) -> Program:
-        """The same program with every slot freed after its last use."""
+        """The same program with every slot freed, or taken over, after its last use."""
         last = {slot: index for index, step in enumerate(self.steps) for slot in step.inputs}
         kept = set(self.outputs)
         ends: dict[int, list[int]] = {}
         for slot, index in last.items():
             if slot not in kept:
                 ends.setdefault(index, []).append(slot)
-        steps = tuple(
-            replace(step, free=tuple(sorted(ends.get(index, ()))))
-            for index, step in enumerate(self.steps)
-        )
-        return replace(self, steps=steps)
+        # what ``expand`` gives is a view
+        own = {step.output for step in self.steps if step.kind != "expand"}
+        steps = []
+        for index, step in enumerate(self.steps):
+            free = tuple(sorted(ends.get(index, ())))
+            taken = step.kind == "add" and step.inputs[0] in own.intersection(free)
+            steps.append(replace(step, free=free, in_place=taken))
+        return replace(self, steps=tuple(steps))
 
     def split(self) -> tuple[Program, Program]:
         """The weight-only steps, and the rest as a program that takes their results.
@@ -169,6 +175,7 @@ def _renumber(program: Program, inputs: list[int]) -> Program:
             inputs=tuple(place[slot] for slot in step.inputs),
             output=place[step.output],
             free=(),
+            in_place=False,
         )
         for step in program.steps
     )
