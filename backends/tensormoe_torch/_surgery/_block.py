@@ -123,7 +123,7 @@ def _read_module(module: nn.Module, name: str, values: bool) -> Block:
             f"{name} can't be tried out as an MLP on the meta device. Load its weights first."
         )
     watch = _watch(module, linears, first)
-    if watch.calls == ["second", "first"]:
+    if watch.calls[:1] == ["second"]:
         linears, first, second = linears[::-1], second, first
         watch = _watch(module, linears, first)
     if not watch.plain:
