@@ -73,7 +73,11 @@ def mix(
 ) -> Tensor:
     """The mixture (batch, out) for inputs (batch, in), or ids (batch,), all in one dtype."""
     if is_traced(x):
-        return functional.apply_experts(config, parameters, x, coefficients, BACKEND)
+        # an exported model must not be bound to the batch sizes that one plan is the cheapest for
+        any_batch = torch.compiler.is_exporting() and not isinstance(x.shape[0], int)
+        return functional.apply_experts(
+            config, parameters, x, coefficients, BACKEND, any_batch=any_batch
+        )
     if torch.is_grad_enabled():
         named = dict(parameters)
         for level, given in enumerate(coefficients):

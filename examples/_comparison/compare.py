@@ -20,6 +20,8 @@ from tensormoe.cli._console import make_console
 
 __all__ = ["compare", "parse", "resolve_recipe"]
 
+_CHOICES = {variant.factorization or "dense": variant for variant in VARIANTS}
+
 
 def parse(description: str, words: Sequence[str] | None = None) -> argparse.Namespace:
     """The words that both examples understand; those of the command line by default."""
@@ -28,6 +30,9 @@ def parse(description: str, words: Sequence[str] | None = None) -> argparse.Name
     parser.add_argument("--seeds", type=int, help="runs of each variant")
     parser.add_argument("--steps", type=int, help="updates a run")
     parser.add_argument("--rate", type=float, help="highest learning rate")
+    parser.add_argument(
+        "--only", choices=tuple(_CHOICES), help="one variant, to choose settings by"
+    )
     parser.add_argument(
         "--holdout", action="store_true", help="score on a part of the training data instead"
     )
@@ -49,7 +54,8 @@ def compare(task: Task, recipe: Recipe, words: argparse.Namespace) -> list[Outco
     Raises:
         RuntimeError: a variant has more parameters than the dense model, or did not learn.
     """
-    outcomes = [Outcome.of(variant, task, recipe) for variant in VARIANTS]
+    variants = VARIANTS if words.only is None else (_CHOICES[words.only],)
+    outcomes = [Outcome.of(variant, task, recipe) for variant in variants]
     for outcome in outcomes:
         if outcome.parameters > outcomes[0].parameters:
             raise RuntimeError(
@@ -61,7 +67,7 @@ def compare(task: Task, recipe: Recipe, words: argparse.Namespace) -> list[Outco
         reports = [start(outcome.name, seeds * recipe.steps) for outcome in outcomes]
         # in turns, so that a busy hour of the machine falls on all of them
         for seed in range(seeds):
-            for variant, outcome, report in zip(VARIANTS, outcomes, reports, strict=True):
+            for variant, outcome, report in zip(variants, outcomes, reports, strict=True):
                 torch.manual_seed(seed)
                 model = task.build(variant)
                 outcome.runs.append(train(model, task.batches(seed), recipe, task.score, report))

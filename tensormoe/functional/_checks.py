@@ -155,16 +155,15 @@ def check_coefficients(
                 f"{name} must be real floating point; got {values.dtype}. Cast them to the "
                 "layer's dtype."
             )
+        last: int | str = count
         if isinstance(given, TopK):
             same = given.indices.shape == given.values.shape
-            fits = same and tuple(given.values.shape[:-1]) == lead
-            found, wanted = tuple(given.values.shape), str((*lead, "k"))
+            fits, last = same and tuple(values.shape[:-1]) == lead, "k"
         else:
-            found, wanted = tuple(given.shape), str((*lead, count))
-            fits = found == (*lead, count)
+            fits = tuple(values.shape) == (*lead, count)
         if not fits:
             raise ShapeError(
-                f"{name} must have shape {wanted}; got {found}. Their "
+                f"{name} must have shape {(*lead, last)}; got {tuple(values.shape)}. Their "
                 "leading axes are the input's, their last one the level's experts."
             )
     return listed

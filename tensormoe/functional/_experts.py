@@ -31,6 +31,8 @@ def apply_experts(
     x: Array,
     coefficients: list[Array | TopK],
     backend: Backend,
+    *,
+    any_batch: bool = False,
 ) -> Array:
     """The mixture of experts for inputs (batch, in) and given coefficients.
 
@@ -40,11 +42,13 @@ def apply_experts(
         x: (batch, in), or ids (batch,).
         coefficients: one entry a level, leading axes merged; the list is emptied.
         backend: the adapter of the arrays' library.
+        any_batch: whether to run the program for large batches, which is right for all, instead of
+            the one for this batch: for exported models, whose batch size is open.
 
     Returns:
         The output (batch, out).
     """
-    program = _program(config, coefficients, x.shape[0])
+    program = _program(config, coefficients, None if any_batch else x.shape[0])
     arrays = _operands(program, parameters, x, coefficients, backend)
     coefficients.clear()
     return execute(program, arrays, backend)[0][0]
@@ -155,16 +159,17 @@ def chunk_size(
     return plan.chunk
 
 
-def _program(config: LayerConfig, coefficients: Coefficients, batch: int) -> Program:
+def _program(config: LayerConfig, coefficients: Coefficients, batch: int | None) -> Program:
     kinds = {None if not isinstance(c, TopK) else int(c.values.shape[-1]) for c in coefficients}
     if len(kinds) > 1:
         raise ShapeError(
             "coefficients of all levels must be dense, or all indexed with one k; got a mixture."
         )
     kept = next(iter(kinds))
-    if kept is None:
-        return config.regimes.program(batch)
-    return plan_regimes(config.spec, Routing(kept, config.indexed_input)).program(batch)
+    regimes = config.regimes
+    if kept is not None:
+        regimes = plan_regimes(config.spec, Routing(kept, config.indexed_input))
+    return regimes.programs[-1] if batch is None else regimes.program(batch)
 
 
 def _operands(

@@ -63,6 +63,8 @@ momentum=0.1)
                 "'layer' unless you reproduce a model with another."
             )
         object.__setattr__(self, "alpha", check_alpha(self.alpha))
+        # a compiler takes a number that it finds for a variable, and text for a constant
+        object.__setattr__(self, "_alpha", repr(self.alpha))
         if self.activation != "entmax" and self.alpha != 1.5:
             raise GateError(
                 f"alpha belongs to entmax; got {self.alpha} with activation {self.activation!r}. "
@@ -106,7 +108,9 @@ momentum=0.1)
     @property
     def effective_alpha(self) -> float:
         """The α whose derivative the activation has; 1 for softmax and top-k."""
-        return {"entmax": self.alpha, "sparsemax": 2.0}.get(self.activation, 1.0)
+        if self.activation == "entmax":
+            return float(self._alpha)  # type: ignore[attr-defined]
+        return 2.0 if self.activation == "sparsemax" else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as checkpoints store them."""

@@ -105,6 +105,10 @@ def block_rows(rows: int, experts: int, itemsize: int, row_block_bytes: int | No
 def blocks(rows: Rows) -> Iterator[tuple[int, int]]:
     """Start and stop of each row block; a single empty one for an empty batch."""
     count, experts = rows.values.shape
+    if rows.backend.row_block_bytes is None:
+        # traced sizes may be symbols, which no loop runs over
+        yield 0, count
+        return
     itemsize = rows.backend.namespace.finfo(rows.values.dtype).bits // 8
     step = block_rows(count, experts, itemsize, rows.backend.row_block_bytes)
     for start in range(0, max(count, 1), step):

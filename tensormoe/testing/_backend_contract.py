@@ -157,7 +157,7 @@ class BackendContract(LayerChecks):
     def test_concat(self, data: st.DataObject) -> None:
         array = self._array(data, least_axes=1)
         parts = [array[:1], array[1:], array[:0]]
-        joined = self.backend.concat([self.from_numpy(part) for part in parts])
+        joined = self.backend.namespace.concat([self.from_numpy(part) for part in parts])
         np.testing.assert_array_equal(self.to_numpy(joined), array, strict=True)
 
     @CHECKS
