@@ -60,9 +60,9 @@ def from_linear(
         gate: how inputs become coefficients, or None.
         noise: how far experts start from the linear layer, relative to its weights. Experts that
             are all equal get equal gradients, and their gate gets none but rounding: a layer that
-            is to be trained needs some, such as 0.1. The noise of all experts sums to zero, so that a fresh
-            gate, which mixes them evenly, still gives the linear layer's output; a top-k gate does
-            not.
+            is to be trained needs some, such as 0.1. The noise of all experts sums to zero, so
+            that a fresh gate, which mixes them evenly, still gives the linear layer's output; a
+            top-k gate does not.
 
     Returns:
         The layer, in the dtype, on the device and in the mode of ``linear`` and sharing no memory

@@ -85,9 +85,9 @@ class Surgery:
         return "\n".join(
             [
                 *_aligned(rows),
-                f"whole model: {before:,} → {after:,} parameters. {way}; peak memory beyond input "
-                f"and parameters, of the total the largest; time as predicted for "
-                f"{self.roofline.name}.",
+                f"whole model: {before:,} → {after:,} parameters",
+                f"cost: {way}; peak memory beyond input and parameters, of the total the largest;",
+                f"      time as predicted for {self.roofline.name}",
             ]
         )
 
@@ -104,26 +104,24 @@ class Surgery:
         figures = [(measured(before), measured(after)) for before, after in pairs]
         if name == "parameters":
             return name, [(f"{old:,}", f"{new:,}") for old, new in figures]
+        units, heading = _UNITS[name]
         largest = max(max(pair) for pair in figures)
-        size, unit = next(
-            (size, unit)
-            for size, unit in _UNITS[name]
-            if largest >= size or size == _UNITS[name][-1][0]
-        )
+        size, unit = next((each for each in units if largest >= each[0]), units[-1])
         shown = [(_short(old / size), _short(new / size)) for old, new in figures]
-        return f"{name}/{unit}" if name == "time" else f"{name} {unit}", shown
+        return heading.format(unit), shown
 
 
-_UNITS: dict[str, tuple[tuple[float, str], ...]] = {
-    "FLOPs": ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")),
-    "peak": ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")),
-    "time": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")),
+# the sizes and names of units, and the heading of a column in one of them
+_UNITS: dict[str, tuple[tuple[tuple[float, str], ...], str]] = {
+    "FLOPs": (((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")), "{}FLOP"),
+    "peak": (((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")), "peak {}"),
+    "time": (((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")), "time {}"),
 }
 
 
 def _short(value: float) -> str:
     """Three figures, and no fewer than the whole number has."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def _aligned(rows: Sequence[Sequence[Cell]]) -> list[str]:
