@@ -21,7 +21,7 @@ from tensormoe_torch._autograd import mix, no_autocast
 from tensormoe_torch._checks import Given, compute_dtype, merged
 from tensormoe_torch._gate import ExpertGate
 
-__all__ = ["Mixture", "checked_dtype", "filled", "layer_cost"]
+__all__ = ["Mixture", "checked_device", "checked_dtype", "filled", "layer_cost"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -37,6 +37,20 @@ def checked_dtype(dtype: torch.dtype | None) -> torch.dtype:
         names = ", ".join(str(each) for each in _FLOATS)
         raise SpecError(f"dtype must be one of {names}; got {dtype!r}.")
     return found
+
+
+def checked_device(device: torch.device | str | None) -> torch.device | None:
+    """``device`` as PyTorch's value; None for the default one.
+
+    Raises:
+        SpecError: no device of this PyTorch's.
+    """
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise SpecError(
+            f"device must be a torch.device or its name, such as 'cpu' or 'cuda:0'; got {device!r}."
+        ) from error
 
 
 def layer_cost(config: LayerConfig, batch: int, training: bool, dtype: torch.dtype) -> Cost:
@@ -63,9 +77,13 @@ def filled(
         build: makes the module on the meta device, in a dtype.
         arrays: by canonical name.
         device: of the parameters; the default one if none is given.
+
+    Raises:
+        SpecError: no device.
     """
     dtype = next(value.dtype for name, value in arrays.items() if "factors." in name)
-    module = build(dtype).to_empty(device=device or torch.get_default_device())
+    target = checked_device(device) or torch.get_default_device()
+    module = build(dtype).to_empty(device=target)
     module.load_state_dict(dict(arrays))
     return module
 
@@ -85,7 +103,7 @@ class Mixture(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        dtype = checked_dtype(dtype)
+        dtype, device = checked_dtype(dtype), checked_device(device)
         config.spec.initializers(init)  # an unknown scheme fails before anything is allocated
         self.config = config
         self.init = init

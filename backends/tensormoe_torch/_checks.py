@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tensormoe import functional
-from tensormoe.errors import BackendError
+from tensormoe.errors import BackendError, ShapeError
 from tensormoe.functional import LayerConfig
 from tensormoe.gates import TopK
 from tensormoe_torch._adapter import BACKEND
@@ -39,9 +39,10 @@ def check_input(x: Tensor, features: int, weight: Tensor, name: str = "x") -> tu
 
     Raises:
         BackendError: no tensor, or one on another device.
-        ShapeError: no axis of ``features``, or another dtype than the layer's; under autocast,
-            any that it narrows will do.
+        ShapeError: no axis of ``features``, a sparse or nested tensor, or another dtype than the
+            layer's; under autocast, any that it narrows will do.
     """
+    _check_dense(x, name)
     dtype = weight.dtype
     mixed = isinstance(x, Tensor) and x.dtype != dtype and x.dtype in _NARROWED
     if mixed and dtype in _NARROWED and torch.is_autocast_enabled(weight.device.type):
@@ -61,6 +62,7 @@ def check_ids(ids: Tensor, count: int, weight: Tensor) -> Tensor:
         ShapeError: not integers, or an id out of range.
     """
     functional.check_array(ids, BACKEND, "ids")
+    _check_dense(ids, "ids")
     _check_device(ids, weight, "ids")
     return functional.check_ids(ids, count, BACKEND, look=_readable(ids))
 
@@ -74,17 +76,28 @@ def merged(
         BackendError: no tensors, or some on another device.
         ShapeError: another number of levels, or shapes that do not fit the input.
     """
-    found = functional.merged_coefficients(
+    # before anything is read: indices on the CPU are looked at
+    for given in coefficients if isinstance(coefficients, list | tuple) else (coefficients,):
+        for array in (given.indices, given.values) if isinstance(given, TopK) else (given,):
+            if isinstance(array, Tensor):
+                _check_dense(array, "coefficients")
+                _check_device(array, weight, "coefficients")
+    return functional.merged_coefficients(
         config, coefficients, lead, BACKEND, look=_readable(weight)
     )
-    for given in found:
-        for array in (given.indices, given.values) if isinstance(given, TopK) else (given,):
-            _check_device(array, weight, "coefficients")
-    return found
 
 
 def _readable(array: Tensor) -> bool:
     return array.device.type == "cpu" and not is_traced(array)
+
+
+def _check_dense(array: Tensor, name: str) -> None:
+    if isinstance(array, Tensor) and (array.layout is not torch.strided or array.is_nested):
+        kind = "nested" if array.is_nested else str(array.layout)
+        raise ShapeError(
+            f"{name} must be a dense tensor; got a {kind} one. Convert it with .to_dense(), or pad "
+            "it."
+        )
 
 
 def _check_device(array: Tensor, weight: Tensor, name: str) -> None:
