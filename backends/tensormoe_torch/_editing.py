@@ -15,7 +15,7 @@ from tensormoe.errors import ShapeError, SpecError
 from tensormoe.factorizations._experts import expert_axes, expert_carriers
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._base import Mixture
-from tensormoe_torch._fit import fit_expert
+from tensormoe_torch._least_squares import fit_expert
 from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._pre_normed import PreNormed
 
