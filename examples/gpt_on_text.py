@@ -45,7 +45,7 @@ class Sizes:
 
 FULL = Sizes()
 QUICK = Sizes(depth=1, channels=32, heads=2, context=32, experts=8)
-RECIPE = Recipe(steps=800, batch=16, rate=3e-3)
+RECIPE = Recipe(steps=1200, batch=16, rate=3e-3)
 QUICK_RECIPE = Recipe(steps=60, batch=16, rate=5e-3, scores=3)
 
 

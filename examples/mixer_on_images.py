@@ -47,7 +47,7 @@ FULL = Sizes()
 QUICK = Sizes(
     depth=1, channels=32, token_hidden=64, channel_hidden=128, token_experts=8, channel_experts=8
 )
-RECIPE = Recipe(steps=470, batch=128, rate=3e-3, scores=4)
+RECIPE = Recipe(steps=470, batch=128, rate=1e-2, scores=4)
 QUICK_RECIPE = Recipe(steps=60, batch=64, rate=5e-3, scores=3)
 
 
