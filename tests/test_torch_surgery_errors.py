@@ -222,6 +222,8 @@ class Odd(nn.Module):
             return self.fc2(F.relu(self.fc1(x))) * mask.shape[0]
         if self.what == "flat":
             x = x.flatten(1)
+        elif self.what == "before":
+            x = 2.0 * x
         h = F.relu(self.fc1(x))
         if self.what == "norm":
             h = F.layer_norm(h, (6,))
@@ -247,6 +249,7 @@ class Odd(nn.Module):
         ("residual", "does more than"),
         ("tuple", "does more than"),
         ("flat", "does more than"),
+        ("before", "does more than"),
         ("arguments", r"takes more than one input \('NoneType'"),
         ("parameter", "besides two linear layers it holds 'scale'"),
     ],
