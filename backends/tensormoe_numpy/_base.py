@@ -93,6 +93,7 @@ class Layer:
             training=training,
             itemsize=self.dtype.itemsize,
             row_block_bytes=self.backend.row_block_bytes,
+            picks_entries=self.backend.picks_entries,
         )
 
     def expert(self, *index: int) -> tuple[NDArray, NDArray | None]:

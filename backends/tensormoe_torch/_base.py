@@ -60,6 +60,7 @@ def layer_cost(config: LayerConfig, batch: int, training: bool, dtype: torch.dty
         training=training,
         itemsize=dtype.itemsize,
         row_block_bytes=EAGER.row_block_bytes,
+        picks_entries=EAGER.picks_entries,
     )
 
 

@@ -155,6 +155,7 @@ def chunk_size(
         gate=config.gate,
         itemsize=itemsize,
         row_block_bytes=backend.row_block_bytes,
+        picks_entries=backend.picks_entries,
     )
     return plan.chunk
 

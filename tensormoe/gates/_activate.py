@@ -16,6 +16,7 @@ from tensormoe.gates._normalization import (
     batch_moments,
     standardize_vjp,
 )
+from tensormoe.gates._passes import layer_norm_vjp
 from tensormoe.gates._rows import Rows, as_rows, block_rows, blocks, map_rows
 from tensormoe.gates._top_k import check_k, top_k_block
 
@@ -203,7 +204,13 @@ def activate_vjp(
 
     def gradient(values: Array, some: Array | None, first: int) -> Array:
         stop = first + values.shape[0]
-        inner = activation_vjp(backend, weights[first:stop, :], cotangent[first:stop, :], alpha)
+        some_weights, some_cotangent = weights[first:stop, :], cotangent[first:stop, :]
+        usual = some is None and backend.eager and gate.normalization == "layer"
+        if usual and alpha in (1.0, 1.5):
+            found = layer_norm_vjp(backend, values, some_weights, some_cotangent, alpha, gate.eps)
+            if found is not None:
+                return found
+        inner = activation_vjp(backend, some_weights, some_cotangent, alpha)
         if gate.normalization == "layer":
             return standardize_vjp(backend, values, some, first, gate.eps, inner)
         return xp.where(xp.isinf(values), xp.zeros_like(inner), inner)
@@ -248,7 +255,12 @@ def _batch_vjp(
 
 
 def activation_workspace(
-    gate: Gate, rows: int, experts: int, itemsize: int, row_block_bytes: int | None
+    gate: Gate,
+    rows: int,
+    experts: int,
+    itemsize: int,
+    row_block_bytes: int | None,
+    picks_entries: bool = True,
 ) -> int:
     """Bytes that :func:`activate` holds at its peak, the coefficients included, arguments not.
 
@@ -262,6 +274,7 @@ def activation_workspace(
         experts: logits a token.
         itemsize: bytes of one logit in at least float32, hence 4 or 8.
         row_block_bytes: the backend's.
+        picks_entries: the backend's.
 
     Example:
         >>> activation_workspace(Gate("softmax"), 1024, 1024, 4, 256 * 1024) / (1024 * 1024 * 4)
@@ -272,6 +285,8 @@ def activation_workspace(
     arrays, flags = BLOCK_ARRAYS[gate.activation if special else "entmax of any α"]
     output = rows * experts * itemsize if block < rows else 0
     usual = gate == replace(gate, activation="entmax", alpha=1.5, normalization="layer", k=None)
+    if usual and not picks_entries:
+        return output + itemsize * block * experts
     if usual and worth_it(block, experts):
         each = itemsize + candidate_bytes(experts, itemsize)
         return output + round(each * block * experts)

@@ -123,3 +123,51 @@ def _threshold(largest: list[float], radius: float) -> float | None:
         if count == len(largest) or threshold >= largest[count]:
             return threshold
     return None
+
+
+def layer_norm_vjp(
+    backend: Backend, values: Array, weights: Array, cotangent: Array, alpha: float, eps: float
+) -> Array | None:
+    """The way back through an activation and the layer norm before it, in few passes.
+
+    With s the activation's slope and g the cotangent, u = s (g - ⟨s, g⟩ / Σ s) is the gradient by
+    the normalized logits (:func:`activation_vjp`). It sums to zero, which leaves of layer norm's
+    transpose (u - (x - mean) ⟨x, u⟩ / (N v)) / √v, with v = variance + eps.
+
+    Args:
+        backend: an eager adapter.
+        values: logits x, (rows, experts), without a mask.
+        weights: coefficients, (rows, experts).
+        cotangent: g, (rows, experts).
+        alpha: of the activation, 1 or 1.5, whose slopes are the coefficients and their roots.
+        eps: of the layer norm.
+
+    Returns:
+        (rows, experts), or ``None`` where the logits are infinite, NaN or far off center.
+    """
+    xp = backend.namespace
+    experts = values.shape[-1]
+    square = backend.square_sums(values)
+    if not isfinite(float(xp.sum(square))):
+        return None
+    mean = backend.row_sums(values) * (1.0 / experts)
+    variance = square * (1.0 / experts) - mean * mean
+    if bool(xp.any(off_centre(mean, variance))):
+        return None
+    spread = 1.0 / xp.sqrt(variance + eps)
+    slope = weights if alpha == 1.0 else xp.sqrt(weights)
+    gradient = slope * cotangent
+    share = backend.row_sums(gradient) / backend.row_sums(slope)
+    if alpha == 1.0:
+        slope = slope * share
+    else:
+        slope *= share
+    gradient -= slope
+    del slope  # the next array takes its place in memory
+    product = gradient * values
+    along = backend.row_sums(product) * (1.0 / experts) * spread**3
+    del product
+    gradient *= spread
+    gradient -= values * along
+    gradient += mean * along
+    return gradient

@@ -100,6 +100,7 @@ def layer_cost(
     training: bool = False,
     itemsize: int = 4,
     row_block_bytes: int | None = None,
+    picks_entries: bool = True,
 ) -> Cost:
     """The cost of one call of a layer.
 
@@ -113,6 +114,7 @@ def layer_cost(
         training: forward and backward with all gradients, instead of forward alone.
         itemsize: bytes an entry.
         row_block_bytes: the backend's, for the temporaries of the gate.
+        picks_entries: the backend's, for the same.
     """
     sizes = batch_sizes(program, batch)
     steps = program_cost(program, sizes, itemsize)
@@ -132,7 +134,14 @@ def layer_cost(
         parameters += gate_parameters(gate, in_features, experts)
         steps = gate_steps(gate, in_features, experts, batch, itemsize) + steps
         peak_gate = _gate_peak(
-            gate, in_features, experts, batch, itemsize, row_block_bytes, training
+            gate,
+            in_features,
+            experts,
+            batch,
+            itemsize,
+            row_block_bytes,
+            picks_entries,
+            training,
         )
     if not training:
         peak = program_peak(program, sizes, itemsize, owned=owned)
@@ -173,6 +182,7 @@ def _gate_peak(
     batch: int,
     itemsize: int,
     row_block_bytes: int | None,
+    picks_entries: bool,
     training: bool,
 ) -> int:
     """Bytes live at the worst moment while coefficients are made, level by level."""
@@ -182,7 +192,7 @@ def _gate_peak(
     peak, done = 0, extra * batch * in_features
     for count in experts:
         logits = width * batch * count
-        workspace = activation_workspace(gate, batch, count, width, row_block_bytes)
+        workspace = activation_workspace(gate, batch, count, width, row_block_bytes, picks_entries)
         peak = max(peak, done + logits + workspace + extra * in_features * count)
         done += width * batch * count
         # training keeps the logits for the way back
@@ -219,7 +229,8 @@ def _activation_vjp_workspace(
 ) -> int:
     """Bytes that the way back through one level's activation holds, its result included."""
     block = block_rows(batch, count, width, row_block_bytes)
-    arrays, flags, whole = _VJP_ARRAYS[gate.normalization or ""]
+    few = gate.normalization == "layer" and gate.effective_alpha in (1.0, 1.5)
+    arrays, flags, whole = (2, 0, 0) if few else _VJP_ARRAYS[gate.normalization or ""]
     # the result of several blocks is joined in an array of its own
     whole += block < batch
     return (arrays * width + flags) * block * count + whole * width * batch * count

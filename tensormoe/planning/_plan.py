@@ -50,6 +50,7 @@ class Plan:
         training: bool = False,
         itemsize: int = 4,
         row_block_bytes: int | None = None,
+        picks_entries: bool = True,
     ) -> Cost:
         """What one call costs.
 
@@ -58,6 +59,7 @@ class Plan:
             training: forward and backward with all gradients, instead of forward alone.
             itemsize: bytes an entry: 4 for float32.
             row_block_bytes: the backend's, for the temporaries of the gate.
+            picks_entries: the backend's, for the same.
         """
         gate = None if gate is None else Gate.parse(gate)
         positive_int(itemsize, "itemsize", PlanError)
@@ -74,6 +76,7 @@ class Plan:
                 training=training,
                 itemsize=itemsize,
                 row_block_bytes=row_block_bytes,
+                picks_entries=picks_entries,
             )
 
         if self.chunk >= self.batch:
@@ -114,6 +117,7 @@ def plan_layer(
     gate: Gate | None = None,
     itemsize: int = 4,
     row_block_bytes: int | None = None,
+    picks_entries: bool = True,
 ) -> Plan:
     """The plan of a layer for a batch; the answer is cached.
 
@@ -127,6 +131,7 @@ def plan_layer(
         gate: counted against the limit if given.
         itemsize: bytes an entry.
         row_block_bytes: the backend's, for the temporaries of the gate.
+        picks_entries: the backend's, for the same.
 
     Raises:
         PlanError: a batch that is no size, or a limit that not even single inputs keep to; the
@@ -146,7 +151,12 @@ def plan_layer(
 
     def peak(chunk: int) -> int:
         cut = replace(plan, chunk=chunk)
-        return cut.cost(gate, itemsize=itemsize, row_block_bytes=row_block_bytes).peak_memory
+        return cut.cost(
+            gate,
+            itemsize=itemsize,
+            row_block_bytes=row_block_bytes,
+            picks_entries=picks_entries,
+        ).peak_memory
 
     if peak(max(batch, 1)) <= limit:
         return plan

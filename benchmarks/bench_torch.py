@@ -1,0 +1,179 @@
+"""Speed of the layer on PyTorch, as ratios taken in one run.
+
+768 → 768 on the CPU, float32, at the parameter budget of the linear layer (the gate not counted),
+gate included in every time:
+
+- ``layer/products``: one forward call against the plan's matrix products alone, the gate's
+  projection among them, by ``torch.matmul`` on operands that are there already;
+- ``layer/own``: the same against those products as the layer runs them (oneDNN where that pays);
+- ``direct/layer``: the direct formulation (ones joined to the input, one ``torch.einsum``, layer
+  norm and ``entmax15`` of the entmax package, which sorts) against the layer;
+- ``training``: the same for a forward and backward call, gradients of input and parameters.
+
+The last lines are for a single input, compiled (``torch.compile``, whole graph).
+
+    python benchmarks/bench_torch.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from _shared import interleaved
+from entmax import entmax15
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from tensormoe import CP, select_rank
+from tensormoe.errors import BudgetError
+from tensormoe_torch import MuMoE, TorchBackend
+
+FEATURES = 768
+Call = Callable[[], object]
+
+
+def products_of(layer: MuMoE, x: Tensor) -> tuple[Call, Call]:
+    """The matrix products of one call on the operands it had: by PyTorch, and as the layer does."""
+    operands: list[tuple[Tensor, Tensor]] = []
+    run = TorchBackend.matmul
+
+    def record(self: TorchBackend, left: Tensor, right: Tensor) -> Tensor:
+        operands.append((left.detach(), right.detach()))
+        return run(self, left, right)
+
+    TorchBackend.matmul = record  # type: ignore[method-assign]
+    try:
+        with torch.no_grad():
+            layer(x)
+    finally:
+        TorchBackend.matmul = run  # type: ignore[method-assign]
+    own = TorchBackend(eager=True)
+
+    def plain() -> None:
+        for left, right in operands:
+            torch.matmul(left, right)
+
+    def ours() -> None:
+        for left, right in operands:
+            run(own, left, right)
+
+    return plain, ours
+
+
+def direct(layer: MuMoE, x: Tensor) -> Callable[[], Tensor]:
+    """The formulation of the paper's appendix, written with einsum."""
+    factors: Any = layer.factors
+    assert layer.gate is not None
+    projection = layer.gate.projection_0
+    cp = isinstance(layer.spec.factorization, CP)
+    equation = "bn,nr,bi,ir,or->bo" if cp else "bn,npq,bi,iqs,osp->bo"
+    joined = torch.cat([factors["input"], factors["bias"][None]]).detach().requires_grad_()
+    experts = projection.shape[1]
+
+    def run() -> Tensor:
+        weights = entmax15(layer_norm(x @ projection, (experts,)), dim=-1)
+        extended = torch.cat([x, torch.ones(len(x), 1)], dim=-1)
+        output: Tensor = torch.einsum(
+            equation, weights, factors["expert_0"], extended, joined, factors["output"]
+        )
+        return output
+
+    return run
+
+
+def stepped(call: Callable[[], Tensor], layer: MuMoE, x: Tensor) -> Call:
+    """Forward and backward, with new gradients every time."""
+    cotangent = torch.randn(len(x), FEATURES)
+
+    def run() -> None:
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+        call().backward(cotangent)
+
+    return run
+
+
+def trained(name: str, experts: int) -> tuple[MuMoE, Any] | None:
+    """A layer within the budget whose gate tells inputs apart, as after training, and its rank."""
+    bonds = None if name == "cp" else (4, 4, None)
+    try:
+        rank = select_rank(name, FEATURES, FEATURES, experts, budget="linear", bonds=bonds)
+    except BudgetError:
+        return None
+    layer = MuMoE(FEATURES, FEATURES, experts, name, rank=rank)
+    assert layer.gate is not None
+    with torch.no_grad():
+        layer.gate.projection_0.normal_(0.0, FEATURES**-0.5)
+    return layer, rank
+
+
+def compare(layer: MuMoE, batch: int, seconds: float) -> tuple[float, ...]:
+    """Microseconds, and the four ratios."""
+    x = torch.randn(batch, FEATURES)
+    by_einsum = direct(layer, x)
+    with torch.no_grad():
+        if not torch.allclose(layer(x), by_einsum(), atol=1e-4):
+            raise SystemExit("the layer and the direct formulation disagree")
+        calls: list[Call] = [lambda: layer(x), *products_of(layer, x), by_einsum]
+        ours, plain, own, einsum = interleaved(calls, seconds)
+    x.requires_grad_()
+    steps = [stepped(lambda: layer(x), layer, x), stepped(by_einsum, layer, x)]
+    train, direct_train = interleaved(steps, seconds)
+    return ours * 1e6, ours / plain, ours / own, einsum / ours, train * 1e6, direct_train / train
+
+
+def compare_compiled(layer: MuMoE, seconds: float) -> tuple[float, float]:
+    """Microseconds of one compiled call for one input, and its ratio to the products."""
+    x = torch.randn(1, FEATURES)
+    compiled = torch.compile(layer, fullgraph=True)
+    with torch.no_grad():
+        ours, plain, _ = interleaved([lambda: compiled(x), *products_of(layer, x)], seconds)
+    return ours * 1e6, ours / plain
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each comparison")
+    parser.add_argument("--no-compile", action="store_true", help="leave the compiled lines out")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    print(
+        f"PyTorch, {FEATURES} → {FEATURES}, float32, gate included; PyTorch {torch.__version__}, "
+        f"Python {platform.python_version()}, {torch.get_num_threads()} threads of "
+        f"{os.cpu_count()} cores, {platform.machine()}"
+    )
+    head = f"{'layer':>12} {'rank':>12} {'experts':>7} {'batch':>5} {'layer µs':>9}"
+    print(f"{head} layer/products layer/own direct/layer   step µs training", flush=True)
+    layers = [
+        (name, experts, made)
+        for experts in (128, 1024, 8192)
+        for name in ("cp", "tensor_ring")
+        if (made := trained(name, experts)) is not None
+    ]
+    for name, experts, (layer, rank) in layers:
+        for batch in (1, 64, 1024):
+            row = compare(layer, batch, options.seconds)
+            print(
+                f"{name:>12} {rank!s:>12} {experts:7} {batch:5} {row[0]:9.0f} {row[1]:14.2f} "
+                f"{row[2]:9.2f} {row[3]:12.2f} {row[4]:9.0f} {row[5]:8.2f}",
+                flush=True,
+            )
+    if options.no_compile:
+        return
+    print(f"\n{'compiled':>12} {'rank':>12} {'experts':>7} {'batch':>5} {'layer µs':>9}", end="")
+    print(" layer/products", flush=True)
+    for name, experts, (layer, rank) in layers:
+        if experts <= 1024:
+            taken, ratio = compare_compiled(layer, options.seconds)
+            print(
+                f"{name:>12} {rank!s:>12} {experts:7} {1:5} {taken:9.0f} {ratio:14.2f}", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
