@@ -88,12 +88,13 @@ build-check: $(VENV)/.ready-dev ## sdist -> wheel -> clean environment -> import
 examples: $(VENV)/.ready-dev ## run every example, warnings as errors
 	@echo "== examples"
 	@for example in examples/*.py; do \
-	    echo "$$example"; \
-	    $(BIN)/python -W error "$$example" > /dev/null || exit 1; \
+	    quick=$$(grep -q -e '--quick' "$$example" && echo --quick || true); \
+	    echo "$$example $$quick"; \
+	    $(BIN)/python -W error "$$example" $$quick > /dev/null || exit 1; \
 	done
 
 .PHONY: bench
-bench: $(VENV)/.ready-dev ## speed, as ratios taken in one run (not part of test)
+bench: $(VENV)/.ready-bench ## speed, as ratios taken in one run (not part of test)
 	@for benchmark in benchmarks/bench_*.py; do $(BIN)/python "$$benchmark" || exit 1; done
 
 ##@ Work
@@ -132,6 +133,11 @@ $(VENV)/.ready-dev: $(REQUIREMENTS) | $(VENV)/bin/python
 	@echo "== setting up $(VENV): tensormoe with all that its checks need"
 	@$(BIN)/python $(PIP_INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.ready-demo
+
+$(VENV)/.ready-bench: $(REQUIREMENTS) | $(VENV)/bin/python
+	@echo "== setting up $(VENV): what the benchmarks compare with"
+	@$(BIN)/python $(PIP_INSTALL) -e '.[bench]'
+	@touch $@ $(VENV)/.ready-dev $(VENV)/.ready-demo
 
 $(CORE_VENV)/.ready: $(REQUIREMENTS)
 	@echo "== setting up $(CORE_VENV): the core alone"

@@ -74,7 +74,11 @@ def mix(
     """The mixture (batch, out) for inputs (batch, in), or ids (batch,), all in one dtype."""
     if is_traced(x):
         # an exported model must not be bound to the batch sizes that one plan is the cheapest for
-        any_batch = torch.compiler.is_exporting() and not isinstance(x.shape[0], int)
+        any_batch = torch.compiler.is_exporting()
+        if torch.compiler.is_compiling():
+            # a compiler cannot follow the planning of a k that nobody knew before the call
+            counts = config.spec.experts
+            coefficients = [_dense(*pair) for pair in zip(coefficients, counts, strict=True)]
         return functional.apply_experts(
             config, parameters, x, coefficients, BACKEND, any_batch=any_batch
         )
@@ -90,6 +94,14 @@ def mix(
             result: Tensor = _Experts.apply(call, x, *named.values())
             return result
     return functional.apply_experts(config, parameters, x, coefficients, _direct(x))
+
+
+def _dense(given: Tensor | TopK, count: int) -> Tensor:
+    """Coefficients (batch, N_e), whichever form they come in."""
+    if not isinstance(given, TopK):
+        return given
+    zeros = given.values.new_zeros((given.values.shape[0], count))
+    return torch.scatter_add(zeros, 1, given.indices.to(torch.int64), given.values)
 
 
 def _direct(x: Tensor) -> TorchBackend:

@@ -29,7 +29,7 @@ def _linear() -> Callable[..., Tensor] | None:
         found: Any = torch.ops.mkldnn._linear_pointwise.default
     except AttributeError:
         return None
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 _LINEAR = _linear()
@@ -44,7 +44,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
         and right.ndim == 2
         and left.shape[0] >= _LEAST_ROWS
         and left.numel() * right.shape[1] >= _LEAST_WORK
-        and torch.backends.mkldnn.enabled
+        and torch.backends.mkldnn.enabled  # type: ignore[truthy-bool]
         and torch._C._len_torch_dispatch_stack() == 0
     ):
         return _LINEAR(left, right.t(), None, "none", [], "")
