@@ -170,7 +170,9 @@ def _st_moe_class() -> Callable[..., nn.Module]:
 def _top_2_linear(experts: int) -> nn.Module:
     from mixture_of_experts import MoE
 
-    return OneSequence(MoE(dim=FEATURES, num_experts=experts, experts=GroupedLinear(experts)))
+    given = GroupedLinear(experts)
+    # the package makes its own experts even where it is given others: let them be tiny
+    return OneSequence(MoE(dim=FEATURES, num_experts=experts, hidden_dim=1, experts=given))
 
 
 def _top_2(experts: int) -> nn.Module:

@@ -93,4 +93,4 @@ class _Product(torch.autograd.Function):
 
 
 def weights(*shape: int) -> Tensor:
-    return torch.empty(shape).uniform_(-1, 1) * FEATURES**-0.5
+    return torch.empty(shape).uniform_(-1, 1).mul_(FEATURES**-0.5)

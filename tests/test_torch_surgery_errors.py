@@ -84,7 +84,7 @@ def refused(
         ("head", "head.weight is tied to embed.weight. Leave it out"),
         (nn.Linear, "head.weight is tied to embed.weight"),
     ],
-    ids=repr,
+    ids=lambda value: getattr(value, "__name__", None) or repr(value),
 )
 def test_selections(select: Any, message: str) -> None:
     refused(Model(), select, message)
@@ -117,7 +117,7 @@ def test_selections(select: Any, message: str) -> None:
         ({"example": 5}, SpecError, "example must be a tensor, a tuple .*; got int"),
         ({"roofline": "abacus"}, BudgetError, "roofline must be one of .*; got 'abacus'"),
     ],
-    ids=repr,
+    ids=lambda value: getattr(value, "__name__", None) or repr(value),
 )
 def test_arguments(given: dict[str, Any], error: Any, message: str) -> None:
     refused(Model(), "out", message, error, **given)
