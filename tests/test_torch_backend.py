@@ -23,8 +23,6 @@ FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 class OnTensors(BackendContract):
-    dtypes = ("float16", "float32", "float64")
-
     def from_numpy(self, array: np.ndarray) -> Tensor:
         return torch.tensor(array)
 
@@ -140,6 +138,28 @@ def test_nan_stays_in_its_row(backend: TorchBackend) -> None:
     assert found[1].isnan().any()
     rest = [0, 2, 3]
     torch.testing.assert_close(found[rest], whole[rest], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", [BACKEND, EAGER], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_narrow_types(backend: TorchBackend, dtype: torch.dtype) -> None:
+    """The primitives keep them; the contract's random layers would overflow."""
+    array = torch.arange(12.0).reshape(3, 4).to(dtype)
+    indices = torch.tensor([2, 0, 2])
+    picked = backend.take(array, indices, 0)
+    found = [
+        (backend.matmul(array, array.T), array.float() @ array.T.float()),
+        (backend.sum(array, (0,)), array.float().sum(0)),
+        (backend.row_sums(array), array.float().sum(-1, keepdim=True)),
+        (backend.square_sums(array), (array.float() ** 2).sum(-1, keepdim=True)),
+        (picked, array.float()[indices]),
+        (backend.scatter_add(picked, indices, 0, 3), array.float() * torch.tensor([[1], [0], [2]])),
+        (backend.namespace.concat([array, picked]), torch.cat([array, array[indices]]).float()),
+        (backend.contiguous(backend.permute(array, (1, 0))), array.T.float()),
+    ]
+    for got, want in found:
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.float(), want, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
