@@ -19,6 +19,7 @@ BATCH = 1024
 # one look a kind of layer, in both comparisons
 _STYLES: dict[str, dict[str, object]] = {
     "plain": {"color": INK, "linestyle": "--", "linewidth": 1.6},
+    "plain on oneDNN": {"color": INK, "linestyle": "-.", "linewidth": 1.2},
     "tensorly-torch Tucker": {"color": MUTED, "linestyle": ":", "linewidth": 1.8},
     "CP": {"color": COLOURS[0], "marker": "o", "linewidth": 2.6, "markersize": 7},
     "tensor ring": {"color": COLOURS[1], "marker": "s", "linewidth": 2.6, "markersize": 7},
@@ -29,6 +30,7 @@ _STYLES: dict[str, dict[str, object]] = {
 }
 _LABELS = {
     "plain": "no experts: nn.Linear, MLP",
+    "plain on oneDNN": "the same on oneDNN, as ours",
     "CP": "MuMoE CP",
     "tensor ring": "MuMoE tensor ring",
 }
@@ -55,7 +57,7 @@ def draw(path: Path, lines: Sequence[Line]) -> None:
         for axes in grid[-1]:
             axes.set_xlabel("experts")
         handles, labels = grid[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        figure.legend(handles, labels, loc="outside lower center", ncols=5)
         figure.suptitle(
             f"{BATCH} tokens, float32, CPU; lines end at 3 GiB of parameters or a minute a call",
             fontsize=11,
@@ -82,6 +84,8 @@ def _panel(axes: Axes, lines: Sequence[Line], value: Figure) -> None:
             continue
         points = [(line.experts, value(line)) for line in here]
         points = [(count, found) for count, found in points if found is not None]
+        if not points:
+            continue
         axes.plot(*zip(*points, strict=True), label=label, **_STYLES[kind])  # type: ignore[arg-type]
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
@@ -91,6 +95,8 @@ def _panel(axes: Axes, lines: Sequence[Line], value: Figure) -> None:
 def _kind(layer: str) -> str:
     if layer in ("nn.Linear", "MLP"):
         return "plain"
+    if layer.endswith("on oneDNN"):
+        return "plain on oneDNN"
     if layer.startswith("MuMoE"):
         return layer.partition(" ")[2]
     return layer
