@@ -35,11 +35,6 @@ from tests._torch_helpers import (
     traced,
 )
 
-COUNTED_TWICE = pytest.mark.xfail(
-    raises=AssertionError,
-    reason="with create_graph=True the input's gradient through the gate is counted twice",
-)
-
 
 def as_function(module: nn.Module, *data: Tensor, call: Callable[..., Any] | None = None) -> Any:
     """A pure function of data and parameters, and its arguments; buffers stay as they are."""
@@ -251,7 +246,6 @@ def test_parts_may_be_frozen(kind: Any, gate: Gate) -> None:
                 assert grad is None, f"{name} beside {wanted}"
 
 
-@COUNTED_TWICE
 @pytest.mark.parametrize("gate", GATES, ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_gradients_with_a_graph_are_the_same(kind: Any, gate: Gate) -> None:
@@ -264,7 +258,6 @@ def test_gradients_with_a_graph_are_the_same(kind: Any, gate: Gate) -> None:
         torch.testing.assert_close(each.detach(), other, rtol=1e-8, atol=1e-8)
 
 
-@COUNTED_TWICE
 @pytest.mark.parametrize("frozen", ["", "factors", "gate", "gate.projection_1", "factors.input"])
 def test_gradient_penalties(frozen: str) -> None:
     """A loss of gradients, with parts that are not trained."""

@@ -56,12 +56,12 @@ def _relu_slope(x: NDArray) -> NDArray:
 
 
 def _silu(x: NDArray) -> NDArray:
-    result: NDArray = x * expit(x)
+    result: NDArray = x * expit(x).astype(x.dtype, copy=False)
     return result
 
 
 def _silu_slope(x: NDArray) -> NDArray:
-    gate = expit(x)
+    gate = expit(x).astype(x.dtype, copy=False)
     result: NDArray = gate * (1.0 + x * (1.0 - gate))
     return result
 

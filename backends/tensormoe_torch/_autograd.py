@@ -22,7 +22,7 @@ from tensormoe.gates import Statistics, TopK
 from tensormoe.planning import Reverse
 from tensormoe_torch._adapter import BACKEND, EAGER, TorchBackend
 
-__all__ = ["is_traced", "mix", "no_autocast", "route"]
+__all__ = ["is_autocast", "is_traced", "mix", "no_autocast", "route"]
 
 
 def is_traced(x: Tensor) -> bool:
@@ -37,9 +37,12 @@ def is_traced(x: Tensor) -> bool:
 
 def no_autocast(device: str) -> AbstractContextManager[Any]:
     """Autocast switched off where it is on: the layer chooses its dtypes itself."""
-    if not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(device, enabled=False) if is_autocast(device) else nullcontext()
+
+
+def is_autocast(device: str) -> bool:
+    """Whether autocast is on for a type of device; there are types that have none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def route(
@@ -160,10 +163,17 @@ class _Gate(torch.autograd.Function):
         by_input, *by_array = ctx.needs_input_grad[1:]
         with no_autocast(x.device.type):
             if torch.is_grad_enabled():
+                inputs = _views(x, *arrays)
+                parameters = dict(zip(call.names, inputs[1:], strict=True))
                 routed = functional.route(
-                    call.config, parameters, x, BACKEND, buffers=buffers, training=call.training
+                    call.config,
+                    parameters,
+                    inputs[0],
+                    BACKEND,
+                    buffers=buffers,
+                    training=call.training,
                 )
-                return _again(ctx, routed.coefficients, (x, *arrays), cotangents)
+                return _again(ctx, routed.coefficients, inputs, cotangents)
             routed = Routed(rest[levels:], rest[:levels], None)
             total, named = functional.gate_vjp(
                 call.config,
@@ -221,11 +231,12 @@ class _Experts(torch.autograd.Function):
         x, *arrays = saved[: 1 + len(call.names)]
         with no_autocast(x.device.type):
             if torch.is_grad_enabled():
-                named = dict(zip(call.names, arrays, strict=True))
+                inputs = _views(x, *arrays)
+                named = dict(zip(call.names, inputs[1:], strict=True))
                 result = functional.apply_experts(
-                    call.config, named, x, _coefficients(named), BACKEND
+                    call.config, named, inputs[0], _coefficients(named), BACKEND
                 )
-                return _again(ctx, [result], (x, *arrays), (cotangent,))
+                return _again(ctx, [result], inputs, (cotangent,))
             reverse: Reverse = ctx.reverse
             residuals = functional.Residuals(reverse, tuple(saved[k] for k in ctx.places))
             found = functional.experts_backward(call.config, residuals, cotangent, call.backend)
@@ -239,6 +250,14 @@ def _coefficients(named: Mapping[str, Tensor]) -> list[Tensor | TopK]:
         indices = named.get(f"indices_{len(found)}")
         found.append(values if indices is None else TopK(indices, values))
     return found
+
+
+def _views(*arrays: Tensor) -> tuple[Tensor, ...]:
+    """The same tensors as other nodes: a gradient by one of them ends there.
+
+    The inputs of a call may depend on one another, as coefficients do on the layer's input.
+    """
+    return tuple(array.view_as(array) for array in arrays)
 
 
 def _again(

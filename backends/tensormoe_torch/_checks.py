@@ -13,7 +13,7 @@ from tensormoe.errors import BackendError, ShapeError
 from tensormoe.functional import LayerConfig
 from tensormoe.gates import TopK
 from tensormoe_torch._adapter import BACKEND
-from tensormoe_torch._autograd import is_traced
+from tensormoe_torch._autograd import is_autocast, is_traced
 
 __all__ = ["Given", "check_ids", "check_input", "compute_dtype", "merged"]
 
@@ -29,7 +29,7 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     As for PyTorch's own layers, autocast leaves float64 alone.
     """
     device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype in _NARROWED:
+    if is_autocast(device) and weight.dtype in _NARROWED:
         return torch.get_autocast_dtype(device)
     return weight.dtype
 
@@ -45,7 +45,7 @@ def check_input(x: Tensor, features: int, weight: Tensor, name: str = "x") -> tu
     _check_dense(x, name)
     dtype = weight.dtype
     mixed = isinstance(x, Tensor) and x.dtype != dtype and x.dtype in _NARROWED
-    if mixed and dtype in _NARROWED and torch.is_autocast_enabled(weight.device.type):
+    if mixed and dtype in _NARROWED and is_autocast(weight.device.type):
         dtype = x.dtype
     lead = functional.check_input(x, features, dtype, BACKEND, name)
     _check_device(x, weight, name)
