@@ -48,7 +48,7 @@ def main() -> None:
         python = place / "venv" / "bin" / "python"
         install = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
         constraints = ["-c", ROOT / "constraints.txt"]
-        run(*install, *constraints, f"{wheel}[numpy]", cwd=place)
+        run(*install, *constraints, f"{wheel}[numpy,torch]", cwd=place)
         neutral = place / "neutral"
         neutral.mkdir()
         run(python, "-I", "-c", IMPORT_ALL, *sorted(expected), cwd=neutral)
