@@ -266,13 +266,13 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         {"scatter_add": scatter_without_adding},
         "test_indexed_coefficients_equal_dense_ones",
     ),
-    "concat turns around": (
-        {"concat": lambda self, arrays: np.concatenate(list(arrays)[::-1])},
-        "test_chunks_give_the_same",
+    "row sums lose precision": (
+        {"row_sums": lambda self, a: np.sum(a, axis=-1, keepdims=True) * (1 + 1e-2)},
+        "test_gates_equal_those_of_numpy",
     ),
-    "concat itself": (
-        {"concat": lambda self, arrays: np.concatenate(list(arrays)[::-1])},
-        "test_concat",
+    "square sums lose precision": (
+        {"square_sums": lambda self, a: np.sum(a * a, axis=-1, keepdims=True) * (1 + 1e-2)},
+        "test_gates_equal_those_of_numpy",
     ),
     "bytes of another order": (
         {"to_bytes": lambda self, a: (a.dtype.name, a.shape, a.astype(">f8").tobytes())},
