@@ -75,17 +75,7 @@ class TestDifferences:
 
     @pytest.mark.parametrize(
         "gate",
-        [
-            pytest.param(
-                gate,
-                marks=pytest.mark.xfail(
-                    condition=gate.activation == "entmax",
-                    raises=RuntimeError,
-                    reason="one Newton step on live values has the first derivative alone",
-                ),
-            )
-            for gate in GATES
-        ],
+        GATES,
         ids=str,
     )
     def test_second_derivatives_of_gates(self, gate: Gate) -> None:

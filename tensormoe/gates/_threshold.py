@@ -10,7 +10,7 @@ models", eq. 10). Three facts carry this module.
   suffices where all entries tie.
 - The root depends on the logits, but its derivative needs no derivative of the search: one more
   Newton step δ = (h - 1) / (-h'), on live values with τ held constant, has exactly the derivative
-  of the implicit function at the root.
+  of the implicit function at the root, and a second one has its second derivative.
 - z - τ is computed first and δ subtracted after, so the rounding of τ itself never reaches the
   coefficients: they are exact to a few ulp, and so is their sum.
 """
@@ -21,6 +21,9 @@ from math import ceil, log, log2
 from typing import Any
 
 from tensormoe.backend import Array, Backend
+
+LIVE_STEPS = 2
+"""Newton steps on differentiated values: each makes one more order of derivatives exact."""
 
 OUTSIDE = -2.0
 """A shifted logit that no threshold in [-1, 0) reaches: what masked experts get."""
@@ -93,10 +96,13 @@ def entmax15_root(
             break
         tau = xp.maximum(tau + step, lowest)
     zero = xp.zeros_like(lowest)
-    if constant is not z:  # differentiated, so the last step has to see live values
-        square = backend.square_sums(xp.maximum(z - tau, zero))
     excess = z - tau
-    excess = excess - (square - 1.0) / (2.0 * total)
+    if constant is z:
+        excess = excess - (square - 1.0) / (2.0 * total)
+    else:
+        for _ in range(LIVE_STEPS):
+            square = backend.square_sums(xp.maximum(excess, zero))
+            excess = excess - (square - 1.0) / (2.0 * total)
     excess = xp.maximum(excess, zero)
     return excess * excess, tau
 
@@ -142,8 +148,9 @@ def entmax(backend: Backend, z: Array, alpha: float) -> Array:
     near_one = alpha < 2.0
     shift = (_newton if near_one else _bracket)(backend, constant, power)
     margin = z - shift
-    mass, slope, _ = _moments(backend, margin, power, near_one)
-    margin = margin - (mass - 1.0) / backend.stop_gradient(power * slope)
+    for _ in range(1 if constant is z else LIVE_STEPS):
+        mass, slope, _ = _moments(backend, margin, power, near_one)
+        margin = margin - (mass - 1.0) / backend.stop_gradient(power * slope)
     _, inside = _log(xp, constant - shift, near_one)
     logarithm, still = _log(xp, margin, near_one)
     raised = xp.where(inside & still, xp.exp(power * logarithm), xp.zeros_like(margin))
