@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tensormoe import functional
 from tensormoe.errors import ShapeError, SpecError
-from tensormoe.factorizations._experts import expert_axes, expert_carriers
+from tensormoe.factorizations import expert_axes, expert_carriers
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._base import Mixture
 from tensormoe_torch._least_squares import fit_expert

@@ -14,8 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from tensormoe.factorizations import INPUT, OUTPUT, Leg, Network, expert_leg
-from tensormoe.factorizations._experts import expert_carriers
+from tensormoe.factorizations import INPUT, OUTPUT, Leg, Network, expert_carriers, expert_leg
 
 __all__ = ["fit_expert"]
 

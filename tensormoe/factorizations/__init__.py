@@ -16,6 +16,8 @@ from tensormoe.factorizations._base import INITIALIZATIONS as INITIALIZATIONS
 from tensormoe.factorizations._base import Factorization as Factorization
 from tensormoe.factorizations._cp import CP as CP
 from tensormoe.factorizations._dense import Dense as Dense
+from tensormoe.factorizations._experts import expert_axes as expert_axes
+from tensormoe.factorizations._experts import expert_carriers as expert_carriers
 from tensormoe.factorizations._hadamard import Hadamard as Hadamard
 from tensormoe.factorizations._initialization import Draw as Draw
 from tensormoe.factorizations._initialization import Initializer as Initializer
@@ -53,6 +55,8 @@ __all__ = [
     "TensorTrain",
     "Tucker",
     "draw_factor",
+    "expert_axes",
+    "expert_carriers",
     "expert_leg",
     "from_tensorly",
     "resolve_factorization",

@@ -24,17 +24,23 @@ from tensormoe.functional._experts import experts_backward as experts_backward
 from tensormoe.functional._experts import experts_forward as experts_forward
 from tensormoe.functional._experts import experts_vjp as experts_vjp
 from tensormoe.functional._experts import prepare as prepare
+from tensormoe.functional._fit import Fit as Fit
 from tensormoe.functional._initialize import initialize as initialize
 from tensormoe.functional._routing import Routed as Routed
 from tensormoe.functional._routing import gate_vjp as gate_vjp
 from tensormoe.functional._routing import route as route
 from tensormoe.functional._saved import read_block as read_block
+from tensormoe.functional._shared_experts import SVD as SVD
+from tensormoe.functional._shared_experts import checked_noise as checked_noise
+from tensormoe.functional._shared_experts import shared_experts as shared_experts
 from tensormoe.functional._weights import expert_weight as expert_weight
 from tensormoe.functional._weights import materialize as materialize
 
 __all__ = [
+    "SVD",
     "BlockConfig",
     "Coefficients",
+    "Fit",
     "LayerConfig",
     "Residuals",
     "Routed",
@@ -43,6 +49,7 @@ __all__ = [
     "check_coefficients",
     "check_ids",
     "check_input",
+    "checked_noise",
     "chunk_size",
     "expert_weight",
     "experts_backward",
@@ -57,4 +64,5 @@ __all__ = [
     "resolve_block",
     "resolve_config",
     "route",
+    "shared_experts",
 ]

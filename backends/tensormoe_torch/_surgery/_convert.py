@@ -10,9 +10,15 @@ from torch import Tensor, nn
 
 from tensormoe.errors import SpecError
 from tensormoe.factorizations import Factorization
-from tensormoe.functional import BlockConfig, LayerConfig, resolve_block, resolve_config
-from tensormoe.functional._fit import Fit
-from tensormoe.functional._shared_experts import checked_noise, shared_experts
+from tensormoe.functional import (
+    BlockConfig,
+    Fit,
+    LayerConfig,
+    checked_noise,
+    resolve_block,
+    resolve_config,
+    shared_experts,
+)
 from tensormoe.gates import Gate
 from tensormoe.planning import Budget
 from tensormoe_torch._adapter import BACKEND

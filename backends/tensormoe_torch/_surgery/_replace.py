@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from tensormoe._validation import choice, positive_int
 from tensormoe.errors import BudgetError, SpecError, TensormoeError
 from tensormoe.factorizations import INITIALIZATIONS, Factorization
-from tensormoe.functional import BlockConfig, LayerConfig
-from tensormoe.functional._fit import Fit
-from tensormoe.functional._shared_experts import checked_noise
+from tensormoe.functional import BlockConfig, Fit, LayerConfig, checked_noise
 from tensormoe.gates import Gate
 from tensormoe.planning import PUBLISHED_ROOFLINES, Budget, Cost, Roofline, linear_cost
 from tensormoe_torch._layer import MuMoE
