@@ -30,14 +30,12 @@ from tensormoe.functional._routing import Routed as Routed
 from tensormoe.functional._routing import gate_vjp as gate_vjp
 from tensormoe.functional._routing import route as route
 from tensormoe.functional._saved import read_block as read_block
-from tensormoe.functional._shared_experts import SVD as SVD
 from tensormoe.functional._shared_experts import checked_noise as checked_noise
 from tensormoe.functional._shared_experts import shared_experts as shared_experts
 from tensormoe.functional._weights import expert_weight as expert_weight
 from tensormoe.functional._weights import materialize as materialize
 
 __all__ = [
-    "SVD",
     "BlockConfig",
     "Coefficients",
     "Fit",
