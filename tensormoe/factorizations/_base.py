@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import sqrt
 from typing import Any, ClassVar
 
+from tensormoe._devices import device_of
 from tensormoe._validation import choice, positive_ints
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import RankError, SpecError
@@ -175,7 +176,7 @@ def mode_names(levels: int) -> tuple[str, ...]:
 
 def ones_like_table(table: Array, shape: tuple[int, ...], backend: Backend) -> Array:
     """Ones of a shape, with the dtype and on the device of ``table``."""
-    return backend.namespace.ones(shape, dtype=table.dtype, device=table.device)
+    return backend.namespace.ones(shape, dtype=table.dtype, device=device_of(table))
 
 
 def tiled_columns(array: Array, count: int, xp: Any) -> Array:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any, ClassVar
 
+from tensormoe._devices import device_of
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import RankError
 from tensormoe.factorizations._base import (
@@ -100,7 +101,7 @@ class CP(Factorization):
     def to_tensorly(self, factors: Mapping[str, Array], xp: Any) -> Any:
         """(weights, factors) of ``tensorly.cp_to_tensor``: unit weights, factors (n, R)."""
         listed = [array for name, array in factors.items() if name != "bias"]
-        ones = xp.ones((self.rank,), dtype=listed[0].dtype, device=listed[0].device)
+        ones = xp.ones((self.rank,), dtype=listed[0].dtype, device=device_of(listed[0]))
         return ones, listed
 
     def from_tensorly(self, decomposition: Any, xp: Any) -> dict[str, Array]:

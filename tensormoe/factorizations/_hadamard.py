@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any, ClassVar
 
+from tensormoe._devices import device_of
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import RankError
 from tensormoe.factorizations._base import (
@@ -86,15 +87,15 @@ class Hadamard(Factorization):
         """(weights, factors) of ``tensorly.cp_to_tensor``: CP of rank O, output factor identity."""
         listed = [array for name, array in factors.items() if name != "bias"]
         size, like = listed[0].shape[1], listed[0]
-        ones = xp.ones((size,), dtype=like.dtype, device=like.device)
-        return ones, [*listed, xp.eye(size, dtype=like.dtype, device=like.device)]
+        ones = xp.ones((size,), dtype=like.dtype, device=device_of(like))
+        return ones, [*listed, xp.eye(size, dtype=like.dtype, device=device_of(like))]
 
     def from_tensorly(self, decomposition: Any, xp: Any) -> dict[str, Array]:
         weights, factors = decomposition
         names = mode_names(len(factors) - 2)[:-1]
         stored = {n: xp.asarray(a, copy=True) for n, a in zip(names, factors[:-1], strict=True)}
         last = factors[-1]
-        one = xp.eye(last.shape[0], dtype=last.dtype, device=last.device)
+        one = xp.eye(last.shape[0], dtype=last.dtype, device=device_of(last))
         if last.shape[0] != last.shape[1] or bool(xp.any(last != one)):
             raise RankError(
                 "the output factor of a Hadamard decomposition must be the identity; got another "

@@ -8,6 +8,7 @@ from itertools import pairwise
 from math import sqrt
 from typing import Literal
 
+from tensormoe._devices import device_of
 from tensormoe.backend import Array, Backend
 
 __all__ = ["Draw", "Initializer", "chain_energy", "draw_factor", "noise_share"]
@@ -111,10 +112,10 @@ def draw_factor(
     if initializer.center == "one":
         return array + 1.0
     rows, columns = shape[-2:]
-    center = xp.eye(rows, columns, dtype=array.dtype, device=array.device)
+    center = xp.eye(rows, columns, dtype=array.dtype, device=device_of(array))
     if initializer.center == "tiled":
         period = min(rows, columns)
-        block = xp.eye(period, dtype=array.dtype, device=array.device)
+        block = xp.eye(period, dtype=array.dtype, device=device_of(array))
         center = xp.concat([block] * -(-rows // period), axis=0)[:rows, :]
         center = xp.concat([center] * -(-columns // period), axis=1)[:, :columns]
     return center * (1.0 + array) if initializer.diagonal else center + array

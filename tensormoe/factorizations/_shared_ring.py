@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tensormoe._devices import device_of
 from tensormoe.backend import Array, Backend
 from tensormoe.factorizations._base import Split, tiled_columns
 
@@ -55,14 +56,14 @@ def shared_ring(
 
 def _passing(rows: int, columns: int, channels: int, like: Array, xp: Any) -> Array:
     """Ones where both bonds carry the same channel."""
-    row, column = (xp.arange(size, device=like.device) for size in (rows, columns))
+    row, column = (xp.arange(size, device=device_of(like)) for size in (rows, columns))
     same = (row % channels)[:, None] == (column % channels)[None, :]
     return xp.astype(same, like.dtype)
 
 
 def _counts(size: int, channels: int, like: Array, xp: Any) -> Array:
     """For each entry of a bond, how many entries carry its channel."""
-    channel = xp.arange(size, device=like.device) % channels
+    channel = xp.arange(size, device=device_of(like)) % channels
     return (size - 1 - channel) // channels + 1
 
 
@@ -72,7 +73,7 @@ def _shares(size: int, channels: int, like: Array, xp: Any) -> Array:
 
 def _owned(size: int, channels: int, inner: int, like: Array, xp: Any) -> Array:
     """(size, inner): ones where an entry of a bond owns a component of its channel."""
-    place = xp.arange(size, device=like.device) // channels
-    component = xp.arange(inner, device=like.device)
+    place = xp.arange(size, device=device_of(like)) // channels
+    component = xp.arange(inner, device=device_of(like))
     counts = _counts(size, channels, like, xp)
     return xp.astype((component[None, :] % counts[:, None]) == place[:, None], like.dtype)

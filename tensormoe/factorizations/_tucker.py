@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Any, ClassVar
 
+from tensormoe._devices import device_of
 from tensormoe.backend import Array, Backend
 from tensormoe.factorizations._base import (
     Factorization,
@@ -105,7 +106,7 @@ class Tucker(Factorization):
         *outer, rows, columns = self.bonds(len(experts))
         left, right = split(min(rows, columns))
         group, row, column = (
-            xp.arange(size, device=table.device) for size in (prod(outer), rows, columns)
+            xp.arange(size, device=device_of(table)) for size in (prod(outer), rows, columns)
         )
         owner, stride = 0 * row, 1
         for size in outer:

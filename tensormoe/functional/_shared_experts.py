@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from math import isfinite, prod
 
 from tensormoe._config import LayerConfig
+from tensormoe._devices import device_of
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.factorizations import INPUT, Draw, Factor, Network
@@ -125,7 +126,7 @@ def _split(parts: tuple[Array, Array, Array], size: int, backend: Backend) -> tu
     scale = xp.where(values > rounding * xp.max(values), xp.sqrt(values), usual)
     left, right = left * (values / scale), right * xp.expand_dims(scale, axis=1)
     if size > count:
-        spare = xp.zeros((left.shape[0], size - count), dtype=left.dtype, device=left.device)
+        spare = xp.zeros((left.shape[0], size - count), dtype=left.dtype, device=device_of(left))
         left = xp.concat([left, spare], axis=1)
         right = xp.concat([right] * -(-size // count), axis=0)[:size, :]
     return left, right

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
+from tensormoe._devices import device_of
 from tensormoe._registry import backend_of
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import GateError
@@ -32,7 +33,7 @@ def _share(backend: Backend, weights: Array) -> Array:
     xp = backend.namespace
     first = xp.argmax(backend.stop_gradient(weights), axis=-1, keepdims=True)
     hits = xp.astype(
-        first == xp.arange(weights.shape[-1], device=weights.device)[None, :], weights.dtype
+        first == xp.arange(weights.shape[-1], device=device_of(weights))[None, :], weights.dtype
     )
     return xp.mean(hits, axis=0)
 

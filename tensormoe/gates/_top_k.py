@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tensormoe._devices import device_of
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import GateError
 from tensormoe.gates._functions import _softmax
@@ -44,7 +45,7 @@ def largest(backend: Backend, values: Array, k: int) -> tuple[Array, Array]:
     xp = backend.namespace
     values = backend.stop_gradient(values)
     experts = values.shape[-1]
-    columns = xp.arange(experts, device=values.device)[None, :]
+    columns = xp.arange(experts, device=device_of(values))[None, :]
     if k > _PASSES:
         # stable in ascending order of the negatives: ties go to the lower index
         order = xp.argsort(-values, axis=-1, stable=True)
@@ -141,8 +142,8 @@ def top_k_indices(logits: Array, k: int) -> TopK:
     shape = (*rows.shape[:-1], k)
     if rows.values.shape[0] == 0:
         return TopK(
-            xp.zeros(shape, dtype=xp.int64, device=rows.values.device),
-            xp.zeros(shape, dtype=rows.values.dtype, device=rows.values.device),
+            xp.zeros(shape, dtype=xp.int64, device=device_of(rows.values)),
+            xp.zeros(shape, dtype=rows.values.dtype, device=device_of(rows.values)),
         )
     shifted = shift(backend, rows.values, None, 0, None, 1.0)
     values, usable = shifted.values, shifted.usable
@@ -186,7 +187,7 @@ def top_k_indices_vjp(chosen: TopK, cotangent: Array, experts: int) -> Array:
     count = weights.shape[0]
     indices = backend.reshape(chosen.indices, tuple(weights.shape))
     flat = backend.reshape(
-        indices + xp.arange(count, device=indices.device)[:, None] * experts, (-1,)
+        indices + xp.arange(count, device=device_of(indices))[:, None] * experts, (-1,)
     )
     spread = backend.scatter_add(backend.reshape(gradient, (-1,)), flat, 0, count * experts)
     return backend.reshape(spread, (*rows.shape[:-1], experts))

@@ -1,0 +1,24 @@
+"""Where new arrays go: beside those that they will meet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tensormoe.backend import Array
+
+__all__ = ["device_of"]
+
+
+def device_of(array: Array) -> Any:
+    """What a namespace takes as ``device`` to put a new array beside ``array``.
+
+    ``None``, the library's own choice, for arrays that have no device, although the standard says
+    so: JAX's while they are traced, and all of Dask's.
+
+    >>> import numpy as np
+    >>> device_of(np.ones(3))
+    'cpu'
+    >>> device_of(object()) is None
+    True
+    """
+    return getattr(array, "device", None)
