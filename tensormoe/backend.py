@@ -7,12 +7,19 @@ An adapter implements :class:`Backend` and is registered as an entry point in th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-__all__ = ["Array", "Backend"]
+__all__ = ["Array", "Backend", "State", "Step"]
 
 Array: TypeAlias = Any
 """An array of any library; the core has no array type of its own."""
+
+State: TypeAlias = tuple[Array, ...]
+"""What a loop carries from one round to the next."""
+
+Step: TypeAlias = Callable[..., tuple[State, Array]]
+"""One round: from the arrays of a state to the next state, and how far it went, at least 0."""
 
 
 @runtime_checkable
@@ -100,6 +107,15 @@ class Backend(Protocol):
 
     def square_sums(self, array: Array, /) -> Array:
         """Sums of the squares of each row of a floating-point matrix, (rows, 1)."""
+        ...
+
+    def repeat(self, step: Step, state: State, rounds: int, enough: float, /) -> State:
+        """Apply ``step`` to ``state``, ``rounds`` times at most: the root search of a gate.
+
+        It may end once no entry of what ``step`` says of its way is above ``enough``; a library
+        that cannot look at values, or loses time by it, does all the rounds. Nobody differentiates
+        through it.
+        """
         ...
 
     def take(self, array: Array, indices: Array, axis: int, /) -> Array:

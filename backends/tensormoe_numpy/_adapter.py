@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tensormoe.backend import State, Step
+
 NDArray = npt.NDArray[Any]
 
 
@@ -70,6 +72,13 @@ class NumpyBackend:
         total = np.sum(np.vecdot(pieces, pieces), axis=-1, keepdims=True)
         sums = total + np.vecdot(rest, rest)[:, None]
         return sums
+
+    def repeat(self, step: Step, state: State, rounds: int, enough: float, /) -> State:
+        for _ in range(rounds):
+            state, way = step(*state)
+            if np.max(way, initial=0.0) <= enough:
+                break
+        return state
 
     def take(self, array: NDArray, indices: NDArray, axis: int, /) -> NDArray:
         gathered: NDArray = np.take(array, indices, axis=axis)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensormoe.backend import State, Step
 from tensormoe_torch import _namespace
 from tensormoe_torch._products import product
 
@@ -76,6 +77,13 @@ class TorchBackend:
             norm: Tensor = torch.linalg.vector_norm(array, dim=-1, keepdim=True)
             return norm * norm
         return torch.sum(array * array, dim=-1, keepdim=True)
+
+    def repeat(self, step: Step, state: State, rounds: int, enough: float, /) -> State:
+        for _ in range(rounds):
+            state, way = step(*state)
+            if self.eager and way.numel() and float(torch.max(way)) <= enough:
+                break
+        return state
 
     def take(self, array: Tensor, indices: Tensor, axis: int, /) -> Tensor:
         flat = torch.index_select(array, axis, indices.reshape(-1))

@@ -20,7 +20,7 @@ from __future__ import annotations
 from math import ceil, log, log2
 from typing import Any
 
-from tensormoe.backend import Array, Backend
+from tensormoe.backend import Array, Backend, State
 
 LIVE_STEPS = 2
 """Newton steps on differentiated values: each makes one more order of derivatives exact."""
@@ -80,21 +80,22 @@ def entmax15_root(
     epsilon = float(xp.finfo(z.dtype).eps)
     constant = backend.stop_gradient(z)
     lowest = xp.full_like(constant[:, :1], -1.0)
-    tau = lowest if start is None else start
     enough = enough_of(experts, epsilon, 2.0)
     rounds = newton_rounds(experts, epsilon, 2.0) + (start is not None)
-    for left in range(rounds, -1, -1):
-        excess = xp.maximum(constant, tau)
-        excess -= tau
+
+    def step(guess: Array, *_: Array) -> tuple[State, Array]:
+        excess = xp.maximum(constant, guess)
+        excess -= guess
         total = backend.row_sums(excess)
         square = backend.square_sums(excess)
         # (√h - 1) √h / Σ, the step on the norm
-        step = (square - xp.sqrt(square)) / total
-        # a first step from a guess never is the last, and a look costs as much as two operations
-        looks = backend.eager and (start is None or left < rounds)
-        if left == 0 or (looks and float(xp.max(xp.abs(step))) <= enough):
-            break
-        tau = xp.maximum(tau + step, lowest)
+        move = (square - xp.sqrt(square)) / total
+        return (xp.maximum(guess + move, lowest), guess, total, square), xp.abs(move)
+
+    first = lowest if start is None else start
+    # the sums at the last τ that was looked at serve the last step too
+    state = (first, lowest, lowest, lowest)
+    _, tau, total, square = backend.repeat(step, state, rounds + 1, enough)
     zero = xp.zeros_like(lowest)
     excess = z - tau
     if constant is z:
@@ -113,16 +114,18 @@ def sparsemax(backend: Backend, z: Array) -> Array:
     experts = z.shape[-1]
     epsilon = float(xp.finfo(z.dtype).eps)
     constant = backend.stop_gradient(z)
-    tau = xp.full_like(constant[:, :1], -1.0)
-    zero = xp.zeros_like(tau)
-    for _ in range(newton_rounds(experts, epsilon, 1.0)):
+    lowest = xp.full_like(constant[:, :1], -1.0)
+    zero = xp.zeros_like(lowest)
+
+    def step(tau: Array) -> tuple[State, Array]:
         margin = constant - tau
         support = backend.row_sums(xp.astype(margin > 0.0, z.dtype))
-        step = (backend.row_sums(xp.maximum(margin, zero)) - 1.0) / support
-        if backend.eager and float(xp.max(step)) <= epsilon:
-            break
+        move = (backend.row_sums(xp.maximum(margin, zero)) - 1.0) / support
         # rounding must not take τ back, or the search goes round in a circle
-        tau = tau + xp.maximum(step, zero)
+        move = xp.maximum(move, zero)
+        return (tau + move,), move
+
+    (tau,) = backend.repeat(step, (lowest,), newton_rounds(experts, epsilon, 1.0), epsilon)
     margin = z - tau
     inside = margin > 0.0
     support = backend.row_sums(xp.astype(inside, z.dtype))
@@ -187,11 +190,13 @@ def _newton(backend: Backend, z: Array, power: float) -> Array:
     sigma = xp.zeros_like(z[:, :1])
     # for p < 2 the tolerance that bounds the rounds is below what rounding lets one see
     enough = enough_of(experts, epsilon, power) if power >= 2.0 else epsilon
-    for _ in range(newton_rounds(experts, epsilon, power)):
-        _, _, step = _moments(backend, z - sigma, power, True)
-        if backend.eager and float(xp.max(step)) <= enough:
-            break
-        sigma = sigma + xp.maximum(step, xp.zeros_like(step))
+
+    def step(sigma: Array) -> tuple[State, Array]:
+        _, _, move = _moments(backend, z - sigma, power, True)
+        move = xp.maximum(move, xp.zeros_like(move))
+        return (sigma + move,), move
+
+    (sigma,) = backend.repeat(step, (sigma,), newton_rounds(experts, epsilon, power), enough)
     return sigma
 
 
@@ -208,18 +213,23 @@ def _bracket(backend: Backend, z: Array, power: float) -> Array:
     low = xp.full_like(z[:, :1], -1.0)
     # the largest t^p is at least 1/N
     high = xp.full_like(low, -max(float(experts) ** (-1.0 / power), float(info.smallest_normal)))
-    tau = low
-    for turn in range(2 * bracket_rounds(experts, epsilon, power)):
-        mass, _, step = _moments(backend, z - tau, power, False)
+
+    def turn(low: Array, high: Array, tau: Array, halve: bool) -> tuple[State, Array]:
+        mass, _, move = _moments(backend, z - tau, power, False)
         left = mass >= 1.0
         low = xp.where(left, tau, low)
         high = xp.where(left, high, tau)
-        middle = -xp.sqrt(low * high)
-        newton = tau + step
-        fits = (newton > low) & (newton < high)
-        following = xp.where(fits, newton, middle) if turn % 2 == 0 else middle
-        done = (high - low <= -epsilon * low) | (step == 0.0)
-        tau = xp.where(done, low, following)
-        if backend.eager and bool(xp.all(done)):
-            break
-    return low
+        following = middle = -xp.sqrt(low * high)
+        if not halve:
+            newton = tau + move
+            following = xp.where((newton > low) & (newton < high), newton, middle)
+        done = (high - low <= -epsilon * low) | (move == 0.0)
+        return (low, high, xp.where(done, low, following)), done
+
+    def step(low: Array, high: Array, tau: Array) -> tuple[State, Array]:
+        state, _ = turn(low, high, tau, False)
+        state, done = turn(*state, True)
+        return state, xp.where(done, xp.zeros_like(low), xp.ones_like(low))
+
+    rounds = bracket_rounds(experts, epsilon, power)
+    return backend.repeat(step, (low, high, low), rounds, 0.0)[0]
