@@ -10,6 +10,7 @@ from tensormoe_numpy._base import Gradients as Gradients
 from tensormoe_numpy._embedding import MuMoEEmbedding as MuMoEEmbedding
 from tensormoe_numpy._layer import MuMoE as MuMoE
 from tensormoe_numpy._layer import Prepared as Prepared
+from tensormoe_numpy._like_numpy import NumpyLikeBackend as NumpyLikeBackend
 from tensormoe_numpy._mlp import MuMoEMLP as MuMoEMLP
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "MuMoEEmbedding",
     "MuMoEMLP",
     "NumpyBackend",
+    "NumpyLikeBackend",
     "Prepared",
 ]

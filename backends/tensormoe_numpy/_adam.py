@@ -1,19 +1,17 @@
-"""A small optimizer, so that a layer can be trained with nothing but NumPy."""
+"""A small optimizer, so that a layer can be trained with nothing but its array library."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from math import sqrt
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from tensormoe import backend_of, functional
+from tensormoe.backend import Array
 from tensormoe.errors import ShapeError, SpecError
 
 __all__ = ["Adam"]
-
-NDArray = npt.NDArray[Any]
 
 
 class Adam:
@@ -28,6 +26,7 @@ class Adam:
 
     Raises:
         SpecError: a number outside its range.
+        BackendError: parameters of no known library.
 
     >>> import numpy as np
     >>> weight = {"w": np.array([1.0])}
@@ -39,7 +38,7 @@ class Adam:
 
     def __init__(
         self,
-        parameters: Mapping[str, NDArray],
+        parameters: Mapping[str, Array],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -53,17 +52,20 @@ class Adam:
                 raise SpecError(f"{name} must be a number of at least 0; got {value!r}.")
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self._parameters = dict(parameters)
-        self._means = {name: np.zeros_like(value) for name, value in parameters.items()}
-        self._squares = {name: np.zeros_like(value) for name, value in parameters.items()}
+        self._means, self._squares = _zeros(parameters), _zeros(parameters)
         self._steps = 0
 
-    def step(self, gradients: Mapping[str, NDArray]) -> None:
+    def step(self, gradients: Mapping[str, Array]) -> None:
         """Move every parameter against its gradient.
 
         Raises:
             ShapeError: a gradient is missing or has another shape than its parameter.
+            BackendError: a gradient is of another library than its parameter.
         """
         for name, value in self._parameters.items():
+            if name in gradients:
+                backend = backend_of(value)
+                functional.check_array(gradients[name], backend, f"the gradient of {name}")
             if name not in gradients or gradients[name].shape != value.shape:
                 found = gradients[name].shape if name in gradients else "none"
                 raise ShapeError(
@@ -79,7 +81,12 @@ class Adam:
             square += (1.0 - second) * (gradient * gradient - square)
             if self.weight_decay:
                 value *= 1.0 - self.lr * self.weight_decay
-            value -= scale * mean / (np.sqrt(square) * root + self.eps)
+            deviation = backend_of(value).namespace.sqrt(square)
+            value -= scale * mean / (deviation * root + self.eps)
+
+
+def _zeros(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: backend_of(each).namespace.zeros_like(each) for name, each in arrays.items()}
 
 
 def _is_number(value: object) -> bool:

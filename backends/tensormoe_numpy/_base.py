@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from tensormoe import LayerSpec, functional
-from tensormoe.backend import Backend
-from tensormoe.checkpoint import save_checkpoint
+from tensormoe.backend import Array
+from tensormoe.checkpoint import match_arrays, save_checkpoint
 from tensormoe.errors import ShapeError
-from tensormoe.functional import LayerConfig
+from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.gates import Gate, TopK
 from tensormoe.planning import Cost, Plan, Routing, plan_layer
 from tensormoe_numpy._adapter import BACKEND
+from tensormoe_numpy._like_numpy import NumpyLikeBackend
+from tensormoe_numpy._random import FLOATS
 
-__all__ = ["Given", "Gradients", "Layer", "NDArray", "check_cotangent"]
+__all__ = ["Given", "Gradients", "Layer", "check_arrays", "check_cotangent"]
 
-NDArray = npt.NDArray[Any]
-Given = NDArray | TopK | Sequence[NDArray | TopK]
+Given: TypeAlias = Array | TopK | Sequence[Array | TopK]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,18 +36,18 @@ class Gradients:
             made them.
     """
 
-    input: NDArray | None
-    parameters: dict[str, NDArray]
-    coefficients: tuple[NDArray, ...] = ()
+    input: Array | None
+    parameters: dict[str, Array]
+    coefficients: tuple[Array, ...] = ()
 
 
 class Layer:
     """What the layers share: parameters by canonical name, and experts of given coefficients."""
 
-    backend: ClassVar[Backend] = BACKEND
+    backend: ClassVar[NumpyLikeBackend] = BACKEND
     config: LayerConfig
-    parameters: dict[str, NDArray]
-    buffers: dict[str, NDArray]
+    parameters: dict[str, Array]
+    buffers: dict[str, Array]
 
     @property
     def spec(self) -> LayerSpec:
@@ -60,12 +60,17 @@ class Layer:
         return self.config.gate
 
     @property
-    def factors(self) -> dict[str, NDArray]:
+    def factors(self) -> dict[str, Array]:
         """The factors and the bias by their short names, as TensorLy's layouts take them."""
         named = (name.partition(".") for name in self.parameters)
         return {
             short: self.parameters[f"factors.{short}"] for k, _, short in named if k == "factors"
         }
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """Parameters and buffers by canonical name: all that :meth:`restore` needs."""
+        return {**self.parameters, **self.buffers}
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -96,7 +101,7 @@ class Layer:
             picks_entries=self.backend.picks_entries,
         )
 
-    def expert(self, *index: int) -> tuple[NDArray, NDArray | None]:
+    def expert(self, *index: int) -> tuple[Array, Array | None]:
         """One expert's matrix (in, out) and bias (out,), without building 𝒲.
 
         Args:
@@ -107,7 +112,7 @@ class Layer:
         """
         return functional.expert_weight(self.config, self.parameters, index, self.backend)
 
-    def materialize(self) -> tuple[NDArray, NDArray | None]:
+    def materialize(self) -> tuple[Array, Array | None]:
         """𝒲 (experts…, in, out) and the biases (experts…, out), built explicitly: N·I·O entries."""
         return functional.materialize(self.config, self.parameters, self.backend)
 
@@ -117,8 +122,7 @@ class Layer:
         Raises:
             CheckpointError: the folder is missing or the file cannot be written.
         """
-        arrays = {**self.parameters, **self.buffers}
-        save_checkpoint(path, type(self).__name__, self.config.to_dict(), arrays)
+        save_checkpoint(path, type(self).__name__, self.config.to_dict(), self.arrays)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
@@ -132,13 +136,27 @@ class Layer:
         return cls.restore(config, arrays)
 
     @classmethod
-    def restore(cls, config: LayerConfig, arrays: Mapping[str, NDArray]) -> Self:
-        """A layer of arrays that exist already, by canonical name."""
+    def restore(cls, config: LayerConfig, arrays: Mapping[str, Array]) -> Self:
+        """A layer of arrays that exist already; they are used as they are, not copied.
+
+        Args:
+            config: the layer.
+            arrays: parameters and buffers by canonical name.
+
+        Raises:
+            BackendError: arrays of another library.
+            CheckpointError: names or shapes that are not the layer's; lists every difference.
+            ShapeError: parameters of different dtypes, or of one that no layer has.
+        """
+        check_arrays(config, arrays, cls.backend)
         layer = cls.__new__(cls)
         layer.config = config
-        layer.parameters = {name: arrays[name] for name in config.parameter_shapes()}
-        layer.buffers = {name: arrays[name] for name in config.buffer_shapes()}
+        layer._adopt(arrays)
         return layer
+
+    def _adopt(self, arrays: Mapping[str, Array]) -> None:
+        self.parameters = {name: arrays[name] for name in self.config.parameter_shapes()}
+        self.buffers = {name: arrays[name] for name in self.config.buffer_shapes()}
 
     def _arguments(self) -> str:
         spec = self.config.spec
@@ -153,8 +171,29 @@ class Layer:
         return functional.merged_coefficients(self.config, coefficients, lead, self.backend)
 
 
-def check_cotangent(cotangent: NDArray, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    functional.check_array(cotangent, BACKEND, "the cotangent")
+def check_arrays(
+    config: LayerConfig | BlockConfig, arrays: Mapping[str, Array], backend: NumpyLikeBackend
+) -> None:
+    """Refuse arrays that do not make the layer or block, as :meth:`Layer.restore` says."""
+    for name, array in arrays.items():
+        functional.check_array(array, backend, name)
+    shapes = config.parameter_shapes()
+    match_arrays({**shapes, **config.buffer_shapes()}, arrays)
+    dtype = arrays[next(iter(shapes))].dtype
+    for name in shapes:
+        found = arrays[name].dtype
+        if found != dtype or found.name not in FLOATS:
+            raise ShapeError(
+                f"parameters must have one dtype of {', '.join(FLOATS)}; got {found} for {name!r} "
+                f"and {dtype} for the first. Cast them."
+            )
+
+
+def check_cotangent(
+    cotangent: Array, shape: tuple[int, ...], dtype: np.dtype[Any], backend: NumpyLikeBackend
+) -> None:
+    """Refuse a cotangent that is not like the output."""
+    functional.check_array(cotangent, backend, "the cotangent")
     if tuple(cotangent.shape) != shape:
         raise ShapeError(
             f"the cotangent must have the output's shape {shape}; got {tuple(cotangent.shape)}."

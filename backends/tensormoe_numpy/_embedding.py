@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tensormoe import functional
+from tensormoe.backend import Array
 from tensormoe.factorizations import Factorization
 from tensormoe.planning import Budget
-from tensormoe_numpy._base import Given, Gradients, Layer, NDArray, check_cotangent
+from tensormoe_numpy._base import Given, Gradients, Layer, check_cotangent
 from tensormoe_numpy._random import checked_dtype, draw
 
 __all__ = ["MuMoEEmbedding"]
@@ -67,9 +68,7 @@ class MuMoEEmbedding(Layer):
             gate=None,
             indexed_input=True,
         )
-        self.parameters, self.buffers = draw(
-            self.config, checked_dtype(dtype), seed, init, self.backend
-        )
+        self._adopt(draw(self.config, checked_dtype(dtype), seed, init, self.backend))
 
     def __repr__(self) -> str:
         spec = self.config.spec
@@ -79,7 +78,7 @@ class MuMoEEmbedding(Layer):
             f"factorization={spec.factorization!r}, dtype={self.dtype.name!r})"
         )
 
-    def __call__(self, ids: NDArray, coefficients: Given) -> NDArray:
+    def __call__(self, ids: Array, coefficients: Given) -> Array:
         """Embeddings (..., dim) of ids (...), mixed by coefficients (..., N_e) a level.
 
         Raises:
@@ -88,14 +87,12 @@ class MuMoEEmbedding(Layer):
         ids = functional.check_ids(ids, self.spec.in_features, self.backend)
         lead = ids.shape
         given = self._merged(coefficients, lead)
-        result: NDArray = functional.apply_experts(
+        result: Array = functional.apply_experts(
             self.config, self.parameters, ids.reshape(-1), given, self.backend
         )
         return result.reshape(*lead, self.spec.out_features)
 
-    def vjp(
-        self, ids: NDArray, coefficients: Given
-    ) -> tuple[NDArray, Callable[[NDArray], Gradients]]:
+    def vjp(self, ids: Array, coefficients: Given) -> tuple[Array, Callable[[Array], Gradients]]:
         """Run the layer and return its output with the way back, as :meth:`MuMoE.vjp`."""
         ids = functional.check_ids(ids, self.spec.in_features, self.backend)
         lead = ids.shape
@@ -105,8 +102,8 @@ class MuMoEEmbedding(Layer):
         )
         shape = (*lead, self.spec.out_features)
 
-        def pullback(cotangent: NDArray) -> Gradients:
-            check_cotangent(cotangent, shape, result.dtype)
+        def pullback(cotangent: Array) -> Gradients:
+            check_cotangent(cotangent, shape, result.dtype, self.backend)
             found = pull(cotangent.reshape(result.shape))
             by_level = [found.pop(f"coefficients_{e}") for e in range(self.spec.levels)]
             wide = tuple(each.reshape(*lead, each.shape[-1]) for each in by_level)

@@ -10,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from tensormoe import functional
+from tensormoe.backend import Array
 from tensormoe.errors import ShapeError
 from tensormoe.execution import execute
 from tensormoe.factorizations import Factorization
 from tensormoe.functional import Routed
 from tensormoe.gates import Gate, TopK
 from tensormoe.planning import Budget
-from tensormoe_numpy._base import Given, Gradients, Layer, NDArray, check_cotangent
+from tensormoe_numpy._base import Given, Gradients, Layer, check_cotangent
 from tensormoe_numpy._random import checked_dtype, draw
 
 __all__ = ["MuMoE", "Prepared"]
@@ -84,15 +85,13 @@ class MuMoE(Layer):
             bias=bias,
             gate=gate,
         )
-        self.parameters, self.buffers = draw(
-            self.config, checked_dtype(dtype), seed, init, self.backend
-        )
+        self._adopt(draw(self.config, checked_dtype(dtype), seed, init, self.backend))
 
     def __repr__(self) -> str:
         spec = self.config.spec
         return f"MuMoE({spec.in_features}, {spec.out_features}, {self._arguments()})"
 
-    def coefficients(self, x: NDArray) -> tuple[NDArray, ...]:
+    def coefficients(self, x: Array) -> tuple[Array, ...]:
         """The coefficients of inputs (..., in): one array (..., N_e) a level, rows summing to one.
 
         Raises:
@@ -104,11 +103,11 @@ class MuMoE(Layer):
 
     def __call__(
         self,
-        x: NDArray,
+        x: Array,
         coefficients: Given | None = None,
         *,
         memory_limit: int | None = None,
-    ) -> NDArray:
+    ) -> Array:
         """Run the layer.
 
         Args:
@@ -135,7 +134,7 @@ class MuMoE(Layer):
             size = functional.chunk_size(
                 self.config, len(rows), memory_limit, self.backend, self.dtype.itemsize
             )
-            result = np.concatenate(
+            result = self.backend.namespace.concat(
                 [
                     self._forward(rows[k : k + size], _slice(given, k, k + size))
                     for k in range(0, max(len(rows), 1), size)
@@ -144,8 +143,8 @@ class MuMoE(Layer):
         return result.reshape(*lead, self.spec.out_features)
 
     def vjp(
-        self, x: NDArray, coefficients: Given | None = None, *, training: bool = True
-    ) -> tuple[NDArray, Callable[[NDArray], Gradients]]:
+        self, x: Array, coefficients: Given | None = None, *, training: bool = True
+    ) -> tuple[Array, Callable[[Array], Gradients]]:
         """Run the layer and return its output with the way back.
 
         Args:
@@ -170,8 +169,8 @@ class MuMoE(Layer):
         )
         shape = (*lead, self.spec.out_features)
 
-        def pullback(cotangent: NDArray) -> Gradients:
-            check_cotangent(cotangent, shape, result.dtype)
+        def pullback(cotangent: Array) -> Gradients:
+            check_cotangent(cotangent, shape, result.dtype, self.backend)
             found = pull(cotangent.reshape(result.shape))
             by_input = found.pop("x")
             by_level = [found.pop(f"coefficients_{e}") for e in range(self.spec.levels)]
@@ -185,10 +184,8 @@ class MuMoE(Layer):
         return result.reshape(shape), pullback
 
     def route_vjp(
-        self, x: NDArray, *, training: bool = True
-    ) -> tuple[
-        tuple[NDArray, ...], Callable[[Sequence[NDArray]], tuple[NDArray, dict[str, NDArray]]]
-    ]:
+        self, x: Array, *, training: bool = True
+    ) -> tuple[tuple[Array, ...], Callable[[Sequence[Array]], tuple[Array, dict[str, Array]]]]:
         """The coefficients (..., N_e) a level, with their way back.
 
         Args:
@@ -203,7 +200,9 @@ class MuMoE(Layer):
         lead = functional.check_input(x, self.spec.in_features, self.dtype, self.backend)
         weights, pull = self._route_vjp(x.reshape(prod(lead), x.shape[-1]), training)
 
-        def pullback(cotangents: Sequence[NDArray]) -> tuple[NDArray, dict[str, NDArray]]:
+        def pullback(cotangents: Sequence[Array]) -> tuple[Array, dict[str, Array]]:
+            for level, each in enumerate(cotangents):
+                functional.check_array(each, self.backend, f"the cotangent of level {level}")
             merged = [each.reshape(-1, each.shape[-1]) for each in cotangents]
             by_input, named = pull(merged)
             return by_input.reshape(x.shape), named
@@ -211,12 +210,12 @@ class MuMoE(Layer):
         return tuple(each.reshape(*lead, each.shape[-1]) for each in weights), pullback
 
     def _route_vjp(
-        self, rows: NDArray, training: bool
-    ) -> tuple[list[Any], Callable[[Sequence[NDArray]], tuple[NDArray, dict[str, NDArray]]]]:
+        self, rows: Array, training: bool
+    ) -> tuple[list[Any], Callable[[Sequence[Array]], tuple[Array, dict[str, Array]]]]:
         buffers = dict(self.buffers)
         routed = self._route(rows, keep=True, training=training)
 
-        def pullback(cotangents: Sequence[NDArray]) -> tuple[NDArray, dict[str, NDArray]]:
+        def pullback(cotangents: Sequence[Array]) -> tuple[Array, dict[str, Array]]:
             total, named = functional.gate_vjp(
                 self.config,
                 self.parameters,
@@ -236,7 +235,7 @@ class MuMoE(Layer):
         """The layer for inference: work that depends on weights alone is done once, now."""
         return Prepared(self)
 
-    def _route(self, rows: NDArray, *, keep: bool = False, training: bool = False) -> Routed:
+    def _route(self, rows: Array, *, keep: bool = False, training: bool = False) -> Routed:
         """Coefficients; the logits too with ``keep``; ``training`` updates the statistics."""
         routed = functional.route(
             self.config,
@@ -253,9 +252,9 @@ class MuMoE(Layer):
                 self.buffers[f"gate.running_variance_{level}"] = found.variance
         return routed
 
-    def _forward(self, rows: NDArray, given: list[Any] | None) -> NDArray:
+    def _forward(self, rows: Array, given: list[Any] | None) -> Array:
         weights = self._route(rows).coefficients if given is None else given
-        result: NDArray = functional.apply_experts(
+        result: Array = functional.apply_experts(
             self.config, self.parameters, rows, weights, self.backend
         )
         return result
@@ -278,7 +277,7 @@ class Prepared:
     def __repr__(self) -> str:
         return f"{self._layer!r}.prepare()"
 
-    def __call__(self, x: NDArray, coefficients: Given | None = None) -> NDArray:
+    def __call__(self, x: Array, coefficients: Given | None = None) -> Array:
         """The layer's output (..., out) for (..., in); coefficients must be dense."""
         layer = self._layer
         lead = functional.check_input(x, layer.spec.in_features, layer.dtype, layer.backend)
@@ -300,7 +299,7 @@ class Prepared:
         named |= {"x": rows} | self._arrays
         arrays = [named.pop(operand.name) for operand in self._program.operands]
         weights.clear()
-        result: NDArray = execute(self._program, arrays, layer.backend)[0][0]
+        result: Array = execute(self._program, arrays, layer.backend)[0][0]
         return result.reshape(*lead, layer.spec.out_features)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any, ClassVar, Self
 
@@ -11,17 +11,18 @@ import numpy.typing as npt
 
 from tensormoe import functional
 from tensormoe._validation import choice
-from tensormoe.backend import Backend
+from tensormoe.backend import Array
 from tensormoe.checkpoint import save_checkpoint
 from tensormoe.errors import SpecError
 from tensormoe.factorizations import Factorization
 from tensormoe.functional import BlockConfig
 from tensormoe.gates import Gate
 from tensormoe.planning import Budget, Cost
-from tensormoe_numpy._activations import ACTIVATIONS, activation
+from tensormoe_numpy._activations import ACTIVATIONS, activations
 from tensormoe_numpy._adapter import BACKEND
-from tensormoe_numpy._base import Given, Gradients, NDArray, check_cotangent
+from tensormoe_numpy._base import Given, Gradients, check_arrays, check_cotangent
 from tensormoe_numpy._layer import MuMoE
+from tensormoe_numpy._like_numpy import NumpyLikeBackend
 from tensormoe_numpy._random import checked_dtype, checked_generator, draw
 
 __all__ = ["MuMoEMLP"]
@@ -63,7 +64,8 @@ class MuMoEMLP:
     (5, 32)
     """
 
-    backend: ClassVar[Backend] = BACKEND
+    backend: ClassVar[NumpyLikeBackend] = BACKEND
+    _layer: ClassVar[type[MuMoE]] = MuMoE
 
     def __init__(
         self,
@@ -97,11 +99,12 @@ class MuMoEMLP:
             gate=gate,
         )
         self._generator = checked_generator(seed)
-        layers = []
-        for layer in (self.config.first, self.config.second):
-            drawn = draw(layer, checked_dtype(dtype), self._generator, init, self.backend)
-            layers.append(MuMoE.restore(layer, {**drawn[0], **drawn[1]}))
-        self.first, self.second = layers
+        self.first, self.second = (
+            self._layer.restore(
+                layer, draw(layer, checked_dtype(dtype), self._generator, init, self.backend)
+            )
+            for layer in (self.config.first, self.config.second)
+        )
 
     def __repr__(self) -> str:
         first, second = self.first.spec, self.second.spec
@@ -119,14 +122,19 @@ class MuMoEMLP:
         return self.first.dtype
 
     @property
-    def parameters(self) -> dict[str, NDArray]:
+    def parameters(self) -> dict[str, Array]:
         """The trainable arrays by canonical name; update them in place."""
         return self._named(self.first.parameters, self.second.parameters)
 
     @property
-    def buffers(self) -> dict[str, NDArray]:
+    def buffers(self) -> dict[str, Array]:
         """Batch norm's running statistics by canonical name."""
         return self.first.buffers
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """Parameters and buffers by canonical name: all that :meth:`restore` needs."""
+        return {**self.parameters, **self.buffers}
 
     @property
     def num_parameters(self) -> int:
@@ -138,11 +146,11 @@ class MuMoEMLP:
         first = self.first.cost(batch, training=training)
         return first.then(self.second.cost(batch, training=training))
 
-    def coefficients(self, x: NDArray) -> tuple[NDArray, ...]:
+    def coefficients(self, x: Array) -> tuple[Array, ...]:
         """The coefficients (..., N_e) a level that both layers share."""
         return self.first.coefficients(x)
 
-    def __call__(self, x: NDArray, coefficients: Given | None = None) -> NDArray:
+    def __call__(self, x: Array, coefficients: Given | None = None) -> Array:
         """Run the block: (..., in) → (..., out); nothing is dropped.
 
         Args:
@@ -150,12 +158,12 @@ class MuMoEMLP:
             coefficients: ready-made ones for both layers; the gate makes them otherwise.
         """
         given = self.first.coefficients(x) if coefficients is None else coefficients
-        middle = activation(self.config.act_layer)[0](self.first(x, given))
+        middle = self._activation[0](self.first(x, given))
         return self.second(middle, given)
 
     def vjp(
-        self, x: NDArray, coefficients: Given | None = None, *, training: bool = True
-    ) -> tuple[NDArray, Callable[[NDArray], Gradients]]:
+        self, x: Array, coefficients: Given | None = None, *, training: bool = True
+    ) -> tuple[Array, Callable[[Array], Gradients]]:
         """Run the block and return its output with the way back, as :meth:`MuMoE.vjp`.
 
         Args:
@@ -169,15 +177,15 @@ class MuMoEMLP:
             given, pull_gate = self.first.route_vjp(x, training=training)
         else:
             given = coefficients
-        function, slope = activation(self.config.act_layer)
+        function, slope = self._activation
         before, pull_first = self.first.vjp(x, given)
         keep = self._keep(before.shape, training)
         after = function(before) * keep
         result, pull_second = self.second.vjp(after, given)
         keep_out = self._keep(result.shape, training)
 
-        def pullback(cotangent: NDArray) -> Gradients:
-            check_cotangent(cotangent, result.shape, result.dtype)
+        def pullback(cotangent: Array) -> Gradients:
+            check_cotangent(cotangent, result.shape, result.dtype, self.backend)
             second = pull_second(cotangent * keep_out)
             assert second.input is not None
             first = pull_first(second.input * keep * slope(before))
@@ -192,15 +200,20 @@ class MuMoEMLP:
 
         return result * keep_out, pullback
 
-    def _keep(self, shape: tuple[int, ...], training: bool) -> NDArray | float:
+    def _keep(self, shape: tuple[int, ...], training: bool) -> Array | float:
         """What entries are multiplied by: 0 where dropped, more than 1 elsewhere."""
         drop = self.config.drop
         if not training or drop == 0.0:
             return 1.0
-        kept = self._generator.random(shape) >= drop
+        # drawn on the host, as first values are: a seed means one thing in every library
+        kept = self.backend.from_host(self._generator.random(shape) >= drop)
         return (kept / (1.0 - drop)).astype(self.dtype)
 
-    def _named(self, first: dict[str, NDArray], second: dict[str, NDArray]) -> dict[str, NDArray]:
+    @property
+    def _activation(self) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+        return activations(self.backend)[self.config.act_layer]
+
+    def _named(self, first: dict[str, Array], second: dict[str, Array]) -> dict[str, Array]:
         gate = {name: value for name, value in first.items() if name.startswith("gate.")}
         layers = (("first", first), ("second", second))
         return {
@@ -216,8 +229,7 @@ class MuMoEMLP:
         Raises:
             CheckpointError: the folder is missing or the file cannot be written.
         """
-        arrays = {**self.parameters, **self.buffers}
-        save_checkpoint(path, "MuMoEMLP", self.config.to_dict(), arrays)
+        save_checkpoint(path, "MuMoEMLP", self.config.to_dict(), self.arrays)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
@@ -226,14 +238,33 @@ class MuMoEMLP:
         Raises:
             CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit.
         """
-        values, arrays = functional.read_block(path, "MuMoEMLP", BlockConfig, cls.backend)
+        config, arrays = functional.read_block(path, "MuMoEMLP", BlockConfig, cls.backend)
+        return cls.restore(config, arrays)
+
+    @classmethod
+    def restore(cls, config: BlockConfig, arrays: Mapping[str, Array]) -> Self:
+        """A block of arrays that exist already; they are used as they are, not copied.
+
+        Args:
+            config: the block.
+            arrays: parameters and buffers by canonical name.
+
+        Raises:
+            BackendError, CheckpointError, ShapeError: as :meth:`MuMoE.restore`.
+        """
+        check_arrays(config, arrays, cls.backend)
         block = cls.__new__(cls)
-        block.config = values
-        block.first = MuMoE.restore(
-            values.first, {name.removeprefix("first."): array for name, array in arrays.items()}
-        )
-        block.second = MuMoE.restore(
-            values.second, {name.removeprefix("second."): array for name, array in arrays.items()}
-        )
+        block.config = config
+        gate = {name: array for name, array in arrays.items() if name.startswith("gate.")}
+        named = {
+            layer: {
+                name.removeprefix(layer): array
+                for name, array in arrays.items()
+                if name.startswith(layer)
+            }
+            for layer in ("first.", "second.")
+        }
+        block.first = cls._layer.restore(config.first, named["first."] | gate)
+        block.second = cls._layer.restore(config.second, named["second."])
         block._generator = np.random.default_rng()
         return block

@@ -8,9 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tensormoe import functional
-from tensormoe.backend import Backend
+from tensormoe.backend import Array
 from tensormoe.errors import SpecError
 from tensormoe.functional import LayerConfig
+from tensormoe_numpy._adapter import BACKEND
+from tensormoe_numpy._like_numpy import NumpyLikeBackend
 
 FLOATS = ("float16", "float32", "float64")
 
@@ -50,21 +52,23 @@ def draw(
     dtype: np.dtype[Any],
     seed: int | np.random.Generator | None,
     init: str,
-    backend: Backend,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters and buffers of a new layer, drawn in float64 so that seeds mean one thing."""
+    backend: NumpyLikeBackend,
+) -> dict[str, Array]:
+    """Parameters and buffers of a new layer by canonical name.
+
+    They are drawn in float64 and on the host: a seed means one thing in all dtypes and libraries.
+    """
+    backend.check_device()
     generator = checked_generator(seed)
-    parameters = functional.initialize(
+    arrays = functional.initialize(
         config,
-        backend,
+        BACKEND,
         normal=lambda shape: generator.standard_normal(shape).astype(dtype),
         uniform=lambda shape: generator.uniform(-1.0, 1.0, shape).astype(dtype),
         zeros=lambda shape: np.zeros(shape, dtype),
         init=init,
     )
     width = np.dtype("float32") if dtype.itemsize < 4 else dtype
-    buffers = {
-        name: (np.ones if "variance" in name else np.zeros)(shape, width)
-        for name, shape in config.buffer_shapes().items()
-    }
-    return parameters, buffers
+    for name, shape in config.buffer_shapes().items():
+        arrays[name] = (np.ones if "variance" in name else np.zeros)(shape, width)
+    return {name: backend.from_host(array) for name, array in arrays.items()}

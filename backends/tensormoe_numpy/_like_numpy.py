@@ -1,0 +1,123 @@
+"""What NumPy and the libraries that copy its interface have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tensormoe.backend import Array, State, Step
+
+__all__ = ["NumpyLikeBackend"]
+
+# kinds of dtypes that come with NumPy; another package's bfloat16 is of none of them
+_OWN_KINDS = "biufc"
+
+
+class NumpyLikeBackend:
+    """Adapter of :class:`tensormoe.backend.Backend` for a library that has NumPy's interface.
+
+    A subclass says its name and how the library runs, and brings what is faster there. The layers
+    of this package run on any such adapter: ``class MuMoE(tensormoe_numpy.MuMoE): backend = …``.
+
+    Args:
+        module: the library, by NumPy's names.
+        special: what has ``erf`` and ``expit``, as ``scipy.special``.
+        namespace: the library's Array-API namespace; ``module`` itself by default.
+
+    Attributes:
+        module: as given.
+        special: as given.
+        namespace: the Array-API namespace.
+    """
+
+    name: str
+    row_block_bytes: int | None = None
+    eager: bool = False
+    checks_values: bool = False
+    picks_entries: bool = False
+
+    def __init__(self, module: Any, special: Any, namespace: Any = None) -> None:
+        self.module = module
+        self.special = special
+        self.namespace = module if namespace is None else namespace
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    def check_device(self) -> None:
+        """Refuse to go on where the library has nothing to run on."""
+
+    def from_host(self, array: npt.NDArray[Any], /) -> Array:
+        """An array of the library with the values of NumPy's; shared where it can be."""
+        raise NotImplementedError
+
+    def to_host(self, array: Array, /) -> npt.NDArray[Any]:
+        """NumPy's array with the values of the library's; shared where it can be."""
+        raise NotImplementedError
+
+    def owns(self, array: Any, /) -> bool:
+        return isinstance(array, self.module.ndarray)
+
+    def matmul(self, left: Array, right: Array, /) -> Array:
+        return self.module.matmul(left, right)
+
+    def reshape(self, array: Array, shape: tuple[int, ...], /) -> Array:
+        return array.reshape(shape)
+
+    def permute(self, array: Array, axes: tuple[int, ...], /) -> Array:
+        return array.transpose(axes)
+
+    def contiguous(self, array: Array, /) -> Array:
+        # always a copy: the executor may add into what it gets
+        return array.copy(order="C")
+
+    def sum(self, array: Array, axes: tuple[int, ...], /) -> Array:
+        return self.module.sum(array, axis=axes)
+
+    def excess(self, array: Array, threshold: Array | float, /, out: Array | None = None) -> Array:
+        difference = self.module.subtract(array, threshold, out=out)
+        return self.module.maximum(difference, 0, out=difference)
+
+    def row_sums(self, array: Array, /) -> Array:
+        return self.module.sum(array, axis=-1, keepdims=True)
+
+    def square_sums(self, array: Array, /) -> Array:
+        return self.module.sum(array * array, axis=-1, keepdims=True)
+
+    def repeat(self, step: Step, state: State, rounds: int, enough: float, /) -> State:
+        # no look at how far a round went: reading a value waits for the device
+        for _ in range(rounds):
+            state, _ = step(*state)
+        return state
+
+    def take(self, array: Array, indices: Array, axis: int, /) -> Array:
+        return self.module.take(array, indices, axis=axis)
+
+    def scatter_add(self, values: Array, indices: Array, axis: int, size: int, /) -> Array:
+        before, after = values.shape[:axis], values.shape[axis + indices.ndim :]
+        total = self.module.zeros((*before, size, *after), dtype=values.dtype)
+        place: Any = (slice(None),) * axis + (indices,)
+        self.module.add.at(total, place, values)
+        return total
+
+    def floats(self, array: Array, /) -> list[float]:
+        listed: list[float] = array.tolist()
+        return listed
+
+    def stop_gradient(self, array: Array, /) -> Array:
+        return array
+
+    def to_bytes(self, array: Array, /) -> tuple[str, tuple[int, ...], bytes]:
+        host = np.ascontiguousarray(self.to_host(array))
+        little = host.astype(host.dtype.newbyteorder("<"), copy=False)
+        # ascontiguousarray makes vectors of numbers
+        return host.dtype.name, tuple(array.shape), little.tobytes()
+
+    def from_bytes(self, dtype: str, shape: tuple[int, ...], data: bytes, /) -> Array:
+        found = np.dtype(dtype)
+        if found.kind not in _OWN_KINDS:
+            raise TypeError(f"data type {dtype!r} is not NumPy's own")
+        little = np.frombuffer(data, dtype=found.newbyteorder("<"))
+        return self.from_host(little.astype(found).reshape(shape))
