@@ -65,6 +65,8 @@ def shift(
         plain = _shift_plain(backend, values, how, factor, guess)
         if plain is not None:
             return plain
+    if mask is None and not backend.checks_values and not isinstance(how, Affine):
+        return _shift_traced(backend, values, how, factor)
     return _shift_careful(backend, values, mask, first_row, how, factor)
 
 
@@ -94,6 +96,34 @@ def _shift_plain(
         start = xp.minimum(start, xp.full_like(start, -(experts**-0.5)))
         start = xp.maximum(start, xp.full_like(start, -1.0))
     return Shifted(values * scale, None, start)
+
+
+def _shift_traced(
+    backend: Backend, values: Array, how: LayerNorm | None, factor: float
+) -> Shifted:
+    """For libraries that look at no values: four sums over a row at most, infinities included.
+
+    Where a logit is +inf, it and its like share the row; those of -inf stand aside.
+    """
+    xp = backend.namespace
+    inf = float("inf")
+    top = backend.stop_gradient(xp.max(values, axis=-1, keepdims=True))
+    crowned = top == inf
+    # zero where a row has no finite top to be measured from
+    level = xp.where(crowned | (top == -inf), xp.zeros_like(top), top)
+    infinite = values == inf
+    outside = (values == -inf) | (crowned & ~infinite)
+    zeros = xp.zeros_like(values)
+    values = xp.where(infinite | outside, zeros, values - level)
+    if how is not None:
+        count = backend.row_sums(xp.astype(~outside, values.dtype))
+        count = xp.maximum(count, xp.ones_like(count))
+        mean = backend.row_sums(values) / count
+        centred = xp.where(outside, zeros, values - mean)
+        variance = backend.square_sums(centred) / count
+        values = values * (factor / xp.sqrt(variance + how.eps))
+        factor = 1.0
+    return Shifted(xp.where(outside, zeros + OUTSIDE, _times(xp, values, factor)), ~outside)
 
 
 def _times(xp: Any, values: Array, factor: float) -> Array:
