@@ -178,7 +178,7 @@ def read_checkpoint(path: str | os.PathLike[str], backend: Backend) -> Checkpoin
 
     Raises:
         TypeError: ``path`` is neither a string nor a path.
-        BackendError: ``backend`` is no backend.
+        BackendError: ``backend`` is no backend, or has no device to put arrays on.
         CheckpointError: there is no such file, it is no whole checkpoint, a newer tensormoe wrote
             it, or the library doesn't have one of its dtypes.
     """
@@ -303,6 +303,9 @@ def _read_array(path: str, file: IO[bytes], name: str, info: ArrayInfo, backend:
         raise CheckpointError(f"{path!r}: the file was cut short while it was read, at {name!r}.")
     try:
         return backend.from_bytes(info.dtype, info.shape, data)
+    except BackendError:
+        # says what the library lacks to run at all
+        raise
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path!r}: the {backend.name} backend can't make an array {name!r} of {info.dtype} "
