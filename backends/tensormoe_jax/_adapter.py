@@ -1,0 +1,112 @@
+"""JAX's primitives for the core, all of them traceable and differentiable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tensormoe.backend import State, Step
+
+__all__ = ["BACKEND", "JaxBackend"]
+
+
+class JaxBackend:
+    """Adapter of :class:`tensormoe.backend.Backend` for ``jax.Array``, concrete or traced."""
+
+    name = "jax"
+    namespace = jnp
+    # XLA fuses operations on rows by itself, and a traced value steers nothing
+    row_block_bytes = None
+    eager = False
+    # NaN propagates, as everywhere in JAX
+    checks_values = False
+    picks_entries = False
+
+    def __repr__(self) -> str:
+        return "JaxBackend()"
+
+    def owns(self, array: Any, /) -> bool:
+        return isinstance(array, Array)
+
+    def matmul(self, left: Array, right: Array, /) -> Array:
+        if left.ndim > 2 < right.ndim and jax.default_backend() == "cpu":
+            # XLA would fold the transposes around a batched product into it, and then runs it by a
+            # loop that is ten times slower than the copies
+            left, right = jax.lax.optimization_barrier((left, right))
+        return jnp.matmul(left, right)
+
+    def reshape(self, array: Array, shape: tuple[int, ...], /) -> Array:
+        return jnp.reshape(array, shape)
+
+    def permute(self, array: Array, axes: tuple[int, ...], /) -> Array:
+        return jnp.permute_dims(array, axes)
+
+    def contiguous(self, array: Array, /) -> Array:
+        # arrays are values: XLA chooses how they lie in memory
+        return array
+
+    def sum(self, array: Array, axes: tuple[int, ...], /) -> Array:
+        return jnp.sum(array, axis=axes, dtype=array.dtype)
+
+    def excess(self, array: Array, threshold: Array, /, out: Array | None = None) -> Array:
+        return jax.nn.relu(array - threshold)
+
+    def row_sums(self, array: Array, /) -> Array:
+        return jnp.sum(array, axis=-1, keepdims=True)
+
+    def square_sums(self, array: Array, /) -> Array:
+        return jnp.sum(array * array, axis=-1, keepdims=True)
+
+    def repeat(self, step: Step, state: State, rounds: int, enough: float, /) -> State:
+        def busy(carried: tuple[Array, Array, State]) -> Array:
+            count, far, _ = carried
+            return (count < rounds) & far
+
+        def again(carried: tuple[Array, Array, State]) -> tuple[Array, Array, State]:
+            count, _, inner = carried
+            inner, way = step(*inner)
+            return count + 1, jnp.any(way > enough), inner
+
+        start = (jnp.int32(0), jnp.bool(True), state)
+        found: State = jax.lax.while_loop(busy, again, start)[2]
+        return found
+
+    def take(self, array: Array, indices: Array, axis: int, /) -> Array:
+        # an index out of range that nobody could check gives NaN, not a row that happens to be there
+        flat = jnp.take(array, indices.reshape(-1), axis=axis, mode="fill")
+        return flat.reshape(*array.shape[:axis], *indices.shape, *array.shape[axis + 1 :])
+
+    def scatter_add(self, values: Array, indices: Array, axis: int, size: int, /) -> Array:
+        before, after = values.shape[:axis], values.shape[axis + indices.ndim :]
+        total = jnp.zeros((*before, size, *after), dtype=values.dtype)
+        place = (slice(None),) * axis + (indices,)
+        return total.at[place].add(values, mode="drop")
+
+    def floats(self, array: Array, /) -> list[float]:
+        listed: list[float] = array.tolist()
+        return listed
+
+    def stop_gradient(self, array: Array, /) -> Array:
+        return jax.lax.stop_gradient(array)
+
+    def to_bytes(self, array: Array, /) -> tuple[str, tuple[int, ...], bytes]:
+        host = np.ascontiguousarray(array)
+        little = host.astype(host.dtype.newbyteorder("<"), copy=False)
+        return array.dtype.name, tuple(array.shape), little.tobytes()
+
+    def from_bytes(self, dtype: str, shape: tuple[int, ...], data: bytes, /) -> Array:
+        found = jnp.dtype(dtype)
+        if jax.dtypes.canonicalize_dtype(found) != found:
+            raise TypeError(
+                f"{dtype} needs JAX's 64-bit mode, which is off; switch it on with "
+                "jax.config.update('jax_enable_x64', True)"
+            )
+        little = np.frombuffer(data, dtype=found.newbyteorder("<"))
+        return jnp.asarray(little.astype(found, copy=False).reshape(shape))
+
+
+BACKEND = JaxBackend()

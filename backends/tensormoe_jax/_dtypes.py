@@ -1,0 +1,35 @@
+"""Which dtypes a layer may be stored in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tensormoe.errors import SpecError
+
+__all__ = ["checked_dtype"]
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def checked_dtype(dtype: Any) -> np.dtype[Any]:
+    """``dtype`` if a layer can be stored in it; JAX's default one for None.
+
+    Raises:
+        SpecError: not a floating-point type, or float64 while JAX's 64-bit mode is off.
+    """
+    try:
+        found = jax.dtypes.canonicalize_dtype(float) if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in _FLOATS:
+        raise SpecError(f"dtype must be one of {', '.join(_FLOATS)}; got {dtype!r}.")
+    if jax.dtypes.canonicalize_dtype(found) != found:
+        raise SpecError(
+            f"dtype {found.name} needs JAX's 64-bit mode, which is off. Switch it on with "
+            "jax.config.update('jax_enable_x64', True) before anything else, or take float32."
+        )
+    return found

@@ -1,0 +1,284 @@
+"""The layers as pure functions of a dictionary of arrays, for any transformation of JAX.
+
+A layer is a configuration, which is a frozen and hashable value, and its parameters: a pytree that
+is a flat dictionary by canonical name, as checkpoints have it. Modules of the frameworks on top
+wrap these functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tensormoe import functional
+from tensormoe.errors import ShapeError, SpecError
+from tensormoe.functional import BlockConfig, LayerConfig
+from tensormoe.gates import TopK
+from tensormoe_jax._activations import ACTIVATIONS
+from tensormoe_jax._adapter import BACKEND
+from tensormoe_jax._dtypes import checked_dtype
+
+__all__ = ["Given", "apply", "coefficients", "initial_buffers", "initialize", "train"]
+
+Given = Array | TopK | Sequence[Array | TopK]
+"""Ready-made coefficients: an array (..., N_e) or a ``TopK`` a level."""
+
+Parameters = Mapping[str, Array]
+Config = LayerConfig | BlockConfig
+
+
+def initialize(
+    config: Config, key: Array, *, init: str = "variance", dtype: Any = None
+) -> dict[str, Array]:
+    """Draw all parameters; projections of the gate start at zero, so that experts start alike.
+
+    Args:
+        config: of a layer, an embedding or a block, as the layers' ``config``.
+        key: of ``jax.random``.
+        init: ``"variance"`` or ``"paper"``.
+        dtype: of the parameters; JAX's default one for None.
+
+    Returns:
+        The parameters by canonical name.
+
+    Raises:
+        SpecError: an unknown scheme, or no dtype for a layer.
+
+    >>> import jax
+    >>> from tensormoe.functional import LayerConfig
+    >>> from tensormoe import CP, Gate, LayerSpec
+    >>> config = LayerConfig(LayerSpec(8, 4, 3, CP(2)), Gate())
+    >>> {name: array.shape for name, array in initialize(config, jax.random.key(0)).items()}
+    {'factors.expert_0': (3, 2), 'factors.input': (8, 2), 'factors.output': (4, 2), \
+'factors.bias': (2,), 'gate.projection_0': (8, 3)}
+    """
+    if isinstance(config, BlockConfig):
+        first, second = jax.random.split(key)
+        parts = {
+            "first": initialize(config.first, first, init=init, dtype=dtype),
+            "second": initialize(config.second, second, init=init, dtype=dtype),
+        }
+        return {
+            name if name.startswith("gate.") else f"{layer}.{name}": array
+            for layer, arrays in parts.items()
+            for name, array in arrays.items()
+        }
+    kind = checked_dtype(dtype)
+    keys = iter(jax.random.split(key, len(config.spec.shapes)))
+    return functional.initialize(
+        config,
+        BACKEND,
+        normal=lambda shape: jax.random.normal(next(keys), shape, kind),
+        uniform=lambda shape: jax.random.uniform(next(keys), shape, kind, -1.0, 1.0),
+        zeros=lambda shape: jnp.zeros(shape, kind),
+        init=init,
+    )
+
+
+def initial_buffers(config: Config, *, dtype: Any = None) -> dict[str, Array]:
+    """Fresh running statistics of a batch-norm gate; empty for other gates.
+
+    Args:
+        config: of a layer or a block.
+        dtype: of the parameters; statistics are float32 at least.
+    """
+    kind = checked_dtype(dtype)
+    wide = kind if kind.itemsize >= 4 else jnp.dtype("float32")
+    return {
+        name: (jnp.ones if "variance" in name else jnp.zeros)(shape, wide)
+        for name, shape in config.buffer_shapes().items()
+    }
+
+
+def coefficients(
+    config: Config,
+    parameters: Parameters,
+    x: Array,
+    *,
+    buffers: Parameters | None = None,
+    training: bool = False,
+) -> tuple[tuple[Array, ...], dict[str, Array]]:
+    """The coefficients of inputs (..., in), and the gate's buffers afterwards.
+
+    Args:
+        config: of a layer or a block with a gate.
+        parameters: by canonical name.
+        x: (..., in), in the layer's dtype.
+        buffers: running statistics of a batch-norm gate.
+        training: whether a batch-norm gate uses the batch's own statistics.
+
+    Returns:
+        One array (..., N_e) a level, rows summing to one; and the buffers, which training changes.
+
+    Raises:
+        BackendError, ShapeError: the input does not fit, or the layer has no gate.
+        GateError: a batch-norm gate without buffers, outside training.
+    """
+    layer = config.first if isinstance(config, BlockConfig) else config
+    kept = dict(buffers or {})
+    lead = functional.check_input(x, layer.spec.in_features, _dtype(parameters), BACKEND)
+    rows = x.reshape(prod(lead), layer.spec.in_features)
+    routed = functional.route(layer, parameters, rows, BACKEND, buffers=kept, training=training)
+    for level, found in enumerate(routed.statistics or () if training else ()):
+        kept[f"gate.running_mean_{level}"] = found.mean
+        kept[f"gate.running_variance_{level}"] = found.variance
+    return tuple(each.reshape(*lead, each.shape[-1]) for each in routed.coefficients), kept
+
+
+def apply(
+    config: Config,
+    parameters: Parameters,
+    x: Array,
+    coefficients: Given | None = None,
+    *,
+    buffers: Parameters | None = None,
+) -> Array:
+    """Run a layer, an embedding or a block outside training.
+
+    Args:
+        config: the layer; hashable, so that it may be a static argument of ``jax.jit``.
+        parameters: by canonical name, as :func:`initialize` returns them.
+        x: (..., in) in the layer's dtype; ids (...) for an embedding.
+        coefficients: ready-made ones, an array (..., N_e) or a ``TopK`` a level; the gate makes
+            them otherwise.
+        buffers: running statistics of a batch-norm gate.
+
+    Returns:
+        (..., out).
+
+    Raises:
+        BackendError: no arrays of JAX's.
+        ShapeError: input or coefficients do not fit the layer.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from tensormoe.functional import LayerConfig
+    >>> from tensormoe import CP, Gate, LayerSpec
+    >>> config = LayerConfig(LayerSpec(8, 4, 3, CP(2)), Gate())
+    >>> parameters = initialize(config, jax.random.key(0))
+    >>> jax.jit(apply, static_argnums=0)(config, parameters, jnp.ones((5, 8))).shape
+    (5, 4)
+    """
+    return _run(config, parameters, x, coefficients, buffers, False, None)[0]
+
+
+def train(
+    config: Config,
+    parameters: Parameters,
+    x: Array,
+    coefficients: Given | None = None,
+    *,
+    buffers: Parameters | None = None,
+    key: Array | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """:func:`apply` in training: a batch-norm gate uses the batch's own statistics, blocks drop.
+
+    Args:
+        config: as for :func:`apply`, like ``parameters``, ``x``, ``coefficients``.
+        parameters: by canonical name.
+        x: (..., in), or ids (...).
+        coefficients: ready-made ones; the gate makes them otherwise.
+        buffers: running statistics of a batch-norm gate.
+        key: of ``jax.random``, for a block that drops entries.
+
+    Returns:
+        (..., out), and the buffers afterwards.
+
+    Raises:
+        BackendError, ShapeError: as :func:`apply`.
+        SpecError: a block that drops entries, and no key.
+    """
+    return _run(config, parameters, x, coefficients, buffers, True, key)
+
+
+def _run(
+    config: Config,
+    parameters: Parameters,
+    x: Array,
+    given: Given | None,
+    buffers: Parameters | None,
+    training: bool,
+    key: Array | None,
+) -> tuple[Array, dict[str, Array]]:
+    kept = dict(buffers or {})
+    if isinstance(config, BlockConfig):
+        return _run_block(config, parameters, x, given, kept, training, key)
+    if given is None:
+        if config.gate is None:
+            raise ShapeError(
+                "this layer has no gate; got no coefficients. Call it with coefficients=…, or "
+                "build it with a gate."
+            )
+        given, kept = coefficients(config, parameters, x, buffers=kept, training=training)
+    return _mix(config, parameters, x, given), kept
+
+
+def _run_block(
+    config: BlockConfig,
+    parameters: Parameters,
+    x: Array,
+    given: Given | None,
+    kept: dict[str, Array],
+    training: bool,
+    key: Array | None,
+) -> tuple[Array, dict[str, Array]]:
+    if given is None:
+        given, kept = coefficients(config, parameters, x, buffers=kept, training=training)
+    first_key, second_key = _keys(config, key) if training and config.drop else (None, None)
+    parts: dict[str, dict[str, Array]] = {"first": {}, "second": {}}
+    for name, array in parameters.items():
+        layer, _, short = name.partition(".")
+        if layer in parts:
+            parts[layer][short] = array
+    middle = ACTIVATIONS[config.act_layer](_mix(config.first, parts["first"], x, given))
+    middle = _drop(middle, config.drop, first_key)
+    return _drop(_mix(config.second, parts["second"], middle, given), config.drop, second_key), kept
+
+
+def _mix(config: LayerConfig, parameters: Parameters, x: Array, given: Given) -> Array:
+    """The experts, mixed by ready-made coefficients."""
+    if config.indexed_input:
+        x = functional.check_ids(x, config.spec.in_features, BACKEND, look=_readable(x))
+        lead = x.shape
+    else:
+        lead = functional.check_input(x, config.spec.in_features, _dtype(parameters), BACKEND)
+    merged = functional.merged_coefficients(config, given, lead, BACKEND, look=_readable(x))
+    rows = x.reshape(prod(lead), *x.shape[len(lead) :])
+    # an exported function must not be bound to the batch sizes that one plan is the cheapest for
+    any_batch = not isinstance(rows.shape[0], int)
+    result: Array = functional.apply_experts(
+        config, parameters, rows, merged, BACKEND, any_batch=any_batch
+    )
+    return result.reshape(*lead, config.spec.out_features)
+
+
+def _dtype(parameters: Parameters) -> Any:
+    return next(array.dtype for name, array in parameters.items() if "factors." in name)
+
+
+def _readable(array: Any) -> bool:
+    """Whether values can be looked at without waiting for a device or a tracer."""
+    concrete = isinstance(array, Array) and not isinstance(array, jax.core.Tracer)
+    return concrete and jax.default_backend() == "cpu"
+
+
+def _keys(config: BlockConfig, key: Array | None) -> tuple[Array, Array]:
+    if key is None:
+        raise SpecError(
+            f"a block that drops a share of {config.drop} needs a key in training; got none. Pass "
+            "one of jax.random's."
+        )
+    first, second = jax.random.split(key)
+    return first, second
+
+
+def _drop(array: Array, share: float, key: Array | None) -> Array:
+    """A share of the entries dropped and the rest enlarged; nothing without a key."""
+    if key is None:
+        return array
+    kept = jax.random.bernoulli(key, 1.0 - share, array.shape)
+    return jnp.where(kept, array / (1.0 - share), 0.0)
