@@ -1,7 +1,9 @@
 """Which adapter serves which arrays.
 
 Built-in adapters resolve through one table, so that a checkout that is not installed works and
-nothing is scanned for the usual names; entry points are consulted for unknown names only.
+nothing is scanned for the usual names; entry points are consulted for unknown names only. What an
+entry point brings is other people's code, so each way in which it can be wrong is an error that
+names the distribution.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ ENTRY_POINT_GROUP = "tensormoe.backends"
 
 # root module of an array's type -> (module of the adapter, extra that installs the library)
 _BUILT_IN = {
+    "cupy": ("tensormoe_cupy", "cupy"),
+    "jax": ("tensormoe_jax", "jax"),
     "numpy": ("tensormoe_numpy", "numpy"),
     "torch": ("tensormoe_torch", "torch"),
 }
@@ -39,7 +43,7 @@ def known_backends() -> tuple[str, ...]:
 
 def available_backends() -> tuple[str, ...]:
     """Names of the adapters whose array library is installed, found without importing it."""
-    return tuple(name for name in known_backends() if find_spec(name) is not None)
+    return tuple(name for name in known_backends() if _installed(name))
 
 
 @cache
@@ -47,26 +51,32 @@ def get_backend(name: str) -> Backend:
     """The adapter registered under ``name``.
 
     Raises:
-        BackendError: no adapter has that name.
-        MissingDependencyError: the adapter is known but its array library is not installed.
+        BackendError: no adapter has that name, or more than one; or the one that has it can't be
+            loaded, or isn't what :mod:`tensormoe.backend` describes.
+        MissingDependencyError: the adapter is known but its array library, or something else that
+            it needs, is not installed.
     """
     if name in _BUILT_IN:
         module, extra = _BUILT_IN[name]
-        if find_spec(name) is None:
+        if not _installed(name):
             raise MissingDependencyError(
                 f"the {name} backend needs {name}, which is not installed. "
                 f"Install it with: pip install 'tensormoe[{extra}]'."
             )
         backend: Backend = import_module(module).BACKEND
         return backend
-    found = _entry_points()
-    if name not in found:
+    found = _entry_points().get(name, ())
+    if not found:
         raise BackendError(
             f"backend must be one of {', '.join(known_backends())}; got {name!r}. Another library "
             f"joins through an entry point in the group {ENTRY_POINT_GROUP!r}."
         )
-    loaded: Backend = found[name].load()
-    return loaded
+    if len(found) > 1:
+        raise BackendError(
+            f"backend {name!r} must come from one distribution; got "
+            f"{' and '.join(_origin(point) for point in found)}. Uninstall all but one."
+        )
+    return _load(found[0])
 
 
 def backend_of(*arrays: Array) -> Backend:
@@ -94,9 +104,71 @@ def _describe(array: Array) -> str:
     return f"{type(array).__module__.partition('.')[0]}.{type(array).__qualname__}"
 
 
+def _installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except (ImportError, ValueError):
+        # a dotted name whose package is missing, or no name of a module at all
+        return False
+
+
+def _load(point: EntryPoint) -> Backend:
+    """The adapter that an entry point names, checked."""
+    origin = _origin(point)
+    if not _installed(point.name):
+        raise MissingDependencyError(
+            f"the {point.name} backend of {origin} needs {point.name}, which is not installed. "
+            "Install that library."
+        )
+    try:
+        loaded: Backend = point.load()
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"the {point.name} backend of {origin} needs {error.name}, which is not installed. "
+            "Install it, or install the distribution anew."
+        ) from error
+    except Exception as error:  # other people's code runs when it is imported
+        raise BackendError(
+            f"the {point.name} backend of {origin} must load; got {type(error).__name__}: "
+            f"{error}. Update or uninstall the distribution."
+        ) from error
+    _check(loaded, point.name, origin)
+    return loaded
+
+
+def _check(loaded: Backend, name: str, origin: str) -> None:
+    if isinstance(loaded, type):
+        raise BackendError(
+            f"the {name} backend of {origin} must be an object; got the class "
+            f"{loaded.__qualname__}. Let the entry point name an instance of it."
+        )
+    missing = [each for each in _MEMBERS if not hasattr(loaded, each)]
+    if missing:
+        raise BackendError(
+            f"the {name} backend of {origin} must have every member of tensormoe.backend.Backend; "
+            f"got {type(loaded).__qualname__} without {', '.join(missing)}. Add what is missing."
+        )
+    if loaded.name != name:
+        raise BackendError(
+            f"the {name} backend of {origin} must have that name, the root module of its arrays; "
+            f"got {loaded.name!r}. Give the entry point and the adapter one name."
+        )
+
+
+_MEMBERS = tuple(member for member in vars(Backend) if not member.startswith("_"))
+
+
+def _origin(point: EntryPoint) -> str:
+    """Who registered it, for messages: the distribution, and the object it names."""
+    return f"{point.dist.name if point.dist else 'an unknown distribution'} ({point.value})"
+
+
 @lru_cache(maxsize=1)
-def _entry_points() -> dict[str, EntryPoint]:
+def _entry_points() -> dict[str, tuple[EntryPoint, ...]]:
     # a third of the core's import time, and needed for unknown names only
     from importlib.metadata import entry_points
 
-    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    found: dict[str, tuple[EntryPoint, ...]] = {}
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        found[point.name] = (*found.get(point.name, ()), point)
+    return found
