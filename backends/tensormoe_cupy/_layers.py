@@ -1,0 +1,69 @@
+"""NumPy's layers on CuPy's arrays."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import tensormoe_numpy
+from tensormoe_cupy._adapter import BACKEND
+from tensormoe_numpy import NumpyLikeBackend
+
+__all__ = ["MuMoE", "MuMoEEmbedding", "MuMoEMLP"]
+
+
+class MuMoE(tensormoe_numpy.MuMoE):
+    """A multilinear mixture of linear experts (Oldfield et al. 2024), on an NVIDIA GPU.
+
+    Arguments, attributes, methods and errors are those of :class:`tensormoe_numpy.MuMoE`, gradients
+    and preparation for inference included; a seed gives the same first values. Arrays come and go
+    as CuPy's, and parameters are made on CuPy's current device. A call queues work there and waits
+    for none of it.
+
+    Raises:
+        BackendError: no NVIDIA GPU or driver, or arrays of another library.
+
+    >>> import cupy  # doctest: +SKIP
+    >>> layer = MuMoE(64, 10, experts=32, factorization="cp", rank=16, seed=0)  # doctest: +SKIP
+    >>> layer(cupy.ones((5, 7, 64), dtype="float32")).shape  # doctest: +SKIP
+    (5, 7, 10)
+    """
+
+    backend: ClassVar[NumpyLikeBackend] = BACKEND
+
+
+class MuMoEMLP(tensormoe_numpy.MuMoEMLP):
+    """A μMoE block in place of an MLP (Oldfield et al. 2024, section 3), on an NVIDIA GPU.
+
+    All is as in :class:`tensormoe_numpy.MuMoEMLP`, on CuPy's arrays. Which entries are dropped in
+    training is drawn on the host, as first values are, and copied to the device.
+
+    Raises:
+        BackendError: no NVIDIA GPU or driver, or arrays of another library.
+
+    >>> import cupy  # doctest: +SKIP
+    >>> block = MuMoEMLP(32, 64, experts=16, seed=0)  # doctest: +SKIP
+    >>> block(cupy.ones((5, 32), dtype="float32")).shape  # doctest: +SKIP
+    (5, 32)
+    """
+
+    backend: ClassVar[NumpyLikeBackend] = BACKEND
+    _layer: ClassVar[type[tensormoe_numpy.MuMoE]] = MuMoE
+
+
+class MuMoEEmbedding(tensormoe_numpy.MuMoEEmbedding):
+    """A mixture of embedding tables, on an NVIDIA GPU.
+
+    All is as in :class:`tensormoe_numpy.MuMoEEmbedding`, on CuPy's arrays; but ids are not looked
+    at, and those out of range wrap around.
+
+    Raises:
+        BackendError: no NVIDIA GPU or driver, or arrays of another library.
+
+    >>> import cupy  # doctest: +SKIP
+    >>> table = MuMoEEmbedding(1000, 32, experts=4, rank=8, seed=0)  # doctest: +SKIP
+    >>> even = cupy.full((2, 3, 4), 0.25, dtype="float32")  # doctest: +SKIP
+    >>> table(cupy.array([[1, 5, 7], [2, 2, 999]]), even).shape  # doctest: +SKIP
+    (2, 3, 32)
+    """
+
+    backend: ClassVar[NumpyLikeBackend] = BACKEND

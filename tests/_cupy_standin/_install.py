@@ -1,0 +1,34 @@
+"""CuPy's layers on the stand-in, or on the device where the tests are told that there is one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tensormoe import get_backend
+from tests._cupy_standin._module import Special, Standin
+
+tensormoe_cupy = pytest.importorskip("tensormoe_cupy")
+
+ON_DEVICE = os.environ.get("TENSORMOE_TEST_DEVICE") == "cuda"
+"""Whether the tests run on a GPU."""
+
+ADAPTER = tensormoe_cupy.BACKEND if ON_DEVICE else tensormoe_cupy.CupyBackend(Standin(), Special())
+"""What the tests run on: CuPy's adapter of the stand-in, or of CuPy."""
+
+LAYERS = (tensormoe_cupy.MuMoE, tensormoe_cupy.MuMoEMLP, tensormoe_cupy.MuMoEEmbedding)
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """The registry and the layers take :data:`ADAPTER` for CuPy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensormoe_cupy, "BACKEND", ADAPTER)
+        for layer in LAYERS:
+            patch.setattr(layer, "backend", ADAPTER)
+        get_backend.cache_clear()
+        yield
+    get_backend.cache_clear()
