@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,14 @@ import pytest
 
 from tensormoe import _registry, get_backend
 
-THIRD_PARTY = Path(__file__).parent / "third_party"
+ROOT = Path(__file__).resolve().parents[1]
+THIRD_PARTY = ROOT / "tests" / "third_party"
+
+
+def code_blocks(document: str, language: str) -> list[str]:
+    """The fenced blocks of a document of ours in one language."""
+    text = (ROOT / document).read_text("utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def write_metadata(site: Path, project: Mapping[str, object]) -> None:
