@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 from tensormoe._config import LayerConfig
+from tensormoe._integers import default_integer
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import BackendError, ShapeError
 from tensormoe.gates import TopK
@@ -89,7 +90,9 @@ def check_ids(
             raise ShapeError(
                 f"{name} must lie in [0, {count}); got {wrong}. Check the size they index."
             )
-    return xp.astype(ids, xp.int64) if ids.dtype not in (xp.int32, xp.int64) else ids
+    if ids.dtype in (xp.int32, xp.int64):
+        return ids
+    return xp.astype(ids, default_integer(xp))
 
 
 def merged_coefficients(

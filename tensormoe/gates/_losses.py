@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import prod
 
 from tensormoe._devices import device_of
+from tensormoe._integers import default_integer
 from tensormoe._registry import backend_of
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import GateError
@@ -156,4 +157,4 @@ def expert_load(coefficients: Array, threshold: float = 0.5) -> Array:
         raise GateError(f"threshold must be in (0, 1]; got {threshold!r}. Use 0.5.")
     backend, weights = _matrix(coefficients)
     xp = backend.namespace
-    return xp.sum(xp.astype(weights >= threshold, xp.int64), axis=0)
+    return xp.sum(xp.astype(weights >= threshold, default_integer(xp)), axis=0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tensormoe._devices import device_of
+from tensormoe._integers import default_integer
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import GateError
 from tensormoe.gates._functions import _softmax
@@ -142,7 +143,7 @@ def top_k_indices(logits: Array, k: int) -> TopK:
     shape = (*rows.shape[:-1], k)
     if rows.values.shape[0] == 0:
         return TopK(
-            xp.zeros(shape, dtype=xp.int64, device=device_of(rows.values)),
+            xp.zeros(shape, dtype=default_integer(xp), device=device_of(rows.values)),
             xp.zeros(shape, dtype=rows.values.dtype, device=device_of(rows.values)),
         )
     shifted = shift(backend, rows.values, None, 0, None, 1.0)
