@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 
 from tensormoe._config import LayerConfig
@@ -44,7 +45,12 @@ def expert_weight(
     if len(index) != len(experts):
         raise ShapeError(f"an expert has one index a level, {len(experts)}; got {index!r}.")
     for level, (place, count) in enumerate(zip(index, experts, strict=True)):
-        if not hasattr(place, "__index__") or not 0 <= place < count:
+        try:
+            number = operator.index(place)
+        except TypeError:
+            # no integer, or one that is not known yet: JAX's while they are traced
+            number = -1
+        if not 0 <= number < count:
             raise ShapeError(
                 f"expert index must lie in [0, {count}) at level {level}; got {place!r}."
             )
