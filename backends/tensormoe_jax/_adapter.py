@@ -36,7 +36,7 @@ class JaxBackend:
         if left.ndim > 2 < right.ndim and jax.default_backend() == "cpu":
             # XLA would fold the transposes around a batched product into it, and then runs it by a
             # loop that is ten times slower than the copies
-            left, right = jax.lax.optimization_barrier((left, right))
+            left, right = jax.lax.optimization_barrier((left, right))  # type: ignore[no-untyped-call]
         return jnp.matmul(left, right)
 
     def reshape(self, array: Array, shape: tuple[int, ...], /) -> Array:
@@ -76,14 +76,15 @@ class JaxBackend:
         return found
 
     def take(self, array: Array, indices: Array, axis: int, /) -> Array:
-        # an index out of range that nobody could check gives NaN, not a row that happens to be there
-        flat = jnp.take(array, indices.reshape(-1), axis=axis, mode="fill")
+        # an index out of range that nobody could check gives NaN, not a row that happens to exist
+        flat = _no_wrap(indices.reshape(-1), array.shape[axis])
+        flat = jnp.take(array, flat, axis=axis, mode="fill")
         return flat.reshape(*array.shape[:axis], *indices.shape, *array.shape[axis + 1 :])
 
     def scatter_add(self, values: Array, indices: Array, axis: int, size: int, /) -> Array:
         before, after = values.shape[:axis], values.shape[axis + indices.ndim :]
         total = jnp.zeros((*before, size, *after), dtype=values.dtype)
-        place = (slice(None),) * axis + (indices,)
+        place = (slice(None),) * axis + (_no_wrap(indices, size),)
         return total.at[place].add(values, mode="drop")
 
     def floats(self, array: Array, /) -> list[float]:
@@ -107,6 +108,11 @@ class JaxBackend:
             )
         little = np.frombuffer(data, dtype=found.newbyteorder("<"))
         return jnp.asarray(little.astype(found, copy=False).reshape(shape))
+
+
+def _no_wrap(indices: Array, size: int) -> Array:
+    """Negative indices out of range as well: JAX counts them from the end, as Python does."""
+    return jnp.where(indices < 0, size, indices)
 
 
 BACKEND = JaxBackend()
