@@ -11,16 +11,16 @@ import numpy as np
 
 from tensormoe import LayerSpec, functional
 from tensormoe.backend import Array
-from tensormoe.checkpoint import match_arrays, save_checkpoint
+from tensormoe.checkpoint import save_checkpoint
 from tensormoe.errors import ShapeError
-from tensormoe.functional import BlockConfig, LayerConfig
+from tensormoe.functional import LayerConfig
 from tensormoe.gates import Gate, TopK
 from tensormoe.planning import Cost, Plan, Routing, plan_layer
 from tensormoe_numpy._adapter import BACKEND
 from tensormoe_numpy._like_numpy import NumpyLikeBackend
 from tensormoe_numpy._random import FLOATS
 
-__all__ = ["Given", "Gradients", "Layer", "check_arrays", "check_cotangent"]
+__all__ = ["Given", "Gradients", "Layer", "check_cotangent"]
 
 Given: TypeAlias = Array | TopK | Sequence[Array | TopK]
 
@@ -148,7 +148,7 @@ class Layer:
             CheckpointError: names or shapes that are not the layer's; lists every difference.
             ShapeError: parameters of different dtypes, or of one that no layer has.
         """
-        check_arrays(config, arrays, cls.backend)
+        functional.check_arrays(config, arrays, cls.backend, FLOATS)
         layer = cls.__new__(cls)
         layer.config = config
         layer._adopt(arrays)
@@ -169,24 +169,6 @@ class Layer:
     def _merged(self, coefficients: Given, lead: tuple[int, ...]) -> list[Any]:
         """Ready-made coefficients with their leading axes merged into one."""
         return functional.merged_coefficients(self.config, coefficients, lead, self.backend)
-
-
-def check_arrays(
-    config: LayerConfig | BlockConfig, arrays: Mapping[str, Array], backend: NumpyLikeBackend
-) -> None:
-    """Refuse arrays that do not make the layer or block, as :meth:`Layer.restore` says."""
-    for name, array in arrays.items():
-        functional.check_array(array, backend, name)
-    shapes = config.parameter_shapes()
-    match_arrays({**shapes, **config.buffer_shapes()}, arrays)
-    dtype = arrays[next(iter(shapes))].dtype
-    for name in shapes:
-        found = arrays[name].dtype
-        if found != dtype or found.name not in FLOATS:
-            raise ShapeError(
-                f"parameters must have one dtype of {', '.join(FLOATS)}; got {found} for {name!r} "
-                f"and {dtype} for the first. Cast them."
-            )
 
 
 def check_cotangent(

@@ -20,10 +20,10 @@ from tensormoe.gates import Gate
 from tensormoe.planning import Budget, Cost
 from tensormoe_numpy._activations import ACTIVATIONS, activations
 from tensormoe_numpy._adapter import BACKEND
-from tensormoe_numpy._base import Given, Gradients, check_arrays, check_cotangent
+from tensormoe_numpy._base import Given, Gradients, check_cotangent
 from tensormoe_numpy._layer import MuMoE
 from tensormoe_numpy._like_numpy import NumpyLikeBackend
-from tensormoe_numpy._random import checked_dtype, checked_generator, draw
+from tensormoe_numpy._random import FLOATS, checked_dtype, checked_generator, draw
 
 __all__ = ["MuMoEMLP"]
 
@@ -252,7 +252,7 @@ class MuMoEMLP:
         Raises:
             BackendError, CheckpointError, ShapeError: as :meth:`MuMoE.restore`.
         """
-        check_arrays(config, arrays, cls.backend)
+        functional.check_arrays(config, arrays, cls.backend, FLOATS)
         block = cls.__new__(cls)
         block.config = config
         gate = {name: array for name, array in arrays.items() if name.startswith("gate.")}

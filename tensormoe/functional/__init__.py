@@ -29,6 +29,7 @@ from tensormoe.functional._initialize import initialize as initialize
 from tensormoe.functional._routing import Routed as Routed
 from tensormoe.functional._routing import gate_vjp as gate_vjp
 from tensormoe.functional._routing import route as route
+from tensormoe.functional._saved import check_arrays as check_arrays
 from tensormoe.functional._saved import read_block as read_block
 from tensormoe.functional._shared_experts import checked_noise as checked_noise
 from tensormoe.functional._shared_experts import shared_experts as shared_experts
@@ -44,6 +45,7 @@ __all__ = [
     "Routed",
     "apply_experts",
     "check_array",
+    "check_arrays",
     "check_coefficients",
     "check_ids",
     "check_input",

@@ -1,17 +1,18 @@
-"""A block's configuration and arrays from a checkpoint, checked against one another."""
+"""A block's configuration and arrays, from a checkpoint or given, checked against one another."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from os import PathLike
 from typing import TypeVar
 
 from tensormoe._config import BlockConfig, LayerConfig
 from tensormoe.backend import Array, Backend
 from tensormoe.checkpoint import match_arrays, read_checkpoint
-from tensormoe.errors import CheckpointError, TensormoeError
+from tensormoe.errors import CheckpointError, ShapeError, TensormoeError
+from tensormoe.functional._checks import check_array
 
-__all__ = ["read_block"]
+__all__ = ["check_arrays", "read_block"]
 
 C = TypeVar("C", LayerConfig, BlockConfig)
 
@@ -42,3 +43,36 @@ def read_block(
         raise CheckpointError(f"the file describes no {block}: {error}") from error
     match_arrays({**config.parameter_shapes(), **config.buffer_shapes()}, saved.arrays)
     return config, saved.arrays
+
+
+def check_arrays(
+    config: LayerConfig | BlockConfig,
+    arrays: Mapping[str, Array],
+    backend: Backend,
+    dtypes: Collection[str],
+) -> None:
+    """Refuse arrays that do not make a layer or a block.
+
+    Args:
+        config: the layer or block.
+        arrays: parameters and buffers by canonical name.
+        backend: the library that the arrays must be of.
+        dtypes: names of those that a layer may be stored in.
+
+    Raises:
+        BackendError: arrays of another library.
+        CheckpointError: names or shapes that are not the layer's; lists every difference.
+        ShapeError: parameters of different dtypes, or of one that no layer has.
+    """
+    for name, array in arrays.items():
+        check_array(array, backend, name)
+    shapes = config.parameter_shapes()
+    match_arrays({**shapes, **config.buffer_shapes()}, arrays)
+    dtype = arrays[next(iter(shapes))].dtype
+    for name in shapes:
+        found = arrays[name].dtype
+        if found != dtype or found.name not in dtypes:
+            raise ShapeError(
+                f"parameters must have one dtype of {', '.join(dtypes)}; got {found} for {name!r} "
+                f"and {dtype} for the first. Cast them."
+            )
