@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,9 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, is_hypothesis_test, settings
+from hypothesis import strategies as st
 
 from tensormoe.testing import BackendContract
+from tensormoe.testing._layer_checks import CHECKS
 from tensormoe_jax import BACKEND
+
+
+def fewer(contract: type[BackendContract], examples: int) -> dict[str, Any]:
+    """The tests of a contract with fewer examples: JAX compiles each operation on each shape."""
+    return {
+        name: settings(CHECKS, max_examples=examples)(given(data=st.data())(inner))
+        for name, test in inspect.getmembers(contract, is_hypothesis_test)
+        for inner in [test.hypothesis.inner_test]
+    }
 
 
 class OnJax(BackendContract):
@@ -32,13 +45,13 @@ def wide() -> Iterator[None]:
         yield
 
 
-@pytest.mark.usefixtures("wide")
-class TestJax(OnJax):
-    __test__ = True
+TestJax = pytest.mark.usefixtures("wide")(
+    type("TestJax", (OnJax,), {"__test__": True, **fewer(BackendContract, 15)})
+)
 
-
-class TestJaxIn32Bits(OnJax):
-    """As users get it: indices are of 32 bits, and there is no float64."""
-
-    __test__ = True
-    dtypes = ("float32",)
+# as users get it: indices are of 32 bits, and there is no float64
+TestJaxIn32Bits = type(
+    "TestJaxIn32Bits",
+    (OnJax,),
+    {"__test__": True, "dtypes": ("float32",), **fewer(BackendContract, 5)},
+)

@@ -7,7 +7,8 @@ wrap these functions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from math import prod
 from typing import Any
 
@@ -16,20 +17,25 @@ import jax.numpy as jnp
 from jax import Array
 
 from tensormoe import functional
-from tensormoe.errors import ShapeError, SpecError
+from tensormoe.errors import ShapeError
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.gates import TopK
 from tensormoe_jax._activations import ACTIVATIONS
 from tensormoe_jax._adapter import BACKEND
 from tensormoe_jax._dtypes import checked_dtype
+from tensormoe_jax._keys import checked_key
 
-__all__ = ["Given", "apply", "coefficients", "initial_buffers", "initialize", "train"]
+__all__ = ["Given", "apply", "coefficients", "initial_buffers", "initialize", "mix_block", "train"]
+
+# ready-made coefficients go through transformations as other arguments do
+jax.tree_util.register_dataclass(TopK, data_fields=["indices", "values"], meta_fields=[])
 
 Given = Array | TopK | Sequence[Array | TopK]
 """Ready-made coefficients: an array (..., N_e) or a ``TopK`` a level."""
 
 Parameters = Mapping[str, Array]
 Config = LayerConfig | BlockConfig
+Drop = Callable[[Array], Array]
 
 
 def initialize(
@@ -47,7 +53,7 @@ def initialize(
         The parameters by canonical name.
 
     Raises:
-        SpecError: an unknown scheme, or no dtype for a layer.
+        SpecError: an unknown scheme, no dtype for a layer, or no key.
 
     >>> import jax
     >>> from tensormoe.functional import LayerConfig
@@ -58,7 +64,7 @@ def initialize(
 'factors.bias': (2,), 'gate.projection_0': (8, 3)}
     """
     if isinstance(config, BlockConfig):
-        first, second = jax.random.split(key)
+        first, second = jax.random.split(checked_key(key))
         parts = {
             "first": initialize(config.first, first, init=init, dtype=dtype),
             "second": initialize(config.second, second, init=init, dtype=dtype),
@@ -68,13 +74,17 @@ def initialize(
             for layer, arrays in parts.items()
             for name, array in arrays.items()
         }
-    kind = checked_dtype(dtype)
-    keys = iter(jax.random.split(key, len(config.spec.shapes)))
+    kind, key = checked_dtype(dtype), checked_key(key)
+    numbers = count()
+
+    def fresh() -> Array:
+        return jax.random.fold_in(key, next(numbers))
+
     return functional.initialize(
         config,
         BACKEND,
-        normal=lambda shape: jax.random.normal(next(keys), shape, kind),
-        uniform=lambda shape: jax.random.uniform(next(keys), shape, kind, -1.0, 1.0),
+        normal=lambda shape: jax.random.normal(fresh(), shape, kind),
+        uniform=lambda shape: jax.random.uniform(fresh(), shape, kind, -1.0, 1.0),
         zeros=lambda shape: jnp.zeros(shape, kind),
         init=init,
     )
@@ -125,8 +135,8 @@ def coefficients(
     rows = x.reshape(prod(lead), layer.spec.in_features)
     routed = functional.route(layer, parameters, rows, BACKEND, buffers=kept, training=training)
     for level, found in enumerate(routed.statistics or () if training else ()):
-        kept[f"gate.running_mean_{level}"] = found.mean
-        kept[f"gate.running_variance_{level}"] = found.variance
+        kept[f"gate.running_mean_{level}"] = jax.lax.stop_gradient(found.mean)
+        kept[f"gate.running_variance_{level}"] = jax.lax.stop_gradient(found.variance)
     return tuple(each.reshape(*lead, each.shape[-1]) for each in routed.coefficients), kept
 
 
@@ -226,27 +236,55 @@ def _run_block(
     training: bool,
     key: Array | None,
 ) -> tuple[Array, dict[str, Array]]:
+    drops = (_keep, _keep)
+    if training and config.drop:
+        first, second = jax.random.split(checked_key(key, "a block that drops entries needs a key"))
+        drops = (_dropping(config.drop, first), _dropping(config.drop, second))
     if given is None:
         given, kept = coefficients(config, parameters, x, buffers=kept, training=training)
-    first_key, second_key = _keys(config, key) if training and config.drop else (None, None)
+    return mix_block(config, parameters, x, given, *drops), kept
+
+
+def mix_block(
+    config: BlockConfig,
+    parameters: Parameters,
+    x: Array,
+    given: Given,
+    drop_middle: Drop,
+    drop_last: Drop,
+) -> Array:
+    """Both layers of a block, mixed by ready-made coefficients.
+
+    Args:
+        config: the block.
+        parameters: by canonical name.
+        x: (..., in).
+        given: the coefficients of both layers.
+        drop_middle: what drops entries behind the activation.
+        drop_last: what drops entries behind the second layer.
+    """
     parts: dict[str, dict[str, Array]] = {"first": {}, "second": {}}
     for name, array in parameters.items():
         layer, _, short = name.partition(".")
         if layer in parts:
             parts[layer][short] = array
     middle = ACTIVATIONS[config.act_layer](_mix(config.first, parts["first"], x, given))
-    middle = _drop(middle, config.drop, first_key)
-    return _drop(_mix(config.second, parts["second"], middle, given), config.drop, second_key), kept
+    return drop_last(_mix(config.second, parts["second"], drop_middle(middle), given))
 
 
 def _mix(config: LayerConfig, parameters: Parameters, x: Array, given: Given) -> Array:
     """The experts, mixed by ready-made coefficients."""
     if config.indexed_input:
-        x = functional.check_ids(x, config.spec.in_features, BACKEND, look=_readable(x))
+        _check_range(x, config.spec.in_features, "ids")
+        x = functional.check_ids(x, config.spec.in_features, BACKEND, look=False)
         lead = x.shape
     else:
         lead = functional.check_input(x, config.spec.in_features, _dtype(parameters), BACKEND)
-    merged = functional.merged_coefficients(config, given, lead, BACKEND, look=_readable(x))
+    listed = given if isinstance(given, list | tuple) else (given,)
+    for each, experts in zip(listed, config.spec.experts, strict=False):
+        if isinstance(each, TopK):
+            _check_range(each.indices, experts, "indices of coefficients")
+    merged = functional.merged_coefficients(config, given, lead, BACKEND, look=False)
     rows = x.reshape(prod(lead), *x.shape[len(lead) :])
     # an exported function must not be bound to the batch sizes that one plan is the cheapest for
     any_batch = not isinstance(rows.shape[0], int)
@@ -257,28 +295,29 @@ def _mix(config: LayerConfig, parameters: Parameters, x: Array, given: Given) ->
 
 
 def _dtype(parameters: Parameters) -> Any:
-    return next(array.dtype for name, array in parameters.items() if "factors." in name)
+    """The layer's dtype: that of its factors, or of the gate where that is all there is."""
+    names = [name for name in parameters if "factors." in name] or [*parameters]
+    return parameters[names[0]].dtype
 
 
-def _readable(array: Any) -> bool:
-    """Whether values can be looked at without waiting for a device or a tracer."""
-    concrete = isinstance(array, Array) and not isinstance(array, jax.core.Tracer)
-    return concrete and jax.default_backend() == "cpu"
+def _check_range(indices: Any, size: int, name: str) -> None:
+    """Refuse indices out of range, where that waits for no device and no tracer."""
+    concrete = isinstance(indices, Array) and not isinstance(indices, jax.core.Tracer)
+    if concrete and jax.default_backend() == "cpu":
+        # constants of a function that is traced can be looked at as well
+        with jax.ensure_compile_time_eval():
+            functional.check_ids(indices, size, BACKEND, name, look=True)
 
 
-def _keys(config: BlockConfig, key: Array | None) -> tuple[Array, Array]:
-    if key is None:
-        raise SpecError(
-            f"a block that drops a share of {config.drop} needs a key in training; got none. Pass "
-            "one of jax.random's."
-        )
-    first, second = jax.random.split(key)
-    return first, second
+def _keep(array: Array) -> Array:
+    return array
 
 
-def _drop(array: Array, share: float, key: Array | None) -> Array:
-    """A share of the entries dropped and the rest enlarged; nothing without a key."""
-    if key is None:
-        return array
-    kept = jax.random.bernoulli(key, 1.0 - share, array.shape)
-    return jnp.where(kept, array / (1.0 - share), 0.0)
+def _dropping(share: float, key: Array) -> Drop:
+    """A share of the entries dropped and the rest enlarged."""
+
+    def drop(array: Array) -> Array:
+        kept = jax.random.bernoulli(key, 1.0 - share, array.shape)
+        return jnp.where(kept, array / (1.0 - share), 0.0)
+
+    return drop
