@@ -9,7 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = ["ACTIVATIONS"]
+from tensormoe._validation import choice
+from tensormoe.errors import SpecError
+
+__all__ = ["ACTIVATIONS", "Act", "activation_name"]
+
+Act = str | Callable[[Array], Array]
 
 
 def _gelu(x: Array) -> Array:
@@ -26,3 +31,20 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
     }
 )
 """Function by name; ``gelu`` is the exact one, ``gelu_tanh`` GPT-2's."""
+
+_FUNCTIONS: Mapping[Callable[[Array], Array], str] = MappingProxyType(
+    {jax.nn.gelu: "gelu_tanh", jax.nn.relu: "relu", jax.nn.silu: "silu", jnp.tanh: "tanh"}
+)
+
+
+def activation_name(act_layer: Act) -> str:
+    """The name of an activation that is given by its name, or as JAX's function.
+
+    Raises:
+        SpecError: another name or function.
+
+    >>> activation_name(jax.nn.silu), activation_name("gelu")
+    ('silu', 'gelu')
+    """
+    known = _FUNCTIONS.get(act_layer) if callable(act_layer) else act_layer
+    return choice(act_layer if known is None else known, ACTIVATIONS, "act_layer", SpecError)

@@ -10,9 +10,9 @@ import numpy as np
 
 from tensormoe.errors import SpecError
 
-__all__ = ["checked_dtype"]
+__all__ = ["FLOATS", "checked_dtype"]
 
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def checked_dtype(dtype: Any) -> np.dtype[Any]:
@@ -25,8 +25,8 @@ def checked_dtype(dtype: Any) -> np.dtype[Any]:
         found = jax.dtypes.canonicalize_dtype(float) if dtype is None else jnp.dtype(dtype)
     except TypeError:
         found = None
-    if found is None or found.name not in _FLOATS:
-        raise SpecError(f"dtype must be one of {', '.join(_FLOATS)}; got {dtype!r}.")
+    if found is None or found.name not in FLOATS:
+        raise SpecError(f"dtype must be one of {', '.join(FLOATS)}; got {dtype!r}.")
     if jax.dtypes.canonicalize_dtype(found) != found:
         raise SpecError(
             f"dtype {found.name} needs JAX's 64-bit mode, which is off. Switch it on with "

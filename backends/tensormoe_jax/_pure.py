@@ -25,7 +25,16 @@ from tensormoe_jax._adapter import BACKEND
 from tensormoe_jax._dtypes import checked_dtype
 from tensormoe_jax._keys import checked_key
 
-__all__ = ["Given", "apply", "coefficients", "initial_buffers", "initialize", "mix_block", "train"]
+__all__ = [
+    "Given",
+    "apply",
+    "coefficients",
+    "initial_buffers",
+    "initialize",
+    "mix_block",
+    "split_names",
+    "train",
+]
 
 # ready-made coefficients go through transformations as other arguments do
 jax.tree_util.register_dataclass(TopK, data_fields=["indices", "values"], meta_fields=[])
@@ -236,7 +245,7 @@ def _run_block(
     training: bool,
     key: Array | None,
 ) -> tuple[Array, dict[str, Array]]:
-    drops = (_keep, _keep)
+    drops: tuple[Drop, Drop] = (_keep, _keep)
     if training and config.drop:
         first, second = jax.random.split(checked_key(key, "a block that drops entries needs a key"))
         drops = (_dropping(config.drop, first), _dropping(config.drop, second))
@@ -263,13 +272,18 @@ def mix_block(
         drop_middle: what drops entries behind the activation.
         drop_last: what drops entries behind the second layer.
     """
-    parts: dict[str, dict[str, Array]] = {"first": {}, "second": {}}
-    for name, array in parameters.items():
-        layer, _, short = name.partition(".")
-        if layer in parts:
-            parts[layer][short] = array
+    parts = split_names(parameters)
     middle = ACTIVATIONS[config.act_layer](_mix(config.first, parts["first"], x, given))
     return drop_last(_mix(config.second, parts["second"], drop_middle(middle), given))
+
+
+def split_names(arrays: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
+    """Arrays by canonical name, as dictionaries by what comes before the first dot."""
+    parts: dict[str, dict[str, Array]] = {}
+    for name, array in arrays.items():
+        part, _, short = name.partition(".")
+        parts.setdefault(part, {})[short] = array
+    return parts
 
 
 def _mix(config: LayerConfig, parameters: Parameters, x: Array, given: Given) -> Array:

@@ -1,0 +1,194 @@
+"""What the layers of Flax and Equinox share: all that follows from a configuration and arrays."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Generic, Self, TypeVar
+
+import numpy as np
+from jax import Array
+
+from tensormoe import LayerSpec, functional
+from tensormoe.functional import BlockConfig, LayerConfig
+from tensormoe.planning import Cost, Plan, Routing, plan_layer
+from tensormoe_jax._adapter import BACKEND
+from tensormoe_jax._dtypes import FLOATS
+from tensormoe_jax._pure import initial_buffers, initialize
+
+__all__ = ["Block", "Layer", "Ready", "first_values", "layer_cost", "ready"]
+
+C = TypeVar("C", LayerConfig, BlockConfig)
+
+
+@dataclass(frozen=True, eq=False)
+class Ready(Generic[C]):
+    """A layer's arrays that exist already, in the place of a source of first values."""
+
+    config: C
+    arrays: Mapping[str, Array]
+
+
+def ready(config: C, arrays: Mapping[str, Array]) -> Any:
+    """Given arrays as a source of first values, checked.
+
+    Raises:
+        BackendError, CheckpointError, ShapeError: as ``functional.check_arrays``.
+    """
+    functional.check_arrays(config, arrays, BACKEND, FLOATS)
+    return Ready(config, arrays)
+
+
+def first_values(
+    source: Any, resolve: Callable[[], C], init: str, dtype: Any
+) -> tuple[C, dict[str, Array]]:
+    """A layer's configuration, and its parameters and buffers by canonical name.
+
+    Args:
+        source: a key, or :class:`Ready`.
+        resolve: makes the configuration of the constructor's arguments.
+        init: ``"variance"`` or ``"paper"``.
+        dtype: of the parameters.
+    """
+    if isinstance(source, Ready):
+        return source.config, dict(source.arrays)
+    config = resolve()
+    drawn = initialize(config, source, init=init, dtype=dtype)
+    return config, drawn | initial_buffers(config, dtype=dtype)
+
+
+def layer_cost(config: LayerConfig, batch: int, training: bool, itemsize: int) -> Cost:
+    """What one call of a layer costs, its gate included if it has one."""
+    return plan_layer(config.spec, batch, Routing(None, config.indexed_input)).cost(
+        config.gate,
+        training=training,
+        itemsize=itemsize,
+        row_block_bytes=BACKEND.row_block_bytes,
+        picks_entries=BACKEND.picks_entries,
+    )
+
+
+class _Named:
+    """Parameters by canonical name."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> dict[str, Array]:
+        """The trainable arrays by canonical name, as the functional form takes them."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of the parameters; inputs must have it."""
+        dtype: np.dtype[Any] = next(iter(self.parameters.values())).dtype
+        return dtype
+
+    def _dtype_argument(self) -> str:
+        # what transformations leave in the place of an array may have no dtype
+        first = next(iter(self.parameters.values()))
+        return f", dtype={first.dtype.name!r}" if hasattr(first, "dtype") else ""
+
+
+class Layer(_Named):
+    """What layers share; their parameters are ``factors.<name>`` and ``gate.<name>``."""
+
+    config: LayerConfig
+
+    @property
+    def spec(self) -> LayerSpec:
+        """Sizes and factorization."""
+        return self.config.spec
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable entries, the gate's included."""
+        return self.config.num_parameters
+
+    def plan(self, batch: int) -> Plan:
+        """How the layer runs ``batch`` inputs."""
+        return plan_layer(self.spec, batch, Routing(None, self.config.indexed_input))
+
+    def cost(self, batch: int, *, training: bool = False) -> Cost:
+        """What one call costs for ``batch`` inputs, the gate included, before XLA fuses it."""
+        return layer_cost(self.config, batch, training, self.dtype.itemsize)
+
+    def expert(self, *index: int) -> tuple[Array, Array | None]:
+        """One expert's matrix (in, out) and bias (out,), without building 𝒲; differentiable.
+
+        Args:
+            index: one number a level; plain integers, no traced ones.
+
+        Raises:
+            ShapeError: another number of levels, or an index out of range.
+        """
+        return functional.expert_weight(self.config, self.parameters, index, BACKEND)
+
+    def materialize(self) -> tuple[Array, Array | None]:
+        """𝒲 (experts…, in, out) and the biases (experts…, out), built explicitly: N·I·O entries."""
+        return functional.materialize(self.config, self.parameters, BACKEND)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """The layer of a checkpoint, whichever backend wrote it.
+
+        Raises:
+            CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit; the
+                message lists every difference.
+        """
+        config, arrays = functional.read_block(path, cls.__name__, LayerConfig, BACKEND)
+        return cls.restore(config, arrays)
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, config: LayerConfig, arrays: Mapping[str, Array]) -> Self:
+        """A layer of arrays that exist already; they are used as they are, not copied.
+
+        Args:
+            config: the layer.
+            arrays: parameters and buffers by canonical name.
+
+        Raises:
+            BackendError: arrays of another library.
+            CheckpointError: names or shapes that are not the layer's; lists every difference.
+            ShapeError: parameters of different dtypes, or of one that no layer has.
+        """
+
+    def _describe(self, *, options: bool = True) -> str:
+        spec = self.spec
+        experts = spec.experts[0] if spec.levels == 1 else spec.experts
+        chosen = f", bias={spec.bias}, gate={self.config.gate!r}" if options else ""
+        return (
+            f"{type(self).__name__}({spec.in_features}, {spec.out_features}, experts={experts}, "
+            f"factorization={spec.factorization!r}{chosen}{self._dtype_argument()})"
+        )
+
+
+class Block(_Named):
+    """What blocks share: ``first.factors.<name>``, ``second.factors.<name>``, ``gate.<name>``."""
+
+    config: BlockConfig
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable entries, the gate's included."""
+        return self.config.first.num_parameters + self.config.second.num_parameters
+
+    def cost(self, batch: int, *, training: bool = False) -> Cost:
+        """What one call costs for ``batch`` inputs; the activation between is not counted."""
+        first, second = (
+            layer_cost(each, batch, training, self.dtype.itemsize)
+            for each in (self.config.first, self.config.second)
+        )
+        return first.then(second)
+
+    def _describe(self, drop: float) -> str:
+        first, second = self.config.first.spec, self.config.second.spec
+        experts = first.experts[0] if first.levels == 1 else first.experts
+        return (
+            f"{type(self).__name__}({first.in_features}, {first.out_features}, "
+            f"{second.out_features}, act_layer={self.config.act_layer!r}, bias={first.bias}, "
+            f"drop={drop}, experts={experts}, "
+            f"factorization={(first.factorization, second.factorization)!r}, "
+            f"gate={self.config.first.gate!r}{self._dtype_argument()})"
+        )

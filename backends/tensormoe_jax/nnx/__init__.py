@@ -1,0 +1,28 @@
+"""tensormoe's layers as modules of Flax NNX.
+
+>>> import jax.numpy as jnp
+>>> from flax import nnx
+>>> from tensormoe_jax.nnx import MuMoE
+>>> layer = MuMoE(64, 10, experts=32, factorization="cp", rank=16, rngs=nnx.Rngs(0))
+>>> layer(jnp.ones((5, 7, 64))).shape
+(5, 7, 10)
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from tensormoe.errors import MissingDependencyError
+
+if find_spec("flax") is None:
+    raise MissingDependencyError(
+        "tensormoe_jax.nnx needs flax, which is not installed. "
+        "Install it with: pip install 'tensormoe[flax]'."
+    )
+
+from tensormoe_jax.nnx._embedding import MuMoEEmbedding as MuMoEEmbedding
+from tensormoe_jax.nnx._gate import ExpertGate as ExpertGate
+from tensormoe_jax.nnx._layer import MuMoE as MuMoE
+from tensormoe_jax.nnx._mlp import MuMoEMLP as MuMoEMLP
+
+__all__ = ["ExpertGate", "MuMoE", "MuMoEEmbedding", "MuMoEMLP"]

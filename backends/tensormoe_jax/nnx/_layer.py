@@ -1,0 +1,134 @@
+"""The layer as a module."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from jax import Array
+
+from tensormoe import functional
+from tensormoe.errors import ShapeError
+from tensormoe.factorizations import Factorization
+from tensormoe.gates import Gate
+from tensormoe.planning import Budget
+from tensormoe_jax import _pure
+from tensormoe_jax.nnx._base import Mixture
+from tensormoe_jax.nnx._rngs import Source, drawn
+
+__all__ = ["MuMoE"]
+
+
+class MuMoE(Mixture):
+    """A multilinear mixture of linear experts (Oldfield et al. 2024) in place of ``nnx.Linear``.
+
+    ``y = Σ_n a_n(x) (W_nᵀ x + b_n)``, with all W_n stored as one tensor network that is never
+    multiplied out.
+
+    Args:
+        in_features: size of an input.
+        out_features: size of an output.
+        experts: N, or one size a level of hierarchy.
+        factorization: a value such as ``CP(rank=64)``, or its name.
+        rank: bond sizes, with a name.
+        budget: what the rank may cost instead (:class:`tensormoe.Budget`, a number of parameters,
+            or ``"linear"``); the default is ``"linear"``, the parameters of the linear layer of
+            the same size, gate not counted.
+        bias: whether every expert has a bias.
+        gate: how inputs become coefficients: a :class:`tensormoe.Gate` or the name of its
+            activation; None for a layer that is always given coefficients.
+        init: ``"variance"`` (every expert starts like ``torch.nn.Linear``) or ``"paper"``.
+        dtype: of the parameters, JAX's default one for None; inputs must have it.
+        rngs: ``nnx.Rngs`` with a stream ``params`` or a default one; a seed or a key will do.
+
+    Attributes:
+        factors: the factors and the bias by name, an ``nnx.Dict`` of ``nnx.Param``.
+        gate: the :class:`ExpertGate`, or None.
+        config: spec and gate as frozen values.
+
+    Raises:
+        SpecError: sizes, names or options that cannot be.
+        RankError: a rank that does not fit the factorization.
+        BudgetError: an impossible budget; the message names the smallest feasible one.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> layer = MuMoE(64, 10, experts=32, factorization="cp", rank=16, rngs=nnx.Rngs(0))
+    >>> layer(jnp.ones((5, 7, 64))).shape
+    (5, 7, 10)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        experts: int | tuple[int, ...],
+        factorization: str | Factorization = "cp",
+        *,
+        rank: int | tuple[int, ...] | None = None,
+        budget: Budget | int | str | None = None,
+        bias: bool = True,
+        gate: Gate | str | None = "entmax",
+        init: str = "variance",
+        dtype: Any = None,
+        rngs: Source,
+    ) -> None:
+        resolve = partial(
+            functional.resolve_config,
+            in_features,
+            out_features,
+            experts,
+            factorization,
+            rank=rank,
+            budget=budget,
+            bias=bias,
+            gate=gate,
+        )
+        super().__init__(*drawn(rngs, resolve, init, dtype))
+
+    def __repr__(self) -> str:
+        return self._describe()
+
+    def coefficients(
+        self, x: Array, *, use_running_average: bool | None = None
+    ) -> tuple[Array, ...]:
+        """The coefficients of inputs (..., in): one array (..., N_e) a level, rows summing to one.
+
+        Args:
+            x: (..., in), in the layer's dtype.
+            use_running_average: as for the gate.
+
+        Raises:
+            BackendError, ShapeError: the input does not fit, or the layer has no gate.
+        """
+        if self.gate is None:
+            raise ShapeError(
+                "this layer has no gate, and makes no coefficients. Build it with one."
+            )
+        return self.gate(x, use_running_average)
+
+    def __call__(
+        self,
+        x: Array,
+        coefficients: _pure.Given | None = None,
+        *,
+        use_running_average: bool | None = None,
+    ) -> Array:
+        """Run the layer.
+
+        Args:
+            x: (..., in), in the layer's dtype.
+            coefficients: ready-made ones, an array (..., N_e) or a ``TopK`` a level; the gate
+                makes them otherwise.
+            use_running_average: takes the place of the gate's attribute.
+
+        Returns:
+            (..., out), in the layer's dtype.
+
+        Raises:
+            BackendError: no array of JAX's.
+            ShapeError: input or coefficients do not fit the layer.
+        """
+        if coefficients is None and self.gate is not None:
+            coefficients = self.gate(x, use_running_average)
+        return _pure.apply(self.config, self.parameters, x, coefficients)

@@ -1,0 +1,211 @@
+"""The two-layer block: experts, activation, experts, with one gate for both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from os import PathLike
+from typing import Any, Self
+
+from flax import nnx
+from jax import Array
+
+from tensormoe import functional
+from tensormoe.checkpoint import save_checkpoint
+from tensormoe.errors import ShapeError
+from tensormoe.factorizations import Factorization
+from tensormoe.functional import BlockConfig
+from tensormoe.gates import Gate
+from tensormoe.planning import Budget
+from tensormoe_jax import _pure
+from tensormoe_jax._activations import Act, activation_name
+from tensormoe_jax._adapter import BACKEND
+from tensormoe_jax._layers import Block, Ready, ready
+from tensormoe_jax.nnx._gate import ExpertGate
+from tensormoe_jax.nnx._layer import MuMoE
+from tensormoe_jax.nnx._rngs import Source, checked_rngs, drawn
+
+__all__ = ["MuMoEMLP"]
+
+
+class MuMoEMLP(Block, nnx.Module):
+    """A μMoE block in place of an MLP (Oldfield et al. 2024, section 3): two mixtures, one gate.
+
+    The coefficients are computed once, from the block's input, and mix the experts of both layers.
+    Argument names are those that vision codebases give their MLPs.
+
+    Args:
+        in_features: size of an input.
+        hidden_features: size between the layers; ``in_features`` by default.
+        out_features: size of an output; ``in_features`` by default.
+        act_layer: the activation between: "gelu", "gelu_tanh", "relu", "silu" or "tanh", or the
+            function ``jax.nn.gelu`` (which is "gelu_tanh"), ``relu``, ``silu`` or ``jnp.tanh``.
+        bias: whether every expert has a bias.
+        drop: share of entries dropped, in training, behind the activation and the second layer.
+        experts: N, or one size a level of hierarchy.
+        factorization: a value used for both layers, a pair of one a layer, or a name.
+        rank: bond sizes of both layers, with a name.
+        budget: what each rank may cost instead; by default every layer gets the parameters of the
+            linear layer that it replaces.
+        gate: how inputs become coefficients, or None for a block that is always given them.
+        init: ``"variance"`` or ``"paper"``.
+        dtype: of the parameters.
+        rngs: as for :class:`MuMoE`; a block that drops entries keeps its stream ``dropout``.
+
+    Attributes:
+        first: the layer before the activation, a :class:`MuMoE` without a gate.
+        second: the one behind.
+        gate: the :class:`ExpertGate` of both, or None.
+        dropout: the ``nnx.Dropout`` of both.
+        config: specs, gate and options as frozen values.
+
+    Raises:
+        SpecError, RankError, BudgetError: as :class:`MuMoE`.
+
+    >>> import jax.numpy as jnp
+    >>> block = MuMoEMLP(32, 64, experts=16, factorization="cp", rank=8, rngs=0)
+    >>> block(jnp.ones((5, 32))).shape
+    (5, 32)
+    """
+
+    gate: ExpertGate | None
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: Act = "gelu",
+        bias: bool = True,
+        drop: float = 0.0,
+        *,
+        experts: int | tuple[int, ...],
+        factorization: str | Factorization | tuple[Factorization, Factorization] = "cp",
+        rank: int | tuple[int, ...] | None = None,
+        budget: Budget | int | str | None = None,
+        gate: Gate | str | None = "entmax",
+        init: str = "variance",
+        dtype: Any = None,
+        rngs: Source,
+    ) -> None:
+        resolve = partial(
+            functional.resolve_block,
+            in_features,
+            hidden_features,
+            out_features,
+            activation_name(act_layer),
+            drop,
+            experts=experts,
+            factorization=factorization,
+            rank=rank,
+            budget=budget,
+            bias=bias,
+            gate=gate,
+        )
+        source = None if isinstance(rngs, Ready) else checked_rngs(rngs)
+        config, arrays = drawn(source or rngs, resolve, init, dtype)
+        parts = _pure.split_names(arrays)
+        self.config = config
+        self.first = MuMoE.restore(replace(config.first, gate=None), parts["first"])
+        self.second = MuMoE.restore(config.second, parts["second"])
+        self.gate = None if config.first.gate is None else ExpertGate(config.first, arrays)
+        # a block that drops nothing needs no state for it
+        self.dropout = nnx.Dropout(config.drop, rngs=source if config.drop > 0.0 else None)
+
+    def __repr__(self) -> str:
+        return self._describe(self.dropout.rate)
+
+    @property
+    def parameters(self) -> dict[str, Array]:
+        """The trainable arrays by canonical name, as the functional form takes them."""
+        named = {
+            f"{layer}.{name}": array
+            for layer, module in (("first", self.first), ("second", self.second))
+            for name, array in module.parameters.items()
+        }
+        return named if self.gate is None else named | self.gate.parameters
+
+    @property
+    def buffers(self) -> dict[str, Array]:
+        """Batch norm's running statistics by canonical name."""
+        return {} if self.gate is None else self.gate.buffers
+
+    def coefficients(
+        self, x: Array, *, use_running_average: bool | None = None
+    ) -> tuple[Array, ...]:
+        """The coefficients (..., N_e) a level that both layers share."""
+        if self.gate is None:
+            raise ShapeError(
+                "this block has no gate, and makes no coefficients. Build it with one."
+            )
+        return self.gate(x, use_running_average)
+
+    def __call__(
+        self,
+        x: Array,
+        coefficients: _pure.Given | None = None,
+        *,
+        deterministic: bool | None = None,
+        use_running_average: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | Array | None = None,
+    ) -> Array:
+        """Run the block: (..., in) → (..., out).
+
+        Args:
+            x: (..., in), in the block's dtype.
+            coefficients: ready-made ones for both layers; the gate makes them otherwise.
+            deterministic: whether nothing is dropped; takes the place of ``dropout``'s attribute.
+            use_running_average: takes the place of the gate's attribute.
+            rngs: what to drop by, instead of the block's own stream.
+
+        Raises:
+            BackendError, ShapeError: as :class:`MuMoE`.
+        """
+        if coefficients is None:
+            coefficients = self.coefficients(x, use_running_average=use_running_average)
+        drop = partial(self.dropout, deterministic=deterministic, rngs=rngs)
+        return _pure.mix_block(self.config, self.parameters, x, coefficients, drop, drop)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a checkpoint that every backend opens; an interrupted save leaves the old file.
+
+        Raises:
+            CheckpointError: the folder is missing or the file cannot be written.
+        """
+        config = replace(self.config, drop=float(self.dropout.rate))
+        save_checkpoint(path, "MuMoEMLP", config.to_dict(), self.parameters | self.buffers)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, rngs: Source | None = None) -> Self:
+        """The block of a checkpoint, whichever backend wrote it.
+
+        Args:
+            path: the file.
+            rngs: what to drop entries by, for a block that does and goes on training.
+
+        Raises:
+            CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit.
+        """
+        config, arrays = functional.read_block(path, "MuMoEMLP", BlockConfig, BACKEND)
+        return cls.restore(config, arrays, rngs=rngs)
+
+    @classmethod
+    def restore(
+        cls, config: BlockConfig, arrays: Mapping[str, Array], *, rngs: Source | None = None
+    ) -> Self:
+        """A block of arrays that exist already; they are used as they are, not copied.
+
+        Args:
+            config: the block.
+            arrays: parameters and buffers by canonical name.
+            rngs: what to drop entries by, for a block that does and goes on training.
+
+        Raises:
+            BackendError, CheckpointError, ShapeError: as :meth:`MuMoE.restore`.
+        """
+        sizes = (config.first.spec.in_features, config.first.spec.experts)
+        block = cls(sizes[0], experts=sizes[1], rngs=ready(config, arrays))
+        if rngs is not None and config.drop > 0.0:
+            block.dropout = nnx.Dropout(config.drop, rngs=checked_rngs(rngs))
+        return block
