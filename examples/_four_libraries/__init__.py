@@ -1,0 +1,1 @@
+"""One training run, written once for each library."""
