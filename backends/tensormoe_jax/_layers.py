@@ -5,8 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from os import PathLike
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from jax import Array
@@ -127,32 +126,6 @@ class Layer(_Named):
     def materialize(self) -> tuple[Array, Array | None]:
         """𝒲 (experts…, in, out) and the biases (experts…, out), built explicitly: N·I·O entries."""
         return functional.materialize(self.config, self.parameters, BACKEND)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Self:
-        """The layer of a checkpoint, whichever backend wrote it.
-
-        Raises:
-            CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit; the
-                message lists every difference.
-        """
-        config, arrays = functional.read_block(path, cls.__name__, LayerConfig, BACKEND)
-        return cls.restore(config, arrays)
-
-    @classmethod
-    @abstractmethod
-    def restore(cls, config: LayerConfig, arrays: Mapping[str, Array]) -> Self:
-        """A layer of arrays that exist already; they are used as they are, not copied.
-
-        Args:
-            config: the layer.
-            arrays: parameters and buffers by canonical name.
-
-        Raises:
-            BackendError: arrays of another library.
-            CheckpointError: names or shapes that are not the layer's; lists every difference.
-            ShapeError: parameters of different dtypes, or of one that no layer has.
-        """
 
     def _describe(self, *, options: bool = True) -> str:
         spec = self.spec

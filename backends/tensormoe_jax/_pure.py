@@ -7,7 +7,7 @@ wrap these functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import count
 from math import prod
 from typing import Any
@@ -121,6 +121,7 @@ def coefficients(
     *,
     buffers: Parameters | None = None,
     training: bool = False,
+    axis_name: Hashable = None,
 ) -> tuple[tuple[Array, ...], dict[str, Array]]:
     """The coefficients of inputs (..., in), and the gate's buffers afterwards.
 
@@ -130,6 +131,7 @@ def coefficients(
         x: (..., in), in the layer's dtype.
         buffers: running statistics of a batch-norm gate.
         training: whether a batch-norm gate uses the batch's own statistics.
+        axis_name: names of the axes of ``jax.vmap`` that are part of this batch.
 
     Returns:
         One array (..., N_e) a level, rows summing to one; and the buffers, which training changes.
@@ -142,11 +144,19 @@ def coefficients(
     kept = dict(buffers or {})
     lead = functional.check_input(x, layer.spec.in_features, _dtype(parameters), BACKEND)
     rows = x.reshape(prod(lead), layer.spec.in_features)
+    shared = axis_name is not None and training and bool(layer.buffer_shapes())
+    if shared:
+        # under jax.vmap, one batch for all of its calls
+        rows = jax.lax.all_gather(rows, axis_name, tiled=True)
     routed = functional.route(layer, parameters, rows, BACKEND, buffers=kept, training=training)
     for level, found in enumerate(routed.statistics or () if training else ()):
         kept[f"gate.running_mean_{level}"] = jax.lax.stop_gradient(found.mean)
         kept[f"gate.running_variance_{level}"] = jax.lax.stop_gradient(found.variance)
-    return tuple(each.reshape(*lead, each.shape[-1]) for each in routed.coefficients), kept
+    made = routed.coefficients
+    if shared:
+        start = jax.lax.axis_index(axis_name) * prod(lead)
+        made = [jax.lax.dynamic_slice_in_dim(each, start, prod(lead)) for each in made]
+    return tuple(each.reshape(*lead, each.shape[-1]) for each in made), kept
 
 
 def apply(

@@ -9,8 +9,10 @@ from typing import Any, Self
 from flax import nnx
 from jax import Array
 
+from tensormoe import functional
 from tensormoe.checkpoint import save_checkpoint
 from tensormoe.functional import LayerConfig
+from tensormoe_jax._adapter import BACKEND
 from tensormoe_jax._layers import Layer, ready
 from tensormoe_jax._pure import split_names
 from tensormoe_jax.nnx._gate import ExpertGate
@@ -49,6 +51,17 @@ class Mixture(Layer, nnx.Module):
         """
         arrays = self.parameters | self.buffers
         save_checkpoint(path, type(self).__name__, self.config.to_dict(), arrays)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """The layer of a checkpoint, whichever backend wrote it.
+
+        Raises:
+            CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit; the
+                message lists every difference.
+        """
+        config, arrays = functional.read_block(path, cls.__name__, LayerConfig, BACKEND)
+        return cls.restore(config, arrays)
 
     @classmethod
     def restore(cls, config: LayerConfig, arrays: Mapping[str, Array]) -> Self:

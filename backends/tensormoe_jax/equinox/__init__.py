@@ -1,0 +1,27 @@
+"""tensormoe's layers as modules of Equinox.
+
+>>> import jax, jax.numpy as jnp
+>>> from tensormoe_jax.equinox import MuMoE
+>>> layer = MuMoE(64, 10, experts=32, factorization="cp", rank=16, key=jax.random.key(0))
+>>> layer(jnp.ones((5, 7, 64))).shape
+(5, 7, 10)
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from tensormoe.errors import MissingDependencyError
+
+if find_spec("equinox") is None:
+    raise MissingDependencyError(
+        "tensormoe_jax.equinox needs equinox, which is not installed. "
+        "Install it with: pip install 'tensormoe[equinox]'."
+    )
+
+from tensormoe_jax.equinox._embedding import MuMoEEmbedding as MuMoEEmbedding
+from tensormoe_jax.equinox._gate import ExpertGate as ExpertGate
+from tensormoe_jax.equinox._layer import MuMoE as MuMoE
+from tensormoe_jax.equinox._mlp import MuMoEMLP as MuMoEMLP
+
+__all__ = ["ExpertGate", "MuMoE", "MuMoEEmbedding", "MuMoEMLP"]

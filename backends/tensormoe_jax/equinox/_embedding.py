@@ -1,0 +1,86 @@
+"""Embedding tables as experts: the input mode is indexed by token ids."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from jax import Array
+
+from tensormoe import functional
+from tensormoe.factorizations import Factorization
+from tensormoe.planning import Budget
+from tensormoe_jax import _pure
+from tensormoe_jax._layers import first_values
+from tensormoe_jax.equinox._base import Mixture
+
+__all__ = ["MuMoEEmbedding"]
+
+
+class MuMoEEmbedding(Mixture):
+    """A mixture of embedding tables: token ids pick a row of every expert, coefficients mix them.
+
+    An id is a one-hot input that is never built: the input mode is indexed by a gather. The layer
+    has no gate of its own, since an id says nothing but itself; coefficients come from the model.
+
+    Args:
+        num_embeddings: size of the vocabulary.
+        embedding_dim: size of an embedding.
+        experts: N, or one size a level of hierarchy.
+        factorization: a value such as ``CP(rank=64)``, or its name.
+        rank: bond sizes, with a name.
+        budget: what the rank may cost instead; by default the parameters of one table.
+        init: ``"variance"`` or ``"paper"``.
+        dtype: of the parameters.
+        key: of ``jax.random``.
+
+    Raises:
+        SpecError, RankError, BudgetError: as :class:`MuMoE`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> table = MuMoEEmbedding(1000, 32, experts=4, rank=8, key=jax.random.key(0))
+    >>> table(jnp.array([[1, 5, 7], [2, 2, 999]]), jnp.full((2, 3, 4), 0.25)).shape
+    (2, 3, 32)
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        experts: int | tuple[int, ...],
+        factorization: str | Factorization = "cp",
+        *,
+        rank: int | tuple[int, ...] | None = None,
+        budget: Budget | int | str | None = None,
+        init: str = "variance",
+        dtype: Any = None,
+        key: Array,
+    ) -> None:
+        resolve = partial(
+            functional.resolve_config,
+            num_embeddings,
+            embedding_dim,
+            experts,
+            factorization,
+            rank=rank,
+            budget=budget,
+            bias=False,
+            gate=None,
+            indexed_input=True,
+        )
+        super().__init__(*first_values(key, resolve, init, dtype))
+
+    def __repr__(self) -> str:
+        return self._describe(options=False)
+
+    def __call__(self, ids: Array, coefficients: _pure.Given, *, key: Any = None) -> Array:
+        """Embeddings (..., dim) of ids (...), mixed by coefficients (..., N_e) a level.
+
+        Ids out of range are errors where they can be looked at, and rows of NaN under
+        transformations. ``key`` is ignored.
+
+        Raises:
+            BackendError: no arrays of JAX's.
+            ShapeError: ids that are no integers or out of range, or coefficients of other shapes.
+        """
+        return _pure.apply(self.config, self.parameters, ids, coefficients)

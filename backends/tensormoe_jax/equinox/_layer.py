@@ -1,0 +1,186 @@
+"""The layer as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import partial
+from typing import Any, overload
+
+from equinox.nn import State
+from jax import Array
+
+from tensormoe import functional
+from tensormoe.errors import ShapeError
+from tensormoe.factorizations import Factorization
+from tensormoe.gates import Gate
+from tensormoe.planning import Budget
+from tensormoe_jax import _pure
+from tensormoe_jax._layers import first_values
+from tensormoe_jax.equinox._base import Mixture
+
+__all__ = ["MuMoE"]
+
+
+class MuMoE(Mixture):
+    """A multilinear mixture of linear experts (Oldfield et al. 2024) in place of ``nn.Linear``.
+
+    ``y = Σ_n a_n(x) (W_nᵀ x + b_n)``, with all W_n stored as one tensor network that is never
+    multiplied out. Unlike ``equinox.nn.Linear``, a layer takes batches of any shape, so that no
+    ``jax.vmap`` is needed; it works under one as well.
+
+    Args:
+        in_features: size of an input.
+        out_features: size of an output.
+        experts: N, or one size a level of hierarchy.
+        factorization: a value such as ``CP(rank=64)``, or its name.
+        rank: bond sizes, with a name.
+        budget: what the rank may cost instead (:class:`tensormoe.Budget`, a number of parameters,
+            or ``"linear"``); the default is ``"linear"``, the parameters of the linear layer of
+            the same size, gate not counted.
+        bias: whether every expert has a bias.
+        gate: how inputs become coefficients: a :class:`tensormoe.Gate` or the name of its
+            activation; None for a layer that is always given coefficients. One with batch norm
+            keeps its statistics in a state: make the layer by ``equinox.nn.make_with_state``.
+        init: ``"variance"`` (every expert starts like ``torch.nn.Linear``) or ``"paper"``.
+        dtype: of the parameters, JAX's default one for None; inputs must have it.
+        axis_name: for batch norm under ``jax.vmap``: the names of the axes that are part of the
+            batch, as ``equinox.nn.BatchNorm`` takes them.
+        key: of ``jax.random``.
+
+    Attributes:
+        factors: the factors and the bias by name, a dictionary.
+        gate: the :class:`ExpertGate`, or None.
+        config: spec and gate as frozen values; no leaf.
+
+    Raises:
+        SpecError: sizes, names or options that cannot be.
+        RankError: a rank that does not fit the factorization.
+        BudgetError: an impossible budget; the message names the smallest feasible one.
+
+    >>> import jax, jax.numpy as jnp
+    >>> layer = MuMoE(64, 10, experts=32, factorization="cp", rank=16, key=jax.random.key(0))
+    >>> layer(jnp.ones((5, 7, 64))).shape
+    (5, 7, 10)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        experts: int | tuple[int, ...],
+        factorization: str | Factorization = "cp",
+        *,
+        rank: int | tuple[int, ...] | None = None,
+        budget: Budget | int | str | None = None,
+        bias: bool = True,
+        gate: Gate | str | None = "entmax",
+        init: str = "variance",
+        dtype: Any = None,
+        axis_name: Hashable = None,
+        key: Array,
+    ) -> None:
+        resolve = partial(
+            functional.resolve_config,
+            in_features,
+            out_features,
+            experts,
+            factorization,
+            rank=rank,
+            budget=budget,
+            bias=bias,
+            gate=gate,
+        )
+        super().__init__(*first_values(key, resolve, init, dtype), axis_name)
+
+    def __repr__(self) -> str:
+        return self._describe()
+
+    @overload
+    def coefficients(
+        self, x: Array, state: None = None, *, inference: bool | None = None
+    ) -> tuple[Array, ...]: ...
+
+    @overload
+    def coefficients(
+        self, x: Array, state: State, *, inference: bool | None = None
+    ) -> tuple[tuple[Array, ...], State]: ...
+
+    def coefficients(
+        self, x: Array, state: State | None = None, *, inference: bool | None = None
+    ) -> tuple[Array, ...] | tuple[tuple[Array, ...], State]:
+        """The coefficients of inputs (..., in): one array (..., N_e) a level, rows summing to one.
+
+        Args:
+            x: (..., in), in the layer's dtype.
+            state: running statistics of batch norm.
+            inference: takes the place of the gate's attribute.
+
+        Returns:
+            The coefficients, and the state afterwards if one was given.
+
+        Raises:
+            BackendError, ShapeError: the input does not fit, or the layer has no gate.
+            GateError: batch norm without a state.
+        """
+        if self.gate is None:
+            raise ShapeError(
+                "this layer has no gate, and makes no coefficients. Build it with one."
+            )
+        return self.gate(x, state, inference=inference)
+
+    @overload
+    def __call__(
+        self,
+        x: Array,
+        coefficients: _pure.Given | None = None,
+        state: None = None,
+        *,
+        key: Any = None,
+        inference: bool | None = None,
+    ) -> Array: ...
+
+    @overload
+    def __call__(
+        self,
+        x: Array,
+        coefficients: _pure.Given | None = None,
+        *,
+        state: State,
+        key: Any = None,
+        inference: bool | None = None,
+    ) -> tuple[Array, State]: ...
+
+    def __call__(
+        self,
+        x: Array,
+        coefficients: _pure.Given | None = None,
+        state: State | None = None,
+        *,
+        key: Any = None,
+        inference: bool | None = None,
+    ) -> Array | tuple[Array, State]:
+        """Run the layer.
+
+        Args:
+            x: (..., in), in the layer's dtype.
+            coefficients: ready-made ones, an array (..., N_e) or a ``TopK`` a level; the gate
+                makes them otherwise.
+            state: running statistics of batch norm.
+            key: ignored.
+            inference: takes the place of the gate's attribute.
+
+        Returns:
+            (..., out), in the layer's dtype; and the state afterwards if one was given.
+
+        Raises:
+            BackendError: no array of JAX's.
+            ShapeError: input or coefficients do not fit the layer.
+            GateError: batch norm without a state.
+        """
+        if coefficients is None and self.gate is not None:
+            if state is None:
+                coefficients = self.gate(x, inference=inference)
+            else:
+                coefficients, state = self.gate(x, state, inference=inference)
+        result = _pure.apply(self.config, self.parameters, x, coefficients)
+        return result if state is None else (result, state)

@@ -1,0 +1,265 @@
+"""The two-layer block: experts, activation, experts, with one gate for both."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import replace
+from functools import partial
+from os import PathLike
+from typing import Any, Self, overload
+
+import equinox as eqx
+import jax
+from equinox.nn import State
+from jax import Array
+
+from tensormoe import functional
+from tensormoe.checkpoint import save_checkpoint
+from tensormoe.errors import ShapeError
+from tensormoe.factorizations import Factorization
+from tensormoe.functional import BlockConfig
+from tensormoe.gates import Gate
+from tensormoe.planning import Budget
+from tensormoe_jax import _pure
+from tensormoe_jax._activations import Act, activation_name
+from tensormoe_jax._adapter import BACKEND
+from tensormoe_jax._keys import checked_key
+from tensormoe_jax._layers import Block, first_values, ready
+from tensormoe_jax.equinox._gate import ExpertGate
+from tensormoe_jax.equinox._layer import MuMoE
+
+__all__ = ["MuMoEMLP"]
+
+
+class MuMoEMLP(Block, eqx.nn.StatefulLayer):
+    """A μMoE block in place of an MLP (Oldfield et al. 2024, section 3): two mixtures, one gate.
+
+    The coefficients are computed once, from the block's input, and mix the experts of both layers.
+    Argument names are those that vision codebases give their MLPs.
+
+    Args:
+        in_features: size of an input.
+        hidden_features: size between the layers; ``in_features`` by default.
+        out_features: size of an output; ``in_features`` by default.
+        act_layer: the activation between: "gelu", "gelu_tanh", "relu", "silu" or "tanh", or the
+            function ``jax.nn.gelu`` (which is "gelu_tanh"), ``relu``, ``silu`` or ``jnp.tanh``.
+        bias: whether every expert has a bias.
+        drop: share of entries dropped, in training, behind the activation and the second layer.
+        experts: N, or one size a level of hierarchy.
+        factorization: a value used for both layers, a pair of one a layer, or a name.
+        rank: bond sizes of both layers, with a name.
+        budget: what each rank may cost instead; by default every layer gets the parameters of the
+            linear layer that it replaces.
+        gate: how inputs become coefficients, or None for a block that is always given them.
+        init: ``"variance"`` or ``"paper"``.
+        dtype: of the parameters.
+        axis_name: as for :class:`MuMoE`.
+        key: of ``jax.random``.
+
+    Attributes:
+        first: the layer before the activation, a :class:`MuMoE` without a gate.
+        second: the one behind.
+        gate: the :class:`ExpertGate` of both, or None.
+        dropout: the ``equinox.nn.Dropout`` of both.
+        config: specs, gate and options as frozen values; no leaf.
+
+    Raises:
+        SpecError, RankError, BudgetError: as :class:`MuMoE`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> block = MuMoEMLP(32, 64, experts=16, rank=8, key=jax.random.key(0))
+    >>> block(jnp.ones((5, 32))).shape
+    (5, 32)
+    """
+
+    first: MuMoE
+    second: MuMoE
+    gate: ExpertGate | None
+    dropout: eqx.nn.Dropout
+    config: BlockConfig = eqx.field(static=True)
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: Act = "gelu",
+        bias: bool = True,
+        drop: float = 0.0,
+        *,
+        experts: int | tuple[int, ...],
+        factorization: str | Factorization | tuple[Factorization, Factorization] = "cp",
+        rank: int | tuple[int, ...] | None = None,
+        budget: Budget | int | str | None = None,
+        gate: Gate | str | None = "entmax",
+        init: str = "variance",
+        dtype: Any = None,
+        axis_name: Hashable = None,
+        key: Array,
+    ) -> None:
+        resolve = partial(
+            functional.resolve_block,
+            in_features,
+            hidden_features,
+            out_features,
+            activation_name(act_layer),
+            drop,
+            experts=experts,
+            factorization=factorization,
+            rank=rank,
+            budget=budget,
+            bias=bias,
+            gate=gate,
+        )
+        config, arrays = first_values(key, resolve, init, dtype)
+        parts = _pure.split_names(arrays)
+        has_gate = config.first.gate is not None
+        self.config = config
+        self.first = MuMoE.restore(replace(config.first, gate=None), parts["first"])
+        self.second = MuMoE.restore(config.second, parts["second"])
+        self.gate = ExpertGate(config.first, arrays, axis_name) if has_gate else None
+        self.dropout = eqx.nn.Dropout(config.drop)
+
+    def __repr__(self) -> str:
+        return self._describe(self.dropout.p)
+
+    def is_stateful(self) -> bool:
+        """Whether a call needs a state: for the statistics of batch norm."""
+        return self.gate is not None and bool(self.gate.statistics)
+
+    @property
+    def parameters(self) -> dict[str, Array]:
+        """The trainable arrays by canonical name, as the functional form takes them."""
+        named = {
+            f"{layer}.{name}": array
+            for layer, module in (("first", self.first), ("second", self.second))
+            for name, array in module.parameters.items()
+        }
+        return named if self.gate is None else named | self.gate.parameters
+
+    def buffers(self, state: State | None = None) -> dict[str, Array]:
+        """Batch norm's running statistics by canonical name, as :meth:`MuMoE.buffers`."""
+        return {} if self.gate is None else self.gate.buffers(state)
+
+    @overload
+    def coefficients(
+        self, x: Array, state: None = None, *, inference: bool | None = None
+    ) -> tuple[Array, ...]: ...
+
+    @overload
+    def coefficients(
+        self, x: Array, state: State, *, inference: bool | None = None
+    ) -> tuple[tuple[Array, ...], State]: ...
+
+    def coefficients(
+        self, x: Array, state: State | None = None, *, inference: bool | None = None
+    ) -> tuple[Array, ...] | tuple[tuple[Array, ...], State]:
+        """The coefficients (..., N_e) a level that both layers share, as of :class:`MuMoE`."""
+        if self.gate is None:
+            raise ShapeError(
+                "this block has no gate, and makes no coefficients. Build it with one."
+            )
+        return self.gate(x, state, inference=inference)
+
+    @overload
+    def __call__(
+        self,
+        x: Array,
+        coefficients: _pure.Given | None = None,
+        state: None = None,
+        *,
+        key: Array | None = None,
+        inference: bool | None = None,
+    ) -> Array: ...
+
+    @overload
+    def __call__(
+        self,
+        x: Array,
+        coefficients: _pure.Given | None = None,
+        *,
+        state: State,
+        key: Array | None = None,
+        inference: bool | None = None,
+    ) -> tuple[Array, State]: ...
+
+    def __call__(
+        self,
+        x: Array,
+        coefficients: _pure.Given | None = None,
+        state: State | None = None,
+        *,
+        key: Array | None = None,
+        inference: bool | None = None,
+    ) -> Array | tuple[Array, State]:
+        """Run the block: (..., in) → (..., out).
+
+        Args:
+            x: (..., in), in the block's dtype.
+            coefficients: ready-made ones for both layers; the gate makes them otherwise.
+            state: running statistics of batch norm.
+            key: what to drop entries by.
+            inference: takes the place of the attribute of gate and dropout.
+
+        Returns:
+            (..., out); and the state afterwards if one was given.
+
+        Raises:
+            BackendError, GateError, ShapeError: as :class:`MuMoE`.
+            RuntimeError: entries are to be dropped, and there is no key.
+        """
+        if coefficients is None:
+            if state is None:
+                coefficients = self.coefficients(x, inference=inference)
+            else:
+                coefficients, state = self.coefficients(x, state, inference=inference)
+        keys = (None, None) if key is None else jax.random.split(checked_key(key))
+        middle, last = (partial(self.dropout, key=each, inference=inference) for each in keys)
+        result = _pure.mix_block(self.config, self.parameters, x, coefficients, middle, last)
+        return result if state is None else (result, state)
+
+    def save(self, path: str | PathLike[str], state: State | None = None) -> None:
+        """Write a checkpoint that every backend opens; an interrupted save leaves the old file.
+
+        Args:
+            path: the file.
+            state: running statistics of batch norm.
+
+        Raises:
+            CheckpointError: the folder is missing or the file cannot be written.
+            GateError: batch norm without a state.
+        """
+        config = replace(self.config, drop=float(self.dropout.p))
+        save_checkpoint(path, "MuMoEMLP", config.to_dict(), self.parameters | self.buffers(state))
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, axis_name: Hashable = None) -> Self:
+        """The block of a checkpoint, whichever backend wrote it.
+
+        Args:
+            path: the file.
+            axis_name: as for the constructor.
+
+        Raises:
+            CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit.
+        """
+        config, arrays = functional.read_block(path, "MuMoEMLP", BlockConfig, BACKEND)
+        return cls.restore(config, arrays, axis_name=axis_name)
+
+    @classmethod
+    def restore(
+        cls, config: BlockConfig, arrays: Mapping[str, Array], *, axis_name: Hashable = None
+    ) -> Self:
+        """A block of arrays that exist already; they are used as they are, not copied.
+
+        Args:
+            config: the block.
+            arrays: parameters and buffers by canonical name.
+            axis_name: as for the constructor.
+
+        Raises:
+            BackendError, CheckpointError, ShapeError: as :meth:`MuMoE.restore`.
+        """
+        first = config.first.spec
+        source = ready(config, arrays)
+        return cls(first.in_features, experts=first.experts, axis_name=axis_name, key=source)
