@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ __all__ = ["BackendContract"]
 
 NDArray = npt.NDArray[Any]
 Convert = Callable[[Any], Any]
+Back = Callable[[Sequence[Any]], list[NDArray]]
 
 # a gate runs the same operations everywhere: only their rounding differs
 _GATE_TOLERANCES = {"float32": 1e-5, "float64": 1e-11}
@@ -154,6 +156,36 @@ class BackendContract(LayerChecks):
 
     @CHECKS
     @given(data=st.data())
+    def test_repeat_goes_on_until_it_is_enough(self, data: st.DataObject) -> None:
+        rows, dtype = data.draw(st.integers(1, 6)), data.draw(dtypes(self.dtypes))
+        rounds = data.draw(st.integers(0, 9), "rounds")
+        enough = data.draw(st.sampled_from([0.0, 0.01]), "enough")
+        rng = np.random.default_rng(data.draw(seeds()))
+        squares = rng.uniform(0.5, 4.0, (rows, 1)).astype(dtype)
+        given, first = self.from_numpy(squares), self.from_numpy(np.full_like(squares, 2.0))
+
+        def step(root: Array, last: Array) -> tuple[tuple[Array, Array], Array]:
+            following = (root + given / root) * 0.5
+            return (following, root), self.backend.namespace.abs(following - root)
+
+        found = self.backend.repeat(step, (first, first), rounds, enough)
+        root, last = self.all_to_numpy(found)
+        assert (root.dtype.name, root.shape) == (last.dtype.name, last.shape) == (dtype, (rows, 1))
+        want = [np.full_like(squares, 2.0)]
+        while len(want) <= rounds:
+            want.append((want[-1] + squares / want[-1]) * want[-1].dtype.type(0.5))
+        tolerance = {"float32": 1e-5, "float64": 1e-12}.get(dtype, 1e-2)
+        for row in range(rows):
+            # rows know nothing of one another, so that each may end for itself
+            values = [float(each[row, 0]) for each in want]
+            ways = [abs(after - before) for before, after in pairwise(values)]
+            least = next((k for k, way in enumerate(ways, start=1) if way <= enough), rounds)
+            ends = [(values[k], values[max(k - 1, 0)]) for k in range(least, rounds + 1)]
+            got = (float(root[row, 0]), float(last[row, 0]))
+            assert any(np.allclose(got, end, rtol=0, atol=tolerance) for end in ends), (got, ends)
+
+    @CHECKS
+    @given(data=st.data())
     def test_concat(self, data: st.DataObject) -> None:
         array = self._array(data, least_axes=1)
         parts = [array[:1], array[1:], array[:0]]
@@ -193,8 +225,8 @@ class BackendContract(LayerChecks):
             )
             assert result.statistics is not None
             parts = (result.coefficients, result.statistics.mean, result.statistics.variance)
-            found.append([np.asarray(back(each)) for each in (*parts, gradient)])
-            np.testing.assert_array_equal(back(given), logits)
+            found.append(back([*parts, gradient]))
+            np.testing.assert_array_equal(back([given])[0], logits)
         tolerance = _GATE_TOLERANCES[dtype]
         for got, want in zip(*found, strict=True):
             assert got.dtype == want.dtype
@@ -227,7 +259,7 @@ class BackendContract(LayerChecks):
                 config, parameters, given, routed, [convert(u) for u in upstream], backend
             )
             parts = [*routed.coefficients, by_input, *(named[name] for name in sorted(named))]
-            found.append([np.asarray(back(each)) for each in parts])
+            found.append(back(parts))
         # matrix products of other libraries round otherwise, and logits may stand close together
         tolerance = 100 * _GATE_TOLERANCES[dtype]
         for got, want in zip(*found, strict=True):
@@ -254,11 +286,11 @@ class BackendContract(LayerChecks):
             assert {self.to_numpy(array).dtype.name for array in drawn.values()} == {dtype}
             assert all(self.backend.owns(array) for array in drawn.values())
 
-    def _beside_numpy(self) -> tuple[tuple[Backend, Convert, Convert], ...]:
+    def _beside_numpy(self) -> tuple[tuple[Backend, Convert, Back], ...]:
         """The adapter under test and NumPy's, each with the way from NumPy and back."""
         return (
-            (self.backend, self.from_numpy, self.to_numpy),
-            (_registry.get_backend("numpy"), np.asarray, np.asarray),
+            (self.backend, self.from_numpy, self.all_to_numpy),
+            (_registry.get_backend("numpy"), np.asarray, lambda arrays: [*map(np.asarray, arrays)]),
         )
 
     def _array(self, data: st.DataObject, least_axes: int = 0) -> NDArray:

@@ -76,6 +76,10 @@ class LayerChecks:
         """An array of the backend's library as NumPy's."""
         return np.asarray(array)
 
+    def all_to_numpy(self, arrays: Sequence[Array]) -> list[NDArray]:
+        """Several results of one call; a lazy library may find them together."""
+        return [self.to_numpy(array) for array in arrays]
+
     def specs(self) -> st.SearchStrategy[LayerSpec]:
         """The layers to test."""
         return specs()
@@ -148,7 +152,9 @@ class LayerChecks:
         self.assert_output(self.to_numpy(output), case)
         rng = np.random.default_rng(data.draw(seeds()))
         cotangent = rng.standard_normal(output.shape).astype(case.dtype)
-        found = {name: self.to_numpy(g) for name, g in pull(self.from_numpy(cotangent)).items()}
+        gradients = pull(self.from_numpy(cotangent))
+        values = self.all_to_numpy([*gradients.values()])
+        found = dict(zip(gradients, values, strict=True))
         operands: dict[str, NDArray] = {f"factors.{name}": a for name, a in case.factors.items()}
         operands |= {f"coefficients_{e}": a for e, a in enumerate(case.coefficients)}
         operands["x"] = case.x
@@ -240,7 +246,7 @@ class LayerChecks:
         self._assert_same_gradients(by_form[0], by_form[1], case)
         for level, each in enumerate(chosen):
             name = f"coefficients_{level}"
-            sparse, full = (self.to_numpy(gradients[name]) for gradients in by_form)
+            sparse, full = self.all_to_numpy([gradients[name] for gradients in by_form])
             picked = np.take_along_axis(full, each.indices, axis=1)
             self._assert_near(sparse, picked, TOLERANCES[case.dtype], name)
 
@@ -319,9 +325,9 @@ class LayerChecks:
     def _assert_same_gradients(
         self, left: Mapping[str, Array], right: Mapping[str, Array], case: Case
     ) -> None:
-        for name in case.factors:
-            key = f"factors.{name}"
-            got, want = self.to_numpy(left[key]), self.to_numpy(right[key])
+        keys = [f"factors.{name}" for name in case.factors]
+        values = self.all_to_numpy([side[key] for key in keys for side in (left, right)])
+        for key, got, want in zip(keys, values[::2], values[1::2], strict=True):
             self._assert_near(got, want, 10 * TOLERANCES[case.dtype], key)
 
     @staticmethod

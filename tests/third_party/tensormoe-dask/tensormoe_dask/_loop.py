@@ -33,7 +33,8 @@ def repeat(step: Step, state: State, rounds: int, enough: float) -> State:
     holes = [_hole(each, f"hole-{k}-{first.name}") for k, each in enumerate(state)]
     after, way = step(*holes)
     ends = (*after, way)
-    graph = dict(HighLevelGraph.merge(*(each.dask for each in ends)))
+    layers = HighLevelGraph.merge(*(each.dask for each in (*state, *ends)))
+    graph = dict(layers)
     loops = None
     if all(each.chunks == chunks for each in (*state, *ends)):
         loops = _loops(graph, holes, ends, rounds, enough)
@@ -46,8 +47,14 @@ def repeat(step: Step, state: State, rounds: int, enough: float) -> State:
         (name, *place): (loop, [(each.name, *place) for each in state], loop.outside)
         for place, loop in loops.items()
     }
-    layers = HighLevelGraph.from_collections(name, tasks, dependencies=[*state, *ends])
-    found = da.Array(layers, name, chunks, dtype=object)
+    # every layer that the loop reads, or Dask's optimization could melt it into another one
+    owner = {key: layer for layer, keys in layers.layers.items() for key in keys}
+    used = {key for _, begin, outside in tasks.values() for key in (*begin, *outside)}
+    wired = HighLevelGraph(
+        {**layers.layers, name: tasks},
+        {**layers.dependencies, name: {owner[key] for key in used}},
+    )
+    found = da.Array(wired, name, chunks, dtype=object)
     return tuple(
         found.map_blocks(itemgetter(k), dtype=each.dtype, meta=each._meta)
         for k, each in enumerate(state)
