@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 CORE_VENV ?= .venv-core
 OLDEST_VENV ?= .venv-oldest
+GPU_VENV ?= .venv-gpu
+# built for one release of CUDA, which the driver must know: here 13, driver 580 or newer
+GPU_PACKAGES ?= torch jax[cuda13] cupy-cuda13x[ctk]>=14
 
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check -c constraints.txt
@@ -75,6 +78,15 @@ test-oldest: $(OLDEST_VENV)/.ready ## tests on the oldest admitted versions (not
 	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest $(PYTEST_FLAGS) \
 	    --confcutdir=tests --ignore-glob='*/test_torch_*' tests
 
+.PHONY: test-gpu gpu
+test-gpu: gpu $(GPU_VENV)/.ready ## CuPy, PyTorch and JAX on an NVIDIA GPU (not part of test)
+	@TENSORMOE_TEST_DEVICE=cuda $(GPU_VENV)/bin/python tests/gpu
+
+gpu:
+	@echo "== test-gpu"
+	@# asked before gigabytes are installed
+	@$(PYTHON) tests/gpu/_driver.py
+
 .PHONY: docs
 docs: $(VENV)/.ready-dev ## the documentation, built strictly into site/
 	@echo "== docs"
@@ -116,7 +128,7 @@ pre-commit: $(VENV)/.ready-dev ## run the checks of a commit now, and before eve
 
 .PHONY: clean
 clean: ## remove environments and everything built
-	@rm -rf $(VENV) $(CORE_VENV) $(OLDEST_VENV) build dist site out \
+	@rm -rf $(VENV) $(CORE_VENV) $(OLDEST_VENV) $(GPU_VENV) build dist site out \
 	    .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find tensormoe backends tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -153,6 +165,14 @@ $(OLDEST_VENV)/.ready: $(REQUIREMENTS)
 	@$(OLDEST_VENV)/bin/uv pip install --quiet --python $(OLDEST_VENV)/bin/python \
 	    --resolution lowest-direct -c constraints.txt -e '.[demo,testing]' \
 	    'array-api-strict>=2.3' 'mpmath>=1.3' 'pytest-xdist>=3.6' 'safetensors>=0.4.5'
+	@touch $@
+
+$(GPU_VENV)/.ready: $(REQUIREMENTS)
+	@echo "== setting up $(GPU_VENV): $(GPU_PACKAGES)"
+	@$(call make_venv,$(GPU_VENV))
+	@# without the constraints, which pin a PyTorch without CUDA
+	@$(GPU_VENV)/bin/python -m pip install -qq --disable-pip-version-check \
+	    -e '.[testing]' $(foreach package,$(GPU_PACKAGES),'$(package)')
 	@touch $@
 
 define make_venv

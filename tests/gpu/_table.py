@@ -1,0 +1,83 @@
+"""What became of each library's tests, as a table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+GROUPS = ("device", "primitives", "gates", "mixtures", "layers")
+
+
+@dataclass
+class Results:
+    """What became of a library's tests.
+
+    Attributes:
+        code: exit status of pytest.
+        groups: a count of outcomes for each group.
+        device: the device that the library names.
+        version: the library's.
+    """
+
+    code: int
+    groups: dict[str, Counter[str]] = field(default_factory=dict)
+    device: str = "?"
+    version: str = "?"
+
+    @property
+    def fine(self) -> bool:
+        """Whether every group ran, and nothing failed."""
+        ran = all(self.groups.get(group, Counter())["passed"] for group in GROUPS)
+        return self.code == 0 and ran
+
+
+def read(report: Path, code: int) -> Results:
+    """Count the outcomes in a report of pytest's."""
+    results = Results(code)
+    for each in ElementTree.parse(report).iter():
+        if each.tag == "property" and each.get("name") in ("device", "version"):
+            setattr(results, each.get("name", ""), each.get("value"))
+        if each.tag == "testcase":
+            outcome = "passed"
+            for child in each:
+                outcome = {"skipped": "skipped", "failure": "failed", "error": "failed"}.get(
+                    child.tag, outcome
+                )
+            count = results.groups.setdefault(group_of(each), Counter())
+            count[outcome] += 1
+    return results
+
+
+def group_of(case: ElementTree.Element) -> str:
+    """The column of the table that a test belongs to."""
+    from tensormoe.testing import BackendContract
+
+    name = case.get("name", "").partition("[")[0]
+    if name == "test_the_device":
+        return "device"
+    if case.get("classname", "").rpartition(".")[2] not in ("TestContract", "TestCupy"):
+        return "layers"
+    if name in vars(BackendContract):
+        return "gates" if "gates" in name or "routing" in name else "primitives"
+    return "mixtures"
+
+
+def table(results: dict[str, Results]) -> str:
+    """Libraries by groups: passed, failed and skipped tests."""
+    rows = [("library", *GROUPS, "device")]
+    for library, found in results.items():
+        cells = [_cell(found.groups.get(group, Counter())) for group in GROUPS]
+        rows.append((f"{library} {found.version}", *cells, found.device))
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join(["", *lines, "", "passed, failed (✗) and skipped (○) tests"])
+
+
+def _cell(count: Counter[str]) -> str:
+    if not count:
+        return "none ran"
+    marks = {"passed": "", "failed": " ✗", "skipped": " ○"}
+    listed = [f"{count[name]}{mark}" for name, mark in marks.items() if count[name]]
+    return ", ".join(listed)
