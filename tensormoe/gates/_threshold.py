@@ -214,7 +214,7 @@ def _bracket(backend: Backend, z: Array, power: float) -> Array:
     # the largest t^p is at least 1/N
     high = xp.full_like(low, -max(float(experts) ** (-1.0 / power), float(info.smallest_normal)))
 
-    def turn(low: Array, high: Array, tau: Array, halve: bool) -> tuple[State, Array]:
+    def turn(low: Array, high: Array, tau: Array, *, halve: bool) -> tuple[State, Array]:
         mass, _, move = _moments(backend, z - tau, power, False)
         left = mass >= 1.0
         low = xp.where(left, tau, low)
@@ -227,8 +227,8 @@ def _bracket(backend: Backend, z: Array, power: float) -> Array:
         return (low, high, xp.where(done, low, following)), done
 
     def step(low: Array, high: Array, tau: Array) -> tuple[State, Array]:
-        state, _ = turn(low, high, tau, False)
-        state, done = turn(*state, True)
+        state, _ = turn(low, high, tau, halve=False)
+        state, done = turn(*state, halve=True)
         return state, xp.where(done, xp.zeros_like(low), xp.ones_like(low))
 
     rounds = bracket_rounds(experts, epsilon, power)

@@ -10,6 +10,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import get_origin
 
 import pytest
 
@@ -86,7 +87,8 @@ def test_public_names_resolve_and_are_documented(name: str) -> None:
     assert len(set(names)) == len(names)
     for public in names:
         value = getattr(module, public)
-        if callable(value):
+        # an alias of a type is documented below its definition, where Python doesn't keep it
+        if callable(value) and get_origin(value) is None:
             assert value.__doc__, f"{name}.{public} has no docstring"
 
 
