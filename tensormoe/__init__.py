@@ -13,6 +13,7 @@ array library. Layers are in ``tensormoe_numpy`` and its siblings.
 
 from __future__ import annotations
 
+from tensormoe._exchange import convert as convert
 from tensormoe._registry import available_backends as available_backends
 from tensormoe._registry import backend_of as backend_of
 from tensormoe._registry import get_backend as get_backend
@@ -58,6 +59,7 @@ __all__ = [
     "Tucker",
     "available_backends",
     "backend_of",
+    "convert",
     "entmax",
     "from_tensorly",
     "get_backend",

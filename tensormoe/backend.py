@@ -2,7 +2,8 @@
 
 An adapter implements :class:`Backend` and is registered as an entry point in the group
 ``tensormoe.backends`` under the name of the array library's root module (``numpy`` for
-``numpy.ndarray``). The core never converts arrays from one library to another.
+``numpy.ndarray``). The core converts no arrays from one library to another, but where it is asked to
+(:func:`tensormoe.convert`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-__all__ = ["Array", "Backend", "State", "Step"]
+__all__ = ["Array", "Backend", "Exchange", "State", "Step"]
 
 Array: TypeAlias = Any
 """An array of any library; the core has no array type of its own."""
@@ -140,4 +141,46 @@ class Backend(Protocol):
 
     def from_bytes(self, dtype: str, shape: tuple[int, ...], data: bytes, /) -> Array:
         """The array that :meth:`to_bytes` described."""
+        ...
+
+
+@runtime_checkable
+class Exchange(Protocol):
+    """What an adapter may have besides, for :func:`tensormoe.convert`.
+
+    Without it, arrays lend their memory by their own ``__dlpack__``, and the namespace's
+    ``from_dlpack`` takes what others lend. Here belongs what a library does otherwise.
+    """
+
+    @property
+    def keeps_constants(self) -> bool:
+        """Whether its arrays can be read-only: memory that another library holds constant.
+
+        Other libraries get a copy of such memory.
+        """
+        ...
+
+    @property
+    def devices(self) -> frozenset[int] | None:
+        """DLPack's numbers of the only kinds of device that its arrays are on; None for many.
+
+        For such a library an array from elsewhere is brought over.
+        """
+        ...
+
+    def to_dlpack(self, array: Array, /, *, copy: bool) -> tuple[Array, bool]:
+        """What has ``__dlpack__``, and whether others may write to it; a copy if one is wanted.
+
+        Raises:
+            BackendError: an array that cannot be lent, since it is traced or differentiated.
+            BufferError: one that cannot be lent as it is, whereas a copy can.
+        """
+        ...
+
+    def from_dlpack(self, array: Array, /, *, copy: bool | None) -> Array:
+        """An array of the library in the memory of ``array``.
+
+        ``copy`` is True where the memory is a copy already, and nobody else's; None where the
+        library may copy if it has to; False where it must not.
+        """
         ...

@@ -34,6 +34,8 @@ class CupyBackend(NumpyLikeBackend):
     eager = False
     checks_values = False
     picks_entries = False
+    # DLPack's numbers of the memory of CUDA's devices, of CUDA's managed memory, and of ROCm's
+    devices = frozenset({2, 10, 13})
 
     def __init__(self, module: Any = cupy, special: Any = special) -> None:
         super().__init__(module, special, Namespace(module))

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from tensormoe.backend import State, Step
+from tensormoe.errors import BackendError
 
 __all__ = ["BACKEND", "JaxBackend"]
 
@@ -25,6 +26,9 @@ class JaxBackend:
     # NaN propagates, as everywhere in JAX
     checks_values = False
     picks_entries = False
+    keeps_constants = True
+    # an array is where its memory is
+    devices = None
 
     def __repr__(self) -> str:
         return "JaxBackend()"
@@ -100,14 +104,38 @@ class JaxBackend:
         return array.dtype.name, tuple(array.shape), little.tobytes()
 
     def from_bytes(self, dtype: str, shape: tuple[int, ...], data: bytes, /) -> Array:
-        found = jnp.dtype(dtype)
-        if jax.dtypes.canonicalize_dtype(found) != found:
-            raise TypeError(
-                f"{dtype} needs JAX's 64-bit mode, which is off; switch it on with "
-                "jax.config.update('jax_enable_x64', True)"
-            )
+        found = _dtype(dtype)
         little = np.frombuffer(data, dtype=found.newbyteorder("<"))
         return jnp.asarray(little.astype(found, copy=False).reshape(shape))
+
+    def to_dlpack(self, array: Array, /, *, copy: bool) -> tuple[Array, bool]:
+        if isinstance(array, jax.core.Tracer):
+            raise BackendError(
+                "an array must have values before other libraries get it; got a traced one of "
+                f"{array.aval}. Convert outside of jax.jit, jax.grad and the like."
+            )
+        # a copy that nobody holds may be written to
+        return (jnp.array(array, copy=True) if copy else array), copy
+
+    def from_dlpack(self, array: Any, /, *, copy: bool | None) -> Array:
+        # JAX itself would narrow what has 64 bits, without a word
+        _dtype(str(array.dtype).rpartition(".")[2])
+        return jnp.from_dlpack(array, copy=None if copy else copy)
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    """The dtype of that name.
+
+    Raises:
+        TypeError: one of 64 bits while that mode is off, or none at all.
+    """
+    found = jnp.dtype(name)
+    if jax.dtypes.canonicalize_dtype(found) != found:
+        raise TypeError(
+            f"{name} needs JAX's 64-bit mode, which is off; switch it on with "
+            "jax.config.update('jax_enable_x64', True)"
+        )
+    return found
 
 
 def _no_wrap(indices: Array, size: int) -> Array:

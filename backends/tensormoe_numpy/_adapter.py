@@ -23,6 +23,9 @@ class NumpyBackend(NumpyLikeBackend):
     eager = True
     checks_values = True
     picks_entries = True
+    keeps_constants = True
+    # DLPack's numbers of the host's memory, and of what CUDA has pinned there
+    devices = frozenset({1, 3})
 
     def __init__(self) -> None:
         # NumPy 2 follows the standard; the wrappers of array-api-compat cost microseconds a call
@@ -62,6 +65,23 @@ class NumpyBackend(NumpyLikeBackend):
             if np.max(way, initial=0.0) <= enough:
                 break
         return state
+
+    def to_dlpack(self, array: Any, /, *, copy: bool) -> tuple[NDArray, bool]:
+        if copy:
+            # rows behind one another, in this machine's order of bytes
+            native = array.dtype.newbyteorder("=")
+            return np.array(array, dtype=native, order="C", copy=True), True
+        # a scalar cannot be lent, but an array without axes can
+        lent: NDArray = np.asarray(array)
+        if any(stride < 0 for stride in lent.strides):
+            # PyTorch ends the process over those
+            raise BufferError("negative strides cannot be lent")
+        return lent, lent.flags.writeable
+
+    def from_dlpack(self, array: Any, /, *, copy: bool | None) -> NDArray:
+        found: NDArray = np.from_dlpack(array)
+        # libraries that cannot say that their memory may be written to get it read-only
+        return found.copy() if copy and not found.flags.writeable else found
 
 
 # A product that runs along a whole row adds up rounding errors over its length. Longer rows than

@@ -33,6 +33,8 @@ class NumpyLikeBackend:
     eager: bool = False
     checks_values: bool = False
     picks_entries: bool = False
+    keeps_constants: bool = False
+    devices: frozenset[int] | None = None
 
     def __init__(self, module: Any, special: Any, namespace: Any = None) -> None:
         self.module = module
@@ -115,3 +117,10 @@ class NumpyLikeBackend:
         found = np.dtype(dtype)
         little = np.frombuffer(data, dtype=found.newbyteorder("<"))
         return self.from_host(little.astype(found).reshape(shape))
+
+    def to_dlpack(self, array: Array, /, *, copy: bool) -> tuple[Array, bool]:
+        return (array.copy() if copy else array), True
+
+    def from_dlpack(self, array: Array, /, *, copy: bool | None) -> Array:
+        self.check_device()
+        return self.module.from_dlpack(array)

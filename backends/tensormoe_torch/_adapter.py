@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tensormoe.backend import State, Step
+from tensormoe.errors import BackendError
 from tensormoe_torch import _namespace
 from tensormoe_torch._products import product
 
@@ -33,6 +34,9 @@ class TorchBackend:
     # NaN propagates, as everywhere in PyTorch: a scaler of gradients skips such a step
     checks_values = False
     picks_entries = False
+    keeps_constants = False
+    # a tensor is where its memory is
+    devices = None
 
     def __init__(self, eager: bool = False) -> None:
         self.eager = eager
@@ -114,6 +118,26 @@ class TorchBackend:
         if not data:
             return torch.empty(shape, dtype=found)
         return torch.frombuffer(bytearray(data), dtype=found).reshape(shape)
+
+    def to_dlpack(self, array: Tensor, /, *, copy: bool) -> tuple[Tensor, bool]:
+        if array.requires_grad:
+            raise BackendError(
+                "a tensor must be cut off from differentiation before other libraries get it; got "
+                "one that requires grad. Call .detach() on it, or take the module's state_dict()."
+            )
+        functions = torch._C._are_functorch_transforms_active()
+        if functions or type(array) not in (Tensor, torch.nn.Parameter):
+            # the memory of a tensor that stands for others holds anything at all
+            raise BackendError(
+                "a tensor must have values of its own before other libraries get it; got "
+                f"{'one inside a transformation' if functions else type(array).__qualname__}. "
+                "Convert outside of torch.compile, torch.func and the like."
+            )
+        lent = array.clone(memory_format=torch.contiguous_format) if copy else array
+        return lent.detach(), True
+
+    def from_dlpack(self, array: Any, /, *, copy: bool | None) -> Tensor:
+        return torch.from_dlpack(array)
 
 
 BACKEND = TorchBackend()

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from tensormoe import LayerSpec, functional
 from tensormoe.checkpoint import save_checkpoint
-from tensormoe.errors import ShapeError, SpecError
-from tensormoe.functional import LayerConfig
+from tensormoe.errors import BackendError, ShapeError, SpecError
+from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.planning import Cost, Plan, Routing, plan_layer
 from tensormoe_torch._adapter import BACKEND, EAGER
 from tensormoe_torch._autograd import mix, no_autocast
-from tensormoe_torch._checks import Given, compute_dtype, merged
+from tensormoe_torch._checks import Given, check_dense, compute_dtype, merged
 from tensormoe_torch._gate import ExpertGate
 
-__all__ = ["Mixture", "checked_device", "checked_dtype", "filled", "layer_cost"]
+__all__ = ["Mixture", "checked_device", "checked_dtype", "filled", "holding", "layer_cost"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -86,6 +86,38 @@ def filled(
     target = checked_device(device) or torch.get_default_device()
     module = build(dtype).to_empty(device=target)
     module.load_state_dict(dict(arrays))
+    return module
+
+
+def holding(
+    build: Callable[[torch.dtype], M],
+    config: LayerConfig | BlockConfig,
+    arrays: Mapping[str, Tensor],
+) -> M:
+    """A module whose parameters and buffers are tensors that exist already.
+
+    Args:
+        build: makes the module on the meta device, in a dtype.
+        config: the layer or block.
+        arrays: by canonical name.
+
+    Raises:
+        BackendError, CheckpointError, ShapeError: as ``functional.check_arrays``; and tensors on
+            several devices.
+    """
+    functional.check_arrays(config, arrays, BACKEND, _FLOATS)
+    first, *others = arrays
+    for name, tensor in arrays.items():
+        check_dense(tensor, name)
+    for name in others:
+        if arrays[name].device != arrays[first].device:
+            raise BackendError(
+                f"tensors must be on one device; got {arrays[name].device} for {name!r} and "
+                f"{arrays[first].device} for {first!r}. Move them with .to(…)."
+            )
+    module = build(arrays[next(iter(config.parameter_shapes()))].dtype)
+    # detached: a parameter is a leaf, and whether the given tensor is one is the caller's matter
+    module.load_state_dict({name: each.detach() for name, each in arrays.items()}, assign=True)
     return module
 
 
@@ -205,6 +237,21 @@ class Mixture(nn.Module):
         """
         config, arrays = functional.read_block(path, cls.__name__, LayerConfig, BACKEND)
         return filled(lambda dtype: cls.of(config, device="meta", dtype=dtype), arrays, device)
+
+    @classmethod
+    def restore(cls, config: LayerConfig, arrays: Mapping[str, Tensor]) -> Self:
+        """A layer of tensors that exist already; it trains them in place, and copies none.
+
+        Args:
+            config: the layer.
+            arrays: parameters and buffers by canonical name, as ``state_dict()`` has them.
+
+        Raises:
+            BackendError: arrays of another library, or on several devices.
+            CheckpointError: names or shapes that are not the layer's; lists every difference.
+            ShapeError: parameters of different dtypes, or of one that no layer has.
+        """
+        return holding(lambda dtype: cls.of(config, device="meta", dtype=dtype), config, arrays)
 
     @classmethod
     def of(

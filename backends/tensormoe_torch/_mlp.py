@@ -21,7 +21,7 @@ from tensormoe.functional import BlockConfig
 from tensormoe.gates import Gate
 from tensormoe.planning import Budget, Cost
 from tensormoe_torch._adapter import BACKEND
-from tensormoe_torch._base import checked_dtype, filled, layer_cost
+from tensormoe_torch._base import checked_dtype, filled, holding, layer_cost
 from tensormoe_torch._checks import Given
 from tensormoe_torch._gate import ExpertGate
 from tensormoe_torch._layer import MuMoE
@@ -224,3 +224,16 @@ class MuMoEMLP(nn.Module):
         """
         config, arrays = functional.read_block(path, "MuMoEMLP", BlockConfig, BACKEND)
         return filled(lambda dtype: cls.of(config, device="meta", dtype=dtype), arrays, device)
+
+    @classmethod
+    def restore(cls, config: BlockConfig, arrays: Mapping[str, Tensor]) -> Self:
+        """A block of tensors that exist already; it trains them in place, and copies none.
+
+        Args:
+            config: the block.
+            arrays: parameters and buffers by canonical name, as ``state_dict()`` has them.
+
+        Raises:
+            BackendError, CheckpointError, ShapeError: as :meth:`MuMoE.restore`.
+        """
+        return holding(lambda dtype: cls.of(config, device="meta", dtype=dtype), config, arrays)

@@ -49,7 +49,7 @@ def check_arrays(
     config: LayerConfig | BlockConfig,
     arrays: Mapping[str, Array],
     backend: Backend,
-    dtypes: Collection[str],
+    dtypes: Collection[object],
 ) -> None:
     """Refuse arrays that do not make a layer or a block.
 
@@ -57,7 +57,7 @@ def check_arrays(
         config: the layer or block.
         arrays: parameters and buffers by canonical name.
         backend: the library that the arrays must be of.
-        dtypes: names of those that a layer may be stored in.
+        dtypes: those that a layer may be stored in; by name, or as the library's values.
 
     Raises:
         BackendError: arrays of another library.
@@ -71,8 +71,8 @@ def check_arrays(
     dtype = arrays[next(iter(shapes))].dtype
     for name in shapes:
         found = arrays[name].dtype
-        if found != dtype or found.name not in dtypes:
+        if found != dtype or getattr(found, "name", found) not in dtypes:
             raise ShapeError(
-                f"parameters must have one dtype of {', '.join(dtypes)}; got {found} for {name!r} "
+                f"parameters must have one dtype of {', '.join(map(str, dtypes))}; got {found} for {name!r} "
                 f"and {dtype} for the first. Cast them."
             )
