@@ -87,3 +87,5 @@ def test_adam_refuses_gradients_of_another_library() -> None:
     adam.step(device({"w": np.ones(3)}))
     assert_same(weight["w"], np.full(3, 0.999), 1e-9)
     assert ADAPTER.owns(weight["w"])
+    with pytest.raises(BackendError, match=r"got cupy\.ndarray at 0, numpy\.ndarray at 1"):
+        tensormoe_cupy.Adam({**weight, "v": np.ones(3)})

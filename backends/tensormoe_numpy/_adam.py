@@ -26,7 +26,7 @@ class Adam:
 
     Raises:
         SpecError: a number outside its range.
-        BackendError: parameters of no known library.
+        BackendError: parameters of no known library, or of several.
 
     >>> import numpy as np
     >>> weight = {"w": np.array([1.0])}
@@ -62,9 +62,11 @@ class Adam:
             ShapeError: a gradient is missing or has another shape than its parameter.
             BackendError: a gradient is of another library than its parameter.
         """
+        if not self._parameters:
+            return
+        backend = backend_of(*self._parameters.values())
         for name, value in self._parameters.items():
             if name in gradients:
-                backend = backend_of(value)
                 functional.check_array(gradients[name], backend, f"the gradient of {name}")
             if name not in gradients or gradients[name].shape != value.shape:
                 found = gradients[name].shape if name in gradients else "none"
@@ -81,12 +83,15 @@ class Adam:
             square += (1.0 - second) * (gradient * gradient - square)
             if self.weight_decay:
                 value *= 1.0 - self.lr * self.weight_decay
-            deviation = backend_of(value).namespace.sqrt(square)
+            deviation = backend.namespace.sqrt(square)
             value -= scale * mean / (deviation * root + self.eps)
 
 
 def _zeros(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    return {name: backend_of(each).namespace.zeros_like(each) for name, each in arrays.items()}
+    if not arrays:
+        return {}
+    xp = backend_of(*arrays.values()).namespace
+    return {name: xp.zeros_like(array) for name, array in arrays.items()}
 
 
 def _is_number(value: object) -> bool:

@@ -11,6 +11,7 @@ from tensormoe.backend import Array, State, Step
 
 __all__ = ["NumpyLikeBackend"]
 
+
 class NumpyLikeBackend:
     """Adapter of :class:`tensormoe.backend.Backend` for a library that has NumPy's interface.
 
