@@ -105,13 +105,13 @@ def _convert(array: Array, name: str, target: Backend, copy: bool | None) -> Arr
         except BackendError as error:
             raise BackendError(f"{name}: {error}") from error
         except _REFUSALS as error:
-            refusal = error
+            refusal = refusal or error
     device = getattr(array, "device", "of its own")
-    ways = "allow a copy, " if copy is False else ""
+    ways = ", allow a copy," if copy is False else ""
     raise BackendError(
-        f"{name} must be an array that {target.name} can take from {source.name}; got {array.dtype} "
-        f"of shape {tuple(array.shape)}, device {device}: {_sentence(refusal)} Cast it to a dtype "
-        f"that both libraries have, {ways}or move it to a device that both see."
+        f"{name} must be an array that {target.name} can take from {source.name}; got "
+        f"{array.dtype} of shape {tuple(array.shape)}, device {device}: {_sentence(refusal)} Cast "
+        f"it to a dtype that both libraries have{ways} or move it to a device that both see."
     ) from refusal
 
 

@@ -2,8 +2,8 @@
 
 An adapter implements :class:`Backend` and is registered as an entry point in the group
 ``tensormoe.backends`` under the name of the array library's root module (``numpy`` for
-``numpy.ndarray``). The core converts no arrays from one library to another, but where it is asked to
-(:func:`tensormoe.convert`).
+``numpy.ndarray``). The core converts arrays from one library to another where it is asked to
+(:func:`tensormoe.convert`), and nowhere else.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from tensormoe.backend import State, Step
 from tensormoe.errors import BackendError
@@ -137,7 +138,11 @@ class TorchBackend:
         return lent.detach(), True
 
     def from_dlpack(self, array: Any, /, *, copy: bool | None) -> Tensor:
-        return torch.from_dlpack(array)
+        try:
+            return from_dlpack(array)
+        except AssertionError as error:
+            # what an installation without CUDA says of arrays that are there
+            raise BufferError(str(error)) from error
 
 
 BACKEND = TorchBackend()

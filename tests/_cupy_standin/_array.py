@@ -68,6 +68,13 @@ class Array:
             "Please use `.get()` to construct a NumPy array explicitly."
         )
 
+    def __dlpack_device__(self) -> tuple[int, int]:
+        # CUDA's first device, in DLPack's numbers
+        return 2, 0
+
+    def __dlpack__(self, **_: object) -> NoReturn:
+        raise BufferError("memory of a device that is not there")
+
     def __array_function__(self, *_: object) -> NoReturn:
         raise TypeError("a function of NumPy was called with an array of CuPy")
 
