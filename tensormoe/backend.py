@@ -114,8 +114,8 @@ class Backend(Protocol):
         """Apply ``step`` to ``state``, ``rounds`` times at most: the root search of a gate.
 
         It may end once no entry of what ``step`` says of its way is above ``enough``; a library
-        that cannot look at values, or loses time by it, does all the rounds. Nobody differentiates
-        through it.
+        that cannot look at values, or loses time by it, does all the rounds. Rows know nothing of
+        one another, so that each may end for itself. Nobody differentiates through it.
         """
         ...
 
