@@ -144,17 +144,18 @@ def coefficients(
     kept = dict(buffers or {})
     lead = functional.check_input(x, layer.spec.in_features, _dtype(parameters), BACKEND)
     rows = x.reshape(prod(lead), layer.spec.in_features)
+    names = axis_name if isinstance(axis_name, list | tuple) else (axis_name,)
     shared = axis_name is not None and training and bool(layer.buffer_shapes())
-    if shared:
+    for name in reversed(names if shared else ()):
         # under jax.vmap, one batch for all of its calls
-        rows = jax.lax.all_gather(rows, axis_name, tiled=True)
+        rows = jax.lax.all_gather(rows, name, tiled=True)
     routed = functional.route(layer, parameters, rows, BACKEND, buffers=kept, training=training)
     for level, found in enumerate(routed.statistics or () if training else ()):
         kept[f"gate.running_mean_{level}"] = jax.lax.stop_gradient(found.mean)
         kept[f"gate.running_variance_{level}"] = jax.lax.stop_gradient(found.variance)
     made = routed.coefficients
     if shared:
-        start = jax.lax.axis_index(axis_name) * prod(lead)
+        start = jax.lax.axis_index(tuple(names)) * prod(lead)
         made = [jax.lax.dynamic_slice_in_dim(each, start, prod(lead)) for each in made]
     return tuple(each.reshape(*lead, each.shape[-1]) for each in made), kept
 
