@@ -58,8 +58,9 @@ typecheck: $(VENV)/.ready-dev ## mypy --strict
 .PHONY: unit
 unit: $(VENV)/.ready-dev ## tests, doctests, and the code in README.md and docs/
 	@echo "== unit"
-	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) \
-	    tests tensormoe backends
+	@# JAX compiles each operation for each shape: quickly is better than well
+	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 XLA_FLAGS=--xla_llvm_disable_expensive_passes=true \
+	    $(BIN)/python -m pytest $(PYTEST_FLAGS) tests tensormoe backends
 	@# the blocks of a document build on one another: they stay in one process
 	@$(BIN)/python -m pytest -q README.md docs
 
@@ -164,7 +165,8 @@ $(OLDEST_VENV)/.ready: $(REQUIREMENTS)
 	@$(OLDEST_VENV)/bin/python $(PIP_INSTALL) uv
 	@$(OLDEST_VENV)/bin/uv pip install --quiet --python $(OLDEST_VENV)/bin/python \
 	    --resolution lowest-direct -c constraints.txt -e '.[demo,testing]' \
-	    'array-api-strict>=2.3' 'mpmath>=1.3' 'pytest-xdist>=3.6' 'safetensors>=0.4.5'
+	    'array-api-compat>=1.11' 'array-api-strict>=2.3' 'dask[array]>=2025.7' \
+	    'mpmath>=1.3' 'pytest-xdist>=3.6' 'safetensors>=0.4.5'
 	@touch $@
 
 $(GPU_VENV)/.ready: $(REQUIREMENTS)

@@ -27,6 +27,7 @@ for package in sys.argv[1:]:
 for point in entry_points(group="tensormoe.backends"):
     assert point.load().name == point.name, point
 import tensormoe
+import tensormoe_jax.equinox, tensormoe_jax.nnx
 assert version("tensormoe") == tensormoe.__version__
 print(f"{version('tensormoe')}: imported {', '.join(sys.argv[1:])}")
 """
@@ -48,7 +49,7 @@ def main() -> None:
         python = place / "venv" / "bin" / "python"
         install = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
         constraints = ["-c", ROOT / "constraints.txt"]
-        run(*install, *constraints, f"{wheel}[numpy,torch]", cwd=place)
+        run(*install, *constraints, f"{wheel}[cupy,equinox,flax,numpy,torch]", cwd=place)
         neutral = place / "neutral"
         neutral.mkdir()
         run(python, "-I", "-c", IMPORT_ALL, *sorted(expected), cwd=neutral)

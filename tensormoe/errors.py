@@ -60,7 +60,7 @@ class CheckpointError(TensormoeError, ValueError):
 
 
 class BackendError(TensormoeError, TypeError):
-    """Arrays of an unknown library, or of several libraries at once."""
+    """Arrays of an unknown library or of several at once, or a library without its device."""
 
 
 class MissingDependencyError(TensormoeError, ImportError):

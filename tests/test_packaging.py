@@ -26,7 +26,7 @@ SOURCES = [path for package in PACKAGES for path in sorted(package.rglob("*.py")
 LIBRARIES = {"cupy", "jax", "numpy", "torch"}
 
 # where the name to import differs from the name to install
-DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+DISTRIBUTIONS = {"cupy": "cupy-cuda12x", "cupyx": "cupy-cuda12x", "sklearn": "scikit-learn"}
 
 
 def normalized(requirement: str) -> str:
