@@ -26,7 +26,11 @@ def positive_ints(
     values: Any, name: str, unit: str, error: type[TensormoeError] = SpecError
 ) -> tuple[int, ...]:
     """``values`` (one integer or an iterable of them) as a tuple; ``unit`` names a position."""
-    listed = [values] if isinstance(values, int) or not isinstance(values, Iterable) else [*values]
+    try:
+        listed = [*values]
+    except TypeError:
+        # no iterable, or an array without axes, which only looks like one
+        listed = [values]
     checked = []
     for place, value in enumerate(listed):
         try:
