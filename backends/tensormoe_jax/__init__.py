@@ -5,11 +5,11 @@ from __future__ import annotations
 from tensormoe_jax._activations import ACTIVATIONS as ACTIVATIONS
 from tensormoe_jax._adapter import BACKEND as BACKEND
 from tensormoe_jax._adapter import JaxBackend as JaxBackend
+from tensormoe_jax._initialize import initial_buffers as initial_buffers
+from tensormoe_jax._initialize import initialize as initialize
 from tensormoe_jax._pure import Given as Given
 from tensormoe_jax._pure import apply as apply
 from tensormoe_jax._pure import coefficients as coefficients
-from tensormoe_jax._pure import initial_buffers as initial_buffers
-from tensormoe_jax._pure import initialize as initialize
 from tensormoe_jax._pure import train as train
 
 __all__ = [

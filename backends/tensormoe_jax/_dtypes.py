@@ -22,6 +22,8 @@ def checked_dtype(dtype: Any) -> np.dtype[Any]:
         SpecError: not a floating-point type, or float64 while JAX's 64-bit mode is off.
     """
     try:
+        if isinstance(dtype, jax.Array):
+            raise TypeError("an array stands for its dtype elsewhere, and is none")
         found = jax.dtypes.canonicalize_dtype(float) if dtype is None else jnp.dtype(dtype)
     except TypeError:
         found = None

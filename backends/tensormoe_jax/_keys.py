@@ -10,7 +10,7 @@ from jax import Array
 
 from tensormoe.errors import SpecError
 
-__all__ = ["checked_key"]
+__all__ = ["checked_key", "shown"]
 
 
 def checked_key(key: Any, rule: str = "key must be one key of jax.random") -> Array:
@@ -28,7 +28,12 @@ def checked_key(key: Any, rule: str = "key must be one key of jax.random") -> Ar
             return key
         if key.dtype == jnp.uint32 and key.ndim == 1:
             return key
-        found = f"an array of {key.dtype} and shape {key.shape}"
-    else:
-        found = repr(key)
-    raise SpecError(f"{rule}; got {found}. Pass jax.random.key(0), for instance.")
+    raise SpecError(f"{rule}; got {shown(key)}. Pass jax.random.key(0), for instance.")
+
+
+def shown(value: Any) -> str:
+    """``value`` for a message, in short where its text may be long."""
+    if isinstance(value, Array):
+        return f"an array of {value.dtype} and shape {value.shape}"
+    short = value is None or isinstance(value, bool | int | float | str)
+    return repr(value) if short else f"a {type(value).__name__}"

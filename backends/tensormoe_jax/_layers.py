@@ -11,11 +11,13 @@ import numpy as np
 from jax import Array
 
 from tensormoe import LayerSpec, functional
+from tensormoe._validation import positive_int
+from tensormoe.errors import PlanError
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.planning import Cost, Plan, Routing, plan_layer
 from tensormoe_jax._adapter import BACKEND
 from tensormoe_jax._dtypes import FLOATS
-from tensormoe_jax._pure import initial_buffers, initialize
+from tensormoe_jax._initialize import initial_buffers, initialize
 
 __all__ = ["Block", "Layer", "Ready", "first_values", "layer_cost", "ready"]
 
@@ -58,9 +60,20 @@ def first_values(
     return config, drawn | initial_buffers(config, dtype=dtype)
 
 
+def layer_plan(config: LayerConfig, batch: int) -> Plan:
+    """How a layer runs a batch.
+
+    Raises:
+        PlanError: a batch that is no size, or a traced one.
+    """
+    # checked before plans are looked up, since a traced batch cannot be
+    size = 0 if isinstance(batch, int) and batch == 0 else positive_int(batch, "batch", PlanError)
+    return plan_layer(config.spec, size, Routing(None, config.indexed_input))
+
+
 def layer_cost(config: LayerConfig, batch: int, training: bool, itemsize: int) -> Cost:
     """What one call of a layer costs, its gate included if it has one."""
-    return plan_layer(config.spec, batch, Routing(None, config.indexed_input)).cost(
+    return layer_plan(config, batch).cost(
         config.gate,
         training=training,
         itemsize=itemsize,
@@ -106,7 +119,7 @@ class Layer(_Named):
 
     def plan(self, batch: int) -> Plan:
         """How the layer runs ``batch`` inputs."""
-        return plan_layer(self.spec, batch, Routing(None, self.config.indexed_input))
+        return layer_plan(self.config, batch)
 
     def cost(self, batch: int, *, training: bool = False) -> Cost:
         """What one call costs for ``batch`` inputs, the gate included, before XLA fuses it."""

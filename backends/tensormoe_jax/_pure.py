@@ -8,9 +8,7 @@ wrap these functions.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from itertools import count
 from math import prod
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +20,13 @@ from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.gates import TopK
 from tensormoe_jax._activations import ACTIVATIONS
 from tensormoe_jax._adapter import BACKEND
-from tensormoe_jax._dtypes import checked_dtype
+from tensormoe_jax._checks import check_parameters, check_range, dtype_of
 from tensormoe_jax._keys import checked_key
 
 __all__ = [
     "Given",
     "apply",
     "coefficients",
-    "initial_buffers",
-    "initialize",
     "mix_block",
     "split_names",
     "train",
@@ -45,73 +41,6 @@ Given = Array | TopK | Sequence[Array | TopK]
 Parameters = Mapping[str, Array]
 Config = LayerConfig | BlockConfig
 Drop = Callable[[Array], Array]
-
-
-def initialize(
-    config: Config, key: Array, *, init: str = "variance", dtype: Any = None
-) -> dict[str, Array]:
-    """Draw all parameters; projections of the gate start at zero, so that experts start alike.
-
-    Args:
-        config: of a layer, an embedding or a block, as the layers' ``config``.
-        key: of ``jax.random``.
-        init: ``"variance"`` or ``"paper"``.
-        dtype: of the parameters; JAX's default one for None.
-
-    Returns:
-        The parameters by canonical name.
-
-    Raises:
-        SpecError: an unknown scheme, no dtype for a layer, or no key.
-
-    >>> import jax
-    >>> from tensormoe.functional import LayerConfig
-    >>> from tensormoe import CP, Gate, LayerSpec
-    >>> config = LayerConfig(LayerSpec(8, 4, 3, CP(2)), Gate())
-    >>> {name: array.shape for name, array in initialize(config, jax.random.key(0)).items()}
-    {'factors.expert_0': (3, 2), 'factors.input': (8, 2), 'factors.output': (4, 2), \
-'factors.bias': (2,), 'gate.projection_0': (8, 3)}
-    """
-    if isinstance(config, BlockConfig):
-        first, second = jax.random.split(checked_key(key))
-        parts = {
-            "first": initialize(config.first, first, init=init, dtype=dtype),
-            "second": initialize(config.second, second, init=init, dtype=dtype),
-        }
-        return {
-            name if name.startswith("gate.") else f"{layer}.{name}": array
-            for layer, arrays in parts.items()
-            for name, array in arrays.items()
-        }
-    kind, key = checked_dtype(dtype), checked_key(key)
-    numbers = count()
-
-    def fresh() -> Array:
-        return jax.random.fold_in(key, next(numbers))
-
-    return functional.initialize(
-        config,
-        BACKEND,
-        normal=lambda shape: jax.random.normal(fresh(), shape, kind),
-        uniform=lambda shape: jax.random.uniform(fresh(), shape, kind, -1.0, 1.0),
-        zeros=lambda shape: jnp.zeros(shape, kind),
-        init=init,
-    )
-
-
-def initial_buffers(config: Config, *, dtype: Any = None) -> dict[str, Array]:
-    """Fresh running statistics of a batch-norm gate; empty for other gates.
-
-    Args:
-        config: of a layer or a block.
-        dtype: of the parameters; statistics are float32 at least.
-    """
-    kind = checked_dtype(dtype)
-    wide = kind if kind.itemsize >= 4 else jnp.dtype("float32")
-    return {
-        name: (jnp.ones if "variance" in name else jnp.zeros)(shape, wide)
-        for name, shape in config.buffer_shapes().items()
-    }
 
 
 def coefficients(
@@ -140,9 +69,10 @@ def coefficients(
         BackendError, ShapeError: the input does not fit, or the layer has no gate.
         GateError: a batch-norm gate without buffers, outside training.
     """
+    check_parameters(config, parameters, "gate.")
     layer = config.first if isinstance(config, BlockConfig) else config
     kept = dict(buffers or {})
-    lead = functional.check_input(x, layer.spec.in_features, _dtype(parameters), BACKEND)
+    lead = functional.check_input(x, layer.spec.in_features, dtype_of(parameters), BACKEND)
     rows = x.reshape(prod(lead), layer.spec.in_features)
     names = axis_name if isinstance(axis_name, list | tuple) else (axis_name,)
     shared = axis_name is not None and training and bool(layer.buffer_shapes())
@@ -183,11 +113,12 @@ def apply(
 
     Raises:
         BackendError: no arrays of JAX's.
-        ShapeError: input or coefficients do not fit the layer.
+        ShapeError: parameters, input or coefficients do not fit the layer.
 
     >>> import jax, jax.numpy as jnp
     >>> from tensormoe.functional import LayerConfig
     >>> from tensormoe import CP, Gate, LayerSpec
+    >>> from tensormoe_jax import initialize
     >>> config = LayerConfig(LayerSpec(8, 4, 3, CP(2)), Gate())
     >>> parameters = initialize(config, jax.random.key(0))
     >>> jax.jit(apply, static_argnums=0)(config, parameters, jnp.ones((5, 8))).shape
@@ -244,6 +175,7 @@ def _run(
                 "build it with a gate."
             )
         given, kept = coefficients(config, parameters, x, buffers=kept, training=training)
+    check_parameters(config, parameters, "factors.")
     return _mix(config, parameters, x, given), kept
 
 
@@ -283,6 +215,7 @@ def mix_block(
         drop_middle: what drops entries behind the activation.
         drop_last: what drops entries behind the second layer.
     """
+    check_parameters(config, parameters, "first.", "second.")
     parts = split_names(parameters)
     middle = ACTIVATIONS[config.act_layer](_mix(config.first, parts["first"], x, given))
     return drop_last(_mix(config.second, parts["second"], drop_middle(middle), given))
@@ -300,15 +233,15 @@ def split_names(arrays: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
 def _mix(config: LayerConfig, parameters: Parameters, x: Array, given: Given) -> Array:
     """The experts, mixed by ready-made coefficients."""
     if config.indexed_input:
-        _check_range(x, config.spec.in_features, "ids")
+        check_range(x, config.spec.in_features, "ids")
         x = functional.check_ids(x, config.spec.in_features, BACKEND, look=False)
         lead = x.shape
     else:
-        lead = functional.check_input(x, config.spec.in_features, _dtype(parameters), BACKEND)
+        lead = functional.check_input(x, config.spec.in_features, dtype_of(parameters), BACKEND)
     listed = given if isinstance(given, list | tuple) else (given,)
     for each, experts in zip(listed, config.spec.experts, strict=False):
         if isinstance(each, TopK):
-            _check_range(each.indices, experts, "indices of coefficients")
+            check_range(each.indices, experts, "indices of coefficients")
     merged = functional.merged_coefficients(config, given, lead, BACKEND, look=False)
     rows = x.reshape(prod(lead), *x.shape[len(lead) :])
     # an exported function must not be bound to the batch sizes that one plan is the cheapest for
@@ -317,21 +250,6 @@ def _mix(config: LayerConfig, parameters: Parameters, x: Array, given: Given) ->
         config, parameters, rows, merged, BACKEND, any_batch=any_batch
     )
     return result.reshape(*lead, config.spec.out_features)
-
-
-def _dtype(parameters: Parameters) -> Any:
-    """The layer's dtype: that of its factors, or of the gate where that is all there is."""
-    names = [name for name in parameters if "factors." in name] or [*parameters]
-    return parameters[names[0]].dtype
-
-
-def _check_range(indices: Any, size: int, name: str) -> None:
-    """Refuse indices out of range, where that waits for no device and no tracer."""
-    concrete = isinstance(indices, Array) and not isinstance(indices, jax.core.Tracer)
-    if concrete and jax.default_backend() == "cpu":
-        # constants of a function that is traced can be looked at as well
-        with jax.ensure_compile_time_eval():
-            functional.check_ids(indices, size, BACKEND, name, look=True)
 
 
 def _keep(array: Array) -> Array:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 from flax import nnx
 from jax import Array
 
 from tensormoe.errors import SpecError
 from tensormoe.functional import BlockConfig, LayerConfig
+from tensormoe_jax._keys import shown
 from tensormoe_jax._layers import Ready, first_values
 
 __all__ = ["Source", "checked_rngs", "drawn"]
@@ -28,13 +30,13 @@ def checked_rngs(rngs: Any) -> nnx.Rngs:
     """
     if isinstance(rngs, nnx.Rngs):
         return rngs
-    if not isinstance(rngs, bool) and isinstance(rngs, int | Array):
+    if not isinstance(rngs, bool) and isinstance(rngs, int | np.integer | Array):
         try:
-            return nnx.Rngs(rngs)
+            return nnx.Rngs(rngs if isinstance(rngs, Array) else int(rngs))
         except ValueError:
             pass
     raise SpecError(
-        f"rngs must be an nnx.Rngs, a seed, or a key of jax.random.key; got {rngs!r}. Pass "
+        f"rngs must be an nnx.Rngs, a seed, or a key of jax.random.key; got {shown(rngs)}. Pass "
         "nnx.Rngs(0), for instance."
     )
 

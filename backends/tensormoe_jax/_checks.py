@@ -1,0 +1,57 @@
+"""What the functional form accepts, as far as only JAX can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax import Array
+
+from tensormoe import functional
+from tensormoe.errors import BackendError, ShapeError
+from tensormoe.functional import BlockConfig, LayerConfig
+from tensormoe_jax._adapter import BACKEND
+
+__all__ = ["check_parameters", "check_range", "dtype_of"]
+
+Parameters = Mapping[str, Array]
+Config = LayerConfig | BlockConfig
+
+
+def check_parameters(config: Config, parameters: Parameters, *parts: str) -> None:
+    """Refuse parameters that are not the layer's, in the parts that are about to be used."""
+    if not isinstance(parameters, Mapping):
+        raise BackendError(
+            "parameters must be arrays of JAX by canonical name, a dictionary; got a "
+            f"{type(parameters).__name__}. Pass what initialize returned, or a layer's parameters."
+        )
+    for name, shape in config.parameter_shapes().items():
+        if not name.startswith(parts):
+            continue
+        if name not in parameters:
+            raise ShapeError(
+                f"parameters must hold {name!r} of shape {shape}; got {sorted(parameters)}. Pass "
+                "what initialize returned for this config."
+            )
+        functional.check_array(parameters[name], BACKEND, name)
+        if parameters[name].shape != shape:
+            raise ShapeError(
+                f"{name} must have shape {shape}; got {parameters[name].shape}. Stacked layers run "
+                "under jax.vmap or jax.lax.scan."
+            )
+
+
+def dtype_of(parameters: Parameters) -> Any:
+    """The layer's dtype: that of its factors, or of the gate where that is all there is."""
+    names = [name for name in parameters if "factors." in name] or [*parameters]
+    return parameters[names[0]].dtype
+
+
+def check_range(indices: Any, size: int, name: str) -> None:
+    """Refuse indices out of range, where that waits for no device and no tracer."""
+    concrete = isinstance(indices, Array) and not isinstance(indices, jax.core.Tracer)
+    if concrete and jax.default_backend() == "cpu":
+        # constants of a function that is traced can be looked at as well
+        with jax.ensure_compile_time_eval():
+            functional.check_ids(indices, size, BACKEND, name, look=True)

@@ -1,0 +1,87 @@
+"""First values of a layer as a dictionary of arrays."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tensormoe import functional
+from tensormoe.functional import BlockConfig, LayerConfig
+from tensormoe_jax._adapter import BACKEND
+from tensormoe_jax._dtypes import checked_dtype
+from tensormoe_jax._keys import checked_key
+
+__all__ = ["initial_buffers", "initialize"]
+
+Config = LayerConfig | BlockConfig
+
+
+def initialize(
+    config: Config, key: Array, *, init: str = "variance", dtype: Any = None
+) -> dict[str, Array]:
+    """Draw all parameters; projections of the gate start at zero, so that experts start alike.
+
+    Args:
+        config: of a layer, an embedding or a block, as the layers' ``config``.
+        key: of ``jax.random``.
+        init: ``"variance"`` or ``"paper"``.
+        dtype: of the parameters; JAX's default one for None.
+
+    Returns:
+        The parameters by canonical name.
+
+    Raises:
+        SpecError: an unknown scheme, no dtype for a layer, or no key.
+
+    >>> import jax
+    >>> from tensormoe.functional import LayerConfig
+    >>> from tensormoe import CP, Gate, LayerSpec
+    >>> config = LayerConfig(LayerSpec(8, 4, 3, CP(2)), Gate())
+    >>> {name: array.shape for name, array in initialize(config, jax.random.key(0)).items()}
+    {'factors.expert_0': (3, 2), 'factors.input': (8, 2), 'factors.output': (4, 2), \
+'factors.bias': (2,), 'gate.projection_0': (8, 3)}
+    """
+    if isinstance(config, BlockConfig):
+        first, second = jax.random.split(checked_key(key))
+        parts = {
+            "first": initialize(config.first, first, init=init, dtype=dtype),
+            "second": initialize(config.second, second, init=init, dtype=dtype),
+        }
+        return {
+            name if name.startswith("gate.") else f"{layer}.{name}": array
+            for layer, arrays in parts.items()
+            for name, array in arrays.items()
+        }
+    kind, key = checked_dtype(dtype), checked_key(key)
+    numbers = count()
+
+    def fresh() -> Array:
+        return jax.random.fold_in(key, next(numbers))
+
+    return functional.initialize(
+        config,
+        BACKEND,
+        normal=lambda shape: jax.random.normal(fresh(), shape, kind),
+        uniform=lambda shape: jax.random.uniform(fresh(), shape, kind, -1.0, 1.0),
+        zeros=lambda shape: jnp.zeros(shape, kind),
+        init=init,
+    )
+
+
+def initial_buffers(config: Config, *, dtype: Any = None) -> dict[str, Array]:
+    """Fresh running statistics of a batch-norm gate; empty for other gates.
+
+    Args:
+        config: of a layer or a block.
+        dtype: of the parameters; statistics are float32 at least.
+    """
+    kind = checked_dtype(dtype)
+    wide = kind if kind.itemsize >= 4 else jnp.dtype("float32")
+    return {
+        name: (jnp.ones if "variance" in name else jnp.zeros)(shape, wide)
+        for name, shape in config.buffer_shapes().items()
+    }
