@@ -108,6 +108,13 @@ def eqx_layer(config: Any, arrays: Arrays) -> tuple[Any, eqx.nn.State]:
     return layer, state
 
 
+def build(form: str, name: str = "MuMoE", *sizes: Any, **options: Any) -> Any:
+    """A small layer, of Flax or of Equinox."""
+    source = {"rngs": 0} if form == "nnx" else {"key": jax.random.key(0)}
+    given = {"experts": 3, "rank": 2} | source | options
+    return getattr(getattr(tensormoe_jax, form), name)(*(sizes or (5, 4)), **given)
+
+
 Run = Callable[..., Any]
 
 
