@@ -141,6 +141,12 @@ def test_modes_of_flax() -> None:
     assert "ExpertGate:\n  use_running_average" in nnx.view_info(block)
 
 
+def dropped_between(output: Any, want: Any, drop: float) -> bool:
+    """Whether entries that were kept at the end differ from the output without dropping."""
+    kept = np.asarray(output) != 0
+    return bool(np.abs(np.asarray(output) * (1 - drop) - np.asarray(want))[kept].max() > 0.1)
+
+
 class TestDroppedEntries:
     drop = 0.4
 
@@ -157,7 +163,9 @@ class TestDroppedEntries:
         assert_same(run(again, x), first, 0.0)
         assert abs(float((first == 0).mean()) - self.drop) < 0.05
         block.eval()
-        assert_same(run(block, x), numpys(config, arrays)(np.asarray(x)), 2e-5)
+        want = numpys(config, arrays)(np.asarray(x))
+        assert_same(run(block, x), want, 2e-5)
+        assert dropped_between(first, want, self.drop)
         assert_same(block(x[:2], deterministic=False, rngs=nnx.Rngs(1)).shape, (2, 4))
 
     def test_equinox(self) -> None:
@@ -173,6 +181,7 @@ class TestDroppedEntries:
         want = numpys(config, arrays)(np.asarray(x))
         assert_same(run(eqx.nn.inference_mode(block), x, None), want, 2e-5)
         assert_same(block(x, inference=True), want, 2e-5)
+        assert dropped_between(first, want, self.drop)
         more = eqx.tree_at(lambda block: block.dropout.p, block, 0.9)
         assert abs(float((run(more, x, jax.random.key(0)) == 0).mean()) - 0.9) < 0.05
 
@@ -190,6 +199,8 @@ class TestDroppedEntries:
 
         found = mean(jax.random.split(jax.random.key(0), 20_000))
         assert_same(found, want, 0.05)
+        once, _ = tensormoe_jax.train(config, arrays, x, key=jax.random.key(0))
+        assert dropped_between(once, want, self.drop)
 
     def test_blocks_that_drop_nothing_keep_no_keys(self) -> None:
         block = in_nnx.MuMoEMLP(5, experts=3, rank=2, rngs=nnx.Rngs(params=0))

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 import tensormoe_jax
-from tensormoe import CP, Gate, LayerSpec, TopK
+from tensormoe import CP, Gate, LayerSpec, TopK, Tucker
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe_jax import equinox as in_equinox
 from tensormoe_jax import nnx as in_nnx
@@ -36,6 +36,8 @@ from tests._jax_helpers import (
 
 BATCH_NORM = Gate(normalization="batch", bias=True)
 CONFIG = config_of(gate=Gate())
+SEVERAL = config_of(Tucker(5), gate=Gate())
+"""A layer that runs other programs at other batch sizes."""
 HUGE = 10**8
 
 
@@ -222,16 +224,17 @@ class TestStackedLayers:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    "config", [CONFIG, block_of(BATCH_NORM), config_of(gate=Gate("top_k", k=2))]
+    "config", [SEVERAL, block_of(BATCH_NORM), config_of(gate=Gate("top_k", k=2))]
 )
 def test_export_with_an_open_batch(config: Any, form: str) -> None:
     """Through bytes and back, one function serves every batch size."""
+    assert len(SEVERAL.regimes.starts) > 2
     run = FORMS[form](config, values(config))
     (batch,) = jax.export.symbolic_shape("batch")
     open_shape = jax.ShapeDtypeStruct((batch, 5), jnp.float64)
     written = jax.export.export(jax.jit(lambda x: run(x)))(open_shape).serialize()
     exported = jax.export.deserialize(written)
-    for rows in (1, 7):
+    for rows in (1, 7, 40):
         x = normal(rows, 5)
         assert_same(exported.call(jnp.asarray(x)), numpys(config, values(config))(x))
 
