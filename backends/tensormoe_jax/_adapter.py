@@ -106,7 +106,7 @@ class JaxBackend:
     def from_bytes(self, dtype: str, shape: tuple[int, ...], data: bytes, /) -> Array:
         found = _dtype(dtype)
         little = np.frombuffer(data, dtype=found.newbyteorder("<"))
-        return jnp.asarray(little.astype(found, copy=False).reshape(shape))
+        return jnp.asarray(little.reshape(shape), dtype=found)
 
     def to_dlpack(self, array: Array, /, *, copy: bool) -> tuple[Array, bool]:
         if isinstance(array, jax.core.Tracer):

@@ -57,8 +57,10 @@ def astype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def asarray(x: Tensor, *, copy: Any = None) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format) if copy else x
+def asarray(x: Tensor, *, device: Any = None, copy: Any = None) -> Tensor:
+    if copy:
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x if device is None else x.to(device)
 
 
 def maximum(x: Tensor, y: Tensor | float) -> Tensor:

@@ -17,6 +17,7 @@ from tensormoe.planning._program import Program as Program
 from tensormoe.planning._program import Step as Step
 from tensormoe.planning._regimes import Regimes as Regimes
 from tensormoe.planning._regimes import Routing as Routing
+from tensormoe.planning._regimes import contraction as contraction
 from tensormoe.planning._regimes import plan_regimes as plan_regimes
 from tensormoe.planning._regimes import weight_program as weight_program
 from tensormoe.planning._reverse import Reverse as Reverse
@@ -43,6 +44,7 @@ __all__ = [
     "Routing",
     "Step",
     "StepCost",
+    "contraction",
     "dense_moe_cost",
     "linear_cost",
     "mlp_budgets",

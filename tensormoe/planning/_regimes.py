@@ -28,6 +28,7 @@ __all__ = [
     "Routing",
     "best_candidate",
     "build_program",
+    "contraction",
     "plan_regimes",
     "weight_program",
 ]
@@ -320,7 +321,19 @@ def weight_program(spec: LayerSpec, *, single: bool, bias: bool) -> Program:
         for f in factors
     )
     output = (*experts, *(() if bias else (INPUT,)), OUTPUT)
-    builder = Builder(operands, network.sizes)
-    slots = list(range(len(operands)))
-    path = contract_path([each.legs for each in operands], output, network.sizes, WRITE_WEIGHT)
-    return builder.finish(builder.network(slots, path, output))
+    return contraction(operands, output, network.sizes)
+
+
+def contraction(
+    operands: tuple[Operand, ...], output: tuple[Leg, ...], sizes: Mapping[Leg, int]
+) -> Program:
+    """The program that contracts arrays without a batch into the legs ``output``, in that order.
+
+    Args:
+        operands: what it takes.
+        output: the legs to keep.
+        sizes: the size of every leg.
+    """
+    builder = Builder(operands, sizes)
+    path = contract_path([each.legs for each in operands], output, sizes, WRITE_WEIGHT)
+    return builder.finish(builder.network(range(len(operands)), path, output))

@@ -1,0 +1,10 @@
+"""Dense experts → factors, with a report of what was lost."""
+
+from __future__ import annotations
+
+from tensormoe.decomposition._decompose import decompose as decompose
+from tensormoe.decomposition._fit import Search as Search
+from tensormoe.decomposition._report import Decomposition as Decomposition
+from tensormoe.decomposition._report import Report as Report
+
+__all__ = ["Decomposition", "Report", "Search", "decompose"]

@@ -1,0 +1,135 @@
+"""A tensor to a small core: input and output modes onto the subspaces that a network can fill.
+
+A factor with bonds of size r next to a mode of size I > r fills a subspace of dimension r at most.
+The tensor's own leading subspace of that size is found by a randomized range finder with power
+iterations (Halko, Martinsson & Tropp 2011, algorithm 4.4); there the search for factors is the same
+problem on a smaller tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from tensormoe.backend import Array
+from tensormoe.decomposition._contractions import Structure
+from tensormoe.decomposition._solve import from_host, to_host
+from tensormoe.decomposition._source import Source, joined
+from tensormoe.factorizations import INPUT, OUTPUT, Leg
+
+__all__ = ["Core", "compress", "expand"]
+
+# a core of more than this share of a mode is not worth the detour
+_WORTH = 0.8
+# directions beyond the wanted ones, so that those are found whole
+_SPARE = 8
+_POWERS = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Core:
+    """A compressed tensor.
+
+    Args:
+        structure: the network on the core.
+        source: the core.
+        bases: orthonormal columns (size, smaller size) by leg.
+    """
+
+    structure: Structure
+    source: Source
+    bases: Mapping[Leg, Array]
+
+
+def compress(structure: Structure, source: Source, rng: Any) -> Core:
+    """The core of a tensor for a network; the tensor itself where compression gains nothing."""
+    backend = source.backend
+    sizes = structure.sizes
+    bases: dict[Leg, Array] = {}
+    for leg in (INPUT, OUTPUT):
+        wanted = _filled(structure, leg)
+        if wanted is not None and wanted + _SPARE < _WORTH * sizes[leg]:
+            bases[leg] = _range(source, leg, wanted + _SPARE, bases.get(INPUT), rng)
+    if not bases:
+        return Core(structure, source, {})
+    small = tuple(
+        (leg, bases[leg].shape[1] if leg in bases else size) for leg, size in structure.size_items
+    )
+    after = replace(structure, size_items=small)
+    shape = tuple(after.sizes[leg] for leg in after.open_legs)
+
+    def projected() -> Iterator[Array]:
+        for matrix in source.matrices():
+            if INPUT in bases:
+                matrix = backend.matmul(backend.permute(bases[INPUT], (1, 0)), matrix)
+            if OUTPUT in bases:
+                matrix = backend.matmul(matrix, bases[OUTPUT])
+            yield matrix
+
+    rows = joined(projected(), 0, prod(shape[:-1]), backend)
+    return Core(after, Source(backend.reshape(rows, shape), backend), bases)
+
+
+def expand(core: Core, factors: Mapping[str, Array]) -> dict[str, Array]:
+    """Factors of a core as factors of the tensor that it was made of."""
+    backend = core.source.backend
+    found = dict(factors)
+    for factor in core.structure.factors:
+        for leg, basis in core.bases.items():
+            if leg in factor.legs:
+                place = factor.legs.index(leg)
+                array = found[factor.name]
+                axes = (place, *(k for k in range(array.ndim) if k != place))
+                moved = backend.permute(array, axes)
+                rest = tuple(moved.shape[1:])
+                flat = backend.reshape(moved, (moved.shape[0], prod(rest)))
+                wide = backend.reshape(backend.matmul(basis, flat), (basis.shape[0], *rest))
+                back = tuple(axes.index(k) for k in range(array.ndim))
+                found[factor.name] = backend.permute(wide, back)
+    return found
+
+
+def _filled(structure: Structure, leg: Leg) -> int | None:
+    """The largest dimension that a network can fill in a mode; None where nothing bounds it."""
+    holders = [factor for factor in structure.factors if leg in factor.legs]
+    if len(holders) != 1:
+        return None
+    sizes = structure.sizes
+    return prod(sizes[other] for other in holders[0].legs if other != leg)
+
+
+def _range(source: Source, leg: Leg, count: int, left: Array | None, rng: Any) -> Array:
+    """Orthonormal columns that span the leading subspace of a mode, nearly.
+
+    Args:
+        source: the tensor.
+        leg: the mode, input or output.
+        count: how many columns.
+        left: a basis of the input mode that the tensor is projected onto first.
+        rng: NumPy's generator.
+    """
+    import numpy as np
+
+    backend = source.backend
+    other = source.shape[-1 if leg == INPUT else -2]
+    if left is not None:
+        other = left.shape[1]
+    sketch: Array = None
+    for turn in range(1 + _POWERS):
+        total: Array = None
+        for matrix in source.matrices():
+            if left is not None:
+                matrix = backend.matmul(backend.permute(left, (1, 0)), matrix)
+            if leg == OUTPUT:
+                matrix = backend.permute(matrix, (1, 0))
+            if turn:
+                probe = backend.matmul(backend.permute(matrix, (1, 0)), sketch)
+            else:
+                drawn = rng.standard_normal((other, count), dtype=np.float32)
+                probe = from_host(drawn, matrix, backend)
+            part = backend.matmul(matrix, probe)
+            total = part if total is None else total + part
+        sketch = from_host(np.linalg.qr(to_host(total, backend))[0], total, backend)
+    return sketch

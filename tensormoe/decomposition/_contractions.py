@@ -1,0 +1,172 @@
+"""The contractions of alternating least squares, planned once for a network.
+
+For fixed other factors, the squared distance of a network to a tensor is quadratic in one factor.
+Its minimum solves ``G X = M``: M is the tensor contracted with all other factors, and G is the
+network of the other factors contracted with itself over the open legs. Both follow from the
+network's legs, so one implementation serves every factorization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from tensormoe.factorizations import Factor, Leg
+from tensormoe.planning import Operand, Program, contraction
+
+__all__ = ["SOURCE", "Structure", "Update", "plan_partial", "plan_update"]
+
+SOURCE = "source"
+"""Name of the operand that is no factor: the tensor, or the tensor contracted with a factor."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A network as decomposition sees it.
+
+    Args:
+        factors: the arrays to be found.
+        open_legs: the legs of the tensor, in its order.
+        size_items: pairs (leg, size).
+    """
+
+    factors: tuple[Factor, ...]
+    open_legs: tuple[Leg, ...]
+    size_items: tuple[tuple[Leg, int], ...]
+
+    @property
+    def sizes(self) -> dict[Leg, int]:
+        """The size of every leg."""
+        return dict(self.size_items)
+
+    def factor(self, name: str) -> Factor:
+        """The factor of that name."""
+        return next(factor for factor in self.factors if factor.name == name)
+
+    def shape(self, factor: Factor) -> tuple[int, ...]:
+        """The array shape of a factor."""
+        sizes = self.sizes
+        return tuple(sizes[leg] for leg in factor.legs)
+
+
+@dataclass(frozen=True)
+class Gram:
+    """A part of G, which is the product of its parts over separate bonds.
+
+    Args:
+        program: with legs (bonds…, bonds′…), or (shared…, bonds…, bonds′…) for the only part.
+        axis: first of the bonds' axes in M.
+        bonds: their sizes.
+    """
+
+    program: Program
+    axis: int
+    bonds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Update:
+    """The least-squares problem of one factor.
+
+    Args:
+        name: of the factor.
+        moment: program of M, with legs (shared…, bonds…, free…).
+        grams: the parts of G; the other factors that hang together over bonds make one.
+        legs: M's.
+        shared: how many open legs the factor has in common with others: the problem falls apart
+            along them.
+        axes: from M's order to the factor's own.
+    """
+
+    name: str
+    moment: Program
+    grams: tuple[Gram, ...]
+    legs: tuple[Leg, ...]
+    shared: int
+    axes: tuple[int, ...]
+
+
+@lru_cache(maxsize=256)
+def plan_partial(structure: Structure, absorbed: str) -> tuple[Program, tuple[Leg, ...]]:
+    """The program that contracts the tensor with one factor, and the legs of its result."""
+    factor = structure.factor(absorbed)
+    elsewhere = {leg for each in structure.factors if each.name != absorbed for leg in each.legs}
+    kept = [leg for leg in structure.open_legs if leg not in factor.legs or leg in elsewhere]
+    legs = (*kept, *(leg for leg in factor.legs if leg not in structure.open_legs))
+    operands = (_operand(SOURCE, structure.open_legs), _operand(absorbed, factor.legs))
+    return contraction(operands, legs, structure.sizes), legs
+
+
+@lru_cache(maxsize=256)
+def plan_update(structure: Structure, name: str, absorbed: str | None = None) -> Update:
+    """The least-squares problem of factor ``name``.
+
+    Args:
+        structure: the network; it has other factors.
+        name: the factor.
+        absorbed: a factor that the source was contracted with (:func:`plan_partial`), if any.
+    """
+    sizes, factor = structure.sizes, structure.factor(name)
+    others = [each for each in structure.factors if each.name != name]
+    elsewhere = {leg for each in others for leg in each.legs}
+    shared = tuple(leg for leg in factor.legs if leg in structure.open_legs and leg in elsewhere)
+    groups = [others] if shared else _components(others)
+    bonds = tuple(leg for group in groups for leg in _bonds(factor, group, structure))
+    free = tuple(leg for leg in factor.legs if leg not in (*shared, *bonds))
+    stored = (*shared, *bonds, *free)
+    source = structure.open_legs if absorbed is None else plan_partial(structure, absorbed)[1]
+    moment = contraction(
+        (
+            _operand(SOURCE, source),
+            *(_operand(each.name, each.legs) for each in others if each.name != absorbed),
+        ),
+        stored,
+        sizes,
+    )
+    grams, axis = [], len(shared)
+    for group in groups:
+        inner = _bonds(factor, group, structure)
+        program = _gram_program(group, shared, inner, structure)
+        grams.append(Gram(program, axis, tuple(sizes[leg] for leg in inner)))
+        axis += len(inner)
+    axes = tuple(stored.index(leg) for leg in factor.legs)
+    return Update(name, moment, tuple(grams), stored, len(shared), axes)
+
+
+def _gram_program(
+    group: Sequence[Factor], shared: tuple[Leg, ...], bonds: tuple[Leg, ...], structure: Structure
+) -> Program:
+    """A group of factors contracted with itself over its open legs."""
+
+    def primed(legs: Sequence[Leg]) -> tuple[Leg, ...]:
+        return tuple(leg if leg in structure.open_legs else f"{leg}'" for leg in legs)
+
+    return contraction(
+        (
+            *(_operand(each.name, each.legs) for each in group),
+            *(_operand(each.name, primed(each.legs)) for each in group),
+        ),
+        (*shared, *bonds, *primed(bonds)),
+        structure.sizes | {f"{leg}'": size for leg, size in structure.size_items},
+    )
+
+
+def _bonds(factor: Factor, group: Sequence[Factor], structure: Structure) -> tuple[Leg, ...]:
+    """The closed legs that tie a factor to a group of others."""
+    theirs = {leg for each in group for leg in each.legs}
+    return tuple(leg for leg in factor.legs if leg in theirs and leg not in structure.open_legs)
+
+
+def _components(factors: Sequence[Factor]) -> list[list[Factor]]:
+    """Factors that hang together, in groups."""
+    groups: list[list[Factor]] = []
+    for factor in factors:
+        tied = [g for g in groups if any(set(factor.legs) & set(each.legs) for each in g)]
+        groups = [g for g in groups if g not in tied]
+        groups.append([factor, *(each for g in tied for each in g)])
+    return groups
+
+
+def _operand(name: str, legs: Sequence[Leg]) -> Operand:
+    return Operand(name, tuple(legs), "factor")

@@ -1,0 +1,167 @@
+"""The tensor that is decomposed, read a few experts at a time, widened and weighted on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+from math import prod
+from typing import Any
+
+from tensormoe._devices import device_of
+from tensormoe.backend import Array, Backend
+from tensormoe.decomposition._contractions import SOURCE, Structure
+from tensormoe.execution import execute, plus
+from tensormoe.factorizations import Leg
+from tensormoe.functional._dtypes import widened
+from tensormoe.planning import Program
+
+__all__ = ["Source", "joined", "run"]
+
+# entries of a block; larger ones are no faster, and what is made of them costs memory
+_BLOCK = 2**19
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A tensor (experts…, in, out).
+
+    Args:
+        array: in any floating-point dtype; its work is done in float32 at least.
+        backend: adapter of its library.
+        bias: (experts…, out), one more row of every matrix, if any.
+        inputs: R, of the input's size, if inputs weigh differently: the tensor stands for Rᵀ times
+            itself.
+        weights: (experts₀,) of the first level, if experts weigh differently.
+    """
+
+    array: Array
+    backend: Backend
+    bias: Array | None = None
+    inputs: Array | None = None
+    weights: Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of experts, input (and one for the bias) and output."""
+        *experts, rows, columns = self.array.shape
+        return (*experts, rows + (self.bias is not None), columns)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype that the work is done in."""
+        return widened(self.array[(slice(0, 0),)], self.backend).dtype
+
+    def block(self, start: int, stop: int) -> Array:
+        """Experts ``start`` to ``stop`` of the first level, widened and weighted."""
+        found = widened(self.array[start:stop], self.backend)
+        if self.bias is not None:
+            row = self.backend.namespace.expand_dims(self.bias[start:stop], axis=-2)
+            row = widened(row, self.backend)
+            found = self.backend.namespace.concat([found, row], axis=-2)
+        if self.inputs is not None:
+            found = self.backend.matmul(self.backend.permute(self.inputs, (1, 0)), found)
+        if self.weights is not None:
+            ones = (1,) * (found.ndim - 1)
+            found = found * self.backend.reshape(self.weights[start:stop], (-1, *ones))
+        return found
+
+    @property
+    def plain(self) -> bool:
+        """Whether the array is worked on as it is."""
+        changed = (self.bias, self.inputs, self.weights)
+        return all(each is None for each in changed) and self.dtype == self.array.dtype
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Start and stop of the experts of the first level that are worked on at a time."""
+        count = self.shape[0]
+        step = max(1, min(count, _BLOCK // prod(self.shape[1:])))
+        for start in range(0, count, step):
+            yield start, min(start + step, count)
+
+    def matrices(self) -> Iterator[Array]:
+        """One expert's matrix (in, out) after the other."""
+        for start in range(self.shape[0]):
+            block = self.block(start, start + 1)
+            rows = self.backend.reshape(block, (-1, *self.shape[-2:]))
+            for place in range(rows.shape[0]):
+                yield rows[place]
+
+    def squared_norm(self) -> float:
+        """The sum of squares."""
+        return sum(_squares(matrix, self.backend) for matrix in self.matrices())
+
+    def contract(
+        self,
+        structure: Structure,
+        plan: Callable[[Structure], tuple[Program, tuple[Leg, ...]]],
+        factors: Mapping[str, Array],
+    ) -> Array:
+        """A contraction of the tensor with factors, block by block.
+
+        Args:
+            structure: the network; its first open leg is the tensor's first axis.
+            plan: the program for a structure, and the legs of its result.
+            factors: by name.
+        """
+        leg, count = structure.open_legs[0], self.shape[0]
+        _, legs = plan(structure)
+        # what keeps the experts apart is as large in blocks as at once
+        spans = [(0, count)] if self.plain and leg in legs else list(self.blocks())
+        results = (self._part(structure, plan, factors, *span) for span in spans)
+        if leg in legs:
+            return joined(results, legs.index(leg), count, self.backend)
+        total = next(results)
+        for result in results:
+            total = plus(total, result, self.backend)
+        return total
+
+    def _part(
+        self,
+        structure: Structure,
+        plan: Callable[[Structure], tuple[Program, tuple[Leg, ...]]],
+        factors: Mapping[str, Array],
+        start: int,
+        stop: int,
+    ) -> Array:
+        """The contraction of experts ``start`` to ``stop`` of the first level."""
+        leg = structure.open_legs[0]
+        sizes = tuple((k, stop - start if k == leg else n) for k, n in structure.size_items)
+        program, _ = plan(replace(structure, size_items=sizes))
+        arrays = {SOURCE: self.block(start, stop)}
+        for factor in structure.factors:
+            array = factors[factor.name]
+            if leg in factor.legs:
+                axis = (slice(None),) * factor.legs.index(leg)
+                array = array[(*axis, slice(start, stop))]
+            arrays[factor.name] = array
+        return run(program, arrays, self.backend)
+
+
+def joined(parts: Iterable[Array], axis: int, count: int, backend: Backend) -> Array:
+    """Parts side by side along an axis of ``count`` entries, held twice only where they must be."""
+    listed = iter(parts)
+    first = next(listed)
+    if first.shape[axis] == count:
+        return first
+    if not backend.eager:
+        return backend.namespace.concat([first, *listed], axis=axis)
+    shape = tuple(count if k == axis else size for k, size in enumerate(first.shape))
+    options: Any = {"dtype": first.dtype, "device": device_of(first)}
+    whole = backend.namespace.zeros(shape, **options)
+    start = 0
+    for part in chain((first,), listed):
+        stop = start + part.shape[axis]
+        whole[(*(slice(None),) * axis, slice(start, stop))] = part
+        start = stop
+    return whole
+
+
+def run(program: Program, arrays: Mapping[str, Array], backend: Backend) -> Array:
+    """A program's result for operands by name."""
+    operands = [arrays[operand.name] for operand in program.operands]
+    return execute(program, operands, backend)[0][0]
+
+
+def _squares(matrix: Array, backend: Backend) -> float:
+    return float(backend.namespace.sum(backend.square_sums(matrix)))

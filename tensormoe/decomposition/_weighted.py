@@ -1,0 +1,100 @@
+"""Errors of outputs instead of weights: the tensor in coordinates in which they are the same.
+
+For inputs with second moments S = E[x xᵀ] and coefficients that do not depend on them, the expected
+squared error of an expert's output is ‖Rᵀ (W − Ŵ)‖² with S = R Rᵀ, and its share in the mixture's
+is its mean squared coefficient. So the decomposition of √pₙ Rᵀ Wₙ minimizes it, and its
+factors, taken back, are those of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tensormoe._spec import LayerSpec
+from tensormoe.backend import Array, Backend
+from tensormoe.decomposition._solve import from_host, to_host
+from tensormoe.decomposition._source import Source
+from tensormoe.factorizations import INPUT, expert_leg
+from tensormoe.functional._dtypes import widened
+
+__all__ = ["Weighting", "weigh"]
+
+# of the mean second moment, added to all: directions that no sample shows are not free
+_FLOOR = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Weighting:
+    """A weighted tensor, and the way back for its factors.
+
+    Args:
+        source: the tensor, weighted.
+        back: the inverse of Rᵀ (in, in), in float64 on the host; None where nothing is weighted.
+        loads: square roots of the mean squared coefficients of the first level, on the host.
+    """
+
+    source: Source
+    back: Any = None
+    loads: Any = None
+
+    def undo(self, spec: LayerSpec, factors: Mapping[str, Array]) -> dict[str, Array]:
+        """The factors of the tensor without weights."""
+        found = dict(factors)
+        backend = self.source.backend
+        for leg, inverse in ((INPUT, self.back), (expert_leg(0), self.loads)):
+            if inverse is None:
+                continue
+            # a mode that several factors have is taken back in one of them
+            factor = next(each for each in spec.network.factors if leg in each.legs)
+            place = factor.legs.index(leg)
+            host = to_host(found[factor.name], backend).astype("float64")
+            moved = host.swapaxes(0, place)
+            flat = moved.reshape(moved.shape[0], -1)
+            flat = inverse @ flat if inverse.ndim == 2 else flat / inverse[:, None]
+            wide = flat.reshape(moved.shape).swapaxes(0, place)
+            found[factor.name] = from_host(wide, found[factor.name], backend)
+        return found
+
+
+def weigh(source: Source, inputs: Array, coefficients: Array | None) -> Weighting:
+    """A tensor weighted by the second moments of samples.
+
+    Args:
+        source: the tensor.
+        inputs: (samples, in).
+        coefficients: (samples, N), all levels flattened.
+    """
+    import numpy as np
+
+    backend = source.backend
+    samples = _wide(inputs, backend)
+    if source.bias is not None:
+        samples = np.concatenate([samples, np.ones((len(samples), 1))], axis=1)
+    moments = samples.T @ samples / len(samples)
+    size = len(moments)
+    moments[np.diag_indices(size)] += max(_FLOOR * np.trace(moments) / size, 1e-300)
+    root = np.linalg.cholesky(moments)
+    loads = None
+    if coefficients is not None:
+        weights = _wide(coefficients, backend)
+        shares = np.mean(weights**2, axis=0).reshape(source.shape[0], -1).sum(axis=1)
+        # experts that no sample used stay worth something
+        loads = np.sqrt(np.maximum(shares, _FLOOR * shares.mean()))
+        if not loads.any():
+            loads = None
+    like = source.block(0, 1)
+    weighted = Source(
+        source.array,
+        backend,
+        source.bias,
+        from_host(root, like, backend),
+        None if loads is None else from_host(loads, like, backend),
+    )
+    return Weighting(weighted, np.linalg.inv(root.T), loads)
+
+
+def _wide(array: Array, backend: Backend) -> Any:
+    """In float64 on the host, whatever the dtype."""
+    return to_host(widened(array, backend), backend).astype("float64")
