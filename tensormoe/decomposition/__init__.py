@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from tensormoe.decomposition._curves import ErrorCurve as ErrorCurve
+from tensormoe.decomposition._curves import ErrorPoint as ErrorPoint
+from tensormoe.decomposition._curves import error_curves as error_curves
 from tensormoe.decomposition._decompose import decompose as decompose
 from tensormoe.decomposition._fit import Search as Search
 from tensormoe.decomposition._report import Decomposition as Decomposition
 from tensormoe.decomposition._report import Report as Report
 
-__all__ = ["Decomposition", "Report", "Search", "decompose"]
+__all__ = [
+    "Decomposition",
+    "ErrorCurve",
+    "ErrorPoint",
+    "Report",
+    "Search",
+    "decompose",
+    "error_curves",
+]

@@ -8,12 +8,15 @@ network's legs, so one implementation serves every factorization.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from tensormoe.factorizations import Factor, Leg
 from tensormoe.planning import Operand, Program, contraction
+from tensormoe.planning._cost import program_cost
+from tensormoe.planning._regimes import WRITE_WEIGHT
+from tensormoe.planning._tree import Builder, contract_path
 
 __all__ = ["SOURCE", "Structure", "Update", "plan_partial", "plan_update"]
 
@@ -93,7 +96,10 @@ def plan_partial(structure: Structure, absorbed: str) -> tuple[Program, tuple[Le
     factor = structure.factor(absorbed)
     elsewhere = {leg for each in structure.factors if each.name != absorbed for leg in each.legs}
     kept = [leg for leg in structure.open_legs if leg not in factor.legs or leg in elsewhere]
-    legs = (*kept, *(leg for leg in factor.legs if leg not in structure.open_legs))
+    bonds = [leg for leg in factor.legs if leg not in structure.open_legs]
+    # products over a bond of many factors are many small ones: it stands first, where they are fast
+    many = [leg for leg in bonds if sum(leg in each.legs for each in structure.factors) > 2]
+    legs = (*many, *kept, *(leg for leg in bonds if leg not in many))
     operands = (_operand(SOURCE, structure.open_legs), _operand(absorbed, factor.legs))
     return contraction(operands, legs, structure.sizes), legs
 
@@ -116,14 +122,8 @@ def plan_update(structure: Structure, name: str, absorbed: str | None = None) ->
     free = tuple(leg for leg in factor.legs if leg not in (*shared, *bonds))
     stored = (*shared, *bonds, *free)
     source = structure.open_legs if absorbed is None else plan_partial(structure, absorbed)[1]
-    moment = contraction(
-        (
-            _operand(SOURCE, source),
-            *(_operand(each.name, each.legs) for each in others if each.name != absorbed),
-        ),
-        stored,
-        sizes,
-    )
+    rest = [each for each in others if each.name != absorbed]
+    moment = _moment_program(source, rest, stored, sizes)
     grams, axis = [], len(shared)
     for group in groups:
         inner = _bonds(factor, group, structure)
@@ -132,6 +132,35 @@ def plan_update(structure: Structure, name: str, absorbed: str | None = None) ->
         axis += len(inner)
     axes = tuple(stored.index(leg) for leg in factor.legs)
     return Update(name, moment, tuple(grams), stored, len(shared), axes)
+
+
+def _moment_program(
+    source: tuple[Leg, ...],
+    others: Sequence[Factor],
+    output: tuple[Leg, ...],
+    sizes: Mapping[Leg, int],
+) -> Program:
+    """The source contracted with other factors, along the path of the fewest operations.
+
+    Where it costs no more, the factors are contracted with one another first and then all at once
+    with the source, in one large product.
+    """
+    operands = (_operand(SOURCE, source), *(_operand(each.name, each.legs) for each in others))
+    usual = contraction(operands, output, sizes)
+    if len(others) < 2:
+        return usual
+    builder = Builder(operands, sizes)
+    theirs = {leg for each in others for leg in each.legs}
+    met = [leg for leg in source if leg in theirs]
+    legs = (*met, *(leg for leg in output if leg in theirs and leg not in met))
+    path = contract_path([each.legs for each in others], legs, sizes, WRITE_WEIGHT)
+    joined = builder.network(range(1, len(operands)), path, legs)
+    whole = builder.finish(builder.contract(0, joined, frozenset(output), output))
+    work = [
+        sum(c.matmul_flops + c.elementwise_flops for c in program_cost(p, sizes))
+        for p in (whole, usual)
+    ]
+    return whole if work[0] <= work[1] else usual
 
 
 def _gram_program(

@@ -8,7 +8,7 @@ from typing import Any
 
 from tensormoe.backend import Array
 from tensormoe.decomposition._als import Factors, sweep
-from tensormoe.decomposition._compress import Core, compress, expand
+from tensormoe.decomposition._compress import compress, expand
 from tensormoe.decomposition._contractions import Structure
 from tensormoe.decomposition._solve import from_host
 from tensormoe.decomposition._source import Source
@@ -19,6 +19,8 @@ __all__ = ["Search", "fit"]
 _TRIAL = 10
 # sweeps in a row that have to gain too little before a search ends
 _PATIENCE = 5
+_LEAST_DAMPING = 1e-6
+_ROOM = 0.4
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ def fit(
         (factor,) = structure.factors
         axes = tuple(structure.open_legs.index(leg) for leg in factor.legs)
         return {factor.name: source.backend.permute(source.block(0, source.shape[0]), axes)}, (0.0,)
-    # half of the tensor's own memory, for the core and what is made of it
-    room = prod(source.shape) // 2
+    # a share of the tensor's own memory, for the core and what is made of it
+    room = round(_ROOM * prod(source.shape))
     core = compress(structure, source, rng)
     spare = room - prod(core.source.shape) if core.bases else room
     norm = source.squared_norm()
@@ -56,7 +58,8 @@ def fit(
     kept = core.source.squared_norm() if core.bases else norm
     trials = [
         _advance(
-            core,
+            core.structure,
+            core.source,
             _random(core.structure, core.source, rng),
             kept,
             spare,
@@ -66,28 +69,43 @@ def fit(
         for _ in range(search.starts)
     ]
     factors, errors = min(trials, key=lambda trial: trial[1][-1])
-    factors, more = _advance(core, factors, kept, spare, search.sweeps - len(errors), search)
+    factors, more = _advance(
+        core.structure, core.source, factors, kept, spare, search.sweeps - len(errors), search
+    )
     # the core lacks a part of the tensor
     lost = max(norm - kept, 0.0)
     history = [((lost + error * error * kept) / norm) ** 0.5 for error in (*errors, *more)]
     factors = expand(core, factors)
     del core
-    for _ in range(search.polish):
-        factors, error = sweep(structure, source, norm, factors, room)
-        history.append(error)
-    return factors, tuple(history)
+    factors, polished = _advance(structure, source, factors, norm, room, search.polish, search)
+    return factors, (*history, *polished)
 
 
 def _advance(
-    core: Core, factors: Factors, squared_norm: float, room: int, count: int, search: Search
+    structure: Structure,
+    source: Source,
+    factors: Factors,
+    squared_norm: float,
+    room: int,
+    count: int,
+    search: Search,
 ) -> tuple[Factors, list[float]]:
-    """At most ``count`` sweeps, and the error after each."""
+    """At most ``count`` sweeps, and the error after each that was kept.
+
+    Networks can run away to huge factors that cancel one another, until rounding raises the error.
+    A sweep that does is taken back, and the next ones follow well-seen directions only (Levenberg
+    and Marquardt's damping).
+    """
     errors: list[float] = []
-    idle = 0
+    lowest, idle, damping = float("inf"), 0, 0.0
     for _ in range(count):
-        factors, error = sweep(core.structure, core.source, squared_norm, factors, room)
-        idle = idle + 1 if errors and errors[-1] - error <= search.tolerance * error else 0
-        errors.append(error)
+        found, error = sweep(structure, source, squared_norm, factors, room, damping)
+        idle = 0 if error < lowest * (1.0 - search.tolerance) else idle + 1
+        if error > lowest:
+            damping = max(10.0 * damping, _LEAST_DAMPING)
+        else:
+            factors, lowest, damping = found, error, damping / 3.0
+            errors.append(error)
         if idle == _PATIENCE:
             break
     return factors, errors

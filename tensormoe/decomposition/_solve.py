@@ -13,9 +13,6 @@ from tensormoe.backend import Array, Backend
 
 __all__ = ["from_host", "solve", "to_host"]
 
-# relative to the mean diagonal: what directions without strength are held down by
-_RIDGE = 1e-12
-
 # right-hand sides at a time: float64 copies stay small beside the tensor
 _COLUMNS = 2048
 
@@ -37,24 +34,26 @@ def from_host(array: Any, like: Array, backend: Backend) -> Array:
     return found if device is None else xp.asarray(found, device=device)
 
 
-def solve(gram: Any, moment: Any) -> Any:
-    """X of ``G X = M`` for NumPy arrays G (…, K, K), symmetric and not negative, and M (…, K, L).
+def solve(gram: Any, residual: Any, damping: float = 0.0) -> Any:
+    """Δ of ``(G + λ) Δ = R`` for NumPy arrays G (…, K, K), symmetric and not negative, R (…, K, L).
 
-    Components are scaled alike first, and directions that G does not see are held down.
+    λ is what G's own rounding hides, or ``damping`` if that is more: directions below it are left
+    as they are. Components are scaled alike first, so that G has ones on its diagonal.
     """
     import numpy as np
 
-    size, columns = moment.shape[-2:]
-    result = np.empty(moment.shape, moment.dtype)
+    size, columns = residual.shape[-2:]
+    ridge = max(size * float(np.finfo(gram.dtype).eps), damping)
+    result = np.empty(residual.shape, residual.dtype)
     for place in np.ndindex(gram.shape[:-2]):
         wide = gram[place].astype(np.float64)
         scale = np.sqrt(np.maximum(np.diagonal(wide), 0.0))
         scale = np.where(scale > 0.0, scale, 1.0)[:, None]
         wide /= scale * scale.T
-        wide[np.diag_indices(size)] += _RIDGE * size
+        wide[np.diag_indices(size)] += ridge
         inverse = np.linalg.inv(wide) if columns > _COLUMNS else None
         for start in range(0, columns, _COLUMNS):
-            part = moment[place][:, start : start + _COLUMNS] / scale
+            part = residual[place][:, start : start + _COLUMNS] / scale
             solved = np.linalg.solve(wide, part) if inverse is None else inverse @ part
             result[place][:, start : start + _COLUMNS] = solved / scale
     return result

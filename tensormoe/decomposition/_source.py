@@ -19,7 +19,7 @@ from tensormoe.planning import Program
 __all__ = ["Source", "joined", "run"]
 
 # entries of a block; larger ones are no faster, and what is made of them costs memory
-_BLOCK = 2**19
+_BLOCK = 2**17
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +96,7 @@ class Source:
         structure: Structure,
         plan: Callable[[Structure], tuple[Program, tuple[Leg, ...]]],
         factors: Mapping[str, Array],
+        at_once: bool = False,
     ) -> Array:
         """A contraction of the tensor with factors, block by block.
 
@@ -103,11 +104,11 @@ class Source:
             structure: the network; its first open leg is the tensor's first axis.
             plan: the program for a structure, and the legs of its result.
             factors: by name.
+            at_once: whether blocks save nothing, since the result is the largest array.
         """
         leg, count = structure.open_legs[0], self.shape[0]
         _, legs = plan(structure)
-        # what keeps the experts apart is as large in blocks as at once
-        spans = [(0, count)] if self.plain and leg in legs else list(self.blocks())
+        spans = [(0, count)] if self.plain and at_once else list(self.blocks())
         results = (self._part(structure, plan, factors, *span) for span in spans)
         if leg in legs:
             return joined(results, legs.index(leg), count, self.backend)

@@ -1,0 +1,158 @@
+"""Speed and memory of decomposition next to TensorLy's, as ratios taken in one run.
+
+- CP at rank 256 against ``tensorly.decomposition.parafac`` (random start, 50 iterations) on tensors
+  of a planted rank with 15 % noise, in float32. Ours is given sweeps until its error is no larger.
+- A tensor ring against ``tensorly.decomposition.tensor_ring_als`` (random start, 50 iterations).
+- With ``--large``: an (8, 4096, 14336) bfloat16 stack with a decaying spectrum to 25 % of its
+  entries, with the peak of the process (needs PyTorch, 6 GiB and minutes).
+
+*extra* is the most that was allocated at once beyond the tensor, in units of it.
+
+    python benchmarks/bench_decomposition.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tracemalloc
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from _shared import settings
+
+from tensormoe import CP, TensorRing
+from tensormoe.decomposition import Decomposition, Search, decompose
+from tensormoe.factorizations import Factorization
+
+Array = Any
+
+
+def planted(shape: tuple[int, int, int], rank: int, noise: float = 0.15) -> Array:
+    """A tensor of CP rank ``rank`` and noise of a share of its norm, float32."""
+    rng = np.random.default_rng(0)
+    a, b, c = (rng.standard_normal((size, rank), dtype="float32") for size in shape)
+    whole = np.matmul(a[:, None, :] * b, c.T)
+    loud = rng.standard_normal(shape, dtype="float32")
+    loud *= noise * np.linalg.norm(whole) / np.linalg.norm(loud)
+    return whole + loud
+
+
+def planted_ring(shape: tuple[int, int, int], rank: tuple[int, int, int], noise: float) -> Array:
+    """A tensor ring of ``rank`` and noise, float32."""
+    rng = np.random.default_rng(0)
+    bonds = (*rank, rank[0])
+    cores = [
+        rng.standard_normal((bonds[k], size, bonds[k + 1]), dtype="float32")
+        for k, size in enumerate(shape)
+    ]
+    whole = np.einsum("anb,bic,coa->nio", *cores, optimize=True)
+    loud = rng.standard_normal(shape, dtype="float32")
+    loud *= noise * np.linalg.norm(whole) / np.linalg.norm(loud)
+    return whole + loud
+
+
+def relative(tensor: Array, other: Array) -> float:
+    return float(np.linalg.norm(tensor - other) / np.linalg.norm(tensor))
+
+
+def by_parafac(tensor: Array, rank: int) -> Array:
+    import tensorly
+    from tensorly.decomposition import parafac
+
+    found = parafac(tensor, rank, n_iter_max=50, init="random", tol=0, random_state=0)
+    return tensorly.cp_to_tensor(found)
+
+
+def by_ring_als(tensor: Array, rank: tuple[int, int, int]) -> Array:
+    from tensorly.decomposition import tensor_ring_als
+
+    full = [*rank, rank[0]]
+    found = tensor_ring_als(tensor, full, n_iter_max=50, tol=0, random_state=0)
+    return found.to_tensor()
+
+
+def extra(call: Callable[[], object], tensor: Array) -> float:
+    """Most memory at once, in units of the tensor."""
+    tracemalloc.start()
+    call()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return float(peak / tensor.nbytes)
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    start = perf_counter()
+    found = call()
+    return perf_counter() - start, found
+
+
+def compare(name: str, tensor: Array, kind: Factorization, theirs: Callable[[], Array]) -> None:
+    """One line: theirs against ours."""
+
+    def ours(search: Search | None = None) -> Decomposition:
+        return decompose(tensor, kind, search=search, compare=False)
+
+    ours()  # plans, and wakes the processor
+    mine, found = timed(ours)
+    slow, other = timed(theirs)
+    error, theirs_error = found.report.error, relative(tensor, other)
+    print(
+        f"{name:>12} {tensor.shape!s:>18} {mine:7.2f} {slow:8.2f} {slow / mine:6.1f} "
+        f"{error:8.5f} {theirs_error:8.5f} {found.report.sweeps:6} {extra(ours, tensor):6.2f}",
+        flush=True,
+    )
+    if error > theirs_error:
+        print(f"{'':12} the error is larger than TensorLy's")
+
+
+def large(share: float) -> None:
+    """Mixtral's size: 8 experts 4096 × 14336 in bfloat16, singular values falling like k^-0.7."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    shape = (8, 4096, 14336)
+    weights = torch.empty(shape, dtype=torch.bfloat16)
+    common = torch.randn(512, shape[2], generator=generator)
+    for expert in weights:
+        scale = torch.arange(1, 513) ** -0.7
+        left = torch.randn(shape[1], 512, generator=generator) * scale
+        own = torch.randn(512, shape[2], generator=generator)
+        expert.copy_(left @ (common + own) + 0.05 * torch.randn(shape[1:], generator=generator))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    search = Search(starts=1, sweeps=10, polish=1)
+    for name in ("tensor_ring",):
+        seconds, found = timed(
+            lambda: decompose(weights, name, budget=share, search=search, compare=False)  # noqa: B023
+        )
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(
+            f"{name:>12} {shape!s:>18} bfloat16 to {found.report.ratio:.1%}: {seconds:.0f} s, "
+            f"error {found.report.error:.4f}, {found.spec.factorization}, peak of the process "
+            f"{peak / 2**20:.2f} GiB ({before / 2**20:.2f} before)",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--large", action="store_true", help="only the stack of Mixtral's size")
+    options = parser.parse_args()
+    print(f"decomposition; {settings()}")
+    if options.large:
+        large(0.25)
+        return
+    head = f"{'':>12} {'shape':>18} {'ours s':>7} {'theirs s':>8} {'ratio':>6}"
+    print(f"{head} {'error':>8} {'theirs':>8} sweeps  extra", flush=True)
+    tensor = planted((16, 384, 512), 64)
+    compare("cp", tensor, CP(256), lambda: by_parafac(tensor, 256))
+    wide = planted((8, 1024, 3584), 256)
+    compare("cp", wide, CP(256), lambda: by_parafac(wide, 256))
+    ring = planted_ring((16, 192, 256), (4, 4, 16), 0.15)
+    compare("tensor ring", ring, TensorRing((4, 4, 16)), lambda: by_ring_als(ring, (4, 4, 16)))
+
+
+if __name__ == "__main__":
+    main()

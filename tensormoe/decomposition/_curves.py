@@ -1,0 +1,162 @@
+"""Error against parameters: the same experts in several factorizations at several budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tensormoe.backend import Array
+from tensormoe.decomposition._decompose import decompose
+from tensormoe.decomposition._fit import Search
+from tensormoe.decomposition._report import Decomposition, Report
+from tensormoe.errors import BudgetError
+from tensormoe.factorizations import FACTORIZATIONS, Dense, Factorization
+from tensormoe.planning import Budget
+
+__all__ = ["ErrorCurve", "ErrorPoint", "error_curves"]
+
+
+@dataclass(frozen=True)
+class ErrorPoint:
+    """What one factorization lost.
+
+    Args:
+        factorization: with its rank; ``decompose`` finds the same factors for it again.
+        report: of the decomposition.
+    """
+
+    factorization: Factorization
+    report: Report
+
+
+@dataclass(frozen=True)
+class ErrorCurve:
+    """What factorizations of one name lost.
+
+    Args:
+        name: of the factorization.
+        points: by rising number of parameters.
+    """
+
+    name: str
+    points: tuple[ErrorPoint, ...]
+
+    def front(self, *, outputs: bool = False) -> tuple[ErrorPoint, ...]:
+        """The points with a smaller error than every point of no more parameters.
+
+        Args:
+            outputs: whether the error of outputs counts instead of the weights', where it is known.
+        """
+        found: list[ErrorPoint] = []
+        least = float("inf")
+        for point in self.points:
+            error = point.report.output_error if outputs else point.report.error
+            if error is not None and error < least:
+                least = error
+                found.append(point)
+        return tuple(found)
+
+
+def error_curves(
+    weights: Array,
+    factorizations: Sequence[str | Factorization] | None = None,
+    budgets: Sequence[Budget | int | float] = (0.05, 0.1, 0.2, 0.3, 0.5),
+    *,
+    bias: Array | None = None,
+    inputs: Array | None = None,
+    coefficients: Array | None = None,
+    weighted: bool = False,
+    search: Search | None = None,
+    compare: bool = True,
+    seed: int = 0,
+) -> tuple[ErrorCurve, ...]:
+    """Decompose experts in several factorizations at several budgets, and keep the reports.
+
+    Factors are dropped as soon as they are scored: no more than one decomposition is held.
+
+    Args:
+        weights: (experts…, in, out), as :func:`decompose` takes them, like all that follows but the
+            next two.
+        factorizations: names, each of which is taken at every budget, and values, each of which is
+            one more point of its name's curve; None for every name but ``"dense"``.
+        budgets: a :class:`tensormoe.Budget`, a number of parameters, or as a float in (0, 1] a
+            share of the weights' own.
+        bias: (experts…, out).
+        inputs: (samples, in).
+        coefficients: (samples, experts…) or (samples, N).
+        weighted: whether the error of outputs is minimized.
+        search: how long to search.
+        compare: whether to compute the error of truncated singular value decompositions.
+        seed: of the random starts.
+
+    Returns:
+        A curve a name, in the order in which names first appear; names of which nothing fits any
+        budget are left out.
+
+    Raises:
+        BudgetError: nothing fits any budget, or a budget makes no sense.
+        BackendError, ShapeError, SpecError, RankError: as from :func:`decompose`.
+
+    >>> import numpy as np
+    >>> experts = np.random.default_rng(0).standard_normal((4, 12, 10))
+    >>> curves = error_curves(experts, ["cp", "tensor_ring", "hadamard"], (0.1, 0.3, 0.5))
+    >>> [(curve.name, len(curve.points)) for curve in curves]
+    [('cp', 3), ('tensor_ring', 3), ('hadamard', 1)]
+    >>> errors = [point.report.error for point in curves[0].front()]
+    >>> errors == sorted(errors, reverse=True)
+    True
+    """
+    if factorizations is None:
+        factorizations = [name for name in FACTORIZATIONS if name != Dense.name]
+    for budget in budgets:
+        if isinstance(budget, float) and not 0 < budget <= 1:
+            raise BudgetError(
+                f"a budget that is a float is a share of the weights' entries, in (0, 1]; got "
+                f"{budget!r}. Give an integer for a number of parameters."
+            )
+
+    def at(kind: str | Factorization, budget: Budget | int | float | None) -> Decomposition:
+        return decompose(
+            weights,
+            kind,
+            budget=budget,
+            bias=bias,
+            inputs=inputs,
+            coefficients=coefficients,
+            weighted=weighted,
+            search=search,
+            compare=compare,
+            seed=seed,
+        )
+
+    points: dict[str, dict[Factorization, Report]] = {}
+
+    def keep(found: Decomposition) -> None:
+        kind = found.spec.factorization
+        points.setdefault(kind.name, {})[kind] = found.report
+
+    refused: BudgetError | None = None
+    for kind in factorizations:
+        if isinstance(kind, Factorization):
+            keep(at(kind, None))
+            continue
+        for budget in budgets:
+            if any(known.rank is None for known in points.get(kind, ())):
+                # there is one of this name, whatever the budget
+                break
+            try:
+                keep(at(kind, budget))
+            except BudgetError as error:
+                refused = error
+    if refused is not None and not points:
+        raise refused
+    return tuple(
+        ErrorCurve(
+            name,
+            tuple(
+                ErrorPoint(kind, report)
+                for kind, report in sorted(reports.items(), key=lambda each: each[1].parameters)
+            ),
+        )
+        for name, reports in points.items()
+    )
