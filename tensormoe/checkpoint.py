@@ -38,17 +38,12 @@ from typing import IO, Any
 
 from tensormoe._checkpoint_files import PARTIAL_SUFFIX as PARTIAL_SUFFIX
 from tensormoe._checkpoint_files import checkpoint_path, open_regular, write_whole
-from tensormoe._checkpoint_format import (
-    DAMAGED,
-    MAX_HEADER_BYTES,
-    encode_header,
-    file_order,
-    parse_header,
-)
 from tensormoe._checkpoint_format import SCHEMA_VERSION as SCHEMA_VERSION
-from tensormoe._checkpoint_format import ArrayInfo as ArrayInfo
 from tensormoe._checkpoint_format import CheckpointHeader as CheckpointHeader
+from tensormoe._checkpoint_format import encode_header, file_order, parse_header
 from tensormoe._registry import backend_of
+from tensormoe._safetensors import ArrayInfo as ArrayInfo
+from tensormoe._safetensors import read_frame
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import BackendError, CheckpointError
 
@@ -279,20 +274,9 @@ def _kind(array: Array) -> str:
 
 
 def _read_header(path: str, file: IO[bytes], size: int) -> CheckpointHeader:
-    start = file.read(8)
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > size - 8:
-        raise CheckpointError(
-            f"{path!r}: a header must lie within the file; got a length of {length} bytes in a "
-            f"file of {size}. {DAMAGED}"
-        )
-    if length > MAX_HEADER_BYTES:
-        raise CheckpointError(
-            f"{path!r}: a header must have at most {MAX_HEADER_BYTES:,} bytes; got {length:,}. "
-            f"{DAMAGED}"
-        )
+    text = read_frame(path, file, size)
     try:
-        return parse_header(file.read(length), size - 8 - length)
+        return parse_header(text, size - 8 - len(text))
     except CheckpointError as error:
         raise CheckpointError(f"{path!r}: {error}") from error.__cause__
 
