@@ -98,9 +98,7 @@ def _shift_plain(
     return Shifted(values * scale, None, start)
 
 
-def _shift_traced(
-    backend: Backend, values: Array, how: LayerNorm | None, factor: float
-) -> Shifted:
+def _shift_traced(backend: Backend, values: Array, how: LayerNorm | None, factor: float) -> Shifted:
     """For libraries that look at no values: four sums over a row at most, infinities included.
 
     Where a logit is +inf, it and its like share the row; those of -inf stand aside.
