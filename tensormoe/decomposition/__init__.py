@@ -6,9 +6,9 @@ from tensormoe.decomposition._curves import ErrorCurve as ErrorCurve
 from tensormoe.decomposition._curves import ErrorPoint as ErrorPoint
 from tensormoe.decomposition._curves import error_curves as error_curves
 from tensormoe.decomposition._decompose import decompose as decompose
-from tensormoe.decomposition._fit import Search as Search
 from tensormoe.decomposition._report import Decomposition as Decomposition
 from tensormoe.decomposition._report import Report as Report
+from tensormoe.decomposition._search import Search as Search
 
 __all__ = [
     "Decomposition",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from math import prod, sqrt
 from typing import Any
 
@@ -15,12 +14,15 @@ from tensormoe.decomposition._contractions import (
     plan_partial,
     plan_update,
 )
-from tensormoe.decomposition._solve import from_host, solve, to_host
+from tensormoe.decomposition._solve import from_host, inverse, to_host
 from tensormoe.decomposition._source import Source, run
 
 __all__ = ["solve_factor", "sweep"]
 
 Factors = dict[str, Array]
+
+# right-hand sides at a time: copies in float64 stay small beside the tensor
+_COLUMNS = 256
 
 
 def sweep(
@@ -42,12 +44,13 @@ def sweep(
         squared_norm: of the tensor.
         factors: by name.
         room: entries that may be held beyond tensor and factors.
-        damping: how far directions have to be seen to be followed, see :func:`solve`.
+        damping: how far directions have to be seen to be followed, see :func:`inverse`.
 
     Returns:
-        New factors, and their relative error, up to rounding: about 3e-4 in float32.
+        New factors, all of them but the last of unit size, and their relative error up to rounding:
+        3e-4 in float32, and worthless where huge factors cancel one another.
     """
-    found = _balanced(factors, source.backend)
+    found = dict(factors)
     *others, last = [factor.name for factor in structure.factors]
     _, legs = plan_partial(structure, last)
     if len(others) > 1 and prod(structure.sizes[leg] for leg in legs) <= room:
@@ -61,7 +64,7 @@ def sweep(
         for name in others:
             found[name], _ = solve_factor(structure, name, source, found, damping)
     found[last], explained = solve_factor(structure, last, source, found, damping)
-    return found, sqrt(max(1.0 - explained / squared_norm, 0.0))
+    return _balanced(found, source.backend), sqrt(max(squared_norm - explained, 0.0) / squared_norm)
 
 
 def solve_factor(
@@ -85,33 +88,36 @@ def _solved(
     damping: float,
 ) -> tuple[Array, float]:
     """A better factor: from the one that is there, as far as the equations can be trusted."""
-    host = to_host(moment, backend)
-    matrices = [to_host(run(gram.program, factors, backend), backend) for gram in update.grams]
+    grams = []
+    for gram in update.grams:
+        found = to_host(run(gram.program, factors, backend), backend)
+        grams.append(found.reshape(*found.shape[: update.shared], *(prod(gram.bonds),) * 2))
+    inverses = [inverse(gram, damping) for gram in grams]
     old = to_host(factors[update.name], backend).transpose(_inverse(update.axes))
-    change = host - _along(_times, matrices, old, update)
-    best = old + _along(partial(solve, damping=damping), matrices, change, update)
-    # ‖T − N‖² = ‖T‖² − 2⟨M, X⟩ + ⟨X, G X⟩
-    seen = _along(_times, matrices, best, update)
-    explained = float((best * (2.0 * host - seen)).sum(dtype="float64"))
+    best = old.copy()
+    whole = to_host(moment, backend)
+    columns = (*whole.shape[: update.closed], -1)
+    flat, wanted = best.reshape(columns), whole.reshape(columns)
+    explained = 0.0
+    for start in range(0, flat.shape[-1], _COLUMNS):
+        part, target = (each[..., start : start + _COLUMNS] for each in (flat, wanted))
+        part += _along(inverses, target - _along(grams, part, update), update)
+        # ‖T − N‖² = ‖T‖² − 2⟨M, X⟩ + ⟨X, G X⟩
+        explained += float((part * (2.0 * target - _along(grams, part, update))).sum())
     return from_host(best.transpose(update.axes), moment, backend), explained
 
 
-def _along(function: Any, matrices: Sequence[Any], array: Any, update: Update) -> Any:
-    """A function of a matrix and columns, along the bonds of each part of G in turn."""
+def _along(matrices: Sequence[Any], array: Any, update: Update) -> Any:
+    """Products with a matrix for each part of G along its bonds, in float64."""
+    array = array.astype("float64")
     for matrix, gram in zip(matrices, update.grams, strict=True):
         size, count = prod(gram.bonds), len(gram.bonds)
         shape = array.shape
         lead = shape[: update.shared]
         before, after = shape[update.shared : gram.axis], shape[gram.axis + count :]
-        flat = array.reshape(*lead, prod(before), size, prod(after)).swapaxes(-3, -2)
-        found = function(matrix.reshape(*lead, size, size), flat.reshape(*lead, size, -1))
-        apart = found.reshape(*lead, size, prod(before), prod(after)).swapaxes(-3, -2)
-        array = apart.reshape(shape)
+        columns = array.reshape(*lead, prod(before), size, prod(after))
+        array = (matrix[..., None, :, :] @ columns).reshape(shape)
     return array
-
-
-def _times(matrix: Any, columns: Any) -> Any:
-    return matrix @ columns
 
 
 def _inverse(axes: tuple[int, ...]) -> tuple[int, ...]:

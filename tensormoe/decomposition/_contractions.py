@@ -18,7 +18,7 @@ from tensormoe.planning._cost import program_cost
 from tensormoe.planning._regimes import WRITE_WEIGHT
 from tensormoe.planning._tree import Builder, contract_path
 
-__all__ = ["SOURCE", "Structure", "Update", "plan_partial", "plan_update"]
+__all__ = ["SOURCE", "Structure", "Update", "plan_partial", "plan_update", "plan_whole"]
 
 SOURCE = "source"
 """Name of the operand that is no factor: the tensor, or the tensor contracted with a factor."""
@@ -79,6 +79,7 @@ class Update:
         legs: M's.
         shared: how many open legs the factor has in common with others: the problem falls apart
             along them.
+        closed: how many legs come before the free ones.
         axes: from M's order to the factor's own.
     """
 
@@ -87,6 +88,7 @@ class Update:
     grams: tuple[Gram, ...]
     legs: tuple[Leg, ...]
     shared: int
+    closed: int
     axes: tuple[int, ...]
 
 
@@ -102,6 +104,13 @@ def plan_partial(structure: Structure, absorbed: str) -> tuple[Program, tuple[Le
     legs = (*many, *kept, *(leg for leg in bonds if leg not in many))
     operands = (_operand(SOURCE, structure.open_legs), _operand(absorbed, factor.legs))
     return contraction(operands, legs, structure.sizes), legs
+
+
+@lru_cache(maxsize=256)
+def plan_whole(structure: Structure) -> Program:
+    """The program that builds the tensor of a network."""
+    operands = tuple(_operand(each.name, each.legs) for each in structure.factors)
+    return contraction(operands, structure.open_legs, structure.sizes)
 
 
 @lru_cache(maxsize=256)
@@ -131,7 +140,7 @@ def plan_update(structure: Structure, name: str, absorbed: str | None = None) ->
         grams.append(Gram(program, axis, tuple(sizes[leg] for leg in inner)))
         axis += len(inner)
     axes = tuple(stored.index(leg) for leg in factor.legs)
-    return Update(name, moment, tuple(grams), stored, len(shared), axes)
+    return Update(name, moment, tuple(grams), stored, len(shared), axis, axes)
 
 
 def _moment_program(

@@ -11,9 +11,9 @@ from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array
 from tensormoe.decomposition._checks import checked_bias, checked_samples, checked_weights
 from tensormoe.decomposition._errors import bias_error, output_error, svd_error, weight_errors
-from tensormoe.decomposition._fit import Search
 from tensormoe.decomposition._report import Decomposition, Report
 from tensormoe.decomposition._runs import Runs
+from tensormoe.decomposition._search import Search
 from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._weighted import Weighting, weigh
 from tensormoe.errors import SpecError

@@ -9,7 +9,8 @@ from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array
 from tensormoe.decomposition._choose import Sizes, candidates, checked_tolerance, smallest
 from tensormoe.decomposition._contractions import Structure
-from tensormoe.decomposition._fit import Search, fit
+from tensormoe.decomposition._fit import fit
+from tensormoe.decomposition._search import Search
 from tensormoe.decomposition._source import Source
 from tensormoe.errors import BudgetError, SpecError
 from tensormoe.factorizations import INPUT, OUTPUT, Factorization, resolve_factorization

@@ -11,10 +11,7 @@ from typing import Any
 from tensormoe._devices import device_of
 from tensormoe.backend import Array, Backend
 
-__all__ = ["from_host", "solve", "to_host"]
-
-# right-hand sides at a time: float64 copies stay small beside the tensor
-_COLUMNS = 2048
+__all__ = ["from_host", "inverse", "to_host"]
 
 
 def to_host(array: Array, backend: Backend) -> Any:
@@ -34,26 +31,25 @@ def from_host(array: Any, like: Array, backend: Backend) -> Array:
     return found if device is None else xp.asarray(found, device=device)
 
 
-def solve(gram: Any, residual: Any, damping: float = 0.0) -> Any:
-    """Δ of ``(G + λ) Δ = R`` for NumPy arrays G (…, K, K), symmetric and not negative, R (…, K, L).
+def inverse(gram: Any, damping: float = 0.0) -> Any:
+    """(G + λ)⁻¹ in float64 for a NumPy array G (…, K, K), symmetric and not negative.
 
-    λ is what G's own rounding hides, or ``damping`` if that is more: directions below it are left
-    as they are. Components are scaled alike first, so that G has ones on its diagonal.
+    λ is what G's own rounding hides, or ``damping`` if that is more; for it, components are scaled
+    alike, so that G has ones on its diagonal.
     """
     import numpy as np
 
-    size, columns = residual.shape[-2:]
+    size = gram.shape[-1]
     ridge = max(size * float(np.finfo(gram.dtype).eps), damping)
-    result = np.empty(residual.shape, residual.dtype)
-    for place in np.ndindex(gram.shape[:-2]):
-        wide = gram[place].astype(np.float64)
-        scale = np.sqrt(np.maximum(np.diagonal(wide), 0.0))
-        scale = np.where(scale > 0.0, scale, 1.0)[:, None]
-        wide /= scale * scale.T
-        wide[np.diag_indices(size)] += ridge
-        inverse = np.linalg.inv(wide) if columns > _COLUMNS else None
-        for start in range(0, columns, _COLUMNS):
-            part = residual[place][:, start : start + _COLUMNS] / scale
-            solved = np.linalg.solve(wide, part) if inverse is None else inverse @ part
-            result[place][:, start : start + _COLUMNS] = solved / scale
-    return result
+    wide = gram.astype(np.float64)
+    scale = np.sqrt(np.maximum(np.diagonal(wide, axis1=-2, axis2=-1), 0.0))
+    scale = np.where(scale > 0.0, scale, 1.0)
+    rows, columns = scale[..., :, None], scale[..., None, :]
+    wide /= rows
+    wide /= columns
+    places = np.arange(size)
+    wide[..., places, places] += ridge
+    wide = np.linalg.inv(wide)
+    wide /= rows
+    wide /= columns
+    return wide

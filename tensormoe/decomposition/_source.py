@@ -10,7 +10,7 @@ from typing import Any
 
 from tensormoe._devices import device_of
 from tensormoe.backend import Array, Backend
-from tensormoe.decomposition._contractions import SOURCE, Structure
+from tensormoe.decomposition._contractions import SOURCE, Structure, plan_whole
 from tensormoe.execution import execute, plus
 from tensormoe.factorizations import Leg
 from tensormoe.functional._dtypes import widened
@@ -126,17 +126,41 @@ class Source:
         stop: int,
     ) -> Array:
         """The contraction of experts ``start`` to ``stop`` of the first level."""
-        leg = structure.open_legs[0]
-        sizes = tuple((k, stop - start if k == leg else n) for k, n in structure.size_items)
-        program, _ = plan(replace(structure, size_items=sizes))
-        arrays = {SOURCE: self.block(start, stop)}
-        for factor in structure.factors:
-            array = factors[factor.name]
-            if leg in factor.legs:
-                axis = (slice(None),) * factor.legs.index(leg)
-                array = array[(*axis, slice(start, stop))]
-            arrays[factor.name] = array
+        program, _ = plan(_narrowed(structure, start, stop))
+        arrays = _sliced(structure, factors, start, stop)
+        arrays[SOURCE] = self.block(start, stop)
         return run(program, arrays, self.backend)
+
+    def missing(self, structure: Structure, factors: Mapping[str, Array]) -> float:
+        """The sum of squares of what a network lacks of the tensor, from the difference itself."""
+        total = 0.0
+        for start, stop in self.blocks():
+            program = plan_whole(_narrowed(structure, start, stop))
+            found = run(program, _sliced(structure, factors, start, stop), self.backend)
+            total += _squares(self.block(start, stop) - found, self.backend)
+        return total
+
+
+def _narrowed(structure: Structure, start: int, stop: int) -> Structure:
+    """The network of experts ``start`` to ``stop`` of the first level."""
+    leg = structure.open_legs[0]
+    sizes = tuple((k, stop - start if k == leg else n) for k, n in structure.size_items)
+    return replace(structure, size_items=sizes)
+
+
+def _sliced(
+    structure: Structure, factors: Mapping[str, Array], start: int, stop: int
+) -> dict[str, Array]:
+    """The factors of experts ``start`` to ``stop`` of the first level."""
+    leg = structure.open_legs[0]
+    found = {}
+    for factor in structure.factors:
+        array = factors[factor.name]
+        if leg in factor.legs:
+            axis = (slice(None),) * factor.legs.index(leg)
+            array = array[(*axis, slice(start, stop))]
+        found[factor.name] = array
+    return found
 
 
 def joined(parts: Iterable[Array], axis: int, count: int, backend: Backend) -> Array:
@@ -164,5 +188,6 @@ def run(program: Program, arrays: Mapping[str, Array], backend: Backend) -> Arra
     return execute(program, operands, backend)[0][0]
 
 
-def _squares(matrix: Array, backend: Backend) -> float:
-    return float(backend.namespace.sum(backend.square_sums(matrix)))
+def _squares(array: Array, backend: Backend) -> float:
+    rows = backend.reshape(array, (-1, array.shape[-1]))
+    return float(backend.namespace.sum(backend.square_sums(rows)))

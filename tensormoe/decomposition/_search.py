@@ -1,0 +1,107 @@
+"""A search from given factors: sweeps that reach ahead, and are taken back where they fail."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf, sqrt
+
+from tensormoe.backend import Array
+from tensormoe.decomposition._als import Factors, sweep
+from tensormoe.decomposition._contractions import Structure
+from tensormoe.decomposition._source import Source
+
+__all__ = ["Problem", "Search", "advance"]
+
+# sweeps in a row that have to gain too little before a search ends
+_PATIENCE = 5
+# accepted sweeps from one look at the true error to the next
+_LOOK = 5
+# what the error of a sweep may lack of the true one: a share of it, and what float32 hides
+_TRUST, _HIDDEN = 1.05, 1e-3
+_LEAST_DAMPING, _STRONG_DAMPING = 1e-6, 1e-4
+# how far beyond the factors a sweep starts, in steps of the last one: at first, and at most
+_REACH, _MOST_REACH = 0.5, 2.0
+
+
+@dataclass(frozen=True)
+class Search:
+    """How long factors are searched for.
+
+    Args:
+        starts: random starts, the best of which goes on.
+        sweeps: most sweeps on the core.
+        polish: sweeps on the tensor itself.
+        tolerance: a search ends when sweeps lower the error by less than this share of it.
+    """
+
+    starts: int = 1
+    sweeps: int = 200
+    polish: int = 2
+    tolerance: float = 5e-4
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A tensor and the network that is to stand for it.
+
+    Args:
+        structure: the network.
+        source: the tensor.
+        squared_norm: of the tensor.
+        room: entries that may be held beyond tensor and factors.
+    """
+
+    structure: Structure
+    source: Source
+    squared_norm: float
+    room: int
+
+    def error(self, factors: Mapping[str, Array]) -> float:
+        """The relative error, from the difference itself."""
+        return sqrt(self.source.missing(self.structure, factors) / self.squared_norm)
+
+
+def advance(
+    problem: Problem, factors: Factors, count: int, tolerance: float
+) -> tuple[Factors, list[float]]:
+    """At most ``count`` sweeps, and the error after each that was kept.
+
+    Every sweep starts beyond the factors, in the direction that the last one took, further as long
+    as that pays (Ang, Cohen & Gillis 2019, extrapolation with restarts): a third of the sweeps do.
+    One that raises the error is taken back. Networks can also run away to huge factors that cancel
+    one another, where rounding hides the error: the true one is looked at from time to time, and
+    after a surprise well-seen directions alone are followed (Levenberg and Marquardt's damping).
+    """
+    errors: list[float] = []
+    lowest, idle, damping, reach = inf, 0, 0.0, _REACH
+    previous: Factors | None = None
+    safe, marks = factors, 0
+    for turn in range(count):
+        start = factors
+        if previous is not None:
+            start = {name: each + reach * (each - previous[name]) for name, each in factors.items()}
+        found, error = sweep(
+            problem.structure, problem.source, problem.squared_norm, start, problem.room, damping
+        )
+        idle = 0 if error < lowest * (1.0 - tolerance) else idle + 1
+        if error <= lowest:
+            factors, previous, lowest = found, factors if errors else None, error
+            damping, reach = damping / 3.0, min(1.1 * reach, _MOST_REACH)
+            errors.append(error)
+        elif previous is not None:
+            previous, reach = None, reach / 1.5
+        else:
+            damping = max(10.0 * damping, _LEAST_DAMPING)
+        ends = idle == _PATIENCE or turn == count - 1
+        if len(errors) > marks and (ends or len(errors) - marks >= _LOOK):
+            true = problem.error(factors)
+            if true > _TRUST * errors[-1] + _HIDDEN:
+                factors, errors = safe, errors[:marks]
+                lowest = errors[-1] if errors else inf
+                previous, damping = None, max(10.0 * damping, _STRONG_DAMPING)
+            else:
+                safe, marks, errors[-1] = factors, len(errors), true
+        if idle == _PATIENCE:
+            break
+    return safe, errors[:marks]
