@@ -75,13 +75,14 @@ def test_the_oracle(kind: Any) -> None:
     assert_output(run(jnp.asarray(x)), kind, factors, own, x)
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("gate", GATES, ids=str)
-def test_numpys_layer(gate: Gate, form: str) -> None:
-    """Every form gives what NumPy gives, with any gate."""
+def test_numpys_layer(gate: Gate) -> None:
+    """What NumPy gives, with any gate; in every form with and without statistics."""
     config = config_of(gate=gate)
     arrays, x = values(config), normal(7, 5)
-    assert_same(jax.jit(FORMS[form](config, arrays))(jnp.asarray(x)), numpys(config, arrays)(x))
+    want = numpys(config, arrays)(x)
+    for form in FORMS if gate in (GATES[0], GATES[-1]) else ["functional"]:
+        assert_same(jax.jit(FORMS[form](config, arrays))(jnp.asarray(x)), want)
 
 
 @pytest.mark.parametrize("act_layer", ["gelu", "gelu_tanh", "relu", "silu", "tanh"])
