@@ -1,0 +1,1 @@
+"""Parts of the example on the experts in Debian's stockfish."""
