@@ -118,6 +118,7 @@ class CountingBackend(type(BACKEND)):  # type: ignore[misc]
     """NumPy, with every result a counted array."""
 
     def __init__(self) -> None:
+        self.__dict__.update(vars(BACKEND))
         self.tally = {"matmul": 0, "elementwise": 0}
 
     def __getattribute__(self, name: str) -> Any:
