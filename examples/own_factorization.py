@@ -22,17 +22,17 @@ from tensormoe_numpy import MuMoE
 
 
 @dataclass(frozen=True)
-class SharedBasis(Factorization):
+class Mixtures(Factorization):
     """Experts in the span of ``rank`` shared matrices; expert rank min(I, O), span min(N, P)."""
 
     rank: int
-    name: ClassVar[str] = "shared_basis"
+    name: ClassVar[str] = "mixtures"
 
     def rank_pattern(self, levels: int) -> tuple[str, ...]:
         return ("P",)
 
-    def with_rank(self, rank: tuple[int, ...]) -> SharedBasis:
-        return SharedBasis(*rank)
+    def with_rank(self, rank: tuple[int, ...]) -> Mixtures:
+        return Mixtures(*rank)
 
     def bonds(self, levels: int) -> tuple[int, ...]:
         return (self.rank,)
@@ -59,7 +59,7 @@ class SharedBasis(Factorization):
 
 
 def main() -> None:
-    spec = LayerSpec(96, 64, experts=500, factorization=SharedBasis(8))
+    spec = LayerSpec(96, 64, experts=500, factorization=Mixtures(8))
     print(f"{spec.num_parameters:,} parameters, expert rank {spec.expert_rank}, ", end="")
     print(f"expert span {spec.expert_span}")
     print(spec.plan(256).describe())

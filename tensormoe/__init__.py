@@ -23,6 +23,7 @@ from tensormoe.factorizations import CP as CP
 from tensormoe.factorizations import Dense as Dense
 from tensormoe.factorizations import Factorization as Factorization
 from tensormoe.factorizations import Hadamard as Hadamard
+from tensormoe.factorizations import SharedBasis as SharedBasis
 from tensormoe.factorizations import TensorRing as TensorRing
 from tensormoe.factorizations import TensorTrain as TensorTrain
 from tensormoe.factorizations import Tucker as Tucker
@@ -53,6 +54,7 @@ __all__ = [
     "Plan",
     "RankChoice",
     "Roofline",
+    "SharedBasis",
     "TensorRing",
     "TensorTrain",
     "TopK",

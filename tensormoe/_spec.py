@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -139,7 +139,10 @@ class LayerSpec:
         )
         if self.bias:
             # the bias is one more row of the input mode, and starts like the others
-            starts["bias"] = starts[self.network.input_factor.name]
+            carrier = self.network.input_factor
+            start, place = starts[carrier.name], carrier.legs.index(INPUT)
+            axes = tuple(axis - (axis > place) for axis in start.expert_axes)
+            starts["bias"] = replace(start, expert_axes=axes)
         return starts
 
     def plan(

@@ -18,6 +18,7 @@ __all__ = [
     "BudgetError",
     "CheckpointError",
     "GateError",
+    "LayoutError",
     "MissingDependencyError",
     "PlanError",
     "RankError",
@@ -49,6 +50,10 @@ class ShapeError(TensormoeError, ValueError):
 
 class GateError(TensormoeError, ValueError):
     """Gate options, logits or coefficients that make no routing."""
+
+
+class LayoutError(TensormoeError, NotImplementedError):
+    """A factorization in the layout of a library that has none for it."""
 
 
 class PlanError(TensormoeError, ValueError):

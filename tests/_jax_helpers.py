@@ -17,10 +17,20 @@ import tensormoe_jax
 import tensormoe_jax.equinox
 import tensormoe_jax.nnx
 import tensormoe_numpy
-from tensormoe import CP, Dense, Gate, Hadamard, LayerSpec, TensorRing, TensorTrain, Tucker
+from tensormoe import (
+    CP,
+    Dense,
+    Gate,
+    Hadamard,
+    LayerSpec,
+    SharedBasis,
+    TensorRing,
+    TensorTrain,
+    Tucker,
+)
 from tensormoe.functional import BlockConfig, LayerConfig
 
-KINDS = [CP(3), TensorRing(3), TensorTrain(3), Tucker(2), Hadamard(), Dense()]
+KINDS = [CP(3), TensorRing(3), TensorTrain(3), Tucker(2), SharedBasis((2, 3)), Hadamard(), Dense()]
 """One of each factorization, for any number of levels."""
 
 GATES = [

@@ -11,11 +11,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tensormoe import CP, Dense, Gate, Hadamard, LayerSpec, TensorRing, TensorTrain, Tucker
+from tensormoe import (
+    CP,
+    Dense,
+    Gate,
+    Hadamard,
+    LayerSpec,
+    SharedBasis,
+    TensorRing,
+    TensorTrain,
+    Tucker,
+)
 from tensormoe.testing import assert_output
 from tensormoe_torch import MuMoE
 
-KINDS = [CP(3), TensorRing(3), TensorTrain(3), Tucker(2), Hadamard(), Dense()]
+KINDS = [CP(3), TensorRing(3), TensorTrain(3), Tucker(2), SharedBasis((2, 3)), Hadamard(), Dense()]
 """One of each factorization, for any number of levels."""
 
 GATES = [

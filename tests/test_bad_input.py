@@ -699,7 +699,11 @@ def test_bad_input(name: str, tmp_path: Path) -> None:
 def test_errors_are_what_callers_would_catch_anyway(error: str) -> None:
     kind = getattr(tensormoe.errors, error)
     assert issubclass(kind, TensormoeError)
-    builtin = {"BackendError": TypeError, "MissingDependencyError": ImportError}
+    builtin = {
+        "BackendError": TypeError,
+        "LayoutError": NotImplementedError,
+        "MissingDependencyError": ImportError,
+    }
     if kind is not TensormoeError:
         assert issubclass(kind, builtin.get(error, ValueError))
 

@@ -16,14 +16,32 @@ from typing import Any
 
 import pytest
 
-from tensormoe import CP, Dense, Hadamard, LayerSpec, TensorRing, TensorTrain, Tucker, select_rank
+from tensormoe import (
+    CP,
+    Dense,
+    Hadamard,
+    LayerSpec,
+    SharedBasis,
+    TensorRing,
+    TensorTrain,
+    Tucker,
+    select_rank,
+)
 from tensormoe.cli import main
 from tensormoe.cli._network_text import arrays_of, draw_network
 from tensormoe.planning import PUBLISHED_ROOFLINES, Roofline, linear_cost, rank_front
 
 ROOT = Path(__file__).resolve().parents[1]
 
-FACTORIZATIONS = ["cp", "tensor_ring", "tensor_train", "tucker", "hadamard", "dense"]
+FACTORIZATIONS = [
+    "cp",
+    "tensor_ring",
+    "tensor_train",
+    "tucker",
+    "shared_basis",
+    "hadamard",
+    "dense",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -315,7 +333,7 @@ def test_plan_says_where_factorized_is_not_worth_it(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("experts", [(512,), (16, 8), (4, 3, 2)])
 @pytest.mark.parametrize(
     "factorization",
-    [CP(64), TensorRing(5), TensorTrain(9), Tucker(8), Hadamard(), Dense()],
+    [CP(64), TensorRing(5), TensorTrain(9), Tucker(8), SharedBasis(9), Hadamard(), Dense()],
     ids=lambda each: each.name,
 )
 def test_every_network_can_be_drawn(

@@ -48,7 +48,7 @@ def test_the_reference_is_the_definition() -> None:
 def test_the_oracles_know_the_librarys_own_factorizations_only() -> None:
     for oracle in (reconstruct, reconstruct_by_einsum):
         with pytest.raises(SpecError, match="own"):
-            oracle(SharedBasis(2), {"expert_0": np.ones((2, 2))})
+            oracle(Mixtures(2), {"expert_0": np.ones((2, 2))})
 
 
 def test_outputs_are_compared() -> None:
@@ -120,16 +120,16 @@ def test_factorizations_fit_their_levels(levels: int, data: st.DataObject) -> No
 
 
 @dataclass(frozen=True)
-class SharedBasis(Factorization):
+class Mixtures(Factorization):
     """𝒲[n, i, o] = Σ_r C[n, r] V[r, i, o]: experts are mixtures of R full matrices."""
 
     rank: int
-    name: ClassVar[str] = "shared_basis"
+    name: ClassVar[str] = "mixtures"
 
     def rank_pattern(self, levels: int) -> tuple[str, ...]:
         return ("R",)
 
-    def with_rank(self, rank: tuple[int, ...]) -> SharedBasis:
+    def with_rank(self, rank: tuple[int, ...]) -> Mixtures:
         if len(rank) != 1:
             raise RankError(f"rank must have one bond; got {rank!r}.")
         return type(self)(*rank)
@@ -174,7 +174,7 @@ def by_einsum(factors: Mapping[str, Any]) -> np.ndarray:
 class TestSomebodyElses(FactorizationContract):
     """The core needs no change for it."""
 
-    factorization = SharedBasis(1)
+    factorization = Mixtures(1)
 
     def reconstruct(self, factorization: Factorization, factors: Mapping[str, Any]) -> np.ndarray:
         return by_einsum(factors)
@@ -292,13 +292,13 @@ def test_broken_backends_are_caught(name: str) -> None:
 
 class Mine(FactorizationContract):
     __test__ = False
-    factorization = SharedBasis(1)
+    factorization = Mixtures(1)
 
     def reconstruct(self, factorization: Factorization, factors: Mapping[str, Any]) -> np.ndarray:
         return by_einsum(factors)
 
 
-class OtherLegs(SharedBasis):
+class OtherLegs(Mixtures):
     """Its network is another one than its formula: the bond is not shared by the levels."""
 
     def factors(self, levels: int) -> tuple[Factor, ...]:
@@ -310,19 +310,19 @@ class OtherLegs(SharedBasis):
         return {f"r{e}": self.rank for e in range(len(experts))}
 
 
-class BondsFirst(SharedBasis):
+class BondsFirst(Mixtures):
     def factors(self, levels: int) -> tuple[Factor, ...]:
         experts = [Factor(f"expert_{e}", ("r", expert_leg(e))) for e in range(levels)]
         return (*experts, Factor("basis", (INPUT, OUTPUT, "r")))
 
 
-class LoudStart(SharedBasis):
+class LoudStart(Mixtures):
     def initializers(self, *arguments: Any) -> Mapping[str, Initializer]:
         starts = super().initializers(*arguments)
         return {**starts, "basis": Initializer(starts["basis"].std * 1.3)}
 
 
-class AllAlike(SharedBasis):
+class AllAlike(Mixtures):
     """Experts that start as one another."""
 
     def initializers(self, *arguments: Any) -> Mapping[str, Initializer]:
@@ -331,8 +331,8 @@ class AllAlike(SharedBasis):
         return {**calm, "basis": Initializer(starts["basis"].std * 2**0.5)}
 
 
-class Forgetful(SharedBasis):
-    def with_rank(self, rank: tuple[int, ...]) -> SharedBasis:
+class Forgetful(Mixtures):
+    def with_rank(self, rank: tuple[int, ...]) -> Mixtures:
         return type(self)(max(rank))
 
 
@@ -344,14 +344,14 @@ class Forgetful(SharedBasis):
         (Forgetful, "test_bonds_follow_the_pattern"),
     ],
 )
-def test_broken_factorizations_are_caught(kind: type[SharedBasis], test: str) -> None:
+def test_broken_factorizations_are_caught(kind: type[Mixtures], test: str) -> None:
     assert_caught(type("Suite", (Mine,), {"factorization": kind(1)})(), test)
     run_contract(Mine(), test)
 
 
 @pytest.mark.parametrize("kind", [LoudStart, AllAlike])
 @pytest.mark.parametrize("levels", [1, 2])
-def test_wrong_starts_are_caught(kind: type[SharedBasis], levels: int) -> None:
+def test_wrong_starts_are_caught(kind: type[Mixtures], levels: int) -> None:
     suite = type("Suite", (Mine,), {"factorization": kind(1)})()
     with pytest.raises(AssertionError, match="not"):
         suite.test_weights_start_like_those_of_a_linear_layer(levels, 5, False)

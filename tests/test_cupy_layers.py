@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensormoe_numpy
-from tensormoe import CP, Dense, Gate, Hadamard, TensorRing, TensorTrain, TopK, Tucker
+from tensormoe import CP, Dense, Gate, Hadamard, SharedBasis, TensorRing, TensorTrain, TopK, Tucker
 from tensormoe.testing import assert_output, batch_shapes, coefficients, dtypes, gates, specs
 from tests._cupy_standin import (
     ADAPTER,
@@ -30,7 +30,15 @@ from tests._cupy_standin import (
 
 tensormoe_cupy = pytest.importorskip("tensormoe_cupy")
 
-KINDS = [CP(3), TensorRing(3), TensorTrain((2, 3, 4)), Tucker(2), Hadamard(), Dense()]
+KINDS = [
+    CP(3),
+    TensorRing(3),
+    TensorTrain((2, 3, 4)),
+    Tucker(2),
+    SharedBasis((2, 3)),
+    Hadamard(),
+    Dense(),
+]
 TOLERANCES = {"float16": 2e-2, "float32": 1e-4, "float64": 1e-10}
 
 

@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 
 import tensormoe_numpy
-from tensormoe import CP, Dense, Gate, Hadamard, TensorRing, TensorTrain, TopK, Tucker, gates
+from tensormoe import (
+    CP,
+    Dense,
+    Gate,
+    Hadamard,
+    SharedBasis,
+    TensorRing,
+    TensorTrain,
+    TopK,
+    Tucker,
+    gates,
+)
 from tests._cupy_standin import (
     ADAPTER,
     LOG,
@@ -29,7 +40,15 @@ tensormoe_cupy = pytest.importorskip("tensormoe_cupy")
 
 pytestmark = pytest.mark.skipif(ON_DEVICE, reason="the tests run on CuPy itself")
 
-KINDS = [CP(3), TensorRing(3), TensorTrain((2, 3, 4)), Tucker(2), Hadamard(), Dense()]
+KINDS = [
+    CP(3),
+    TensorRing(3),
+    TensorTrain((2, 3, 4)),
+    Tucker(2),
+    SharedBasis((2, 3)),
+    Hadamard(),
+    Dense(),
+]
 XP = Standin()
 
 

@@ -1,4 +1,4 @@
-"""The six factorizations keep the contract, and their own formulas."""
+"""The factorizations keep the contract, and their own formulas."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensormoe import CP, Dense, Hadamard, LayerSpec, TensorRing, TensorTrain, Tucker
+from tensormoe import CP, Dense, Hadamard, LayerSpec, SharedBasis, TensorRing, TensorTrain, Tucker
 from tensormoe.testing import (
     FactorizationContract,
     factors,
@@ -31,6 +31,10 @@ class TestTensorTrain(FactorizationContract):
 
 class TestTucker(FactorizationContract):
     factorization = Tucker(1)
+
+
+class TestSharedBasis(FactorizationContract):
+    factorization = SharedBasis(1)
 
 
 class TestHadamard(FactorizationContract):
@@ -64,6 +68,7 @@ N, I, O = 11, 7, 5  # noqa: E741
         (TensorRing((2, 3, 4)), (N,), lambda rows: 2 * N * 3 + 3 * rows * 4 + 4 * O * 2),
         (TensorTrain((3, 4)), (N,), lambda rows: N * 3 + 3 * rows * 4 + 4 * O),
         (Tucker((2, 3, 4)), (N,), lambda rows: 2 * 3 * 4 + N * 2 + rows * 3 + O * 4),
+        (SharedBasis((2, 3)), (N,), lambda rows: N * 2 + 3 * (2 * rows + N * O)),
         (Hadamard(), (N,), lambda rows: O * (N + rows)),
         (Dense(), (N,), lambda rows: N * rows * O),
         # several levels
@@ -74,6 +79,7 @@ N, I, O = 11, 7, 5  # noqa: E741
             lambda rows: 2 * 4 * 3 + 3 * 2 * 4 + 4 * rows * 6 + 6 * O * 2,
         ),
         (TensorTrain((2, 3, 4)), (4, 2), lambda rows: 4 * 2 + 2 * 2 * 3 + 3 * rows * 4 + 4 * O),
+        (SharedBasis((2, 3)), (4, 2), lambda rows: 8 * 2 + 3 * (2 * rows + 8 * O)),
         (Hadamard(), (4, 2, 3), lambda rows: O * (4 + 2 + 3 + rows)),
         (Dense(), (4, 2, 3), lambda rows: 4 * 2 * 3 * rows * O),
     ],
@@ -106,6 +112,8 @@ def test_capacity_of_one_level_is_the_closed_form(
     assert capacity(TensorTrain((r1, r2))) == (min(r2, i, o), min(n, r1, i * min(r2, o)))
     assert capacity(Hadamard()) == (min(i, o), min(n, o))
     assert capacity(Dense()) == (min(i, o), min(n, i * o))
+    narrow = min(i, o)
+    assert capacity(SharedBasis((r1, r2))) == (min(r2, narrow), min(n, i * o, r1 * r2 * narrow))
     assert capacity(Tucker((r1, r2, r3)))[0] == min(r2, r3, i, o)
 
 
@@ -173,7 +181,9 @@ def test_experts_of_the_paper_scheme_differ_only_by_noise() -> None:
     assert not np.allclose(weights[0], weights[1])
 
 
-@pytest.mark.parametrize("kind", [CP(3), TensorRing((2, 3, 4)), Tucker(2), Hadamard(), Dense()])
+@pytest.mark.parametrize(
+    "kind", [CP(3), TensorRing((2, 3, 4)), Tucker(2), SharedBasis((2, 3)), Hadamard(), Dense()]
+)
 def test_specs_round_trip_through_plain_values(kind: object) -> None:
     spec = LayerSpec(4, 3, 5, kind, bias=False)
     assert LayerSpec.from_dict(spec.to_dict()) == spec

@@ -11,12 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tensormoe import CP, Dense, Gate, Hadamard, LayerSpec, TensorRing, TensorTrain, Tucker
+from tensormoe import (
+    CP,
+    Dense,
+    Gate,
+    Hadamard,
+    LayerSpec,
+    SharedBasis,
+    TensorRing,
+    TensorTrain,
+    Tucker,
+)
 from tensormoe.functional import LayerConfig
 from tensormoe.planning import Routing, plan_layer
 from tensormoe_jax import apply, initialize
 
-KINDS = [CP(12), TensorRing(4), TensorTrain(4), Tucker(5), Hadamard(), Dense()]
+KINDS = [CP(12), TensorRing(4), TensorTrain(4), Tucker(5), SharedBasis(5), Hadamard(), Dense()]
 LEVELS = [(12,), (5, 4), (4, 3, 2)]
 
 

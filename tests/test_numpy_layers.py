@@ -14,7 +14,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensormoe import CP, Dense, Gate, Hadamard, LayerSpec, TensorRing, TensorTrain, TopK, Tucker
+from tensormoe import (
+    CP,
+    Dense,
+    Gate,
+    Hadamard,
+    LayerSpec,
+    SharedBasis,
+    TensorRing,
+    TensorTrain,
+    TopK,
+    Tucker,
+)
 from tensormoe.errors import PlanError
 from tensormoe.gates import Statistics, activate
 from tensormoe.testing import (
@@ -28,7 +39,15 @@ from tensormoe.testing import (
 )
 from tensormoe_numpy import MuMoE, MuMoEEmbedding, MuMoEMLP
 
-KINDS = [CP(3), TensorRing(3), TensorTrain((2, 3, 4)), Tucker(2), Hadamard(), Dense()]
+KINDS = [
+    CP(3),
+    TensorRing(3),
+    TensorTrain((2, 3, 4)),
+    Tucker(2),
+    SharedBasis((2, 3)),
+    Hadamard(),
+    Dense(),
+]
 
 
 def randomize(layer: Any, seed: int = 0) -> Any:

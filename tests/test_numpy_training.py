@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensormoe import CP, Dense, Gate, Hadamard, LayerSpec, TensorRing, TensorTrain, TopK, Tucker
+from tensormoe import (
+    CP,
+    Dense,
+    Gate,
+    Hadamard,
+    LayerSpec,
+    SharedBasis,
+    TensorRing,
+    TensorTrain,
+    TopK,
+    Tucker,
+)
 from tensormoe.testing import batch_shapes, coefficients, specs
 from tensormoe_numpy import Adam, MuMoE, MuMoEEmbedding, MuMoEMLP
 
@@ -133,7 +144,9 @@ def test_gradients_by_ready_made_coefficients(data: st.DataObject) -> None:
     assert_gradients(arrays, gradients, lambda: layer(x, made), output)
 
 
-@pytest.mark.parametrize("kind", [CP(4), TensorRing(3), Tucker(3), Hadamard(), Dense()], ids=str)
+@pytest.mark.parametrize(
+    "kind", [CP(4), TensorRing(3), Tucker(3), SharedBasis(3), Hadamard(), Dense()], ids=str
+)
 def test_gradients_of_gathered_coefficients(kind: Any) -> None:
     layer = randomize(MuMoE(5, 4, (4, 3), kind, gate=None, dtype="float64"))
     rng = np.random.default_rng(0)
@@ -250,7 +263,15 @@ def test_adam_moves_the_arrays_of_the_layer() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [CP(12), TensorRing((2, 2, 8)), TensorTrain((4, 8)), Tucker((4, 8, 8)), Hadamard(), Dense()],
+    [
+        CP(12),
+        TensorRing((2, 2, 8)),
+        TensorTrain((4, 8)),
+        Tucker((4, 8, 8)),
+        SharedBasis((2, 4)),
+        Hadamard(),
+        Dense(),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("normalization", ["layer", "batch"])

@@ -14,6 +14,7 @@ from tensormoe import (
     Factorization,
     Hadamard,
     LayerSpec,
+    SharedBasis,
     TensorRing,
     TensorTrain,
     Tucker,
@@ -48,6 +49,9 @@ def cases(levels: int) -> list[tuple[Factorization, int]]:
         (Tucker((*outer, 3, 4)), 3),
         (Tucker((*rising, 5, 2)), 2),
         (Tucker(9), 9),
+        (SharedBasis((2, 4)), 4),
+        (SharedBasis((7, 3)), 3),
+        (SharedBasis(9), 9),
         (Hadamard(), 99),
         (Dense(), 99),
     ]

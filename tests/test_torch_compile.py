@@ -17,6 +17,7 @@ from tensormoe import (
     Factorization,
     Gate,
     Hadamard,
+    SharedBasis,
     TensorRing,
     TensorTrain,
     TopK,
@@ -35,6 +36,7 @@ KINDS: list[Factorization] = [
     TensorRing((2, 3, 2, 3)),
     TensorTrain(3),
     Tucker(2),
+    SharedBasis((2, 3)),
     Hadamard(),
     Dense(),
 ]

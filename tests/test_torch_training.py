@@ -15,7 +15,18 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
 import tensormoe_numpy
-from tensormoe import CP, Dense, Gate, Hadamard, LayerSpec, TensorRing, TensorTrain, TopK, Tucker
+from tensormoe import (
+    CP,
+    Dense,
+    Gate,
+    Hadamard,
+    LayerSpec,
+    SharedBasis,
+    TensorRing,
+    TensorTrain,
+    TopK,
+    Tucker,
+)
 from tensormoe.gates import (
     entropy_loss,
     entropy_loss_vjp,
@@ -341,7 +352,15 @@ class TestLosses:
 
 @pytest.mark.parametrize(
     "kind",
-    [CP(12), TensorRing((2, 2, 8)), TensorTrain((4, 8)), Tucker((4, 8, 8)), Hadamard(), Dense()],
+    [
+        CP(12),
+        TensorRing((2, 2, 8)),
+        TensorTrain((4, 8)),
+        Tucker((4, 8, 8)),
+        SharedBasis((2, 4)),
+        Hadamard(),
+        Dense(),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("normalization", ["layer", "batch"])

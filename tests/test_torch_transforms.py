@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tensormoe import CP, Dense, Factorization, Gate, Hadamard, TensorRing, TensorTrain, Tucker
+from tensormoe import (
+    CP,
+    Dense,
+    Factorization,
+    Gate,
+    Hadamard,
+    SharedBasis,
+    TensorRing,
+    TensorTrain,
+    Tucker,
+)
 from tensormoe_torch import MuMoE, MuMoEMLP
 
 # forward-mode differentiation loads what PyTorch has deprecated
@@ -21,6 +31,7 @@ KINDS: list[Factorization] = [
     TensorRing((2, 3, 2, 3)),
     TensorTrain(3),
     Tucker(2),
+    SharedBasis((2, 3)),
     Hadamard(),
     Dense(),
 ]

@@ -6,6 +6,7 @@
 | `TensorRing(rank=(r₁, r₂, r₃))` | a ring of cores | min(r₃·min(r₁, r₂), I, O) | min(N, r₁r₂, …) |
 | `TensorTrain(rank=(r₁, r₂))` | a ring with an outer bond of 1 | min(r₂, I, O) | min(N, r₁, …) |
 | `Tucker(rank=(p, q, s))` | a core, one factor a mode | min(q, s, I, O) | min(N, p, qs) |
+| `SharedBasis(rank=(J, r))` | mixtures of J matrices, times own ones | min(r, I, O) | min(N, …) |
 | `Hadamard()` | the output mode is a hyperedge | min(I, O) | min(N, O) |
 | `Dense()` | 𝒲 itself | min(I, O) | min(N, I·O) |
 """
@@ -31,6 +32,7 @@ from tensormoe.factorizations._network import Factor as Factor
 from tensormoe.factorizations._network import Leg as Leg
 from tensormoe.factorizations._network import Network as Network
 from tensormoe.factorizations._network import expert_leg as expert_leg
+from tensormoe.factorizations._shared_basis import SharedBasis as SharedBasis
 from tensormoe.factorizations._tensor_ring import TensorRing as TensorRing
 from tensormoe.factorizations._tensor_train import TensorTrain as TensorTrain
 from tensormoe.factorizations._tensorly import from_tensorly as from_tensorly
@@ -51,6 +53,7 @@ __all__ = [
     "Initializer",
     "Leg",
     "Network",
+    "SharedBasis",
     "TensorRing",
     "TensorTrain",
     "Tucker",

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from tensormoe._devices import device_of
 from tensormoe._validation import choice, positive_ints
 from tensormoe.backend import Array, Backend
-from tensormoe.errors import RankError, SpecError
+from tensormoe.errors import LayoutError, RankError, SpecError
 from tensormoe.factorizations._initialization import Initializer
 from tensormoe.factorizations._network import (
     INPUT,
@@ -71,16 +71,35 @@ class Factorization(ABC):
     ) -> Mapping[str, Initializer]:
         """How each factor starts under the scheme ``"variance"`` or ``"paper"``."""
 
-    @abstractmethod
     def to_tensorly(self, factors: Mapping[str, Array], xp: Any) -> Any:
-        """The factors, bias aside, in the layout of TensorLy's decomposition of that name."""
+        """The factors, bias aside, in the layout of TensorLy's decomposition of that name.
 
-    @abstractmethod
+        Raises:
+            LayoutError: TensorLy has no such decomposition.
+        """
+        raise self._no_layout()
+
     def from_tensorly(self, decomposition: Any, xp: Any) -> dict[str, Array]:
-        """The inverse of :meth:`to_tensorly`."""
+        """The inverse of :meth:`to_tensorly`.
+
+        Raises:
+            LayoutError: TensorLy has no such decomposition.
+        """
+        raise self._no_layout()
+
+    def _no_layout(self) -> LayoutError:
+        return LayoutError(
+            f"a decomposition must be one that TensorLy has; got {self.name}. Exchange the whole "
+            "tensor instead, as a layer's materialize() gives it."
+        )
 
     def shared_experts(
-        self, experts: tuple[int, ...], table: Array, split: Split, backend: Backend
+        self,
+        experts: tuple[int, ...],
+        in_features: int,
+        table: Array,
+        split: Split,
+        backend: Backend,
     ) -> dict[str, Array]:
         """Factors with which all experts equal one matrix, or the nearest that the bonds admit.
 
@@ -89,6 +108,7 @@ class Factorization(ABC):
 
         Args:
             experts: one size a level.
+            in_features: I, without a row for the bias.
             table: the matrix (in, out), and the bias as one more row if there is one.
             split: the best product of an inner size that equals ``table``; its spare columns, where
                 the size is more than the matrix has singular values, add nothing.
@@ -116,8 +136,17 @@ class Factorization(ABC):
         self, experts: tuple[int, ...], in_features: int, out_features: int, bias: bool
     ) -> Network:
         """The network for a layer of these sizes."""
-        levels = len(experts)
-        factors = self.factors(levels)
+        factors = self.factors(len(experts))
+        return self._joined(factors, experts, in_features, out_features, bias)
+
+    def _joined(
+        self,
+        factors: tuple[Factor, ...],
+        experts: tuple[int, ...],
+        in_features: int,
+        out_features: int,
+        bias: bool,
+    ) -> Network:
         sizes = {expert_leg(level): size for level, size in enumerate(experts)}
         sizes |= {INPUT: in_features, OUTPUT: out_features}
         sizes |= self.bond_sizes(experts, out_features)

@@ -89,7 +89,12 @@ class CP(Factorization):
         }
 
     def shared_experts(
-        self, experts: tuple[int, ...], table: Array, split: Split, backend: Backend
+        self,
+        experts: tuple[int, ...],
+        in_features: int,
+        table: Array,
+        split: Split,
+        backend: Backend,
     ) -> dict[str, Array]:
         left, right = split(self.rank)
         stored = {

@@ -54,10 +54,17 @@ class Dense(Factorization):
         if checked_scheme(scheme) == "paper":
             return {"weight": Initializer(std)}
         # a draw that all experts share, as strong as what sets them apart
-        return {"weight": Initializer(std / sqrt(2.0), center="shared", center_std=std / sqrt(2.0))}
+        half, axes = std / sqrt(2.0), tuple(range(len(experts)))
+        start = Initializer(half, center="shared", center_std=half, expert_axes=axes)
+        return {"weight": start}
 
     def shared_experts(
-        self, experts: tuple[int, ...], table: Array, split: Split, backend: Backend
+        self,
+        experts: tuple[int, ...],
+        in_features: int,
+        table: Array,
+        split: Split,
+        backend: Backend,
     ) -> dict[str, Array]:
         return {"weight": backend.namespace.broadcast_to(table, (*experts, *table.shape))}
 

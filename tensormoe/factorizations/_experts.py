@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 from tensormoe.factorizations._network import Network, expert_leg
 
@@ -31,7 +32,8 @@ def expert_carriers(network: Network, level: int) -> tuple[str, ...]:
 
     An expert's matrix and its bias each depend on exactly one of these slices, all else fixed:
     scaled together, they scale the expert. That is one factor where it has a part in both, or the
-    one that carries the input mode and its counterpart, the bias.
+    one that carries the input mode and its counterpart, the bias. Where several factors have a part
+    of the expert, the largest is taken, in which it is freest.
 
     >>> from tensormoe import Dense, Hadamard, LayerSpec
     >>> expert_carriers(LayerSpec(6, 5, 4, Hadamard()).network, 0)
@@ -40,8 +42,8 @@ def expert_carriers(network: Network, level: int) -> tuple[str, ...]:
     ('weight', 'bias')
     """
     leg = expert_leg(level)
-    source = network.input_factor
-    for factor in network.factors:
-        if factor != source and leg in factor.legs:
-            return (factor.name,)
-    return (source.name,) if network.bias is None else (source.name, network.bias.name)
+    held = [factor for factor in network.factors if leg in factor.legs]
+    best = max(held, key=lambda factor: prod(network.shape(factor)))
+    if best != network.input_factor or network.bias is None:
+        return (best.name,)
+    return (best.name, network.bias.name)

@@ -75,7 +75,12 @@ class Hadamard(Factorization):
         return starts | {"input": Initializer(linear_std(in_features) / sqrt(energy))}
 
     def shared_experts(
-        self, experts: tuple[int, ...], table: Array, split: Split, backend: Backend
+        self,
+        experts: tuple[int, ...],
+        in_features: int,
+        table: Array,
+        split: Split,
+        backend: Backend,
     ) -> dict[str, Array]:
         stored = {
             f"expert_{level}": ones_like_table(table, (count, table.shape[1]), backend)

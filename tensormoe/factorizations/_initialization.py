@@ -28,6 +28,7 @@ class Initializer:
             passes every bond on (an identity, tiled where it is not square) or, as in the paper,
             the plain rectangular identity; or one draw shared by all experts.
         center_std: standard deviation of the shared draw.
+        expert_axes: along these the shared draw is the same.
         diagonal: multiply the noise by the center, so that it only lands where the center is.
     """
 
@@ -35,6 +36,7 @@ class Initializer:
     distribution: Literal["normal", "uniform"] = "uniform"
     center: Literal["zero", "one", "identity", "tiled", "shared"] = "zero"
     center_std: float = 0.0
+    expert_axes: tuple[int, ...] = ()
     diagonal: bool = False
 
 
@@ -107,7 +109,8 @@ def draw_factor(
         return array
     xp = backend.namespace
     if initializer.center == "shared":
-        shared = (1,) * (len(shape) - 2) + shape[-2:]
+        axes = initializer.expert_axes
+        shared = tuple(1 if axis in axes else size for axis, size in enumerate(shape))
         return array + noise(shared, initializer.center_std)
     if initializer.center == "one":
         return array + 1.0

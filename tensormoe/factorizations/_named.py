@@ -11,6 +11,7 @@ from tensormoe.factorizations._base import Factorization
 from tensormoe.factorizations._cp import CP
 from tensormoe.factorizations._dense import Dense
 from tensormoe.factorizations._hadamard import Hadamard
+from tensormoe.factorizations._shared_basis import SharedBasis
 from tensormoe.factorizations._tensor_ring import TensorRing
 from tensormoe.factorizations._tensor_train import TensorTrain
 from tensormoe.factorizations._tucker import Tucker
@@ -18,7 +19,10 @@ from tensormoe.factorizations._tucker import Tucker
 __all__ = ["FACTORIZATIONS", "resolve_factorization"]
 
 FACTORIZATIONS: Mapping[str, type[Factorization]] = MappingProxyType(
-    {kind.name: kind for kind in (CP, TensorRing, TensorTrain, Tucker, Hadamard, Dense)}
+    {
+        kind.name: kind
+        for kind in (CP, TensorRing, TensorTrain, Tucker, SharedBasis, Hadamard, Dense)
+    }
 )
 """The factorizations that have a name, by it."""
 

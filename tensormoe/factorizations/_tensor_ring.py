@@ -101,7 +101,12 @@ class TensorRing(Factorization):
         }
 
     def shared_experts(
-        self, experts: tuple[int, ...], table: Array, split: Split, backend: Backend
+        self,
+        experts: tuple[int, ...],
+        in_features: int,
+        table: Array,
+        split: Split,
+        backend: Backend,
     ) -> dict[str, Array]:
         return shared_ring(experts, self.bonds(len(experts)), table, split, backend)
 

@@ -101,7 +101,12 @@ class TensorTrain(Factorization):
         }
 
     def shared_experts(
-        self, experts: tuple[int, ...], table: Array, split: Split, backend: Backend
+        self,
+        experts: tuple[int, ...],
+        in_features: int,
+        table: Array,
+        split: Split,
+        backend: Backend,
     ) -> dict[str, Array]:
         stored = shared_ring(experts, (1, *self.bonds(len(experts))), table, split, backend)
         stored["expert_0"] = stored["expert_0"][:, 0, :]

@@ -99,7 +99,12 @@ class Tucker(Factorization):
         }
 
     def shared_experts(
-        self, experts: tuple[int, ...], table: Array, split: Split, backend: Backend
+        self,
+        experts: tuple[int, ...],
+        in_features: int,
+        table: Array,
+        split: Split,
+        backend: Backend,
     ) -> dict[str, Array]:
         """As in the base class; every index of the expert bonds owns its share of the rank."""
         xp = backend.namespace

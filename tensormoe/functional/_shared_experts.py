@@ -9,7 +9,7 @@ from tensormoe._config import LayerConfig
 from tensormoe._devices import device_of
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import ShapeError, SpecError
-from tensormoe.factorizations import INPUT, Draw, Factor, Network
+from tensormoe.factorizations import INPUT, OUTPUT, Draw, Factor, Network, expert_carriers
 from tensormoe.functional._dtypes import cast, widened
 from tensormoe.functional._weights import expert_weight
 
@@ -65,7 +65,11 @@ def shared_experts(
         row = xp.zeros_like(table[0, :]) if bias is None else cast(bias, table.dtype, backend)
         table = xp.concat([table, xp.expand_dims(row, axis=0)], axis=0)
     stored = spec.factorization.shared_experts(
-        spec.experts, table, lambda size: _split(svd(table), size, backend), backend
+        spec.experts,
+        spec.in_features,
+        table,
+        lambda size: _split(svd(table), size, backend),
+        backend,
     )
     carrier = spec.network.input_factor
     if spec.bias:
@@ -75,9 +79,8 @@ def shared_experts(
     kept = {name: cast(array, weight.dtype, backend) for name, array in stored.items()}
     error, norm = _error(config, kept, table, backend)
     if noise:
-        levels = sum(1 for factor in spec.network.factors if _expert_axes(factor, spec.network))
         # as much energy over all levels together as one level would have
-        share = (1.0 + noise**2) ** (1.0 / levels) - 1.0
+        share = (1.0 + noise**2) ** (1.0 / len(_carriers(spec.network))) - 1.0
         noisy = _moved(config, stored, share, normal, backend)
         kept |= {name: cast(array, weight.dtype, backend) for name, array in noisy.items()}
     return {f"factors.{name}": kept[name] for name in spec.shapes}, error, norm
@@ -155,6 +158,11 @@ def _expert_axes(factor: Factor, network: Network) -> tuple[int, ...]:
     return tuple(place for place, leg in enumerate(factor.legs) if leg in network.expert_legs)
 
 
+def _carriers(network: Network) -> set[tuple[str, ...]]:
+    """What sets experts apart: arrays whose noise does not meet that of others of its expert."""
+    return {expert_carriers(network, level) for level in range(len(network.expert_legs))}
+
+
 def _moved(
     config: LayerConfig,
     stored: Mapping[str, Array],
@@ -166,7 +174,10 @@ def _moved(
     xp, network = backend.namespace, config.spec.network
     variance = share * config.spec.factorization.expert_variance(config.spec.levels)
     moved = {}
+    names = {name for carriers in _carriers(network) for name in carriers}
     for factor in network.all_factors:
+        if factor.name not in names:
+            continue
         axes = _expert_axes(factor, network)
         shape = network.shape(factor)
         count = prod(shape[axis] for axis in axes)
@@ -174,7 +185,7 @@ def _moved(
             continue
         drawn = cast(normal(shape), stored[factor.name].dtype, backend)
         drawn = (drawn - xp.mean(drawn, axis=axes, keepdims=True)) * (count / (count - 1)) ** 0.5
-        if INPUT in factor.legs or factor == network.bias:
+        if {INPUT, OUTPUT} & {*factor.legs} or factor == network.bias:
             # experts stored as they are: their entries move by a share of themselves
             moved[factor.name] = stored[factor.name] * (1.0 + share**0.5 * drawn)
         else:

@@ -16,7 +16,15 @@ from tensormoe import _registry, functional
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import BackendError
-from tensormoe.factorizations import CP, Dense, Hadamard, TensorRing, TensorTrain, Tucker
+from tensormoe.factorizations import (
+    CP,
+    Dense,
+    Hadamard,
+    SharedBasis,
+    TensorRing,
+    TensorTrain,
+    Tucker,
+)
 from tensormoe.functional import LayerConfig
 from tensormoe.gates import Gate, Statistics, activate, activate_vjp
 from tensormoe.testing._layer_checks import CHECKS, LayerChecks
@@ -308,5 +316,5 @@ class BackendContract(LayerChecks):
 
 
 def _some_specs() -> list[LayerSpec]:
-    kinds = (CP(3), TensorRing(3), TensorTrain(2), Tucker(2), Hadamard(), Dense())
+    kinds = (CP(3), TensorRing(3), TensorTrain(2), Tucker(2), SharedBasis(3), Hadamard(), Dense())
     return [LayerSpec(5, 4, (3, 2), kind) for kind in kinds]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import tensorly
 
 from tensormoe.errors import ShapeError, SpecError
-from tensormoe.factorizations import Factorization, to_tensorly
+from tensormoe.factorizations import FACTORIZATIONS, Factorization, to_tensorly
 
 __all__ = ["reconstruct", "reconstruct_by_einsum", "reference_output"]
 
@@ -23,8 +23,11 @@ _BONDS = "pqrstuvwxyz"
 def reconstruct(factorization: Factorization, factors: Mapping[str, Any]) -> Doubles:
     """𝒲 by TensorLy's reconstruction of the factors' TensorLy layout, in float64.
 
+    Factorizations that TensorLy does not have are multiplied out expert by expert, as the papers
+    define them.
+
     Args:
-        factorization: one of the six that come with the library.
+        factorization: one that comes with the library.
         factors: arrays by name, as a layer's ``factors``; anything that NumPy can read.
 
     Returns:
@@ -32,7 +35,7 @@ def reconstruct(factorization: Factorization, factors: Mapping[str, Any]) -> Dou
         the input mode, as in Oldfield et al. 2024, section 3.1.
 
     Raises:
-        SpecError: a factorization that TensorLy has no reconstruction of.
+        SpecError: another factorization.
 
     >>> import numpy as np
     >>> from tensormoe import CP
@@ -40,6 +43,8 @@ def reconstruct(factorization: Factorization, factors: Mapping[str, Any]) -> Dou
     >>> reconstruct(CP(2), factors).shape
     (2, 3, 4)
     """
+    if factorization.name == "shared_basis":
+        return _shared_basis(*_with_bias_row(_doubles(factors)))
     read: Callable[[Any], Any]
     # here, not at the top: the default backend may be another one when this is imported
     if factorization.name in ("cp", "hadamard"):
@@ -54,7 +59,7 @@ def reconstruct(factorization: Factorization, factors: Mapping[str, Any]) -> Dou
         read = np.asarray
     else:
         raise SpecError(
-            f"TensorLy reconstructs the library's own factorizations; got {factorization!r}. "
+            f"only the library's own factorizations can be reconstructed; got {factorization!r}. "
             "Compare with an einsum of your own."
         )
     with tensorly.backend_context("numpy", local_threadsafe=True):
@@ -68,7 +73,7 @@ def reconstruct_by_einsum(factorization: Factorization, factors: Mapping[str, An
     that a wrong layout and a wrong network are told apart.
 
     Args:
-        factorization: one of the six that come with the library.
+        factorization: one that comes with the library.
         factors: arrays by name, as a layer's ``factors``; anything that NumPy can read.
 
     Returns:
@@ -77,13 +82,12 @@ def reconstruct_by_einsum(factorization: Factorization, factors: Mapping[str, An
     Raises:
         SpecError: another factorization.
     """
-    arrays = _doubles(factors)
-    bias = arrays.pop("bias", None)
-    if bias is not None:
-        name = "weight" if "weight" in arrays else "input"
-        axis = -2 if name == "weight" else 0
-        row = np.expand_dims(bias, axis)
-        arrays[name] = np.concatenate([arrays[name], row], axis=axis)
+    if factorization.name not in FACTORIZATIONS:
+        raise SpecError(
+            f"equations are known for the library's own factorizations; got {factorization!r}. "
+            "Compare with an einsum of your own."
+        )
+    arrays, in_features = _with_bias_row(_doubles(factors))
     if factorization.name == "dense":
         return arrays["weight"]
     levels = sum(name.startswith("expert_") for name in arrays)
@@ -107,10 +111,12 @@ def reconstruct_by_einsum(factorization: Factorization, factors: Mapping[str, An
         names.insert(0, "core")
         terms = [bonds, *(m + bond for m, bond in zip(modes, bonds, strict=True))]
     else:
-        raise SpecError(
-            f"equations are known for the library's own factorizations; got {factorization!r}. "
-            "Compare with an einsum of your own."
-        )
+        names = ["mixing", "input", "output"]
+        experts = _EXPERTS[: arrays["mixing"].ndim - 1]
+        modes = experts + "io"
+        terms = [experts + "x", "ixr", f"o{experts}r"]
+        if in_features < arrays["output"].shape[0]:
+            terms = [experts + "x", f"i{experts}r", "oxr"]
     operands = [arrays[name] for name in names]
     result: Doubles = np.einsum(f"{','.join(terms)}->{modes}", *operands, optimize=True)
     return result
@@ -151,6 +157,31 @@ def reference_output(weights: Any, coefficients: Sequence[Any], x: Any) -> Doubl
     given = [np.asarray(each, dtype=np.float64) for each in coefficients]
     result: Doubles = np.einsum(f"{','.join(terms)}->...o", full, *given, rows)
     return result
+
+
+def _shared_basis(arrays: Mapping[str, Doubles], in_features: int) -> Doubles:
+    """(Σ α B) A, or A Σ α B where the output is larger than the input, expert by expert."""
+    mixing, left, right = (arrays[name] for name in ("mixing", "input", "output"))
+    experts = mixing.shape[:-1]
+    result = np.empty((*experts, left.shape[0], right.shape[0]))
+    for index in np.ndindex(experts):
+        if in_features >= right.shape[0]:
+            matrices = [np.tensordot(left, mixing[index], axes=(1, 0)), right[:, *index]]
+        else:
+            matrices = [left[:, *index], np.tensordot(right, mixing[index], axes=(1, 0))]
+        result[index] = matrices[0] @ matrices[1].T
+    return result
+
+
+def _with_bias_row(arrays: dict[str, Doubles]) -> tuple[dict[str, Doubles], int]:
+    """The bias as the last row of the array with the input mode, and the size of that without."""
+    name = "weight" if "weight" in arrays else "input"
+    axis = -2 if name == "weight" else 0
+    size = arrays[name].shape[axis]
+    if "bias" in arrays:
+        row = np.expand_dims(arrays.pop("bias"), axis)
+        arrays[name] = np.concatenate([arrays[name], row], axis=axis)
+    return arrays, size
 
 
 def _doubles(factors: Mapping[str, Any]) -> dict[str, Doubles]:

@@ -19,6 +19,7 @@ from tensormoe.factorizations import (
     Dense,
     Factorization,
     Hadamard,
+    SharedBasis,
     TensorRing,
     TensorTrain,
     Tucker,
@@ -45,6 +46,7 @@ _EXAMPLES: tuple[Factorization, ...] = (
     TensorRing(1),
     TensorTrain(1),
     Tucker(1),
+    SharedBasis(1),
     Hadamard(),
     Dense(),
 )
@@ -77,8 +79,8 @@ def factorizations(
     Args:
         draw: given by Hypothesis.
         levels: E, the number of levels.
-        of: a value of the only factorization to draw, whose own rank does not matter; all six by
-            default.
+        of: a value of the only factorization to draw, whose own rank does not matter; all of the
+            library's by default.
         largest_rank: the largest size of a bond.
     """
     example = draw(st.sampled_from(_EXAMPLES)) if of is None else of
@@ -100,7 +102,7 @@ def specs(
 
     Args:
         draw: given by Hypothesis.
-        of: a value of the only factorization to draw; all six by default.
+        of: a value of the only factorization to draw; all of the library's by default.
         levels: the only number of levels; 1, 2 and 3 by default.
         bias: whether there is a bias; both by default.
         largest: the largest size of a mode; expert modes of three levels stay at 4.

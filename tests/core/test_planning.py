@@ -17,7 +17,7 @@ import sys
 for name in ("cupy", "jax", "jaxlib", "numpy", "scipy", "torch"):
     sys.modules[name] = None  # importing it now fails as if it weren't installed
 
-from tensormoe import CP, Dense, Hadamard, LayerSpec, TensorRing, TensorTrain, Tucker
+from tensormoe import CP, Dense, Hadamard, LayerSpec, SharedBasis, TensorRing, TensorTrain, Tucker
 
 spec = LayerSpec(16, 12, experts=(6, 5), factorization={factorization})
 spec.cost(32)
@@ -33,6 +33,7 @@ print(spec.plan(32).describe())
         "TensorTrain(rank=(2, 3, 4))",
         "Tucker(rank=(2, 3, 4, 5))",
         "Hadamard()",
+        "SharedBasis((2, 3))",
         "Dense()",
     ],
 )

@@ -10,12 +10,20 @@ import numpy as np
 import pytest
 
 import tensormoe_numpy
-from tensormoe import CP, Dense, Gate, Hadamard, TensorRing, TensorTrain, Tucker
+from tensormoe import CP, Dense, Gate, Hadamard, SharedBasis, TensorRing, TensorTrain, Tucker
 
 DEVICE = os.environ.get("TENSORMOE_TEST_DEVICE", "cpu")
 """``"cuda"``, or ``"cpu"`` to try the tests themselves."""
 
-KINDS = [CP(3), TensorRing(3), TensorTrain((2, 3, 4)), Tucker(2), Hadamard(), Dense()]
+KINDS = [
+    CP(3),
+    TensorRing(3),
+    TensorTrain((2, 3, 4)),
+    Tucker(2),
+    SharedBasis((2, 3)),
+    Hadamard(),
+    Dense(),
+]
 GATES = [
     Gate(),
     Gate("softmax", bias=True),

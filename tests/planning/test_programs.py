@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tensormoe import CP, Dense, Hadamard, LayerSpec, TensorRing, TensorTrain, Tucker
+from tensormoe import CP, Dense, Hadamard, LayerSpec, SharedBasis, TensorRing, TensorTrain, Tucker
 from tensormoe.errors import PlanError
 from tensormoe.execution import execute
 from tensormoe.planning import (
@@ -147,6 +147,8 @@ REGIMES = [
     LayerSpec(40, 30, (3, 2), TensorRing((5, 6, 5, 30))),
     LayerSpec(40, 30, (3, 2), TensorTrain((9, 12, 40))),
     LayerSpec(24, 20, (2, 2, 3), CP(120)),
+    LayerSpec(40, 30, 5, SharedBasis((3, 30))),
+    LayerSpec(30, 40, (3, 2), SharedBasis((4, 30))),
     LayerSpec(24, 20, 5, Hadamard()),
     LayerSpec(24, 20, 5, Dense()),
 ]
@@ -198,8 +200,8 @@ REALISTIC = [
         ((1024,), (CP(256), TensorRing((4, 4, 90)), TensorTrain((16, 90)))),
         ((32, 16), (CP(256), TensorRing((4, 4, 4, 90)), TensorTrain((4, 16, 90)))),
         ((16, 8, 8), (CP(256), TensorRing((4, 4, 4, 4, 90)), TensorTrain((4, 4, 4, 90)))),
-        ((128,), (Hadamard(), Dense())),
-        ((32, 16), (Hadamard(), Dense())),
+        ((128,), (SharedBasis((8, 512)), Hadamard(), Dense())),
+        ((32, 16), (SharedBasis((8, 256)), Hadamard(), Dense())),
         ((16, 8, 8), (Hadamard(), Dense())),
     )
     for factorization in factorizations
