@@ -14,7 +14,7 @@ from tensormoe.decomposition._search import Search
 from tensormoe.decomposition._source import Source
 from tensormoe.errors import BudgetError, SpecError
 from tensormoe.factorizations import INPUT, OUTPUT, Factorization, resolve_factorization
-from tensormoe.planning import Budget, select_rank
+from tensormoe.planning import Budget
 
 __all__ = ["Runs"]
 
@@ -108,14 +108,12 @@ class Runs:
 
     def _within(self, name: str, tolerance: float) -> Factorization:
         """The rank of the smallest budget that reaches a tolerance."""
-        rows, columns, experts = self.sizes
 
         def at(budget: int) -> Factorization | None:
             try:
-                rank = select_rank(name, rows, columns, experts, budget=budget, bias=self.bias)
+                return self._best(name, budget)
             except BudgetError:
                 return None
-            return resolve_factorization(name, rank)
 
         errors: dict[Factorization, float] = {}
 

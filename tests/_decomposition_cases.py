@@ -1,0 +1,51 @@
+"""What the tests of decomposition share: planted tensors, and an oracle of the reconstruction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tensormoe import CP, Hadamard, LayerSpec, TensorRing, TensorTrain, Tucker
+from tensormoe.testing import reconstruct_by_einsum
+
+KINDS = ["cp", "tensor_ring", "tensor_train", "tucker", "hadamard"]
+
+
+def planted(name: str, seed: int) -> tuple[LayerSpec, np.ndarray]:
+    """A random layer of a factorization, and its weights: one or two levels, small ranks."""
+    rng = np.random.default_rng(seed)
+    levels = int(rng.integers(1, 3))
+    experts = tuple(int(size) for size in rng.integers(3, 8, levels))
+    rows, columns = (int(size) for size in rng.integers(6, 20, 2))
+
+    def ranks(count: int) -> tuple[int, ...]:
+        return tuple(int(size) for size in rng.integers(1, 4, count))
+
+    kinds: dict[str, Any] = {
+        "cp": lambda: CP(int(rng.integers(1, 6))),
+        "tensor_ring": lambda: TensorRing(ranks(levels + 2)),
+        "tensor_train": lambda: TensorTrain(ranks(levels + 1)),
+        "tucker": lambda: Tucker(ranks(levels + 2)),
+        "hadamard": Hadamard,
+    }
+    spec = LayerSpec(rows, columns, experts, kinds[name](), bias=False)
+    factors = {key: rng.standard_normal(shape) for key, shape in spec.shapes.items()}
+    return spec, weights_of(spec, factors)
+
+
+def weights_of(spec: LayerSpec, factors: Any) -> np.ndarray:
+    """The weights of factors, by one einsum in float64, the bias left out."""
+    plain = {name: array for name, array in factors.items() if name != "bias"}
+    return np.asarray(reconstruct_by_einsum(spec.factorization, plain))
+
+
+def with_noise(weights: np.ndarray, level: float, seed: int) -> tuple[np.ndarray, float]:
+    """Weights with noise of a share of their norm, and that share of the sum's norm."""
+    noise = np.random.default_rng(seed).standard_normal(weights.shape)
+    noise *= level * np.linalg.norm(weights) / np.linalg.norm(noise)
+    return weights + noise, float(np.linalg.norm(noise) / np.linalg.norm(weights + noise))
+
+
+def relative(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
