@@ -104,8 +104,8 @@ def gather(network: Network, program: Path, sizes: Sizes) -> Positions | None:
             fens = [fen for game in games for fen in game]
             some = fens[:: max(1, len(fens) // 40)]
             worst = check(network, engine, some)
-    except OSError as error:
-        print(f"{program} does not run here ({error.strerror}): weights alone are looked at")
+    except (OSError, EOFError) as error:
+        print(f"weights alone are looked at, as the program does not run here: {error}")
         return None
     print(
         f"forward pass and the engine's own table, {len(some)} positions × {EXPERTS} experts: "

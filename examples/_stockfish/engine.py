@@ -6,7 +6,7 @@ import random
 import re
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +33,10 @@ class Engine:
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(commands + "\n")
-        self.process.stdin.flush()
         lines = []
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(commands + "\n")
+            self.process.stdin.flush()
         for line in self.process.stdout:
             lines.append(line.rstrip("\n"))
             if line.startswith(last):

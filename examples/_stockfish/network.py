@@ -21,6 +21,8 @@ __all__ = ["EXPERTS", "Layer", "Network", "NetworkError", "find_program", "read_
 EXPERTS = 8
 FEATURES, HALF, MATERIAL = 22528, 1024, 8
 
+# Debian's folder for games is not on everybody's PATH
+DEBIAN = "/usr/games/stockfish"
 INSTALL = "Install it with: apt install stockfish (version 15.1, as in Debian 12)."
 
 # networks are named after the start of their SHA-256
@@ -82,8 +84,7 @@ def find_program(name: str | None = None) -> Path:
     Raises:
         NetworkError: it is not installed.
     """
-    # Debian's folder for games is not on everybody's PATH
-    tried = [name] if name else [shutil.which("stockfish"), "/usr/games/stockfish"]
+    tried = [name] if name else [shutil.which("stockfish"), DEBIAN]
     for each in tried:
         if each and Path(each).is_file():
             return Path(each)

@@ -149,7 +149,7 @@ def draw(
             axes.axhline(study.layer.rounding, color=INK, linewidth=0.8, label="rounding to int8")
             axes.set_title(study.layer.name)
             axes.set_ylim(0.0, 1.0)
-        above[0].legend(fontsize=7.5, loc="lower left")
+        above[0].legend(fontsize=7.5, loc="lower left", bbox_to_anchor=(0.0, 0.04))
         _draw_experts(below[0], studies[0], budget)
         _draw_outputs(below[1], studies[:2], budgets)
         _draw_evaluations(below[2], evaluations, typical)
@@ -227,7 +227,7 @@ def _scale(axes: Axes, label: str) -> None:
         return
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     axes.set_xlim(left=0.0)
-    axes.legend(fontsize=7.5, loc="upper right")
+    axes.legend(fontsize=7.5, loc="upper right", handlelength=4.0)
 
 
 def _line(
