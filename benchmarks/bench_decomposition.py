@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from _shared import settings
 
-from tensormoe import CP, TensorRing
+from tensormoe import CP, TensorRing, TensorTrain
 from tensormoe.decomposition import Decomposition, Search, decompose
 from tensormoe.factorizations import Factorization
 
@@ -122,18 +122,18 @@ def large(share: float) -> None:
         own = torch.randn(512, shape[2], generator=generator)
         expert.copy_(left @ (common + own) + 0.05 * torch.randn(shape[1:], generator=generator))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    experts, rows, columns = shape
+    rank = int(share * weights.numel() - experts**2) // (experts * rows + columns)
+    kind = TensorTrain((experts, rank))
     search = Search(starts=1, sweeps=10, polish=1)
-    for name in ("tensor_ring",):
-        seconds, found = timed(
-            lambda: decompose(weights, name, budget=share, search=search, compare=False)  # noqa: B023
-        )
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(
-            f"{name:>12} {shape!s:>18} bfloat16 to {found.report.ratio:.1%}: {seconds:.0f} s, "
-            f"error {found.report.error:.4f}, {found.spec.factorization}, peak of the process "
-            f"{peak / 2**20:.2f} GiB ({before / 2**20:.2f} before)",
-            flush=True,
-        )
+    seconds, found = timed(lambda: decompose(weights, kind, search=search, compare=False))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(
+        f"{shape} bfloat16 to {found.report.ratio:.1%} as {kind}: {seconds:.0f} s, error "
+        f"{found.report.error:.4f}, peak of the process {peak / 2**20:.2f} GiB "
+        f"({before / 2**20:.2f} before)",
+        flush=True,
+    )
 
 
 def main() -> None:

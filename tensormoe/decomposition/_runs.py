@@ -20,6 +20,8 @@ __all__ = ["Runs"]
 
 # enough to tell candidates apart
 _TRIAL = Search(starts=1, sweeps=8, polish=0)
+# entries from which on trials of several ranks would take too long
+_LARGE = 2**25
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +104,7 @@ class Runs:
     def _best(self, name: str, budget: Budget | int) -> Factorization:
         """The candidate within a budget whose short search ends lowest."""
         found = candidates(name, self.sizes, budget, self.bias)
-        if len(found) == 1:
+        if len(found) == 1 or self._dense > _LARGE:
             return found[0]
         return min(found, key=lambda kind: self.run(kind, _TRIAL)[1][-1])
 
