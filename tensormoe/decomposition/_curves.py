@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from tensormoe.backend import Array
 from tensormoe.decomposition._decompose import decompose
-from tensormoe.decomposition._search import Search
 from tensormoe.decomposition._report import Decomposition, Report
+from tensormoe.decomposition._search import Search
 from tensormoe.errors import BudgetError
 from tensormoe.factorizations import FACTORIZATIONS, Dense, Factorization
 from tensormoe.planning import Budget
