@@ -10,7 +10,7 @@ from typing import IO
 
 from tensormoe.errors import CheckpointError
 
-__all__ = ["PARTIAL_SUFFIX", "checkpoint_path", "open_regular", "write_whole"]
+__all__ = ["PARTIAL_SUFFIX", "checkpoint_path", "open_regular", "sync_folder", "write_whole"]
 
 PARTIAL_SUFFIX = ".tensormoe-partial"
 
@@ -98,7 +98,7 @@ def write_whole(path: str, parts: Iterable[bytes]) -> None:
             f"{path!r} could not be written: {error.strerror or error}. What was there before is "
             "unchanged. Make room or choose another path."
         ) from error
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def _check_regular(path: str, status: os.stat_result) -> None:
@@ -107,7 +107,7 @@ def _check_regular(path: str, status: os.stat_result) -> None:
         raise CheckpointError(f"path must name a file; {path!r} is {kind}.")
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
     """Make the new name survive a power cut, where the system can."""
     # some file systems and Windows can't; the file is whole under either name all the same
     with suppress(OSError):

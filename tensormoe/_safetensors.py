@@ -1,8 +1,8 @@
 """The safetensors layout, whoever wrote the file: a header, then arrays end to end.
 
-Eight bytes of header length, a JSON header, and the arrays. It is handled here, without the package of
-that name, because its functions that need no framework take raw memory addresses (from 0.8 on) and
-give no metadata back.
+Eight bytes of header length, a JSON header, and the arrays. It is handled here, without the package
+of that name, because its functions that need no framework take raw memory addresses (from 0.8 on)
+and give no metadata back.
 """
 
 from __future__ import annotations

@@ -1,0 +1,83 @@
+"""What a group lost in the dtype that it is stored in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+from tensormoe._config import LayerConfig
+from tensormoe._registry import get_backend
+from tensormoe.decomposition.checkpoints._values import rounded
+from tensormoe.functional import expert_weight
+
+__all__ = ["GroupReport", "stored_errors"]
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """What became of a group of experts.
+
+    Errors are relative Frobenius norms of what is missing, in the dtype of the file.
+
+    Args:
+        name: the experts' key, with a ``*`` for their number.
+        file: of the factors, in the compressed model; None where matrices were written instead.
+        experts: how many.
+        in_features: size of an input.
+        out_features: size of an output.
+        dtype: of the weights, and of what was written.
+        rank: of the factorization.
+        dense_parameters: entries of the experts.
+        parameters: entries of the factors.
+        error: of all experts together.
+        expert_errors: of each.
+        svd_error: of truncated singular value decompositions of equal size; None if not asked for.
+        seconds: that it took; None where it was done before.
+    """
+
+    name: str
+    file: str | None
+    experts: int
+    in_features: int
+    out_features: int
+    dtype: str
+    rank: int | tuple[int, ...] | None
+    dense_parameters: int
+    parameters: int
+    error: float
+    expert_errors: tuple[float, ...]
+    svd_error: float | None
+    seconds: float | None
+
+
+def stored_errors(
+    stack: Any, config: LayerConfig, factors: Mapping[str, Any], dtype: str, dense: bool
+) -> tuple[float, tuple[float, ...]]:
+    """Relative error of all experts, and of each, as they are read back from the file.
+
+    Args:
+        stack: the experts (experts, in, out), in the working dtype.
+        config: of the layer.
+        factors: by canonical name, in the working dtype, rounded if factors are stored.
+        dtype: of the file.
+        dense: whether matrices are stored.
+    """
+    import numpy as np
+
+    backend = get_backend("numpy")
+    missing, whole = [], []
+    for number, matrix in enumerate(stack):
+        found, _ = expert_weight(config, factors, (number,), backend)
+        if dense:
+            found = rounded(found, dtype)
+        found = matrix - found
+        missing.append(float(np.einsum("io,io->", found, found, dtype="float64")))
+        whole.append(float(np.einsum("io,io->", matrix, matrix, dtype="float64")))
+    each = tuple(_relative(a, b) for a, b in zip(missing, whole, strict=True))
+    return _relative(sum(missing), sum(whole)), each
+
+
+def _relative(missing: float, whole: float) -> float:
+    return sqrt(missing / whole) if whole else 0.0

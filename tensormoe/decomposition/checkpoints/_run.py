@@ -1,0 +1,291 @@
+"""A model compressed group by group, and written shard by shard."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tensormoe import __version__
+from tensormoe._checkpoint_files import checkpoint_path, write_whole
+from tensormoe.decomposition._decompose import decompose
+from tensormoe.decomposition.checkpoints._measure import GroupReport, stored_errors
+from tensormoe.decomposition.checkpoints._plan import (
+    CompressionPlan,
+    GroupPlan,
+    plan_compression,
+)
+from tensormoe.decomposition.checkpoints._resume import Work, open_work
+from tensormoe.decomposition.checkpoints._settings import Compression
+from tensormoe.decomposition.checkpoints._values import even, read_stack, rounded, working_dtype
+from tensormoe.decomposition.checkpoints._write import (
+    Rebuilt,
+    side_files,
+    write_dense,
+    write_factors,
+    write_index,
+    write_rest,
+)
+from tensormoe.errors import CheckpointError, PlanError, TensormoeError
+
+__all__ = ["CompressionResult", "Progress", "compress_checkpoint"]
+
+EXPERTS, REST = "experts", "rest"
+
+Progress = Callable[[str, str, int, int], None]
+"""Called with the stage (``"experts"``, ``"files"``), what is next, and how much of all is done:
+entries of experts, or bytes of files."""
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """A compressed model.
+
+    Args:
+        output: its folder.
+        groups: what became of each group of experts.
+    """
+
+    output: str
+    groups: tuple[GroupReport, ...]
+
+    @property
+    def dense_parameters(self) -> int:
+        """Entries of the experts."""
+        return sum(each.dense_parameters for each in self.groups)
+
+    @property
+    def parameters(self) -> int:
+        """Entries of their factors."""
+        return sum(each.parameters for each in self.groups)
+
+
+def compress_checkpoint(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    settings: Compression,
+    *,
+    max_memory: int | None = None,
+    progress: Progress | None = None,
+) -> CompressionResult:
+    """Decompose the experts of a model, a group at a time, and write it anew.
+
+    The output appears under its name when all of it is written. Killed before, the same call goes
+    on where it was, and ends with the same bytes.
+
+    Args:
+        model: a ``.safetensors`` file, an index, or a folder with one of either kind.
+        output: a folder that does not exist yet. By default it gets ``experts/``, one checkpoint
+            for each group that every framework's ``MuMoE.load`` opens, ``rest/``, the model without
+            its experts, byte for byte, and ``tensormoe.json``, which says what came from where.
+            With ``dense`` it gets the files of the model, with rebuilt experts.
+        settings: what is wanted.
+        max_memory: bytes that the process may take.
+        progress: told what is done.
+
+    Raises:
+        TypeError: a path is neither a string nor a path.
+        CheckpointError: a model that can't be read, experts that make no tensor, or an output that
+            is something else or can't be written.
+        RankError, BudgetError: a rank or budget that a group cannot have.
+        PlanError: ``max_memory`` is too little; nothing was read then but headers.
+    """
+    plan = plan_compression(model, settings)
+    _check_memory(plan, max_memory)
+    _check_apart(model, output)
+    command = {
+        "version": __version__,
+        "model": plan.model.name,
+        "shards": plan.model.identity,
+        **settings.to_dict(),
+    }
+    tell = progress or (lambda *_: None)
+    # matrices are rebuilt from factors that nobody needs afterwards
+    temporary = EXPERTS if settings.dense else None
+    with open_work(output, command) as work:
+        if work.manifest is not None:
+            work.finish(work.manifest, temporary)
+            return CompressionResult(work.target, tuple(map(_report, work.manifest["groups"])))
+        _check_disk(plan, work)
+        files = _files(plan)
+        done = 0
+        for each in plan.groups:
+            tell(EXPERTS, each.group.label, done, plan.dense_entries)
+            path = work.path(EXPERTS, files[each.group.name])
+            if each.group.name not in work.done or not os.path.isfile(path):
+                work.record(each.group.name, _as_dict(_compress(plan, each, path)))
+            done += each.group.entries
+        tell(EXPERTS, "", done, plan.dense_entries)
+        _write(plan, work, files, tell)
+        reports = tuple(_report(work.done[each.group.name]) for each in plan.groups)
+        manifest = {
+            "command": command,
+            "groups": [{**_as_dict(report), "seconds": None} for report in reports],
+        }
+        work.finish(manifest, temporary)
+        return CompressionResult(work.target, reports)
+
+
+def _compress(plan: CompressionPlan, each: GroupPlan, path: str) -> GroupReport:
+    """Decompose one group, and write its factors."""
+    settings, group = plan.settings, each.group
+    stack = read_stack(plan.model, group)
+    try:
+        found = decompose(
+            stack,
+            settings.factorization,
+            rank=settings.rank,
+            budget=each.budget,
+            tolerance=settings.tolerance,
+            compare=settings.compare,
+            seed=settings.seed,
+        )
+    except TensormoeError as reason:
+        raise type(reason)(f"{group.name!r}: {reason}") from reason
+    config = found.config()
+    # matrices are rebuilt from factors that were never rounded
+    stored = working_dtype(group.dtype) if settings.dense else group.dtype
+    evened = even(found.parameters) if stored == "float16" else found.parameters
+    factors = {name: rounded(array, stored) for name, array in evened.items()}
+    error, errors = stored_errors(stack, config, factors, group.dtype, settings.dense)
+    write_factors(path, config, factors, stored)
+    return GroupReport(
+        group.name,
+        None if settings.dense else f"{EXPERTS}/{os.path.basename(path)}",
+        group.experts,
+        group.in_features,
+        group.out_features,
+        group.dtype,
+        config.spec.factorization.rank,
+        group.entries,
+        config.spec.num_parameters,
+        error,
+        errors,
+        found.report.svd_error,
+        found.report.seconds,
+    )
+
+
+def _write(plan: CompressionPlan, work: Work, files: Mapping[str, str], tell: Progress) -> None:
+    """Every shard that is not there yet, and what belongs to the model besides."""
+    model, dense = plan.model, plan.settings.dense
+    where = () if dense else (REST,)
+    dropped = frozenset() if dense else plan.expert_keys
+    groups = {
+        key: (work.path(EXPERTS, files[each.group.name]), each.group)
+        for each in plan.groups
+        for key in each.group.keys
+    }
+    # factors are held as far as the tensor that they came from was
+    rebuilt = Rebuilt(groups, 4 * max(each.group.entries for each in plan.groups))
+    total = model.nbytes if dense else plan.kept_bytes
+    done = 0
+    for shard in model.shards:
+        sizes = [k.end - k.begin for key, k in shard.entries.items() if key not in dropped]
+        path = work.path(*where, shard.name)
+        start = done
+
+        def report(count: int, name: str = shard.name) -> None:
+            nonlocal done
+            done += count
+            tell("files", name, done, total)
+
+        # a shard has its name when it is whole
+        if not os.path.isfile(path) and sizes:
+            tell("files", shard.name, done, total)
+            if dense:
+                write_dense(shard, rebuilt, path, report)
+            else:
+                write_rest(shard, dropped, path, report)
+        done = start + sum(sizes)
+    tell("files", "", total, total)
+    if model.index is not None:
+        write_index(model, dropped, work.path(*where, model.index))
+    for name in side_files(model):
+        assert model.folder is not None
+        _copy(os.path.join(model.folder, name), work.path(*where, name))
+
+
+def _copy(source: str, target: str) -> None:
+    try:
+        with open(source, "rb") as file:
+            write_whole(target, iter(lambda: file.read(2**23), b""))
+    except OSError as error:
+        raise CheckpointError(f"{source!r} can't be read: {error.strerror or error}.") from error
+
+
+def _files(plan: CompressionPlan) -> dict[str, str]:
+    """A file name for the factors of each group, whatever its key."""
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for place, each in enumerate(plan.groups):
+        name = each.group.name.removesuffix(".weight").replace(".*", "")
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:120].strip(".") or "experts"
+        if name.lower() in taken:
+            name = f"{name}-{place}"
+        taken.add(name.lower())
+        found[each.group.name] = f"{name}.safetensors"
+    return found
+
+
+def _check_memory(plan: CompressionPlan, max_memory: int | None) -> None:
+    if max_memory is None or plan.memory <= max_memory:
+        return
+    worst = max(plan.groups, key=lambda each: each.memory)
+    raise PlanError(
+        f"max_memory must be at least {plan.memory:,} bytes, for {worst.group.name!r} "
+        f"({worst.group.experts} × {worst.group.in_features} × {worst.group.out_features}); got "
+        f"{max_memory:,}. Raise it, lower the budget or the rank, or leave out the comparison."
+    )
+
+
+def _check_apart(model: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
+    """That the output is not the model."""
+    source, target = (os.path.realpath(checkpoint_path(path)) for path in (model, output))
+    if target in (source, os.path.dirname(source) if os.path.isfile(source) else source):
+        raise CheckpointError(
+            f"the output must be another folder than the model's; got {target!r} for both."
+        )
+
+
+def _check_disk(plan: CompressionPlan, work: Work) -> None:
+    """That what is still to be written fits on the disk."""
+    needed = plan.output_bytes
+    if plan.settings.dense:
+        needed += sum(4 * each.parameters for each in plan.groups)
+    if plan.settings.tolerance is not None:
+        needed -= sum(4 * each.parameters for each in plan.groups)
+    there = sum(
+        os.path.getsize(os.path.join(place, name))
+        for place, _, names in os.walk(work.folder)
+        for name in names
+    )
+    free = shutil.disk_usage(work.folder).free
+    if needed - there > free:
+        raise CheckpointError(
+            f"the disk of {work.target!r} must have room for {needed - there:,} bytes; it has "
+            f"{free:,}. Make room or choose another output."
+        )
+
+
+def _as_dict(report: GroupReport) -> dict[str, Any]:
+    values = asdict(report)
+    rank = report.rank
+    return values | {
+        "rank": list(rank) if isinstance(rank, tuple) else rank,
+        "expert_errors": list(report.expert_errors),
+    }
+
+
+def _report(values: Mapping[str, Any]) -> GroupReport:
+    rank = values["rank"]
+    return GroupReport(
+        **{
+            **values,
+            "rank": tuple(rank) if isinstance(rank, list) else rank,
+            "expert_errors": tuple(values["expert_errors"]),
+        }
+    )

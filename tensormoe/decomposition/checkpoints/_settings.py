@@ -1,0 +1,105 @@
+"""What is wanted of a model's experts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tensormoe._validation import choice, positive_int, positive_ints
+from tensormoe.decomposition._choose import checked_tolerance
+from tensormoe.decomposition.checkpoints._patterns import LAYOUTS, PRESETS, Pattern
+from tensormoe.errors import BudgetError, RankError, SpecError
+from tensormoe.factorizations import FACTORIZATIONS
+
+__all__ = ["Compression"]
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What is wanted of a model's experts.
+
+    Args:
+        factorization: name of one.
+        rank: bond sizes, for every group of experts.
+        budget: what the factors may take instead: as a float in (0, 1) a share of each group's
+            entries, as an integer the entries of all groups together, shared out by their sizes.
+        tolerance: relative error that each group is to reach instead, with as few entries as can
+            be.
+        experts: patterns of the experts' keys; see :class:`Pattern`.
+        preset: name of a family of models instead, one of :data:`PRESETS`.
+        layout: how a matrix is stored: ``"out_in"``, ``"in_out"``, or ``"auto"``: as PyTorch's
+            linear layers do, and for stacks of all experts as the sizes of a layer's two
+            projections say.
+        dense: whether to write the experts' matrices, rebuilt from their factors, under their old
+            keys, instead of the factors.
+        compare: whether to compute the error of truncated singular value decompositions of equal
+            size.
+        seed: of the random starts.
+
+    Raises:
+        SpecError, RankError, BudgetError: values that cannot be, or that exclude one another.
+
+    >>> Compression("tensor_ring", budget=0.25, preset="mixtral").budget
+    0.25
+    """
+
+    factorization: str
+    rank: int | tuple[int, ...] | None = None
+    budget: int | float | None = None
+    tolerance: float | None = None
+    experts: tuple[str, ...] = ()
+    preset: str | None = None
+    layout: str = "auto"
+    dense: bool = False
+    compare: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        choice(self.factorization, FACTORIZATIONS, "factorization", SpecError)
+        given = [
+            name for name in ("rank", "budget", "tolerance") if getattr(self, name) is not None
+        ]
+        if len(given) > 1 or (not given and self.factorization not in ("hadamard", "dense")):
+            raise SpecError(
+                f"one of rank, budget and tolerance must be given; got {' and '.join(given)}."
+                if given
+                else "one of rank, budget and tolerance must be given; got none. Give for example "
+                "a budget of 0.25."
+            )
+        if self.rank is not None:
+            sizes = positive_ints(self.rank, "rank", "bond", RankError)
+            put(self, "rank", sizes if isinstance(self.rank, tuple) else sizes[0])
+        if isinstance(self.budget, float):
+            if not 0 < self.budget < 1:
+                raise BudgetError(
+                    "a budget that is a float is a share of the experts' entries, in (0, 1); got "
+                    f"{self.budget!r}. Give an integer for a number of entries."
+                )
+        elif self.budget is not None:
+            put(self, "budget", positive_int(self.budget, "budget", BudgetError))
+        if self.tolerance is not None:
+            put(self, "tolerance", checked_tolerance(self.tolerance))
+        patterns: Any = self.experts
+        if isinstance(patterns, str) or not all(isinstance(each, str) for each in patterns):
+            raise SpecError(f"experts must be a tuple of patterns; got {patterns!r}.")
+        put(self, "experts", tuple(Pattern(each).text for each in patterns))
+        if (self.preset is None) == (not self.experts):
+            raise SpecError(
+                "patterns of experts or a preset must be given, and not both; got "
+                f"{self.experts!r} and {self.preset!r}. Presets are {', '.join(PRESETS)}."
+            )
+        if self.preset is not None:
+            choice(self.preset, PRESETS, "preset", SpecError)
+        choice(self.layout, LAYOUTS, "layout", SpecError)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise SpecError(f"seed must be a non-negative integer; got {self.seed!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings in plain values."""
+        values = asdict(self)
+        rank = values["rank"]
+        return values | {
+            "experts": list(self.experts),
+            "rank": list(rank) if isinstance(rank, tuple) else rank,
+        }
