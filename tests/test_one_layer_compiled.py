@@ -49,21 +49,21 @@ LEARNT = BlockConfig(
 )
 
 # configuration, how coefficients come, leading shape
-CASES: list[tuple[Config, str, tuple[int, ...]]] = [
-    (PLAIN, "gate", (2, 3)),
-    (PLAIN, "dense", (3,)),
-    (PLAIN, "gate", (0,)),
-    (BATCH, "gate", (5,)),
-    (WIDE, "gate", ()),
-    (WIDE, "indexed", (2,)),
-    (CHOSEN, "gate", (4,)),
-    (EVERY, "gate", (4,)),
-    (STEEP, "gate", (2,)),
-    (TABLE, "dense", (2, 2)),
-    (TABLE, "indexed", (3,)),
-    (BLOCK, "gate", (3,)),
-    (LEARNT, "dense", (2,)),
-    (LEARNT, "gate", (4,)),
+CASES = [
+    pytest.param(PLAIN, "gate", (2, 3), id="plain-gate"),
+    pytest.param(PLAIN, "dense", (3,), id="plain-dense"),
+    pytest.param(PLAIN, "gate", (0,), id="plain-gate-empty"),
+    pytest.param(BATCH, "gate", (5,), id="batch-gate"),
+    pytest.param(WIDE, "gate", (), id="wide-gate"),
+    pytest.param(WIDE, "indexed", (2,), id="wide-indexed"),
+    pytest.param(CHOSEN, "gate", (4,), id="chosen-gate"),
+    pytest.param(EVERY, "gate", (4,), id="every-gate"),
+    pytest.param(STEEP, "gate", (2,), id="steep-gate"),
+    pytest.param(TABLE, "dense", (2, 2), id="table-dense"),
+    pytest.param(TABLE, "indexed", (3,), id="table-indexed"),
+    pytest.param(BLOCK, "gate", (3,), id="block-gate"),
+    pytest.param(LEARNT, "dense", (2,), id="learnt-dense"),
+    pytest.param(LEARNT, "gate", (4,), id="learnt-gate"),
 ]
 
 

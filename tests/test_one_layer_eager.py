@@ -1,4 +1,4 @@
-"""A layer is the same in every library that runs operation by operation: files and gradients too."""
+"""A layer is the same in every library that runs operation by operation, and so is its file."""
 
 from __future__ import annotations
 
