@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import product
 from math import isfinite
+from typing import Any
 
-from tensormoe.errors import RankError, SpecError
-from tensormoe.factorizations import Factorization, resolve_factorization
+from tensormoe.errors import BudgetError, RankError, SpecError
+from tensormoe.factorizations import Factorization, expert_leg, resolve_factorization
 from tensormoe.planning import Budget, rank_front, select_rank
 
 __all__ = ["Sizes", "candidates", "checked_tolerance", "smallest"]
 
-# ranks within a budget that are tried; more lie between them
-_MOST = 5
+# ranks of a front that are tried; more lie between them
+_MOST = 4
+# ranks that are tried besides
+_GRID = 16
 # the search for the smallest budget ends at this share of it
 _STEP = 0.03
 
@@ -44,13 +48,46 @@ def candidates(name: str, sizes: Sizes, budget: Budget | int, bias: bool) -> lis
     if name in ("hadamard", "dense"):
         select_rank(name, in_features, out_features, experts, budget=budget, bias=bias)
         return [resolve_factorization(name, None)]
-    front = rank_front(name, in_features, out_features, experts, budget=budget, bias=bias)
-    best = select_rank(name, in_features, out_features, experts, budget=budget, bias=bias)
-    found = {each.rank: each.factorization for each in front}
-    ranks = list(found)
+    options: dict[str, Any] = {"budget": budget, "bias": bias}
+    best = select_rank(name, in_features, out_features, experts, **options)
+    front = rank_front(name, in_features, out_features, experts, **options)
+    ranks = [each.rank for each in front]
     step = max(1, -(-len(ranks) // _MOST))
     picked = dict.fromkeys([best, *ranks[step // 2 :: step]])
+    for bonds in _grid(resolve_factorization(name, best), experts, out_features):
+        try:
+            rank = select_rank(name, in_features, out_features, experts, bonds=bonds, **options)
+        except BudgetError:
+            continue
+        picked[rank] = None
     return [resolve_factorization(name, rank) for rank in picked]
+
+
+def _grid(
+    kind: Factorization, experts: tuple[int, ...], out_features: int
+) -> Iterator[tuple[int | str, ...]]:
+    """Sizes of the bonds of expert factors, each for itself: experts and shapes are seldom even.
+
+    The other bonds are left to the budget.
+    """
+    legs = list(kind.bond_sizes(experts, out_features))
+    near = [
+        leg
+        for leg in legs
+        if any(
+            leg in factor.legs and set(factor.legs) & {expert_leg(e) for e in range(len(experts))}
+            for factor in kind.factors(len(experts))
+        )
+    ]
+    if len(legs) == len(near) or len(legs) - len(near) > 2:
+        return
+    sizes = [2**power for power in range(max(experts).bit_length() + 1) if 2**power <= max(experts)]
+    sizes = sizes if sizes[-1] == max(experts) else [*sizes, max(experts)]
+    combinations = list(product(sizes, repeat=len(near)))
+    step = max(1, len(combinations) // _GRID)
+    for chosen in combinations[step // 2 :: step]:
+        fixed = dict(zip(near, chosen, strict=True))
+        yield tuple(fixed.get(leg, leg) for leg in legs)
 
 
 def smallest(low: int, high: int, reaches: Callable[[int], bool], tolerance: float) -> int:

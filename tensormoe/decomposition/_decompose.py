@@ -52,7 +52,7 @@ def decompose(
         budget: what the factors may cost: a :class:`tensormoe.Budget`, a number of parameters, or
             as a float in (0, 1] a share of the weights' own. Of a few ranks that no other one of
             the cost beats in expert rank and span, the one with the smallest error is taken;
-            of more than 2²⁵ weights, the one with the most capacity.
+            of more than 2²⁴ weights, the one with the most capacity.
         tolerance: the relative error of the weights that is to be reached with as few parameters
             as can be, within a few percent.
         bias: (experts…, out), the experts' biases: one more row of each matrix.

@@ -21,7 +21,7 @@ __all__ = ["Runs"]
 # enough to tell candidates apart
 _TRIAL = Search(starts=1, sweeps=8, polish=0)
 # entries from which on trials of several ranks would take too long
-_LARGE = 2**25
+_LARGE = 2**24
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,10 @@ __all__ = ["Problem", "Search", "advance"]
 _PATIENCE = 5
 # accepted sweeps from one look at the true error to the next
 _LOOK = 5
-# what the error of a sweep may lack of the true one: a share of it, and what float32 hides
-_TRUST, _HIDDEN = 1.05, 1e-3
+# what the error of a sweep may lack of the true one: a share of it, and some of what rounding hides
+_TRUST, _HIDDEN = 1.05, 3.0
+# times what rounding hides: below, every sweep's true error is computed
+_CLOSE = 10.0
 _LEAST_DAMPING, _STRONG_DAMPING = 1e-6, 1e-4
 # how far beyond the factors a sweep starts, in steps of the last one: at first, and at most
 _REACH, _MOST_REACH = 0.5, 2.0
@@ -57,6 +59,11 @@ class Problem:
     squared_norm: float
     room: int
 
+    @property
+    def hidden(self) -> float:
+        """The size of errors that a difference of squares cannot tell from rounding."""
+        return sqrt(float(self.source.backend.namespace.finfo(self.source.dtype).eps))
+
     def error(self, factors: Mapping[str, Array]) -> float:
         """The relative error, from the difference itself."""
         return sqrt(self.source.missing(self.structure, factors) / self.squared_norm)
@@ -76,7 +83,7 @@ def advance(
     errors: list[float] = []
     lowest, idle, damping, reach = inf, 0, 0.0, _REACH
     previous: Factors | None = None
-    safe, marks = factors, 0
+    safe, marks, best, hidden = factors, 0, inf, problem.hidden
     for turn in range(count):
         start = factors
         if previous is not None:
@@ -84,6 +91,8 @@ def advance(
         found, error = sweep(
             problem.structure, problem.source, problem.squared_norm, start, problem.room, damping
         )
+        if error < _CLOSE * hidden:
+            error = problem.error(found)
         idle = 0 if error < lowest * (1.0 - tolerance) else idle + 1
         if error <= lowest:
             factors, previous, lowest = found, factors if errors else None, error
@@ -96,12 +105,12 @@ def advance(
         ends = idle == _PATIENCE or turn == count - 1
         if len(errors) > marks and (ends or len(errors) - marks >= _LOOK):
             true = problem.error(factors)
-            if true > _TRUST * errors[-1] + _HIDDEN:
-                factors, errors = safe, errors[:marks]
-                lowest = errors[-1] if errors else inf
+            surprise = true > _TRUST * errors[-1] + _HIDDEN * hidden
+            if true < best:
+                safe, marks, best, errors[-1] = factors, len(errors), true, true
+            if surprise:
+                factors, errors, lowest = safe, errors[:marks], best
                 previous, damping = None, max(10.0 * damping, _STRONG_DAMPING)
-            else:
-                safe, marks, errors[-1] = factors, len(errors), true
         if idle == _PATIENCE:
             break
     return safe, errors[:marks]
