@@ -184,7 +184,7 @@ def _run_torch(layer: Any, call: Call) -> Found:
 # JAX: functions, and modules of two kinds
 
 
-def _jax_pure(config: Config, arrays: Any, x: Any, made: Any) -> tuple[Any, Any, Any]:
+def jax_pure(config: Config, arrays: Any, x: Any, made: Any) -> tuple[Any, Any, Any]:
     named = config.parameter_shapes()
     parameters = {name: array for name, array in arrays.items() if name in named}
     buffers = {name: array for name, array in arrays.items() if name not in named}
@@ -192,7 +192,7 @@ def _jax_pure(config: Config, arrays: Any, x: Any, made: Any) -> tuple[Any, Any,
     return output, *tensormoe_jax.train(config, parameters, x, made, buffers=buffers)
 
 
-def _jax_nnx(config: Config, arrays: Any, x: Any, made: Any) -> tuple[Any, Any, Any]:
+def jax_nnx(config: Config, arrays: Any, x: Any, made: Any) -> tuple[Any, Any, Any]:
     layer = getattr(tensormoe_jax.nnx, class_name(config)).restore(config, arrays)
     layer.eval()
     output = layer(x, made)
@@ -200,7 +200,7 @@ def _jax_nnx(config: Config, arrays: Any, x: Any, made: Any) -> tuple[Any, Any, 
     return output, layer(x, made), layer.buffers
 
 
-def _jax_equinox(config: Config, arrays: Any, x: Any, made: Any) -> tuple[Any, Any, Any]:
+def jax_equinox(config: Config, arrays: Any, x: Any, made: Any) -> tuple[Any, Any, Any]:
     kind = getattr(tensormoe_jax.equinox, class_name(config))
     layer, state = eqx.nn.make_with_state(kind.restore)(config, arrays)
     quiet = eqx.nn.inference_mode(layer)
@@ -331,19 +331,26 @@ TORCH = Framework(
     arrays=lambda layer: convert(layer.state_dict(), "numpy"),
     run=_run_torch,
 )
-JAX = _jax("JAX", _jax_pure, _load_pure, _save_pure)
+JAX = _jax("JAX", jax_pure, _load_pure, _save_pure)
 NNX = _jax(
     "Flax NNX",
-    _jax_nnx,
+    jax_nnx,
     partial(_load_module, tensormoe_jax.nnx),
     partial(_save_module, tensormoe_jax.nnx),
 )
 EQUINOX = _jax(
     "Equinox",
-    _jax_equinox,
+    jax_equinox,
     partial(_load_module, tensormoe_jax.equinox),
     partial(_save_module, tensormoe_jax.equinox),
 )
+
+FORMS = {"JAX": jax_pure, "Flax NNX": jax_nnx, "Equinox": jax_equinox}
+"""What JAX's forms run: of a configuration, arrays, input and coefficients to the output, that in
+training, and buffers."""
+
+PACKAGES = {"Flax NNX": tensormoe_jax.nnx, "Equinox": tensormoe_jax.equinox}
+"""Where JAX's modules are."""
 
 EAGER = (NUMPY, CUPY, TORCH)
 """Those that compile nothing, for many examples."""
