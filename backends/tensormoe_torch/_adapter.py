@@ -18,6 +18,7 @@ from tensormoe.backend import State, Step
 from tensormoe.errors import BackendError
 from tensormoe_torch import _namespace
 from tensormoe_torch._products import product
+from tensormoe_torch._tracing import is_traced
 
 __all__ = ["BACKEND", "EAGER", "TorchBackend"]
 
@@ -51,7 +52,10 @@ class TorchBackend:
         return isinstance(array, Tensor)
 
     def matmul(self, left: Tensor, right: Tensor, /) -> Tensor:
-        return product(left, right) if self.eager else torch.matmul(left, right)
+        if self.eager:
+            return product(left, right)
+        followed = left.requires_grad or right.requires_grad or is_traced(left) or is_traced(right)
+        return torch.matmul(left, right) if followed or not left.is_cpu else product(left, right)
 
     def reshape(self, array: Tensor, shape: tuple[int, ...], /) -> Tensor:
         return array.reshape(shape)

@@ -21,18 +21,9 @@ from tensormoe.functional import LayerConfig, Routed
 from tensormoe.gates import Statistics, TopK
 from tensormoe.planning import Reverse
 from tensormoe_torch._adapter import BACKEND, EAGER, TorchBackend
+from tensormoe_torch._tracing import is_traced
 
-__all__ = ["is_autocast", "is_traced", "mix", "no_autocast", "route"]
-
-
-def is_traced(x: Tensor) -> bool:
-    """Whether something follows the operations on ``x``: a compiler, an exporter, a transform."""
-    return (
-        torch.compiler.is_compiling()
-        or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
-        or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    )
+__all__ = ["is_autocast", "mix", "no_autocast", "route"]
 
 
 def no_autocast(device: str) -> AbstractContextManager[Any]:

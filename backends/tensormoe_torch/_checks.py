@@ -13,7 +13,8 @@ from tensormoe.errors import BackendError, ShapeError
 from tensormoe.functional import LayerConfig
 from tensormoe.gates import TopK
 from tensormoe_torch._adapter import BACKEND
-from tensormoe_torch._autograd import is_autocast, is_traced
+from tensormoe_torch._autograd import is_autocast
+from tensormoe_torch._tracing import is_traced
 
 __all__ = ["Given", "check_dense", "check_ids", "check_input", "compute_dtype", "merged"]
 

@@ -1,0 +1,18 @@
+"""Whether something follows the operations on a tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["is_traced"]
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether something follows the operations on ``x``: a compiler, an exporter, a transform."""
+    return (
+        torch.compiler.is_compiling()
+        or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    )
