@@ -12,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tensormoe import CP, Dense, Gate, Hadamard, LayerSpec, TensorRing, TensorTrain, Tucker
+from tensormoe import (
+    CP,
+    Dense,
+    Gate,
+    Hadamard,
+    LayerSpec,
+    SharedBasis,
+    TensorRing,
+    TensorTrain,
+    Tucker,
+)
 from tensormoe.errors import BackendError, ShapeError, SpecError
 from tensormoe.testing import reconstruct_by_einsum, specs
 from tensormoe_torch import (
@@ -128,25 +138,31 @@ def test_embeddings_are_edited() -> None:
     assert np.array_equal(weights(table)[1], target.numpy())
 
 
+def carriers(layer: MuMoE, level: int) -> dict[str, int]:
+    """The arrays whose slices are fitted, with the axis of a level's experts."""
+    kind = layer.spec.factorization.name
+    if kind == "dense":
+        return {"weight": level, "bias": level}
+    if kind == "shared_basis":
+        wide = layer.spec.in_features >= layer.spec.out_features
+        return {"output": 1 + level} if wide else {"input": 1 + level, "bias": level}
+    return {f"expert_{level}": 0}
+
+
 def jacobian_fit(
-    layer: MuMoE, names: tuple[str, ...], level: int, place: int, target: np.ndarray, rows: slice
+    layer: MuMoE, level: int, place: int, target: np.ndarray, rows: slice
 ) -> np.ndarray:
     """The best slice by brute force: the design matrix column by column, then SVD."""
-    arrays = factors_of(layer)
-    sliced = []
-    for name in names:
-        axis = level if name in ("weight", "bias") and "weight" in arrays else 0
-        sliced.append(np.moveaxis(arrays[name], axis, 0)[place])
+    arrays, names = factors_of(layer), carriers(layer, level)
+    sliced = [np.moveaxis(arrays[name], axis, 0)[place] for name, axis in names.items()]
     size = sum(each.size for each in sliced)
     columns = []
     for k in range(size):
         flat = np.zeros(size)
         flat[k] = 1.0
         changed = dict(arrays)
-        for name, part in zip(
-            names, np.split(flat, np.cumsum([s.size for s in sliced])), strict=False
-        ):
-            axis = level if "weight" in arrays else 0
+        parts = np.split(flat, np.cumsum([s.size for s in sliced]))
+        for (name, axis), part in zip(names.items(), parts, strict=False):
             shape = np.moveaxis(arrays[name], axis, 0)[place].shape
             changed[name] = put(arrays[name], axis, place, part.reshape(shape))
         full = reconstruct_by_einsum(layer.spec.factorization, changed)
@@ -160,18 +176,26 @@ def jacobian_fit(
 @pytest.mark.parametrize("experts", EXPERTS, ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_replacing_is_least_squares(kind: Any, experts: tuple[int, ...], with_bias: bool) -> None:
-    layer = build(LayerSpec(6, 5, experts, kind))
+    assert_least_squares(build(LayerSpec(6, 5, experts, kind)), with_bias)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_replacing_where_experts_are_stored_at_the_input(with_bias: bool) -> None:
+    assert_least_squares(build(LayerSpec(4, 5, (4, 3), SharedBasis((2, 3)))), with_bias)
+
+
+def assert_least_squares(layer: MuMoE, with_bias: bool) -> None:
+    kind, experts, size = layer.spec.factorization, layer.spec.experts, layer.spec.in_features
     for level in range(len(experts)):
         before = weights(layer)
         others = experts[:level] + experts[level + 1 :]
-        target = np.random.default_rng(level).standard_normal((*others, 7, 5))
-        names = ("weight", "bias") if "weight" in layer.factors else (f"expert_{level}",)
-        rows = slice(None) if with_bias else slice(0, 6)
-        want = jacobian_fit(layer, names, level, 1, target, rows)
-        given_bias = torch.tensor(target[..., 6, :]) if with_bias else None
+        target = np.random.default_rng(level).standard_normal((*others, size + 1, 5))
+        rows = slice(None) if with_bias else slice(0, size)
+        want = jacobian_fit(layer, level, 1, target, rows)
+        given_bias = torch.tensor(target[..., size, :]) if with_bias else None
         with restored(layer):
             error = replace_expert(
-                layer, 1, torch.tensor(target[..., :6, :]), given_bias, level=level
+                layer, 1, torch.tensor(target[..., :size, :]), given_bias, level=level
             )
             after = weights(layer)
         assert_near(pick(after, level, 1)[..., rows, :], want, 1e-9)
@@ -194,7 +218,9 @@ def test_what_the_factors_span_is_reached(kind: Any, experts: tuple[int, ...]) -
     layer = build(LayerSpec(6, 5, experts, kind))
     level = len(experts) - 1
     before = weights(layer)
-    target = 0.3 * pick(before, level, 0) - 2.0 * pick(before, level, 1)
+    # with a shared basis, other experts mix it otherwise
+    other = 0.0 if kind.name == "shared_basis" else -2.0
+    target = 0.3 * pick(before, level, 0) + other * pick(before, level, 1)
     rows = torch.tensor(target)
     error = replace_expert(layer, 0, rows[..., :6, :], rows[..., 6, :], level=level)
     assert error < 1e-13
