@@ -118,6 +118,10 @@ format: $(VENV)/.ready-dev ## rewrite the code in the project's style
 	@$(BIN)/ruff check --fix-only --quiet
 	@$(BIN)/ruff format --quiet
 
+.PHONY: support
+support: $(VENV)/.ready-dev ## write docs/support.md from the tests of what works where
+	@$(BIN)/python -m tests.support
+
 .PHONY: docs-serve
 docs-serve: $(VENV)/.ready-dev ## the documentation in a browser, rebuilt as you write
 	@$(BIN)/mkdocs serve
