@@ -73,6 +73,6 @@ def check_arrays(
         found = arrays[name].dtype
         if found != dtype or getattr(found, "name", found) not in dtypes:
             raise ShapeError(
-                f"parameters must have one dtype of {', '.join(map(str, dtypes))}; got {found} for {name!r} "
-                f"and {dtype} for the first. Cast them."
+                f"parameters must have one dtype of {', '.join(map(str, dtypes))}; got {found} "
+                f"for {name!r} and {dtype} for the first. Cast them."
             )
