@@ -1,9 +1,9 @@
-"""The command line: choose ranks, look at plans, measure this machine, see it all work.
+"""The command line: choose ranks, look at plans, measure this machine, compress models.
 
-``tensormoe rank``, ``tensormoe plan``, ``tensormoe calibrate`` and ``tensormoe demo``; ``--help``
-after any of them says more. ``--json`` prints one JSON object for programs, ``--plot`` writes a
-picture. Errors are one line on standard error and exit status 2. :func:`draw_errors` draws what
-decompositions lost.
+``tensormoe rank``, ``tensormoe plan``, ``tensormoe calibrate``, ``tensormoe demo`` and
+``tensormoe compress``; ``--help`` after any of them says more. ``--json`` prints one JSON object
+for programs, ``--plot`` writes a picture. Errors are one line on standard error and exit status 2.
+:func:`draw_errors` draws what decompositions lost.
 """
 
 from __future__ import annotations

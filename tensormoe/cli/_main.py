@@ -26,6 +26,7 @@ commands:
               contraction with their cost
   calibrate   measure this machine, for predicted times
   demo        factorized experts on real images, from budget to picture
+  compress    the experts of a model's checkpoint, decomposed
 """
 
 _SIZES = (
@@ -90,6 +91,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
         from tensormoe.cli._calibrate import run_calibrate
 
         return run_calibrate
+    if name == "compress":
+        from tensormoe.cli._compress import run_compress
+
+        return run_compress
     from tensormoe.cli._demo import run_demo
 
     return run_demo
@@ -117,6 +122,7 @@ def _parser() -> _Parser:
     _add_plan(commands)
     _add_calibrate(commands)
     _add_demo(commands)
+    _add_compress(commands)
     return parser
 
 
@@ -198,6 +204,43 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
     option("--experts", default="32", metavar="EXPERTS", help="number of experts (default: 32)")
     option("--epochs", default="60", metavar="N", help="passes over the images (default: 60)")
     option("--seed", default="0", metavar="N", help="of first values and batches (default: 0)")
+    option("--json", action="store_true", help="print one JSON object")
+
+
+def _add_compress(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "compress",
+        description="Decompose the experts of a sparse mixture on disk, a layer's projection at a "
+        "time, and write the model anew. Killed, the same command goes on where it was.",
+        epilog="example: tensormoe compress Mixtral-8x7B --preset mixtral --factorization "
+        "tensor_ring --budget 25% --max-memory 6GiB --output Mixtral-25",
+    )
+    option = parser.add_argument
+    option("model", metavar="MODEL", help="a .safetensors file, an index, or a folder of them")
+    option("--output", metavar="DIR", help="a folder that does not exist yet")
+    option(
+        "--preset",
+        metavar="NAME",
+        help="where the experts are: mixtral, qwen_moe, olmoe, deepseek, or fused for stacks",
+    )
+    option(
+        "--experts",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="where they are otherwise: 'layers.*.experts.*.w1', once for each projection",
+    )
+    option("--layout", default="auto", metavar="NAME", help="auto, out_in or in_out (auto)")
+    option("--factorization", default="tensor_ring", metavar="NAME", help="(tensor_ring)")
+    option("--budget", metavar="SIZE", help="25%% of the experts' parameters, or 1.5G for all")
+    option("--rank", metavar="RANK", help="one size for all bonds, or one a bond: 4,4,94")
+    option("--tolerance", metavar="ERROR", help="relative error that each layer is to reach: 0.1")
+    option("--dense", action="store_true", help="write rebuilt matrices under their old keys")
+    option("--max-memory", metavar="BYTES", help="refuse what would take more: 6GiB")
+    option("--no-svd", dest="compare", action="store_false", help="do not compare with SVDs")
+    option("--seed", default="0", metavar="N", help="of the random starts (default: 0)")
+    option("--dry-run", action="store_true", help="sizes, ranks and time, from headers alone")
+    option("--device", metavar="NAME", help="whose time a dry run predicts, as for rank")
     option("--json", action="store_true", help="print one JSON object")
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "parse_bytes",
     "parse_experts",
     "parse_names",
+    "parse_parameters",
     "parse_rank",
     "parse_size",
 ]
@@ -157,6 +158,15 @@ def parse_bytes(text: str | None, name: str) -> int | None:
         return None
     units, example = _UNITS["memory"]
     return round(_quantity(text, name, units, example))
+
+
+def parse_parameters(text: str, name: str) -> int:
+    """A number of parameters.
+
+    >>> parse_parameters("590.6k", "--budget")
+    590600
+    """
+    return round(_quantity(text, name, *_UNITS["parameters"]))
 
 
 def parse_budget(

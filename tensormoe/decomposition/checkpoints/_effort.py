@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from math import prod
 
 from tensormoe._spec import LayerSpec
-from tensormoe.decomposition._contractions import Structure, plan_partial, plan_update
-from tensormoe.factorizations import INPUT, OUTPUT
+from tensormoe.decomposition._contractions import Structure, Update, plan_partial, plan_update
+from tensormoe.factorizations import INPUT, OUTPUT, Factor
 from tensormoe.planning import Cost, Program, Roofline, StepCost
 from tensormoe.planning._cost import program_cost, program_peak
 
 __all__ = ["BASE_MEMORY", "memory_needed", "seconds_needed"]
 
-BASE_MEMORY = 160 * 2**20
+BASE_MEMORY = 112 * 2**20
 """Bytes of the interpreter, the libraries, and pieces of files."""
 
-# of the tensor, for its core and what is made of that
-_ROOM = 0.5
-# copies of the factors in a search: old, new, best, taken ahead, and what they are rounded to
-_COPIES = 6
+# of the tensor, for what is made of it while factors are searched for
+_ROOM = 0.4
+# copies of all factors in a search, of the one that is solved for, and of an orthonormal basis
+_COPIES, _SOLVED, _BASIS = 3, 4, 6
 # float64 matrices that an inverse takes, and those of eigenvalues
-_INVERSE, _EIGEN = 6, 5
+_INVERSE, _EIGEN = 4, 5
 # matrices of an expert where errors are taken: given, found, their difference, and its squares
 _MATRICES = 4
 # sweeps after which a search usually ends, and those on the tensor itself
@@ -32,6 +32,8 @@ _SWEEPS, _POLISH = 40, 2
 _TRIAL = 8
 # directions of a core beyond those that a network can fill, and the share of a mode that is no core
 _SPARE, _WORTH = 8, 0.8
+# products with each part of the equations for one factor
+_PRODUCTS = 3
 # passes of a range finder over the tensor, for each of two modes
 _PASSES = 2
 # multiply-adds of all eigenvalues of a symmetric matrix, over its size's cube, as the machine's
@@ -51,12 +53,16 @@ def memory_needed(spec: LayerSpec, itemsize: int, compare: bool) -> int:
     matrix = itemsize * spec.in_features * spec.out_features
     tensor, factors = spec.num_experts * matrix, itemsize * spec.num_parameters
     structure = _structure(spec)
+    sizes, small = structure.sizes, _core(structure).sizes
+    core = itemsize * prod(small[leg] for leg in structure.open_legs) if small != sizes else 0
+    basis = itemsize * max(sizes[leg] * small[leg] for leg in (INPUT, OUTPUT)) if core else 0
+    compression = core + _BASIS * basis + 2 * matrix
     updates = max(_update_peak(structure, each.name, itemsize) for each in structure.factors)
-    search = round(_ROOM * tensor) + updates
-    errors = _MATRICES * matrix
+    search = max(round(_ROOM * tensor), core) + _COPIES * factors + updates
+    errors = 2 * factors + _MATRICES * matrix
     narrow = min(spec.in_features, spec.out_features)
-    comparison = matrix + _EIGEN * 8 * narrow**2 if compare else 0
-    return BASE_MEMORY + tensor + _COPIES * factors + max(search, errors, comparison)
+    comparison = factors + matrix + _EIGEN * 8 * narrow**2 if compare else 0
+    return BASE_MEMORY + tensor + max(compression, search, errors, comparison)
 
 
 @lru_cache(maxsize=256)
@@ -71,15 +77,23 @@ def seconds_needed(
         compare: whether truncated singular value decompositions are compared with.
         roofline: of the machine.
     """
+
+    def time(steps: Iterable[StepCost]) -> float:
+        return roofline.time(Cost(0, tuple(steps), 0))
+
+    def search(spec: LayerSpec, sweeps: int) -> float:
+        whole = _structure(spec)
+        core = _core(whole)
+        return time(_ranges(whole, core, itemsize)) + sweeps * time(_sweep(core, itemsize))
+
     spec, *others = candidates
-    steps = [*_search(spec, _SWEEPS, itemsize), *_sweeps(_structure(spec), _POLISH, itemsize)]
-    for each in candidates if others else ():
-        steps += _search(each, _TRIAL, itemsize)
+    total = search(spec, _SWEEPS) + _POLISH * time(_sweep(_structure(spec), itemsize))
+    total += sum(search(each, _TRIAL) for each in (candidates if others else ()))
     if compare:
         narrow, wide = sorted((spec.in_features, spec.out_features))
         flops = spec.num_experts * (2 * narrow**2 * wide + _EIGENVALUES * narrow**3)
-        steps.append(StepCost("compare", round(flops)))
-    return roofline.time(Cost(0, tuple(steps), 0))
+        total += time([StepCost("compare", round(flops))])
+    return total
 
 
 def _structure(spec: LayerSpec) -> Structure:
@@ -103,50 +117,61 @@ def _update_peak(structure: Structure, name: str, itemsize: int) -> int:
         return 0
     update, block = plan_update(structure, name), plan_update(_block(structure), name).moment
     moment = itemsize * prod(structure.shape(structure.factor(name)))
-    most = 0
+    grams = 0
     for gram in update.grams:
         shared = prod(structure.sizes[leg] for leg in update.legs[: update.shared])
-        size = shared * prod(gram.bonds) ** 2
-        most = max(most, program_peak(gram.program, gram.program.sizes, itemsize) + 8 * size)
-        most += (_INVERSE - 1) * 8 * size
-    return 2 * moment + max(program_peak(block, block.sizes, itemsize), most)
+        grams += _INVERSE * 8 * shared * prod(gram.bonds) ** 2
+        grams = max(grams, program_peak(gram.program, gram.program.sizes, itemsize))
+    return _SOLVED * moment + max(program_peak(block, block.sizes, itemsize), grams)
 
 
-def _search(spec: LayerSpec, sweeps: int, itemsize: int) -> Iterator[StepCost]:
-    """Compression to a core, and sweeps on it."""
-    whole = _structure(spec)
-    if len(whole.factors) == 1:
-        return
+def _core(whole: Structure) -> Structure:
+    """The network on the core that a tensor is compressed to first."""
     sizes = whole.sizes
     for leg in (INPUT, OUTPUT):
         holders = [factor for factor in whole.factors if leg in factor.legs]
         filled = prod(whole.sizes[other] for other in holders[0].legs if other != leg) + _SPARE
-        if len(holders) == 1 and filled < _WORTH * sizes[leg]:
-            entries = prod(sizes[each] for each in whole.open_legs)
-            # there and back in each pass, and onto the basis once
-            yield StepCost("range", 2 * (2 * _PASSES) * entries * filled, 0, itemsize * entries)
+        if len(holders) == 1 and len(whole.factors) > 1 and filled < _WORTH * sizes[leg]:
             sizes[leg] = filled
-    yield from _sweeps(replace(whole, size_items=tuple(sizes.items())), sweeps, itemsize)
+    return replace(whole, size_items=tuple(sizes.items()))
 
 
-def _sweeps(structure: Structure, count: int, itemsize: int) -> Iterator[StepCost]:
+def _ranges(whole: Structure, core: Structure, itemsize: int) -> Iterator[StepCost]:
+    """The passes over a tensor that compression takes."""
+    sizes, small = whole.sizes, core.sizes
+    entries = prod(sizes[leg] for leg in whole.open_legs)
+    for leg in (INPUT, OUTPUT):
+        if small[leg] < sizes[leg]:
+            # there and back in each pass
+            flops = 2 * (2 * _PASSES) * entries * small[leg]
+            yield StepCost("range", flops, bytes_read=itemsize * entries)
+
+
+def _sweep(structure: Structure, itemsize: int) -> Iterator[StepCost]:
+    """Every factor solved for once."""
     *others, last = [factor.name for factor in structure.factors]
     if not others:
         return
-    programs: list[Program] = [plan_update(structure, last).moment]
-    if len(others) > 1:
-        programs.append(plan_partial(structure, last)[0])
     absorbed = last if len(others) > 1 else None
+    programs: list[Program] = [plan_update(structure, last).moment]
+    if absorbed is not None:
+        programs.append(plan_partial(structure, last)[0])
     for name in others:
         programs.append(plan_update(structure, name, absorbed).moment)
     for factor in structure.factors:
-        programs.extend(gram.program for gram in plan_update(structure, factor.name).grams)
+        update = plan_update(structure, factor.name)
+        programs.extend(gram.program for gram in update.grams)
+        yield from _solves(structure, factor, update)
     for program in programs:
-        for step in program_cost(program, program.sizes, itemsize):
-            yield StepCost(
-                step.label,
-                count * step.matmul_flops,
-                count * step.elementwise_flops,
-                count * step.bytes_read,
-                count * step.bytes_written,
-            )
+        yield from program_cost(program, program.sizes, itemsize)
+
+
+def _solves(structure: Structure, factor: Factor, update: Update) -> Iterator[StepCost]:
+    """Inverses, and products with them and with what they are inverses of, in float64."""
+    entries = prod(structure.shape(factor))
+    shared = prod(structure.sizes[leg] for leg in update.legs[: update.shared])
+    for gram in update.grams:
+        size = prod(gram.bonds)
+        flops = 2 * shared * size**3 + _PRODUCTS * 2 * entries * size
+        # at half the speed of float32
+        yield StepCost("solve", 2 * flops)

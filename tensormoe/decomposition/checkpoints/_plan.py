@@ -6,10 +6,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 from tensormoe._safetensors import ArrayInfo
 from tensormoe._spec import LayerSpec
 from tensormoe.decomposition._choose import Sizes, candidates
+from tensormoe.decomposition._runs import _LARGE as LARGE
 from tensormoe.decomposition.checkpoints._effort import memory_needed, seconds_needed
 from tensormoe.decomposition.checkpoints._groups import Group, find_groups
 from tensormoe.decomposition.checkpoints._settings import Compression
@@ -170,7 +172,9 @@ def _planned(
 @lru_cache(maxsize=256)
 def _within(name: str, sizes: Sizes, budget: int) -> tuple[Factorization, ...]:
     """Factorizations within a budget; the layers of a model mostly have the same sizes."""
-    return tuple(candidates(name, sizes, budget, False))
+    found = tuple(candidates(name, sizes, budget, False))
+    rows, columns, experts = sizes
+    return found if rows * columns * prod(experts) <= LARGE else found[:1]
 
 
 def _check_smaller(spec: LayerSpec, group: Group) -> None:

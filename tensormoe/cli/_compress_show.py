@@ -1,0 +1,228 @@
+"""What ``tensormoe compress`` shows: bars, tables and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from tensormoe.cli._console import (
+    format_memory,
+    format_rank,
+    format_time,
+    make_console,
+    make_table,
+)
+from tensormoe.cli._figures import format_parameters
+from tensormoe.decomposition.checkpoints import (
+    Compression,
+    CompressionPlan,
+    CompressionResult,
+    GroupPlan,
+    GroupReport,
+    Progress,
+)
+from tensormoe.planning import Roofline
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["bars", "plan_dict", "result_dict", "show_plan", "show_result"]
+
+_STAGES = {"experts": "decomposing", "files": "writing"}
+
+
+@contextmanager
+def bars(console: Console | None) -> Iterator[Progress | None]:
+    """A bar for each stage, and what it is at; nothing without a console."""
+    if console is None:
+        yield None
+        return
+    from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description:<11}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"),
+    )
+    with Bars(*columns, console=console) as shown:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, name: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = shown.add_task(_STAGES[stage], total=total, state="")
+            # a stage without bytes is done as well
+            shown.update(tasks[stage], completed=done, total=total or None, state=name)
+
+        yield report
+
+
+def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> None:
+    """What would be done."""
+    console = make_console()
+    table = make_table("experts", "shape", "dtype", "rank", "before", "after", "memory", "time")
+    for each in plan.groups:
+        table.add_row(
+            each.group.label,
+            _shape(each.group.experts, each.group.in_features, each.group.out_features),
+            each.group.dtype,
+            _planned_rank(each, plan.settings),
+            format_parameters(each.group.entries),
+            _at_most(format_parameters(each.parameters), plan.settings),
+            format_memory(each.memory),
+            format_time(each.seconds),
+        )
+    settings = plan.settings
+    shards = len(plan.model.shards)
+    console.print()
+    console.print(
+        f"{plan.model.name}: {format_memory(plan.model.nbytes)} in {shards} "
+        f"{'file' if shards == 1 else 'files'}, {settings.factorization}, {_wish(settings)}"
+    )
+    console.print()
+    console.print(table)
+    console.print()
+    console.print(
+        f"experts: {format_parameters(plan.dense_entries)} → "
+        f"{_at_most(format_parameters(plan.parameters), settings)} parameters; output: "
+        f"{_at_most(format_memory(plan.output_bytes), settings)}",
+        soft_wrap=True,
+    )
+    console.print(
+        f"memory: {format_memory(plan.memory)} at most; time: about {format_time(plan.seconds)} "
+        f"on {device.name}, as far as FLOPs tell",
+        soft_wrap=True,
+    )
+    if limit is not None and plan.memory > limit:
+        console.print(f"This does not fit in {format_memory(limit)}.", style="bold red")
+    console.print("A dry run: only headers were read, and nothing was written.")
+
+
+def show_result(console: Console, result: CompressionResult, settings: Compression) -> None:
+    """What was done."""
+    columns = ["experts", "shape", "rank", "before", "after", "error", "SVD error", "time"]
+    table = make_table(*columns)
+    for each in result.groups:
+        table.add_row(
+            each.name.removesuffix(".weight").removeprefix("model."),
+            _shape(each.experts, each.in_features, each.out_features),
+            format_rank(each.rank),
+            format_parameters(each.dense_parameters),
+            format_parameters(each.parameters),
+            _error(each.error),
+            _error(each.svd_error),
+            "–" if each.seconds is None else format_time(each.seconds),
+        )
+    console.print()
+    console.print(table)
+    console.print()
+    console.print(
+        f"experts: {format_parameters(result.dense_parameters)} → "
+        f"{format_parameters(result.parameters)} parameters "
+        f"({result.parameters / result.dense_parameters:.1%}), {settings.factorization}",
+        soft_wrap=True,
+    )
+    what = (
+        "the model with rebuilt experts"
+        if settings.dense
+        else "factors in experts/, all else in rest/"
+    )
+    console.print(f"{result.output}: {what}", soft_wrap=True)
+
+
+def plan_dict(plan: CompressionPlan, device: Roofline, limit: int | None) -> dict[str, Any]:
+    """A plan in plain values: entries, bytes and seconds."""
+    return {
+        "command": "compress",
+        "dry_run": True,
+        "model": plan.model.name,
+        "files": [shard.name for shard in plan.model.shards],
+        "settings": plan.settings.to_dict(),
+        "device": device.to_dict(),
+        "max_memory": limit,
+        "fits": limit is None or plan.memory <= limit,
+        "memory": plan.memory,
+        "seconds": plan.seconds,
+        "bytes": plan.model.nbytes,
+        "output_bytes": plan.output_bytes,
+        "dense_parameters": plan.dense_entries,
+        "parameters": plan.parameters,
+        "groups": [
+            {
+                "name": each.group.name,
+                "stacked": each.group.stacked,
+                "transposed": each.group.transposed,
+                "experts": each.group.experts,
+                "in_features": each.group.in_features,
+                "out_features": each.group.out_features,
+                "dtype": each.group.dtype,
+                "ranks": [_plain(spec.factorization.rank) for spec in each.specs],
+                "dense_parameters": each.group.entries,
+                "parameters": each.parameters,
+                "memory": each.memory,
+                "seconds": each.seconds,
+            }
+            for each in plan.groups
+        ],
+    }
+
+
+def result_dict(result: CompressionResult, settings: Compression) -> dict[str, Any]:
+    """A result in plain values."""
+    return {
+        "command": "compress",
+        "dry_run": False,
+        "output": result.output,
+        "settings": settings.to_dict(),
+        "dense_parameters": result.dense_parameters,
+        "parameters": result.parameters,
+        "groups": [_group_dict(each) for each in result.groups],
+    }
+
+
+def _group_dict(report: GroupReport) -> dict[str, Any]:
+    return asdict(report) | {
+        "rank": _plain(report.rank),
+        "expert_errors": list(report.expert_errors),
+    }
+
+
+def _plain(rank: int | tuple[int, ...] | None) -> int | list[int] | None:
+    return list(rank) if isinstance(rank, tuple) else rank
+
+
+def _shape(experts: int, rows: int, columns: int) -> str:
+    return f"{experts} × {rows} × {columns}"
+
+
+def _planned_rank(each: GroupPlan, settings: Compression) -> str:
+    """The likeliest rank, and how many others are tried."""
+    rank = format_rank(each.specs[0].factorization.rank)
+    if settings.tolerance is not None:
+        return f"≤ {rank}"
+    return rank if len(each.specs) == 1 else f"{rank} of {len(each.specs)}"
+
+
+def _at_most(text: str, settings: Compression) -> str:
+    return text if settings.rank is not None else f"≤ {text}"
+
+
+def _wish(settings: Compression) -> str:
+    if settings.tolerance is not None:
+        return f"errors up to {settings.tolerance:g}"
+    if isinstance(settings.budget, float):
+        return f"{100 * settings.budget:.3g}% of the experts' parameters"
+    if settings.budget is not None:
+        return f"{format_parameters(settings.budget)} parameters"
+    return f"rank {format_rank(settings.rank)}"
+
+
+def _error(value: float | None) -> str:
+    return (
+        "–" if value is None else f"{value:.2%}" if value >= 5e-5 or not value else f"{value:.1e}"
+    )
