@@ -122,8 +122,15 @@ def open_work(output: str | os.PathLike[str], command: Mapping[str, Any]) -> Ite
         )
     _make(folder)
     with _locked(folder):
+        _remove_leftovers(folder)
         done = _journal(folder, plain)
-        yield Work(target, folder, done, _manifest(folder))
+        try:
+            yield Work(target, folder, done, _manifest(folder))
+        except Exception:
+            # what failed before anything was done leaves nothing that a corrected command meets
+            if not done and not _files(folder) - {_JOURNAL, _LOCK}:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def _manifest(folder: str) -> Mapping[str, Any] | None:
@@ -147,8 +154,7 @@ def _journal(folder: str, command: Mapping[str, Any]) -> dict[str, Mapping[str, 
         if manifest is not None:
             _check_same(folder, manifest["command"], command)
             return {}
-        others = set(os.listdir(folder)) - {_LOCK}
-        if not all(name.endswith(PARTIAL_SUFFIX) for name in others):
+        if _files(folder) - {_LOCK}:
             raise CheckpointError(
                 f"{folder!r} must be what a compression left; it has no journal. Remove it."
             ) from None
@@ -169,7 +175,6 @@ def _journal(folder: str, command: Mapping[str, Any]) -> dict[str, Mapping[str, 
     if lines[-1]:
         with open(path, "r+b") as file:
             file.truncate(sum(len(line) + 1 for line in lines[:-1]))
-    _remove_leftovers(folder)
     return done
 
 
@@ -190,6 +195,11 @@ def _check_same(folder: str, started: Any, command: Mapping[str, Any]) -> None:
             f"{folder!r} holds another command's output: {'; '.join(differing)}. Repeat that "
             "command, choose another output, or remove the folder."
         )
+
+
+def _files(folder: str) -> set[str]:
+    """Names of all files in a folder and those in it."""
+    return {name for _, _, names in os.walk(folder) for name in names}
 
 
 def _remove_leftovers(folder: str) -> None:
