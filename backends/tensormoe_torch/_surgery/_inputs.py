@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from tensormoe.errors import SpecError
 
-__all__ = ["count_inputs"]
+__all__ = ["count_inputs", "evaluating", "run_model"]
 
 
 def count_inputs(
@@ -31,20 +32,16 @@ def count_inputs(
         SpecError: no example, or one that does not reach a module.
     """
     counts = dict.fromkeys(modules, 0)
-    modes = [(module, module.training) for module in model.modules()]
     handles = [
         module.register_forward_pre_hook(_counter(counts, name, widths[name]), with_kwargs=True)
         for name, module in modules.items()
     ]
     try:
-        model.eval()
-        with torch.no_grad():
-            _run(model, example)
+        with evaluating(model):
+            run_model(model, example)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
     for name, count in counts.items():
         if count == 0:
             raise SpecError(
@@ -54,7 +51,25 @@ def count_inputs(
     return counts
 
 
-def _run(model: nn.Module, example: Any) -> None:
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, without gradients, and in its own modes afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def run_model(model: nn.Module, example: Any) -> None:
+    """Call a model with an input, a tuple of arguments, or a mapping of them.
+
+    Raises:
+        SpecError: none of these.
+    """
     if isinstance(example, Tensor):
         model(example)
     elif isinstance(example, tuple):

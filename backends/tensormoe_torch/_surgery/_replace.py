@@ -31,7 +31,7 @@ from tensormoe_torch._surgery._report import Replacement, Surgery
 from tensormoe_torch._surgery._select import Select, nearby, select_modules
 from tensormoe_torch._surgery._surroundings import check_surroundings, leave_fused_paths
 
-__all__ = ["replace"]
+__all__ = ["at", "num_parameters", "replace", "swap"]
 
 _STARTS = ("weights", *INITIALIZATIONS)
 
@@ -121,7 +121,7 @@ def replace(
         widths = {name: sources[name].sizes[0] for name in names}
         inputs = count_inputs(model, {name: chosen[name] for name in names}, widths, example)
 
-    count = _num_parameters(model)
+    count = num_parameters(model)
     made: dict[int, nn.Module] = {}
     replacements = []
     for name in names:
@@ -134,9 +134,9 @@ def replace(
             Replacement(name, type(old).__name__, source.sizes, inputs[name], before, after, fit)
         )
     for name, old in chosen.items():
-        _swap(model, name, old, made[id(old)])
+        swap(model, name, old, made[id(old)])
     leave_fused_paths(model, chosen)
-    return Surgery(tuple(replacements), (count, _num_parameters(model)), device, bool(training))
+    return Surgery(tuple(replacements), (count, num_parameters(model)), device, bool(training))
 
 
 def _roofline(roofline: Roofline | str) -> Roofline:
@@ -159,7 +159,7 @@ def _read(name: str, module: nn.Module, model: nn.Module, start: str) -> Linear 
 
 
 @contextmanager
-def _at(name: str) -> Iterator[None]:
+def at(name: str) -> Iterator[None]:
     """Errors say at which module."""
     try:
         yield
@@ -170,7 +170,7 @@ def _at(name: str) -> Iterator[None]:
 def _config(
     name: str, source: Linear | Block, wish: Wish, drop: float | None
 ) -> LayerConfig | BlockConfig:
-    with _at(name):
+    with at(name):
         if isinstance(source, Linear):
             return layer_config(source, wish)
         return block_config(source, wish, drop, repr(name))
@@ -205,11 +205,12 @@ def _cost(source: Linear | Block, inputs: int, training: bool) -> Cost:
     )
 
 
-def _num_parameters(model: nn.Module) -> int:
+def num_parameters(model: nn.Module) -> int:
+    """Trainable entries and frozen ones, tied parameters counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _swap(model: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:
+def swap(model: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` where ``old`` was, with its mode, flags and hooks."""
     new.train(old.training)
     new.requires_grad_(any(parameter.requires_grad for parameter in old.parameters()))

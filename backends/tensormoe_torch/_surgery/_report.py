@@ -9,7 +9,7 @@ from functools import reduce
 from tensormoe.functional._fit import Fit, share
 from tensormoe.planning import Cost, Roofline
 
-__all__ = ["Replacement", "Surgery"]
+__all__ = ["Cell", "Replacement", "Surgery", "aligned"]
 
 Cell = str | tuple[str, str]
 
@@ -84,7 +84,7 @@ class Surgery:
         way = "forward and backward" if self.training else "forward"
         return "\n".join(
             [
-                *_aligned(rows),
+                *aligned(rows),
                 f"whole model: {before:,} → {after:,} parameters",
                 f"cost: {way}; peak memory beyond input and parameters, of the total the largest;",
                 f"      time as predicted for {self.roofline.name}",
@@ -124,7 +124,7 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
-def _aligned(rows: Sequence[Sequence[Cell]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[Cell]]) -> list[str]:
     """Rows of a table: the first column to the left, the others to the right, arrows in line."""
     columns = [[*column] for column in zip(*rows, strict=True)]
     texts = []
