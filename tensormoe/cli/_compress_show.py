@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -50,10 +50,14 @@ def bars(console: Console | None) -> Iterator[Progress | None]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[state]}"),
     )
-    with Bars(*columns, console=console) as shown:
+    with ExitStack() as stack:
+        shown = Bars(*columns, console=console)
         tasks: dict[str, TaskID] = {}
 
         def report(stage: str, name: str, done: int, total: int) -> None:
+            if not tasks:
+                # not before there is something to show: errors come alone
+                stack.enter_context(shown)
             if stage not in tasks:
                 tasks[stage] = shown.add_task(_STAGES[stage], total=total, state="")
             # a stage without bytes is done as well
