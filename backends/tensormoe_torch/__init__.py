@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from tensormoe_torch._adapter import BACKEND as BACKEND
 from tensormoe_torch._adapter import TorchBackend as TorchBackend
+from tensormoe_torch._compress import CompressedModule as CompressedModule
+from tensormoe_torch._compress import CompressedProjection as CompressedProjection
+from tensormoe_torch._compress import CompressionReport as CompressionReport
+from tensormoe_torch._compress import FactorizedExperts as FactorizedExperts
+from tensormoe_torch._compress import compress as compress
 from tensormoe_torch._editing import replace_expert as replace_expert
 from tensormoe_torch._editing import restored as restored
 from tensormoe_torch._editing import scale_experts as scale_experts
@@ -24,7 +29,11 @@ from tensormoe_torch._surgery import replace as replace
 
 __all__ = [
     "BACKEND",
+    "CompressedModule",
+    "CompressedProjection",
+    "CompressionReport",
     "ExpertGate",
+    "FactorizedExperts",
     "MuMoE",
     "MuMoEEmbedding",
     "MuMoEMLP",
@@ -32,6 +41,7 @@ __all__ = [
     "Replacement",
     "Surgery",
     "TorchBackend",
+    "compress",
     "from_linear",
     "from_mlp",
     "from_official",

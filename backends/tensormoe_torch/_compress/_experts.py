@@ -1,0 +1,167 @@
+"""Experts in factors behind a router of other code: what takes the place of dense ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from operator import index as as_index
+
+import torch
+from torch import Tensor, nn
+
+from tensormoe.errors import ShapeError
+from tensormoe.gates import TopK
+from tensormoe_torch._layer import MuMoE
+
+__all__ = ["Activation", "FactorizedExperts", "gated"]
+
+Activation = Callable[[Tensor], Tensor]
+"""What lies between the projections: a module without parameters, or a function."""
+
+
+def gated(
+    project: Callable[[str, Tensor], Tensor], act: Activation, has_gate: bool, x: Tensor
+) -> Tensor:
+    """What reaches the down projection, act(gate(x)) · up(x), or act(up(x)) without a gate.
+
+    Args:
+        project: runs a projection by its role.
+        act: the activation.
+        has_gate: whether there is a gate projection.
+        x: (rows, in).
+    """
+    up = project("up_proj", x)
+    return act(project("gate_proj", x)) * up if has_gate else act(up)
+
+
+class FactorizedExperts(nn.Module):
+    """Experts of a sparse model, every projection one tensor network; the router is the model's.
+
+    ``y = Σ_k w_k · (act(x G_n) · (x U_n)) D_n`` over the k experts n that the router chose, with
+    all G_n stored as factors, and so all U_n and all D_n. Every choice is a row of its own, since
+    what lies between the projections is not linear: of the factors, its expert's entries are taken,
+    and no expert's matrix is built.
+
+    It stands where a model calls its experts together, ``experts(x, indices, weights)``, and where
+    it calls them one by one, ``experts[n](x)``.
+
+    Args:
+        layers: :class:`MuMoE` layers without gates by role: ``"up_proj"``, ``"down_proj"`` and, of
+            gated experts, ``"gate_proj"``.
+        act: the activation: a module without parameters, or a function.
+
+    Attributes:
+        gate_proj: the layer (in → hidden) whose outputs the activation takes; None without one.
+        up_proj: the layer (in → hidden) whose outputs are gated.
+        down_proj: the layer (hidden → out).
+        act_fn: the activation.
+        num_experts: N.
+
+    >>> layers = {
+    ...     role: MuMoE(i, o, experts=4, rank=2, bias=False, gate=None)
+    ...     for role, i, o in [("gate_proj", 6, 8), ("up_proj", 6, 8), ("down_proj", 8, 6)]
+    ... }
+    >>> experts = FactorizedExperts(layers, nn.functional.silu)
+    >>> chosen, weights = torch.tensor([[0, 3], [2, 1], [3, 1]]), torch.rand(3, 2)
+    >>> experts(torch.randn(3, 6), chosen, weights).shape, experts[3](torch.randn(5, 6)).shape
+    (torch.Size([3, 6]), torch.Size([5, 6]))
+    """
+
+    gate_proj: MuMoE | None
+    up_proj: MuMoE
+    down_proj: MuMoE
+
+    def __init__(self, layers: Mapping[str, MuMoE], act: Activation) -> None:
+        super().__init__()
+        self.gate_proj = layers.get("gate_proj")
+        self.up_proj = layers["up_proj"]
+        self.down_proj = layers["down_proj"]
+        self.act_fn = act
+        self.num_experts: int = self.up_proj.spec.experts[0]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The experts' outputs, weighted by the router.
+
+        Args:
+            hidden_states: (tokens, in), in the layers' dtype.
+            top_k_index: (tokens, k) numbers of the experts that the router chose.
+            top_k_weights: (tokens, k) their weights, in any floating-point dtype.
+
+        Returns:
+            (tokens, out), in the dtype of the input.
+
+        Raises:
+            ShapeError: indices or weights that do not fit the input.
+        """
+        lead = tuple(hidden_states.shape[:-1])
+        if top_k_index.shape[:-1] != lead or top_k_weights.shape != top_k_index.shape:
+            raise ShapeError(
+                f"top_k_index and top_k_weights must both have shape {(*lead, 'k')}, one row a "
+                f"token; got {tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}. Give "
+                "what the router gives."
+            )
+        count = top_k_index.shape[-1]
+        rows = hidden_states.unsqueeze(-2).expand(*lead, count, hidden_states.shape[-1])
+        found = self.routed(rows, top_k_index) * top_k_weights.unsqueeze(-1)
+        return found.sum(dim=-2).to(hidden_states.dtype)
+
+    def routed(self, x: Tensor, index: Tensor) -> Tensor:
+        """The output of one expert a row.
+
+        Args:
+            x: (..., in).
+            index: (...,) the number of each row's expert.
+
+        Returns:
+            (..., out).
+        """
+        only = index.unsqueeze(-1)
+        chosen = TopK(only, torch.ones_like(only, dtype=self.up_proj.dtype))
+
+        def project(role: str, rows: Tensor) -> Tensor:
+            found: Tensor = getattr(self, role)(rows, chosen)
+            return found
+
+        hidden = gated(project, self.act_fn, self.gate_proj is not None, x)
+        return project("down_proj", hidden)
+
+    def __len__(self) -> int:
+        """N, as a list of experts has it."""
+        return self.num_experts
+
+    def __getitem__(self, place: int) -> _Expert:
+        """One expert, to be called with rows (..., in).
+
+        Raises:
+            IndexError: no such expert.
+        """
+        place = as_index(place)
+        if not -self.num_experts <= place < self.num_experts:
+            raise IndexError(f"expert must be in [0, {self.num_experts}); got {place}.")
+        return _Expert(self, place % self.num_experts)
+
+    def __iter__(self) -> Iterator[_Expert]:
+        """Every expert in turn."""
+        return (self[place] for place in range(self.num_experts))
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows besides the layers."""
+        named = "" if isinstance(self.act_fn, nn.Module) else f", act_fn={_name(self.act_fn)}"
+        return f"num_experts={self.num_experts}{named}"
+
+
+class _Expert:
+    """One of the experts, called as its module was."""
+
+    def __init__(self, experts: FactorizedExperts, place: int) -> None:
+        self._experts = experts
+        self._place = place
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = torch.full(x.shape[:-1], self._place, device=x.device, dtype=torch.long)
+        return self._experts.routed(x, index)
+
+    __call__ = forward
+
+
+def _name(function: Activation) -> str:
+    return getattr(function, "__name__", type(function).__name__)
