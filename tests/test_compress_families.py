@@ -138,10 +138,13 @@ def test_everything_else_stays_byte_for_byte(name: str, tmp_path: Path) -> None:
             expert = ".experts." in key and "bias" not in key
             assert torch.equal(dense[key], array) != expert
             assert (key in index) != expert
-            if not expert:
-                assert index[key] == file
-                kept = load_file(tmp_path / "factors" / "rest" / file)
-                assert torch.equal(kept[key], array)
+        wanted_keys = [key for key in before if key in index]
+        assert (f"rest/{file}" in rest) == bool(wanted_keys)
+        if wanted_keys:
+            kept = load_file(tmp_path / "factors" / "rest" / file)
+            assert list(kept) == wanted_keys
+            assert all(torch.equal(kept[key], before[key]) for key in kept)
+            assert {index[key] for key in kept} == {file}
 
 
 def test_factors_are_layers_of_every_framework(tmp_path: Path) -> None:

@@ -244,6 +244,10 @@ def test_damaged_journals(
         with pytest.raises(CheckpointError, match=rule):
             compress_checkpoint(model, tmp_path / "out", WANTED)
         return
+    # what was cut is gone before the next line comes
+    killed = run(model, tmp_path / "out", "factors", "chunk", 0)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(list(map(json.loads, journal.read_bytes().splitlines()))) == 1 + GROUPS
     compress_checkpoint(model, tmp_path / "out", WANTED)
     compress_checkpoint(model, tmp_path / "whole", WANTED)
     same(tmp_path / "out", tmp_path / "whole")
