@@ -7,9 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from tensormoe import LayerSpec
 from tensormoe.decomposition import Decomposition, Search, decompose
-from tensormoe.errors import SpecError
-from tensormoe.factorizations import Factorization
+from tensormoe.errors import RankError, SpecError
+from tensormoe.factorizations import Factorization, resolve_factorization
 from tensormoe.planning import Budget
 from tensormoe_torch._compress._dense import ROLES, DenseExperts
 from tensormoe_torch._compress._experts import FactorizedExperts
@@ -81,7 +82,7 @@ def compress(
             cannot be.
         ShapeError: experts of different shapes, or weights that are not finite.
         RankError, BudgetError: as :func:`tensormoe.decomposition.decompose`, with the name of the
-            projection.
+            projection; and a rank with which factors would have more entries than the weights.
 
     >>> class Expert(nn.Module):
     ...     def __init__(self):
@@ -104,6 +105,10 @@ def compress(
     # a module that is used in several places is replaced by one
     names = list({id(module): name for name, module in reversed(chosen.items())}.values())[::-1]
     sources = [read_experts(chosen[name], name) for name in names]
+    if budget is None and tolerance is None:
+        kind = resolve_factorization(factorization, rank)
+        for source in sources:
+            _check_sizes(source, kind)
     samples: list[Samples] | list[None] = [None] * len(sources)
     if inputs is not None:
         samples = collect(model, sources, inputs)
@@ -135,11 +140,33 @@ def compress(
             CompressedProjection(r, source.stacks[r].sizes, each.spec.factorization, each.report)
             for r, each in found.items()
         )
-        kind = type(source.module).__name__
-        modules.append(CompressedModule(source.name, kind, source.count, projections, off))
+        modules.append(
+            CompressedModule(
+                source.name, type(source.module).__name__, source.count, projections, off
+            )
+        )
     for name, old in chosen.items():
         swap(model, name, old, made[id(old)])
     return CompressionReport(tuple(modules), (count, num_parameters(model)))
+
+
+def _check_sizes(source: DenseExperts, kind: Factorization) -> None:
+    """Refuse, before any work, factors that are larger than what they stand for.
+
+    Raises:
+        RankError: they are; or bonds that do not fit.
+    """
+    for role, stack in source.stacks.items():
+        with at(f"{source.name}.{role}"):
+            rows, columns = stack.sizes
+            bias = stack.biases is not None
+            parameters = LayerSpec(rows, columns, (source.count,), kind, bias=bias).num_parameters
+            dense = source.count * (rows + bias) * columns
+            if parameters > dense:
+                raise RankError(
+                    f"factors must have no more entries than the weights, {dense:,}; {kind} has "
+                    f"{parameters:,}. Lower the rank, or give a budget."
+                )
 
 
 @torch.no_grad()
