@@ -70,7 +70,10 @@ def test_jit_compiles_once_a_shape(form: str) -> None:
 
 def test_a_config_is_a_static_argument() -> None:
     """Equal ones share a compiled function, whoever made them."""
-    run = jax.jit(tensormoe_jax.apply, static_argnums=0)
+    # a function of its own: those of one function share what was compiled
+    run = jax.jit(
+        lambda config, arrays, x: tensormoe_jax.apply(config, arrays, x), static_argnums=0
+    )
     x = jnp.asarray(normal(7, 5))
     for config in (CONFIG, config_of(gate=Gate()), LayerConfig.from_dict(CONFIG.to_dict())):
         run(config, to_jax(values(CONFIG)), x)

@@ -78,7 +78,8 @@ def test_autocast_leaves_float64_alone() -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_vmap_grad_and_functional_call(kind: Factorization) -> None:
     layer = randomized(MuMoE(6, 5, (3, 2), kind))
-    x = torch.randn(7, 3, 6)
+    # layer norm magnifies the rounding of two logits that nearly tie, so none may by chance
+    x = torch.randn(7, 3, 6, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(torch.vmap(layer)(x), layer(x), rtol=1e-4, atol=1e-4)
     parameters = dict(layer.named_parameters())
 
