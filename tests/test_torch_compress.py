@@ -220,7 +220,7 @@ def test_lists_of_experts_are_called_one_by_one(names: Any, bias: bool) -> None:
     assert len(module) == 5
     wanted = rebuilt(original, model)
     torch.testing.assert_close(model(x), wanted(x), rtol=1e-10, atol=1e-12)
-    for found, expected in zip(module, wanted.experts, strict=True):  # type: ignore[arg-type]
+    for found, expected in zip(module, wanted.experts, strict=True):
         torch.testing.assert_close(found.forward(x), expected(x), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(module[-1](x), module[4](x))
     with pytest.raises(IndexError, match=r"expert must be in \[0, 5\); got 5"):
@@ -228,7 +228,7 @@ def test_lists_of_experts_are_called_one_by_one(names: Any, bias: bool) -> None:
     # of the rows that each expert gets
     missing = whole = 0.0
     chosen = original.gate(x).topk(2, dim=-1).indices
-    for place, (old, new) in enumerate(zip(original.experts, wanted.experts, strict=True)):  # type: ignore[arg-type]
+    for place, (old, new) in enumerate(zip(original.experts, wanted.experts, strict=True)):
         output, made = (each(x[(chosen == place).any(-1)]).detach() for each in (old, new))
         missing += float((output - made).square().sum())
         whole += float(output.square().sum())

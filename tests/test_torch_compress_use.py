@@ -166,10 +166,10 @@ def test_lists_without_a_telling_name_are_selected() -> None:
 def test_one_module_in_two_places_stays_one() -> None:
     model = nn.ModuleDict({"a": lists(), "b": lists()})
     second: Any = model["b"]
-    second.experts = model["a"].experts  # type: ignore[union-attr]
+    second.experts = model["a"].experts
     assert compress(model, "cp", rank=2, search=QUICK).names == ("a.experts",)
-    assert model["b"].experts is model["a"].experts  # type: ignore[union-attr]
-    assert isinstance(model["b"].experts, FactorizedExperts)  # type: ignore[union-attr]
+    assert model["b"].experts is model["a"].experts
+    assert isinstance(model["b"].experts, FactorizedExperts)
 
 
 def test_rank_by_budget_and_by_tolerance() -> None:
@@ -225,7 +225,7 @@ def _nan() -> nn.Module:
     model = sparse("mixtral", torch.float32)
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj[2, 3, 1] = float("nan")
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _infinite_list() -> nn.Module:
@@ -255,7 +255,7 @@ def _hooked() -> nn.Module:
 def _parallel() -> nn.Module:
     model = sparse("mixtral", torch.float32)
     model.model.layers[0].mlp.experts._is_expert_parallel = True
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _shape() -> nn.Module:
@@ -319,7 +319,7 @@ def test_errors_leave_the_model_as_it_was(
 
 def test_a_class_that_is_called_otherwise() -> None:
     class Other(Stored):
-        def forward(self, states: Any, chosen: Any, weights: Any) -> Any:  # type: ignore[override]
+        def forward(self, states: Any, chosen: Any, weights: Any) -> Any:
             return super().forward(states, chosen, weights)
 
     with pytest.raises(SpecError, match=r"called with hidden_states.*take states, chosen, weights"):
