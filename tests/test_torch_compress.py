@@ -159,8 +159,21 @@ def test_the_report_is_what_was_lost() -> None:
             assert projection.report.dense_parameters == given.numel()
     text = str(report)
     assert f"{before:,} → {after:,}" in text
-    assert "model.layers.0.mlp.experts.down_proj" in text
-    assert "CP(rank=9)" in text
+    line = next(each for each in text.splitlines() if "1.mlp.experts.down_proj" in each)
+    shown = report.modules[1].projections[2].report
+    assert (
+        line.split()
+        == (
+            f"model.layers.1.mlp.experts.down_proj 4 × 12 × 16 CP(rank=9) 768 → 288 37.5% "
+            f"{shown.error:.1%} {shown.svd_error:.1%} {shown.output_error:.1%}"
+        ).split()
+    )
+    line = next(
+        each for each in text.splitlines() if each.startswith("model.layers.1.mlp.experts ")
+    )
+    off = report.modules[1].output_error
+    assert line.split() == f"model.layers.1.mlp.experts 2,304 → 864 37.5% {off:.1%}".split()
+    assert "total" in text.splitlines()[-3]
     assert report.to_dict()["modules"][1]["projections"][2]["rank"] == 9
 
 
