@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tensormoe import functional
+from tensormoe import (
+    CP,
+    Hadamard,
+    LayerSpec,
+    TensorRing,
+    TensorTrain,
+    Tucker,
+    functional,
+)
 from tensormoe.decomposition import decompose
 from tensormoe.decomposition.checkpoints import (
     Compression,
@@ -24,8 +33,9 @@ from tensormoe.decomposition.checkpoints import (
     compress_checkpoint,
     plan_compression,
 )
-from tensormoe.decomposition.checkpoints._values import decoded, encoded, even
-from tensormoe.testing import reconstruct
+from tensormoe.decomposition.checkpoints._gauge import even, orthonormal
+from tensormoe.decomposition.checkpoints._values import decoded, encoded
+from tensormoe.testing import reconstruct, reconstruct_by_einsum
 from tests._compress_models import PATTERN, experts, save
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +74,61 @@ def test_factors_of_one_size_make_the_same_network(rng: np.random.Generator) -> 
     np.testing.assert_allclose(found["a"] @ found["b"], factors["a"] @ factors["b"])
     sizes = [abs(array).max() for array in found.values()]
     assert sizes[0] == pytest.approx(sizes[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "experts", "changed"),
+    [
+        (Tucker((3, 4, 5)), (4,), 3),
+        (Tucker((2, 2, 4, 5)), (3, 4), 4),
+        (TensorTrain((3, 4)), (4,), 2),
+        (TensorTrain((6, 4)), (4,), 1),
+        (TensorRing((2, 3, 4)), (4,), 0),
+        (CP(5), (4,), 0),
+        (Hadamard(), (4,), 0),
+    ],
+)
+def test_orthonormal_factors_make_the_same_tensor(
+    kind: Any, experts: tuple[int, ...], changed: int, rng: np.random.Generator
+) -> None:
+    network = LayerSpec(7, 8, experts, kind, bias=False).network
+    factors = {name: rng.standard_normal(shape) for name, shape in network.shapes.items()}
+    found = orthonormal(network, factors)
+    tensor = reconstruct_by_einsum(kind, factors)
+    np.testing.assert_allclose(reconstruct_by_einsum(kind, found), tensor, atol=1e-12)
+    assert {name: each.shape for name, each in found.items()} == dict(network.shapes)
+    square = 0
+    for array in found.values():
+        for axis in range(array.ndim):
+            matrix = np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
+            square += np.allclose(matrix.T @ matrix, np.eye(matrix.shape[1]), atol=1e-12)
+    assert square == changed
+
+
+def test_nearly_dependent_factors_survive_16_bits(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a search ends with for large Tucker factors, made by hand."""
+    from tensormoe.decomposition.checkpoints import _run
+
+    decompose = _run.decompose
+    bad = np.eye(5, dtype="float32") * 1e-3 + 1
+
+    def bent(*given: Any, **named: Any) -> Any:
+        found = decompose(*given, **named)
+        # bonds: core (…, s), output (out, s)
+        factors = dict(found.factors)
+        factors["output"] = factors["output"] @ bad
+        factors["core"] = factors["core"] @ np.linalg.inv(bad.T).astype("float32")
+        return replace(found, factors=factors)
+
+    monkeypatch.setattr(_run, "decompose", bent)
+    tensors = {key: each.bfloat16() for key, each in experts(rng).items()}
+    model = save(tmp_path / "m.safetensors", tensors)
+    given = np.stack([each.float().numpy().T for each in tensors.values()])
+    wanted = Compression("tucker", rank=(3, 4, 5), experts=PATTERN)
+    (report,) = compress_checkpoint(model, tmp_path / "out", wanted).groups
+    assert report.error < decompose(given, "tucker", rank=(3, 4, 5)).report.error + 5e-3
 
 
 def stored(output: Path, file: str | None) -> np.ndarray:

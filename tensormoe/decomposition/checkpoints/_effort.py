@@ -15,7 +15,7 @@ from tensormoe.planning._cost import program_cost, program_peak
 
 __all__ = ["BASE_MEMORY", "memory_needed", "seconds_needed"]
 
-BASE_MEMORY = 112 * 2**20
+BASE_MEMORY = 144 * 2**20
 """Bytes of the interpreter, the libraries, and pieces of files."""
 
 # of the tensor, for what is made of it while factors are searched for
@@ -122,7 +122,21 @@ def _update_peak(structure: Structure, name: str, itemsize: int) -> int:
         shared = prod(structure.sizes[leg] for leg in update.legs[: update.shared])
         grams += _INVERSE * 8 * shared * prod(gram.bonds) ** 2
         grams = max(grams, program_peak(gram.program, gram.program.sizes, itemsize))
-    return _SOLVED * moment + max(program_peak(block, block.sizes, itemsize), grams)
+    return _SOLVED * moment + max(
+        program_peak(block, block.sizes, itemsize), grams, _absorbed_peak(structure, name, itemsize)
+    )
+
+
+def _absorbed_peak(structure: Structure, name: str, itemsize: int) -> int:
+    """Bytes of contracting what is left of the whole tensor by the last factor, if it is held."""
+    last, sizes = structure.factors[-1].name, structure.sizes
+    if name == last or len(structure.factors) == 2:
+        return 0
+    _, legs = plan_partial(structure, last)
+    if prod(sizes[leg] for leg in legs) > _ROOM * prod(sizes[leg] for leg in structure.open_legs):
+        return 0
+    program = plan_update(structure, name, last).moment
+    return program_peak(program, program.sizes, itemsize)
 
 
 def _core(whole: Structure) -> Structure:

@@ -12,6 +12,7 @@ from typing import Any
 from tensormoe import __version__
 from tensormoe._checkpoint_files import checkpoint_path, write_whole
 from tensormoe.decomposition._decompose import decompose
+from tensormoe.decomposition.checkpoints._gauge import even, orthonormal
 from tensormoe.decomposition.checkpoints._measure import GroupReport, stored_errors
 from tensormoe.decomposition.checkpoints._plan import (
     CompressionPlan,
@@ -20,7 +21,7 @@ from tensormoe.decomposition.checkpoints._plan import (
 )
 from tensormoe.decomposition.checkpoints._resume import Work, open_work
 from tensormoe.decomposition.checkpoints._settings import Compression
-from tensormoe.decomposition.checkpoints._values import even, read_stack, rounded, working_dtype
+from tensormoe.decomposition.checkpoints._values import read_stack, rounded, working_dtype
 from tensormoe.decomposition.checkpoints._write import (
     Rebuilt,
     side_files,
@@ -148,8 +149,10 @@ def _compress(plan: CompressionPlan, each: GroupPlan, path: str) -> GroupReport:
     config = found.config()
     # matrices are rebuilt from factors that were never rounded
     stored = working_dtype(group.dtype) if settings.dense else group.dtype
-    evened = even(found.parameters) if stored == "float16" else found.parameters
-    factors = {name: rounded(array, stored) for name, array in evened.items()}
+    best = found.factors
+    if stored != working_dtype(group.dtype):
+        best = even(orthonormal(config.spec.network, best))
+    factors = {f"factors.{name}": rounded(array, stored) for name, array in best.items()}
     error, errors = stored_errors(stack, config, factors, group.dtype, settings.dense)
     write_factors(path, config, factors, stored)
     return GroupReport(

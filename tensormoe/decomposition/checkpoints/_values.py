@@ -6,15 +6,15 @@ and rounded to the nearest (ties to even) on the way back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from math import exp, fsum, log, prod
+from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 from tensormoe.decomposition.checkpoints._groups import Group
 from tensormoe.decomposition.checkpoints._shards import Model, read_range
 from tensormoe.errors import CheckpointError
 
-__all__ = ["decoded", "encoded", "even", "pieces", "read_stack", "rounded", "working_dtype"]
+__all__ = ["decoded", "encoded", "pieces", "read_stack", "rounded", "working_dtype"]
 
 # entries that are converted at a time
 _ENTRIES = 2**20
@@ -60,20 +60,6 @@ def rounded(array: Any, dtype: str) -> Any:
     if dtype == working_dtype(dtype):
         return array
     return decoded(encoded(array, dtype), dtype).reshape(array.shape)
-
-
-def even(factors: Mapping[str, Any]) -> dict[str, Any]:
-    """The same network with factors of one size: a dtype of few exponents loses the least so.
-
-    A network is linear in each factor, so scales pass from one to the other.
-    """
-    import numpy as np
-
-    sizes = {name: float(np.abs(array).max()) for name, array in factors.items()}
-    if not all(sizes.values()):
-        return dict(factors)
-    mean = exp(fsum(log(size) for size in sizes.values()) / len(sizes))
-    return {name: array * (mean / sizes[name]) for name, array in factors.items()}
 
 
 def pieces(array: Any, dtype: str) -> Iterator[bytes]:
