@@ -36,7 +36,7 @@ from jax import Array
 from tensormoe import CP, Gate, LayerSpec, select_rank
 from tensormoe.factorizations import resolve_factorization
 from tensormoe.functional import LayerConfig
-from tensormoe_jax import BACKEND, JaxBackend, apply, coefficients, initialize
+from tensormoe_jax import JaxBackend, apply, coefficients, initialize
 
 FEATURES = 768
 Call = Callable[[], object]
@@ -153,7 +153,7 @@ def main() -> None:
     print(
         f"JAX, {FEATURES} → {FEATURES}, float32, jitted, gate included; JAX {jax.__version__} on "
         f"{jax.devices()[0].platform}, Python {platform.python_version()}, {os.cpu_count()} cores, "
-        f"{platform.machine()}, {BACKEND!r}"
+        f"{platform.machine()}"
     )
     head = f"{'layer':>12} {'rank':>12} {'experts':>7}"
     print(f"{head} {'batch':>5} {'layer µs':>9} layer/products direct/layer", flush=True)
