@@ -40,7 +40,7 @@ class Search:
     starts: int = 1
     sweeps: int = 200
     polish: int = 2
-    tolerance: float = 5e-4
+    tolerance: float = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
