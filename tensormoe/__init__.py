@@ -20,10 +20,12 @@ from tensormoe._registry import get_backend as get_backend
 from tensormoe._registry import known_backends as known_backends
 from tensormoe._spec import LayerSpec as LayerSpec
 from tensormoe.factorizations import CP as CP
+from tensormoe.factorizations import BaseDelta as BaseDelta
 from tensormoe.factorizations import Dense as Dense
 from tensormoe.factorizations import Factorization as Factorization
 from tensormoe.factorizations import Hadamard as Hadamard
 from tensormoe.factorizations import SharedBasis as SharedBasis
+from tensormoe.factorizations import SharedDelta as SharedDelta
 from tensormoe.factorizations import TensorRing as TensorRing
 from tensormoe.factorizations import TensorTrain as TensorTrain
 from tensormoe.factorizations import Tucker as Tucker
@@ -44,6 +46,7 @@ from tensormoe.planning import select_rank as select_rank
 
 __all__ = [
     "CP",
+    "BaseDelta",
     "Budget",
     "Cost",
     "Dense",
@@ -55,6 +58,7 @@ __all__ = [
     "RankChoice",
     "Roofline",
     "SharedBasis",
+    "SharedDelta",
     "TensorRing",
     "TensorTrain",
     "TopK",

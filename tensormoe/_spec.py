@@ -137,12 +137,14 @@ class LayerSpec:
         starts = dict(
             self.factorization.initializers(self.experts, self.in_features, self.out_features, init)
         )
-        if self.bias:
-            # the bias is one more row of the input mode, and starts like the others
-            carrier = self.network.input_factor
+        for term in self.network.terms:
+            if term.bias is None:
+                continue
+            # a bias is one more row of the input mode, and starts like the others
+            carrier = term.input_factor
             start, place = starts[carrier.name], carrier.legs.index(INPUT)
             axes = tuple(axis - (axis > place) for axis in start.expert_axes)
-            starts["bias"] = replace(start, expert_axes=axes)
+            starts[term.bias.name] = replace(start, expert_axes=axes)
         return starts
 
     def plan(

@@ -19,18 +19,30 @@ import tensormoe_jax.nnx
 import tensormoe_numpy
 from tensormoe import (
     CP,
+    BaseDelta,
     Dense,
     Gate,
     Hadamard,
     LayerSpec,
     SharedBasis,
+    SharedDelta,
     TensorRing,
     TensorTrain,
     Tucker,
 )
 from tensormoe.functional import BlockConfig, LayerConfig
 
-KINDS = [CP(3), TensorRing(3), TensorTrain(3), Tucker(2), SharedBasis((2, 3)), Hadamard(), Dense()]
+KINDS = [
+    CP(3),
+    TensorRing(3),
+    TensorTrain(3),
+    Tucker(2),
+    SharedBasis((2, 3)),
+    BaseDelta(2),
+    SharedDelta(2),
+    Hadamard(),
+    Dense(),
+]
 """One of each factorization, for any number of levels."""
 
 GATES = [

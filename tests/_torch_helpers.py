@@ -13,19 +13,31 @@ from torch import Tensor, nn
 
 from tensormoe import (
     CP,
+    BaseDelta,
     Dense,
     Gate,
     Hadamard,
     LayerSpec,
     SharedBasis,
+    SharedDelta,
     TensorRing,
     TensorTrain,
     Tucker,
 )
-from tensormoe.testing import assert_output
+from tensormoe.testing import assert_output, reconstruct_by_einsum
 from tensormoe_torch import MuMoE
 
-KINDS = [CP(3), TensorRing(3), TensorTrain(3), Tucker(2), SharedBasis((2, 3)), Hadamard(), Dense()]
+KINDS = [
+    CP(3),
+    TensorRing(3),
+    TensorTrain(3),
+    Tucker(2),
+    SharedBasis((2, 3)),
+    BaseDelta(2),
+    SharedDelta(2),
+    Hadamard(),
+    Dense(),
+]
 """One of each factorization, for any number of levels."""
 
 GATES = [
@@ -123,3 +135,23 @@ def gradients(output: Tensor, sources: Mapping[str, Tensor]) -> dict[str, Tensor
         name: torch.zeros_like(source) if grad is None else grad
         for (name, source), grad in zip(sources.items(), found, strict=True)
     }
+
+
+def weights(layer: Any) -> np.ndarray:
+    """𝒲 with the bias as its last row, built by code of its own; a copy, as Dense is 𝒲 itself."""
+    return np.array(reconstruct_by_einsum(layer.spec.factorization, factors_of(layer)))
+
+
+def assert_near(found: Any, wanted: Any, tolerance: float = 1e-11) -> None:
+    np.testing.assert_allclose(found, wanted, rtol=0.0, atol=tolerance * np.abs(wanted).max())
+
+
+def put(array: np.ndarray, level: int, place: int, values: Any) -> np.ndarray:
+    """A copy with the slice of one expert of one level changed."""
+    changed = np.array(array)
+    np.moveaxis(changed, level, 0)[place] = values
+    return changed
+
+
+def pick(array: np.ndarray, level: int, place: int) -> np.ndarray:
+    return np.take(array, place, axis=level)

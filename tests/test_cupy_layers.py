@@ -14,7 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensormoe_numpy
-from tensormoe import CP, Dense, Gate, Hadamard, SharedBasis, TensorRing, TensorTrain, TopK, Tucker
+from tensormoe import (
+    CP,
+    BaseDelta,
+    Dense,
+    Gate,
+    Hadamard,
+    SharedBasis,
+    SharedDelta,
+    TensorRing,
+    TensorTrain,
+    TopK,
+    Tucker,
+)
 from tensormoe.testing import assert_output, batch_shapes, coefficients, dtypes, gates, specs
 from tests._cupy_standin import (
     ADAPTER,
@@ -36,6 +48,8 @@ KINDS = [
     TensorTrain((2, 3, 4)),
     Tucker(2),
     SharedBasis((2, 3)),
+    BaseDelta(2),
+    SharedDelta(2),
     Hadamard(),
     Dense(),
 ]

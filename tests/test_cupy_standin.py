@@ -12,10 +12,12 @@ import pytest
 import tensormoe_numpy
 from tensormoe import (
     CP,
+    BaseDelta,
     Dense,
     Gate,
     Hadamard,
     SharedBasis,
+    SharedDelta,
     TensorRing,
     TensorTrain,
     TopK,
@@ -46,6 +48,8 @@ KINDS = [
     TensorTrain((2, 3, 4)),
     Tucker(2),
     SharedBasis((2, 3)),
+    BaseDelta(2),
+    SharedDelta(2),
     Hadamard(),
     Dense(),
 ]

@@ -7,7 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensormoe import CP, Dense, Hadamard, LayerSpec, SharedBasis, TensorRing, TensorTrain, Tucker
+from tensormoe import (
+    CP,
+    BaseDelta,
+    Dense,
+    Hadamard,
+    LayerSpec,
+    SharedBasis,
+    SharedDelta,
+    TensorRing,
+    TensorTrain,
+    Tucker,
+)
 from tensormoe.testing import (
     FactorizationContract,
     factors,
@@ -35,6 +46,14 @@ class TestTucker(FactorizationContract):
 
 class TestSharedBasis(FactorizationContract):
     factorization = SharedBasis(1)
+
+
+class TestBaseDelta(FactorizationContract):
+    factorization = BaseDelta(1)
+
+
+class TestSharedDelta(FactorizationContract):
+    factorization = SharedDelta(1)
 
 
 class TestHadamard(FactorizationContract):
@@ -69,6 +88,8 @@ N, I, O = 11, 7, 5  # noqa: E741
         (TensorTrain((3, 4)), (N,), lambda rows: N * 3 + 3 * rows * 4 + 4 * O),
         (Tucker((2, 3, 4)), (N,), lambda rows: 2 * 3 * 4 + N * 2 + rows * 3 + O * 4),
         (SharedBasis((2, 3)), (N,), lambda rows: N * 2 + 3 * (2 * rows + N * O)),
+        (BaseDelta(3), (N,), lambda rows: rows * O + 3 * N * (rows + O)),
+        (SharedDelta(3), (N,), lambda rows: rows * O + 3 * (rows + N * O)),
         (Hadamard(), (N,), lambda rows: O * (N + rows)),
         (Dense(), (N,), lambda rows: N * rows * O),
         # several levels
@@ -80,6 +101,7 @@ N, I, O = 11, 7, 5  # noqa: E741
         ),
         (TensorTrain((2, 3, 4)), (4, 2), lambda rows: 4 * 2 + 2 * 2 * 3 + 3 * rows * 4 + 4 * O),
         (SharedBasis((2, 3)), (4, 2), lambda rows: 8 * 2 + 3 * (2 * rows + 8 * O)),
+        (BaseDelta(3), (4, 2), lambda rows: rows * O + 3 * 8 * (rows + O)),
         (Hadamard(), (4, 2, 3), lambda rows: O * (4 + 2 + 3 + rows)),
         (Dense(), (4, 2, 3), lambda rows: 4 * 2 * 3 * rows * O),
     ],
@@ -114,6 +136,8 @@ def test_capacity_of_one_level_is_the_closed_form(
     assert capacity(Dense()) == (min(i, o), min(n, i * o))
     narrow = min(i, o)
     assert capacity(SharedBasis((r1, r2))) == (min(r2, narrow), min(n, i * o, r1 * r2 * narrow))
+    assert capacity(BaseDelta(r1)) == (narrow, min(n, i * o))
+    assert capacity(SharedDelta(r1)) == (narrow, min(n, i * o, 1 + r1 * narrow))
     assert capacity(Tucker((r1, r2, r3)))[0] == min(r2, r3, i, o)
 
 
@@ -182,7 +206,17 @@ def test_experts_of_the_paper_scheme_differ_only_by_noise() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [CP(3), TensorRing((2, 3, 4)), Tucker(2), SharedBasis((2, 3)), Hadamard(), Dense()]
+    "kind",
+    [
+        CP(3),
+        TensorRing((2, 3, 4)),
+        Tucker(2),
+        SharedBasis((2, 3)),
+        BaseDelta(2),
+        SharedDelta(2),
+        Hadamard(),
+        Dense(),
+    ],
 )
 def test_specs_round_trip_through_plain_values(kind: object) -> None:
     spec = LayerSpec(4, 3, 5, kind, bias=False)

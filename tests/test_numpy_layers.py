@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 
 from tensormoe import (
     CP,
+    BaseDelta,
     Dense,
     Gate,
     Hadamard,
     LayerSpec,
     SharedBasis,
+    SharedDelta,
     TensorRing,
     TensorTrain,
     TopK,
@@ -45,6 +47,8 @@ KINDS = [
     TensorTrain((2, 3, 4)),
     Tucker(2),
     SharedBasis((2, 3)),
+    BaseDelta(2),
+    SharedDelta(2),
     Hadamard(),
     Dense(),
 ]

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from tensormoe import (
     CP,
+    BaseDelta,
     Dense,
     Gate,
     Hadamard,
     LayerSpec,
     SharedBasis,
+    SharedDelta,
     TensorRing,
     TensorTrain,
     TopK,
@@ -145,7 +147,18 @@ def test_gradients_by_ready_made_coefficients(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [CP(4), TensorRing(3), Tucker(3), SharedBasis(3), Hadamard(), Dense()], ids=str
+    "kind",
+    [
+        CP(4),
+        TensorRing(3),
+        Tucker(3),
+        SharedBasis(3),
+        BaseDelta(2),
+        SharedDelta(2),
+        Hadamard(),
+        Dense(),
+    ],
+    ids=str,
 )
 def test_gradients_of_gathered_coefficients(kind: Any) -> None:
     layer = randomize(MuMoE(5, 4, (4, 3), kind, gate=None, dtype="float64"))
@@ -269,6 +282,8 @@ def test_adam_moves_the_arrays_of_the_layer() -> None:
         TensorTrain((4, 8)),
         Tucker((4, 8, 8)),
         SharedBasis((2, 4)),
+        BaseDelta(2),
+        SharedDelta(2),
         Hadamard(),
         Dense(),
     ],

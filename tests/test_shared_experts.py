@@ -10,11 +10,13 @@ import torch
 
 from tensormoe import (
     CP,
+    BaseDelta,
     Dense,
     Factorization,
     Hadamard,
     LayerSpec,
     SharedBasis,
+    SharedDelta,
     TensorRing,
     TensorTrain,
     Tucker,
@@ -52,6 +54,9 @@ def cases(levels: int) -> list[tuple[Factorization, int]]:
         (SharedBasis((2, 4)), 4),
         (SharedBasis((7, 3)), 3),
         (SharedBasis(9), 9),
+        (BaseDelta(1), 99),
+        (BaseDelta(9), 99),
+        (SharedDelta(3), 99),
         (Hadamard(), 99),
         (Dense(), 99),
     ]

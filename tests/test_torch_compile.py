@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from tensormoe import (
     CP,
+    BaseDelta,
     Dense,
     Factorization,
     Gate,
     Hadamard,
     SharedBasis,
+    SharedDelta,
     TensorRing,
     TensorTrain,
     TopK,
@@ -37,6 +39,8 @@ KINDS: list[Factorization] = [
     TensorTrain(3),
     Tucker(2),
     SharedBasis((2, 3)),
+    BaseDelta(2),
+    SharedDelta(2),
     Hadamard(),
     Dense(),
 ]

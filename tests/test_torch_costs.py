@@ -10,11 +10,32 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from tensormoe import CP, Dense, Gate, Hadamard, SharedBasis, TensorRing, TensorTrain, Tucker
+from tensormoe import (
+    CP,
+    BaseDelta,
+    Dense,
+    Gate,
+    Hadamard,
+    SharedBasis,
+    SharedDelta,
+    TensorRing,
+    TensorTrain,
+    Tucker,
+)
 from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP
 from tests._torch_helpers import normal, randomize
 
-KINDS = [CP(12), TensorRing(4), TensorTrain(4), Tucker(5), SharedBasis(5), Hadamard(), Dense()]
+KINDS = [
+    CP(12),
+    TensorRing(4),
+    TensorTrain(4),
+    Tucker(5),
+    SharedBasis(5),
+    BaseDelta(2),
+    SharedDelta(2),
+    Hadamard(),
+    Dense(),
+]
 LEVELS = [(12,), (5, 4), (4, 3, 2)]
 
 

@@ -13,7 +13,18 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from tensormoe import CP, Dense, Gate, Hadamard, SharedBasis, TensorRing, TensorTrain, Tucker
+from tensormoe import (
+    CP,
+    BaseDelta,
+    Dense,
+    Gate,
+    Hadamard,
+    SharedBasis,
+    SharedDelta,
+    TensorRing,
+    TensorTrain,
+    Tucker,
+)
 from tensormoe_torch import MuMoE, MuMoEMLP, from_linear, from_mlp
 
 # name -> a rank that holds any matrix (9 + 1, 6) and one that holds rank 4 at most
@@ -106,6 +117,8 @@ def test_nothing_is_shared_with_the_linear_layer() -> None:
         TensorTrain(4),
         Tucker(4),
         SharedBasis(4),
+        BaseDelta(2),
+        SharedDelta(2),
         Hadamard(),
         Dense(),
     ):

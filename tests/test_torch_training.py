@@ -17,11 +17,13 @@ from torch.func import functional_call
 import tensormoe_numpy
 from tensormoe import (
     CP,
+    BaseDelta,
     Dense,
     Gate,
     Hadamard,
     LayerSpec,
     SharedBasis,
+    SharedDelta,
     TensorRing,
     TensorTrain,
     TopK,
@@ -358,6 +360,8 @@ class TestLosses:
         TensorTrain((4, 8)),
         Tucker((4, 8, 8)),
         SharedBasis((2, 4)),
+        BaseDelta(2),
+        SharedDelta(2),
         Hadamard(),
         Dense(),
     ],

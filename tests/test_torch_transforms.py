@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from tensormoe import (
     CP,
+    BaseDelta,
     Dense,
     Factorization,
     Gate,
     Hadamard,
     SharedBasis,
+    SharedDelta,
     TensorRing,
     TensorTrain,
     Tucker,
@@ -32,6 +34,8 @@ KINDS: list[Factorization] = [
     TensorTrain(3),
     Tucker(2),
     SharedBasis((2, 3)),
+    BaseDelta(2),
+    SharedDelta(2),
     Hadamard(),
     Dense(),
 ]

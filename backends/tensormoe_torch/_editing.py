@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tensormoe import functional
 from tensormoe.errors import ShapeError, SpecError
-from tensormoe.factorizations import expert_axes, expert_carriers
+from tensormoe.factorizations import expert_axes, expert_carriers, has_common_part
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._base import Mixture
 from tensormoe_torch._least_squares import fit_expert
@@ -42,7 +42,8 @@ def scale_experts(layer: Editable, factors: Mapping[int, float], level: int = 0)
     Raises:
         TypeError: no such layer, or no mapping.
         ShapeError: a level or an index out of range.
-        SpecError: a factor that is no finite number, or a layer whose factors are computed.
+        SpecError: a factor that is no finite number, a layer whose factors are computed, or one
+            whose experts have a part in common, as a base has deltas.
 
     >>> from tensormoe_torch import MuMoE
     >>> layer = MuMoE(8, 4, experts=3, rank=2)
@@ -61,10 +62,10 @@ def scale_experts(layer: Editable, factors: Mapping[int, float], level: int = 0)
         number = isinstance(factor, int | float) and not isinstance(factor, bool)
         if not number or not isfinite(factor):
             raise SpecError(f"a factor must be a finite number; got {factor!r} for expert {place}.")
-    for mixture in mixtures:
-        for array, axis in _carriers(mixture, level):
-            for place, factor in zip(places, factors.values(), strict=True):
-                array.select(axis, place).mul_(float(factor))
+    # all of them first, so that an error leaves nothing half done
+    for array, axis in [pair for mixture in mixtures for pair in _carriers(mixture, level)]:
+        for place, factor in zip(places, factors.values(), strict=True):
+            array.select(axis, place).mul_(float(factor))
 
 
 @torch.no_grad()
@@ -85,10 +86,9 @@ def silence_experts(layer: Editable, indices: int | Iterable[int], level: int = 
     mixtures = _mixtures(layer)
     listed = [*indices] if isinstance(indices, Iterable) else [indices]
     places = _indices(mixtures[0], listed, level)
-    for mixture in mixtures:
-        for array, axis in _carriers(mixture, level):
-            for place in places:
-                array.select(axis, place).zero_()
+    for array, axis in [pair for mixture in mixtures for pair in _carriers(mixture, level)]:
+        for place in places:
+            array.select(axis, place).zero_()
 
 
 @torch.no_grad()
@@ -105,7 +105,9 @@ def replace_expert(
 
     A factorized layer can only hold matrices within what its other factors span, so a given matrix
     is replaced by the closest of those (least squares over all entries, in float64 on the CPU).
-    Only this expert changes.
+    Where an expert has several arrays of its own, as with a shared basis or a base and deltas, they
+    are fitted by turns: for deltas to the truncated singular value decomposition of what the base
+    lacks. Only this expert changes.
 
     Args:
         layer: as for :func:`scale_experts`; a given matrix needs a single layer.
@@ -247,6 +249,12 @@ def _factor(mixture: Mixture, name: str) -> nn.Parameter:
 def _carriers(mixture: Mixture, level: int) -> list[tuple[nn.Parameter, int]]:
     """The arrays in which a level's experts are linear, with the axis of the experts."""
     network = mixture.spec.network
+    if has_common_part(network, level):
+        raise SpecError(
+            f"experts of {mixture.spec.factorization.name} have a part in common, so that none can "
+            f"be scaled or silenced alone; got a {type(mixture).__name__} of them. Scale the "
+            "experts' coefficients instead, or give what the expert shall be to replace_expert."
+        )
     axes = expert_axes(network, level)
     return [(_factor(mixture, name), axes[name]) for name in expert_carriers(network, level)]
 

@@ -95,5 +95,5 @@ def _exempt(module: nn.Module) -> Iterator[nn.Parameter]:
     for factor in network.all_factors:
         around_zero = starts[factor.name].center in ("zero", "shared")
         table = module.config.indexed_input and INPUT in factor.legs
-        if factor == network.bias or table or not around_zero:
+        if factor in network.biases or table or not around_zero:
             yield module.factors[factor.name]

@@ -14,19 +14,31 @@ from math import prod
 import torch
 from torch import Tensor
 
-from tensormoe.factorizations import INPUT, OUTPUT, Leg, Network, expert_carriers, expert_leg
+from tensormoe.factorizations import (
+    INPUT,
+    OUTPUT,
+    Leg,
+    Network,
+    expert_axes,
+    expert_carriers,
+    expert_leg,
+)
 
 __all__ = ["fit_expert"]
 
 # a second round takes away what rounding in the first one left
 _ROUNDS = 2
 
+# turns of factors that an expert has a part in, and the share of the error that must be gained
+_SWEEPS = 500
+_SETTLED = 1e-10
+
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """An expert's matrix, or its bias: which factors make it, and what it should be."""
+    """An expert's matrix, or its bias: which factors make each term, and what it should be."""
 
-    names: tuple[str, ...]
+    terms: tuple[tuple[str, ...], ...]
     legs: tuple[Leg, ...]
     target: Tensor
 
@@ -40,7 +52,9 @@ def fit_expert(
 ) -> tuple[dict[str, Tensor], float]:
     """The slices that bring an expert closest to a given one, in the sum of squares.
 
-    Where several are equally close, those nearest to the present ones.
+    Where several are equally close, those nearest to the present ones. Where an expert has a part
+    in several factors, they are fitted by turns, from their present values, until none of them
+    gains anything alone.
 
     Args:
         network: of the layer.
@@ -60,20 +74,36 @@ def fit_expert(
     parts = [fit.weight(weight.detach().to("cpu", torch.float64))]
     if bias is not None:
         parts.append(fit.bias(bias.detach().to("cpu", torch.float64)))
+    carriers = expert_carriers(network, level)
     unknowns = {
-        name: [part for part in parts if name in part.names]
-        for name in expert_carriers(network, level)
+        name: [part for part in parts if any(name in names for names in part.terms)]
+        for name in (*carriers, *expert_axes(network, level))
     }
+    unknowns = {name: fitted for name, fitted in unknowns.items() if fitted}
     scale = _norm([part.target for part in parts])
-    for name, fitted in unknowns.items():
-        if not scale:
-            wide[name] = torch.zeros_like(wide[name]) if fitted else wide[name]
-            continue
-        for _ in range(_ROUNDS if fitted else 0):
-            wide[name] = wide[name] + fit.step(name, fitted, wide)
+
+    def missing() -> float:
+        return _norm([fit.contract(part, wide) - part.target for part in parts])
+
+    for name in carriers:
+        for _ in range(_ROUNDS if name in unknowns else 0):
+            if not scale and len(network.terms) == 1:
+                wide[name] = torch.zeros_like(wide[name])
+                continue
+            wide[name] = wide[name] + fit.step(name, unknowns[name], wide)
+    if not {*unknowns} <= {*carriers}:
+        error = missing()
+        for _ in range(_SWEEPS):
+            before = error
+            for name, fitted in unknowns.items():
+                wide[name] = wide[name] + fit.step(name, fitted, wide)
+            error = missing()
+            # also where nothing is left to gain but rounding
+            if error <= _SETTLED * scale or before - error <= _SETTLED * before:
+                break
     found = {name: wide[name].to(slices[name]) for name in unknowns}
     wide |= {name: array.to("cpu", torch.float64) for name, array in found.items()}
-    error = _norm([fit.contract(part, wide) - part.target for part in parts])
+    error = missing()
     return found, error / scale if scale else error
 
 
@@ -92,18 +122,24 @@ class _Fit:
         self.ids = {leg: place for place, leg in enumerate(network.sizes)}
 
     def weight(self, target: Tensor) -> _Part:
-        names = tuple(factor.name for factor in self.network.factors)
+        names = tuple(tuple(each.name for each in term.factors) for term in self.network.terms)
         return _Part(names, (*self.levels, INPUT, OUTPUT), target)
 
     def bias(self, target: Tensor) -> _Part:
-        source = self.network.input_factor
-        kept = tuple(factor.name for factor in self.network.factors if factor != source)
-        return _Part((*kept, "bias"), (*self.levels, OUTPUT), target)
+        names = tuple(tuple(each.name for each in term.bias_factors) for term in self.network.terms)
+        return _Part(names, (*self.levels, OUTPUT), target)
 
     def contract(self, part: _Part, arrays: Mapping[str, Tensor]) -> Tensor:
         """What the factors make of a part."""
-        operands = [(arrays[name], self.legs[name]) for name in part.names]
-        return self._einsum([(array, self._ids(legs)) for array, legs in operands], part.legs)
+        total = torch.zeros_like(part.target)
+        for names in part.terms:
+            carried = {leg for name in names for leg in self.legs[name]}
+            legs = [leg for leg in part.legs if leg in carried]
+            operands = [(arrays[name], self._ids(self.legs[name])) for name in names]
+            made = self._einsum(operands, legs)
+            # a term without the experts of a level is in all of them
+            total += made.reshape([self.sizes[k] if k in carried else 1 for k in part.legs])
+        return total
 
     def step(self, name: str, parts: Sequence[_Part], arrays: Mapping[str, Tensor]) -> Tensor:
         """The change of one slice that brings the parts closest to their targets."""
@@ -114,7 +150,8 @@ class _Fit:
         ones = (arrays[name].new_ones([self.sizes[leg] for leg in free]), self._ids(free))
         grams, rights = [], []
         for part in parts:
-            rest = [(arrays[other], self.legs[other]) for other in part.names if other != name]
+            term = next(names for names in part.terms if name in names)
+            rest = [(arrays[other], self.legs[other]) for other in term if other != name]
             once = [(array, self._ids(other)) for array, other in rest]
             twice = [(array, self._ids(other, primed=True)) for array, other in rest]
             pairs = [each for pair in zip(once, twice, strict=True) for each in pair]

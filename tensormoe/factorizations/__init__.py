@@ -7,6 +7,8 @@
 | `TensorTrain(rank=(r₁, r₂))` | a ring with an outer bond of 1 | min(r₂, I, O) | min(N, r₁, …) |
 | `Tucker(rank=(p, q, s))` | a core, one factor a mode | min(q, s, I, O) | min(N, p, qs) |
 | `SharedBasis(rank=(J, r))` | mixtures of J matrices, times own ones | min(r, I, O) | min(N, …) |
+| `BaseDelta(rank=r)` | a common matrix plus products of rank r | min(I, O) | min(N, I·O) |
+| `SharedDelta(rank=r)` | the same, one side shared | min(I, O) | min(N, 1 + r·min(I, O)) |
 | `Hadamard()` | the output mode is a hyperedge | min(I, O) | min(N, O) |
 | `Dense()` | 𝒲 itself | min(I, O) | min(N, I·O) |
 """
@@ -15,10 +17,13 @@ from __future__ import annotations
 
 from tensormoe.factorizations._base import INITIALIZATIONS as INITIALIZATIONS
 from tensormoe.factorizations._base import Factorization as Factorization
+from tensormoe.factorizations._base_delta import BaseDelta as BaseDelta
+from tensormoe.factorizations._base_delta import SharedDelta as SharedDelta
 from tensormoe.factorizations._cp import CP as CP
 from tensormoe.factorizations._dense import Dense as Dense
 from tensormoe.factorizations._experts import expert_axes as expert_axes
 from tensormoe.factorizations._experts import expert_carriers as expert_carriers
+from tensormoe.factorizations._experts import has_common_part as has_common_part
 from tensormoe.factorizations._hadamard import Hadamard as Hadamard
 from tensormoe.factorizations._initialization import Draw as Draw
 from tensormoe.factorizations._initialization import Initializer as Initializer
@@ -31,6 +36,7 @@ from tensormoe.factorizations._network import OUTPUT as OUTPUT
 from tensormoe.factorizations._network import Factor as Factor
 from tensormoe.factorizations._network import Leg as Leg
 from tensormoe.factorizations._network import Network as Network
+from tensormoe.factorizations._network import Term as Term
 from tensormoe.factorizations._network import expert_leg as expert_leg
 from tensormoe.factorizations._shared_basis import SharedBasis as SharedBasis
 from tensormoe.factorizations._tensor_ring import TensorRing as TensorRing
@@ -46,6 +52,7 @@ __all__ = [
     "INITIALIZATIONS",
     "INPUT",
     "OUTPUT",
+    "BaseDelta",
     "Dense",
     "Factor",
     "Factorization",
@@ -54,14 +61,17 @@ __all__ = [
     "Leg",
     "Network",
     "SharedBasis",
+    "SharedDelta",
     "TensorRing",
     "TensorTrain",
+    "Term",
     "Tucker",
     "draw_factor",
     "expert_axes",
     "expert_carriers",
     "expert_leg",
     "from_tensorly",
+    "has_common_part",
     "resolve_factorization",
     "to_tensorly",
 ]

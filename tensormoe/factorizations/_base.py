@@ -11,6 +11,7 @@ from tensormoe._devices import device_of
 from tensormoe._validation import choice, positive_ints
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import LayoutError, RankError, SpecError
+from tensormoe.factorizations._experts import expert_carriers
 from tensormoe.factorizations._initialization import Initializer
 from tensormoe.factorizations._network import (
     INPUT,
@@ -125,6 +126,30 @@ class Factorization(ABC):
             "shared_experts, or start from fresh values."
         )
 
+    def expert_noise(
+        self, network: Network, factors: Mapping[str, Array], backend: Backend
+    ) -> Mapping[str, Array | float]:
+        """Standard deviations of independent noise that moves experts by their own size.
+
+        Args:
+            network: of the layer.
+            factors: as :meth:`shared_experts` makes them, with biases apart, by name.
+            backend: adapter of the arrays' library.
+
+        Returns:
+            For every array that noise is to be added to, a number or one for every entry.
+        """
+        legs = {factor.name: {*factor.legs} for factor in network.all_factors}
+        rows = {factor.name for factor in network.biases}
+        found: dict[str, Array | float] = {}
+        for level in range(len(network.expert_legs)):
+            for name in expert_carriers(network, level):
+                # experts stored as they are: their entries move by a share of themselves
+                whole = name in rows or legs[name] & {INPUT, OUTPUT}
+                spread = sqrt(self.expert_variance(len(network.expert_legs)))
+                found[name] = factors[name] if whole else spread
+        return found
+
     def expert_variance(self, levels: int) -> float:
         """Variance of independent noise on an expert factor that moves experts by their own size.
 
@@ -150,11 +175,16 @@ class Factorization(ABC):
         sizes = {expert_leg(level): size for level, size in enumerate(experts)}
         sizes |= {INPUT: in_features, OUTPUT: out_features}
         sizes |= self.bond_sizes(experts, out_features)
-        row = None
-        if bias:
-            carrier = next(factor for factor in factors if INPUT in factor.legs)
-            row = Factor("bias", tuple(leg for leg in carrier.legs if leg != INPUT))
-        return Network(factors, tuple(sizes.items()), row)
+        carriers = [factor for factor in factors if INPUT in factor.legs] if bias else []
+        rows = tuple(
+            Factor(
+                f"bias_{carrier.term}" if carrier.term else "bias",
+                tuple(leg for leg in carrier.legs if leg != INPUT),
+                carrier.term,
+            )
+            for carrier in carriers
+        )
+        return Network(factors, tuple(sizes.items()), rows)
 
 
 def checked_scheme(scheme: str) -> str:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from tensormoe._validation import choice, positive_ints
 from tensormoe.errors import RankError, SpecError
 from tensormoe.factorizations._base import Factorization
+from tensormoe.factorizations._base_delta import BaseDelta, SharedDelta
 from tensormoe.factorizations._cp import CP
 from tensormoe.factorizations._dense import Dense
 from tensormoe.factorizations._hadamard import Hadamard
@@ -21,7 +22,17 @@ __all__ = ["FACTORIZATIONS", "resolve_factorization"]
 FACTORIZATIONS: Mapping[str, type[Factorization]] = MappingProxyType(
     {
         kind.name: kind
-        for kind in (CP, TensorRing, TensorTrain, Tucker, SharedBasis, Hadamard, Dense)
+        for kind in (
+            CP,
+            TensorRing,
+            TensorTrain,
+            Tucker,
+            SharedBasis,
+            BaseDelta,
+            SharedDelta,
+            Hadamard,
+            Dense,
+        )
     }
 )
 """The factorizations that have a name, by it."""

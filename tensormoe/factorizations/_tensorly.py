@@ -26,6 +26,9 @@ def to_tensorly(factorization: Factorization, factors: Mapping[str, Array]) -> A
         What ``cp_to_tensor`` (CP, Hadamard), ``tr_to_tensor`` (tensor ring), ``tt_to_tensor``
         (tensor train) or ``tucker_to_tensor`` (Tucker) of TensorLy take; the full tensor (Dense).
 
+    Raises:
+        LayoutError: TensorLy has no such decomposition.
+
     >>> import numpy as np
     >>> from tensormoe import CP
     >>> factors = {"expert_0": np.ones((3, 2)), "input": np.ones((5, 2)), "output": np.ones((4, 2))}
@@ -35,6 +38,9 @@ def to_tensorly(factorization: Factorization, factors: Mapping[str, Array]) -> A
     """
     xp = backend_of(*factors.values()).namespace
     stored = dict(factors)
+    if type(factorization).to_tensorly is Factorization.to_tensorly:
+        # there is none: it says so before biases, which may be several, are put in their places
+        return factorization.to_tensorly(stored, xp)
     if "bias" in stored:
         name = "weight" if "weight" in stored else "input"
         axis = stored[name].ndim - 2 if name == "weight" else 0
@@ -55,6 +61,9 @@ def from_tensorly(
 
     Returns:
         Arrays by name, each its own copy in mode-major order.
+
+    Raises:
+        LayoutError: TensorLy has no such decomposition.
     """
     arrays = _flatten(decomposition)
     xp = backend_of(*arrays).namespace

@@ -33,12 +33,13 @@ def initialize(
         SpecError: an unknown scheme.
     """
     starts = config.spec.initializers(init)
+    tables = {term.input_factor.name for term in config.spec.network.terms}
     parameters = {}
     for name, shape in config.parameter_shapes().items():
         kind, _, factor = name.partition(".")
         if kind == "factors":
             array = draw_factor(starts[factor], shape, backend, normal, uniform)
-            if config.indexed_input and factor == config.spec.network.input_factor.name:
+            if config.indexed_input and factor in tables:
                 # rows of a table are used alone: they start with variance 1, as nn.Embedding's
                 array = array * sqrt(3.0 * config.spec.in_features)
             parameters[name] = array

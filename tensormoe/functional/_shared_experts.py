@@ -9,7 +9,7 @@ from tensormoe._config import LayerConfig
 from tensormoe._devices import device_of
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import ShapeError, SpecError
-from tensormoe.factorizations import INPUT, OUTPUT, Draw, Factor, Network, expert_carriers
+from tensormoe.factorizations import INPUT, Draw, Factor, Network, expert_carriers
 from tensormoe.functional._dtypes import cast, widened
 from tensormoe.functional._weights import expert_weight
 
@@ -71,16 +71,18 @@ def shared_experts(
         lambda size: _split(svd(table), size, backend),
         backend,
     )
-    carrier = spec.network.input_factor
-    if spec.bias:
-        axis = (slice(None),) * carrier.legs.index(INPUT)
-        stored["bias"] = stored[carrier.name][(*axis, -1)]
-        stored[carrier.name] = stored[carrier.name][(*axis, slice(None, -1))]
+    for term in spec.network.terms:
+        if term.bias is not None:
+            carrier = term.input_factor
+            axis = (slice(None),) * carrier.legs.index(INPUT)
+            stored[term.bias.name] = stored[carrier.name][(*axis, -1)]
+            stored[carrier.name] = stored[carrier.name][(*axis, slice(None, -1))]
     kept = {name: cast(array, weight.dtype, backend) for name, array in stored.items()}
     error, norm = _error(config, kept, table, backend)
     if noise:
         # as much energy over all levels together as one level would have
-        share = (1.0 + noise**2) ** (1.0 / len(_carriers(spec.network))) - 1.0
+        apart = {expert_carriers(spec.network, level) for level in range(spec.levels)}
+        share = (1.0 + noise**2) ** (1.0 / len(apart)) - 1.0
         noisy = _moved(config, stored, share, normal, backend)
         kept |= {name: cast(array, weight.dtype, backend) for name, array in noisy.items()}
     return {f"factors.{name}": kept[name] for name in spec.shapes}, error, norm
@@ -158,11 +160,6 @@ def _expert_axes(factor: Factor, network: Network) -> tuple[int, ...]:
     return tuple(place for place, leg in enumerate(factor.legs) if leg in network.expert_legs)
 
 
-def _carriers(network: Network) -> set[tuple[str, ...]]:
-    """What sets experts apart: arrays whose noise does not meet that of others of its expert."""
-    return {expert_carriers(network, level) for level in range(len(network.expert_legs))}
-
-
 def _moved(
     config: LayerConfig,
     stored: Mapping[str, Array],
@@ -172,11 +169,10 @@ def _moved(
 ) -> dict[str, Array]:
     """The arrays that set experts apart, with noise that sums to zero over them."""
     xp, network = backend.namespace, config.spec.network
-    variance = share * config.spec.factorization.expert_variance(config.spec.levels)
+    spreads = config.spec.factorization.expert_noise(network, stored, backend)
     moved = {}
-    names = {name for carriers in _carriers(network) for name in carriers}
     for factor in network.all_factors:
-        if factor.name not in names:
+        if factor.name not in spreads:
             continue
         axes = _expert_axes(factor, network)
         shape = network.shape(factor)
@@ -185,9 +181,5 @@ def _moved(
             continue
         drawn = cast(normal(shape), stored[factor.name].dtype, backend)
         drawn = (drawn - xp.mean(drawn, axis=axes, keepdims=True)) * (count / (count - 1)) ** 0.5
-        if {INPUT, OUTPUT} & {*factor.legs} or factor == network.bias:
-            # experts stored as they are: their entries move by a share of themselves
-            moved[factor.name] = stored[factor.name] * (1.0 + share**0.5 * drawn)
-        else:
-            moved[factor.name] = stored[factor.name] + variance**0.5 * drawn
+        moved[factor.name] = stored[factor.name] + spreads[factor.name] * (share**0.5 * drawn)
     return moved

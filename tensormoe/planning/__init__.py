@@ -17,9 +17,7 @@ from tensormoe.planning._program import Program as Program
 from tensormoe.planning._program import Step as Step
 from tensormoe.planning._regimes import Regimes as Regimes
 from tensormoe.planning._regimes import Routing as Routing
-from tensormoe.planning._regimes import contraction as contraction
 from tensormoe.planning._regimes import plan_regimes as plan_regimes
-from tensormoe.planning._regimes import weight_program as weight_program
 from tensormoe.planning._reverse import Reverse as Reverse
 from tensormoe.planning._reverse import reverse as reverse
 from tensormoe.planning._roofline import PUBLISHED_ROOFLINES as PUBLISHED_ROOFLINES
@@ -28,6 +26,8 @@ from tensormoe.planning._select import OBJECTIVES as OBJECTIVES
 from tensormoe.planning._select import RankChoice as RankChoice
 from tensormoe.planning._select import rank_front as rank_front
 from tensormoe.planning._select import select_rank as select_rank
+from tensormoe.planning._weight_programs import contraction as contraction
+from tensormoe.planning._weight_programs import weight_program as weight_program
 
 __all__ = [
     "OBJECTIVES",

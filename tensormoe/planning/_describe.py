@@ -40,8 +40,12 @@ def format_bytes(number: float) -> str:
 def describe_plan(plan: Plan, cost: Cost, itemsize: int) -> str:
     """Equation, steps and totals of a plan."""
     spec, program = plan.spec, plan.program
-    terms = [f"{each.name}[{' '.join(each.legs)}]" for each in program.operands]
-    equation = " · ".join(term for term in terms if not term.startswith("bias["))
+    written = {each.name: f"{each.name}[{' '.join(each.legs)}]" for each in program.operands}
+    data = [written[each.name] for each in program.operands if each.role != "factor"]
+    equation = " + ".join(
+        " · ".join([*data, *(written[each.name] for each in term.factors)])
+        for term in spec.network.terms
+    )
     if spec.bias:
         equation += ", bias added to the input mode"
     experts = " × ".join(map(str, spec.experts))

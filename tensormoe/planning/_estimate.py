@@ -21,9 +21,16 @@ from tensormoe.planning._family import INNER, Choice, Family, largest
 from tensormoe.planning._layer_cost import layer_cost
 from tensormoe.planning._polynomial import Polynomial, evaluate, undominated
 from tensormoe.planning._program import Program
-from tensormoe.planning._regimes import DENSE, WRITE_WEIGHT, Draft, best_candidate, build_program
+from tensormoe.planning._regimes import (
+    DENSE,
+    WRITE_WEIGHT,
+    Draft,
+    Trees,
+    best_candidate,
+    build_program,
+)
 from tensormoe.planning._roofline import Roofline
-from tensormoe.planning._tree import Node, tree_cost
+from tensormoe.planning._tree import tree_cost
 
 __all__ = ["Estimator", "Slice"]
 
@@ -105,16 +112,15 @@ class Estimator:
         draft = Draft(self.family.spec(sizes), DENSE)
         path = best_candidate(draft, self.budget.batch)
         # the same trees at other sizes are the same path
-        trees = (path.main, path.bias)
-        if trees in self.models:
+        if path.trees in self.models:
             return False
         legs = {**self.family.legs, BATCH: Polynomial.constant(self.budget.batch)}
-        model = self._model(build_program(draft, path), _priority(trees, legs))
+        model = self._model(build_program(draft, path), _priority(path.trees, legs))
         for other, earlier in self.models.items():
             # a path that another is preferred to at every rank is out
             if earlier is not None and model.priority.below(earlier.priority):
                 self.models[other] = None
-        self.models[trees] = model
+        self.models[path.trees] = model
         return True
 
     def fits_any(self, outer: int, inner: int) -> bool:
@@ -276,15 +282,17 @@ def _time(steps: tuple[StepCost, ...], roofline: Roofline, gate: float) -> Total
     return ((always,), *groups)
 
 
-def _priority(trees: tuple[Node, Node | None], legs: Mapping[Leg, Polynomial]) -> Polynomial:
+def _priority(terms: tuple[Trees, ...], legs: Mapping[Leg, Polynomial]) -> Polynomial:
     """What the planner minimizes, for one batch size."""
     sizes = cast(Mapping[Leg, int], legs)
     total = Polynomial.constant(0)
-    for tree in trees:
-        if tree is not None:
-            const, slope = tree_cost(tree, sizes, WRITE_WEIGHT)
-            total = total + const + slope * legs[BATCH]
-    if trees[1] is not None:
-        # a bias that went through the network on its own is added to the result
-        total = total + 2 * WRITE_WEIGHT * legs[BATCH] * legs[OUTPUT]
-    return total
+    written = 2 * WRITE_WEIGHT * legs[BATCH] * legs[OUTPUT]
+    for trees in terms:
+        for tree in (trees.main, trees.bias):
+            if tree is not None:
+                const, slope = tree_cost(tree, sizes, WRITE_WEIGHT)
+                total = total + const + slope * legs[BATCH]
+        if trees.bias is not None:
+            # a bias that went through the network on its own is added to the result
+            total = total + written
+    return total + (len(terms) - 1) * written

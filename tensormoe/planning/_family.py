@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from math import prod
+from operator import add
 from typing import Any, cast
 
 from tensormoe._spec import LayerSpec
 from tensormoe._validation import choice, positive_int
 from tensormoe.errors import BudgetError, RankError, SpecError
 from tensormoe.factorizations import FACTORIZATIONS, INPUT, OUTPUT, Dense, Hadamard, Leg, Network
-from tensormoe.planning._polynomial import Polynomial
+from tensormoe.planning._polynomial import Polynomial, least
 
 __all__ = ["Choice", "Family", "largest"]
 
@@ -68,8 +70,8 @@ class Family:
         self.parameters = _symbolic(network, self.legs).num_parameters
         modes = {INPUT, OUTPUT}
         self._figures = tuple(
-            tuple(_cheapest(_polynomial(self.legs, cut) for cut in cuts))
-            for cuts in (
+            least(_polynomial(self.legs, cuts) for cuts in sums)
+            for sums in (
                 network.minimal_cuts({INPUT}, {OUTPUT}),
                 network.minimal_cuts(network.expert_legs, modes),
             )
@@ -99,12 +101,10 @@ class Family:
         size = 1
         for terms in self._figures:
             # every unfolding has a cut through its open legs alone
-            bound = min(term.terms[0, 0] for term in terms if (0, 0) in term.terms)
+            bound = min(term.terms[0, 0] for term in terms if {*term.terms} == {(0, 0)})
             for term in terms:
-                ((powers, factor),) = term.terms.items()
-                if powers[symbol]:
-                    while factor * size ** powers[symbol] < bound:
-                        size = _root(bound / factor, powers[symbol], size)
+                if any(powers[symbol] for powers in term.terms):
+                    size = _reaching(term, symbol, bound, size)
         return size
 
     def _symbolic_sizes(self) -> Mapping[Leg, Polynomial]:
@@ -153,26 +153,22 @@ def _checked_bonds(
 
 def _symbolic(network: Network, legs: Mapping[Leg, Polynomial]) -> Any:
     # counting multiplies and adds sizes, and polynomials can be multiplied and added
-    return Network(network.factors, cast(Any, tuple(legs.items())), network.bias)
+    return Network(network.factors, cast(Any, tuple(legs.items())), network.biases)
 
 
-def _polynomial(legs: Mapping[Leg, Polynomial], names: Iterable[Leg]) -> Polynomial:
-    return prod((legs[leg] for leg in names), start=Polynomial.constant(1))
+def _polynomial(legs: Mapping[Leg, Polynomial], cuts: Iterable[Iterable[Leg]]) -> Polynomial:
+    """The sum of the products of the sizes of legs."""
+    one = Polynomial.constant(1)
+    return reduce(add, (prod((legs[leg] for leg in cut), start=one) for cut in cuts))
 
 
-def _cheapest(terms: Iterable[Polynomial]) -> list[Polynomial]:
-    """Of monomials with equal powers the smallest, since only a minimum is asked for."""
-    kept: dict[tuple[int, int], Polynomial] = {}
-    for term in terms:
-        ((powers, factor),) = term.terms.items()
-        if powers not in kept or factor < kept[powers].terms[powers]:
-            kept[powers] = term
-    return list(kept.values())
+def _reaching(term: Polynomial, symbol: int, bound: float, low: int) -> int:
+    """The smallest size of a symbol, at least ``low``, at which a term reaches ``bound``."""
 
+    def short(size: int) -> bool:
+        return term(*(size if place == symbol else 1 for place in (OUTER, INNER))) < bound
 
-def _root(value: float, power: int, low: int) -> int:
-    """The smallest integer, at least ``low``, whose power reaches ``value``."""
     high = low
-    while high**power < value:
+    while short(high):
         high *= 2
-    return largest(lambda size: size**power < value, low, high) + 1
+    return largest(short, low - 1, high) + 1

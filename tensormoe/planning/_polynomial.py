@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Polynomial", "evaluate", "undominated"]
+__all__ = ["Polynomial", "evaluate", "least", "undominated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,5 +92,15 @@ def undominated(polynomials: Iterable[Polynomial]) -> tuple[Polynomial, ...]:
     for each in polynomials:
         if not any(each.below(other) for other in kept):
             kept = [other for other in kept if not other.below(each)]
+            kept.append(each)
+    return tuple(kept)
+
+
+def least(polynomials: Iterable[Polynomial]) -> tuple[Polynomial, ...]:
+    """The polynomials that the minimum over all of them needs."""
+    kept: list[Polynomial] = []
+    for each in polynomials:
+        if not any(other.below(each) for other in kept):
+            kept = [other for other in kept if not each.below(other)]
             kept.append(each)
     return tuple(kept)

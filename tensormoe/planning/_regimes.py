@@ -14,7 +14,7 @@ from functools import lru_cache
 from tensormoe._spec import LayerSpec
 from tensormoe._validation import positive_int
 from tensormoe.errors import PlanError
-from tensormoe.factorizations import BATCH, INPUT, OUTPUT, Leg, expert_leg
+from tensormoe.factorizations import BATCH, INPUT, OUTPUT, Leg, Term
 from tensormoe.planning._program import Operand, Program
 from tensormoe.planning._tree import Builder, Node, contract_path, tree_cost, tree_of
 
@@ -26,11 +26,10 @@ __all__ = [
     "Draft",
     "Regimes",
     "Routing",
+    "Trees",
     "best_candidate",
     "build_program",
-    "contraction",
     "plan_regimes",
-    "weight_program",
 ]
 
 WRITE_WEIGHT = 32
@@ -90,17 +89,44 @@ class Regimes:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A way to run a layer: contraction trees over the slots of a draft, and their cost line."""
+class Trees:
+    """How one term of a layer is contracted.
+
+    Args:
+        main: over the slots of a draft.
+        bias: the same for the bias, where it runs through the network on its own.
+    """
 
     main: Node
-    bias: Node | None
+    bias: Node | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to run a layer: contraction trees, one pair a term, and their cost line."""
+
+    trees: tuple[Trees, ...]
     const: int
     slope: int
 
     def cost(self, batch: int) -> int:
         """What the planner minimizes, at one batch size."""
         return self.const + self.slope * batch
+
+
+@dataclass(frozen=True)
+class Part:
+    """One term of a layer after the gathers.
+
+    Args:
+        slots: what is contracted, data first.
+        carrier: the slot of the input mode's factor.
+        bias: the slot of the bias, if it is still to be added.
+    """
+
+    slots: tuple[int, ...]
+    carrier: int
+    bias: int | None
 
 
 class Draft:
@@ -142,18 +168,26 @@ class Draft:
         }
         operands += [Operand(each.name, each.legs, "factor") for each in network.all_factors]
         self.operands = tuple(operands)
-        self.carrier = network.input_factor.name
 
-    def start(self) -> tuple[Builder, list[int], int, int | None]:
-        """A builder after the gathers: slots to contract, the input carrier's and the bias's."""
+    def start(self) -> tuple[Builder, list[Part]]:
+        """A builder after the gathers, and the terms to contract."""
         builder = Builder(self.operands, self.sizes)
         slots = {name: self._gather(builder, slot) for name, slot in self.factors.items()}
-        bias = slots.pop("bias", None)
+        parts = [self._part(builder, term, slots) for term in self.spec.network.terms]
+        return builder, parts
+
+    def _part(self, builder: Builder, term: Term, slots: Mapping[str, int]) -> Part:
+        listed = {factor.name: slots[factor.name] for factor in term.factors}
+        bias = None if term.bias is None else slots[term.bias.name]
+        name = term.input_factor.name
         if bias is not None and self.x is None:
             # an indexed input has picked its rows already: the bias is added right there
-            slots[self.carrier] = builder.plus(slots[self.carrier], bias)
+            listed[name] = builder.plus(listed[name], bias)
             bias = None
-        return builder, [*self.dense, *slots.values()], slots[self.carrier], bias
+        legs = {BATCH, *(leg for slot in listed.values() for leg in builder.legs[slot])}
+        # what all experts have in common is mixed by the sum of their coefficients
+        data = [builder.reduce(slot, frozenset(legs)) for slot in self.dense]
+        return Part((*data, *listed.values()), listed[name], bias)
 
     def _gather(self, builder: Builder, slot: int) -> int:
         """Pick rows of a factor for every mode that comes by index."""
@@ -217,14 +251,23 @@ def _crossings(
 
 def best_candidate(draft: Draft, batch: int) -> Candidate:
     """The cheapest candidate at one batch size."""
-    builder, slots, carrier, bias = draft.start()
+    builder, parts = draft.start()
     sizes = {**draft.sizes, BATCH: batch}
+    found = [_best_trees(draft, builder, part, sizes) for part in parts]
+    terms, consts, slopes = zip(*found, strict=True)
+    added = 2 * WRITE_WEIGHT * sizes[OUTPUT] * (len(found) - 1)
+    return Candidate(terms, sum(consts), sum(slopes) + added)
+
+
+def _best_trees(
+    draft: Draft, builder: Builder, part: Part, sizes: Mapping[Leg, int]
+) -> tuple[Trees, int, int]:
+    """The cheapest trees of one term, with constant and slope of their cost."""
+    slots, carrier, bias = part.slots, part.carrier, part.bias
     output = (BATCH, OUTPUT)
     tree = _search(builder, slots, output, sizes)
-    if bias is None:
-        return Candidate(tree, None, *tree_cost(tree, sizes, WRITE_WEIGHT))
-    if _contracts(tree, draft.x, carrier):
-        return Candidate(tree, None, *tree_cost(tree, sizes, WRITE_WEIGHT))
+    if bias is None or _contracts(tree, draft.x, carrier):
+        return Trees(tree), *tree_cost(tree, sizes, WRITE_WEIGHT)
     # the path does not contract the input with its own factor first: either let it, and add
     # the bias there, or run the bias through the network on its own
     rest = [slot for slot in slots if slot not in (draft.x, carrier)]
@@ -235,12 +278,12 @@ def best_candidate(draft: Draft, batch: int) -> Candidate:
     )
     joined = tree_of([*(builder.legs[slot] for slot in rest), tuple(legs)], path, output)
     fused = _renamed(joined, [*rest, inner], builder)
-    together = Candidate(fused, None, *tree_cost(fused, sizes, WRITE_WEIGHT))
+    together = Trees(fused), *tree_cost(fused, sizes, WRITE_WEIGHT)
     alone = _search(builder, [*rest, bias], output, sizes)
     costs = (tree_cost(each, sizes, WRITE_WEIGHT) for each in (tree, alone))
     const, slope = (sum(pair) for pair in zip(*costs, strict=True))
-    apart = Candidate(tree, alone, const, slope + 2 * WRITE_WEIGHT * sizes[OUTPUT])
-    return min(together, apart, key=lambda candidate: candidate.cost(batch))
+    apart = Trees(tree, alone), const, slope + 2 * WRITE_WEIGHT * sizes[OUTPUT]
+    return min(together, apart, key=lambda found: found[1] + found[2] * sizes[BATCH])
 
 
 def _search(
@@ -276,18 +319,23 @@ def _contracts(tree: Node, x: int | None, carrier: int) -> bool:
 
 def build_program(draft: Draft, candidate: Candidate) -> Program:
     """Lower a candidate."""
-    builder, _, carrier, bias = draft.start()
+    builder, parts = draft.start()
     output = (BATCH, OUTPUT)
-    tree = candidate.main
-    if bias is not None and candidate.bias is None:
-        assert draft.x is not None
-        legs = frozenset((BATCH, *builder.legs[bias]))
-        slot = builder.plus(builder.contract(draft.x, carrier, legs), bias)
-        tree = _replaced(tree, {draft.x, carrier}, Node(legs, slot))
-    result = builder.emit(tree, output)
-    if candidate.bias is not None:
-        result = builder.plus(result, builder.emit(candidate.bias, output))
-    return builder.finish(result)
+    results: list[int] = []
+    for part, trees in zip(parts, candidate.trees, strict=True):
+        tree = trees.main
+        if part.bias is not None and trees.bias is None:
+            assert draft.x is not None
+            legs = frozenset((BATCH, *builder.legs[part.bias]))
+            slot = builder.plus(builder.contract(draft.x, part.carrier, legs), part.bias)
+            tree = _replaced(tree, {draft.x, part.carrier}, Node(legs, slot))
+        results.append(builder.emit(tree, output))
+        if trees.bias is not None:
+            results.append(builder.emit(trees.bias, output))
+        # added at once, so that no more than two results are held
+        while len(results) > 1:
+            results[:2] = [builder.plus(results[0], results[1])]
+    return builder.finish(results[0])
 
 
 def _replaced(node: Node, pair: set[int], leaf: Node) -> Node:
@@ -298,42 +346,3 @@ def _replaced(node: Node, pair: set[int], leaf: Node) -> Node:
         return leaf
     left, right = (_replaced(child, pair, leaf) for child in node.children)
     return Node(node.legs, children=(left, right))
-
-
-@lru_cache(maxsize=256)
-def weight_program(spec: LayerSpec, *, single: bool, bias: bool) -> Program:
-    """The program that builds weights explicitly.
-
-    Args:
-        spec: the layer.
-        single: one expert, from factors whose expert modes were indexed away; else all of 𝒲.
-        bias: the experts' biases (experts…, out) instead of their matrices (experts…, in, out).
-    """
-    network = spec.network
-    experts = () if single else network.expert_legs
-    dropped = {expert_leg(level) for level in range(spec.levels)} - set(experts)
-    factors = list(network.factors)
-    if bias:
-        assert network.bias is not None
-        factors = [network.bias if f is network.input_factor else f for f in factors]
-    operands = tuple(
-        Operand(f.name, tuple(leg for leg in f.legs if leg not in dropped), "factor")
-        for f in factors
-    )
-    output = (*experts, *(() if bias else (INPUT,)), OUTPUT)
-    return contraction(operands, output, network.sizes)
-
-
-def contraction(
-    operands: tuple[Operand, ...], output: tuple[Leg, ...], sizes: Mapping[Leg, int]
-) -> Program:
-    """The program that contracts arrays without a batch into the legs ``output``, in that order.
-
-    Args:
-        operands: what it takes.
-        output: the legs to keep.
-        sizes: the size of every leg.
-    """
-    builder = Builder(operands, sizes)
-    path = contract_path([each.legs for each in operands], output, sizes, WRITE_WEIGHT)
-    return builder.finish(builder.network(range(len(operands)), path, output))

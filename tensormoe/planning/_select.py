@@ -78,7 +78,8 @@ def select_rank(
     alone, bonds stop where a larger one would add nothing to either figure.
 
     Args:
-        factorization: "cp", "tensor_ring", "tensor_train", "tucker", "hadamard" or "dense".
+        factorization: "cp", "tensor_ring", "tensor_train", "tucker", "shared_basis", "base_delta",
+            "shared_delta", "hadamard" or "dense".
         in_features: I, the size of an input.
         out_features: O, the size of an output.
         experts: N, or one size a level of hierarchy.

@@ -18,9 +18,11 @@ from tensormoe.backend import Array, Backend
 from tensormoe.errors import BackendError
 from tensormoe.factorizations import (
     CP,
+    BaseDelta,
     Dense,
     Hadamard,
     SharedBasis,
+    SharedDelta,
     TensorRing,
     TensorTrain,
     Tucker,
@@ -316,5 +318,15 @@ class BackendContract(LayerChecks):
 
 
 def _some_specs() -> list[LayerSpec]:
-    kinds = (CP(3), TensorRing(3), TensorTrain(2), Tucker(2), SharedBasis(3), Hadamard(), Dense())
+    kinds = (
+        CP(3),
+        TensorRing(3),
+        TensorTrain(2),
+        Tucker(2),
+        SharedBasis(3),
+        BaseDelta(2),
+        SharedDelta(2),
+        Hadamard(),
+        Dense(),
+    )
     return [LayerSpec(5, 4, (3, 2), kind) for kind in kinds]

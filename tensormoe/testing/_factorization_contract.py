@@ -113,12 +113,17 @@ class FactorizationContract(LayerChecks):
             # mode-major storage: no bond stands before a mode
             kinds = [leg in modes for leg in factor.legs]
             assert kinds == sorted(kinds, reverse=True), f"{factor.name} is not mode-major"
-        # exactly one factor meets the input, and the bias takes its place for the constant 1
-        (carrier,) = (factor for factor in network.factors if INPUT in factor.legs)
+        # exactly one factor of a term meets the input; the bias takes its place for the constant 1
         assert ("bias" in names) == spec.bias
-        if spec.bias:
-            rest = tuple(leg for leg in carrier.legs if leg != INPUT)
-            assert network.all_factors[-1].legs == rest
+        for term in network.terms:
+            (carrier,) = (factor for factor in term.factors if INPUT in factor.legs)
+            assert any(OUTPUT in factor.legs for factor in term.factors)
+            assert (term.bias is None) == (not spec.bias)
+            if term.bias is not None:
+                rest = tuple(leg for leg in carrier.legs if leg != INPUT)
+                assert (term.bias.legs, term.bias.term) == (rest, carrier.term)
+        bonds = [term.legs - modes for term in network.terms]
+        assert sum(map(len, bonds)) == len(frozenset().union(*bonds)), "terms share no bond"
         stored = data.draw(factors(spec))
         assert spec.num_parameters == sum(array.size for array in stored.values())
 
@@ -198,20 +203,25 @@ class FactorizationContract(LayerChecks):
     @CHECKS
     @given(data=st.data())
     def test_weights_are_linear_in_each_factor(self, data: st.DataObject) -> None:
-        """The oracle itself: scaling one factor scales 𝒲, or its bias row, and nothing else."""
+        """The oracle itself: scaling one factor scales its term of 𝒲, or of the bias row."""
         spec = data.draw(self.specs(), "spec")
         stored = data.draw(factors(spec))
         scale = np.random.default_rng(data.draw(seeds())).uniform(2, 3)
         name = data.draw(st.sampled_from(sorted(stored)))
         weights = self.reconstruct(spec.factorization, stored)
         scaled = self.reconstruct(spec.factorization, {**stored, name: stored[name] * scale})
-        want = weights.copy()
+        without = self.reconstruct(spec.factorization, {**stored, name: 0.0 * stored[name]})
+        terms = spec.network.terms
+        biases = [term.bias.name for term in terms if term.bias is not None]
         rows = slice(None)
-        if spec.bias and name == "bias":
+        if name in biases:
             rows = slice(spec.in_features, None)
-        elif spec.bias and name == spec.network.input_factor.name:
+        elif spec.bias and name in [term.input_factor.name for term in terms]:
             rows = slice(spec.in_features)
-        want[..., rows, :] *= scale
+        if len(terms) == 1:
+            assert not np.any(without[..., rows, :])
+        want = weights.copy()
+        want[..., rows, :] += (scale - 1.0) * (weights - without)[..., rows, :]
         assert_close(scaled, want, np.max(np.abs(want)), 1e-10)
 
     def _initial(

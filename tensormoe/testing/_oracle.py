@@ -45,6 +45,8 @@ def reconstruct(factorization: Factorization, factors: Mapping[str, Any]) -> Dou
     """
     if factorization.name == "shared_basis":
         return _shared_basis(*_with_bias_row(_doubles(factors)))
+    if factorization.name in ("base_delta", "shared_delta"):
+        return _base_delta(_with_bias_row(_doubles(factors))[0])
     read: Callable[[Any], Any]
     # here, not at the top: the default backend may be another one when this is imported
     if factorization.name in ("cp", "hadamard"):
@@ -110,6 +112,12 @@ def reconstruct_by_einsum(factorization: Factorization, factors: Mapping[str, An
         bonds = _BONDS[: len(modes)]
         names.insert(0, "core")
         terms = [bonds, *(m + bond for m, bond in zip(modes, bonds, strict=True))]
+    elif factorization.name in ("base_delta", "shared_delta"):
+        left, right = arrays["input"], arrays["output"]
+        experts = _EXPERTS[: max(left.ndim, right.ndim) - 2]
+        terms = [f"{mode}{experts[: side.ndim - 2]}r" for mode, side in (("i", left), ("o", right))]
+        deltas: Doubles = np.einsum(f"{','.join(terms)}->{experts}io", left, right)
+        return arrays["base"] + deltas
     else:
         names = ["mixing", "input", "output"]
         experts = _EXPERTS[: arrays["mixing"].ndim - 1]
@@ -173,14 +181,27 @@ def _shared_basis(arrays: Mapping[str, Doubles], in_features: int) -> Doubles:
     return result
 
 
+def _base_delta(arrays: Mapping[str, Doubles]) -> Doubles:
+    """B + U V, expert by expert; a side without experts is that of all of them."""
+    base, left, right = (arrays[name] for name in ("base", "input", "output"))
+    experts = max(left.shape, right.shape, key=len)[1:-1]
+    result = np.empty((*experts, *base.shape))
+    for index in np.ndindex(experts):
+        own = [side if side.ndim == 2 else side[:, *index] for side in (left, right)]
+        result[index] = base + own[0] @ own[1].T
+    return result
+
+
 def _with_bias_row(arrays: dict[str, Doubles]) -> tuple[dict[str, Doubles], int]:
-    """The bias as the last row of the array with the input mode, and the size of that without."""
+    """Biases as last rows of the arrays with the input mode, whose size without comes along."""
     name = "weight" if "weight" in arrays else "input"
     axis = -2 if name == "weight" else 0
     size = arrays[name].shape[axis]
-    if "bias" in arrays:
-        row = np.expand_dims(arrays.pop("bias"), axis)
-        arrays[name] = np.concatenate([arrays[name], row], axis=axis)
+    rows = {"bias": "base" if "base" in arrays else name, "bias_1": "input"}
+    for bias, carrier in rows.items():
+        if bias in arrays:
+            row = np.expand_dims(arrays.pop(bias), axis)
+            arrays[carrier] = np.concatenate([arrays[carrier], row], axis=axis)
     return arrays, size
 
 

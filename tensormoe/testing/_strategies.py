@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from tensormoe._spec import LayerSpec
 from tensormoe.factorizations import (
     CP,
+    BaseDelta,
     Dense,
     Factorization,
     Hadamard,
     SharedBasis,
+    SharedDelta,
     TensorRing,
     TensorTrain,
     Tucker,
@@ -47,6 +49,8 @@ _EXAMPLES: tuple[Factorization, ...] = (
     TensorTrain(1),
     Tucker(1),
     SharedBasis(1),
+    BaseDelta(1),
+    SharedDelta(1),
     Hadamard(),
     Dense(),
 )

@@ -17,7 +17,8 @@ import sys
 for name in ("cupy", "jax", "jaxlib", "numpy", "scipy", "torch"):
     sys.modules[name] = None  # importing it now fails as if it weren't installed
 
-from tensormoe import CP, Dense, Hadamard, LayerSpec, SharedBasis, TensorRing, TensorTrain, Tucker
+from tensormoe import CP, BaseDelta, Dense, Hadamard, LayerSpec, SharedBasis, SharedDelta
+from tensormoe import TensorRing, TensorTrain, Tucker
 
 spec = LayerSpec(16, 12, experts=(6, 5), factorization={factorization})
 spec.cost(32)
@@ -34,6 +35,8 @@ print(spec.plan(32).describe())
         "Tucker(rank=(2, 3, 4, 5))",
         "Hadamard()",
         "SharedBasis((2, 3))",
+        "BaseDelta(2)",
+        "SharedDelta(2)",
         "Dense()",
     ],
 )

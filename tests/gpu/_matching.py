@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 
 import tensormoe_numpy
-from tensormoe import CP, Dense, Gate, Hadamard, SharedBasis, TensorRing, TensorTrain, Tucker
+from tensormoe import (
+    CP,
+    BaseDelta,
+    Dense,
+    Gate,
+    Hadamard,
+    SharedBasis,
+    SharedDelta,
+    TensorRing,
+    TensorTrain,
+    Tucker,
+)
 
 DEVICE = os.environ.get("TENSORMOE_TEST_DEVICE", "cpu")
 """``"cuda"``, or ``"cpu"`` to try the tests themselves."""
@@ -21,6 +32,8 @@ KINDS = [
     TensorTrain((2, 3, 4)),
     Tucker(2),
     SharedBasis((2, 3)),
+    BaseDelta(2),
+    SharedDelta(2),
     Hadamard(),
     Dense(),
 ]

@@ -13,7 +13,18 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tensormoe import CP, Dense, Hadamard, LayerSpec, SharedBasis, TensorRing, TensorTrain, Tucker
+from tensormoe import (
+    CP,
+    BaseDelta,
+    Dense,
+    Hadamard,
+    LayerSpec,
+    SharedBasis,
+    SharedDelta,
+    TensorRing,
+    TensorTrain,
+    Tucker,
+)
 from tensormoe.errors import PlanError
 from tensormoe.execution import execute
 from tensormoe.planning import (
@@ -50,7 +61,8 @@ def program_work(program: Program, batch: int) -> int:
             inputs = [frozenset(legs) for legs in step.input_legs]
             total += contraction_work(inputs, frozenset(step.legs), sizes)
         elif step.kind == "add" and step.input_legs[0] == step.input_legs[1] == (BATCH, "o"):
-            # the bias ran through the network on its own: its result is read and written
+            # a bias that ran through the network on its own, or the next term of a sum: the result
+            # is read and written
             total += 2 * WEIGHT * prod(sizes[leg] for leg in step.legs)
     return total
 
@@ -113,23 +125,28 @@ def least_layer_work(spec: LayerSpec, batch: int) -> int:
     """The cheapest way to run a layer, the bias included, among all binary trees.
 
     A bias is added where the input meets its factor, if the tree contracts these two first; or it
-    runs through the network on its own.
+    runs through the network on its own. The terms of a sum have nothing to do with one another;
+    where one has no experts, their coefficients are summed beforehand.
     """
-    network = spec.network
-    sizes = {**network.sizes, BATCH: batch}
-    data = [frozenset((BATCH, leg)) for leg in network.expert_legs]
-    weights = [frozenset(each.legs) for each in network.factors]
-    carrier = network.factors.index(network.input_factor)
-    x = frozenset((BATCH, "i"))
-    output = frozenset((BATCH, "o"))
-    operands = [x, weights[carrier], *data, *(w for k, w in enumerate(weights) if k != carrier)]
-    alone = least_work(operands, output, sizes)
-    if network.bias is None:
-        return alone
-    fused = least_work(operands, output, sizes, frozenset({0, 1}))
-    rest = [frozenset(network.bias.legs), *operands[2:]]
-    apart = alone + least_work(rest, output, sizes) + 2 * WEIGHT * batch * spec.out_features
-    return min(fused, apart)
+    sizes = {**spec.network.sizes, BATCH: batch}
+    adding = 2 * WEIGHT * batch * spec.out_features
+    total = (len(spec.network.terms) - 1) * adding
+    x, output = frozenset((BATCH, "i")), frozenset((BATCH, "o"))
+    for term in spec.network.terms:
+        weights = [frozenset(each.legs) for each in term.factors]
+        held = frozenset().union(*weights)
+        data = [frozenset((BATCH, *({leg} & held))) for leg in spec.network.expert_legs]
+        carrier = next(k for k, legs in enumerate(weights) if "i" in legs)
+        rest = [*data, *(w for k, w in enumerate(weights) if k != carrier)]
+        operands = [x, weights[carrier], *rest]
+        alone = least_work(operands, output, sizes)
+        if term.bias is None:
+            total += alone
+            continue
+        fused = least_work(operands, output, sizes, frozenset({0, 1}))
+        apart = least_work([frozenset(term.bias.legs), *rest], output, sizes)
+        total += min(fused, alone + apart + adding)
+    return total
 
 
 @settings(max_examples=40)
@@ -149,6 +166,8 @@ REGIMES = [
     LayerSpec(24, 20, (2, 2, 3), CP(120)),
     LayerSpec(40, 30, 5, SharedBasis((3, 30))),
     LayerSpec(30, 40, (3, 2), SharedBasis((4, 30))),
+    LayerSpec(24, 20, 3, BaseDelta(30)),
+    LayerSpec(20, 24, (2, 2), SharedDelta(30)),
     LayerSpec(24, 20, 5, Hadamard()),
     LayerSpec(24, 20, 5, Dense()),
 ]
@@ -200,8 +219,8 @@ REALISTIC = [
         ((1024,), (CP(256), TensorRing((4, 4, 90)), TensorTrain((16, 90)))),
         ((32, 16), (CP(256), TensorRing((4, 4, 4, 90)), TensorTrain((4, 16, 90)))),
         ((16, 8, 8), (CP(256), TensorRing((4, 4, 4, 4, 90)), TensorTrain((4, 4, 4, 90)))),
-        ((128,), (SharedBasis((8, 512)), Hadamard(), Dense())),
-        ((32, 16), (SharedBasis((8, 256)), Hadamard(), Dense())),
+        ((128,), (SharedBasis((8, 512)), BaseDelta(64), SharedDelta(64), Hadamard(), Dense())),
+        ((32, 16), (SharedBasis((8, 256)), BaseDelta(64), SharedDelta(64), Hadamard(), Dense())),
         ((16, 8, 8), (Hadamard(), Dense())),
     )
     for factorization in factorizations
@@ -213,6 +232,9 @@ REALISTIC = [
 def test_forward_never_copies_into_another_order(factorization, experts, bias, request) -> None:
     if (factorization, len(experts), bias) == (Dense(), 3, True):
         reason = "the table of biases, 1/768 of the weights, is copied into the products' order"
+        request.applymarker(pytest.mark.xfail(reason=reason))
+    if (factorization, len(experts)) == (BaseDelta(64), 2):
+        reason = "the path with the fewest writes sums the first level away before the second"
         request.applymarker(pytest.mark.xfail(reason=reason))
     spec = LayerSpec(768, 768, experts, factorization, bias=bias)
     for program in plan_regimes(spec).programs:
