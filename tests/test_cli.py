@@ -18,17 +18,19 @@ import pytest
 
 from tensormoe import (
     CP,
+    BaseDelta,
     Dense,
     Hadamard,
     LayerSpec,
     SharedBasis,
+    SharedDelta,
     TensorRing,
     TensorTrain,
     Tucker,
     select_rank,
 )
 from tensormoe.cli import main
-from tensormoe.cli._network_text import arrays_of, draw_network
+from tensormoe.cli._network_text import draw_network, terms_of
 from tensormoe.planning import PUBLISHED_ROOFLINES, Roofline, linear_cost, rank_front
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +41,8 @@ FACTORIZATIONS = [
     "tensor_train",
     "tucker",
     "shared_basis",
+    "base_delta",
+    "shared_delta",
     "hadamard",
     "dense",
 ]
@@ -333,24 +337,34 @@ def test_plan_says_where_factorized_is_not_worth_it(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("experts", [(512,), (16, 8), (4, 3, 2)])
 @pytest.mark.parametrize(
     "factorization",
-    [CP(64), TensorRing(5), TensorTrain(9), Tucker(8), SharedBasis(9), Hadamard(), Dense()],
+    [
+        CP(64),
+        TensorRing(5),
+        TensorTrain(9),
+        Tucker(8),
+        SharedBasis(9),
+        BaseDelta(2),
+        SharedDelta(2),
+        Hadamard(),
+        Dense(),
+    ],
     ids=lambda each: each.name,
 )
 def test_every_network_can_be_drawn(
     tmp_path: Path, factorization: Any, experts: tuple[int, ...]
 ) -> None:
     spec = LayerSpec(768, 384, experts, factorization)
-    lines = [
-        "".join(part for part, _ in line)
-        for line in draw_network(arrays_of(spec), spec.network.sizes)
-    ]
-    # a dot for every leg of every array, and nothing but the batch left out
-    dots = sum(len(legs) for legs in (factor.legs for factor in spec.network.factors))
-    assert "".join(lines).count("●") == dots + len(experts) + 2
-    assert lines[0].split() == list(dict.fromkeys(lines[0].split()))
-    assert (
-        dict(zip(lines[0].split(), map(int, lines[1].split()), strict=True)) == spec.network.sizes
-    )
+    sizes: dict[str, int] = {}
+    for term, arrays in zip(spec.network.terms, terms_of(spec), strict=True):
+        lines = [
+            "".join(part for part, _ in line) for line in draw_network(arrays, spec.network.sizes)
+        ]
+        # a dot for every leg of every array, and nothing but the batch left out
+        dots = sum(len(factor.legs) for factor in term.factors)
+        assert "".join(lines).count("●") == dots + len(experts) + 2
+        assert lines[0].split() == list(dict.fromkeys(lines[0].split()))
+        sizes |= dict(zip(lines[0].split(), map(int, lines[1].split()), strict=True))
+    assert sizes == spec.network.sizes
     path = tmp_path / "network.png"
     words = ["plan", "768", "384", "x".join(map(str, experts)), "--plot", str(path)]
     rank = () if factorization.rank is None else ("--rank", str(factorization.rank))

@@ -22,12 +22,16 @@ _FILL: Mapping[Role, str] = {"data": "#cfe3f3", "factor": "#fde3c8", "result": "
 _EDGE: Mapping[Role, str] = {"data": "#0072b2", "factor": "#d55e00", "result": "#009e73"}
 _MEANING: Mapping[Role, str] = {"data": "data", "factor": "factors", "result": "result"}
 
-# distances: neighbours on a chain, and a factor to its data
-_PITCH, _REACH = 2.1, 1.55
+# distances: neighbours on a chain, a factor to its data, and the terms of a sum
+_PITCH, _REACH, _GAP = 2.1, 1.55, 2.4
 
 
 def draw_network_picture(
-    path: Path, title: str, subtitle: str, arrays: Sequence[Array], sizes: Mapping[Leg, int]
+    path: Path,
+    title: str,
+    subtitle: str,
+    terms: Sequence[Sequence[Array]],
+    sizes: Mapping[Leg, int],
 ) -> None:
     """Write the picture of a network.
 
@@ -35,12 +39,21 @@ def draw_network_picture(
         path: of the picture.
         title: the layer.
         subtitle: what else there is to say.
-        arrays: nodes with their legs.
+        terms: nodes with their legs, for every term of a sum.
         sizes: of the legs.
     """
-    places = _places(arrays)
-    dots = _hyperedges(arrays, places)
-    points = [*places.values(), *dots.values()]
+    placed: list[dict[str, Point]] = []
+    signs: list[float] = []
+    for arrays in terms:
+        places = _places(arrays)
+        if placed:
+            end = max(x for x, _ in placed[-1].values())
+            shift = end + _GAP - min(x for x, _ in places.values())
+            signs.append(end + _GAP / 2)
+            places = {name: (x + shift, y) for name, (x, y) in places.items()}
+        placed.append(places)
+    dotted = [_hyperedges(*pair) for pair in zip(terms, placed, strict=True)]
+    points = [point for each in (*placed, *dotted) for point in each.values()]
     left, right = (pick(x for x, _ in points) for pick in (min, max))
     low, high = (pick(y for _, y in points) for pick in (min, max))
     width, height = right - left + 2.6, high - low + 1.7
@@ -51,12 +64,15 @@ def draw_network_picture(
         axes.set_axis_off()
         axes.set_xlim(left - 1.3, right + 1.3)
         axes.set_ylim(low - 0.85, high + 0.85)
-        _draw_edges(axes, arrays, sizes, places, dots)
-        for array in arrays:
-            _draw_node(axes, array, places[array.name])
+        for arrays, places, dots in zip(terms, placed, dotted, strict=True):
+            _draw_edges(axes, arrays, sizes, places, dots)
+            for array in arrays:
+                _draw_node(axes, array, places[array.name])
+        for sign in signs:
+            axes.text(sign, 0.0, "+", ha="center", va="center", fontsize=20, color=INK)
         figure.suptitle(title, fontsize=13, fontweight="bold", color=INK)
         axes.set_title(subtitle, fontsize=9.5, fontweight="normal", color=MUTED)
-        _legend(figure, bool(dots))
+        _legend(figure, any(dotted))
 
 
 def _places(arrays: Sequence[Array]) -> dict[str, Point]:
@@ -81,12 +97,22 @@ def _places(arrays: Sequence[Array]) -> dict[str, Point]:
         for each in arrays
         if each.role != "factor"
     }
+    taken: list[Point] = []
+    alone = [name for name, found in holders.items() if not found]
+    start = min((x for x, _ in places.values()), default=0.0)
     for name, found in holders.items():
+        if not found:
+            # summed, and only then a part of the product
+            height = alone.index(name) - (len(alone) - 1) / 2
+            places[name] = (start - 1.3 * _PITCH, 1.1 * height)
+            continue
         if len(found) > 1:
-            # an open hyperedge: its result goes where there is room
-            places[name] = _free_direction(
-                list(outward.values()), [places[factor.name] for factor in found]
-            )
+            # a hyperedge: what it leads to goes where there is room
+            best = _widest_gap([*outward.values(), *taken])
+            taken.append(best)
+            homes = [places[factor.name] for factor in found]
+            x, y = (sum(values) / len(homes) for values in zip(*homes, strict=True))
+            places[name] = (x + _REACH * best[0], y + _REACH * best[1])
             continue
         home, direction = places[found[0].name], outward[found[0].name]
         mates = [other for other, its in holders.items() if its == found]
@@ -110,13 +136,6 @@ def _is_chain(factors: Sequence[Array]) -> bool:
     return len(factors) > 1 and shared == [(k - 1, k) for k in range(1, len(factors))]
 
 
-def _free_direction(taken: Sequence[Point], homes: Sequence[Point]) -> Point:
-    """A place off the middle, as far as can be from the directions that are taken."""
-    best = _widest_gap(taken)
-    x, y = (sum(values) / len(homes) for values in zip(*homes, strict=True))
-    return x + _REACH * best[0], y + _REACH * best[1]
-
-
 def _widest_gap(units: Sequence[Point]) -> Point:
     """The direction that is farthest from all of ``units``."""
     turns = [(cos(2 * pi * k / 48), sin(2 * pi * k / 48)) for k in range(48)]
@@ -130,10 +149,12 @@ def _hyperedges(arrays: Sequence[Array], places: Mapping[str, Point]) -> dict[Le
         ends = [array for array in arrays if leg in array.legs]
         if len(ends) > 2:
             inner = [places[each.name] for each in ends if each.role == "factor"]
-            dots[leg] = (
-                sum(x for x, _ in inner) / len(inner),
-                sum(y for _, y in inner) / len(inner),
-            )
+            x, y = (sum(values) / len(inner) for values in zip(*inner, strict=True))
+            outer = [places[each.name] for each in ends if each.role != "factor"]
+            if len(inner) == 2 and outer:
+                # off the line between the two, where other legs may run
+                x, y = (0.62 * x + 0.38 * outer[0][0], 0.62 * y + 0.38 * outer[0][1])
+            dots[leg] = (x, y)
     return dots
 
 
@@ -148,6 +169,12 @@ def _draw_edges(
         ends = [places[array.name] for array in arrays if leg in array.legs]
         label = f"{leg}  {sizes[leg]}"
         colour = "#009e73" if leg == OUTPUT else MUTED
+        if len(ends) == 1:
+            # the leg of an array that is summed over it
+            ((x, y),) = ends
+            axes.plot([x, x + 0.45 * _PITCH], [y, y], color=colour, linewidth=1.8, zorder=1)
+            _label(axes, (x + 0.5 * _PITCH, y + 0.3), f"Σ {label}")
+            continue
         if leg not in dots:
             (x0, y0), (x1, y1) = ends
             axes.plot([x0, x1], [y0, y1], color=colour, linewidth=1.8, zorder=1)

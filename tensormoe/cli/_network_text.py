@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tensormoe import LayerSpec
-from tensormoe.factorizations import INPUT, OUTPUT, Leg
+from tensormoe.factorizations import INPUT, OUTPUT, Leg, Network, Term
 
-__all__ = ["Array", "Role", "Segment", "arrays_of", "draw_network", "is_core"]
+__all__ = ["Array", "Role", "Segment", "draw_network", "is_core", "terms_of"]
 
 Role = Literal["data", "factor", "result", "leg", "wire"]
 Segment = tuple[str, Role]
@@ -26,17 +26,23 @@ class Array:
     role: Role
 
 
-def arrays_of(spec: LayerSpec) -> list[Array]:
-    """The arrays of a layer's network, data before the factors that they meet, the result last.
+def terms_of(spec: LayerSpec) -> list[list[Array]]:
+    """The arrays of a layer's network, one list for every term of a sum.
 
+    Data stand before the factors that they meet, first those that meet none, and the result last.
     The bias is left out: it takes the place of the input and its factor.
     """
-    network = spec.network
+    return [_arrays_of(spec.network, term) for term in spec.network.terms]
+
+
+def _arrays_of(network: Network, term: Term) -> list[Array]:
     data = [Array(f"coefficients_{k}", (leg,), "data") for k, leg in enumerate(network.expert_legs)]
     data.append(Array("x", (INPUT,), "data"))
-    found: list[Array] = []
+    # the coefficients of what is common to all experts are summed
+    found = [each for each in data if each.legs[0] not in term.legs]
+    data = [each for each in data if each not in found]
     # a core, which meets no data, stands behind the factors that it joins
-    for factor in sorted(network.factors, key=lambda each: is_core(each.legs)):
+    for factor in sorted(term.factors, key=lambda each: is_core(each.legs)):
         met = [each for each in data if each.legs[0] in factor.legs]
         data = [each for each in data if each not in met]
         found += [*met, Array(factor.name, factor.legs, "factor")]

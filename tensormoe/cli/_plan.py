@@ -19,7 +19,7 @@ from tensormoe.cli._console import (
 from tensormoe.cli._figures import cost_dict
 from tensormoe.cli._files import check_picture
 from tensormoe.cli._layer_arguments import LayerArguments
-from tensormoe.cli._network_text import Role, arrays_of, draw_network
+from tensormoe.cli._network_text import Role, draw_network, terms_of
 from tensormoe.cli._values import parse_budget, parse_bytes, parse_rank
 from tensormoe.errors import PlanError, RankError
 from tensormoe.factorizations import resolve_factorization
@@ -69,7 +69,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
         from tensormoe.cli._network_picture import draw_network_picture
 
         draw_network_picture(
-            path, repr(spec.factorization), _sizes(spec), arrays_of(spec), spec.network.sizes
+            path, repr(spec.factorization), _sizes(spec), terms_of(spec), spec.network.sizes
         )
         if not arguments.json:
             make_console().print(f"drawn in {path}")
@@ -132,9 +132,12 @@ def _sizes(spec: LayerSpec) -> str:
 
 
 def _equation(spec: LayerSpec) -> str:
-    terms = [f"{each.name}[{' '.join(each.legs)}]" for each in spec.network.factors]
     data = [f"coefficients_{k}[b {leg}]" for k, leg in enumerate(spec.network.expert_legs)]
-    return " · ".join(["y[b o] = " + data[0], *data[1:], "x[b i]", *terms])
+    terms = [
+        [*data, "x[b i]", *(f"{each.name}[{' '.join(each.legs)}]" for each in term.factors)]
+        for term in spec.network.terms
+    ]
+    return "y[b o] = " + " + ".join(" · ".join(term) for term in terms)
 
 
 def _regime(plan: Plan) -> str:
@@ -169,13 +172,16 @@ def _show(
     console.print(Text.assemble((repr(spec.factorization), "bold"), f"  {_sizes(spec)}"))
     console.print(Text(_equation(spec), style="dim"), soft_wrap=False)
     console.print()
-    for line in draw_network(arrays_of(spec), spec.network.sizes):
-        text = Text.assemble(*((part, _STYLES[role]) for part, role in line))
-        text.rstrip()
-        console.print(text, no_wrap=True, overflow="ignore", crop=False)
+    for place, arrays in enumerate(terms_of(spec)):
+        if place:
+            console.print(Text("\n  plus\n", style="bold"))
+        for line in draw_network(arrays, spec.network.sizes):
+            text = Text.assemble(*((part, _STYLES[role]) for part, role in line))
+            text.rstrip()
+            console.print(text, no_wrap=True, overflow="ignore", crop=False)
     notes = ["every array but the factors has the batch as its first leg"]
     if spec.bias:
-        notes.append("the bias takes the place of x and input")
+        notes.append("the bias takes the place of x and the factor that it meets")
     if given.top_k is not None:
         notes.append(f"coefficients are {given.top_k} values and indices a level")
     console.print(Text("  " + "; ".join(notes) + ".", style="dim"))
