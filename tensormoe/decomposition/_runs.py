@@ -53,7 +53,7 @@ class Runs:
         network = spec.network
         open_legs = (*network.expert_legs, INPUT, OUTPUT)
         wider = {**network.sizes, INPUT: rows + self.bias}
-        structure = Structure(network.factors, open_legs, tuple(wider.items()))
+        structure = Structure(network.product, open_legs, tuple(wider.items()))
         return fit(structure, self.source, search or self.search, np.random.default_rng(self.seed))
 
     def resolve(

@@ -99,7 +99,7 @@ def seconds_needed(
 def _structure(spec: LayerSpec) -> Structure:
     network = spec.network
     legs = (*network.expert_legs, INPUT, OUTPUT)
-    return Structure(network.factors, legs, tuple(network.sizes.items()))
+    return Structure(network.product, legs, tuple(network.sizes.items()))
 
 
 def _block(structure: Structure) -> Structure:
