@@ -158,6 +158,22 @@ def test_noise_is_as_large_as_asked_in_tiny_and_huge_weights(kind: Any) -> None:
         assert 0.2 < share < 0.4
 
 
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("kind", [BaseDelta(9), SharedDelta(9)], ids=str)
+def test_deltas_of_weights_without_strength_can_still_grow(
+    kind: Any, sizes: tuple[int, int]
+) -> None:
+    """One side is zero, and what it meets is not, whatever the weights and their rank."""
+    linear = torch.nn.Linear(*sizes)
+    torch.nn.init.zeros_(linear.weight)
+    torch.nn.init.zeros_(linear.bias)
+    made, _ = tensormoe_torch.from_linear(linear, experts=3, factorization=kind)
+    sides = [made.factors[name].detach().flatten(0, -2) for name in ("input", "output")]
+    alive = [bool((side.abs().sum(0) > 0).all()) for side in sides]
+    dead = [not side.any() for side in sides]
+    assert sorted(zip(alive, dead, strict=True)) == [(False, True), (True, False)]
+
+
 def test_tensorly_has_no_layout() -> None:
     with pytest.raises(LayoutError, match="one that TensorLy has; got base_delta"):
         to_tensorly(BaseDelta(2), layer(BaseDelta(2), (7, 5)).factors)

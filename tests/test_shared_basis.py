@@ -92,6 +92,21 @@ def test_top_k_picks_rows_of_every_factor_of_an_expert(
     assert "permute" not in {step.kind for step in program.steps}
 
 
+@pytest.mark.parametrize("rank", [(2, 5), (5, 2), (3, 3)], ids=str)
+@pytest.mark.parametrize("sizes", [(7, 5), (5, 7)], ids=str)
+def test_no_two_matrices_start_alike(sizes: tuple[int, int], rank: tuple[int, int]) -> None:
+    """Otherwise gradients would keep them alike, and all but one would be for nothing."""
+    linear = torch.nn.Linear(*sizes, dtype=torch.float64)
+    made, _ = tensormoe_torch.from_linear(linear, experts=4, factorization=SharedBasis(rank))
+    name = "input" if sizes[0] > sizes[1] else "output"
+    basis = made.factors[name].detach()
+    assert basis.shape[1] == rank[0]
+    for j in range(rank[0]):
+        assert basis[:, j].any()
+        for other in range(j):
+            assert not torch.allclose(basis[:, j], basis[:, other])
+
+
 def test_one_file_for_all_frameworks(tmp_path: Path) -> None:
     made = layer(4, 6, (3, 2))
     made.save(tmp_path / "layer.safetensors")
