@@ -103,7 +103,9 @@ class BaseDelta(Factorization):
         xp, inner = backend.namespace, self.rank
         apart = self._apart(in_features, table.shape[1])
         left, right = split(inner)
-        other = backend.permute(right, (1, 0)) if apart[0] == INPUT else _alive(left, xp)
+        other = (
+            backend.permute(right, (1, 0)) if apart[0] == INPUT else _alive(left, in_features, xp)
+        )
         if len(apart) == 2:
             wide = backend.reshape(other, (-1, *(1 for _ in experts), inner))
             other = xp.broadcast_to(wide, (other.shape[0], *experts, inner))
@@ -177,11 +179,10 @@ def _factors(levels: int, apart: tuple[Leg, ...]) -> tuple[Factor, ...]:
     return (Factor("base", (INPUT, OUTPUT)), *deltas)
 
 
-def _alive(left: Array, xp: Any) -> Array:
-    """The matrix with ones along the diagonal in columns without strength."""
-    rows, columns = left.shape
-    place, column = (xp.arange(size, device=device_of(left)) for size in (rows, columns))
-    diagonal = place[:, None] == column[None, :] % rows
+def _alive(left: Array, in_features: int, xp: Any) -> Array:
+    """The matrix with ones along the diagonal, a row for the bias aside, in empty columns."""
+    place, column = (xp.arange(size, device=device_of(left)) for size in left.shape)
+    diagonal = place[:, None] == column[None, :] % in_features
     dead = xp.sum(xp.abs(left), axis=0, keepdims=True) == 0
     return xp.where(dead & diagonal, xp.ones_like(left), left)
 
