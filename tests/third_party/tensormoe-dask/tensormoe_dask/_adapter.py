@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -68,7 +69,18 @@ class DaskBackend:
         return _loop.repeat(step, state, rounds, enough)
 
     def take(self, array: da.Array, indices: da.Array, axis: int, /) -> da.Array:
-        flat = da.take(array, self.reshape(indices, (-1,)), axis=axis)
+        legs = list(range(array.ndim))
+        # Dask's own take of indices that are not computed yet now and then forgets the new size
+        flat = da.blockwise(
+            partial(np.take, axis=axis),
+            [array.ndim if leg == axis else leg for leg in legs],
+            array.rechunk({axis: -1}),
+            legs,
+            self.reshape(indices, (-1,)),
+            [array.ndim],
+            dtype=array.dtype,
+            concatenate=True,
+        )
         shape = (*array.shape[:axis], *indices.shape, *array.shape[axis + 1 :])
         return self.reshape(flat, shape)
 
