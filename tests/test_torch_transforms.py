@@ -189,12 +189,11 @@ def _batches() -> list[Tensor]:
     return [torch.randn(8, 6, generator=generator) for _ in range(3)]
 
 
-@pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
 def test_two_processes_train_as_one() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("fork")
+    context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
     workers = [context.Process(target=_worker, args=(rank, port, queue)) for rank in range(2)]
     for worker in workers:
