@@ -11,15 +11,13 @@ import numpy as np
 from jax import Array
 
 from tensormoe import LayerSpec, functional
-from tensormoe._validation import positive_int
-from tensormoe.errors import PlanError
 from tensormoe.functional import BlockConfig, LayerConfig
-from tensormoe.planning import Cost, Plan, Routing, plan_layer
+from tensormoe.planning import Cost, Plan
 from tensormoe_jax._adapter import BACKEND
 from tensormoe_jax._dtypes import FLOATS
 from tensormoe_jax._initialize import initial_buffers, initialize
 
-__all__ = ["Block", "Layer", "Ready", "first_values", "layer_cost", "ready"]
+__all__ = ["Block", "Layer", "Ready", "first_values", "ready"]
 
 C = TypeVar("C", LayerConfig, BlockConfig)
 
@@ -60,28 +58,6 @@ def first_values(
     return config, drawn | initial_buffers(config, dtype=dtype)
 
 
-def layer_plan(config: LayerConfig, batch: int) -> Plan:
-    """How a layer runs a batch.
-
-    Raises:
-        PlanError: a batch that is no size, or a traced one.
-    """
-    # checked before plans are looked up, since a traced batch cannot be
-    size = 0 if isinstance(batch, int) and batch == 0 else positive_int(batch, "batch", PlanError)
-    return plan_layer(config.spec, size, Routing(None, config.indexed_input))
-
-
-def layer_cost(config: LayerConfig, batch: int, training: bool, itemsize: int) -> Cost:
-    """What one call of a layer costs, its gate included if it has one."""
-    return layer_plan(config, batch).cost(
-        config.gate,
-        training=training,
-        itemsize=itemsize,
-        row_block_bytes=BACKEND.row_block_bytes,
-        picks_entries=BACKEND.picks_entries,
-    )
-
-
 class _Named:
     """Parameters by canonical name."""
 
@@ -119,11 +95,13 @@ class Layer(_Named):
 
     def plan(self, batch: int) -> Plan:
         """How the layer runs ``batch`` inputs."""
-        return layer_plan(self.config, batch)
+        return functional.layer_plan(self.config, batch)
 
     def cost(self, batch: int, *, training: bool = False) -> Cost:
         """What one call costs for ``batch`` inputs, the gate included, before XLA fuses it."""
-        return layer_cost(self.config, batch, training, self.dtype.itemsize)
+        return functional.layer_cost(
+            self.config, batch, BACKEND, self.dtype.itemsize, training=training
+        )
 
     def expert(self, *index: int) -> tuple[Array, Array | None]:
         """One expert's matrix (in, out) and bias (out,), without building 𝒲; differentiable.
@@ -163,7 +141,7 @@ class Block(_Named):
     def cost(self, batch: int, *, training: bool = False) -> Cost:
         """What one call costs for ``batch`` inputs; the activation between is not counted."""
         first, second = (
-            layer_cost(each, batch, training, self.dtype.itemsize)
+            functional.layer_cost(each, batch, BACKEND, self.dtype.itemsize, training=training)
             for each in (self.config.first, self.config.second)
         )
         return first.then(second)

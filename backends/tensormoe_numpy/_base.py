@@ -15,7 +15,7 @@ from tensormoe.checkpoint import save_checkpoint
 from tensormoe.errors import ShapeError
 from tensormoe.functional import LayerConfig
 from tensormoe.gates import Gate, TopK
-from tensormoe.planning import Cost, Plan, Routing, plan_layer
+from tensormoe.planning import Cost, Plan
 from tensormoe_numpy._adapter import BACKEND
 from tensormoe_numpy._like_numpy import NumpyLikeBackend
 from tensormoe_numpy._random import FLOATS
@@ -85,7 +85,7 @@ class Layer:
 
     def plan(self, batch: int) -> Plan:
         """How the layer runs ``batch`` inputs."""
-        return plan_layer(self.config.spec, batch, Routing(None, self.config.indexed_input))
+        return functional.layer_plan(self.config, batch)
 
     def cost(self, batch: int, *, training: bool = False) -> Cost:
         """What one call costs for ``batch`` inputs, the gate included.
@@ -93,12 +93,8 @@ class Layer:
         Peak memory is that of a gate whose logits differ; a wide gate that was never trained needs
         less for its coefficients.
         """
-        return self.plan(batch).cost(
-            self.gate,
-            training=training,
-            itemsize=self.dtype.itemsize,
-            row_block_bytes=self.backend.row_block_bytes,
-            picks_entries=self.backend.picks_entries,
+        return functional.layer_cost(
+            self.config, batch, self.backend, self.dtype.itemsize, training=training
         )
 
     def expert(self, *index: int) -> tuple[Array, Array | None]:

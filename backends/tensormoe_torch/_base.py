@@ -15,13 +15,13 @@ from tensormoe import LayerSpec, functional
 from tensormoe.checkpoint import save_checkpoint
 from tensormoe.errors import BackendError, ShapeError, SpecError
 from tensormoe.functional import BlockConfig, LayerConfig
-from tensormoe.planning import Cost, Plan, Routing, plan_layer
+from tensormoe.planning import Cost, Plan
 from tensormoe_torch._adapter import BACKEND, EAGER
 from tensormoe_torch._autograd import mix, no_autocast
 from tensormoe_torch._checks import Given, check_dense, compute_dtype, merged
 from tensormoe_torch._gate import ExpertGate
 
-__all__ = ["Mixture", "checked_device", "checked_dtype", "filled", "holding", "layer_cost"]
+__all__ = ["Mixture", "checked_device", "checked_dtype", "filled", "holding"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -51,17 +51,6 @@ def checked_device(device: torch.device | str | None) -> torch.device | None:
         raise SpecError(
             f"device must be a torch.device or its name, such as 'cpu' or 'cuda:0'; got {device!r}."
         ) from error
-
-
-def layer_cost(config: LayerConfig, batch: int, training: bool, dtype: torch.dtype) -> Cost:
-    """What one call of a layer costs on the CPU, its gate included if it has one."""
-    return plan_layer(config.spec, batch, Routing(None, config.indexed_input)).cost(
-        config.gate,
-        training=training,
-        itemsize=dtype.itemsize,
-        row_block_bytes=EAGER.row_block_bytes,
-        picks_entries=EAGER.picks_entries,
-    )
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -194,11 +183,13 @@ class Mixture(nn.Module):
 
     def plan(self, batch: int) -> Plan:
         """How the layer runs ``batch`` inputs."""
-        return plan_layer(self.spec, batch, Routing(None, self.config.indexed_input))
+        return functional.layer_plan(self.config, batch)
 
     def cost(self, batch: int, *, training: bool = False) -> Cost:
         """What one call costs for ``batch`` inputs on the CPU, the gate included."""
-        return layer_cost(self.config, batch, training, self.dtype)
+        return functional.layer_cost(
+            self.config, batch, EAGER, self.dtype.itemsize, training=training
+        )
 
     def expert(self, *index: int) -> tuple[Tensor, Tensor | None]:
         """One expert's matrix (in, out) and bias (out,), without building 𝒲; differentiable.

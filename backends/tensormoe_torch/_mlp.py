@@ -20,8 +20,8 @@ from tensormoe.factorizations import Factorization
 from tensormoe.functional import BlockConfig
 from tensormoe.gates import Gate
 from tensormoe.planning import Budget, Cost
-from tensormoe_torch._adapter import BACKEND
-from tensormoe_torch._base import checked_dtype, filled, holding, layer_cost
+from tensormoe_torch._adapter import BACKEND, EAGER
+from tensormoe_torch._base import checked_dtype, filled, holding
 from tensormoe_torch._checks import Given
 from tensormoe_torch._gate import ExpertGate
 from tensormoe_torch._layer import MuMoE
@@ -179,7 +179,9 @@ class MuMoEMLP(nn.Module):
 
     def cost(self, batch: int, *, training: bool = False) -> Cost:
         """What one call costs for ``batch`` inputs; the activation between is not counted."""
-        first = layer_cost(self.config.first, batch, training, self.dtype)
+        first = functional.layer_cost(
+            self.config.first, batch, EAGER, self.dtype.itemsize, training=training
+        )
         return first.then(self.second.cost(batch, training=training))
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, ...]:

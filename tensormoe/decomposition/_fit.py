@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import inf, prod
 from typing import Any
 
+from tensormoe._devices import device_of
 from tensormoe.backend import Array
 from tensormoe.decomposition._als import Factors
 from tensormoe.decomposition._compress import Core, compress, expand
@@ -17,6 +18,7 @@ __all__ = ["fit"]
 
 # sweeps with which every start is tried before the best one goes on
 _TRIAL = 10
+# of the tensor's entries, that a search may hold beside it
 _ROOM = 0.4
 
 
@@ -30,11 +32,11 @@ def fit(
         return {factor.name: source.backend.permute(source.block(0, source.shape[0]), axes)}, (0.0,)
     # a share of the tensor's own memory, for the core and what is made of it
     room = round(_ROOM * prod(source.shape))
-    core = compress(structure, source, rng)
-    spare = room - prod(core.source.shape) if core.bases else room
     norm = source.squared_norm()
     if norm == 0.0:
         return _zeros(structure, source), (0.0,)
+    core = compress(structure, source, rng)
+    spare = room - prod(core.source.shape) if core.bases else room
     kept = core.source.squared_norm() if core.bases else norm
     small = Problem(core.structure, core.source, kept, spare)
     trials = [
@@ -69,5 +71,7 @@ def _zeros(structure: Structure, source: Source) -> Factors:
     zeros: dict[str, Array] = {}
     for factor in structure.factors:
         shape = structure.shape(factor)
-        zeros[factor.name] = source.backend.namespace.zeros(shape, dtype=like.dtype)
+        zeros[factor.name] = source.backend.namespace.zeros(
+            shape, dtype=like.dtype, device=device_of(like)
+        )
     return zeros

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array
@@ -106,7 +106,7 @@ class Runs:
         found = candidates(name, self.sizes, budget, self.bias)
         if len(found) == 1 or self._dense > _LARGE:
             return found[0]
-        return min(found, key=lambda kind: self.run(kind, _TRIAL)[1][-1])
+        return min(found, key=lambda kind: min(self.run(kind, _TRIAL)[1], default=inf))
 
     def _within(self, name: str, tolerance: float) -> Factorization:
         """The rank of the smallest budget that reaches a tolerance."""

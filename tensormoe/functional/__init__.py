@@ -23,6 +23,8 @@ from tensormoe.functional._experts import chunk_size as chunk_size
 from tensormoe.functional._experts import experts_backward as experts_backward
 from tensormoe.functional._experts import experts_forward as experts_forward
 from tensormoe.functional._experts import experts_vjp as experts_vjp
+from tensormoe.functional._experts import layer_cost as layer_cost
+from tensormoe.functional._experts import layer_plan as layer_plan
 from tensormoe.functional._experts import prepare as prepare
 from tensormoe.functional._fit import Fit as Fit
 from tensormoe.functional._initialize import initialize as initialize
@@ -57,6 +59,8 @@ __all__ = [
     "experts_vjp",
     "gate_vjp",
     "initialize",
+    "layer_cost",
+    "layer_plan",
     "materialize",
     "merged_coefficients",
     "prepare",

@@ -6,13 +6,23 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from tensormoe._config import LayerConfig
+from tensormoe._validation import positive_int
 from tensormoe.backend import Array, Backend
-from tensormoe.errors import ShapeError
+from tensormoe.errors import PlanError, ShapeError
 from tensormoe.execution import execute
 from tensormoe.functional._checks import Coefficients
 from tensormoe.functional._dtypes import cast
 from tensormoe.gates import TopK
-from tensormoe.planning import Program, Reverse, Routing, plan_layer, plan_regimes, reverse
+from tensormoe.planning import (
+    Cost,
+    Plan,
+    Program,
+    Reverse,
+    Routing,
+    plan_layer,
+    plan_regimes,
+    reverse,
+)
 
 __all__ = [
     "Residuals",
@@ -21,6 +31,8 @@ __all__ = [
     "experts_backward",
     "experts_forward",
     "experts_vjp",
+    "layer_cost",
+    "layer_plan",
     "prepare",
 ]
 
@@ -137,6 +149,38 @@ def prepare(
     results, _ = execute(first, arrays, backend)
     names = [operand.name for operand in rest.operands if operand.role == "factor"]
     return rest, dict(zip(names, results, strict=True))
+
+
+def layer_plan(config: LayerConfig, batch: int) -> Plan:
+    """How a layer runs a batch.
+
+    Raises:
+        PlanError: a batch that is no size, or a traced one.
+    """
+    # checked before plans are looked up, since a traced batch cannot be
+    size = 0 if isinstance(batch, int) and batch == 0 else positive_int(batch, "batch", PlanError)
+    return plan_layer(config.spec, size, Routing(None, config.indexed_input))
+
+
+def layer_cost(
+    config: LayerConfig, batch: int, backend: Backend, itemsize: int, *, training: bool = False
+) -> Cost:
+    """What one call of a layer costs on a library, its gate included if it has one.
+
+    Args:
+        config: the layer.
+        batch: number of inputs.
+        backend: adapter of the library, which says how gates walk over rows there.
+        itemsize: bytes of an entry of the layer's dtype.
+        training: forward and backward, instead of forward alone.
+    """
+    return layer_plan(config, batch).cost(
+        config.gate,
+        training=training,
+        itemsize=itemsize,
+        row_block_bytes=backend.row_block_bytes,
+        picks_entries=backend.picks_entries,
+    )
 
 
 def chunk_size(
