@@ -1,0 +1,176 @@
+"""Sizes, options, dtypes and ranks that no layer has: error class, rule, value, remedy."""
+
+from __future__ import annotations
+
+import pytest
+
+from tensormoe import CP, LayerSpec, TensorRing, TensorTrain, Tucker
+from tensormoe.errors import RankError, ShapeError, SpecError
+from tensormoe_numpy import MuMoE, MuMoEEmbedding, MuMoEMLP
+from tests._bad_input import Case, X, assert_refused, layer
+
+CASES: dict[str, Case] = {
+    # sizes
+    "no inputs": (
+        lambda: MuMoE(0, 4, 3, CP(2)),
+        SpecError,
+        "in_features must be a positive integer; got 0",
+    ),
+    "negative inputs": (
+        lambda: LayerSpec(-8, 4, 3, CP(2)),
+        SpecError,
+        "in_features must be a positive integer; got -8",
+    ),
+    "half an output": (
+        lambda: LayerSpec(8, 4.5, 3, CP(2)),
+        SpecError,
+        r"out_features must be a positive integer; got 4\.5",
+    ),
+    "a boolean size": (
+        lambda: LayerSpec(True, 4, 3, CP(2)),
+        SpecError,
+        "in_features must be a positive integer; got True",
+    ),
+    "no experts": (lambda: LayerSpec(8, 4, (), CP(2)), SpecError, r"experts must hold.*got \(\)"),
+    "a negative level": (
+        lambda: LayerSpec(8, 4, (3, -2), CP(2)),
+        SpecError,
+        "experts must be positive integers; got -2 for level 1. Give one size a level",
+    ),
+    "experts in letters": (
+        lambda: LayerSpec(8, 4, "3", CP(2)),
+        SpecError,
+        "experts must be positive integers; got '3' for level 0",
+    ),
+    "no hidden features": (
+        lambda: MuMoEMLP(8, 0, experts=3, rank=2),
+        SpecError,
+        "features must be a positive integer; got 0",
+    ),
+    "no vocabulary": (
+        lambda: MuMoEEmbedding(0, 4, 3, rank=2),
+        SpecError,
+        "must be a positive integer; got 0",
+    ),
+    # names and options
+    "unknown factorization": (
+        lambda: MuMoE(8, 4, 3, "cpd", rank=2),
+        SpecError,
+        "factorization must be one of 'cp', 'tensor_ring', .*'dense'; got 'cpd'",
+    ),
+    "a class in place of a value": (
+        lambda: MuMoE(8, 4, 3, CP, rank=2),
+        SpecError,
+        "factorization must be one of .*; got <class",
+    ),
+    "unknown initialization": (
+        lambda: layer(init="xavier"),
+        SpecError,
+        "init must be one of 'variance', 'paper'; got 'xavier'",
+    ),
+    "bias in words": (
+        lambda: layer(bias="yes"),
+        SpecError,
+        "bias must be True or False; got 'yes'",
+    ),
+    "unknown activation": (
+        lambda: MuMoEMLP(8, experts=3, rank=2, act_layer="mish"),
+        SpecError,
+        "act_layer must be one of 'gelu', .*; got 'mish'",
+    ),
+    "everything dropped": (
+        lambda: MuMoEMLP(8, experts=3, rank=2, drop=1.0),
+        SpecError,
+        r"drop must be in \[0, 1\); got 1\.0. Give the share",
+    ),
+    "three layers in a block": (
+        lambda: MuMoEMLP(8, experts=3, factorization=(CP(1), CP(2), CP(3))),
+        SpecError,
+        "factorization must be one, or one a layer; got 3",
+    ),
+    "a spec with a field too few": (
+        lambda: LayerSpec.from_dict({"in_features": 8}),
+        SpecError,
+        r"must have exactly \[.*'rank'\]; got \['in_features'\]",
+    ),
+    "a seed in letters": (
+        lambda: MuMoE(8, 4, 3, CP(2), seed="a"),
+        SpecError,
+        "seed must be a non-negative integer or a NumPy generator; got 'a'",
+    ),
+    # dtypes
+    "integers to train": (
+        lambda: layer(dtype="int32"),
+        SpecError,
+        "dtype must be one of float16, float32, float64; got 'int32'",
+    ),
+    "no such dtype": (
+        lambda: layer(dtype="float31"),
+        SpecError,
+        "dtype must be one of float16, float32, float64; got 'float31'",
+    ),
+    "another dtype": (
+        lambda: layer()(X.astype("float64")),
+        ShapeError,
+        "x must have the layer's dtype float32; got float64. Cast the input",
+    ),
+    "integers as input": (
+        lambda: layer()(X.astype(int)),
+        ShapeError,
+        "x must have the layer's dtype float32; got int64. Cast",
+    ),
+    "no dtype": (
+        lambda: MuMoE(8, 4, 3, CP(2), dtype=None),
+        SpecError,
+        "dtype must be one of float16, float32, float64; got None",
+    ),
+    # ranks
+    "rank zero": (
+        lambda: CP(0),
+        RankError,
+        "rank must be positive integers; got 0 for bond 0. Give one size a bond",
+    ),
+    "negative rank": (lambda: layer(rank=-3), RankError, "got -3 for bond 0"),
+    "fractional rank": (lambda: CP(2.5), RankError, r"got 2\.5 for bond 0"),
+    "a rank in letters": (lambda: Tucker("8"), RankError, "got '8' for bond 0"),
+    "two ranks for CP": (
+        lambda: CP((2, 3)),
+        RankError,
+        r"rank must be one positive integer; got \(2, 3\)",
+    ),
+    "a zero bond": (
+        lambda: TensorRing((2, 3, 0)),
+        RankError,
+        "rank must be positive integers; got 0 for bond 2",
+    ),
+    "bonds of another depth": (
+        lambda: LayerSpec(8, 4, (3, 2), TensorRing((2, 3, 4))),
+        RankError,
+        r"rank must have 4 bonds, one a mode of 2 expert level.*got 3: \(2, 3, 4\). Give one",
+    ),
+    "bonds of another train": (
+        lambda: LayerSpec(8, 4, 3, TensorTrain((2, 3, 4))),
+        RankError,
+        "rank must have 2 bonds, one after each.*got 3",
+    ),
+    "a rank where none belongs": (
+        lambda: MuMoE(8, 4, 3, "hadamard", rank=3),
+        RankError,
+        r"rank must be None for hadamard.*got \(3,\)",
+    ),
+    "two ranks": (
+        lambda: MuMoE(8, 4, 3, CP(2), rank=3),
+        RankError,
+        r"rank must be given once; got rank=3 beside CP\(rank=2\). Drop one",
+    ),
+    "rank and budget": (
+        lambda: layer(budget=100),
+        RankError,
+        "rank and budget exclude one another; got rank=2 and budget=100. Drop one",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input(name: str) -> None:
+    assert_refused(*CASES[name])
