@@ -1,0 +1,127 @@
+"""``tensormoe plan``: the library's plan, its steps, and the drawing of every network."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tensormoe import (
+    CP,
+    BaseDelta,
+    Dense,
+    Hadamard,
+    LayerSpec,
+    SharedBasis,
+    SharedDelta,
+    TensorRing,
+    TensorTrain,
+    Tucker,
+)
+from tensormoe.cli import main
+from tensormoe.cli._network_text import draw_network, terms_of
+from tests._command import ask, check_not_blank
+
+
+def test_plan_is_that_of_the_library(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--factorization", "tensor_ring", "--rank", "4,4,97", "--batch", "64")
+    found = ask(capsys, "plan", "768", "768", "512", *words)
+    spec = LayerSpec(768, 768, 512, TensorRing((4, 4, 97)))
+    cost = spec.cost(64)
+    assert LayerSpec.from_dict(found["spec"]) == spec
+    assert found["flops"] == cost.flops
+    assert found["memory"] == cost.peak_memory
+    assert found["parameters"] == spec.num_parameters
+    assert [step["label"] for step in found["steps"]] == [step.label for step in cost.steps]
+    assert sum(step["matmul_flops"] for step in found["steps"]) == cost.matmul_flops
+    assert sum(step["time"] for step in found["steps"]) == pytest.approx(found["time"])
+    assert found["dense"]["parameters"] == 512 * 769 * 768
+
+
+def test_plan_of_gate_training_top_k_and_prepared(capsys: pytest.CaptureFixture[str]) -> None:
+    layer = ("plan", "64", "64", "16", "--factorization", "tucker", "--rank", "4,8,8")
+    spec = LayerSpec(64, 64, 16, Tucker((4, 8, 8)))
+    plain = ask(capsys, *layer)
+    assert ask(capsys, *layer, "--gate", "entmax")["flops"] == spec.cost(1024, gate="entmax").flops
+    training = ask(capsys, *layer, "--training")
+    assert training["flops"] == spec.cost(1024, training=True).flops
+    assert training["saved_memory"] > 0 == plain["saved_memory"]
+    assert "gather" in ask(capsys, *layer, "--top-k", "2")["steps"][0]["label"]
+    assert ask(capsys, *layer, "--prepared")["prepared"] is True
+
+
+def test_plan_under_a_memory_limit_adds_the_chunks_up(capsys: pytest.CaptureFixture[str]) -> None:
+    layer = ("plan", "64", "64", "16", "--rank", "256", "--batch", "1000")
+    whole = ask(capsys, *layer)
+    cut = ask(capsys, *layer, "--memory-limit", "700KiB")
+    assert cut["chunk"] < 1000 == whole["chunk"]
+    assert cut["memory"] <= 700 * 1024 < whole["memory"]
+    assert cut["flops"] == whole["flops"]
+    assert {step["count"] for step in cut["steps"]} == {-(-1000 // cut["chunk"])}
+
+
+def test_plan_chooses_a_rank_by_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["--budget", "linear"]):
+        found = ask(capsys, "plan", "768", "768", "512", *words)
+        assert found["spec"]["rank"] == 288
+    found = ask(capsys, "plan", "768", "768", "16x8", "--factorization", "hadamard")
+    assert found["spec"]["rank"] is None
+
+
+def test_plan_shows_the_network_and_every_step(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--factorization", "tensor_ring", "--rank", "4,4,97", "--gate", "softmax"]
+    assert main(["plan", "768", "768", "512", *words]) == 0
+    text = capsys.readouterr().out
+    assert "TensorRing(rank=(4, 4, 97))" in text
+    assert "coefficients_0 ──●" in text
+    for label in ("gate 0: softmax", "linear (b r2 r0) × (o r2 r0) → (b o)", "expert span 16"):
+        assert label in text
+    shares = [int(share) for share in re.findall(r"(\d+)%", text)]
+    assert abs(sum(shares) - 100) <= len(shares)
+
+
+def test_plan_says_where_factorized_is_not_worth_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "8", "8", "2", "--rank", "64"]) == 0
+    assert "not worth it" in capsys.readouterr().out
+    assert main(["plan", "768", "768", "512", "--rank", "64"]) == 0
+    assert "not worth it" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("experts", [(512,), (16, 8), (4, 3, 2)])
+@pytest.mark.parametrize(
+    "factorization",
+    [
+        CP(64),
+        TensorRing(5),
+        TensorTrain(9),
+        Tucker(8),
+        SharedBasis(9),
+        BaseDelta(2),
+        SharedDelta(2),
+        Hadamard(),
+        Dense(),
+    ],
+    ids=lambda each: each.name,
+)
+def test_every_network_can_be_drawn(
+    tmp_path: Path, factorization: Any, experts: tuple[int, ...]
+) -> None:
+    spec = LayerSpec(768, 384, experts, factorization)
+    sizes: dict[str, int] = {}
+    for term, arrays in zip(spec.network.terms, terms_of(spec), strict=True):
+        lines = [
+            "".join(part for part, _ in line) for line in draw_network(arrays, spec.network.sizes)
+        ]
+        # a dot for every leg of every array, and nothing but the batch left out
+        dots = sum(len(factor.legs) for factor in term.factors)
+        assert "".join(lines).count("●") == dots + len(experts) + 2
+        assert lines[0].split() == list(dict.fromkeys(lines[0].split()))
+        sizes |= dict(zip(lines[0].split(), map(int, lines[1].split()), strict=True))
+    assert sizes == spec.network.sizes
+    path = tmp_path / "network.png"
+    words = ["plan", "768", "384", "x".join(map(str, experts)), "--plot", str(path)]
+    rank = () if factorization.rank is None else ("--rank", str(factorization.rank))
+    assert main([*words, "--factorization", factorization.name, *rank, "--json"]) == 0
+    check_not_blank(path, least=200)

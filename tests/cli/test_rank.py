@@ -1,0 +1,193 @@
+"""``tensormoe rank``: what it answers, within which budgets, in a table and in a plot."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tensormoe import select_rank
+from tensormoe.cli import main
+from tensormoe.planning import PUBLISHED_ROOFLINES, Roofline, linear_cost, rank_front
+from tests._command import ask, check_not_blank, run
+
+FACTORIZATIONS = [
+    "cp",
+    "tensor_ring",
+    "tensor_train",
+    "tucker",
+    "shared_basis",
+    "base_delta",
+    "shared_delta",
+    "hadamard",
+    "dense",
+]
+
+
+def test_rank_answers_with_the_ranks_that_the_library_selects(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = ask(capsys, "rank", "768", "768", "512")
+    assert found["command"] == "rank"
+    assert found["experts"] == [512]
+    assert found["budget"] == {"parameters": 590_592}
+    assert [each["factorization"] for each in found["factorizations"]] == FACTORIZATIONS
+    for each in found["factorizations"]:
+        if not each["feasible"]:
+            continue
+        rank = select_rank(each["factorization"], 768, 768, 512)
+        assert each["rank"] == (list(rank) if isinstance(rank, tuple) else rank)
+        assert each["parameters"] <= 590_592
+        front = rank_front(each["factorization"], 768, 768, 512)
+        figures = [(point["expert_rank"], point["expert_span"]) for point in each["front"]]
+        assert figures == [(point.expert_rank, point.expert_span) for point in front]
+        assert (each["expert_rank"], each["expert_span"]) in figures
+        assert each["time"] > 0
+    best = max(
+        (each for each in found["factorizations"] if each["feasible"]),
+        key=lambda each: each["expert_rank"] * each["expert_span"],
+    )
+    assert found["best"] == best["factorization"]
+
+
+def test_rank_shows_the_layers_of_the_same_size(capsys: pytest.CaptureFixture[str]) -> None:
+    found = ask(capsys, "rank", "64", "32", "8", "--batch", "16", "--hidden", "100")
+    rows = {row["layer"]: row for row in found["baselines"]}
+    assert list(rows) == ["linear", "MLP", "dense MoE", "sparse MoE"]
+    linear = linear_cost(64, 32, 16)
+    assert rows["linear"]["flops"] == linear.flops
+    assert rows["linear"]["memory"] == linear.peak_memory
+    assert rows["linear"]["time"] == PUBLISHED_ROOFLINES["cpu"].time(linear)
+    assert rows["MLP"]["parameters"] == 65 * 100 + 101 * 32
+    assert rows["dense MoE"]["parameters"] == 8 * 65 * 32
+    assert rows["sparse MoE"]["matmul_flops"] < rows["dense MoE"]["matmul_flops"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "limit", "value"),
+    [
+        ("linear", "parameters", 65 * 64),
+        ("mlp", "parameters", 65 * 256 + 257 * 64),
+        ("12_000", "parameters", 12_000),
+        ("4.5k", "parameters", 4_500),
+        ("1e4", "parameters", 10_000),
+        ("parameters=5K", "parameters", 5_000),
+        ("flops=20M", "flops", 20_000_000),
+        ("memory=1.5MiB", "memory", 1_572_864),
+        ("memory=2MB", "memory", 2_000_000),
+        ("time=300us", "time", 300e-6),
+        ("time=.3 ms", "time", 300e-6),
+    ],
+)
+def test_no_row_exceeds_the_budget(
+    capsys: pytest.CaptureFixture[str], budget: str, limit: str, value: float
+) -> None:
+    for gate in ([], ["--gate", "softmax"]):
+        found = ask(capsys, "rank", "64", "64", "16", "--budget", budget, *gate)
+        assert found["budget"] == {limit: pytest.approx(value)}
+        feasible = [each for each in found["factorizations"] if each["feasible"]]
+        assert feasible
+        assert all(each[limit] <= value * (1 + 1e-12) for each in feasible)
+
+
+def test_an_impossible_budget_is_a_row_with_the_smallest_feasible_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = ask(capsys, "rank", "64", "64", "512", "--budget", "100")
+    assert found["best"] is None
+    for each in found["factorizations"]:
+        assert each["feasible"] is False
+        name, least = each["factorization"], int(each["smallest_budget"]["parameters"])
+        select_rank(name, 64, 64, 512, budget=least)
+        again = ask(
+            capsys, "rank", "64", "64", "512", "--budget", str(least - 1), "--factorization", name
+        )
+        assert again["factorizations"][0]["smallest_budget"] == each["smallest_budget"]
+    assert main(["rank", "64", "64", "512", "--budget", "100"]) == 2
+    text = capsys.readouterr()
+    assert "No factorization fits the budget." in text.out
+    assert "cp is too large: it needs at least 641 parameters." in text.out
+    assert "cp needs parameters at least 641. Raise the budget" in text.err
+
+
+def test_several_limits_hold_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    found = ask(capsys, "rank", "64", "64", "16", "--budget", "parameters=9k,flops=15M,time=1ms")
+    assert set(found["budget"]) == {"parameters", "flops", "time"}
+    for each in found["factorizations"]:
+        if each["feasible"]:
+            assert all(each[limit] <= value for limit, value in found["budget"].items())
+
+
+def test_bonds_stay_as_they_are_fixed(capsys: pytest.CaptureFixture[str]) -> None:
+    found = ask(capsys, "rank", "768", "768", "512", "--bonds", "4,4,free")
+    ranks = {each["factorization"]: each.get("rank") for each in found["factorizations"]}
+    assert ranks["tensor_ring"] == [4, 4, 94]
+    assert ranks["cp"] == 288
+    given = ("--factorization", "tensor-train", "--bonds", "8,free")
+    found = ask(capsys, "rank", "768", "768", "512", *given)
+    assert found["factorizations"][0]["rank"][0] == 8
+    given = ("--bonds", "tensor_ring=4,4,free", "--bonds", "tucker=2,free,free")
+    found = ask(capsys, "rank", "768", "768", "512", *given)
+    ranks = {each["factorization"]: each.get("rank") for each in found["factorizations"]}
+    assert ranks["tensor_ring"][:2] == [4, 4]
+    assert ranks["tucker"][0] == 2
+
+
+def test_the_objective_decides_what_is_best(capsys: pytest.CaptureFixture[str]) -> None:
+    layer = ("rank", "64", "64", "64", "--factorization", "tensor_ring")
+    rows = {
+        name: ask(capsys, *layer, "--objective", name)["factorizations"][0]
+        for name in ("expert_rank", "expert_span")
+    }
+    assert rows["expert_rank"]["expert_rank"] > rows["expert_span"]["expert_rank"]
+    assert rows["expert_rank"]["expert_span"] < rows["expert_span"]["expert_span"]
+
+
+def test_rank_of_several_levels_and_of_experts_without_bias(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = ask(capsys, "rank", "64", "32", "4x3x2", "--no-bias", "--device", "h100")
+    assert found["experts"] == [4, 3, 2]
+    assert found["bias"] is False
+    assert found["budget"] == {"parameters": 64 * 32}
+    assert Roofline.from_dict(found["device"]) == PUBLISHED_ROOFLINES["h100"]
+
+
+def test_the_table_fits_eighty_columns_and_names_the_budget() -> None:
+    done = run("rank", "768", "768", "512", COLUMNS="80")
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "590,592 parameters" in done.stdout
+    assert "No factorization exceeds the budget." in done.stdout
+    row = next(line for line in done.stdout.splitlines() if line.startswith("tensor_ring"))
+    assert row.split()[1:3] == ["16,16,18", "573,728"]
+
+
+def test_colour_follows_the_environment() -> None:
+    words = ("rank", "64", "64", "16")
+    assert "\033[" not in run(*words).stdout
+    coloured = run(*words, FORCE_COLOR="1").stdout
+    assert "\033[1;32m" in coloured
+    plain = run(*words, FORCE_COLOR="1", NO_COLOR="1").stdout
+    assert not re.search(r"\033\[[0-9;]*3[0-7]m", plain)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_rank_plots_the_front(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, suffix: str
+) -> None:
+    path = tmp_path / f"front{suffix}"
+    assert main(["rank", "64", "64", "32", "--plot", str(path)]) == 0
+    assert f"drawn in {path}" in capsys.readouterr().out
+    start = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[suffix]
+    assert path.read_bytes().startswith(start)
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    if suffix == ".png":
+        check_not_blank(path)
+
+
+def test_a_plot_where_nothing_fits_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "front.png"
+    assert main(["rank", "64", "64", "32", "--budget", "10", "--plot", str(path)]) == 2
+    check_not_blank(path)
