@@ -21,17 +21,18 @@ _LISTED = 5
 
 @dataclass(frozen=True)
 class Group:
-    """The experts of one layer and one projection.
+    """The experts of one layer and one projection, decomposed as one tensor (experts, in, out).
 
     Args:
         name: their key, with a ``*`` for the expert's number; a stack's own key.
-        keys: one an expert; a stack's one.
-        stacked: whether one tensor holds all experts.
+        keys: of the tensors on disk: one an expert in the order of their numbers, or a stack's one.
+        stacked: whether one tensor holds all experts, with their axis first.
         experts: how many.
         in_features: size of an input.
         out_features: size of an output.
         transposed: whether a matrix is stored as (out, in), as PyTorch's linear layers do.
-        dtype: canonical name.
+        dtype: that the experts are stored in: ``"bfloat16"``, ``"float16"``, ``"float32"`` or
+            ``"float64"``.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Group:
 
     @property
     def entries(self) -> int:
-        """Of all experts together."""
+        """Entries of all experts together."""
         return self.experts * self.in_features * self.out_features
 
     @property

@@ -19,22 +19,26 @@ __all__ = ["GroupReport", "stored_errors"]
 class GroupReport:
     """What became of a group of experts.
 
-    Errors are relative Frobenius norms of what is missing, in the dtype of the file.
+    Errors are Frobenius norms of what is missing, relative to those of the experts, of the numbers
+    as the file holds them in its dtype.
 
     Args:
         name: the experts' key, with a ``*`` for their number.
-        file: of the factors, in the compressed model; None where matrices were written instead.
+        file: of the factors, relative to the output folder; None where matrices were written
+            instead.
         experts: how many.
         in_features: size of an input.
         out_features: size of an output.
         dtype: of the weights, and of what was written.
-        rank: of the factorization.
+        rank: of the factorization, as its class takes it: an integer, or one a bond; None for a
+            factorization without rank.
         dense_parameters: entries of the experts.
         parameters: entries of the factors.
         error: of all experts together.
-        expert_errors: of each.
-        svd_error: of truncated singular value decompositions of equal size; None if not asked for.
-        seconds: that it took; None where it was done before.
+        expert_errors: of each, in the order of their numbers.
+        svd_error: of truncated singular value decompositions with as many entries, which keep the
+            largest singular values of all experts together; None if not asked for.
+        seconds: that the decomposition took; None where the output was whole before.
     """
 
     name: str

@@ -14,6 +14,11 @@ from tensormoe.errors import SpecError
 __all__ = ["LAYOUTS", "PRESETS", "Pattern", "Preset", "closest", "fitting"]
 
 LAYOUTS = ("auto", "out_in", "in_out")
+"""How a matrix may be stored: (out, in), (in, out), or ``"auto"``.
+
+``"auto"`` is (out, in), as PyTorch's linear layers store it, and for stacks of all experts what the
+sizes of a layer's two projections say."""
+
 EXPERT = "{expert}"
 
 _PARTS = r"[^.]+(?:\.[^.]+)*"
@@ -30,14 +35,19 @@ class Pattern:
     need not be written.
 
     Args:
-        text: as it is written.
+        text: as it is written: parts with dots between, none of them empty.
 
     Raises:
-        SpecError: no pattern.
+        SpecError: an empty part, or ``{expert}`` twice.
 
     >>> Pattern("layers.*.experts.*.w1").number("model.layers.3.moe.experts.7.w1.weight")
     ('model.layers.3.moe.experts.*.w1.weight', 7)
-    >>> Pattern("layers.*.experts.*.w1").number("model.layers.3.shared_experts.7.w1.weight")
+    >>> Pattern("layers.*.experts.*.w1").number("layers.3.shared_experts.7.w1.weight") is None
+    True
+    >>> Pattern("experts.{expert}.layers.*.w1").number("experts.7.layers.3.w1")
+    ('experts.*.layers.3.w1', 7)
+    >>> Pattern("layers.*.experts.down_proj").matches("model.layers.3.mlp.experts.down_proj")
+    True
     """
 
     text: str
@@ -80,9 +90,13 @@ class Preset:
     """Where a family of models keeps its experts.
 
     Args:
-        alternatives: patterns of the projections, one tuple for each way of writing them.
-        families: for people.
-        stacked: whether a tensor holds all experts of a layer.
+        alternatives: patterns of the projections, one tuple for each way of writing them; the
+            first way of which every pattern matches a key is taken.
+        families: names of the models, for people.
+        stacked: whether one tensor, of three axes, holds all experts of a layer and projection.
+
+    >>> PRESETS["mixtral"].alternatives[0][0]
+    'layers.*.block_sparse_moe.experts.*.w1'
     """
 
     alternatives: tuple[tuple[str, ...], ...]
@@ -115,7 +129,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         ),
     }
 )
-"""Known families by name."""
+"""Known families of models by the name that :class:`Compression` and ``--preset`` take."""
 
 
 def closest(patterns: Iterable[str], keys: Iterable[str]) -> list[str]:

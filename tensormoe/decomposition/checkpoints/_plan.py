@@ -33,8 +33,8 @@ class GroupPlan:
         specs: layers whose ranks are tried, the first one most likely; the largest that fits where
             a tolerance is asked for.
         budget: entries that the factors may take; None where the rank is given or found.
-        memory: bytes that a process takes for it, at most.
-        seconds: that it takes, about.
+        memory: bytes that a process takes for it, at most, the interpreter included.
+        seconds: that its decomposition takes, about.
     """
 
     group: Group
@@ -54,9 +54,9 @@ class CompressionPlan:
     """What a compression would do.
 
     Args:
-        model: its headers.
+        model: what the headers of its files say.
         settings: what is wanted.
-        groups: one after the other.
+        groups: in the order in which they are decomposed: layer by layer.
     """
 
     model: Model
@@ -65,17 +65,17 @@ class CompressionPlan:
 
     @property
     def memory(self) -> int:
-        """Bytes that a process takes, at most."""
+        """Bytes that a process takes, at most: for the group that takes most."""
         return max(each.memory for each in self.groups)
 
     @property
     def seconds(self) -> float:
-        """That the decompositions take, about."""
+        """Seconds that the decompositions take, about; those of the files come on top."""
         return sum(each.seconds for each in self.groups)
 
     @property
     def dense_entries(self) -> int:
-        """Of the experts."""
+        """Entries of the experts."""
         return sum(each.group.entries for each in self.groups)
 
     @property
@@ -90,14 +90,14 @@ class CompressionPlan:
 
     @property
     def kept_bytes(self) -> int:
-        """Of the tensors that are no experts."""
+        """Bytes of the tensors that are no experts."""
         keys = self.expert_keys
         places = self.model.places.items()
         return sum(each.end - each.begin for key, (_, each) in places if key not in keys)
 
     @property
     def output_bytes(self) -> int:
-        """Of the tensors that are written, at most."""
+        """Bytes of the tensors that are written, at most."""
         if self.settings.dense:
             return self.model.nbytes
         return self.kept_bytes + sum(
@@ -118,9 +118,14 @@ def plan_compression(
         settings: what is wanted.
         roofline: the machine that times are predicted for.
 
+    Returns:
+        Every group with its shape and ranks, and what it takes in parameters, bytes and seconds.
+
     Raises:
+        TypeError: ``model`` is neither a string nor a path.
         CheckpointError: no model, no experts, or some that do not make a tensor.
         RankError, BudgetError: a rank or budget that a group cannot have; the message names it.
+        SpecError: a factorization that can't be fitted.
     """
     opened = open_model(model)
     groups = find_groups(opened, settings.experts, settings.preset, settings.layout)

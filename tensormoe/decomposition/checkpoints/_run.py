@@ -37,8 +37,11 @@ __all__ = ["CompressionResult", "Progress", "compress_checkpoint"]
 EXPERTS, REST = "experts", "rest"
 
 Progress = Callable[[str, str, int, int], None]
-"""Called with the stage (``"experts"``, ``"files"``), what is next, and how much of all is done:
-entries of experts, or bytes of files."""
+"""Called with the stage, what is next, how much of the stage is done, and how much there is.
+
+The first stage, ``"experts"``, counts entries of experts; the second, ``"files"``, counts bytes of
+tensors. What is next is a group or a file, and ``""`` when the stage is over. Where the output was
+whole before, there is nothing to tell."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class CompressionResult:
     """A compressed model.
 
     Args:
-        output: its folder.
-        groups: what became of each group of experts.
+        output: absolute path of its folder.
+        groups: what became of each group of experts, layer by layer.
     """
 
     output: str
@@ -55,12 +58,12 @@ class CompressionResult:
 
     @property
     def dense_parameters(self) -> int:
-        """Entries of the experts."""
+        """Entries of the experts of all groups."""
         return sum(each.dense_parameters for each in self.groups)
 
     @property
     def parameters(self) -> int:
-        """Entries of their factors."""
+        """Entries of the factors of all groups."""
         return sum(each.parameters for each in self.groups)
 
 
@@ -79,20 +82,26 @@ def compress_checkpoint(
 
     Args:
         model: a ``.safetensors`` file, an index, or a folder with one of either kind.
-        output: a folder that does not exist yet. By default it gets ``experts/``, one checkpoint
-            for each group that every framework's ``MuMoE.load`` opens, ``rest/``, the model without
-            its experts, byte for byte, and ``tensormoe.json``, which says what came from where.
-            With ``dense`` it gets the files of the model, with rebuilt experts.
+        output: a folder that does not exist yet, or is empty. By default it gets ``experts/``, one
+            checkpoint for each group that every framework's ``MuMoE.load`` opens, ``rest/``, the
+            model without its experts, byte for byte, and ``tensormoe.json``, which says what came
+            from where. With ``dense`` it gets the files of the model, with rebuilt experts.
         settings: what is wanted.
-        max_memory: bytes that the process may take.
-        progress: told what is done.
+        max_memory: bytes that the process may take, the interpreter included.
+        progress: told what is done; see :data:`Progress`.
+
+    Returns:
+        Where the output is, and for each group its rank, its size and what was lost.
 
     Raises:
         TypeError: a path is neither a string nor a path.
-        CheckpointError: a model that can't be read, experts that make no tensor, or an output that
-            is something else or can't be written.
-        RankError, BudgetError: a rank or budget that a group cannot have.
+        CheckpointError: a model that can't be read, experts that make no tensor or aren't finite,
+            or an output that is the model's own folder or somebody else's, that another process is
+            at work on, or that can't be written.
+        RankError, BudgetError: a rank or budget that a group cannot have; the message names it.
+        SpecError: a factorization that can't be fitted.
         PlanError: ``max_memory`` is too little; nothing was read then but headers.
+        ImportError: NumPy is not installed.
     """
     plan = plan_compression(model, settings)
     _check_memory(plan, max_memory)

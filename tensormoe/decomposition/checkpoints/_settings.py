@@ -19,28 +19,33 @@ class Compression:
     """What is wanted of a model's experts.
 
     Args:
-        factorization: name of one.
-        rank: bond sizes, for every group of experts.
+        factorization: name of one that :func:`tensormoe.decomposition.decompose` fits, such as
+            ``"tensor_ring"``.
+        rank: bond sizes, for every group of experts; one integer stands for all bonds. Of rank,
+            budget and tolerance one must be given, but for a factorization without rank.
         budget: what the factors may take instead: as a float in (0, 1) a share of each group's
             entries, as an integer the entries of all groups together, shared out by their sizes.
-        tolerance: relative error that each group is to reach instead, with as few entries as can
-            be.
-        experts: patterns of the experts' keys; see :class:`Pattern`.
+        tolerance: relative error in (0, 1) that each group is to reach instead, with as few
+            entries as can be.
+        experts: patterns of the experts' keys, one for each projection; see :class:`Pattern`.
         preset: name of a family of models instead, one of :data:`PRESETS`.
-        layout: how a matrix is stored: ``"out_in"``, ``"in_out"``, or ``"auto"``: as PyTorch's
-            linear layers do, and for stacks of all experts as the sizes of a layer's two
-            projections say.
+        layout: how a matrix is stored, one of :data:`LAYOUTS`.
         dense: whether to write the experts' matrices, rebuilt from their factors, under their old
             keys, instead of the factors.
         compare: whether to compute the error of truncated singular value decompositions of equal
             size.
-        seed: of the random starts.
+        seed: of the random starts, a non-negative integer.
 
     Raises:
-        SpecError, RankError, BudgetError: values that cannot be, or that exclude one another.
+        SpecError: an unknown name, a pattern that is none, a seed or tolerance that cannot be, or
+            values that exclude one another.
+        RankError: a rank of other values than positive integers.
+        BudgetError: a budget that is neither a share nor a positive integer.
 
     >>> Compression("tensor_ring", budget=0.25, preset="mixtral").budget
     0.25
+    >>> Compression("cp", tolerance=0.1, experts=("layers.3.experts.*.w1",)).to_dict()["experts"]
+    ['layers.3.experts.*.w1']
     """
 
     factorization: str
@@ -96,7 +101,7 @@ class Compression:
             raise SpecError(f"seed must be a non-negative integer; got {self.seed!r}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings in plain values."""
+        """The settings in plain values, as JSON knows them."""
         values = asdict(self)
         rank = values["rank"]
         return values | {

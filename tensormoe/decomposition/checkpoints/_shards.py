@@ -35,15 +35,17 @@ _CHUNK = 2**23
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """A safetensors file.
+    """A safetensors file, of which the header was read.
 
     Args:
         path: where it is.
-        name: of the file.
+        name: of the file, without its folder.
         head: its bytes before the first tensor, as they are.
-        metadata: of its header.
-        entries: its tensors by key, in the order of the file.
-        identity: what changes if somebody changes the file.
+        metadata: of its header, strings by name.
+        entries: its tensors by key, in the order of the file: for each its ``shape``, as ``info``
+            its dtype, and as ``begin`` and ``end`` its bytes, counted from the end of ``head``.
+        identity: what changes if somebody changes the file: its name, its size in bytes, the time
+            of its last change, and a hash of its header.
     """
 
     path: str
@@ -56,10 +58,10 @@ class Shard:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """The tensors of a model.
+    """The tensors of a model, as the headers of its files place them.
 
     Args:
-        name: of the file or folder.
+        name: of the file or folder, without those above.
         folder: the folder whose other files belong to the model; None for a file on its own.
         index: name of the file that says which shard has which key, if there is one.
         shards: in the order of their names.
@@ -72,7 +74,7 @@ class Model:
 
     @cached_property
     def places(self) -> Mapping[str, tuple[Shard, Placed]]:
-        """Shard and place of every key."""
+        """For every key the file that it is in, and its place there."""
         return {key: (shard, each) for shard in self.shards for key, each in shard.entries.items()}
 
     @property
@@ -82,7 +84,7 @@ class Model:
 
     @property
     def identity(self) -> list[Mapping[str, Any]]:
-        """What changes if somebody changes the model."""
+        """What changes if somebody changes the model: the identity of each file."""
         return [shard.identity for shard in self.shards]
 
 
