@@ -6,10 +6,29 @@ from typing import Any
 
 import numpy as np
 
-from tensormoe import CP, Hadamard, LayerSpec, TensorRing, TensorTrain, Tucker
+from tensormoe import (
+    CP,
+    BaseDelta,
+    Hadamard,
+    LayerSpec,
+    SharedBasis,
+    SharedDelta,
+    TensorRing,
+    TensorTrain,
+    Tucker,
+)
 from tensormoe.testing import reconstruct_by_einsum
 
-KINDS = ["cp", "tensor_ring", "tensor_train", "tucker", "hadamard"]
+KINDS = [
+    "cp",
+    "tensor_ring",
+    "tensor_train",
+    "tucker",
+    "hadamard",
+    "shared_basis",
+    "base_delta",
+    "shared_delta",
+]
 
 
 def planted(name: str, seed: int) -> tuple[LayerSpec, np.ndarray]:
@@ -28,6 +47,9 @@ def planted(name: str, seed: int) -> tuple[LayerSpec, np.ndarray]:
         "tensor_train": lambda: TensorTrain(ranks(levels + 1)),
         "tucker": lambda: Tucker(ranks(levels + 2)),
         "hadamard": Hadamard,
+        "shared_basis": lambda: SharedBasis(ranks(2)),
+        "base_delta": lambda: BaseDelta(*ranks(1)),
+        "shared_delta": lambda: SharedDelta(*ranks(1)),
     }
     spec = LayerSpec(rows, columns, experts, kinds[name](), bias=False)
     factors = {key: rng.standard_normal(shape) for key, shape in spec.shapes.items()}
@@ -36,7 +58,7 @@ def planted(name: str, seed: int) -> tuple[LayerSpec, np.ndarray]:
 
 def weights_of(spec: LayerSpec, factors: Any) -> np.ndarray:
     """The weights of factors, by one einsum in float64, the bias left out."""
-    plain = {name: array for name, array in factors.items() if name != "bias"}
+    plain = {name: array for name, array in factors.items() if not name.startswith("bias")}
     return np.asarray(reconstruct_by_einsum(spec.factorization, plain))
 
 

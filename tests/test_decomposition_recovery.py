@@ -5,6 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tensormoe import (
+    CP,
+    BaseDelta,
+    Hadamard,
+    LayerSpec,
+    SharedBasis,
+    SharedDelta,
+    TensorRing,
+    TensorTrain,
+    Tucker,
+)
 from tensormoe.decomposition import Search, decompose
 from tests._decomposition_cases import KINDS, planted, relative, weights_of, with_noise
 
@@ -42,14 +53,15 @@ def test_noise_is_what_is_left(name: str) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_large_tensors_go_through_a_core(name: str) -> None:
     """Modes much larger than the bonds: the same factors from a compressed tensor."""
-    from tensormoe import CP, Hadamard, LayerSpec, TensorRing, TensorTrain, Tucker
-
     kinds = {
         "cp": CP(4),
         "tensor_ring": TensorRing((2, 2, 2)),
         "tensor_train": TensorTrain((3, 4)),
         "tucker": Tucker((3, 4, 4)),
         "hadamard": Hadamard(),
+        "shared_basis": SharedBasis((3, 4)),
+        "base_delta": BaseDelta(3),
+        "shared_delta": SharedDelta(3),
     }
     spec = LayerSpec(80, 70, 6, kinds[name], bias=False)
     rng = np.random.default_rng(0)

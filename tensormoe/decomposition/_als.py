@@ -17,43 +17,63 @@ from tensormoe.decomposition._contractions import (
 from tensormoe.decomposition._solve import from_host, inverse, to_host
 from tensormoe.decomposition._source import Source, run
 
-__all__ = ["solve_factor", "sweep"]
+__all__ = ["absorbs", "solve_factor", "sweep"]
 
 Factors = dict[str, Array]
 
 # right-hand sides at a time: copies in float64 stay small beside the tensor
-_COLUMNS = 256
+_COLUMNS = 32
 
 
 def sweep(
-    structure: Structure,
+    terms: Sequence[Structure],
     source: Source,
     squared_norm: float,
-    factors: Mapping[str, Array],
+    found: Factors,
     room: int,
     damping: float = 0.0,
 ) -> tuple[Factors, float]:
-    """Solve for every factor once, the last one last.
-
-    Where there is room for it, the tensor is contracted with the last factor once for all others,
-    so that a sweep passes over it twice; else it passes once for each factor, a block at a time.
+    """Solve for every factor once, term by term, each for what the other terms leave of the tensor.
 
     Args:
-        structure: the network.
+        terms: the networks whose sum is to stand for the tensor.
         source: the tensor.
         squared_norm: of the tensor.
-        factors: by name.
+        found: factors by name, which new ones take the place of.
         room: entries that may be held beyond tensor and factors.
         damping: how far directions have to be seen to be followed, see :func:`inverse`.
 
     Returns:
-        New factors, all of them but the last of unit size, and their relative error up to rounding:
-        3e-4 in float32, and worthless where huge factors cancel one another.
+        New factors, all of a term but the last of unit size, and their relative error up to
+        rounding: 3e-4 in float32, and worthless where huge factors cancel one another.
     """
-    found = dict(factors)
-    *others, last = [factor.name for factor in structure.factors]
-    _, legs = plan_partial(structure, last)
-    if len(others) > 1 and prod(structure.sizes[leg] for leg in legs) <= room:
+    explained, left = 0.0, source
+    for term in terms:
+        left = source.without([each for each in terms if each != term], found)
+        explained = _sweep_term(term, left, found, room, damping)
+        _balance(term, found, source.backend)
+    norm = left.squared_norm() if len(terms) > 1 else squared_norm
+    return found, sqrt(max(norm - explained, 0.0) / squared_norm)
+
+
+def absorbs(structure: Structure, room: int) -> bool:
+    """Whether a tensor is contracted with the last factor once for all others."""
+    *others, last = structure.wanted
+    _, legs = plan_partial(structure, last.name)
+    # products may take it in another order of its legs, which is a copy
+    return len(others) > 1 and 2 * prod(structure.sizes[leg] for leg in legs) <= room
+
+
+def _sweep_term(
+    structure: Structure, source: Source, found: Factors, room: int, damping: float
+) -> float:
+    """Solve for every factor of a term, the last one last, and say what the term explains then.
+
+    Where there is room for it, the tensor is contracted with the last factor once for all others,
+    so that a sweep passes over it twice; else it passes once for each factor, a block at a time.
+    """
+    *others, last = (factor.name for factor in structure.wanted)
+    if absorbs(structure, room):
         met = source.contract(structure, lambda each: plan_partial(each, last), found, at_once=True)
         for name in others:
             update = plan_update(structure, name, last)
@@ -64,7 +84,7 @@ def sweep(
         for name in others:
             found[name], _ = solve_factor(structure, name, source, found, damping)
     found[last], explained = solve_factor(structure, last, source, found, damping)
-    return _balanced(found, source.backend), sqrt(max(squared_norm - explained, 0.0) / squared_norm)
+    return explained
 
 
 def solve_factor(
@@ -88,28 +108,35 @@ def _solved(
     damping: float,
 ) -> tuple[Array, float]:
     """A better factor: from the one that is there, as far as the equations can be trusted."""
-    grams = []
+    import numpy as np
+
+    grams, inverses = [], []
     for gram in update.grams:
         found = to_host(run(gram.program, factors, backend), backend)
-        grams.append(found.reshape(*found.shape[: update.shared], *(prod(gram.bonds),) * 2))
-    inverses = [inverse(gram, damping) for gram in grams]
+        found = found.reshape(*found.shape[: update.shared], *(prod(gram.bonds),) * 2)
+        inverses.append(inverse(found, damping))
+        grams.append(found.astype("float64"))
+        del found
     old = to_host(factors[update.name], backend).transpose(_inverse(update.axes))
-    best = old.copy()
-    whole = to_host(moment, backend)
+    # the solution takes the place of what it is made of
+    whole = np.require(to_host(moment, backend), requirements=["C", "W"])
     columns = (*whole.shape[: update.closed], -1)
-    flat, wanted = best.reshape(columns), whole.reshape(columns)
+    given, flat = old.reshape(columns), whole.reshape(columns)
     explained = 0.0
     for start in range(0, flat.shape[-1], _COLUMNS):
-        part, target = (each[..., start : start + _COLUMNS] for each in (flat, wanted))
+        part, target = (
+            each[..., start : start + _COLUMNS].astype("float64") for each in (given, flat)
+        )
         part += _along(inverses, target - _along(grams, part, update), update)
         # ‖T − N‖² = ‖T‖² − 2⟨M, X⟩ + ⟨X, G X⟩
         explained += float((part * (2.0 * target - _along(grams, part, update))).sum())
-    return from_host(best.transpose(update.axes), moment, backend), explained
+        flat[..., start : start + _COLUMNS] = part
+    del grams, inverses, given, old
+    return from_host(whole.transpose(update.axes), moment, backend), explained
 
 
 def _along(matrices: Sequence[Any], array: Any, update: Update) -> Any:
-    """Products with a matrix for each part of G along its bonds, in float64."""
-    array = array.astype("float64")
+    """Products with a matrix for each part of G along its bonds."""
     for matrix, gram in zip(matrices, update.grams, strict=True):
         size, count = prod(gram.bonds), len(gram.bonds)
         shape = array.shape
@@ -124,14 +151,13 @@ def _inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(axes.index(place) for place in range(len(axes)))
 
 
-def _balanced(factors: Mapping[str, Array], backend: Backend) -> Factors:
+def _balance(structure: Structure, found: Factors, backend: Backend) -> None:
     """The same network with factors of unit size, and all scale in the last one."""
-    found = dict(factors)
-    *others, last = found
+    *others, last = (factor.name for factor in structure.wanted)
+    scale = 1.0
     for name in others:
-        array = found[name]
-        size = float(backend.namespace.max(backend.namespace.abs(array)))
+        size = float(backend.namespace.max(backend.namespace.abs(found[name])))
         if size > 0.0:
-            found[name] = array * (1.0 / size)
-            found[last] = found[last] * size
-    return found
+            found[name] = found[name] * (1.0 / size)
+            scale *= size
+    found[last] = found[last] * scale

@@ -26,6 +26,9 @@ _WORTH = 0.8
 # directions beyond the wanted ones, so that those are found whole
 _SPARE = 8
 _POWERS = 1
+# of the tensor, that its core may be before directions are left out, and of what the core lacks
+# that they may hold
+_SHARE, _SPARED = 0.15, 0.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,17 +46,28 @@ class Core:
     bases: Mapping[Leg, Array]
 
 
-def compress(structure: Structure, source: Source, rng: Any) -> Core:
-    """The core of a tensor for a network; the tensor itself where compression gains nothing."""
+def compress(structure: Structure, source: Source, squared_norm: float, rng: Any) -> Core:
+    """The core of a tensor for a network; the tensor itself where compression gains nothing.
+
+    A core that would be large beside the tensor leaves out directions that hold little next to what
+    it lacks anyway: sweeps on the tensor itself find them.
+    """
     backend = source.backend
     sizes = structure.sizes
-    bases: dict[Leg, Array] = {}
-    for leg in (INPUT, OUTPUT):
-        wanted = _filled(structure, leg)
-        if wanted is not None and wanted + _SPARE < _WORTH * sizes[leg]:
-            bases[leg] = _range(source, leg, wanted + _SPARE, bases.get(INPUT), rng)
-    if not bases:
+    counts = {
+        leg: filled + _SPARE
+        for leg in (INPUT, OUTPUT)
+        if (filled := _filled(structure, leg)) is not None and filled + _SPARE < _WORTH * sizes[leg]
+    }
+    if not counts:
         return Core(structure, source, {})
+    bases: dict[Leg, Array] = {}
+    for leg, count in counts.items():
+        basis, squares = _range(source, leg, count, bases.get(INPUT), rng)
+        least = round(_SHARE ** (1 / len(counts)) * sizes[leg])
+        bases[leg] = from_host(
+            basis[:, : _enough(squares, least, squared_norm)], source.like, backend
+        )
     small = tuple(
         (leg, bases[leg].shape[1] if leg in bases else size) for leg, size in structure.size_items
     )
@@ -100,8 +114,18 @@ def _filled(structure: Structure, leg: Leg) -> int | None:
     return prod(sizes[other] for other in holders[0].legs if other != leg)
 
 
-def _range(source: Source, leg: Leg, count: int, left: Array | None, rng: Any) -> Array:
-    """Orthonormal columns that span the leading subspace of a mode, nearly.
+def _enough(squares: Any, least: int, squared_norm: float) -> int:
+    """How many directions a core keeps of those with given squares, which fall."""
+    import numpy as np
+
+    spare = _SPARED * max(squared_norm - float(squares.sum()), 0.0)
+    # what is lost by keeping 0, 1, … directions
+    lost = np.append(np.cumsum(squares[::-1])[::-1], 0.0)
+    return max(int(np.argmax(lost <= spare)), min(least, len(squares)))
+
+
+def _range(source: Source, leg: Leg, count: int, left: Array | None, rng: Any) -> tuple[Array, Any]:
+    """Orthonormal columns that span the leading subspace of a mode, nearly, and their squares.
 
     Args:
         source: the tensor.
@@ -109,6 +133,9 @@ def _range(source: Source, leg: Leg, count: int, left: Array | None, rng: Any) -
         count: how many columns.
         left: a basis of the input mode that the tensor is projected onto first.
         rng: NumPy's generator.
+
+    Returns:
+        The columns, the leading one first, and what the tensor has along each, a sum of squares.
     """
     import numpy as np
 
@@ -131,5 +158,11 @@ def _range(source: Source, leg: Leg, count: int, left: Array | None, rng: Any) -
                 probe = from_host(drawn, matrix, backend)
             part = backend.matmul(matrix, probe)
             total = part if total is None else total + part
-        sketch = from_host(np.linalg.qr(to_host(total, backend))[0], total, backend)
-    return sketch
+        columns, rest = np.linalg.qr(to_host(total, backend))
+        if turn == _POWERS:
+            # the last product is that of an orthonormal sketch with the tensor's own Gram matrix
+            vectors, squares, _ = np.linalg.svd(rest)
+            columns = columns @ vectors
+        else:
+            sketch = from_host(columns, total, backend)
+    return columns, squares

@@ -12,13 +12,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tensormoe.factorizations import Factor, Leg
+from tensormoe.factorizations import Factor, Leg, Network
 from tensormoe.planning import Operand, Program, contraction
 from tensormoe.planning._cost import program_cost
 from tensormoe.planning._regimes import WRITE_WEIGHT
 from tensormoe.planning._tree import Builder, contract_path
 
-__all__ = ["SOURCE", "Structure", "Update", "plan_partial", "plan_update", "plan_whole"]
+__all__ = [
+    "SOURCE",
+    "Structure",
+    "Update",
+    "plan_partial",
+    "plan_update",
+    "plan_whole",
+    "structures",
+]
 
 SOURCE = "source"
 """Name of the operand that is no factor: the tensor, or the tensor contracted with a factor."""
@@ -26,22 +34,30 @@ SOURCE = "source"
 
 @dataclass(frozen=True)
 class Structure:
-    """A network as decomposition sees it.
+    """A network that is no sum, or a term of one, as decomposition sees it.
 
     Args:
-        factors: the arrays to be found.
+        factors: the arrays that are multiplied.
         open_legs: the legs of the tensor, in its order.
         size_items: pairs (leg, size).
+        given: factors that are not to be found. What is the same for all experts has no leg for
+            them; a vector along that leg, of ones unless experts weigh differently, gives it one.
     """
 
     factors: tuple[Factor, ...]
     open_legs: tuple[Leg, ...]
     size_items: tuple[tuple[Leg, int], ...]
+    given: tuple[Factor, ...] = ()
 
     @property
     def sizes(self) -> dict[Leg, int]:
         """The size of every leg."""
         return dict(self.size_items)
+
+    @property
+    def wanted(self) -> tuple[Factor, ...]:
+        """The factors that are to be found."""
+        return tuple(factor for factor in self.factors if factor not in self.given)
 
     def factor(self, name: str) -> Factor:
         """The factor of that name."""
@@ -51,6 +67,24 @@ class Structure:
         """The array shape of a factor."""
         sizes = self.sizes
         return tuple(sizes[leg] for leg in factor.legs)
+
+
+def structures(
+    network: Network, open_legs: tuple[Leg, ...], sizes: Mapping[Leg, int]
+) -> tuple[Structure, ...]:
+    """What a network is the sum of, mostly itself.
+
+    Args:
+        network: its factors.
+        open_legs: of the tensor, in its order.
+        sizes: of all legs; those of the network, or of the tensor if it has one more row.
+    """
+    found = []
+    for term in network.terms:
+        given = tuple(Factor(f"every {leg}", (leg,)) for leg in open_legs if leg not in term.legs)
+        items = tuple(sizes.items())
+        found.append(Structure((*given, *term.factors), open_legs, items, given))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

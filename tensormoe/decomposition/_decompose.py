@@ -129,9 +129,11 @@ def decompose(
 def _without_last_row(spec: LayerSpec, factors: Mapping[str, Array]) -> dict[str, Array]:
     """Factors whose input mode has one more row, which is the bias, as the layer's."""
     found = dict(factors)
-    carrier = spec.network.input_factor
-    axis = (slice(None),) * carrier.legs.index(INPUT)
-    whole = found[carrier.name]
-    found[carrier.name] = whole[(*axis, slice(None, -1))]
-    found["bias"] = whole[(*axis, -1)]
+    for term in spec.network.terms:
+        assert term.bias is not None
+        carrier = term.input_factor
+        axis = (slice(None),) * carrier.legs.index(INPUT)
+        whole = found[carrier.name]
+        found[carrier.name] = whole[(*axis, slice(None, -1))]
+        found[term.bias.name] = whole[(*axis, -1)]
     return found

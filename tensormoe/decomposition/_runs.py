@@ -8,7 +8,7 @@ from math import inf, prod
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array
 from tensormoe.decomposition._choose import Sizes, candidates, checked_tolerance, smallest
-from tensormoe.decomposition._contractions import Structure
+from tensormoe.decomposition._contractions import structures
 from tensormoe.decomposition._fit import fit
 from tensormoe.decomposition._search import Search
 from tensormoe.decomposition._source import Source
@@ -53,8 +53,8 @@ class Runs:
         network = spec.network
         open_legs = (*network.expert_legs, INPUT, OUTPUT)
         wider = {**network.sizes, INPUT: rows + self.bias}
-        structure = Structure(network.product, open_legs, tuple(wider.items()))
-        return fit(structure, self.source, search or self.search, np.random.default_rng(self.seed))
+        terms = structures(network, open_legs, wider)
+        return fit(terms, self.source, search or self.search, np.random.default_rng(self.seed))
 
     def resolve(
         self,

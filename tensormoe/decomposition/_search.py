@@ -31,30 +31,31 @@ class Search:
     """How long factors are searched for.
 
     Args:
-        starts: random starts, the best of which goes on.
+        starts: random starts, the best of which goes on; None for as many as take little time, one
+            for a large core and eight for a small one.
         sweeps: most sweeps on the core.
-        polish: sweeps on the tensor itself.
+        polish: most sweeps on the tensor itself.
         tolerance: a search ends when sweeps lower the error by less than this share of it.
     """
 
-    starts: int = 1
+    starts: int | None = None
     sweeps: int = 200
-    polish: int = 2
+    polish: int = 20
     tolerance: float = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A tensor and the network that is to stand for it.
+    """A tensor and what is to stand for it.
 
     Args:
-        structure: the network.
+        terms: the networks whose sum is to stand for the tensor.
         source: the tensor.
         squared_norm: of the tensor.
         room: entries that may be held beyond tensor and factors.
     """
 
-    structure: Structure
+    terms: tuple[Structure, ...]
     source: Source
     squared_norm: float
     room: int
@@ -66,13 +67,27 @@ class Problem:
 
     def error(self, factors: Mapping[str, Array]) -> float:
         """The relative error, from the difference itself."""
-        return sqrt(self.source.missing(self.structure, factors) / self.squared_norm)
+        left = self.source.without(self.terms, factors)
+        return sqrt(left.squared_norm() / self.squared_norm)
 
 
 def advance(
-    problem: Problem, factors: Factors, count: int, tolerance: float
+    problem: Problem,
+    factors: Factors,
+    count: int,
+    tolerance: float,
+    patience: int = _PATIENCE,
+    known: float = inf,
 ) -> tuple[Factors, list[float]]:
     """At most ``count`` sweeps, and the error after each that was kept.
+
+    Args:
+        problem: the tensor and the network.
+        factors: to start from.
+        count: of sweeps.
+        tolerance: the share of the error by which a sweep has to lower it.
+        patience: how many sweeps in a row may gain less.
+        known: the error of the factors, above which none is kept.
 
     Every sweep starts beyond the factors, in the direction that the last one took, further as long
     as that pays (Ang, Cohen & Gillis 2019, extrapolation with restarts): a third of the sweeps do.
@@ -81,15 +96,15 @@ def advance(
     after a surprise well-seen directions alone are followed (Levenberg and Marquardt's damping).
     """
     errors: list[float] = []
-    lowest, idle, damping, reach = inf, 0, 0.0, _REACH
+    lowest, idle, damping, reach = known, 0, 0.0, _REACH
     previous: Factors | None = None
-    safe, marks, best, hidden = factors, 0, inf, problem.hidden
+    safe, marks, best, hidden = factors, 0, known, problem.hidden
     for turn in range(count):
-        start = factors
+        start = dict(factors)
         if previous is not None:
             start = {name: each + reach * (each - previous[name]) for name, each in factors.items()}
         found, error = sweep(
-            problem.structure, problem.source, problem.squared_norm, start, problem.room, damping
+            problem.terms, problem.source, problem.squared_norm, start, problem.room, damping
         )
         if error < _CLOSE * hidden:
             error = problem.error(found)
@@ -102,7 +117,8 @@ def advance(
             previous, reach = None, reach / 1.5
         else:
             damping = max(10.0 * damping, _LEAST_DAMPING)
-        ends = idle == _PATIENCE or turn == count - 1
+        del start, found
+        ends = idle == patience or turn == count - 1
         if len(errors) > marks and (ends or len(errors) - marks >= _LOOK):
             true = problem.error(factors)
             surprise = true > _TRUST * errors[-1] + _HIDDEN * hidden
@@ -111,6 +127,6 @@ def advance(
             if surprise:
                 factors, errors, lowest = safe, errors[:marks], best
                 previous, damping = None, max(10.0 * damping, _STRONG_DAMPING)
-        if idle == _PATIENCE:
+        if idle == patience:
             break
     return safe, errors[:marks]

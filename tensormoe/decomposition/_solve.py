@@ -9,24 +9,39 @@ from __future__ import annotations
 from typing import Any
 
 from tensormoe._devices import device_of
+from tensormoe._exchange import convert
 from tensormoe.backend import Array, Backend
+from tensormoe.errors import BackendError
 
 __all__ = ["from_host", "inverse", "to_host"]
 
 
 def to_host(array: Array, backend: Backend) -> Any:
-    """The values as a NumPy array of the same dtype."""
+    """The values as a NumPy array of the same dtype, in the same memory where that can be."""
     import numpy as np
 
-    dtype, shape, content = backend.to_bytes(array)
+    try:
+        return convert(array, "numpy")
+    except BackendError:
+        # libraries without DLPack
+        dtype, shape, content = backend.to_bytes(array)
     return np.frombuffer(content, np.dtype(dtype).newbyteorder("<")).reshape(shape)
 
 
 def from_host(array: Any, like: Array, backend: Backend) -> Array:
-    """An array of the library from NumPy's, in the dtype and on the device of ``like``."""
+    """An array of the library from NumPy's, in the dtype and on the device of ``like``.
+
+    It may share memory with the one that is given.
+    """
+    import numpy as np
+
     xp = backend.namespace
     dtype = to_host(like[(slice(0, 0), *(0,) * (like.ndim - 1))], backend).dtype
-    found = backend.from_bytes(dtype.name, array.shape, array.astype(dtype).tobytes())
+    values = np.ascontiguousarray(array, dtype)
+    try:
+        found = convert(values, backend.name)
+    except BackendError:
+        found = backend.from_bytes(dtype.name, values.shape, values.tobytes())
     device = device_of(like)
     return found if device is None else xp.asarray(found, device=device)
 

@@ -33,6 +33,7 @@ class Source:
         inputs: R, of the input's size, if inputs weigh differently: the tensor stands for Rᵀ times
             itself.
         weights: (experts₀,) of the first level, if experts weigh differently.
+        taken: networks that are subtracted, and their factors by name; after weights and inputs.
     """
 
     array: Array
@@ -40,6 +41,7 @@ class Source:
     bias: Array | None = None
     inputs: Array | None = None
     weights: Array | None = None
+    taken: tuple[tuple[Structure, Mapping[str, Array]], ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,7 +52,12 @@ class Source:
     @property
     def dtype(self) -> Any:
         """The dtype that the work is done in."""
-        return widened(self.array[(slice(0, 0),)], self.backend).dtype
+        return self.like.dtype
+
+    @property
+    def like(self) -> Array:
+        """No entries, of the library and device that the work is done on, and in its dtype."""
+        return widened(self.array[(slice(0, 0),)], self.backend)
 
     def block(self, start: int, stop: int) -> Array:
         """Experts ``start`` to ``stop`` of the first level, widened and weighted."""
@@ -64,13 +71,22 @@ class Source:
         if self.weights is not None:
             ones = (1,) * (found.ndim - 1)
             found = found * self.backend.reshape(self.weights[start:stop], (-1, *ones))
+        for structure, factors in self.taken:
+            program = plan_whole(_narrowed(structure, start, stop))
+            arrays = _sliced(structure, factors, start, stop)
+            found = found - run(program, arrays, self.backend)
         return found
+
+    def without(self, terms: Iterable[Structure], factors: Mapping[str, Array]) -> Source:
+        """What a sum of networks leaves of the tensor."""
+        return replace(self, taken=(*self.taken, *((each, factors) for each in terms)))
 
     @property
     def plain(self) -> bool:
         """Whether the array is worked on as it is."""
         changed = (self.bias, self.inputs, self.weights)
-        return all(each is None for each in changed) and self.dtype == self.array.dtype
+        same = all(each is None for each in changed) and not self.taken
+        return same and self.dtype == self.array.dtype
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Start and stop of the experts of the first level that are worked on at a time."""
@@ -81,15 +97,15 @@ class Source:
 
     def matrices(self) -> Iterator[Array]:
         """One expert's matrix (in, out) after the other."""
-        for start in range(self.shape[0]):
-            block = self.block(start, start + 1)
+        for start, stop in self.blocks():
+            block = self.block(start, stop)
             rows = self.backend.reshape(block, (-1, *self.shape[-2:]))
             for place in range(rows.shape[0]):
                 yield rows[place]
 
     def squared_norm(self) -> float:
         """The sum of squares."""
-        return sum(_squares(matrix, self.backend) for matrix in self.matrices())
+        return sum(_squares(self.block(*span), self.backend) for span in self.blocks())
 
     def contract(
         self,
@@ -130,15 +146,6 @@ class Source:
         arrays = _sliced(structure, factors, start, stop)
         arrays[SOURCE] = self.block(start, stop)
         return run(program, arrays, self.backend)
-
-    def missing(self, structure: Structure, factors: Mapping[str, Array]) -> float:
-        """The sum of squares of what a network lacks of the tensor, from the difference itself."""
-        total = 0.0
-        for start, stop in self.blocks():
-            program = plan_whole(_narrowed(structure, start, stop))
-            found = run(program, _sliced(structure, factors, start, stop), self.backend)
-            total += _squares(self.block(start, stop) - found, self.backend)
-        return total
 
 
 def _narrowed(structure: Structure, start: int, stop: int) -> Structure:

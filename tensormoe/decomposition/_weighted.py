@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from tensormoe._spec import LayerSpec
@@ -43,11 +44,13 @@ class Weighting:
         """The factors of the tensor without weights."""
         found = dict(factors)
         backend = self.source.backend
-        for leg, inverse in ((INPUT, self.back), (expert_leg(0), self.loads)):
-            if inverse is None:
+        weighted = ((INPUT, self.back), (expert_leg(0), self.loads))
+        for term, (leg, inverse) in product(spec.network.terms, weighted):
+            # a term that is the same for all experts was found for weights of one
+            if inverse is None or leg not in term.legs:
                 continue
             # a mode that several factors have is taken back in one of them
-            factor = next(each for each in spec.network.factors if leg in each.legs)
+            factor = next(each for each in term.factors if leg in each.legs)
             place = factor.legs.index(leg)
             host = to_host(found[factor.name], backend).astype("float64")
             moved = host.swapaxes(0, place)
@@ -84,7 +87,7 @@ def weigh(source: Source, inputs: Array, coefficients: Array | None) -> Weightin
         loads = np.sqrt(np.maximum(shares, _FLOOR * shares.mean()))
         if not loads.any():
             loads = None
-    like = source.block(0, 1)
+    like = source.like
     weighted = Source(
         source.array,
         backend,

@@ -1,0 +1,165 @@
+"""Where a search starts: from random factors, or from those that few experts determine."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from math import prod
+from typing import Any
+
+from tensormoe._devices import device_of
+from tensormoe.decomposition._als import Factors
+from tensormoe.decomposition._contractions import Structure
+from tensormoe.decomposition._solve import from_host, to_host
+from tensormoe.decomposition._source import Source
+from tensormoe.factorizations import INPUT, OUTPUT, Factor, expert_leg
+
+__all__ = ["given", "start", "zeros"]
+
+# experts that are looked at, for each one that is needed
+_LOOK = 4
+# entries above which a tensor is too large for copies in float64
+_SMALL = 2**22
+
+
+def start(structure: Structure, source: Source, place: int, rng: Any) -> Factors:
+    """Factors to start a search from.
+
+    Args:
+        structure: the network.
+        source: the tensor, or its core.
+        place: of the start among several; every other one is random whatever the network.
+        rng: NumPy's generator.
+    """
+    fixed = given(structure, source)
+    trio = None if place % 2 else _shared_basis(structure)
+    if trio is not None and prod(source.shape) <= _SMALL:
+        found = _from_experts(structure, source, trio, rng)
+        if found is not None:
+            return fixed | found
+    # standard normal: in the tensor's scale after the first sweep
+    drawn = {
+        factor.name: from_host(
+            rng.standard_normal(structure.shape(factor)), source.like, source.backend
+        )
+        for factor in structure.wanted
+    }
+    return fixed | drawn
+
+
+def given(structure: Structure, source: Source) -> Factors:
+    """What a structure does not look for: ones, or how much experts weigh."""
+    found: Factors = {}
+    xp, like = source.backend.namespace, source.like
+    for factor in structure.given:
+        if factor.legs == (expert_leg(0),) and source.weights is not None:
+            found[factor.name] = source.weights
+        else:
+            shape = structure.shape(factor)
+            found[factor.name] = xp.ones(shape, dtype=like.dtype, device=device_of(like))
+    return found
+
+
+def zeros(structure: Structure, source: Source) -> Factors:
+    """What a structure looks for, of a tensor that is zero."""
+    xp, like = source.backend.namespace, source.like
+    return {
+        factor.name: xp.zeros(structure.shape(factor), dtype=like.dtype, device=device_of(like))
+        for factor in structure.wanted
+    }
+
+
+def _shared_basis(structure: Structure) -> tuple[Factor, Factor, Factor] | None:
+    """The factors α, B, A of experts (Σ_j α[n, j] B_j) A_n, or of their transposes."""
+    experts = set(structure.open_legs) - {INPUT, OUTPUT}
+    for mixing, basis, own in permutations(structure.wanted, 3):
+        (*bases,) = set(mixing.legs) - experts
+        (*inner,) = set(own.legs) - experts - {INPUT, OUTPUT}
+        if len(bases) != 1 or len(inner) != 1 or not experts <= {*mixing.legs} & {*own.legs}:
+            continue
+        (*modes,) = set(basis.legs) - {*bases, *inner}
+        if len(modes) == 1 and len(basis.legs) == 3 and modes[0] not in (*mixing.legs, *own.legs):
+            return mixing, basis, own
+    return None
+
+
+def _from_experts(
+    structure: Structure, source: Source, trio: tuple[Factor, Factor, Factor], rng: Any
+) -> Factors | None:
+    """A shared basis from the column spaces of J + 1 experts, exact where there is one.
+
+    Alternating least squares from random factors mostly ends in a local minimum here. Column spaces
+    are those of Σ_j α[n, j] B_j, which are r-dimensional in a space of J·r. Those of J experts span
+    it, and in their coordinates B_j are known up to r × r matrices; those are known, up to one that
+    A takes up, from one more expert. All other experts are then least-squares problems.
+
+    Returns:
+        None where experts are too few, or J·r directions do not fit into the mode.
+    """
+    import numpy as np
+
+    mixing, basis, own = trio
+    sizes = structure.sizes
+    bases, inner = (sizes[next(leg for leg in basis.legs if leg in f.legs)] for f in (mixing, own))
+    mode = next(leg for leg in basis.legs if leg in (INPUT, OUTPUT))
+    tensor = to_host(source.block(0, source.shape[0]), source.backend).astype("float64")
+    tensor = tensor.reshape(-1, *tensor.shape[-2:])
+    if mode == OUTPUT:
+        tensor = tensor.swapaxes(1, 2)
+    count, width = len(tensor), bases * inner
+    if count <= bases or width > tensor.shape[1] or inner > tensor.shape[2]:
+        return None
+    _, directions = np.linalg.eigh(np.tensordot(tensor, tensor, ((0, 2), (0, 2))))
+    span = directions[:, ::-1][:, :width]
+    experts = span.T @ tensor
+    pool = list(rng.permutation(count)[: _LOOK * (bases + 1)])
+    spaces = {n: np.linalg.svd(experts[n], full_matrices=False)[0][:, :inner] for n in pool}
+    try:
+        joined = _joined(pool, spaces, bases)
+        parts = np.linalg.solve(joined, experts)
+    except np.linalg.LinAlgError:
+        return None
+    # (J, r·K) of every expert is the outer product of its α and its A
+    left, values, right = np.linalg.svd(
+        parts.reshape(count, bases, inner * parts.shape[-1]), full_matrices=False
+    )
+    levels = source.shape[:-2]
+    known = {
+        mixing: ((left[..., 0] * values[:, :1]).reshape(*levels, bases), (*_experts(structure), 0)),
+        basis: ((span @ joined).reshape(-1, bases, inner), (mode, 0, 1)),
+        own: (right[:, 0].reshape(*levels, inner, -1), (*_experts(structure), 1, 2)),
+    }
+    other = INPUT if mode == OUTPUT else OUTPUT
+    closed = [next(leg for leg in basis.legs if leg in f.legs) for f in (mixing, own)]
+    names = (*closed, other)
+    found = {}
+    for factor, (array, legs) in known.items():
+        stored = [names[leg] if isinstance(leg, int) else leg for leg in legs]
+        axes = [stored.index(leg) for leg in factor.legs]
+        found[factor.name] = from_host(array.transpose(axes), source.like, source.backend)
+    return found
+
+
+def _experts(structure: Structure) -> list[str]:
+    return [leg for leg in structure.open_legs if leg not in (INPUT, OUTPUT)]
+
+
+def _joined(pool: list[int], spaces: dict[int, Any], bases: int) -> Any:
+    """B side by side (J·r, J·r), from the experts of a pool that are farthest apart."""
+    import numpy as np
+
+    chosen, spanned = [pool[0]], spaces[pool[0]]
+    while len(chosen) < bases:
+        rest = {n: spaces[n] - spanned @ (spanned.T @ spaces[n]) for n in pool if n not in chosen}
+        far = max(rest, key=lambda n: float(np.linalg.svd(rest[n], compute_uv=False)[-1]))
+        chosen.append(far)
+        spanned = np.concatenate([spanned, np.linalg.qr(rest[far])[0]], axis=1)
+    columns = np.concatenate([spaces[n] for n in chosen], axis=1)
+    inner = columns.shape[1] // bases
+    turned = {
+        n: np.linalg.solve(columns, spaces[n]).reshape(bases, inner, inner)
+        for n in pool
+        if n not in chosen
+    }
+    last = max(turned, key=lambda n: float(np.linalg.svd(turned[n], compute_uv=False)[:, -1].min()))
+    parts = [spaces[n] @ turn for n, turn in zip(chosen, turned[last], strict=True)]
+    return np.concatenate(parts, axis=1)
