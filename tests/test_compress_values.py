@@ -27,13 +27,13 @@ from tensormoe import (
     functional,
 )
 from tensormoe.decomposition import decompose
+from tensormoe.decomposition._gauge import even, orthonormal
 from tensormoe.decomposition.checkpoints import (
     Compression,
     Pattern,
     compress_checkpoint,
     plan_compression,
 )
-from tensormoe.decomposition.checkpoints._gauge import even, orthonormal
 from tensormoe.decomposition.checkpoints._values import decoded, encoded
 from tensormoe.testing import reconstruct, reconstruct_by_einsum
 from tests._compress_models import PATTERN, experts, save
@@ -93,7 +93,7 @@ def test_orthonormal_factors_make_the_same_tensor(
 ) -> None:
     network = LayerSpec(7, 8, experts, kind, bias=False).network
     factors = {name: rng.standard_normal(shape) for name, shape in network.shapes.items()}
-    found = orthonormal(network, factors)
+    found = orthonormal(network.terms[0], factors)
     tensor = reconstruct_by_einsum(kind, factors)
     np.testing.assert_allclose(reconstruct_by_einsum(kind, found), tensor, atol=1e-12)
     assert {name: each.shape for name, each in found.items()} == dict(network.shapes)
@@ -272,7 +272,13 @@ print(least, 1024 * peak)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 @pytest.mark.parametrize(
     ("name", "budget", "dense"),
-    [("tensor_ring", 0.02, "dense"), ("cp", 0.03, "factors"), ("tucker", 0.02, "dense")],
+    [
+        ("tensor_ring", 0.02, "dense"),
+        ("cp", 0.03, "factors"),
+        ("tucker", 0.02, "dense"),
+        ("shared_basis", 0.1, "dense"),
+        ("base_delta", 0.15, "factors"),
+    ],
 )
 def test_memory_stays_below_what_is_promised(
     name: str, budget: float, dense: str, tmp_path: Path, rng: np.random.Generator

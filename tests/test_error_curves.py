@@ -65,11 +65,7 @@ def test_points_are_what_decompose_finds(rng: np.random.Generator) -> None:
 def test_every_name_that_can_be_decomposed_is_taken(rng: np.random.Generator) -> None:
     weights = rng.standard_normal((4, 10, 10))
     curves = error_curves(weights, budgets=(0.6,), search=Search(sweeps=3, polish=0))
-    assert {curve.name for curve in curves} == set(FACTORIZATIONS) - {
-        "dense",
-        "base_delta",
-        "shared_delta",
-    }
+    assert {curve.name for curve in curves} == set(FACTORIZATIONS) - {"dense"}
 
 
 def test_a_planted_rank_ends_the_curve(rng: np.random.Generator) -> None:

@@ -19,13 +19,17 @@ from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source, joined
 from tensormoe.factorizations import INPUT, OUTPUT, Leg
 
-__all__ = ["Core", "compress", "expand"]
+__all__ = ["PASSES", "Core", "compress", "core_counts", "expand"]
 
 # a core of more than this share of a mode is not worth the detour
 _WORTH = 0.8
 # directions beyond the wanted ones, so that those are found whole
 _SPARE = 8
 _POWERS = 1
+
+PASSES = 1 + _POWERS
+"""Times that a tensor is read there and back for each basis."""
+
 # of the tensor, that its core may be before directions are left out, and of what the core lacks
 # that they may hold
 _SHARE, _SPARED = 0.15, 0.25
@@ -53,12 +57,7 @@ def compress(structure: Structure, source: Source, squared_norm: float, rng: Any
     it lacks anyway: sweeps on the tensor itself find them.
     """
     backend = source.backend
-    sizes = structure.sizes
-    counts = {
-        leg: filled + _SPARE
-        for leg in (INPUT, OUTPUT)
-        if (filled := _filled(structure, leg)) is not None and filled + _SPARE < _WORTH * sizes[leg]
-    }
+    sizes, counts = structure.sizes, core_counts(structure)
     if not counts:
         return Core(structure, source, {})
     bases: dict[Leg, Array] = {}
@@ -84,6 +83,16 @@ def compress(structure: Structure, source: Source, squared_norm: float, rng: Any
 
     rows = joined(projected(), 0, prod(shape[:-1]), backend)
     return Core(after, Source(backend.reshape(rows, shape), backend), bases)
+
+
+def core_counts(structure: Structure) -> dict[Leg, int]:
+    """The most directions that a core has of each mode; modes that stay whole are left out."""
+    sizes = structure.sizes
+    return {
+        leg: filled + _SPARE
+        for leg in (INPUT, OUTPUT)
+        if (filled := _filled(structure, leg)) is not None and filled + _SPARE < _WORTH * sizes[leg]
+    }
 
 
 def expand(core: Core, factors: Mapping[str, Array]) -> dict[str, Array]:
@@ -144,7 +153,7 @@ def _range(source: Source, leg: Leg, count: int, left: Array | None, rng: Any) -
     if left is not None:
         other = left.shape[1]
     sketch: Array = None
-    for turn in range(1 + _POWERS):
+    for turn in range(PASSES):
         total: Array = None
         for matrix in source.matrices():
             if left is not None:

@@ -10,19 +10,10 @@ from tensormoe.decomposition._decompose import decompose
 from tensormoe.decomposition._report import Decomposition, Report
 from tensormoe.decomposition._search import Search
 from tensormoe.errors import BudgetError
-from tensormoe.factorizations import (
-    FACTORIZATIONS,
-    BaseDelta,
-    Dense,
-    Factorization,
-    SharedDelta,
-)
+from tensormoe.factorizations import FACTORIZATIONS, Dense, Factorization
 from tensormoe.planning import Budget
 
 __all__ = ["ErrorCurve", "ErrorPoint", "error_curves"]
-
-# nothing to lose, and sums, which have no search yet
-_LEFT_OUT = (Dense.name, BaseDelta.name, SharedDelta.name)
 
 
 @dataclass(frozen=True)
@@ -87,8 +78,8 @@ def error_curves(
         weights: (experts…, in, out), as :func:`decompose` takes them, like all that follows but the
             next two.
         factorizations: names, each of which is taken at every budget, and values, each of which is
-            one more point of its name's curve; None for every name but ``"dense"`` and the sums
-            (``"base_delta"``, ``"shared_delta"``).
+            one more point of its name's curve; None for every name but ``"dense"``, which has
+            nothing to lose.
         budgets: a :class:`tensormoe.Budget`, a number of parameters, or as a float in (0, 1] a
             share of the weights' own.
         bias: (experts…, out).
@@ -117,7 +108,7 @@ def error_curves(
     True
     """
     if factorizations is None:
-        factorizations = [name for name in FACTORIZATIONS if name not in _LEFT_OUT]
+        factorizations = [name for name in FACTORIZATIONS if name != Dense.name]
     for budget in budgets:
         if isinstance(budget, float) and not 0 < budget <= 1:
             raise BudgetError(

@@ -8,12 +8,14 @@ from time import perf_counter
 
 from tensormoe._registry import backend_of
 from tensormoe._spec import LayerSpec
-from tensormoe.backend import Array
+from tensormoe.backend import Array, Backend
 from tensormoe.decomposition._checks import checked_bias, checked_samples, checked_weights
 from tensormoe.decomposition._errors import bias_error, output_error, svd_error, weight_errors
+from tensormoe.decomposition._gauge import robust
 from tensormoe.decomposition._report import Decomposition, Report
 from tensormoe.decomposition._runs import Runs
 from tensormoe.decomposition._search import Search
+from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._weighted import Weighting, weigh
 from tensormoe.errors import SpecError
@@ -105,6 +107,8 @@ def decompose(
     spec = LayerSpec(rows, columns, experts, kind, bias=bias is not None)
     found, history = runs.run(kind)
     factors = weighting.undo(spec, found)
+    if backend.namespace.finfo(weights.dtype).bits == 16:
+        factors = _rounded_well(spec, factors, backend)
     if bias is not None:
         factors = _without_last_row(spec, factors)
     stored = {name: cast(factors[name], weights.dtype, backend) for name in spec.shapes}
@@ -124,6 +128,15 @@ def decompose(
         perf_counter() - start,
     )
     return Decomposition(spec, stored, report)
+
+
+def _rounded_well(
+    spec: LayerSpec, factors: Mapping[str, Array], backend: Backend
+) -> dict[str, Array]:
+    """The same tensor from factors that lose little when they are rounded to 16 bits."""
+    host = {name: to_host(array, backend) for name, array in factors.items()}
+    found = robust(spec.network, host)
+    return {name: from_host(found[name], factors[name], backend) for name in factors}
 
 
 def _without_last_row(spec: LayerSpec, factors: Mapping[str, Array]) -> dict[str, Array]:

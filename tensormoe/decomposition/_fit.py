@@ -13,14 +13,13 @@ from tensormoe.decomposition._search import Problem, Search, advance
 from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._starts import given, start, zeros
 
-__all__ = ["ROOM", "TRIAL", "fit"]
-
-TRIAL = 10
-"""Sweeps with which every start is tried before the best one goes on."""
+__all__ = ["ROOM", "fit"]
 
 ROOM = 0.4
 """Of the tensor's entries, that a search may hold beside it."""
 
+# sweeps with which every start is tried before the best one goes on
+_TRIAL = 10
 # starts that are tried unless told otherwise: entries of a core for all of them together, and most
 _TRIED, _STARTS = 2**18, 8
 # sweeps on the tensor in a row that have to gain too little before they end
@@ -88,7 +87,7 @@ def _fit_term(
         advance(
             small,
             start(core.structure, core.source, place, rng),
-            min(TRIAL, search.sweeps),
+            min(_TRIAL, search.sweeps),
             search.tolerance,
         )
         for place in range(search.starts or _affordable(core))

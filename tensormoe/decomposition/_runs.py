@@ -16,12 +16,13 @@ from tensormoe.errors import BudgetError, SpecError
 from tensormoe.factorizations import INPUT, OUTPUT, Factorization, resolve_factorization
 from tensormoe.planning import Budget
 
-__all__ = ["Runs"]
+__all__ = ["LARGE", "TRIAL", "Runs"]
 
-# enough to tell candidates apart
-_TRIAL = Search(starts=1, sweeps=8, polish=0)
-# entries from which on trials of several ranks would take too long
-_LARGE = 2**24
+TRIAL = Search(starts=1, sweeps=8, polish=0)
+"""Enough to tell candidates apart."""
+
+LARGE = 2**24
+"""Entries from which on trials of several ranks would take too long."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,9 +105,9 @@ class Runs:
     def _best(self, name: str, budget: Budget | int) -> Factorization:
         """The candidate within a budget whose short search ends lowest."""
         found = candidates(name, self.sizes, budget, self.bias)
-        if len(found) == 1 or self._dense > _LARGE:
+        if len(found) == 1 or self._dense > LARGE:
             return found[0]
-        return min(found, key=lambda kind: min(self.run(kind, _TRIAL)[1], default=inf))
+        return min(found, key=lambda kind: min(self.run(kind, TRIAL)[1], default=inf))
 
     def _within(self, name: str, tolerance: float) -> Factorization:
         """The rank of the smallest budget that reaches a tolerance."""

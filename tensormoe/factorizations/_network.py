@@ -8,8 +8,6 @@ from functools import cached_property, lru_cache
 from itertools import product
 from math import prod
 
-from tensormoe.errors import SpecError
-
 __all__ = ["BATCH", "INPUT", "OUTPUT", "Factor", "Leg", "Network", "Term", "expert_leg"]
 
 Leg = str
@@ -111,21 +109,6 @@ class Network:
             Term(tuple(each for each in self.factors if each.term == number), biases.get(number))
             for number in numbers
         )
-
-    @property
-    def product(self) -> tuple[Factor, ...]:
-        """The factors of a network that is no sum, for what treats them as one product.
-
-        Raises:
-            SpecError: it is a sum.
-        """
-        if len(self.terms) > 1:
-            sums = " + ".join("·".join(each.name for each in term.factors) for term in self.terms)
-            raise SpecError(
-                f"factors must make one product to be fitted together; got the sum {sums}. Take "
-                "another factorization, or fit each term to what the others leave."
-            )
-        return self.factors
 
     @property
     def input_factor(self) -> Factor:

@@ -8,7 +8,17 @@ from functools import lru_cache
 from math import prod
 
 from tensormoe._spec import LayerSpec
-from tensormoe.decomposition._contractions import Structure, Update, plan_partial, plan_update
+from tensormoe.decomposition._als import absorbs
+from tensormoe.decomposition._compress import PASSES, core_counts
+from tensormoe.decomposition._contractions import (
+    Structure,
+    Update,
+    plan_partial,
+    plan_update,
+    structures,
+)
+from tensormoe.decomposition._fit import ROOM
+from tensormoe.decomposition._runs import TRIAL
 from tensormoe.factorizations import INPUT, OUTPUT, Factor
 from tensormoe.planning import Cost, Program, Roofline, StepCost
 from tensormoe.planning._cost import program_cost, program_peak
@@ -18,24 +28,19 @@ __all__ = ["BASE_MEMORY", "memory_needed", "seconds_needed"]
 BASE_MEMORY = 144 * 2**20
 """Bytes of the interpreter, the libraries, and pieces of files."""
 
-# of the tensor, for what is made of it while factors are searched for
-_ROOM = 0.4
-# copies of all factors in a search, of the one that is solved for, and of an orthonormal basis
-_COPIES, _SOLVED, _BASIS = 3, 4, 6
+# copies of all factors in a search (checked ones, the last, those before, those that are solved
+# for), of the one that is solved for once its equations are, and of an orthonormal basis
+_COPIES, _SOLVED, _BASIS = 4, 1, 6
 # float64 matrices that an inverse takes, and those of eigenvalues
 _INVERSE, _EIGEN = 4, 5
 # matrices of an expert where errors are taken: given, found, their difference, and its squares
 _MATRICES = 4
+# matrices of an expert where another term is subtracted: given, built, and what is left
+_LEFT = 3
 # sweeps after which a search usually ends, and those on the tensor itself
-_SWEEPS, _POLISH = 40, 2
-# sweeps with which each of several ranks is tried
-_TRIAL = 8
-# directions of a core beyond those that a network can fill, and the share of a mode that is no core
-_SPARE, _WORTH = 8, 0.8
+_SWEEPS, _POLISH = 40, 5
 # products with each part of the equations for one factor
 _PRODUCTS = 3
-# passes of a range finder over the tensor, for each of two modes
-_PASSES = 2
 # multiply-adds of all eigenvalues of a symmetric matrix, over its size's cube, as the machine's
 # matrix products would do them: this work runs at a fifth of their speed, and in float64
 _EIGENVALUES = 4 / 3 * 5 * 2
@@ -52,17 +57,15 @@ def memory_needed(spec: LayerSpec, itemsize: int, compare: bool) -> int:
     """
     matrix = itemsize * spec.in_features * spec.out_features
     tensor, factors = spec.num_experts * matrix, itemsize * spec.num_parameters
-    structure = _structure(spec)
-    sizes, small = structure.sizes, _core(structure).sizes
-    core = itemsize * prod(small[leg] for leg in structure.open_legs) if small != sizes else 0
-    basis = itemsize * max(sizes[leg] * small[leg] for leg in (INPUT, OUTPUT)) if core else 0
-    compression = core + _BASIS * basis + 2 * matrix
-    updates = max(_update_peak(structure, each.name, itemsize) for each in structure.factors)
-    search = max(round(_ROOM * tensor), core) + _COPIES * factors + updates
+    terms = _terms(spec)
+    search = max(_fit_peak(term, itemsize) for term in terms)
+    if len(terms) > 1:
+        together = max(_search_peak(term, _room(term), itemsize) for term in terms)
+        search = max(search, together) + _COPIES * factors + _LEFT * matrix
     errors = 2 * factors + _MATRICES * matrix
     narrow = min(spec.in_features, spec.out_features)
     comparison = factors + matrix + _EIGEN * 8 * narrow**2 if compare else 0
-    return BASE_MEMORY + tensor + max(compression, search, errors, comparison)
+    return BASE_MEMORY + tensor + max(search, errors, comparison)
 
 
 @lru_cache(maxsize=256)
@@ -82,13 +85,18 @@ def seconds_needed(
         return roofline.time(Cost(0, tuple(steps), 0))
 
     def search(spec: LayerSpec, sweeps: int) -> float:
-        whole = _structure(spec)
-        core = _core(whole)
-        return time(_ranges(whole, core, itemsize)) + sweeps * time(_sweep(core, itemsize))
+        total = 0.0
+        for whole in _terms(spec):
+            core = _core(whole)
+            total += time(_ranges(whole, core, itemsize)) + sweeps * time(_sweep(core, itemsize))
+        return total
 
     spec, *others = candidates
-    total = search(spec, _SWEEPS) + _POLISH * time(_sweep(_structure(spec), itemsize))
-    total += sum(search(each, _TRIAL) for each in (candidates if others else ()))
+    terms = _terms(spec)
+    # sums have no core: what one term leaves of the tensor depends on all others
+    polish = _POLISH if len(terms) == 1 else _SWEEPS
+    total = search(spec, _SWEEPS) + polish * sum(time(_sweep(term, itemsize)) for term in terms)
+    total += sum(search(each, TRIAL.sweeps) for each in (candidates if others else ()))
     if compare:
         narrow, wide = sorted((spec.in_features, spec.out_features))
         flops = spec.num_experts * (2 * narrow**2 * wide + _EIGENVALUES * narrow**3)
@@ -96,10 +104,48 @@ def seconds_needed(
     return total
 
 
-def _structure(spec: LayerSpec) -> Structure:
+def _terms(spec: LayerSpec) -> tuple[Structure, ...]:
     network = spec.network
-    legs = (*network.expert_legs, INPUT, OUTPUT)
-    return Structure(network.product, legs, tuple(network.sizes.items()))
+    return structures(network, (*network.expert_legs, INPUT, OUTPUT), network.sizes)
+
+
+def _room(structure: Structure) -> int:
+    """Entries that a search on a whole tensor may hold beside it."""
+    return round(ROOM * prod(structure.sizes[leg] for leg in structure.open_legs))
+
+
+def _fit_peak(structure: Structure, itemsize: int) -> int:
+    """Bytes beside the tensor: of compression, of a search on the core, or of one on the tensor."""
+    copies = _COPIES * itemsize * _entries(structure)
+    whole = copies + _search_peak(structure, _room(structure), itemsize)
+    small = _core(structure)
+    sizes, fewer = structure.sizes, small.sizes
+    if fewer == sizes:
+        return whole
+    entries = prod(fewer[leg] for leg in structure.open_legs)
+    bases = [itemsize * sizes[leg] * fewer[leg] for leg in (INPUT, OUTPUT)]
+    made = _BASIS * max(bases) + 2 * itemsize * sizes[INPUT] * sizes[OUTPUT]
+    held = itemsize * entries + sum(bases)
+    search = _COPIES * itemsize * _entries(small)
+    search += _search_peak(small, _room(structure) - entries, itemsize)
+    return max(held + max(made, search), whole)
+
+
+def _entries(structure: Structure) -> int:
+    return sum(prod(structure.shape(factor)) for factor in structure.wanted)
+
+
+def _search_peak(structure: Structure, room: int, itemsize: int) -> int:
+    """Bytes of a sweep beside its tensor and factors."""
+    if len(structure.factors) == 1:
+        return 0
+    *others, last = structure.wanted
+    updates = max(_update_peak(structure, each.name, itemsize) for each in structure.wanted)
+    if not absorbs(structure, room):
+        return updates
+    met = itemsize * prod(structure.sizes[leg] for leg in plan_partial(structure, last.name)[1])
+    programs = [plan_update(structure, each.name, last.name).moment for each in others]
+    return updates + met + max(program_peak(each, each.sizes, itemsize) for each in programs)
 
 
 def _block(structure: Structure) -> Structure:
@@ -113,40 +159,24 @@ def _block(structure: Structure) -> Structure:
 
 def _update_peak(structure: Structure, name: str, itemsize: int) -> int:
     """Bytes of one factor's least-squares problem."""
-    if len(structure.factors) == 1:
-        return 0
     update, block = plan_update(structure, name), plan_update(_block(structure), name).moment
     moment = itemsize * prod(structure.shape(structure.factor(name)))
-    grams = 0
+    grams = made = 0
     for gram in update.grams:
         shared = prod(structure.sizes[leg] for leg in update.legs[: update.shared])
-        grams += _INVERSE * 8 * shared * prod(gram.bonds) ** 2
-        grams = max(grams, program_peak(gram.program, gram.program.sizes, itemsize))
-    return _SOLVED * moment + max(
-        program_peak(block, block.sizes, itemsize), grams, _absorbed_peak(structure, name, itemsize)
-    )
-
-
-def _absorbed_peak(structure: Structure, name: str, itemsize: int) -> int:
-    """Bytes of contracting what is left of the whole tensor by the last factor, if it is held."""
-    last, sizes = structure.factors[-1].name, structure.sizes
-    if name == last or len(structure.factors) == 2:
-        return 0
-    _, legs = plan_partial(structure, last)
-    if prod(sizes[leg] for leg in legs) > _ROOM * prod(sizes[leg] for leg in structure.open_legs):
-        return 0
-    program = plan_update(structure, name, last).moment
-    return program_peak(program, program.sizes, itemsize)
+        square = 8 * shared * prod(gram.bonds) ** 2
+        made = max(
+            made,
+            grams
+            + max(_INVERSE * square, program_peak(gram.program, gram.program.sizes, itemsize)),
+        )
+        grams += 2 * square
+    return moment + max(program_peak(block, block.sizes, itemsize), made, grams + _SOLVED * moment)
 
 
 def _core(whole: Structure) -> Structure:
     """The network on the core that a tensor is compressed to first."""
-    sizes = whole.sizes
-    for leg in (INPUT, OUTPUT):
-        holders = [factor for factor in whole.factors if leg in factor.legs]
-        filled = prod(whole.sizes[other] for other in holders[0].legs if other != leg) + _SPARE
-        if len(holders) == 1 and len(whole.factors) > 1 and filled < _WORTH * sizes[leg]:
-            sizes[leg] = filled
+    sizes = whole.sizes | (core_counts(whole) if len(whole.wanted) > 1 else {})
     return replace(whole, size_items=tuple(sizes.items()))
 
 
@@ -157,22 +187,22 @@ def _ranges(whole: Structure, core: Structure, itemsize: int) -> Iterator[StepCo
     for leg in (INPUT, OUTPUT):
         if small[leg] < sizes[leg]:
             # there and back in each pass
-            flops = 2 * (2 * _PASSES) * entries * small[leg]
+            flops = 2 * (2 * PASSES) * entries * small[leg]
             yield StepCost("range", flops, bytes_read=itemsize * entries)
 
 
 def _sweep(structure: Structure, itemsize: int) -> Iterator[StepCost]:
     """Every factor solved for once."""
-    *others, last = [factor.name for factor in structure.factors]
-    if not others:
+    if len(structure.factors) == 1:
         return
+    *others, last = [factor.name for factor in structure.wanted]
     absorbed = last if len(others) > 1 else None
     programs: list[Program] = [plan_update(structure, last).moment]
     if absorbed is not None:
         programs.append(plan_partial(structure, last)[0])
     for name in others:
         programs.append(plan_update(structure, name, absorbed).moment)
-    for factor in structure.factors:
+    for factor in structure.wanted:
         update = plan_update(structure, factor.name)
         programs.extend(gram.program for gram in update.grams)
         yield from _solves(structure, factor, update)

@@ -11,7 +11,7 @@ from math import prod
 from tensormoe._safetensors import ArrayInfo
 from tensormoe._spec import LayerSpec
 from tensormoe.decomposition._choose import Sizes, candidates
-from tensormoe.decomposition._runs import _LARGE as LARGE
+from tensormoe.decomposition._runs import LARGE
 from tensormoe.decomposition.checkpoints._effort import memory_needed, seconds_needed
 from tensormoe.decomposition.checkpoints._groups import Group, find_groups
 from tensormoe.decomposition.checkpoints._settings import Compression

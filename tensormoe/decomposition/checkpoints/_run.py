@@ -12,7 +12,7 @@ from typing import Any
 from tensormoe import __version__
 from tensormoe._checkpoint_files import checkpoint_path, write_whole
 from tensormoe.decomposition._decompose import decompose
-from tensormoe.decomposition.checkpoints._gauge import even, orthonormal
+from tensormoe.decomposition._gauge import robust
 from tensormoe.decomposition.checkpoints._measure import GroupReport, stored_errors
 from tensormoe.decomposition.checkpoints._plan import (
     CompressionPlan,
@@ -160,7 +160,7 @@ def _compress(plan: CompressionPlan, each: GroupPlan, path: str) -> GroupReport:
     stored = working_dtype(group.dtype) if settings.dense else group.dtype
     best = found.factors
     if stored != working_dtype(group.dtype):
-        best = even(orthonormal(config.spec.network, best))
+        best = robust(config.spec.network, best)
     factors = {f"factors.{name}": rounded(array, stored) for name, array in best.items()}
     error, errors = stored_errors(stack, config, factors, group.dtype, settings.dense)
     write_factors(path, config, factors, stored)

@@ -9,29 +9,43 @@ tensor trains), and then rounding errors are not amplified.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import exp, fsum, log
 from typing import Any
 
-from tensormoe.factorizations import INPUT, OUTPUT, Leg, Network
+from tensormoe.factorizations import INPUT, OUTPUT, Factor, Leg, Network, Term
 
-__all__ = ["even", "orthonormal"]
+__all__ = ["even", "orthonormal", "robust"]
 
 
-def orthonormal(network: Network, factors: Mapping[str, Any]) -> dict[str, Any]:
-    """Factors of a network without cycles, all but one orthonormal towards that one.
+def robust(network: Network, factors: Mapping[str, Any]) -> dict[str, Any]:
+    """The same tensor from factors that can be rounded: orthonormal where possible, of one size.
+
+    Args:
+        network: a bias of which is a row of the input's factor.
+        factors: NumPy arrays by name.
+    """
+    found = dict(factors)
+    for term in network.terms:
+        names = [factor.name for factor in term.factors]
+        found |= even(orthonormal(term, {name: found[name] for name in names}))
+    return found
+
+
+def orthonormal(term: Term, factors: Mapping[str, Any]) -> dict[str, Any]:
+    """Factors of a term without cycles, all but one orthonormal towards that one.
 
     Others stay as they are, and so do factors that are too small to be orthonormal.
 
     Args:
-        network: without a bias.
+        term: of a network, mostly all of it.
         factors: NumPy arrays by name.
     """
     import numpy as np
 
     found = dict(factors)
-    legs = {factor.name: factor.legs for factor in network.factors}
-    for name, leg, parent in _upwards(network):
+    legs = {factor.name: factor.legs for factor in term.factors}
+    for name, leg, parent in _upwards(term.factors):
         axis = legs[name].index(leg)
         moved = np.moveaxis(found[name], axis, -1)
         matrix = moved.reshape(-1, moved.shape[-1])
@@ -58,18 +72,17 @@ def even(factors: Mapping[str, Any]) -> dict[str, Any]:
     return {name: array * (mean / sizes[name]) for name, array in factors.items()}
 
 
-def _upwards(network: Network) -> list[tuple[str, Leg, str]]:
+def _upwards(factors: Sequence[Factor]) -> list[tuple[str, Leg, str]]:
     """Each factor but one, its bond towards that one, and the factor there; leaves come first.
 
     Empty where bonds are shared by more than two factors, or make a cycle.
     """
-    open_legs = {*network.expert_legs, INPUT, OUTPUT}
     holders: dict[Leg, list[str]] = {}
-    for factor in network.factors:
+    for factor in factors:
         for leg in factor.legs:
-            if leg not in open_legs:
+            if leg not in (INPUT, OUTPUT) and not leg.startswith("n"):
                 holders.setdefault(leg, []).append(factor.name)
-    names = [factor.name for factor in network.factors]
+    names = [factor.name for factor in factors]
     if any(len(set(each)) != 2 for each in holders.values()) or len(holders) != len(names) - 1:
         return []
     bonds = {name: [leg for leg, each in holders.items() if name in each] for name in names}
