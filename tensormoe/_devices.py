@@ -13,7 +13,7 @@ def device_of(array: Array) -> Any:
     """What a namespace takes as ``device`` to put a new array beside ``array``.
 
     ``None``, the library's own choice, for arrays that have no device, although the standard says
-    so: JAX's while they are traced, and all of Dask's.
+    so: JAX's while they are traced or lie on several devices, and all of Dask's.
 
     >>> import numpy as np
     >>> device_of(np.ones(3))
@@ -21,4 +21,6 @@ def device_of(array: Array) -> Any:
     >>> device_of(object()) is None
     True
     """
-    return getattr(array, "device", None)
+    device = getattr(array, "device", None)
+    # a layout over several devices fits no array of another shape
+    return None if hasattr(device, "device_set") else device

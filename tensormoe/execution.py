@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+from tensormoe._devices import device_of
 from tensormoe.backend import Array, Backend
 from tensormoe.planning._program import Program, Step
 
@@ -108,6 +109,12 @@ def _scatter(program: Program, step: Step, operands: list[Array], backend: Backe
     return backend.reshape(total, tuple(program.sizes[leg] for leg in step.legs))
 
 
+def _eye(program: Program, step: Step, operands: list[Array], backend: Backend) -> Array:
+    (like,) = operands
+    size = program.sizes[step.legs[0]]
+    return backend.namespace.eye(size, dtype=like.dtype, device=device_of(like))
+
+
 def _flattened(
     program: Program,
     step: Step,
@@ -142,4 +149,5 @@ _RUN: Mapping[str, _Run] = {
     "expand": _expand,
     "gather": _gather,
     "scatter": _scatter,
+    "eye": _eye,
 }

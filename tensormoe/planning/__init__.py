@@ -10,13 +10,13 @@ from tensormoe.planning._budget import Budget as Budget
 from tensormoe.planning._budget import mlp_budgets as mlp_budgets
 from tensormoe.planning._cost import Cost as Cost
 from tensormoe.planning._cost import StepCost as StepCost
+from tensormoe.planning._draft import Routing as Routing
 from tensormoe.planning._plan import Plan as Plan
 from tensormoe.planning._plan import plan_layer as plan_layer
 from tensormoe.planning._program import Operand as Operand
 from tensormoe.planning._program import Program as Program
 from tensormoe.planning._program import Step as Step
 from tensormoe.planning._regimes import Regimes as Regimes
-from tensormoe.planning._regimes import Routing as Routing
 from tensormoe.planning._regimes import plan_regimes as plan_regimes
 from tensormoe.planning._reverse import Reverse as Reverse
 from tensormoe.planning._reverse import reverse as reverse

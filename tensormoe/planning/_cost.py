@@ -4,8 +4,8 @@ Conventions, tested against independent counters:
 
 - a multiply-add is 2 FLOPs; work of matrix products is kept apart from elementwise work, because
   counters such as ``torch.utils.flop_counter`` see the first only;
-- a gather, a scatter's zeros, a view and a copy are 0 FLOPs; every step reads its operands once
-  and writes its result once;
+- a gather, a scatter's zeros, an identity matrix, a view and a copy are 0 FLOPs; every step reads
+  its operands once and writes its result once;
 - memory is that of live arrays beyond the layer's input and parameters: results, intermediates,
   coefficients, and in training what is saved for the way back and the gradients.
 """
@@ -164,6 +164,8 @@ def _step_cost(
     if step.kind == "gather":
         # only the rows that are picked are touched
         volumes[0] = written
+    elif step.kind == "eye":
+        volumes[0] = 0
     read = sum(
         volume * (INDEX_BYTES if role == "indices" else itemsize)
         for volume, role in zip(volumes, roles, strict=True)

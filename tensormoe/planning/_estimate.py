@@ -17,18 +17,12 @@ from tensormoe.factorizations import BATCH, OUTPUT, Leg
 from tensormoe.gates import Gate
 from tensormoe.planning._budget import Budget
 from tensormoe.planning._cost import Cost, StepCost, live_memory, program_cost
+from tensormoe.planning._draft import DENSE, WRITE_WEIGHT, Draft
 from tensormoe.planning._family import INNER, Choice, Family, largest
 from tensormoe.planning._layer_cost import layer_cost
 from tensormoe.planning._polynomial import Polynomial, evaluate, undominated
 from tensormoe.planning._program import Program
-from tensormoe.planning._regimes import (
-    DENSE,
-    WRITE_WEIGHT,
-    Draft,
-    Trees,
-    best_candidate,
-    build_program,
-)
+from tensormoe.planning._regimes import Trees, best_candidate, build_program
 from tensormoe.planning._roofline import Roofline
 from tensormoe.planning._tree import tree_cost
 
@@ -110,12 +104,12 @@ class Estimator:
             return False
         self._explored.add(sizes)
         draft = Draft(self.family.spec(sizes), DENSE)
-        path = best_candidate(draft, self.budget.batch)
+        path = best_candidate([draft], self.budget.batch)
         # the same trees at other sizes are the same path
         if path.trees in self.models:
             return False
         legs = {**self.family.legs, BATCH: Polynomial.constant(self.budget.batch)}
-        model = self._model(build_program(draft, path), _priority(path.trees, legs))
+        model = self._model(build_program(path), _priority(path.trees, legs))
         for other, earlier in self.models.items():
             # a path that another is preferred to at every rank is out
             if earlier is not None and model.priority.below(earlier.priority):

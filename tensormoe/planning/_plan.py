@@ -12,9 +12,10 @@ from tensormoe.errors import PlanError
 from tensormoe.gates import Gate
 from tensormoe.planning._cost import Cost
 from tensormoe.planning._describe import describe_plan
+from tensormoe.planning._draft import DENSE, Routing
 from tensormoe.planning._layer_cost import layer_cost
 from tensormoe.planning._program import Program
-from tensormoe.planning._regimes import DENSE, Regimes, Routing, plan_regimes
+from tensormoe.planning._regimes import Regimes, plan_regimes
 
 __all__ = ["Plan", "plan_layer"]
 

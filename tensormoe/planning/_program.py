@@ -12,14 +12,15 @@ from tensormoe.factorizations import BATCH, Leg
 __all__ = ["IDENTITY", "Kind", "Operand", "Program", "Role", "Step", "View"]
 
 Kind = Literal[
-    "linear", "matmul", "multiply", "add", "gather", "scatter", "reduce", "expand", "permute"
+    "linear", "matmul", "multiply", "add", "gather", "scatter", "reduce", "expand", "permute", "eye"
 ]
 """What a step does.
 
 ``linear`` is one matrix product of an operand over the batch with one that is not; ``matmul`` any
 other, batched or between weights; ``multiply`` and ``add`` are elementwise with broadcasting;
 ``gather`` picks rows by index and ``scatter`` is its transpose; ``reduce`` sums legs away and
-``expand`` is its transpose; ``permute`` is a copy into another leg order.
+``expand`` is its transpose; ``permute`` is a copy into another leg order; ``eye`` is an identity
+matrix in the dtype and on the device of its operand, of which it takes nothing else.
 """
 
 Role = Literal["factor", "data", "indices"]

@@ -12,55 +12,25 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from tensormoe._spec import LayerSpec
-from tensormoe._validation import positive_int
-from tensormoe.errors import PlanError
-from tensormoe.factorizations import BATCH, INPUT, OUTPUT, Leg, Term
-from tensormoe.planning._program import Operand, Program
+from tensormoe.factorizations import BATCH, OUTPUT, Leg
+from tensormoe.planning._draft import DENSE, WRITE_WEIGHT, Draft, Part, Routing
+from tensormoe.planning._program import Program
 from tensormoe.planning._tree import Builder, Node, contract_path, tree_cost, tree_of
 
 __all__ = [
-    "DENSE",
     "MAX_BATCH",
     "WRITE_WEIGHT",
     "Candidate",
-    "Draft",
     "Regimes",
-    "Routing",
     "Trees",
     "best_candidate",
     "build_program",
     "plan_regimes",
 ]
 
-WRITE_WEIGHT = 32
-"""Multiply-adds that writing one entry is worth when paths are compared: the ratio of arithmetic
-to memory speed on current CPUs and GPUs is a few tens of operations an entry."""
-
 MAX_BATCH = 2**31 - 1
 """The batch size at which a plan for prepared weights is sought: work on weights alone is
 negligible there."""
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What the data operands of a layer look like to the planner.
-
-    Args:
-        top_k: experts kept a level when coefficients come as values and indices (…, k), so that
-            their factors are gathered; None for dense coefficients (…, N).
-        indexed_input: whether inputs are integer ids, one-hot rows that were never built.
-    """
-
-    top_k: int | None = None
-    indexed_input: bool = False
-
-    def __post_init__(self) -> None:
-        if self.top_k is not None:
-            object.__setattr__(self, "top_k", positive_int(self.top_k, "top_k", PlanError))
-
-
-DENSE = Routing()
-"""Dense coefficients and dense inputs."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +73,9 @@ class Trees:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to run a layer: contraction trees, one pair a term, and their cost line."""
+    """A way to run a layer: a draft, contraction trees, one pair a term, and their cost line."""
 
+    draft: Draft
     trees: tuple[Trees, ...]
     const: int
     slope: int
@@ -112,99 +83,6 @@ class Candidate:
     def cost(self, batch: int) -> int:
         """What the planner minimizes, at one batch size."""
         return self.const + self.slope * batch
-
-
-@dataclass(frozen=True)
-class Part:
-    """One term of a layer after the gathers.
-
-    Args:
-        slots: what is contracted, data first.
-        carrier: the slot of the input mode's factor.
-        bias: the slot of the bias, if it is still to be added.
-    """
-
-    slots: tuple[int, ...]
-    carrier: int
-    bias: int | None
-
-
-class Draft:
-    """The part that every plan of a layer shares: operands, and gathers by index."""
-
-    def __init__(self, spec: LayerSpec, routing: Routing) -> None:
-        network = spec.network
-        self.spec = spec
-        self.sizes: dict[Leg, int] = dict(network.sizes)
-        operands: list[Operand] = []
-        self.indices: dict[Leg, int] = {}
-        self.picks: dict[Leg, Leg] = {}
-        self.dense: list[int] = []
-        for level, leg in enumerate(network.expert_legs):
-            kept = leg
-            if routing.top_k is not None:
-                if routing.top_k > self.sizes[leg]:
-                    raise PlanError(
-                        f"top_k must be at most the experts of each level; got {routing.top_k} "
-                        f"for level {level} of {self.sizes[leg]}. Lower k."
-                    )
-                kept = f"k{level}"
-                self.sizes[kept] = routing.top_k
-                self.picks[leg] = kept
-                self.indices[leg] = len(operands)
-                operands.append(Operand(f"indices_{level}", (BATCH, kept), "indices"))
-            self.dense.append(len(operands))
-            operands.append(Operand(f"coefficients_{level}", (BATCH, kept), "data"))
-        self.x: int | None = None
-        if routing.indexed_input:
-            self.indices[INPUT] = len(operands)
-            operands.append(Operand("ids", (BATCH,), "indices"))
-        else:
-            self.x = len(operands)
-            self.dense.append(self.x)
-            operands.append(Operand("x", (BATCH, INPUT), "data"))
-        self.factors = {
-            factor.name: len(operands) + k for k, factor in enumerate(network.all_factors)
-        }
-        operands += [Operand(each.name, each.legs, "factor") for each in network.all_factors]
-        self.operands = tuple(operands)
-
-    def start(self) -> tuple[Builder, list[Part]]:
-        """A builder after the gathers, and the terms to contract."""
-        builder = Builder(self.operands, self.sizes)
-        slots = {name: self._gather(builder, slot) for name, slot in self.factors.items()}
-        parts = [self._part(builder, term, slots) for term in self.spec.network.terms]
-        return builder, parts
-
-    def _part(self, builder: Builder, term: Term, slots: Mapping[str, int]) -> Part:
-        listed = {factor.name: slots[factor.name] for factor in term.factors}
-        bias = None if term.bias is None else slots[term.bias.name]
-        name = term.input_factor.name
-        if bias is not None and self.x is None:
-            # an indexed input has picked its rows already: the bias is added right there
-            listed[name] = builder.plus(listed[name], bias)
-            bias = None
-        legs = {BATCH, *(leg for slot in listed.values() for leg in builder.legs[slot])}
-        # what all experts have in common is mixed by the sum of their coefficients
-        data = [builder.reduce(slot, frozenset(legs)) for slot in self.dense]
-        return Part((*data, *listed.values()), listed[name], bias)
-
-    def _gather(self, builder: Builder, slot: int) -> int:
-        """Pick rows of a factor for every mode that comes by index."""
-        legs = builder.legs[slot]
-        places = [place for place, leg in enumerate(legs) if leg in self.indices]
-        if not places:
-            return slot
-        first, last = places[0], places[-1]
-        if last - first + 1 != len(places):
-            raise PlanError(
-                f"indexed modes must lie side by side in a factor; got {legs} with "
-                f"{[legs[place] for place in places]}. Use dense coefficients or inputs."
-            )
-        picked = tuple(self.picks[legs[place]] for place in places if legs[place] in self.picks)
-        result = (*legs[:first], BATCH, *picked, *legs[last + 1 :])
-        inputs = (slot, *(self.indices[legs[place]] for place in places))
-        return builder.add("gather", inputs, result, axis=first)
 
 
 @lru_cache(maxsize=1024)
@@ -221,20 +99,22 @@ def plan_regimes(spec: LayerSpec, routing: Routing = DENSE) -> Regimes:
     Raises:
         PlanError: the routing does not fit the layer.
     """
-    draft = Draft(spec, routing)
-    small, large = best_candidate(draft, 1), best_candidate(draft, MAX_BATCH)
+    drafts = [Draft(spec, routing)]
+    if routing.top_k is not None:
+        drafts.append(Draft(spec, routing, spread=True))
+    small, large = best_candidate(drafts, 1), best_candidate(drafts, MAX_BATCH)
     starts, chosen = [0], [small]
-    for threshold, candidate in _crossings(draft, small, large, MAX_BATCH):
+    for threshold, candidate in _crossings(drafts, small, large, MAX_BATCH):
         if threshold == 1:
             chosen[0] = candidate
         else:
             starts.append(threshold)
             chosen.append(candidate)
-    return Regimes(tuple(starts), tuple(build_program(draft, candidate) for candidate in chosen))
+    return Regimes(tuple(starts), tuple(build_program(candidate) for candidate in chosen))
 
 
 def _crossings(
-    draft: Draft, small: Candidate, large: Candidate, end: int
+    drafts: Sequence[Draft], small: Candidate, large: Candidate, end: int
 ) -> list[tuple[int, Candidate]]:
     """Where, between the batches that ``small`` and ``large`` are best for, others take over."""
     if large.slope >= small.slope:
@@ -243,20 +123,25 @@ def _crossings(
     meet = max(-((small.const - large.const) // (small.slope - large.slope)), 1)
     if meet > end:
         return []
-    middle = best_candidate(draft, meet)
+    middle = best_candidate(drafts, meet)
     if middle.cost(meet) >= large.cost(meet):
         return [(meet, large)]
-    return _crossings(draft, small, middle, meet) + _crossings(draft, middle, large, end)
+    return _crossings(drafts, small, middle, meet) + _crossings(drafts, middle, large, end)
 
 
-def best_candidate(draft: Draft, batch: int) -> Candidate:
-    """The cheapest candidate at one batch size."""
+def best_candidate(drafts: Sequence[Draft], batch: int) -> Candidate:
+    """The cheapest candidate at one batch size; of equals, one of the first draft."""
+    return min((_candidate(draft, batch) for draft in drafts), key=lambda each: each.cost(batch))
+
+
+def _candidate(draft: Draft, batch: int) -> Candidate:
     builder, parts = draft.start()
     sizes = {**draft.sizes, BATCH: batch}
     found = [_best_trees(draft, builder, part, sizes) for part in parts]
     terms, consts, slopes = zip(*found, strict=True)
+    const, slope = draft.work(builder)
     added = 2 * WRITE_WEIGHT * sizes[OUTPUT] * (len(found) - 1)
-    return Candidate(terms, sum(consts), sum(slopes) + added)
+    return Candidate(draft, terms, const + sum(consts), slope + sum(slopes) + added)
 
 
 def _best_trees(
@@ -317,8 +202,9 @@ def _contracts(tree: Node, x: int | None, carrier: int) -> bool:
     return any(_contracts(child, x, carrier) for child in tree.children)
 
 
-def build_program(draft: Draft, candidate: Candidate) -> Program:
+def build_program(candidate: Candidate) -> Program:
     """Lower a candidate."""
+    draft = candidate.draft
     builder, parts = draft.start()
     output = (BATCH, OUTPUT)
     results: list[int] = []

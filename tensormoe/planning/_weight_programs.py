@@ -7,8 +7,8 @@ from functools import lru_cache
 
 from tensormoe._spec import LayerSpec
 from tensormoe.factorizations import INPUT, OUTPUT, Leg, expert_leg
+from tensormoe.planning._draft import WRITE_WEIGHT
 from tensormoe.planning._program import Operand, Program
-from tensormoe.planning._regimes import WRITE_WEIGHT
 from tensormoe.planning._tree import Builder, contract_path
 
 __all__ = ["contraction", "weight_program"]
