@@ -7,7 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensormoe import CP, Budget, Dense, LayerSpec, TensorRing, Tucker
+from tensormoe import (
+    CP,
+    BaseDelta,
+    Budget,
+    Dense,
+    LayerSpec,
+    SharedBasis,
+    SharedDelta,
+    TensorRing,
+    TensorTrain,
+    Tucker,
+)
 from tensormoe.decomposition import Search, decompose
 from tensormoe.errors import BudgetError, RankError, ShapeError, SpecError
 from tensormoe_numpy import MuMoE
@@ -175,6 +186,11 @@ def test_more_starts_are_no_worse(stack: np.ndarray) -> None:
         ({"rank": None, "tolerance": 0.0}, SpecError, r"in \(0, 1\)"),
         ({"rank": None, "tolerance": 1e-9}, RankError, "no rank reaches"),
         ({"rank": 0}, RankError, "rank"),
+        ({"rank": 19}, RankError, "at most 15 in bond 'r'.*got 19"),
+        ({"factorization": Tucker((4, 2, 2)), "rank": None}, RankError, "at most 3.*got 4"),
+        ({"factorization": TensorTrain((2, 6)), "rank": None}, RankError, "at most 5.*got 6"),
+        ({"factorization": SharedBasis((2, 16)), "rank": None}, RankError, "at most 12.*got 16"),
+        ({"factorization": "base_delta", "rank": 6}, RankError, "at most 5.*got 6"),
         ({"factorization": "cpp"}, SpecError, "cpp"),
         ({"bias": np.ones((3, 4))}, ShapeError, "bias must have shape"),
         ({"inputs": np.ones((5, 3))}, ShapeError, "inputs must have shape"),
@@ -204,3 +220,24 @@ def test_weights_that_are_not_finite(value: float) -> None:
     bias[0, 0, 0] = value
     with pytest.raises(ShapeError, match="bias must be finite"):
         decompose(np.ones((2, 3, 5, 4)), "cp", rank=2, bias=bias)
+
+
+def test_ranks_as_large_as_can_be_needed_are_exact(rng: np.random.Generator) -> None:
+    weights = rng.standard_normal((3, 6, 5))
+    for kind in (CP(15), Tucker((3, 6, 5)), TensorTrain((3, 5)), BaseDelta(5), SharedDelta(6)):
+        assert decompose(weights, kind).report.error < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"starts": 0}, "starts must be an integer of at least 1; got 0"),
+        ({"sweeps": 2.5}, "sweeps must be an integer of at least 1; got 2.5"),
+        ({"polish": -1}, "polish must be an integer of at least 0; got -1"),
+        ({"tolerance": 1.0}, r"tolerance of a search must be .* in \[0, 1\); got 1.0"),
+        ({"tolerance": np.nan}, "tolerance of a search"),
+    ],
+)
+def test_searches_that_cannot_be(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        Search(**change)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from math import isfinite, prod
 
+from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array, Backend
 from tensormoe.decomposition._source import Source
-from tensormoe.errors import ShapeError
+from tensormoe.errors import RankError, ShapeError
+from tensormoe.factorizations import INPUT, OUTPUT
 
-__all__ = ["checked_bias", "checked_samples", "checked_weights"]
+__all__ = ["checked_bias", "checked_bonds", "checked_samples", "checked_weights"]
 
 
 def checked_weights(weights: Array, backend: Backend) -> None:
@@ -53,6 +55,39 @@ def checked_bias(bias: Array, weights: Array, backend: Backend) -> None:
         )
     if not isfinite(float(backend.namespace.sum(backend.namespace.abs(bias)))):
         raise ShapeError("bias must be finite; got NaN or infinity.")
+
+
+def checked_bonds(spec: LayerSpec) -> None:
+    """Refuse bonds that are larger than any tensor of that shape can need.
+
+    A bond between two factors is at most as large as what either of them has besides it; one that
+    more factors share, as all of CP's do, is at most the tensor's entries over its longest mode.
+
+    Raises:
+        RankError: a bond that is larger.
+    """
+    network = spec.network
+    sizes = {**network.sizes, INPUT: spec.in_features + spec.bias}
+    open_legs = (*network.expert_legs, INPUT, OUTPUT)
+    modes = [sizes[leg] for leg in open_legs]
+    for term in network.terms:
+        for leg in sorted(term.legs - set(open_legs)):
+            holders = [factor for factor in term.factors if leg in factor.legs]
+            if len(holders) == 2:
+                # what both have besides the bond is the same index on either side
+                both = set(holders[0].legs) & set(holders[1].legs) - {leg}
+                most = min(
+                    prod(sizes[each] for each in factor.legs if each not in both | {leg})
+                    for factor in holders
+                )
+            else:
+                most = prod(modes) // max(modes)
+            if sizes[leg] > most:
+                raise RankError(
+                    f"rank must be at most {most} in bond {leg!r} of {spec.factorization!r} for "
+                    f"weights of shape {(*spec.experts, spec.in_features, spec.out_features)}; got "
+                    f"{sizes[leg]}. More has nothing to stand for; lower it, or give a budget."
+                )
 
 
 def checked_samples(

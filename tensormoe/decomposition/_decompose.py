@@ -9,7 +9,12 @@ from time import perf_counter
 from tensormoe._registry import backend_of
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array, Backend
-from tensormoe.decomposition._checks import checked_bias, checked_samples, checked_weights
+from tensormoe.decomposition._checks import (
+    checked_bias,
+    checked_bonds,
+    checked_samples,
+    checked_weights,
+)
 from tensormoe.decomposition._errors import bias_error, output_error, svd_error, weight_errors
 from tensormoe.decomposition._gauge import robust
 from tensormoe.decomposition._report import Decomposition, Report
@@ -75,7 +80,7 @@ def decompose(
         ShapeError: weights that are no stack of matrices, not finite, or other shapes that do not
             fit.
         SpecError, RankError, BudgetError: a factorization, rank, budget or tolerance that cannot
-            be.
+            be, a rank above what any tensor of the shape can need among them.
 
     >>> import numpy as np
     >>> experts = np.random.default_rng(0).standard_normal((6, 1, 1)) * np.ones((1, 8, 5))
@@ -105,6 +110,8 @@ def decompose(
     runs = Runs(weighting.source, sizes, bias is not None, search or Search(), seed)
     kind = runs.resolve(factorization, rank, budget, tolerance)
     spec = LayerSpec(rows, columns, experts, kind, bias=bias is not None)
+    if budget is None and tolerance is None:
+        checked_bonds(spec)
     found, history = runs.run(kind)
     factors = weighting.undo(spec, found)
     if backend.namespace.finfo(weights.dtype).bits == 16:

@@ -10,6 +10,7 @@ from tensormoe.backend import Array
 from tensormoe.decomposition._als import Factors, sweep
 from tensormoe.decomposition._contractions import Structure
 from tensormoe.decomposition._source import Source
+from tensormoe.errors import SpecError
 
 __all__ = ["Problem", "Search", "advance"]
 
@@ -36,12 +37,34 @@ class Search:
         sweeps: most sweeps on the core.
         polish: most sweeps on the tensor itself.
         tolerance: a search ends when sweeps lower the error by less than this share of it.
+
+    Raises:
+        SpecError: a count that is no positive integer (no natural one for ``polish``), or a
+            tolerance outside [0, 1).
     """
 
     starts: int | None = None
     sweeps: int = 200
     polish: int = 20
     tolerance: float = 1e-3
+
+    def __post_init__(self) -> None:
+        counts = {"sweeps": self.sweeps, "polish": self.polish}
+        if self.starts is not None:
+            counts["starts"] = self.starts
+        for name, count in counts.items():
+            least = 0 if name == "polish" else 1
+            if not isinstance(count, int) or isinstance(count, bool) or count < least:
+                raise SpecError(
+                    f"{name} must be an integer of at least {least}; got {count!r}. Leave it out "
+                    "for the usual search."
+                )
+        number = isinstance(self.tolerance, (int, float)) and not isinstance(self.tolerance, bool)
+        if not number or not 0 <= self.tolerance < 1:
+            raise SpecError(
+                f"tolerance of a search must be a share of the error in [0, 1); got "
+                f"{self.tolerance!r}. Give for example 0.001."
+            )
 
 
 @dataclass(frozen=True, eq=False)
