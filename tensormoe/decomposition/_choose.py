@@ -68,7 +68,8 @@ def _grid(
 ) -> Iterator[tuple[int | str, ...]]:
     """Sizes of the bonds of expert factors, each for itself: experts and shapes are seldom even.
 
-    The other bonds are left to the budget.
+    The other bonds are left to the budget, and so is the last one where all are of experts, as those
+    of a shared basis are.
     """
     legs = list(kind.bond_sizes(experts, out_features))
     near = [
@@ -79,7 +80,8 @@ def _grid(
             for factor in kind.factors(len(experts))
         )
     ]
-    if len(legs) == len(near) or len(legs) - len(near) > 2:
+    near = near[:-1] if near == legs else near
+    if not near or len(legs) - len(near) > 2:
         return
     sizes = [2**power for power in range(max(experts).bit_length() + 1) if 2**power <= max(experts)]
     sizes = sizes if sizes[-1] == max(experts) else [*sizes, max(experts)]
