@@ -103,7 +103,10 @@ def _fit_term(
     factors = expand(core, factors)
     del core, small
     whole = Problem((structure,), source, norm, room)
-    known = history[-1] * (1.0 + _ROUNDING) if history else inf
+    if not history:
+        # no sweep on the core was worth keeping
+        history = [whole.error(factors)]
+    known = history[-1] * (1.0 + _ROUNDING)
     factors, polished = advance(whole, factors, search.polish, search.tolerance, _PATIENCE, known)
     return factors, (*history, *polished)
 
