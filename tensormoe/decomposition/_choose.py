@@ -68,8 +68,8 @@ def _grid(
 ) -> Iterator[tuple[int | str, ...]]:
     """Sizes of the bonds of expert factors, each for itself: experts and shapes are seldom even.
 
-    The other bonds are left to the budget, and so is the last one where all are of experts, as those
-    of a shared basis are.
+    The other bonds are left to the budget, and so is the last one where all are of experts, as in a
+    shared basis.
     """
     legs = list(kind.bond_sizes(experts, out_features))
     near = [

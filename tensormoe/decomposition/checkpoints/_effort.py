@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from math import prod
@@ -15,6 +15,7 @@ from tensormoe.decomposition._contractions import (
     Update,
     plan_partial,
     plan_update,
+    plan_whole,
     structures,
 )
 from tensormoe.decomposition._fit import ROOM
@@ -96,6 +97,7 @@ def seconds_needed(
     # sums have no core: what one term leaves of the tensor depends on all others
     polish = _POLISH if len(terms) == 1 else _SWEEPS
     total = search(spec, _SWEEPS) + polish * sum(time(_sweep(term, itemsize)) for term in terms)
+    total += polish * time(_subtractions(terms, itemsize))
     total += sum(search(each, TRIAL.sweeps) for each in (candidates if others else ()))
     if compare:
         narrow, wide = sorted((spec.in_features, spec.out_features))
@@ -208,6 +210,17 @@ def _sweep(structure: Structure, itemsize: int) -> Iterator[StepCost]:
         yield from _solves(structure, factor, update)
     for program in programs:
         yield from program_cost(program, program.sizes, itemsize)
+
+
+def _subtractions(terms: Sequence[Structure], itemsize: int) -> Iterator[StepCost]:
+    """What the others leave, made anew for every factor of a term, and for the error."""
+    for term in terms:
+        entries = prod(term.sizes[leg] for leg in term.open_legs)
+        for other in (each for each in terms if each != term):
+            program = plan_whole(other)
+            for _ in range(len(term.wanted) + (term == terms[-1])):
+                yield from program_cost(program, program.sizes, itemsize)
+                yield StepCost("left", 0, entries, bytes_read=3 * itemsize * entries)
 
 
 def _solves(structure: Structure, factor: Factor, update: Update) -> Iterator[StepCost]:
