@@ -20,8 +20,7 @@ from tensormoe import (
     select_rank,
     to_tensorly,
 )
-from tensormoe.decomposition import decompose
-from tensormoe.errors import LayoutError, RankError, SpecError
+from tensormoe.errors import LayoutError, RankError
 from tensormoe.factorizations import INPUT, OUTPUT
 from tensormoe.planning import weight_program
 from tensormoe.testing import assert_output
@@ -179,13 +178,6 @@ def test_tensorly_has_no_layout() -> None:
         to_tensorly(BaseDelta(2), layer(BaseDelta(2), (7, 5)).factors)
     with pytest.raises(LayoutError, match="shared_delta"):
         from_tensorly(SharedDelta(2), [np.ones(3)], bias=False)
-
-
-@pytest.mark.parametrize("name", ["base_delta", "shared_delta"])
-def test_a_sum_is_not_fitted_as_if_it_were_a_product(name: str) -> None:
-    weights = np.random.default_rng(0).standard_normal((4, 8, 6))
-    with pytest.raises(SpecError, match=r"one product .*; got the sum base \+ input·output"):
-        decompose(weights, name, rank=2)
 
 
 def test_ranks_that_cannot_be() -> None:
