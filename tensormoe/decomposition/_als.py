@@ -78,26 +78,40 @@ def _sweep_term(
         for name in others:
             update = plan_update(structure, name, last)
             moment = run(update.moment, {**found, SOURCE: met}, source.backend)
-            found[name], _ = _solved(update, moment, found, source.backend, damping)
+            found[name], _ = _solved(update, moment, found, source.backend, damping, False)
         del met
     else:
         for name in others:
-            found[name], _ = solve_factor(structure, name, source, found, damping)
+            found[name], _ = solve_factor(structure, name, source, found, damping, False)
     found[last], explained = solve_factor(structure, last, source, found, damping)
     return explained
 
 
 def solve_factor(
-    structure: Structure, name: str, source: Source, factors: Mapping[str, Array], damping: float
+    structure: Structure,
+    name: str,
+    source: Source,
+    factors: Mapping[str, Array],
+    damping: float,
+    explain: bool = True,
 ) -> tuple[Array, float]:
-    """The best factor for given others, and the squared norm that the network then explains."""
+    """The best factor for given others, and the squared norm that the network then explains.
+
+    Args:
+        structure: the network.
+        name: of the factor.
+        source: the tensor.
+        factors: all of them, by name.
+        damping: see :func:`inverse`.
+        explain: whether the squared norm is wanted, which takes another product; else it is 0.
+    """
 
     def moment_of(each: Structure) -> Any:
         update = plan_update(each, name)
         return update.moment, update.legs
 
     moment = source.contract(structure, moment_of, factors)
-    return _solved(plan_update(structure, name), moment, factors, source.backend, damping)
+    return _solved(plan_update(structure, name), moment, factors, source.backend, damping, explain)
 
 
 def _solved(
@@ -106,6 +120,7 @@ def _solved(
     factors: Mapping[str, Array],
     backend: Backend,
     damping: float,
+    explain: bool,
 ) -> tuple[Array, float]:
     """A better factor: from the one that is there, as far as the equations can be trusted."""
     import numpy as np
@@ -128,8 +143,9 @@ def _solved(
             each[..., start : start + _COLUMNS].astype("float64") for each in (given, flat)
         )
         part += _along(inverses, target - _along(grams, part, update), update)
-        # ‖T − N‖² = ‖T‖² − 2⟨M, X⟩ + ⟨X, G X⟩
-        explained += float((part * (2.0 * target - _along(grams, part, update))).sum())
+        if explain:
+            # ‖T − N‖² = ‖T‖² − 2⟨M, X⟩ + ⟨X, G X⟩
+            explained += float((part * (2.0 * target - _along(grams, part, update))).sum())
         flat[..., start : start + _COLUMNS] = part
     del grams, inverses, given, old
     return from_host(whole.transpose(update.axes), moment, backend), explained
