@@ -7,13 +7,14 @@ A chess program's evaluation ends in eight experts of one shape, three layers ea
 number of pieces on the board chooses one. They are read from the installed program (``apt install
 stockfish`` on Debian 12); where it is missing, the example says so and does nothing. First the
 reading is checked: a forward pass in the engine's integers has to say what the engine's own table
-says of each expert. Then each layer's experts are decomposed in every factorization at several
-budgets, next to truncated SVDs and to two controls: Gaussian noise of the same norms, where there
-is nothing to find, and the same experts with their inputs shuffled, where there is nothing to
-share. Errors of outputs and evaluations are those on games that nothing was fitted to.
+says of each expert. Then each layer's experts are decomposed in every factorization, sums of a base
+and deltas among them, at several budgets, next to truncated SVDs and to two controls: Gaussian
+noise of the same norms, where there is nothing to find, and the same experts with their inputs
+shuffled, where there is nothing to share. Errors of outputs and evaluations are those on games that
+nothing was fitted to.
 
-Prints tables; the picture goes to ``out/``. Takes under a minute, ``--quick`` some seconds. Needs
-NumPy, rich and matplotlib (``pip install 'tensormoe[demo]'``).
+Prints tables; the picture goes to ``out/``. Takes about a minute, ``--quick`` a quarter of one.
+Needs NumPy, rich and matplotlib (``pip install 'tensormoe[demo]'``).
 """
 
 from __future__ import annotations

@@ -168,6 +168,18 @@ def test_a_factorization_looks_the_same_in_every_picture() -> None:
     assert len(set(colours)) == 1
 
 
+def test_no_two_factorizations_look_alike() -> None:
+    axes = Figure().add_subplot()
+    names = [*FACTORIZATIONS, "my own"]
+    plot_errors(axes, [ErrorCurve(name, (_point(10, 0.8),)) for name in names])
+    lines = {line.get_label(): line for line in axes.lines}
+    looks = [(lines[name].get_color(), lines[name].get_marker()) for name in names]
+    assert len(set(looks)) == len(names)
+    colours = {colour for name, (colour, _) in zip(names, looks, strict=True) if name != "my own"}
+    # a dense layer loses nothing: its curve is not asked for
+    assert len(colours) == len(FACTORIZATIONS) - 1
+
+
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
 def test_pictures_are_written(tmp_path: Path, rng: np.random.Generator, suffix: str) -> None:
     curves = error_curves(rng.standard_normal((4, 12, 10)), ["cp", "tensor_ring"], (0.2, 0.5))

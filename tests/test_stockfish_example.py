@@ -20,6 +20,7 @@ pytest.importorskip("rich")
 
 from tensormoe import Dense
 from tensormoe.decomposition import Search, decompose
+from tensormoe.factorizations import FACTORIZATIONS
 
 
 @contextmanager
@@ -256,6 +257,26 @@ def test_experts_that_share_are_told_from_those_that_do_not(rng: np.random.Gener
     assert report.verdict(tiny, 0.001) == "Nothing fits 0%."
 
 
+def test_every_factorization_stands_beside_its_own_controls(rng: np.random.Generator) -> None:
+    weights = rng.standard_normal((1, 60, 12)) + rng.standard_normal((8, 60, 12))
+    found = study.study(_layer(weights), (0.2, 0.3), Search(starts=1, sweeps=5), None, None)
+    rows = {name: cells for name, *cells in report.controls(found, 0.3)}
+    assert set(rows) == set(FACTORIZATIONS) - {"dense"}
+    for name, cells in rows.items():
+        curves = [
+            next(curve for curve in each if curve.name == name)
+            for each in (found.trained, found.shuffled, found.noise)
+        ]
+        trained, *apart = (study.best([curve], 0.3) for curve in curves)
+        assert trained is not None
+        own = trained.report
+        wanted = [f"{own.ratio:.1%}", f"{own.error:.3f}", f"{own.svd_error:.3f}"]
+        wanted += [f"{each.report.error:.3f}" for each in apart if each is not None]
+        assert cells == wanted
+    # the base alone is an eighth, and a rank is a tenth
+    assert "base_delta" not in {name for name, *_ in report.controls(found, 0.2)}
+
+
 def test_the_table_of_the_engine_is_read() -> None:
     lines = [
         "|  0         |     0.00   |  +  1.25 |  +  1.25 |",
@@ -308,6 +329,8 @@ def test_a_program_that_does_not_run_still_has_weights(
     # random experts are what the control is
     assert said.count("do not compress together; nor alone") == 3
     assert "pawns" not in said
+    # a base fits in two layers of the three, and stands in two tables of each
+    assert said.count("base_delta") == said.count("shared_delta") == 4
     assert (tmp_path / "stockfish.png").stat().st_size > 20_000
 
 

@@ -19,7 +19,7 @@ from tensormoe.decomposition import ErrorCurve
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw", "show_evaluations", "show_experts", "show_layer", "verdict"]
+__all__ = ["controls", "draw", "show_evaluations", "show_experts", "show_layer", "verdict"]
 
 # the experts are told to share something where shuffling loses this much more
 _MARGIN = 1.05
@@ -42,7 +42,30 @@ def show_layer(study: Study, budgets: Sequence[float], budget: float) -> None:
     console.print(f"\n{study.layer.name}, {EXPERTS} experts: relative error", style="bold")
     console.print(table)
     console.print(f"Rounding to int8 itself is off by {rounding:.3f}.")
+    table = make_table(
+        f"within {budget:.0%}", "parameters", "trained", "SVD of that size", "shuffled", "noise"
+    )
+    for row in controls(study, budget):
+        table.add_row(*row)
+    console.print(table)
     console.print(verdict(study, budget))
+
+
+def controls(study: Study, budget: float) -> list[tuple[str, ...]]:
+    """Of each factorization within a budget: its size, its error, and those it has to be below."""
+    rows = []
+    for curve in study.trained:
+        point = best([curve], budget)
+        if point is None:
+            continue
+        report = point.report
+        apart = [
+            *_cells([each for each in study.shuffled if each.name == curve.name], [budget]),
+            *_cells([each for each in study.noise if each.name == curve.name], [budget]),
+        ]
+        known = f"{report.ratio:.1%}", f"{report.error:.3f}", f"{report.svd_error:.3f}"
+        rows.append((curve.name, *known, *apart))
+    return rows
 
 
 def verdict(study: Study, budget: float) -> str:
@@ -136,7 +159,7 @@ def draw(
     typical: float | None,
 ) -> None:
     """Error against parameters for every layer; below, by expert, for outputs and evaluations."""
-    with picture(path, 13.0, 7.4) as figure:
+    with picture(path, 13.0, 8.0) as figure:
         above, below = figure.subplots(2, len(studies))
         for axes, study in zip(above, studies, strict=True):
             plot_errors(axes, study.trained)
@@ -149,7 +172,20 @@ def draw(
             axes.axhline(study.layer.rounding, color=INK, linewidth=0.8, label="rounding to int8")
             axes.set_title(study.layer.name)
             axes.set_ylim(0.0, 1.0)
-        above[0].legend(fontsize=7.5, loc="lower left", bbox_to_anchor=(0.0, 0.04))
+        # one legend for all: there is no room for a dozen names among lines
+        handles = {
+            label: handle
+            for axes in above
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(
+            handles.values(),
+            handles.keys(),
+            fontsize=8.5,
+            loc="outside upper center",
+            ncols=-(-len(handles) // 2),
+            handlelength=3.0,
+        )
         _draw_experts(below[0], studies[0], budget)
         _draw_outputs(below[1], studies[:2], budgets)
         _draw_evaluations(below[2], evaluations, typical)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_errors", "plot_errors"]
 
-_MARKERS = "osD^vPX*"
+# one more than colours, so that pairs repeat late
+_MARKERS = "osD^vPX*h"
 _SHARES = [digit * 10.0**power for power in range(-6, 0) for digit in (1, 2, 5)] + [1.0]
 
 

@@ -20,8 +20,18 @@ __all__ = ["COLOURS", "INK", "MUTED", "picture", "tidy"]
 
 INK, MUTED = "#1f2933", "#7b8794"
 
-# told apart by people who don't see red and green alike (Okabe & Ito 2008, darker yellow)
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b08d00", "#56b4e9")
+# told apart by people who don't see red and green alike (Okabe & Ito 2008, darker yellow; the last
+# two are dark ones of Tol 2021)
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#b08d00",
+    "#56b4e9",
+    "#661100",
+    "#332288",
+)
 
 _STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
