@@ -21,8 +21,9 @@ __all__ = ["absorbs", "solve_factor", "sweep"]
 
 Factors = dict[str, Array]
 
-# right-hand sides at a time: copies in float64 stay small beside the tensor
-_COLUMNS = 32
+# right-hand sides at a time: so many, or this part of a matrix of the equations; copies in float64
+# stay small so
+_COLUMNS, _PART = 32, 8
 
 
 def sweep(
@@ -138,15 +139,15 @@ def _solved(
     columns = (*whole.shape[: update.closed], -1)
     given, flat = old.reshape(columns), whole.reshape(columns)
     explained = 0.0
-    for start in range(0, flat.shape[-1], _COLUMNS):
-        part, target = (
-            each[..., start : start + _COLUMNS].astype("float64") for each in (given, flat)
-        )
+    square = max(gram.size for gram in grams)
+    step = max(_COLUMNS, square // (_PART * prod(columns[:-1])))
+    for start in range(0, flat.shape[-1], step):
+        part, target = (each[..., start : start + step].astype("float64") for each in (given, flat))
         part += _along(inverses, target - _along(grams, part, update), update)
         if explain:
             # ‖T − N‖² = ‖T‖² − 2⟨M, X⟩ + ⟨X, G X⟩
             explained += float((part * (2.0 * target - _along(grams, part, update))).sum())
-        flat[..., start : start + _COLUMNS] = part
+        flat[..., start : start + step] = part
     del grams, inverses, given, old
     return from_host(whole.transpose(update.axes), moment, backend), explained
 

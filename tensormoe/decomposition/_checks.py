@@ -60,28 +60,23 @@ def checked_bias(bias: Array, weights: Array, backend: Backend) -> None:
 def checked_bonds(spec: LayerSpec) -> None:
     """Refuse bonds that are larger than any tensor of that shape can need.
 
-    A bond between two factors is at most as large as what either of them has besides it; one that
-    more factors share, as all of CP's do, is at most the tensor's entries over its longest mode.
+    That is the tensor's entries over its longest mode; and if a bond is a factor's only one, what
+    that factor has besides it and does not share with the bond's other end.
 
     Raises:
         RankError: a bond that is larger.
     """
     network = spec.network
     sizes = {**network.sizes, INPUT: spec.in_features + spec.bias}
-    open_legs = (*network.expert_legs, INPUT, OUTPUT)
-    modes = [sizes[leg] for leg in open_legs]
+    modes = {*network.expert_legs, INPUT, OUTPUT}
     for term in network.terms:
-        for leg in sorted(term.legs - set(open_legs)):
-            holders = [factor for factor in term.factors if leg in factor.legs]
+        for leg in sorted(term.legs - modes):
+            holders = [set(factor.legs) for factor in term.factors if leg in factor.legs]
+            most = prod(sizes[mode] for mode in modes) // max(sizes[mode] for mode in modes)
             if len(holders) == 2:
-                # what both have besides the bond is the same index on either side
-                both = set(holders[0].legs) & set(holders[1].legs) - {leg}
-                most = min(
-                    prod(sizes[each] for each in factor.legs if each not in both | {leg})
-                    for factor in holders
-                )
-            else:
-                most = prod(modes) // max(modes)
+                shared = set.intersection(*holders)
+                ends = [legs for legs in holders if legs - modes == {leg}]
+                most = min([most, *(prod(sizes[each] for each in end - shared) for end in ends)])
             if sizes[leg] > most:
                 raise RankError(
                     f"rank must be at most {most} in bond {leg!r} of {spec.factorization!r} for "

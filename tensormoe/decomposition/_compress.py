@@ -33,6 +33,8 @@ PASSES = 1 + _POWERS
 # of the tensor, that its core may be before directions are left out, and of what the core lacks
 # that they may hold
 _SHARE, _SPARED = 0.15, 0.25
+# copies of the factors that a search holds: a core that is no larger is not what takes memory
+_COPIES = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,17 +55,20 @@ class Core:
 def compress(structure: Structure, source: Source, squared_norm: float, rng: Any) -> Core:
     """The core of a tensor for a network; the tensor itself where compression gains nothing.
 
-    A core that would be large beside the tensor leaves out directions that hold little next to what
-    it lacks anyway: sweeps on the tensor itself find them.
+    A core that would be large beside tensor and factors leaves out directions that hold little next
+    to what it lacks anyway: sweeps on the tensor itself find them.
     """
     backend = source.backend
     sizes, counts = structure.sizes, core_counts(structure)
     if not counts:
         return Core(structure, source, {})
+    wide = replace(structure, size_items=tuple((sizes | counts).items()))
+    held = sum(prod(wide.shape(factor)) for factor in structure.wanted)
+    share = max(_SHARE, min(1.0, _COPIES * held / prod(source.shape)))
     bases: dict[Leg, Array] = {}
     for leg, count in counts.items():
         basis, squares = _range(source, leg, count, bases.get(INPUT), rng)
-        least = round(_SHARE ** (1 / len(counts)) * sizes[leg])
+        least = round(share ** (1 / len(counts)) * sizes[leg])
         bases[leg] = from_host(
             basis[:, : _enough(squares, least, squared_norm)], source.like, backend
         )

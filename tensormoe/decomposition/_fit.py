@@ -22,8 +22,9 @@ ROOM = 0.4
 _TRIAL = 10
 # starts that are tried unless told otherwise: entries of a core for all of them together, and most
 _TRIED, _STARTS = 2**18, 8
-# sweeps on the tensor in a row that have to gain too little before they end
-_PATIENCE = 1
+# sweeps on the tensor take long: they end at the first one that gains less than so many times what
+# ends a search
+_SLOW, _PATIENCE = 6.0, 1
 # what a core's error may differ by from that of the same factors on the tensor
 _ROUNDING = 1e-3
 
@@ -82,7 +83,9 @@ def _fit_term(
     core = compress(structure, source, norm, rng)
     spare = room - prod(core.source.shape) if core.bases else room
     kept = core.source.squared_norm() if core.bases else norm
-    small = Problem((core.structure,), core.source, kept, spare)
+    # the core lacks a part of the tensor
+    lost = max(norm - kept, 0.0)
+    small = Problem((core.structure,), core.source, kept, spare, lost)
     trials = [
         advance(
             small,
@@ -97,9 +100,7 @@ def _fit_term(
     del trials[1:]
     # nobody else holds the factors that a search starts from
     factors, more = advance(small, trials.pop()[0], search.sweeps - len(errors), search.tolerance)
-    # the core lacks a part of the tensor
-    lost = max(norm - kept, 0.0)
-    history = [((lost + error * error * kept) / norm) ** 0.5 for error in (*errors, *more)]
+    history = [small.felt(error) * (kept / norm) ** 0.5 for error in (*errors, *more)]
     factors = expand(core, factors)
     del core, small
     whole = Problem((structure,), source, norm, room)
@@ -107,7 +108,8 @@ def _fit_term(
         # no sweep on the core was worth keeping
         history = [whole.error(factors)]
     known = history[-1] * (1.0 + _ROUNDING)
-    factors, polished = advance(whole, factors, search.polish, search.tolerance, _PATIENCE, known)
+    least = min(_SLOW * search.tolerance, 1.0)
+    factors, polished = advance(whole, factors, search.polish, least, _PATIENCE, known)
     return factors, (*history, *polished)
 
 

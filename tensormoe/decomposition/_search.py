@@ -46,7 +46,7 @@ class Search:
     starts: int | None = None
     sweeps: int = 200
     polish: int = 20
-    tolerance: float = 1e-3
+    tolerance: float = 5e-4
 
     def __post_init__(self) -> None:
         counts = {"sweeps": self.sweeps, "polish": self.polish}
@@ -76,12 +76,18 @@ class Problem:
         source: the tensor.
         squared_norm: of the tensor.
         room: entries that may be held beyond tensor and factors.
+        lost: squared norm that is missing whatever the factors are, since the tensor is a core.
     """
 
     terms: tuple[Structure, ...]
     source: Source
     squared_norm: float
     room: int
+    lost: float = 0.0
+
+    def felt(self, error: float) -> float:
+        """An error beside what is missing anyway."""
+        return sqrt(self.lost / self.squared_norm + error * error)
 
     @property
     def hidden(self) -> float:
@@ -108,7 +114,8 @@ def advance(
         problem: the tensor and the network.
         factors: to start from.
         count: of sweeps.
-        tolerance: the share of the error by which a sweep has to lower it.
+        tolerance: the share of the error by which a sweep has to lower it, what is missing anyway
+            included.
         patience: how many sweeps in a row may gain less.
         known: the error of the factors, above which none is kept.
 
@@ -131,7 +138,8 @@ def advance(
         )
         if error < _CLOSE * hidden:
             error = problem.error(found)
-        idle = 0 if error < lowest * (1.0 - tolerance) else idle + 1
+        gains = problem.felt(error) < problem.felt(lowest) * (1.0 - tolerance)
+        idle = 0 if gains else idle + 1
         if error <= lowest:
             factors, previous, lowest = found, factors if errors else None, error
             damping, reach = damping / 3.0, min(1.1 * reach, _MOST_REACH)
