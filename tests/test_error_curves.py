@@ -127,6 +127,16 @@ def test_other_errors_are_those_of_decompose() -> None:
         error_curves(weights, [CP(0)])
 
 
+def test_every_point_can_be_decomposed_again(rng: np.random.Generator) -> None:
+    # more inputs than outputs and experts can tell apart
+    weights = rng.standard_normal((4, 60, 5))
+    quick = Search(starts=1, sweeps=5, polish=0)
+    for curve in error_curves(weights, budgets=(0.2, 0.5, 0.9), search=quick):
+        for point in curve.points:
+            again = decompose(weights, point.factorization, search=quick)
+            assert again.report.error == pytest.approx(point.report.error, rel=1e-6)
+
+
 def test_the_front_holds_what_no_smaller_point_beats() -> None:
     points = (_point(10, 0.8), _point(20, 0.9), _point(30, float("nan")), _point(40, 0.5, 0.7))
     points += (_point(50, 0.5, 0.8), _point(60, 0.4, 0.6))

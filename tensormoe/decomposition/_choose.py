@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from math import isfinite
 from typing import Any
 
+from tensormoe._spec import LayerSpec
+from tensormoe.decomposition._checks import excess
 from tensormoe.errors import BudgetError, RankError, SpecError
 from tensormoe.factorizations import Factorization, expert_leg, resolve_factorization
 from tensormoe.planning import Budget, rank_front, select_rank
@@ -60,7 +62,32 @@ def candidates(name: str, sizes: Sizes, budget: Budget | int, bias: bool) -> lis
         except BudgetError:
             continue
         picked[rank] = None
-    return [resolve_factorization(name, rank) for rank in picked]
+    kinds = (resolve_factorization(name, rank) for rank in picked)
+    return list(dict.fromkeys(_needed(kind, sizes, options) for kind in kinds))
+
+
+def _needed(kind: Factorization, sizes: Sizes, options: Mapping[str, Any]) -> Factorization:
+    """The same without bonds that are larger than can be needed, and the budget spent on others.
+
+    Rank selection keeps bonds equally large, so that one can exceed the mode that it leads to.
+    """
+    in_features, out_features, experts = sizes
+    fixed: dict[str, int] = {}
+    while most := excess(LayerSpec(in_features, out_features, experts, kind, options["bias"])):
+        legs = kind.bond_sizes(experts, out_features)
+        fixed = {leg: legs[leg] for leg in _near(kind, experts, out_features)} | fixed | most
+        bonds = tuple(fixed.get(leg, leg) for leg in legs)
+        rank = select_rank(kind.name, in_features, out_features, experts, bonds=bonds, **options)
+        kind = resolve_factorization(kind.name, rank)
+    return kind
+
+
+def _near(kind: Factorization, experts: tuple[int, ...], out_features: int) -> list[str]:
+    """Bonds of expert factors."""
+    modes = {expert_leg(level) for level in range(len(experts))}
+    factors = [each for each in kind.factors(len(experts)) if set(each.legs) & modes]
+    legs = kind.bond_sizes(experts, out_features)
+    return [leg for leg in legs if any(leg in each.legs for each in factors)]
 
 
 def _grid(
@@ -72,14 +99,7 @@ def _grid(
     shared basis.
     """
     legs = list(kind.bond_sizes(experts, out_features))
-    near = [
-        leg
-        for leg in legs
-        if any(
-            leg in factor.legs and set(factor.legs) & {expert_leg(e) for e in range(len(experts))}
-            for factor in kind.factors(len(experts))
-        )
-    ]
+    near = _near(kind, experts, out_features)
     near = near[:-1] if near == legs else near
     if not near or len(legs) - len(near) > 2:
         return

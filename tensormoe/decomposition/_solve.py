@@ -64,7 +64,14 @@ def inverse(gram: Any, damping: float = 0.0) -> Any:
     wide /= columns
     places = np.arange(size)
     wide[..., places, places] += ridge
-    wide = np.linalg.inv(wide)
+    while True:
+        try:
+            wide = np.linalg.inv(wide)
+            break
+        except np.linalg.LinAlgError:
+            # elimination can end at a zero all the same
+            wide[..., places, places] += ridge
+            ridge *= 2.0
     wide /= rows
     wide /= columns
     return wide
