@@ -98,8 +98,15 @@ def _fit_term(
     trials.sort(key=lambda trial: trial[1][-1] if trial[1] else inf)
     errors = trials[0][1]
     del trials[1:]
+    known = errors[-1] if errors else inf
     # nobody else holds the factors that a search starts from
-    factors, more = advance(small, trials.pop()[0], search.sweeps - len(errors), search.tolerance)
+    factors, more = advance(
+        small,
+        trials.pop()[0],
+        search.sweeps - len(errors),
+        search.tolerance,
+        known=known,
+    )
     history = [small.felt(error) * (kept / norm) ** 0.5 for error in (*errors, *more)]
     factors = expand(core, factors)
     del core, small

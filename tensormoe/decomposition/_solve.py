@@ -43,7 +43,9 @@ def from_host(array: Any, like: Array, backend: Backend) -> Array:
     except BackendError:
         found = backend.from_bytes(dtype.name, values.shape, values.tobytes())
     device = device_of(like)
-    return found if device is None else xp.asarray(found, device=device)
+    if device is None or device_of(found) == device:
+        return found
+    return xp.asarray(found, device=device)
 
 
 def inverse(gram: Any, damping: float = 0.0) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import permutations
 from math import prod
 from typing import Any
@@ -17,6 +18,8 @@ __all__ = ["given", "start", "zeros"]
 
 # experts that are looked at, for each one that is needed
 _LOOK = 4
+# the least that spaces of experts have to be apart, in a sine; nearer ones determine nothing
+_APART = 1e-6
 # entries above which a tensor is too large for copies in float64
 _SMALL = 2**22
 
@@ -150,7 +153,7 @@ def _joined(pool: list[int], spaces: dict[int, Any], bases: int) -> Any:
     chosen, spanned = [pool[0]], spaces[pool[0]]
     while len(chosen) < bases:
         rest = {n: spaces[n] - spanned @ (spanned.T @ spaces[n]) for n in pool if n not in chosen}
-        far = max(rest, key=lambda n: float(np.linalg.svd(rest[n], compute_uv=False)[-1]))
+        far = _farthest(rest)
         chosen.append(far)
         spanned = np.concatenate([spanned, np.linalg.qr(rest[far])[0]], axis=1)
     columns = np.concatenate([spaces[n] for n in chosen], axis=1)
@@ -160,6 +163,23 @@ def _joined(pool: list[int], spaces: dict[int, Any], bases: int) -> Any:
         for n in pool
         if n not in chosen
     }
-    last = max(turned, key=lambda n: float(np.linalg.svd(turned[n], compute_uv=False)[:, -1].min()))
+    last = _farthest(turned)
     parts = [spaces[n] @ turn for n, turn in zip(chosen, turned[last], strict=True)]
     return np.concatenate(parts, axis=1)
+
+
+def _farthest(found: Mapping[int, Any]) -> int:
+    """The expert whose matrices have the largest smallest singular value.
+
+    Raises:
+        LinAlgError: none has one to speak of.
+    """
+    import numpy as np
+
+    least = {
+        n: float(np.linalg.svd(each, compute_uv=False)[..., -1].min()) for n, each in found.items()
+    }
+    best = max(least, key=lambda n: least[n])
+    if least[best] < _APART:
+        raise np.linalg.LinAlgError("experts are too much alike")
+    return best
