@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import inf
 from typing import Any
@@ -23,7 +24,7 @@ from tensormoe import (
     Tucker,
 )
 from tensormoe._registry import backend_of
-from tensormoe.decomposition import Search, _starts, decompose
+from tensormoe.decomposition import Search, _search, _starts, decompose
 from tensormoe.decomposition._contractions import Structure, structures
 from tensormoe.decomposition._runs import Runs
 from tensormoe.decomposition._search import Problem, advance
@@ -263,6 +264,56 @@ def test_nothing_above_a_known_error_is_kept(
             assert errors[-1] == pytest.approx(true, rel=1e-6, abs=1e-15)
         known = true
     assert known < 1e-3
+
+
+@dataclass(frozen=True)
+class Claims:
+    """A problem whose factor is its error, and sweeps that say something else about it.
+
+    Args:
+        said: what each sweep says, and how the error then is.
+        seen: the factor that each sweep started from, and its damping.
+    """
+
+    said: tuple[tuple[float, float], ...]
+    seen: list[tuple[float, float]] = field(default_factory=list)
+    terms: tuple[Any, ...] = ()
+    source: Any = None
+    squared_norm: float = 1.0
+    room: int = 0
+    hidden: float = 1e-9
+
+    def error(self, factors: Any) -> float:
+        return float(factors["a"])
+
+    def felt(self, error: float) -> float:
+        return error
+
+    def sweep(self, *given: Any) -> tuple[dict[str, float], float]:
+        *_, factors, _, damping = given
+        claimed, true = self.said[len(self.seen)]
+        self.seen.append((factors["a"], damping))
+        return {"a": true}, claimed
+
+
+def test_errors_that_only_seem_to_fall_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where huge factors cancel one another: a sweep's own error is worthless there."""
+    lies = tuple((0.5 - 0.05 * turn, 2.0 + turn) for turn in range(5))
+    problem: Any = Claims((*lies, (0.4, 0.4), (0.3, 0.3)))
+    monkeypatch.setattr(_search, "sweep", problem.sweep)
+    given = {"a": 0.6}
+    factors, errors = advance(problem, given, 7, 0.0, known=0.6)
+    assert (factors, errors) == ({"a": 0.3}, [0.4, 0.3])
+    # from what was given, and along directions that are seen well
+    (start, damping), (_, before) = problem.seen[5], problem.seen[4]
+    assert start == 0.6
+    assert damping > before == 0.0
+    # and where no sweep is honest, nothing is changed
+    problem = Claims(lies)
+    monkeypatch.setattr(_search, "sweep", problem.sweep)
+    factors, errors = advance(problem, given, 5, 0.0, known=0.6)
+    assert factors is given
+    assert errors == []
 
 
 def rounded(weights: np.ndarray, dtype: torch.dtype) -> tuple[torch.Tensor, float]:

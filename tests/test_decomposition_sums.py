@@ -253,6 +253,26 @@ def test_weighted_sums_lower_the_error_of_outputs(
     assert weighed < 0.5 * whole
 
 
+@pytest.mark.parametrize("levels", SIZES, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_experts_that_are_used_more_count_more(
+    kind: Any, levels: tuple[int, ...], rng: np.random.Generator
+) -> None:
+    """What is shared by all experts fits those of the first level best that are chosen most."""
+    weights, _, _ = planted(kind, levels, rng, noise=0.3)
+    inputs, _ = samples(levels, rng, spread=1.0)
+    first, *rest = levels
+    used = np.repeat(np.logspace(0, -2, first), int(np.prod(rest)))
+    coefficients = used * rng.dirichlet(np.ones(used.size), 400)
+    loads = np.sqrt(np.mean(coefficients**2, axis=0))
+    errors = []
+    for given in (None, coefficients):
+        found = decompose(weights, kind, weighted=True, inputs=inputs, coefficients=given)
+        lost = outputs(inputs, weights - weights_of(found.spec, found.factors), None)
+        errors.append(np.linalg.norm(loads[:, None] * lost))
+    assert errors[1] < 0.97 * errors[0]
+
+
 def outputs(rows: np.ndarray, whole: np.ndarray, coefficients: np.ndarray | None) -> np.ndarray:
     """What experts (…, in, out) make of rows: mixed, or each one's own."""
     matrices = whole.reshape(-1, *whole.shape[-2:])
@@ -289,13 +309,14 @@ def test_budgets_are_kept_and_used(name: str, biased: bool, rng: np.random.Gener
 def test_tolerances_are_reached_by_the_smallest_rank(
     planned: Any, rng: np.random.Generator
 ) -> None:
-    weights, _, level = planted(planned, (2, 2, 2), rng, noise=0.1)
-    for tolerance in (3 * level, level):
-        found = decompose(weights, planned.name, tolerance=tolerance)
-        kind: Any = found.spec.factorization
-        assert found.report.error <= tolerance
-        assert kind.rank > 1
-        assert decompose(weights, type(kind)(kind.rank - 1)).report.error > tolerance
+    weights, _, _ = planted(planned, (2, 2, 2), rng, noise=0.1)
+    kinds = [type(planned)(rank) for rank in (1, 2, 3)]
+    errors = [decompose(weights, kind).report.error for kind in kinds]
+    for kind, error, wider in zip(kinds[:-1], errors, kinds[1:], strict=False):
+        for tolerance, wanted in ((1.001 * error, kind), (0.999 * error, wider)):
+            found = decompose(weights, planned.name, tolerance=tolerance)
+            assert found.report.error <= tolerance
+            assert found.spec.factorization == wanted
 
 
 def _deltas(rng: np.random.Generator, strength: float) -> np.ndarray:
