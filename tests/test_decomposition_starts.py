@@ -308,6 +308,11 @@ def test_errors_that_only_seem_to_fall_are_found_out(monkeypatch: pytest.MonkeyP
     (start, damping), (_, before) = problem.seen[5], problem.seen[4]
     assert start == 0.6
     assert damping > before == 0.0
+    # a sweep that says itself that it ends above is taken back at once
+    problem = Claims(((0.9, 0.9), (0.5, 0.5)))
+    monkeypatch.setattr(_search, "sweep", problem.sweep)
+    assert advance(problem, given, 2, 0.0, known=0.6) == ({"a": 0.5}, [0.5])
+    assert problem.seen[1][0] == 0.6
     # and where no sweep is honest, nothing is changed
     problem = Claims(lies)
     monkeypatch.setattr(_search, "sweep", problem.sweep)
