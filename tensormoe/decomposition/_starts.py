@@ -20,8 +20,8 @@ __all__ = ["given", "start", "zeros"]
 _LOOK = 4
 # the least that spaces of experts have to be apart, in a sine; nearer ones determine nothing
 _APART = 1e-6
-# entries above which a tensor is too large for copies in float64
-_SMALL = 2**22
+# entries above which a tensor is too large for the copies in float64 that are made of it
+_SMALL = 2**19
 
 
 def start(structure: Structure, source: Source, place: int, rng: Any) -> Factors:
