@@ -73,6 +73,8 @@ def zeros(structure: Structure, source: Source) -> Factors:
 
 def _shared_basis(structure: Structure) -> tuple[Factor, Factor, Factor] | None:
     """The factors α, B, A of experts (Σ_j α[n, j] B_j) A_n, or of their transposes."""
+    if len(structure.wanted) != 3:
+        return None
     experts = set(structure.open_legs) - {INPUT, OUTPUT}
     for mixing, basis, own in permutations(structure.wanted, 3):
         (*bases,) = set(mixing.legs) - experts
