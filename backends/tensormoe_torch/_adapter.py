@@ -113,6 +113,13 @@ class TorchBackend:
         return array if self.eager else array.detach()
 
     def to_bytes(self, array: Tensor, /) -> tuple[str, tuple[int, ...], bytes]:
+        if array.is_meta or type(array).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            # the memory of a tensor that stands for others holds anything at all
+            raise BackendError(
+                "a tensor must have values of its own in this process to be written; got "
+                f"{'one on the meta device' if array.is_meta else type(array).__qualname__}. "
+                "Gather it first, as full_tensor() does a DTensor."
+            )
         solid = array.detach().to("cpu").contiguous()
         # no NumPy, which an installation of PyTorch may lack
         content = ctypes.string_at(solid.data_ptr(), solid.nbytes) if solid.nbytes else b""

@@ -14,6 +14,7 @@ from tensormoe.functional import LayerConfig
 from tensormoe.gates import TopK
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._autograd import is_autocast
+from tensormoe_torch._sharded import is_sharded
 from tensormoe_torch._tracing import is_traced
 
 __all__ = ["Given", "check_dense", "check_ids", "check_input", "compute_dtype", "merged"]
@@ -50,6 +51,7 @@ def check_input(x: Tensor, features: int, weight: Tensor, name: str = "x") -> tu
         dtype = x.dtype
     lead = functional.check_input(x, features, dtype, BACKEND, name)
     _check_device(x, weight, name)
+    _check_sharded(x, weight, name)
     return lead
 
 
@@ -65,6 +67,7 @@ def check_ids(ids: Tensor, count: int, weight: Tensor) -> Tensor:
     functional.check_array(ids, BACKEND, "ids")
     check_dense(ids, "ids")
     _check_device(ids, weight, "ids")
+    _check_sharded(ids, weight, "ids")
     return functional.check_ids(ids, count, BACKEND, look=_readable(ids))
 
 
@@ -103,6 +106,17 @@ def check_dense(array: Tensor, name: str) -> None:
         raise ShapeError(
             f"{name} must be a dense tensor; got a {kind} one. Convert it with .to_dense(), or pad "
             "it."
+        )
+
+
+def _check_sharded(array: Tensor, weight: Tensor, name: str) -> None:
+    if torch.compiler.is_compiling() or type(weight) is torch.nn.Parameter:
+        return
+    if is_sharded(weight) and not is_sharded(array):
+        raise BackendError(
+            f"{name} must be a DTensor as the layer's parameters are; got a plain tensor. Under "
+            "fully_shard, call the sharded module itself, or register the method with "
+            "register_fsdp_forward_method; elsewhere, distribute the input."
         )
 
 

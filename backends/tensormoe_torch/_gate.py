@@ -11,6 +11,7 @@ from tensormoe.functional import LayerConfig
 from tensormoe.gates import Gate, Statistics
 from tensormoe_torch._autograd import no_autocast, route
 from tensormoe_torch._checks import check_input
+from tensormoe_torch._sharded import stored
 
 __all__ = ["ExpertGate"]
 
@@ -60,7 +61,7 @@ class ExpertGate(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start anew: projections of zero, so that experts start alike, and fresh statistics."""
-        for parameter in self.parameters(recurse=False):
+        for parameter in stored(self, self._names.values()).values():
             parameter.zero_()
         for name, buffer in self.named_buffers(recurse=False):
             buffer.fill_(1.0 if "variance" in name else 0.0)

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from tensormoe import functional
 from tensormoe._validation import choice
-from tensormoe.checkpoint import save_checkpoint
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.factorizations import Factorization
 from tensormoe.functional import BlockConfig
 from tensormoe.gates import Gate
 from tensormoe.planning import Budget, Cost
 from tensormoe_torch._adapter import BACKEND, EAGER
-from tensormoe_torch._base import checked_dtype, filled, holding
+from tensormoe_torch._base import check_init, checked_dtype, filled, holding
 from tensormoe_torch._checks import Given
 from tensormoe_torch._gate import ExpertGate
 from tensormoe_torch._layer import MuMoE
+from tensormoe_torch._saving import save_module
 
 __all__ = ["ACTIVATIONS", "MuMoEMLP"]
 
@@ -145,7 +145,12 @@ class MuMoEMLP(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """A block of a configuration: what the constructor makes of its arguments."""
+        """A block of a configuration: what the constructor makes of its arguments.
+
+        Raises:
+            TypeError: as :meth:`MuMoE.of`.
+        """
+        check_init(cls, MuMoEMLP)
         block = cls.__new__(cls)
         block._build(config, init, device, dtype)
         return block
@@ -208,10 +213,12 @@ class MuMoEMLP(nn.Module):
     def save(self, path: str | PathLike[str]) -> None:
         """Write a checkpoint that every backend opens; an interrupted save leaves the old file.
 
+        Of a sharded block, every process makes this call, as for :meth:`MuMoE.save`.
+
         Raises:
-            CheckpointError: the folder is missing or the file cannot be written.
+            CheckpointError: as :meth:`MuMoE.save`.
         """
-        save_checkpoint(path, "MuMoEMLP", self.config.to_dict(), self.state_dict())
+        save_module(self, path, "MuMoEMLP", self.config)
 
     @classmethod
     def load(cls, path: str | PathLike[str], device: torch.device | str | None = None) -> Self:
