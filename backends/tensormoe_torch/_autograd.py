@@ -41,22 +41,23 @@ def route(
     parameters: Mapping[str, Tensor],
     x: Tensor,
     buffers: Mapping[str, Tensor],
+    lead: tuple[int, ...],
     *,
     training: bool,
 ) -> tuple[Sequence[Tensor], list[Statistics] | None]:
-    """Coefficients (batch, N_e) a level of inputs (batch, in), and batch norm's new statistics."""
+    """Coefficients (*lead, N_e) a level of inputs (batch, in), and batch norm's new statistics."""
     options: dict[str, Any] = {"buffers": buffers, "training": training}
     if is_traced(x):
         routed = functional.route(config, parameters, x, BACKEND, **options)
-        return routed.coefficients, routed.statistics
+        return [_led(each, lead) for each in routed.coefficients], routed.statistics
     if torch.is_grad_enabled():
         arrays = tuple(parameters.values())
         if _any_differentiated(x, *arrays):
-            call = _GateCall(config, _direct(x), tuple(parameters), dict(buffers), training)
+            call = _GateCall(config, _direct(x), tuple(parameters), dict(buffers), lead, training)
             made = _Gate.apply(call, x, *arrays)
             return made, call.statistics
     routed = functional.route(config, parameters, x, _direct(x), **options)
-    return routed.coefficients, routed.statistics
+    return [_led(each, lead) for each in routed.coefficients], routed.statistics
 
 
 def mix(
@@ -64,8 +65,9 @@ def mix(
     parameters: Mapping[str, Tensor],
     x: Tensor,
     coefficients: list[Tensor | TopK],
+    lead: tuple[int, ...],
 ) -> Tensor:
-    """The mixture (batch, out) for inputs (batch, in), or ids (batch,), all in one dtype."""
+    """The mixture (*lead, out) for inputs (batch, in), or ids (batch,), all in one dtype."""
     if is_traced(x):
         # an exported model must not be bound to the batch sizes that one plan is the cheapest for
         any_batch = torch.compiler.is_exporting()
@@ -73,9 +75,10 @@ def mix(
             # a compiler cannot follow the planning of a k that nobody knew before the call
             counts = config.spec.experts
             coefficients = [_dense(*pair) for pair in zip(coefficients, counts, strict=True)]
-        return functional.apply_experts(
+        made = functional.apply_experts(
             config, parameters, x, coefficients, BACKEND, any_batch=any_batch
         )
+        return _led(made, lead)
     if torch.is_grad_enabled():
         named = dict(parameters)
         for level, given in enumerate(coefficients):
@@ -84,10 +87,23 @@ def mix(
                 given = given.values
             named[f"coefficients_{level}"] = given
         if _any_differentiated(x, *named.values()):
-            call = _ExpertsCall(config, _direct(x), tuple(named))
+            call = _ExpertsCall(config, _direct(x), tuple(named), lead)
             result: Tensor = _Experts.apply(call, x, *named.values())
             return result
-    return functional.apply_experts(config, parameters, x, coefficients, _direct(x))
+    return _led(functional.apply_experts(config, parameters, x, coefficients, _direct(x)), lead)
+
+
+def _led(result: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """Rows of a result with the leading axes of the call."""
+    return result if len(lead) == 1 else result.reshape(*lead, result.shape[-1])
+
+
+def _own(result: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """The same for a result that a node returns: no view, as what ``nn.Linear`` returns.
+
+    ``fully_shard`` hangs hooks on what a module returns, and loses them where a view is changed.
+    """
+    return _led(result, lead).data
 
 
 def _dense(given: Tensor | TopK, count: int) -> Tensor:
@@ -115,6 +131,7 @@ class _GateCall:
     backend: TorchBackend
     names: tuple[str, ...]
     buffers: dict[str, Tensor]
+    lead: tuple[int, ...]
     training: bool
     statistics: list[Statistics] | None = field(default=None)
 
@@ -139,8 +156,9 @@ class _Gate(torch.autograd.Function):
         kept = {} if call.training else call.buffers
         ctx.call, ctx.count, ctx.buffers = call, len(arrays), tuple(kept)
         call.buffers = {}
-        ctx.save_for_backward(x, *arrays, *kept.values(), *routed.logits, *routed.coefficients)
-        return tuple(routed.coefficients)
+        made = [_own(each, call.lead) for each in routed.coefficients]
+        ctx.save_for_backward(x, *arrays, *kept.values(), *routed.logits, *made)
+        return tuple(made)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
@@ -151,6 +169,11 @@ class _Gate(torch.autograd.Function):
         buffers = dict(zip(ctx.buffers, rest, strict=False))
         rest = rest[len(buffers) :]
         levels = len(rest) // 2
+        logits = rest[:levels]
+        weights, cotangents = (
+            [each.reshape(x.shape[0], each.shape[-1]) for each in given]
+            for given in (rest[levels:], cotangents)
+        )
         by_input, *by_array = ctx.needs_input_grad[1:]
         with no_autocast(x.device.type):
             if torch.is_grad_enabled():
@@ -165,7 +188,7 @@ class _Gate(torch.autograd.Function):
                     training=call.training,
                 )
                 return _again(ctx, routed.coefficients, inputs, cotangents)
-            routed = Routed(rest[levels:], rest[:levels], None)
+            routed = Routed(weights, logits, None)
             total, named = functional.gate_vjp(
                 call.config,
                 parameters,
@@ -190,6 +213,7 @@ class _ExpertsCall:
     config: LayerConfig
     backend: TorchBackend
     names: tuple[str, ...]
+    lead: tuple[int, ...]
 
 
 class _Experts(torch.autograd.Function):
@@ -213,13 +237,14 @@ class _Experts(torch.autograd.Function):
         ctx.call, ctx.wanted, ctx.reverse = call, wanted, residuals.reverse
         ctx.places = [places[id(array)] for array in residuals.arrays]
         ctx.save_for_backward(*given, *made)
-        return result
+        return _own(result, call.lead)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         call: _ExpertsCall = ctx.call
         saved = ctx.saved_tensors
         x, *arrays = saved[: 1 + len(call.names)]
+        cotangent = cotangent.reshape(x.shape[0], cotangent.shape[-1])
         with no_autocast(x.device.type):
             if torch.is_grad_enabled():
                 inputs = _views(x, *arrays)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from math import prod
 from os import PathLike
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -16,8 +15,8 @@ from tensormoe.errors import BackendError, ShapeError, SpecError
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.planning import Cost, Plan
 from tensormoe_torch._adapter import BACKEND, EAGER
-from tensormoe_torch._autograd import mix, no_autocast
-from tensormoe_torch._checks import Given, check_dense, compute_dtype, merged
+from tensormoe_torch._checks import Given, check_dense, merged
+from tensormoe_torch._factors import Factors, with_lead
 from tensormoe_torch._gate import ExpertGate
 from tensormoe_torch._saving import save_module
 from tensormoe_torch._sharded import gathered, put, stored
@@ -136,7 +135,7 @@ class Mixture(nn.Module):
     _kind: ClassVar[str]
 
     config: LayerConfig
-    factors: nn.ParameterDict
+    factors: Factors
     gate: ExpertGate | None
 
     def __init__(
@@ -151,14 +150,15 @@ class Mixture(nn.Module):
         config.spec.initializers(init)  # an unknown scheme fails before anything is allocated
         self.config = config
         self.init = init
-        self.factors = nn.ParameterDict(
+        self.factors = Factors(
+            config,
             {
                 name: nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
                 for name, shape in config.spec.shapes.items()
-            }
+            },
         )
+        self._first = next(iter(config.spec.shapes))
         self.gate = None if config.gate is None else ExpertGate(config, device, dtype)
-        self._names = tuple((f"factors.{name}", name) for name in config.spec.shapes)
         self._reset_factors()
 
     @property
@@ -179,8 +179,9 @@ class Mixture(nn.Module):
     @property
     def _weight(self) -> Tensor:
         """One of the factors: it has the layer's dtype and device."""
-        weight: Tensor = getattr(self.factors, self._names[0][1])
-        return weight
+        # an adapter around the factors has what it adapts first
+        weight: Tensor | None = getattr(self.factors, self._first, None)
+        return next(self.factors.parameters()) if weight is None else weight
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew from PyTorch's generator, as at construction."""
@@ -292,13 +293,14 @@ class Mixture(nn.Module):
         Mixture.__init__(layer, config, init, device, dtype)
         return layer
 
-    def _parameters_by_name(self) -> dict[str, Tensor]:
-        factors = self.factors
-        return {name: getattr(factors, short) for name, short in self._names}
-
     def _whole(self) -> dict[str, Tensor]:
         """All entries of the factors in this process, which may hold a part of them."""
-        return {name: gathered(array) for name, array in self._parameters_by_name().items()}
+        if not isinstance(self.factors, Factors):
+            raise SpecError(
+                "factors must be the layer's own to be read by expert; got a "
+                f"{type(self.factors).__qualname__} around them. Take the adapter off first."
+            )
+        return {name: gathered(array) for name, array in self.factors.by_name().items()}
 
     def _arguments(self) -> str:
         spec = self.spec
@@ -318,20 +320,10 @@ class Mixture(nn.Module):
                     "this layer has no gate; got no coefficients. Call it with coefficients=…, or "
                     "build it with a gate."
                 )
-            given = [*self.gate(x)]
-            if len(lead) != 1:
-                given = [each.reshape(prod(lead), each.shape[-1]) for each in given]
+            given = self.gate(x)
         else:
             given = merged(self.config, coefficients, lead, weight)
-        rows = x if len(lead) == 1 else x.reshape(prod(lead), *x.shape[len(lead) :])
-        parameters = self._parameters_by_name()
-        dtype = compute_dtype(weight)
-        if dtype != weight.dtype:
-            parameters = {name: array.to(dtype) for name, array in parameters.items()}
-        if rows.dtype != dtype and rows.dtype.is_floating_point:
-            rows = rows.to(dtype)
-        with no_autocast(x.device.type):
-            result = mix(self.config, parameters, rows, given)
-        if len(lead) == 1:
-            return result
-        return result.reshape(*lead, self.spec.out_features)
+            if len(lead) != 1:
+                given = [with_lead(each, lead) for each in given]
+        result: Tensor = self.factors(x, *given)
+        return result

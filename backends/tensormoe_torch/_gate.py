@@ -89,12 +89,12 @@ class ExpertGate(nn.Module):
         rows = x if len(lead) == 1 else x.reshape(prod(lead), features)
         buffers = {name: getattr(self, short) for name, short in self._buffer_names.items()}
         with no_autocast(x.device.type):
-            made, statistics = route(self.config, parameters, rows, buffers, training=self.training)
+            made, statistics = route(
+                self.config, parameters, rows, buffers, lead, training=self.training
+            )
         if self.training and statistics is not None:
             self._update(statistics)
-        if len(lead) == 1:
-            return tuple(made)
-        return tuple(each.reshape(*lead, each.shape[-1]) for each in made)
+        return tuple(made)
 
     @torch.no_grad()
     def _update(self, statistics: list[Statistics]) -> None:
