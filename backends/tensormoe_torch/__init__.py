@@ -26,6 +26,7 @@ from tensormoe_torch._surgery import Surgery as Surgery
 from tensormoe_torch._surgery import from_linear as from_linear
 from tensormoe_torch._surgery import from_mlp as from_mlp
 from tensormoe_torch._surgery import replace as replace
+from tensormoe_torch._synchronize import synchronize_gates as synchronize_gates
 
 __all__ = [
     "BACKEND",
@@ -51,5 +52,6 @@ __all__ = [
     "restored",
     "scale_experts",
     "silence_experts",
+    "synchronize_gates",
     "to_official",
 ]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tensormoe import functional
 from tensormoe.functional import LayerConfig, Routed
-from tensormoe.gates import Statistics, TopK
+from tensormoe.gates import Across, Statistics, TopK
 from tensormoe.planning import Reverse
 from tensormoe_torch._adapter import BACKEND, EAGER, TorchBackend
 from tensormoe_torch._tracing import is_traced
@@ -44,16 +44,18 @@ def route(
     lead: tuple[int, ...],
     *,
     training: bool,
+    across: Across | None = None,
 ) -> tuple[Sequence[Tensor], list[Statistics] | None]:
     """Coefficients (*lead, N_e) a level of inputs (batch, in), and batch norm's new statistics."""
-    options: dict[str, Any] = {"buffers": buffers, "training": training}
+    options: dict[str, Any] = {"buffers": buffers, "training": training, "across": across}
     if is_traced(x):
         routed = functional.route(config, parameters, x, BACKEND, **options)
         return [_led(each, lead) for each in routed.coefficients], routed.statistics
     if torch.is_grad_enabled():
         arrays = tuple(parameters.values())
         if _any_differentiated(x, *arrays):
-            call = _GateCall(config, _direct(x), tuple(parameters), dict(buffers), lead, training)
+            names = tuple(parameters)
+            call = _GateCall(config, _direct(x), names, dict(buffers), lead, training, across)
             made = _Gate.apply(call, x, *arrays)
             return made, call.statistics
     routed = functional.route(config, parameters, x, _direct(x), **options)
@@ -133,6 +135,7 @@ class _GateCall:
     buffers: dict[str, Tensor]
     lead: tuple[int, ...]
     training: bool
+    across: Across | None
     statistics: list[Statistics] | None = field(default=None)
 
 
@@ -150,6 +153,7 @@ class _Gate(torch.autograd.Function):
             buffers=call.buffers,
             keep=True,
             training=call.training,
+            across=call.across,
         )
         call.statistics = routed.statistics
         # in training the running statistics have no part in the way back, and are about to change
@@ -186,6 +190,7 @@ class _Gate(torch.autograd.Function):
                     BACKEND,
                     buffers=buffers,
                     training=call.training,
+                    across=call.across,
                 )
                 return _again(ctx, routed.coefficients, inputs, cotangents)
             routed = Routed(weights, logits, None)
@@ -199,6 +204,7 @@ class _Gate(torch.autograd.Function):
                 buffers=buffers,
                 training=call.training,
                 by_input=by_input,
+                across=call.across,
             )
         found = (
             named[name] if want else None for name, want in zip(call.names, by_array, strict=True)
