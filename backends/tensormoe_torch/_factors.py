@@ -7,6 +7,7 @@ from math import prod
 
 from torch import Tensor, nn
 
+from tensormoe.errors import ShapeError
 from tensormoe.functional import LayerConfig
 from tensormoe.gates import TopK
 from tensormoe_torch._autograd import mix, no_autocast
@@ -47,6 +48,11 @@ class Factors(nn.ParameterDict):
             coefficients: (..., N_e) or a ``TopK`` a level, checked already.
         """
         config, parameters = self._config, self.by_name()
+        if len(coefficients) != config.spec.levels:
+            raise ShapeError(
+                f"factors are called with an input and {config.spec.levels} coefficients, one per "
+                f"level; got {len(coefficients)}. Call the layer."
+            )
         lead = tuple(x.shape if config.indexed_input else x.shape[:-1])
         weight = parameters[self._names[0][0]]
         dtype = compute_dtype(weight)
