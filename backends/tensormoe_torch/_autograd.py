@@ -165,7 +165,7 @@ class _Gate(torch.autograd.Function):
         return tuple(made)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
         call: _GateCall = ctx.call
         x, *rest = ctx.saved_tensors
         arrays, rest = rest[: ctx.count], rest[ctx.count :]
@@ -175,8 +175,8 @@ class _Gate(torch.autograd.Function):
         levels = len(rest) // 2
         logits = rest[:levels]
         weights, cotangents = (
-            [each.reshape(x.shape[0], each.shape[-1]) for each in given]
-            for given in (rest[levels:], cotangents)
+            [each.reshape(x.shape[0], each.shape[-1]) for each in results]
+            for results in (rest[levels:], given)
         )
         by_input, *by_array = ctx.needs_input_grad[1:]
         with no_autocast(x.device.type):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from tensormoe.gates import TopK
 from tensormoe_torch._autograd import mix, no_autocast
 from tensormoe_torch._checks import compute_dtype
 
-__all__ = ["Factors", "with_lead"]
+__all__ = ["Factors", "mixture", "with_lead"]
 
 
 class Factors(nn.ParameterDict):
@@ -30,7 +30,7 @@ class Factors(nn.ParameterDict):
 
     def __init__(self, config: LayerConfig, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(parameters)
-        self._config = config
+        self.config = config
         self._names = tuple((f"factors.{name}", name) for name in config.spec.shapes)
 
     # a dictionary of parameters cannot be called
@@ -47,27 +47,36 @@ class Factors(nn.ParameterDict):
             x: (..., in), or ids (...) for a layer whose input is indexed.
             coefficients: (..., N_e) or a ``TopK`` a level, checked already.
         """
-        config, parameters = self._config, self.by_name()
-        if len(coefficients) != config.spec.levels:
+        levels = self.config.spec.levels
+        if len(coefficients) != levels:
             raise ShapeError(
-                f"factors are called with an input and {config.spec.levels} coefficients, one per "
-                f"level; got {len(coefficients)}. Call the layer."
+                f"factors are called with an input and {levels} coefficients, one per level; got "
+                f"{len(coefficients)}. Call the layer, or register per_sample_gradients in opacus."
             )
-        lead = tuple(x.shape if config.indexed_input else x.shape[:-1])
-        weight = parameters[self._names[0][0]]
-        dtype = compute_dtype(weight)
-        if dtype != weight.dtype:
-            parameters = {name: array.to(dtype) for name, array in parameters.items()}
-        given = [*coefficients]
-        rows = x
-        if len(lead) != 1:
-            count = (prod(lead),)
-            rows = x.reshape(*count, *x.shape[len(lead) :])
-            given = [with_lead(each, count) for each in given]
-        if rows.dtype != dtype and rows.dtype.is_floating_point:
-            rows = rows.to(dtype)
-        with no_autocast(x.device.type):
-            return mix(config, parameters, rows, given, lead)
+        return mixture(self.config, self.by_name(), x, coefficients)
+
+
+def mixture(
+    config: LayerConfig,
+    parameters: Mapping[str, Tensor],
+    x: Tensor,
+    coefficients: Sequence[Tensor | TopK],
+) -> Tensor:
+    """The mixture (..., out) of a layer with its factors by canonical name."""
+    lead = tuple(x.shape if config.indexed_input else x.shape[:-1])
+    weight = next(iter(parameters.values()))
+    dtype = compute_dtype(weight)
+    if dtype != weight.dtype:
+        parameters = {name: array.to(dtype) for name, array in parameters.items()}
+    rows, given = x, [*coefficients]
+    if len(lead) != 1:
+        count = (prod(lead),)
+        rows = x.reshape(*count, *x.shape[len(lead) :])
+        given = [with_lead(each, count) for each in given]
+    if rows.dtype != dtype and rows.dtype.is_floating_point:
+        rows = rows.to(dtype)
+    with no_autocast(x.device.type):
+        return mix(config, parameters, rows, given, lead)
 
 
 def with_lead(given: Tensor | TopK, lead: tuple[int, ...]) -> Tensor | TopK:

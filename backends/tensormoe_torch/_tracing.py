@@ -10,8 +10,10 @@ __all__ = ["is_traced"]
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether something follows the operations on ``x``: a compiler, an exporter, a transform,
-    or forward-mode differentiation."""
+    """Whether something follows the operations on ``x``: a compiler, an exporter, a transform.
+
+    Differentiation in forward mode is one of those.
+    """
     return (
         torch.compiler.is_compiling()
         or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)

@@ -10,7 +10,7 @@ from tensormoe.backend import Array, Backend
 from tensormoe.errors import ShapeError
 from tensormoe.execution import plus
 from tensormoe.functional._dtypes import cast, widened
-from tensormoe.gates import Activation, Across, Statistics, activate, activate_vjp
+from tensormoe.gates import Across, Activation, Statistics, activate, activate_vjp
 
 __all__ = ["Routed", "gate_vjp", "route"]
 

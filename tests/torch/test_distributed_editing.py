@@ -35,7 +35,8 @@ EDITS: dict[str, Callable[[Any], object]] = {
 }
 
 
-def layer_of(kind: Any = CP(7)) -> Any:
+def layer_of(kind: Any = None) -> Any:
+    kind = CP(7) if kind is None else kind
     return randomize(MuMoE(6, 5, experts=3, factorization=kind, gate=Gate(bias=True)))
 
 

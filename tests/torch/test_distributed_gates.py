@@ -115,7 +115,8 @@ def test_only_batch_norms_are_synchronized() -> None:
     block = MuMoEMLP(6, 7, experts=3, rank=2, gate=Gate(normalization="batch"))
     model = nn.ModuleList([build(), MuMoE(6, 5, experts=3, rank=2), nn.BatchNorm1d(3), block])
     assert synchronize_gates(model) is model
-    assert model[0][0].gate.synchronized and block.gate.synchronized
+    assert model[0][0].gate.synchronized
+    assert block.gate.synchronized
     assert not model[1].gate.synchronized
     # where there are no processes, as ever
     assert torch.equal(model[0](normal(8, 6)), build()(normal(8, 6)))

@@ -121,7 +121,7 @@ def save_nowhere(rank: int, folder: Path) -> str:
 
 def test_an_error_of_one_process_is_an_error_of_all(ranks: Ranks, tmp_path: Path) -> None:
     first, second = ranks(save_nowhere, tmp_path)
-    assert first.startswith("CheckpointError: ") and "missing" in first
+    assert first.startswith("CheckpointError: the folder of a checkpoint must exist")
     assert second == first
     assert not [*tmp_path.iterdir()]
 

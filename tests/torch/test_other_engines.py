@@ -14,7 +14,16 @@ from torch.nn.utils import parametrize, prune
 
 from tensormoe import CP, Gate, LayerSpec, TensorRing
 from tensormoe.errors import BackendError, CheckpointError, ShapeError, SpecError
-from tensormoe_torch import BACKEND, MuMoE, MuMoEEmbedding, MuMoEMLP, silence_experts
+from tensormoe_torch import (
+    BACKEND,
+    ExpertGate,
+    Factors,
+    MuMoE,
+    MuMoEEmbedding,
+    MuMoEMLP,
+    per_sample_gradients,
+    silence_experts,
+)
 from tests._torch_helpers import GATES, build, normal, randomize
 
 
@@ -140,7 +149,9 @@ def test_classes_with_a_constructor_of_their_own(tmp_path: Path) -> None:
 
     class Whole(Named):
         @classmethod
-        def of(cls, config: Any, init: Any = "variance", device: Any = None, dtype: Any = None) -> Any:
+        def of(
+            cls, config: Any, init: Any = "variance", device: Any = None, dtype: Any = None
+        ) -> Any:
             spec = config.spec
             return cls(
                 "again",
@@ -199,7 +210,7 @@ def test_adapters_of_peft(tmp_path: Path) -> None:
         optimizer.step()
     after = adapted(x).detach()
     assert not torch.allclose(after, before)
-    with pytest.raises(CheckpointError, match="got 'factors.expert_0', .*merge_and_unload"):
+    with pytest.raises(CheckpointError, match=r"got 'factors\.expert_0', .*merge_and_unload"):
         layer.save(tmp_path / "layer")
     for edit in (lambda: silence_experts(layer, 0), lambda: layer.expert(0)):
         with pytest.raises(SpecError, match="adapter off first"):
@@ -211,3 +222,55 @@ def test_adapters_of_peft(tmp_path: Path) -> None:
     torch.testing.assert_close(merged(x), after)
     merged.save(tmp_path / "layer")
     assert torch.equal(MuMoE.load(tmp_path / "layer")(x), merged(x))
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 7, 6)], ids=str)
+def test_gradients_of_single_samples(shape: tuple[int, ...]) -> None:
+    """As one backward pass for each sample has them, from what engines see of a module."""
+    layer = build(LayerSpec(6, 5, 3, TensorRing(2)), Gate(bias=True))
+    layer.factors["output"].requires_grad_(False)
+    x = normal(*shape)
+    coefficients = layer.gate(x)
+    y = layer.factors(x, *coefficients)
+    backprops = [normal(*y.shape, seed=1), normal(*coefficients[0].shape, seed=2)]
+    found = {
+        **per_sample_gradients(layer.factors, [x, *coefficients], backprops[0]),
+        **per_sample_gradients(layer.gate, [x], backprops[1]),
+    }
+    assert {*found} == {each for each in layer.parameters() if each.requires_grad}
+    for sample in range(len(x)):
+        (part,) = layer.gate(x[sample : sample + 1])
+        result = layer.factors(x[sample : sample + 1], part.detach())
+        loss = (result[0] * backprops[0][sample]).sum() + (part[0] * backprops[1][sample]).sum()
+        wanted = torch.autograd.grad(loss, [*found])
+        for gradients, alone in zip(found.values(), wanted, strict=True):
+            torch.testing.assert_close(gradients[sample], alone)
+
+
+def test_gates_that_have_no_gradients_of_single_samples() -> None:
+    x = torch.ones(4, 6)
+    for layer in (
+        MuMoE(6, 5, (3, 2), rank=2),
+        MuMoE(6, 5, 3, rank=2, gate=Gate(normalization="batch")),
+    ):
+        with pytest.raises(SpecError, match="need a gate of one level without batch norm; got"):
+            per_sample_gradients(layer.gate, [x], torch.ones(4, 3))
+
+
+def test_opacus() -> None:
+    pytest.importorskip("opacus")
+    from opacus import GradSampleModule
+    from opacus.grad_sample import register_grad_sampler
+
+    register_grad_sampler([Factors, ExpertGate])(per_sample_gradients)
+    block = randomize(MuMoEMLP(6, 7, 5, experts=3, rank=4, dtype=torch.float64))
+    x = normal(4, 7, 6)
+    wanted = []
+    for sample in x:
+        loss = block(sample).square().sum()
+        wanted.append(torch.autograd.grad(loss, [*block.parameters()]))
+    # hooks for the backward pass warn where no input has a gradient
+    x.requires_grad_()
+    GradSampleModule(block, loss_reduction="sum")(x).square().sum().backward()
+    for parameter, alone in zip(block.parameters(), zip(*wanted, strict=True), strict=True):
+        torch.testing.assert_close(parameter.grad_sample, torch.stack(alone))
