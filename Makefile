@@ -92,7 +92,8 @@ gpu:
 .PHONY: docs
 docs: $(VENV)/.ready-dev ## the documentation, built strictly into site/
 	@echo "== docs"
-	@$(BIN)/mkdocs build --strict --quiet
+	@# not --quiet: it would keep the warnings from --strict, which counts them
+	@$(BIN)/mkdocs build --strict 2>&1 | sed '/^INFO /d'
 
 .PHONY: build-check
 build-check: $(VENV)/.ready-dev ## sdist -> wheel -> clean environment -> import every package

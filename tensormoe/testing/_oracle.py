@@ -131,7 +131,7 @@ def reconstruct_by_einsum(factorization: Factorization, factors: Mapping[str, An
 
 
 def reference_output(weights: Any, coefficients: Sequence[Any], x: Any) -> Doubles:
-    """Y = Σ a₁[n₁] … a_E[n_E] [x, 1]ᵀ 𝒲[n₁, …, n_E], by one ``numpy.einsum`` in float64.
+    """Y = Σ a₁[n₁] … a_E[n_E] ``[x, 1]``ᵀ 𝒲[n₁, …, n_E], by one ``numpy.einsum`` in float64.
 
     This is the definition of the layer (Oldfield et al. 2024, eq. 1), with every weight explicit.
 
