@@ -97,3 +97,38 @@ except ImportError as error:
     assert done.stdout.startswith("MissingDependencyError")
     assert name in done.stdout
     assert "pip install 'tensormoe[testing]'" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("package", "library", "extra"),
+    [
+        ("tensormoe_numpy", "numpy", "numpy"),
+        ("tensormoe_numpy", "scipy", "numpy"),
+        ("tensormoe_torch", "torch", "torch"),
+        ("tensormoe_jax", "jax", "jax"),
+        ("tensormoe_jax.nnx", "flax", "flax"),
+        ("tensormoe_jax.equinox", "equinox", "equinox"),
+        ("tensormoe_cupy", "cupy", "cupy"),
+    ],
+)
+def test_packages_without_their_library(package: str, library: str, extra: str) -> None:
+    code = f"""
+import sys
+sys.modules[{library!r}] = None
+try:
+    import {package}
+except ImportError as error:
+    print(type(error).__name__, error)
+"""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": f"{root}:{root / 'backends'}", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == (
+        f"MissingDependencyError {package} needs {library}, which is not installed. "
+        f"Install it with: pip install 'tensormoe[{extra}]'.\n"
+    )
