@@ -121,7 +121,8 @@ def save_checkpoint(
     """Write a checkpoint that is there whole or not at all.
 
     Equal content gives equal bytes. A save that is killed leaves the old file as it was, and at
-    most a hidden file whose name ends in :data:`PARTIAL_SUFFIX`. While it runs, the save takes as
+    most a hidden file whose name ends in :data:`PARTIAL_SUFFIX`, which the next save of that path
+    removes. While it runs, the save takes as
     much memory again as the arrays.
 
     Args:
