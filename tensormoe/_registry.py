@@ -19,7 +19,14 @@ from tensormoe.errors import BackendError, MissingDependencyError
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-__all__ = ["available_backends", "backend_of", "get_backend", "known_backends"]
+__all__ = [
+    "available_backends",
+    "backend_of",
+    "check_array",
+    "get_backend",
+    "kind_of",
+    "known_backends",
+]
 
 ENTRY_POINT_GROUP = "tensormoe.backends"
 
@@ -83,25 +90,68 @@ def backend_of(*arrays: Array) -> Backend:
     """The one adapter that serves all of ``arrays``.
 
     Raises:
-        BackendError: the arrays come from an unknown library or from more than one.
+        BackendError: the arrays come from an unknown library or from more than one, or are not
+            plain, dense ones.
     """
     names = dict.fromkeys(_root(array) for array in arrays)
     if len(names) != 1:
-        listed = ", ".join(f"{_describe(array)} at {place}" for place, array in enumerate(arrays))
+        listed = ", ".join(f"{kind_of(array)} at {place}" for place, array in enumerate(arrays))
         raise BackendError(
             f"arrays must come from one library; got {listed or 'no arrays'}. "
             "Convert them yourself: tensormoe never does it behind your back."
         )
-    return get_backend(next(iter(names)))
+    (name,) = names
+    if name not in known_backends():
+        raise BackendError(
+            f"arrays must come from one of {', '.join(known_backends())}; got "
+            f"{kind_of(arrays[0])}. Convert it to an array."
+        )
+    backend = get_backend(name)
+    for place, array in enumerate(arrays):
+        if not backend.owns(array):
+            raise BackendError(
+                f"arrays must be plain and dense; got {kind_of(array)} at {place}. Convert it to "
+                "a plain array: neither masked, sparse nor nested, and not a matrix."
+            )
+    return backend
+
+
+def check_array(array: Array, backend: Backend, name: str) -> None:
+    """Refuse what is not a plain, dense array of the backend's library.
+
+    Args:
+        array: what was given.
+        backend: of the library.
+        name: names the array in the message.
+
+    Raises:
+        BackendError: an array of another library, not an array, or not a plain one.
+    """
+    if backend.owns(array):
+        return
+    if _root(array) == backend.name:
+        raise BackendError(
+            f"{name} must be a plain, dense array; got {kind_of(array)} that is not. Convert it: "
+            "it must be neither masked, sparse nor nested, and not a matrix."
+        )
+    raise BackendError(
+        f"{name} must be an array of {backend.name}; got {kind_of(array)}. "
+        "Convert it yourself: tensormoe never does it behind your back."
+    )
+
+
+def kind_of(array: Array) -> str:
+    """Library and class of an array, for messages.
+
+    >>> kind_of([1.0])
+    'builtins.list'
+    """
+    return f"{type(array).__module__.partition('.')[0]}.{type(array).__qualname__}"
 
 
 def _root(array: Array) -> str:
     root = type(array).__module__.partition(".")[0]
     return {"jaxlib": "jax"}.get(root, root)
-
-
-def _describe(array: Array) -> str:
-    return f"{type(array).__module__.partition('.')[0]}.{type(array).__qualname__}"
 
 
 def _installed(name: str) -> bool:

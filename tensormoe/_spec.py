@@ -8,8 +8,8 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from tensormoe._validation import positive_int, positive_ints
-from tensormoe.errors import SpecError
+from tensormoe._validation import non_negative_int, positive_int, positive_ints
+from tensormoe.errors import PlanError, SpecError
 from tensormoe.factorizations import (
     INPUT,
     OUTPUT,
@@ -172,6 +172,10 @@ class LayerSpec:
         # the planner stands on specs, so it is imported when the first plan is asked for
         from tensormoe.planning import Routing, plan_layer
 
+        # looked at here, since the cache behind takes 1.0 and True for 1
+        batch = non_negative_int(batch, "batch", PlanError)
+        if not isinstance(prepared, bool):
+            raise PlanError(f"prepared must be True or False; got {prepared!r}.")
         routing = Routing(top_k, indexed_input)
         return plan_layer(self, batch, routing, prepared=prepared, memory_limit=memory_limit)
 

@@ -41,7 +41,7 @@ from tensormoe._checkpoint_files import checkpoint_path, open_regular, write_who
 from tensormoe._checkpoint_format import SCHEMA_VERSION as SCHEMA_VERSION
 from tensormoe._checkpoint_format import CheckpointHeader as CheckpointHeader
 from tensormoe._checkpoint_format import encode_header, file_order, parse_header
-from tensormoe._registry import backend_of
+from tensormoe._registry import backend_of, check_array
 from tensormoe._safetensors import ArrayInfo as ArrayInfo
 from tensormoe._safetensors import read_frame
 from tensormoe.backend import Array, Backend
@@ -146,8 +146,13 @@ def save_checkpoint(
         )
     infos: dict[str, ArrayInfo] = {}
     contents: dict[str, bytes] = {}
+    backend: Backend | None = None
     for name, array in arrays.items():
-        backend = _backend_for(name, array, arrays)
+        try:
+            backend = backend_of(array) if backend is None else backend
+        except BackendError as error:
+            raise BackendError(f"array {name!r}: {error}") from None
+        check_array(array, backend, f"array {name!r}")
         dtype, shape, contents[name] = backend.to_bytes(array)
         try:
             infos[name] = ArrayInfo(dtype, shape)
@@ -250,28 +255,6 @@ def match_arrays(
             + match.describe()
         )
     return match
-
-
-def _backend_for(name: str, array: Array, arrays: Mapping[str, Array]) -> Backend:
-    """The backend of the first array, which must own ``array`` too."""
-    first, model = next(iter(arrays.items()))
-    try:
-        backend = backend_of(model)
-    except BackendError as error:
-        raise BackendError(
-            f"arrays must come from a library with a backend; got {_kind(model)} for {first!r}. "
-            "Convert it to an array."
-        ) from error
-    if not backend.owns(array):
-        raise BackendError(
-            f"arrays must come from one library; got {_kind(model)} for {first!r} and "
-            f"{_kind(array)} for {name!r}. Convert one: tensormoe never does it behind your back."
-        )
-    return backend
-
-
-def _kind(array: Array) -> str:
-    return f"{type(array).__module__.partition('.')[0]}.{type(array).__qualname__}"
 
 
 def _read_header(path: str, file: IO[bytes], size: int) -> CheckpointHeader:

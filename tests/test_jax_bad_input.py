@@ -156,7 +156,7 @@ OPTIONS: dict[str, Case] = {
     "traced experts": (
         lambda f: traced(lambda k: build(f, experts=k).dtype, 5),
         SpecError,
-        "experts must be positive integers; got .*Tracer.* for level 0. Give one size a level",
+        "experts must be positive integers; got .*Tracer.* for level 0. Give one size per level",
     ),
     "traced experts of a level": (
         lambda f: traced(lambda k: build(f, experts=(3, k)).dtype, 5),

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensormoe import functional
+from tensormoe._validation import non_negative_int
 from tensormoe.backend import Array
 from tensormoe.errors import SpecError
 from tensormoe.functional import LayerConfig
@@ -39,9 +40,12 @@ def checked_generator(seed: int | np.random.Generator | None) -> np.random.Gener
     Raises:
         SpecError: neither a seed nor a generator.
     """
-    try:
+    if seed is None or isinstance(seed, np.random.Generator):
         return np.random.default_rng(seed)
-    except (TypeError, ValueError):
+    try:
+        # NumPy takes more, and a matrix ends the process
+        return np.random.default_rng(non_negative_int(seed, "seed"))
+    except SpecError:
         raise SpecError(
             f"seed must be a non-negative integer or a NumPy generator; got {seed!r}."
         ) from None

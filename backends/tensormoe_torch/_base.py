@@ -18,7 +18,7 @@ from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.planning import Cost, Plan
 from tensormoe_torch._adapter import BACKEND, EAGER
 from tensormoe_torch._autograd import mix, no_autocast
-from tensormoe_torch._checks import Given, check_dense, compute_dtype, merged
+from tensormoe_torch._checks import Given, compute_dtype, merged
 from tensormoe_torch._gate import ExpertGate
 
 __all__ = ["Mixture", "checked_device", "checked_dtype", "filled", "holding"]
@@ -96,8 +96,6 @@ def holding(
     """
     functional.check_arrays(config, arrays, BACKEND, _FLOATS)
     first, *others = arrays
-    for name, tensor in arrays.items():
-        check_dense(tensor, name)
     for name in others:
         if arrays[name].device != arrays[first].device:
             raise BackendError(

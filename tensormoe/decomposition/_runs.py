@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import inf, prod
 
 from tensormoe._spec import LayerSpec
+from tensormoe._validation import non_negative_int
 from tensormoe.backend import Array
 from tensormoe.decomposition._choose import Sizes, candidates, checked_tolerance, smallest
 from tensormoe.decomposition._contractions import structures
@@ -42,6 +43,9 @@ class Runs:
     bias: bool
     search: Search
     seed: int
+
+    def __post_init__(self) -> None:
+        non_negative_int(self.seed, "seed")
 
     def run(
         self, kind: Factorization, search: Search | None = None

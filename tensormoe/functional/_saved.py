@@ -9,7 +9,7 @@ from typing import TypeVar
 from tensormoe._config import BlockConfig, LayerConfig
 from tensormoe.backend import Array, Backend
 from tensormoe.checkpoint import match_arrays, read_checkpoint
-from tensormoe.errors import CheckpointError, ShapeError, TensormoeError
+from tensormoe.errors import CheckpointError, ShapeError, SpecError, TensormoeError
 from tensormoe.functional._checks import check_array
 
 __all__ = ["check_arrays", "read_block"]
@@ -60,10 +60,17 @@ def check_arrays(
         dtypes: those that a layer may be stored in; by name, or as the library's values.
 
     Raises:
+        SpecError: not a configuration, or not a mapping.
         BackendError: arrays of another library.
         CheckpointError: names or shapes that are not the layer's; lists every difference.
         ShapeError: parameters of different dtypes, or of one that no layer has.
     """
+    if not isinstance(config, LayerConfig | BlockConfig) or not isinstance(arrays, Mapping):
+        raise SpecError(
+            "a layer is restored from its config and a mapping of arrays by name; got "
+            f"{type(config).__qualname__} and {type(arrays).__qualname__}. Pass the config of "
+            "another layer, and its parameters and buffers."
+        )
     for name, array in arrays.items():
         check_array(array, backend, name)
     shapes = config.parameter_shapes()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tensormoe._validation import choice, positive_int, positive_ints
+from tensormoe._validation import choice, non_negative_int, positive_int, positive_ints
 from tensormoe.decomposition._choose import checked_tolerance
 from tensormoe.decomposition.checkpoints._patterns import LAYOUTS, PRESETS, Pattern
 from tensormoe.errors import BudgetError, RankError, SpecError
@@ -97,8 +97,7 @@ class Compression:
         if self.preset is not None:
             choice(self.preset, PRESETS, "preset", SpecError)
         choice(self.layout, LAYOUTS, "layout", SpecError)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise SpecError(f"seed must be a non-negative integer; got {self.seed!r}.")
+        non_negative_int(self.seed, "seed")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings in plain values, as JSON knows them."""
