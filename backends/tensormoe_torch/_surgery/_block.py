@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from tensormoe.errors import SpecError
+from tensormoe_torch._hooks import without_hooks
 from tensormoe_torch._surgery._activation import grid, match_activation, named_activation
-from tensormoe_torch._surgery._hooks import without_hooks
 from tensormoe_torch._surgery._linears import Linear, is_linear, read_linear
 
 __all__ = ["Block", "read_block"]

@@ -14,6 +14,7 @@ from tensormoe.factorizations import INITIALIZATIONS, Factorization
 from tensormoe.functional import BlockConfig, Fit, LayerConfig, checked_noise
 from tensormoe.gates import Gate
 from tensormoe.planning import PUBLISHED_ROOFLINES, Budget, Cost, Roofline, linear_cost
+from tensormoe_torch._hooks import move_hooks
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._surgery._block import Block, read_block
@@ -24,7 +25,6 @@ from tensormoe_torch._surgery._convert import (
     fitted_layer,
     layer_config,
 )
-from tensormoe_torch._surgery._hooks import move_hooks
 from tensormoe_torch._surgery._inputs import count_inputs
 from tensormoe_torch._surgery._linears import Linear, is_linear, read_linear
 from tensormoe_torch._surgery._report import Replacement, Surgery
