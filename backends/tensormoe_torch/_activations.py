@@ -92,6 +92,8 @@ def read_activation(act: Any, name: str = "act_layer") -> tuple[str | None, Act 
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             results = function(values.clone())
+    except TypeError as error:
+        raise SpecError(f"{name} must be called with one tensor; {act!r}: {error}.") from error
     except Exception:
         # one that is made for other shapes or devices
         return None, act

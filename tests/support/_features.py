@@ -204,7 +204,9 @@ def user_layer(framework: Framework, config: Config, arrays: Any) -> Any:
     """What users hold: a module where the framework has modules."""
     package = PACKAGES.get(framework.name)
     layer = framework.restore(config, arrays)
-    return layer if package is None else getattr(package, class_name(config)).restore(config, layer.arrays)
+    if package is None:
+        return layer
+    return getattr(package, class_name(config)).restore(config, layer.arrays)
 
 
 def host_of(array: Any) -> np.ndarray:
