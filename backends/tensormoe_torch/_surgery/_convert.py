@@ -210,11 +210,12 @@ def fitted_layer(config: LayerConfig, linear: Linear, noise: float) -> tuple[MuM
 def fitted_block(config: BlockConfig, block: Block, noise: float) -> tuple[MuMoEMLP, Fit]:
     """A block of a configuration whose experts equal an MLP's layers."""
     like = block.first.weight
-    # an activation that has values gets no empty ones
-    held = None if block.act is None else nn.Identity()
+    # on the meta device, a module with parameters would lose their values
+    held = nn.Identity() if isinstance(block.act, nn.Module) else block.act
     made = MuMoEMLP.of(config, device="meta", dtype=like.dtype, act=held)
     made = made.to_empty(device=like.device)
-    made.act = copied(block.act)
+    if isinstance(block.act, nn.Module):
+        made.act = copied(block.act)
     if made.gate is not None:
         made.gate.reset_parameters()
     ahead = block.ahead

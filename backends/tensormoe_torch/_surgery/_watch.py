@@ -87,8 +87,8 @@ def watch(module: nn.Module, linears: Sequence[nn.Module], sizes: Sequence[Linea
     like, rows, hidden = sizes[0].weight, sizes[0].sizes[0], sizes[-1].sizes[0]
     fused = len(linears) == 2 and sizes[0].sizes[1] == 2 * hidden
     values = probe(hidden, like.device)
-    # neither zero nor what the activation is given
-    others = values.flip(1, 2) * 0.25 + 1.5
+    # not what the activation is given; near 1, so that rounding stays what it is
+    others = torch.linspace(0.5, 1.5, values.numel(), device=like.device).reshape(values.shape)
     returned = [values, others][: max(len(linears) - 1, 1 + fused)]
     count = values.shape[1]
     x = torch.linspace(-1.0, 1.0, count * rows, device=like.device).sin()
