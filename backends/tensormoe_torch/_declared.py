@@ -40,7 +40,7 @@ class _Declared(Tensor):
         requires_grad: bool,
         said: str,
     ) -> _Declared:
-        made: _Declared = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: _Declared = Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=device, requires_grad=requires_grad
         )
         made.said = said
@@ -49,7 +49,7 @@ class _Declared(Tensor):
     def __init__(self, *_: Any) -> None:
         super().__init__()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"<no values: {self.said}>"
 
     @classmethod
@@ -66,7 +66,7 @@ class _Declared(Tensor):
         _refuse((*args, *(kwargs or {}).values()))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         _refuse(args)

@@ -249,7 +249,9 @@ class MuMoEMLP(nn.Module):
             coefficients: ready-made ones for both layers; the gate makes them otherwise.
         """
         given = self.coefficients(x) if coefficients is None else coefficients
-        function = ACTIVATIONS[self.config.act_layer] if self.act is None else self.act
+        name = self.config.act_layer
+        function = self.act if name is None else ACTIVATIONS[name]
+        assert function is not None
         middle = self.first(x, given)
         if self.config.gated:
             hidden = self.config.hidden_features

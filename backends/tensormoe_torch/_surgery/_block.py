@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormoe.errors import SpecError
-from tensormoe_torch._activations import ACTIVATIONS, match, read_activation
+from tensormoe_torch._activations import ACTIVATIONS, match, own_activation, read_activation
 from tensormoe_torch._surgery._linears import Linear, is_linear, read_linear
 from tensormoe_torch._surgery._watch import Watch, call_order, watch
 
@@ -104,9 +104,10 @@ def _read_parts(parts: tuple[Any, ...], name: str, values: bool) -> Block:
         read_linear(part, f"{title} of {name}", values)
         for part, title in zip((parts[0], *parts[2:]), titles, strict=True)
     )
-    known, own = read_activation(parts[1], "act")
-    if own is not None:
-        own = own() if isinstance(own, type) else own
+    known, given = read_activation(parts[1], "act")
+    own = None
+    if given is not None:
+        own = own_activation(known, given, first.weight.device, first.weight.dtype)
     return Block(first, second, known, up=up[0] if up else None, act=own)
 
 
