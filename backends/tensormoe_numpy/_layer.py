@@ -91,6 +91,16 @@ class MuMoE(Layer):
         spec = self.config.spec
         return f"MuMoE({spec.in_features}, {spec.out_features}, {self._arguments()})"
 
+    @property
+    def in_features(self) -> int:
+        """Size of an input."""
+        return self.config.spec.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of an output."""
+        return self.config.spec.out_features
+
     def coefficients(self, x: Array) -> tuple[Array, ...]:
         """The coefficients of inputs (..., in): one array (..., N_e) a level, rows summing to one.
 

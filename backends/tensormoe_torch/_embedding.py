@@ -74,6 +74,16 @@ class MuMoEEmbedding(Mixture):
             f"factorization={spec.factorization!r}, dtype={self.dtype})"
         )
 
+    @property
+    def num_embeddings(self) -> int:
+        """Size of the vocabulary."""
+        return self.spec.in_features
+
+    @property
+    def embedding_dim(self) -> int:
+        """Size of an embedding."""
+        return self.spec.out_features
+
     def forward(self, ids: Tensor, coefficients: Given) -> Tensor:
         """Embeddings (..., dim) of ids (...), mixed by coefficients (..., N_e) a level.
 

@@ -84,6 +84,16 @@ CASES: dict[str, Case] = {
         SpecError,
         "act_layer must be one of 'gelu', .*; got 'mish'",
     ),
+    "a function without its derivative": (
+        lambda: MuMoEMLP(8, experts=3, rank=2, act_layer=abs),  # type: ignore[arg-type]
+        SpecError,
+        "act_layer must be one of 'gelu', .* its derivative is needed. PyTorch's and JAX's blocks",
+    ),
+    "gated by a number": (
+        lambda: MuMoEMLP(8, experts=3, rank=2, gated=1),  # type: ignore[arg-type]
+        SpecError,
+        "gated must be True or False; got 1",
+    ),
     "everything dropped": (
         lambda: MuMoEMLP(8, experts=3, rank=2, drop=1.0),
         SpecError,

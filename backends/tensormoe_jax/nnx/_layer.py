@@ -89,6 +89,16 @@ class MuMoE(Mixture):
     def __repr__(self) -> str:
         return self._describe()
 
+    @property
+    def in_features(self) -> int:
+        """Size of an input."""
+        return self.config.spec.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of an output."""
+        return self.config.spec.out_features
+
     def coefficients(
         self, x: Array, *, use_running_average: bool | None = None
     ) -> tuple[Array, ...]:
