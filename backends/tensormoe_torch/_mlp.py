@@ -16,7 +16,7 @@ from tensormoe import functional
 from tensormoe._validation import choice
 from tensormoe.checkpoint import save_checkpoint
 from tensormoe.errors import ShapeError, SpecError
-from tensormoe.factorizations import Factorization
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import BlockConfig
 from tensormoe.gates import Gate
 from tensormoe.planning import Budget, Cost
@@ -98,7 +98,7 @@ class MuMoEMLP(nn.Module):
         drop: float = 0.0,
         *,
         experts: int | tuple[int, ...],
-        factorization: str | Factorization | tuple[Factorization, Factorization] = "cp",
+        factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "cp",
         rank: int | tuple[int, ...] | None = None,
         budget: Budget | int | str | None = None,
         gate: Gate | str | None = "entmax",

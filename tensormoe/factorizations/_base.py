@@ -34,20 +34,24 @@ class Factorization(ABC):
     """How the expert tensor 𝒲 (experts…, in, out) is stored: a network of factors.
 
     A factorization is a frozen value without arrays. A new one is a subclass in one new file that
-    names its factors and legs, says how its factors start, and how TensorLy lays them out.
+    names its factors and legs, says how its factors start, and how TensorLy lays them out. As a
+    rule it is a frozen dataclass with a field ``rank``: values are made by ``kind(rank=…)``, where
+    one integer stands for all bonds, or by ``kind()`` where there is no rank to choose.
+    :func:`tensormoe.register_factorization` lets its name stand for it.
     """
 
     name: ClassVar[str]
     """The name under which users ask for it."""
 
     rank: Any
-    """The bond sizes, an integer or one a bond; None where there are none to choose."""
+    """The bond sizes, one integer or one per bond; None where there are none to choose."""
 
     @abstractmethod
     def rank_pattern(self, levels: int) -> tuple[str, ...]:
         """The bonds by symbol, for ``levels`` levels: bonds of one symbol vary together.
 
-        Rank selection searches over one size a symbol.
+        Rank selection searches over one size per symbol. It is empty, at any number of levels,
+        where there is no rank to choose.
         """
 
     @abstractmethod

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import tensorly
 
 from tensormoe.errors import ShapeError, SpecError
-from tensormoe.factorizations import FACTORIZATIONS, Factorization, to_tensorly
+from tensormoe.factorizations import Factorization, to_tensorly
 
 __all__ = ["reconstruct", "reconstruct_by_einsum", "reference_output"]
 
@@ -84,11 +84,6 @@ def reconstruct_by_einsum(factorization: Factorization, factors: Mapping[str, An
     Raises:
         SpecError: another factorization.
     """
-    if factorization.name not in FACTORIZATIONS:
-        raise SpecError(
-            f"equations are known for the library's own factorizations; got {factorization!r}. "
-            "Compare with an einsum of your own."
-        )
     arrays, in_features = _with_bias_row(_doubles(factors))
     if factorization.name == "dense":
         return arrays["weight"]
@@ -118,6 +113,11 @@ def reconstruct_by_einsum(factorization: Factorization, factors: Mapping[str, An
         terms = [f"{mode}{experts[: side.ndim - 2]}r" for mode, side in (("i", left), ("o", right))]
         deltas: Doubles = np.einsum(f"{','.join(terms)}->{experts}io", left, right)
         return arrays["base"] + deltas
+    elif factorization.name != "shared_basis":
+        raise SpecError(
+            f"equations are known for the library's own factorizations; got {factorization!r}. "
+            "Compare with an einsum of your own."
+        )
     else:
         names = ["mixing", "input", "output"]
         experts = _EXPERTS[: arrays["mixing"].ndim - 1]
