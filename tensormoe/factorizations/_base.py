@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import sqrt
 from typing import Any, ClassVar
 
@@ -219,17 +219,6 @@ def spread_rank(rank: int | tuple[int, ...], count: int, meaning: str) -> tuple[
 def linear_std(in_features: int) -> float:
     """Standard deviation of a weight of ``torch.nn.Linear``: uniform on ±1/√in."""
     return 1.0 / sqrt(3.0 * in_features)
-
-
-def cores_to_tensorly(factors: Mapping[str, Array], names: Sequence[str], xp: Any) -> list[Array]:
-    """Mode-major cores (n, r, r′) as TensorLy's (r, n, r′)."""
-    return [xp.permute_dims(factors[name], (1, 0, 2)) for name in names]
-
-
-def cores_from_tensorly(cores: Sequence[Array], names: Sequence[str], xp: Any) -> dict[str, Array]:
-    """TensorLy's cores (r, n, r′) as mode-major ones."""
-    moved = [xp.permute_dims(core, (1, 0, 2)) for core in cores]
-    return {name: xp.asarray(core, copy=True) for name, core in zip(names, moved, strict=True)}
 
 
 def mode_names(levels: int) -> tuple[str, ...]:
