@@ -16,6 +16,10 @@ __all__ = ["reconstruct", "reconstruct_by_einsum", "reference_output"]
 
 Doubles = npt.NDArray[np.float64]
 
+_KNOWN = (
+    *("cp", "tensor_ring", "tensor_train", "tucker", "shared_basis"),
+    *("base_delta", "shared_delta", "hadamard", "dense"),
+)
 _EXPERTS = "abcdefgh"
 _BONDS = "pqrstuvwxyz"
 
@@ -84,6 +88,11 @@ def reconstruct_by_einsum(factorization: Factorization, factors: Mapping[str, An
     Raises:
         SpecError: another factorization.
     """
+    if factorization.name not in _KNOWN:
+        raise SpecError(
+            f"equations are known for the library's own factorizations; got {factorization!r}. "
+            "Compare with an einsum of your own."
+        )
     arrays, in_features = _with_bias_row(_doubles(factors))
     if factorization.name == "dense":
         return arrays["weight"]
@@ -113,11 +122,6 @@ def reconstruct_by_einsum(factorization: Factorization, factors: Mapping[str, An
         terms = [f"{mode}{experts[: side.ndim - 2]}r" for mode, side in (("i", left), ("o", right))]
         deltas: Doubles = np.einsum(f"{','.join(terms)}->{experts}io", left, right)
         return arrays["base"] + deltas
-    elif factorization.name != "shared_basis":
-        raise SpecError(
-            f"equations are known for the library's own factorizations; got {factorization!r}. "
-            "Compare with an einsum of your own."
-        )
     else:
         names = ["mixing", "input", "output"]
         experts = _EXPERTS[: arrays["mixing"].ndim - 1]
