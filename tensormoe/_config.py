@@ -9,7 +9,12 @@ from typing import Any
 from tensormoe._spec import LayerSpec
 from tensormoe._validation import choice, positive_int, positive_ints
 from tensormoe.errors import RankError, SpecError
-from tensormoe.factorizations import Factorization, resolve_factorization
+from tensormoe.factorizations import (
+    Factorization,
+    FactorizationLike,
+    rank_pattern,
+    resolve_factorization,
+)
 from tensormoe.gates import Gate
 from tensormoe.planning import Budget, Regimes, Routing, plan_regimes, select_rank
 
@@ -212,7 +217,7 @@ def resolve_config(
     in_features: int,
     out_features: int,
     experts: int | tuple[int, ...],
-    factorization: str | Factorization,
+    factorization: FactorizationLike,
     *,
     rank: int | tuple[int, ...] | None,
     budget: Budget | int | str | None,
@@ -237,7 +242,7 @@ def resolve_config(
         )
     if not isinstance(factorization, Factorization) and rank is None:
         sizes = positive_ints(experts, "experts", "level")
-        if budget is not None or factorization not in ("hadamard", "dense"):
+        if budget is not None or rank_pattern(factorization, len(sizes)):
             rank = select_rank(
                 factorization,
                 in_features,
@@ -269,7 +274,7 @@ def resolve_block(
     *,
     gated: bool = False,
     experts: int | tuple[int, ...],
-    factorization: str | Factorization | tuple[Factorization, Factorization],
+    factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike],
     rank: int | tuple[int, ...] | None,
     budget: Budget | int | str | None,
     bias: bool,

@@ -13,7 +13,7 @@ from tensormoe import functional
 from tensormoe.backend import Array
 from tensormoe.errors import ShapeError
 from tensormoe.execution import execute
-from tensormoe.factorizations import Factorization
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import Routed
 from tensormoe.gates import Gate, TopK
 from tensormoe.planning import Budget
@@ -65,7 +65,7 @@ class MuMoE(Layer):
         in_features: int,
         out_features: int,
         experts: int | tuple[int, ...],
-        factorization: str | Factorization = "cp",
+        factorization: FactorizationLike = "cp",
         *,
         rank: int | tuple[int, ...] | None = None,
         budget: Budget | int | str | None = None,

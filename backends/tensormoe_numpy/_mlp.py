@@ -14,7 +14,7 @@ from tensormoe._validation import choice
 from tensormoe.backend import Array
 from tensormoe.checkpoint import save_checkpoint
 from tensormoe.errors import SpecError
-from tensormoe.factorizations import Factorization
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import BlockConfig
 from tensormoe.gates import Gate
 from tensormoe.planning import Budget, Cost, Plan
@@ -96,7 +96,7 @@ class MuMoEMLP:
         *,
         gated: bool = False,
         experts: int | tuple[int, ...],
-        factorization: str | Factorization | tuple[Factorization, Factorization] = "cp",
+        factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "cp",
         rank: int | tuple[int, ...] | None = None,
         budget: Budget | int | str | None = None,
         gate: Gate | str | None = "entmax",

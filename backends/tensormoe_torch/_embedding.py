@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tensormoe import functional
-from tensormoe.factorizations import Factorization
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.planning import Budget
 from tensormoe_torch._base import Mixture
 from tensormoe_torch._checks import Given, check_ids
@@ -45,7 +45,7 @@ class MuMoEEmbedding(Mixture):
         num_embeddings: int,
         embedding_dim: int,
         experts: int | tuple[int, ...],
-        factorization: str | Factorization = "cp",
+        factorization: FactorizationLike = "cp",
         *,
         rank: int | tuple[int, ...] | None = None,
         budget: Budget | int | str | None = None,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tensormoe import functional
 from tensormoe.errors import ShapeError
-from tensormoe.factorizations import Factorization
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.gates import Gate
 from tensormoe.planning import Budget
 from tensormoe_torch._base import Mixture
@@ -62,7 +62,7 @@ class MuMoE(Mixture):
         in_features: int,
         out_features: int,
         experts: int | tuple[int, ...],
-        factorization: str | Factorization = "cp",
+        factorization: FactorizationLike = "cp",
         *,
         rank: int | tuple[int, ...] | None = None,
         budget: Budget | int | str | None = None,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tensormoe import functional
 from tensormoe.checkpoint import save_checkpoint
 from tensormoe.errors import ShapeError
-from tensormoe.factorizations import Factorization
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import BlockConfig
 from tensormoe.gates import Gate
 from tensormoe.planning import Budget, Cost, Plan
@@ -86,7 +86,7 @@ class MuMoEMLP(nn.Module):
         *,
         gated: bool = False,
         experts: int | tuple[int, ...],
-        factorization: str | Factorization | tuple[Factorization, Factorization] = "cp",
+        factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "cp",
         rank: int | tuple[int, ...] | None = None,
         budget: Budget | int | str | None = None,
         gate: Gate | str | None = "entmax",

@@ -7,7 +7,9 @@ from typing import Any
 
 from tensormoe._registry import backend_of
 from tensormoe.backend import Array
+from tensormoe.errors import ShapeError
 from tensormoe.factorizations._base import Factorization
+from tensormoe.factorizations._network import INPUT, OUTPUT, Leg, expert_leg
 
 __all__ = ["from_tensorly", "to_tensorly"]
 
@@ -28,6 +30,9 @@ def to_tensorly(factorization: Factorization, factors: Mapping[str, Array]) -> A
 
     Raises:
         LayoutError: TensorLy has no such decomposition.
+        ShapeError: factors that are missing, or whose names, shapes or dtypes are no layer's.
+        BackendError: arrays of an unknown library, or of several.
+        TypeError: no value of a factorization.
 
     >>> import numpy as np
     >>> from tensormoe import CP
@@ -36,11 +41,15 @@ def to_tensorly(factorization: Factorization, factors: Mapping[str, Array]) -> A
     >>> [a.shape for a in arrays]
     [(3, 2), (6, 2), (4, 2)]
     """
+    _check_value(factorization)
     xp = backend_of(*factors.values()).namespace
     stored = dict(factors)
     if type(factorization).to_tensorly is Factorization.to_tensorly:
         # there is none: it says so before biases, which may be several, are put in their places
         return factorization.to_tensorly(stored, xp)
+    _check_plain([*stored.values()], xp)
+    order = _check_shapes(factorization, stored)
+    stored = {name: stored[name] for name in order}
     if "bias" in stored:
         name = "weight" if "weight" in stored else "input"
         axis = stored[name].ndim - 2 if name == "weight" else 0
@@ -64,11 +73,24 @@ def from_tensorly(
 
     Raises:
         LayoutError: TensorLy has no such decomposition.
+        ShapeError: a decomposition of another kind, rank or number of factors.
+        BackendError: arrays of an unknown library, or of several.
+        TypeError: no value of a factorization.
     """
+    _check_value(factorization)
     arrays = _flatten(decomposition)
     xp = backend_of(*arrays).namespace
+    if type(factorization).from_tensorly is not Factorization.from_tensorly:
+        _check_plain(arrays, xp)
     stored = factorization.from_tensorly(decomposition, xp)
+    _check_shapes(factorization, stored)
     if bias:
+        rows = stored["weight"].shape[-2] if "weight" in stored else stored["input"].shape[0]
+        if rows < 2:
+            raise ShapeError(
+                "the input mode must have two rows or more where the last row of the input mode is "
+                f"the bias; got {rows}. Pass bias=False if there is none."
+            )
         name = "weight" if "weight" in stored else "input"
         axis = stored[name].ndim - 2 if name == "weight" else 0
         place = (slice(None),) * axis
@@ -85,3 +107,61 @@ def _flatten(decomposition: Any) -> list[Array]:
                 parts.extend(_flatten(part))
             return parts
     return [] if decomposition is None else [decomposition]
+
+
+def _check_value(factorization: Any) -> None:
+    if not isinstance(factorization, Factorization):
+        raise TypeError(
+            f"factorization must be a value such as CP(rank=64); got {factorization!r}. Its rank "
+            "says how the arrays are to be read."
+        )
+
+
+def _check_plain(arrays: list[Array], xp: Any) -> None:
+    """Refuse arrays with a mask, which would be lost, and those of several or other dtypes."""
+    if any(hasattr(array, "mask") for array in arrays):
+        raise ShapeError("factors must not be masked; got an array with a mask. Fill it first.")
+    dtypes = list(dict.fromkeys(array.dtype for array in arrays))
+    if len(dtypes) > 1 or not xp.isdtype(dtypes[0], "real floating"):
+        raise ShapeError(
+            "factors must have one real floating-point dtype; got "
+            f"{' and '.join(map(str, dtypes))}. Cast them."
+        )
+
+
+def _check_shapes(factorization: Factorization, arrays: Mapping[str, Array]) -> tuple[str, ...]:
+    """Refuse arrays that are no layer's factors of this factorization, and give their order.
+
+    Raises:
+        ShapeError: a name or a shape that does not fit the others, or the rank.
+    """
+    most = len(arrays) + max(array.ndim for array in arrays.values())
+    for levels in range(1, most):
+        listed = factorization.factors(levels)
+        if {each.name for each in listed} == {*arrays} - {"bias"}:
+            if len(listed) == 1 and len(listed[0].legs) != arrays[listed[0].name].ndim:
+                continue  # one name at any number of levels
+            break
+    else:
+        names = [each.name for each in factorization.factors(1)]
+        raise ShapeError(
+            f"factors of {factorization!r} must be named {', '.join(names)}, one for each expert "
+            f"level, and bias if there is one; got {', '.join(arrays)}."
+        )
+    sizes: dict[Leg, int] = {}
+    for factor in listed:
+        for leg, size in zip(factor.legs, arrays[factor.name].shape, strict=False):
+            sizes.setdefault(leg, size)
+    modes = [sizes.get(leg, 0) for leg in (*map(expert_leg, range(levels)), INPUT, OUTPUT)]
+    if not all(modes):
+        raise ShapeError(f"modes must have positive sizes; got {tuple(modes)}.")
+    *experts, rows, columns = modes
+    shapes = factorization.network(tuple(experts), rows, columns, "bias" in arrays).shapes
+    for name, shape in shapes.items():
+        found = tuple(arrays[name].shape)
+        if found != shape:
+            raise ShapeError(
+                f"{name!r} must have shape {shape} for {factorization!r} and the other factors; "
+                f"got {found}."
+            )
+    return tuple(shapes)

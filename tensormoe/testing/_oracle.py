@@ -10,12 +10,16 @@ import numpy.typing as npt
 import tensorly
 
 from tensormoe.errors import ShapeError, SpecError
-from tensormoe.factorizations import FACTORIZATIONS, Factorization, to_tensorly
+from tensormoe.factorizations import Factorization, to_tensorly
 
 __all__ = ["reconstruct", "reconstruct_by_einsum", "reference_output"]
 
 Doubles = npt.NDArray[np.float64]
 
+_KNOWN = (
+    *("cp", "tensor_ring", "tensor_train", "tucker", "shared_basis"),
+    *("base_delta", "shared_delta", "hadamard", "dense"),
+)
 _EXPERTS = "abcdefgh"
 _BONDS = "pqrstuvwxyz"
 
@@ -84,7 +88,7 @@ def reconstruct_by_einsum(factorization: Factorization, factors: Mapping[str, An
     Raises:
         SpecError: another factorization.
     """
-    if factorization.name not in FACTORIZATIONS:
+    if factorization.name not in _KNOWN:
         raise SpecError(
             f"equations are known for the library's own factorizations; got {factorization!r}. "
             "Compare with an einsum of your own."

@@ -64,10 +64,10 @@ CASES: dict[str, Case] = {
         SpecError,
         "factorization must be one of 'cp', 'tensor_ring', .*'dense'; got 'cpd'",
     ),
-    "a class in place of a value": (
-        lambda: MuMoE(8, 4, 3, CP, rank=2),
+    "a class of something else": (
+        lambda: MuMoE(8, 4, 3, dict, rank=2),
         SpecError,
-        "factorization must be one of .*; got <class",
+        "must be a subclass of tensormoe.Factorization; got <class 'dict'>",
     ),
     "unknown initialization": (
         lambda: layer(init="xavier"),

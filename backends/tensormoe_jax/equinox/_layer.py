@@ -11,7 +11,7 @@ from jax import Array
 
 from tensormoe import functional
 from tensormoe.errors import ShapeError
-from tensormoe.factorizations import Factorization
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.gates import Gate
 from tensormoe.planning import Budget
 from tensormoe_jax import _pure
@@ -68,7 +68,7 @@ class MuMoE(Mixture):
         in_features: int,
         out_features: int,
         experts: int | tuple[int, ...],
-        factorization: str | Factorization = "cp",
+        factorization: FactorizationLike = "cp",
         *,
         rank: int | tuple[int, ...] | None = None,
         budget: Budget | int | str | None = None,

@@ -16,7 +16,7 @@ from jax import Array
 from tensormoe import functional
 from tensormoe.checkpoint import save_checkpoint
 from tensormoe.errors import ShapeError
-from tensormoe.factorizations import Factorization
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import BlockConfig
 from tensormoe.gates import Gate
 from tensormoe.planning import Budget
@@ -96,7 +96,7 @@ class MuMoEMLP(Block, eqx.nn.StatefulLayer):
         *,
         gated: bool = False,
         experts: int | tuple[int, ...],
-        factorization: str | Factorization | tuple[Factorization, Factorization] = "cp",
+        factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "cp",
         rank: int | tuple[int, ...] | None = None,
         budget: Budget | int | str | None = None,
         gate: Gate | str | None = "entmax",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormoe.errors import SpecError
-from tensormoe.factorizations import Factorization
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import (
     BlockConfig,
     Fit,
@@ -45,7 +45,7 @@ class Wish:
     """What a mixture is asked to be: the arguments that layers and blocks share."""
 
     experts: int | tuple[int, ...]
-    factorization: str | Factorization | tuple[Factorization, Factorization]
+    factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike]
     rank: int | tuple[int, ...] | None
     budget: Budget | int | str | None
     gate: Gate | str | None
@@ -54,7 +54,7 @@ class Wish:
 def from_linear(
     linear: nn.Module,
     experts: int | tuple[int, ...],
-    factorization: str | Factorization = "cp",
+    factorization: FactorizationLike = "cp",
     *,
     rank: int | tuple[int, ...] | None = None,
     budget: Budget | int | str | None = None,
@@ -106,7 +106,7 @@ def from_linear(
 def from_mlp(
     mlp: nn.Module | tuple[nn.Module, Any, nn.Module] | tuple[nn.Module, Any, nn.Module, nn.Module],
     experts: int | tuple[int, ...],
-    factorization: str | Factorization | tuple[Factorization, Factorization] = "cp",
+    factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "cp",
     *,
     rank: int | tuple[int, ...] | None = None,
     budget: Budget | int | str | None = None,

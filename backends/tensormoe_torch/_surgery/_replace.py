@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tensormoe._validation import choice, positive_int
 from tensormoe.errors import BudgetError, SpecError, TensormoeError
-from tensormoe.factorizations import INITIALIZATIONS, Factorization
+from tensormoe.factorizations import INITIALIZATIONS, FactorizationLike
 from tensormoe.functional import BlockConfig, Fit, LayerConfig, checked_noise
 from tensormoe.gates import Gate
 from tensormoe.planning import PUBLISHED_ROOFLINES, Budget, Cost, Roofline, linear_cost
@@ -44,7 +44,7 @@ def replace(
     select: Select,
     *,
     experts: int | tuple[int, ...],
-    factorization: str | Factorization | tuple[Factorization, Factorization] = "cp",
+    factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "cp",
     rank: int | tuple[int, ...] | None = None,
     budget: Budget | int | str | None = None,
     gate: Gate | str | None = "entmax",
