@@ -47,7 +47,7 @@ def to_tensorly(factorization: Factorization, factors: Mapping[str, Array]) -> A
     if type(factorization).to_tensorly is Factorization.to_tensorly:
         # there is none: it says so before biases, which may be several, are put in their places
         return factorization.to_tensorly(stored, xp)
-    _check_plain([*stored.values()], xp)
+    _check_dtypes([*stored.values()], xp)
     order = _check_shapes(factorization, stored)
     stored = {name: stored[name] for name in order}
     if "bias" in stored:
@@ -81,7 +81,7 @@ def from_tensorly(
     arrays = _flatten(decomposition)
     xp = backend_of(*arrays).namespace
     if type(factorization).from_tensorly is not Factorization.from_tensorly:
-        _check_plain(arrays, xp)
+        _check_dtypes(arrays, xp)
     stored = factorization.from_tensorly(decomposition, xp)
     _check_shapes(factorization, stored)
     if bias:
@@ -117,10 +117,8 @@ def _check_value(factorization: Any) -> None:
         )
 
 
-def _check_plain(arrays: list[Array], xp: Any) -> None:
-    """Refuse arrays with a mask, which would be lost, and those of several or other dtypes."""
-    if any(hasattr(array, "mask") for array in arrays):
-        raise ShapeError("factors must not be masked; got an array with a mask. Fill it first.")
+def _check_dtypes(arrays: list[Array], xp: Any) -> None:
+    """Refuse arrays of several dtypes, or of other than real floating-point ones."""
     dtypes = list(dict.fromkeys(array.dtype for array in arrays))
     if len(dtypes) > 1 or not xp.isdtype(dtypes[0], "real floating"):
         raise ShapeError(
