@@ -31,6 +31,12 @@ def checkpoint_path(path: str | os.PathLike[str]) -> str:
         raise TypeError(f"path must be a str or an os.PathLike of str; got {path!r}.")
     if "\0" in name:
         raise CheckpointError(f"path must not hold a null character; got {name!r}.")
+    try:
+        os.fsencode(name)
+    except UnicodeError:
+        raise CheckpointError(
+            f"path must be text that file names can have; got {name!r}."
+        ) from None
     if name.endswith(PARTIAL_SUFFIX):
         raise CheckpointError(
             f"path must not end in {PARTIAL_SUFFIX!r}; got {name!r}. Such files are what a save "

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 from tensormoe._spec import LayerSpec
-from tensormoe._validation import choice, positive_int, positive_ints
+from tensormoe._validation import choice, flag, instance, positive_int, positive_ints
 from tensormoe.errors import RankError, SpecError
 from tensormoe.factorizations import (
     Factorization,
@@ -40,6 +41,9 @@ class LayerConfig:
     regimes: Regimes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        instance(self.spec, LayerSpec, "spec", "a LayerSpec", SpecError)
+        instance(self.gate, (Gate, NoneType), "gate", "a Gate or None", SpecError)
+        flag(self.indexed_input, "indexed_input")
         # planned here, so that a forward call only looks programs up
         regimes = plan_regimes(self.spec, Routing(None, self.indexed_input))
         object.__setattr__(self, "regimes", regimes)
@@ -72,6 +76,11 @@ class LayerConfig:
         return shapes
 
     @property
+    def block(self) -> str:
+        """Name of the class of its layers, the same in every framework and in checkpoints."""
+        return "MuMoEEmbedding" if self.indexed_input else "MuMoE"
+
+    @property
     def num_parameters(self) -> int:
         """Trainable entries, the gate's included."""
         gate = self.gate
@@ -100,8 +109,6 @@ class LayerConfig:
                 f"a layer's config must have exactly {sorted(expected)}; got {found!r}."
             )
         gate, indexed = values["gate"], values["indexed_input"]
-        if not isinstance(indexed, bool):
-            raise SpecError(f"indexed_input must be True or False; got {indexed!r}.")
         return cls(
             LayerSpec.from_dict(values["spec"]),
             None if gate is None else Gate.from_dict(gate),
@@ -156,6 +163,11 @@ class BlockConfig:
     def num_parameters(self) -> int:
         """Trainable entries, the gate's included, an activation's own not."""
         return self.first.num_parameters + self.second.num_parameters
+
+    @property
+    def block(self) -> str:
+        """Name of the class of its blocks, the same in every framework and in checkpoints."""
+        return "MuMoEMLP"
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes by canonical name: ``first.factors.…``, ``second.factors.…``, ``gate.…``."""

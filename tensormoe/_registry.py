@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from tensormoe._entry_points import entry_points_of, load_entry_point, origin, the_only
+from tensormoe._validation import instance
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import BackendError, MissingDependencyError
 
@@ -25,6 +26,7 @@ __all__ = [
     "get_backend",
     "kind_of",
     "known_backends",
+    "loaded_backend",
 ]
 
 ENTRY_POINT_GROUP = "tensormoe.backends"
@@ -52,7 +54,6 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in known_backends() if _installed(name))
 
 
-@cache
 def get_backend(name: str) -> Backend:
     """The adapter registered under ``name``.
 
@@ -62,6 +63,13 @@ def get_backend(name: str) -> Backend:
         MissingDependencyError: the adapter is known but its array library, or something else that
             it needs, is not installed.
     """
+    instance(name, str, "backend", "the name of a library", BackendError)
+    return loaded_backend(name)
+
+
+@cache
+def loaded_backend(name: str) -> Backend:
+    """The adapter of a name, loaded once."""
     if name in _BUILT_IN:
         module, extra = _BUILT_IN[name]
         if not _installed(name):

@@ -8,7 +8,7 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from tensormoe._validation import non_negative_int, positive_int, positive_ints
+from tensormoe._validation import flag, non_negative_int, positive_int, positive_ints
 from tensormoe.errors import PlanError, RankError, SpecError
 from tensormoe.factorizations import (
     FACTORIZATIONS,
@@ -65,8 +65,7 @@ class LayerSpec:
         factorization: FactorizationLike,
         bias: bool = True,
     ) -> None:
-        if not isinstance(bias, bool):
-            raise SpecError(f"bias must be True or False; got {bias!r}.")
+        flag(bias, "bias")
         put = object.__setattr__
         put(self, "in_features", positive_int(in_features, "in_features"))
         put(self, "out_features", positive_int(out_features, "out_features"))
@@ -178,8 +177,10 @@ class LayerSpec:
 
         # looked at here, since the cache behind takes 1.0 and True for 1
         batch = non_negative_int(batch, "batch", PlanError)
-        if not isinstance(prepared, bool):
-            raise PlanError(f"prepared must be True or False; got {prepared!r}.")
+        flag(prepared, "prepared", PlanError)
+        flag(indexed_input, "indexed_input", PlanError)
+        if memory_limit is not None:
+            memory_limit = positive_int(memory_limit, "memory_limit", PlanError)
         routing = Routing(top_k, indexed_input)
         return plan_layer(self, batch, routing, prepared=prepared, memory_limit=memory_limit)
 

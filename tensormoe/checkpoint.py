@@ -44,6 +44,7 @@ from tensormoe._checkpoint_format import encode_header, file_order, parse_header
 from tensormoe._registry import backend_of, check_array
 from tensormoe._safetensors import ArrayInfo as ArrayInfo
 from tensormoe._safetensors import read_frame
+from tensormoe._validation import flag, instance
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import BackendError, CheckpointError
 
@@ -140,10 +141,7 @@ def save_checkpoint(
             what and why.
     """
     target = checkpoint_path(path)
-    if not isinstance(arrays, Mapping):
-        raise CheckpointError(
-            f"arrays must be a mapping from names to arrays; got {type(arrays).__qualname__}."
-        )
+    instance(arrays, Mapping, "arrays", "a mapping from names to arrays", CheckpointError)
     infos: dict[str, ArrayInfo] = {}
     contents: dict[str, bytes] = {}
     backend: Backend | None = None
@@ -236,6 +234,9 @@ def match_arrays(
     'c' () is missing
     'b' must have the shape (4,); got (3,)
     """
+    instance(expected, Mapping, "expected", "a mapping from names to shapes", CheckpointError)
+    instance(arrays, Mapping, "arrays", "a mapping from names to arrays", CheckpointError)
+    flag(strict, "strict", CheckpointError)
     wanted = {name: tuple(shape) for name, shape in expected.items()}
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     match = ArrayMatch(

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tensormoe import _entry_points, _registry, get_backend
+from tensormoe import _entry_points, _registry
+from tensormoe._registry import loaded_backend
 from tensormoe.factorizations import _named
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,5 +75,5 @@ def installed_package(folder: str, site: Path) -> Iterator[None]:
 
 def _forget_what_is_installed() -> None:
     _entry_points.entry_points_of.cache_clear()
-    get_backend.cache_clear()
+    loaded_backend.cache_clear()
     _named._from_entry_point.cache_clear()

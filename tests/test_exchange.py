@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import tensormoe_numpy
-from tensormoe import CP, Gate, TensorRing, backend_of, convert, get_backend
+from tensormoe import CP, Gate, TensorRing, backend_of, convert
+from tensormoe._registry import loaded_backend
 from tensormoe.errors import BackendError, CheckpointError, MissingDependencyError, ShapeError
 from tests._cupy_standin import ADAPTER, ON_DEVICE, installed, randomize
 from tests._third_party import code_blocks, write_metadata
@@ -234,7 +235,7 @@ class TestErrors:
 
     def test_a_library_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("tensormoe._registry._installed", lambda name: name != "torch")
-        get_backend.cache_clear()
+        loaded_backend.cache_clear()
         with pytest.raises(MissingDependencyError, match=r"tensormoe\[torch\]"):
             convert(np.ones(3), "torch")
 

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from tensormoe import functional
+from tensormoe._validation import flag
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.gates import TopK
 from tensormoe_jax._activations import ACTIVATIONS
 from tensormoe_jax._adapter import BACKEND
-from tensormoe_jax._checks import check_parameters, check_range, dtype_of
+from tensormoe_jax._checks import check_parameters, check_range, checked_buffers, dtype_of
 from tensormoe_jax._keys import checked_key
 
 __all__ = [
@@ -71,8 +72,9 @@ def coefficients(
         GateError: a batch-norm gate without buffers, outside training.
     """
     check_parameters(config, parameters, "gate.")
+    flag(training, "training")
     layer = config.first if isinstance(config, BlockConfig) else config
-    kept = dict(buffers or {})
+    kept = checked_buffers(config, buffers)
     lead = functional.check_input(x, layer.spec.in_features, dtype_of(parameters), BACKEND)
     rows = x.reshape(prod(lead), layer.spec.in_features)
     names = axis_name if isinstance(axis_name, list | tuple) else (axis_name,)
@@ -172,7 +174,7 @@ def _run(
     key: Array | None,
     act: Act | None,
 ) -> tuple[Array, dict[str, Array]]:
-    kept = dict(buffers or {})
+    kept = checked_buffers(config, buffers)
     if isinstance(config, BlockConfig):
         return _run_block(config, parameters, x, given, kept, training, key, act)
     if given is None:

@@ -44,6 +44,8 @@ class MuMoEEmbedding(Layer):
     (2, 3, 32)
     """
 
+    _kind = "MuMoEEmbedding"
+
     def __init__(
         self,
         num_embeddings: int,

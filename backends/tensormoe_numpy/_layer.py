@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensormoe import functional
+from tensormoe._validation import flag
 from tensormoe.backend import Array
 from tensormoe.errors import ShapeError
 from tensormoe.execution import execute
@@ -59,6 +60,8 @@ class MuMoE(Layer):
     >>> layer(np.ones((5, 7, 64), dtype="float32")).shape
     (5, 7, 10)
     """
+
+    _kind = "MuMoE"
 
     def __init__(
         self,
@@ -167,6 +170,7 @@ class MuMoE(Layer):
             The output (..., out), and a function from its cotangent, of the same shape, to
             :class:`Gradients`.
         """
+        flag(training, "training")
         lead = functional.check_input(x, self.spec.in_features, self.dtype, self.backend)
         rows = x.reshape(prod(lead), self.spec.in_features)
         pull_gate = None
@@ -207,6 +211,7 @@ class MuMoE(Layer):
             One array a level, and a function from their cotangents to the gradient by ``x`` and
             the gate's parameters by canonical name.
         """
+        flag(training, "training")
         lead = functional.check_input(x, self.spec.in_features, self.dtype, self.backend)
         weights, pull = self._route_vjp(x.reshape(prod(lead), x.shape[-1]), training)
 

@@ -325,6 +325,7 @@ class MuMoEMLP:
             BackendError, CheckpointError, ShapeError: as :meth:`MuMoE.restore`.
             SpecError: an activation that has no name.
         """
+        functional.check_config(config, "MuMoEMLP")
         functional.check_arrays(config, arrays, cls.backend, FLOATS)
         _checked_name(config.act_layer)
         block = cls.__new__(cls)

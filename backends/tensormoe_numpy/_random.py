@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensormoe import functional
-from tensormoe._validation import non_negative_int
+from tensormoe._validation import brief, non_negative_int
 from tensormoe.backend import Array
 from tensormoe.errors import SpecError
 from tensormoe.functional import LayerConfig
@@ -27,10 +27,10 @@ def checked_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
     try:
         # NumPy reads None as float64
         found = None if dtype is None else np.dtype(dtype)
-    except TypeError:
+    except (TypeError, ValueError):
         found = None
     if found is None or found.name not in FLOATS:
-        raise SpecError(f"dtype must be one of {', '.join(FLOATS)}; got {dtype!r}.")
+        raise SpecError(f"dtype must be one of {', '.join(FLOATS)}; got {brief(dtype)}.")
     return found
 
 

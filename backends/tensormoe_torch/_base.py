@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormoe import LayerSpec, functional
+from tensormoe._validation import brief
 from tensormoe.checkpoint import save_checkpoint
 from tensormoe.errors import BackendError, ShapeError, SpecError
 from tensormoe.functional import BlockConfig, LayerConfig
@@ -33,9 +34,9 @@ def checked_dtype(dtype: torch.dtype | None) -> torch.dtype:
         SpecError: not a floating-point type.
     """
     found = torch.get_default_dtype() if dtype is None else dtype
-    if found not in _FLOATS:
+    if not isinstance(found, torch.dtype) or found not in _FLOATS:
         names = ", ".join(str(each) for each in _FLOATS)
-        raise SpecError(f"dtype must be one of {names}; got {dtype!r}.")
+        raise SpecError(f"dtype must be one of {names}; got {brief(dtype)}.")
     return found
 
 

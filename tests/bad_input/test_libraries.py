@@ -15,6 +15,7 @@ import pytest
 
 import tensormoe
 from tensormoe import CP, backend_of, get_backend, to_tensorly
+from tensormoe._registry import loaded_backend
 from tensormoe.errors import BackendError, MissingDependencyError, TensormoeError
 from tests._bad_input import Case, assert_refused
 
@@ -29,7 +30,7 @@ def without(*names: str) -> Callable[[pytest.MonkeyPatch], None]:
             return None if name in names else real(name, package)
 
         patch.setattr("tensormoe._registry.find_spec", find)
-        get_backend.cache_clear()
+        loaded_backend.cache_clear()
 
     return prepare
 
@@ -73,7 +74,7 @@ def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(MissingDependencyError, match=r"needs numpy.*'tensormoe\[numpy\]'"):
             get_backend("numpy")
     finally:
-        get_backend.cache_clear()
+        loaded_backend.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["hypothesis", "tensorly", "pytest"])

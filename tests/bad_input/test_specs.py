@@ -217,12 +217,27 @@ CASES: dict[str, Case] = {
     "restored from no config": (
         lambda: MuMoE.restore("cp", {}),  # type: ignore[arg-type]
         SpecError,
-        "restored from its config and a mapping of arrays by name; got str and dict. Pass",
+        "config must be that of a MuMoE; got 'cp'. Pass the config of another layer",
     ),
     "restored from no arrays": (
         lambda: MuMoE.restore(layer().config, None),  # type: ignore[arg-type]
         SpecError,
-        "got LayerConfig and NoneType",
+        "arrays must be a mapping from names to arrays; got None, a NoneType",
+    ),
+    "a layer restored from a block": (
+        lambda: MuMoE.restore(MuMoEMLP(8, experts=3, rank=2).config, {}),  # type: ignore[arg-type]
+        SpecError,
+        "config must be that of a MuMoE; got that of a MuMoEMLP",
+    ),
+    "a layer restored from an embedding": (
+        lambda: MuMoE.restore(MuMoEEmbedding(8, 4, 3, rank=2).config, {}),
+        SpecError,
+        "config must be that of a MuMoE; got that of a MuMoEEmbedding",
+    ),
+    "a size beyond all arrays": (
+        lambda: LayerSpec(2**63, 4, 3, CP(2)),
+        SpecError,
+        "in_features must be below 2\\*\\*63; got 9223372036854775808",
     ),
     "rank and budget": (
         lambda: layer(budget=100),

@@ -85,7 +85,7 @@ JUNK: dict[str, Callable[[], Any]] = {
     "minus one": lambda: -1,
     "seven": lambda: 7,
     "a huge integer": lambda: 10**30,
-    "an endless integer": lambda: 10**5000,
+    "beyond 64 bits": lambda: 2**64,
     "a half": lambda: 0.5,
     "minus zero": lambda: -0.0,
     "nan": lambda: float("nan"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from jax import Array
 
@@ -42,6 +42,8 @@ class MuMoEEmbedding(Mixture):
     >>> table(jnp.array([[1, 5, 7], [2, 2, 999]]), jnp.full((2, 3, 4), 0.25)).shape
     (2, 3, 32)
     """
+
+    _kind: ClassVar[str] = "MuMoEEmbedding"
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from functools import partial
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 from equinox.nn import State
 from jax import Array
@@ -62,6 +62,8 @@ class MuMoE(Mixture):
     >>> layer(jnp.ones((5, 7, 64))).shape
     (5, 7, 10)
     """
+
+    _kind: ClassVar[str] = "MuMoE"
 
     def __init__(
         self,

@@ -279,6 +279,7 @@ class MuMoEMLP(Block, eqx.nn.StatefulLayer):
             BackendError, CheckpointError, ShapeError: as :meth:`MuMoE.restore`.
             SpecError: no activation, or two.
         """
+        functional.check_config(config, "MuMoEMLP")
         first, source = config.first.spec, ready(config, arrays)
         named: Any = config.act_layer if act is None else act
         return cls(

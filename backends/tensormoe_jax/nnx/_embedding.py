@@ -43,6 +43,8 @@ class MuMoEEmbedding(Mixture):
     (2, 3, 32)
     """
 
+    _kind = "MuMoEEmbedding"
+
     def __init__(
         self,
         num_embeddings: int,

@@ -58,6 +58,8 @@ class MuMoE(Mixture):
     (5, 7, 10)
     """
 
+    _kind = "MuMoE"
+
     def __init__(
         self,
         in_features: int,

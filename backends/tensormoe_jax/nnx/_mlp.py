@@ -219,6 +219,7 @@ class MuMoEMLP(Block, nnx.Module):
             BackendError, CheckpointError, ShapeError: as :meth:`MuMoE.restore`.
             SpecError: no activation, or two.
         """
+        functional.check_config(config, "MuMoEMLP")
         first, source = config.first.spec, ready(config, arrays)
         named: Any = config.act_layer if act is None else act
         block = cls(first.in_features, act_layer=named, experts=first.experts, rngs=source)
