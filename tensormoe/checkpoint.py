@@ -237,6 +237,10 @@ def match_arrays(
     instance(expected, Mapping, "expected", "a mapping from names to shapes", CheckpointError)
     instance(arrays, Mapping, "arrays", "a mapping from names to arrays", CheckpointError)
     flag(strict, "strict", CheckpointError)
+    for name, shape in expected.items():
+        instance(
+            shape, (tuple, list), f"the expected shape of {name!r}", "a tuple", CheckpointError
+        )
     wanted = {name: tuple(shape) for name, shape in expected.items()}
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     match = ArrayMatch(

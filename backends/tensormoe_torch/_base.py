@@ -48,7 +48,7 @@ def checked_device(device: torch.device | str | None) -> torch.device | None:
     """
     try:
         return None if device is None else torch.device(device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise SpecError(
             f"device must be a torch.device or its name, such as 'cpu' or 'cuda:0'; got {device!r}."
         ) from error

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tensormoe._registry import backend_of
+from tensormoe._validation import flag, instance
 from tensormoe.backend import Array
 from tensormoe.errors import ShapeError
 from tensormoe.factorizations._base import Factorization
@@ -42,6 +43,7 @@ def to_tensorly(factorization: Factorization, factors: Mapping[str, Array]) -> A
     [(3, 2), (6, 2), (4, 2)]
     """
     _check_value(factorization)
+    instance(factors, Mapping, "factors", "a mapping from names to arrays", ShapeError)
     xp = backend_of(*factors.values()).namespace
     stored = dict(factors)
     if type(factorization).to_tensorly is Factorization.to_tensorly:
@@ -78,6 +80,7 @@ def from_tensorly(
         TypeError: no value of a factorization.
     """
     _check_value(factorization)
+    flag(bias, "bias", ShapeError)
     arrays = _flatten(decomposition)
     xp = backend_of(*arrays).namespace
     if type(factorization).from_tensorly is not Factorization.from_tensorly:
@@ -99,12 +102,17 @@ def from_tensorly(
     return stored
 
 
-def _flatten(decomposition: Any) -> list[Array]:
+def _flatten(decomposition: Any, depth: int = 0) -> list[Array]:
+    if depth > 3:
+        raise ShapeError(
+            "a decomposition must be arrays and lists of them; got lists nested too deeply. Pass "
+            "what TensorLy returns."
+        )
     if isinstance(decomposition, (list, tuple)) or type(decomposition).__name__.endswith("Tensor"):
         parts: list[Array] = []
         if not hasattr(decomposition, "dtype"):
             for part in decomposition:
-                parts.extend(_flatten(part))
+                parts.extend(_flatten(part, depth + 1))
             return parts
     return [] if decomposition is None else [decomposition]
 
