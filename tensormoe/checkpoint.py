@@ -238,9 +238,7 @@ def match_arrays(
     instance(arrays, Mapping, "arrays", "a mapping from names to arrays", CheckpointError)
     flag(strict, "strict", CheckpointError)
     for name, shape in expected.items():
-        instance(
-            shape, (tuple, list), f"the expected shape of {name!r}", "a tuple", CheckpointError
-        )
+        instance(shape, (tuple, list), f"the shape of {name!r}", "a tuple", CheckpointError)
     wanted = {name: tuple(shape) for name, shape in expected.items()}
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     match = ArrayMatch(
