@@ -56,7 +56,8 @@ momentum=0.1)
         if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
             raise GateError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}; got "
-                f"{brief(self.activation)}. Compute other coefficients yourself and pass them to the layer."
+                f"{brief(self.activation)}. Compute other coefficients yourself and pass them to "
+                "the layer."
             )
         named = self.normalization is None or isinstance(self.normalization, str)
         if not named or self.normalization not in NORMALIZATIONS:
