@@ -49,7 +49,8 @@ class TorchBackend:
         return f"TorchBackend(eager={self.eager})"
 
     def owns(self, array: Any, /) -> bool:
-        return isinstance(array, Tensor)
+        strided = isinstance(array, Tensor) and array.layout is torch.strided
+        return strided and not array.is_nested
 
     def matmul(self, left: Tensor, right: Tensor, /) -> Tensor:
         if self.eager:
@@ -113,12 +114,16 @@ class TorchBackend:
         return array if self.eager else array.detach()
 
     def to_bytes(self, array: Tensor, /) -> tuple[str, tuple[int, ...], bytes]:
-        if array.is_meta or type(array).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        if array.is_meta:
+            raise BackendError(
+                "a tensor must have values to be written; got one on the meta device. Load or "
+                "initialize it first: to_empty(device=…), then reset_parameters()."
+            )
+        if type(array).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             # the memory of a tensor that stands for others holds anything at all
             raise BackendError(
-                "a tensor must have values of its own in this process to be written; got "
-                f"{'one on the meta device' if array.is_meta else type(array).__qualname__}. "
-                "Gather it first, as full_tensor() does a DTensor."
+                "a tensor must have values of its own in this process to be written; got a "
+                f"{type(array).__qualname__}. Gather it first, as full_tensor() does a DTensor."
             )
         solid = array.detach().to("cpu").contiguous()
         # no NumPy, which an installation of PyTorch may lack

@@ -15,20 +15,21 @@ __all__ = ["save_module"]
 
 
 def save_module(
-    module: nn.Module, path: str | PathLike[str], kind: str, config: LayerConfig | BlockConfig
+    module: nn.Module, path: str | PathLike[str], config: LayerConfig | BlockConfig
 ) -> None:
     """Write a layer or block, whose state dict must have its parameters and buffers, and no more.
 
     Args:
         module: the layer or block; of sharded ones, every process makes this call.
         path: the file.
-        kind: class of the library's that opens it.
         config: what rebuilds it.
 
     Raises:
         CheckpointError: parameters that are computed from others, or others besides; or as
             ``checkpoint.save_checkpoint``.
+        SpecError: a configuration that no file can hold.
     """
+    values = config.to_dict()
     arrays = module.state_dict()
     shapes = {**config.parameter_shapes(), **config.buffer_shapes()}
     match = match_arrays(shapes, arrays, strict=False)
@@ -42,8 +43,9 @@ def save_module(
         )
     if match.unexpected:
         raise CheckpointError(
-            f"a checkpoint holds the parameters and buffers of a {kind} alone; got {besides} "
-            "besides. Save the state_dict(), or keep the layer in a module that has them."
+            f"a checkpoint holds the parameters and buffers of a {config.block} alone; got "
+            f"{besides} besides. Save the state_dict(), or keep the layer in a module that has "
+            "them."
         )
     match_arrays(shapes, arrays)
-    save_whole(path, kind, config.to_dict(), {name: arrays[name] for name in shapes})
+    save_whole(path, config.block, values, {name: arrays[name] for name in shapes})
