@@ -65,12 +65,13 @@ def put(parameter: Tensor, values: Tensor) -> None:
     if not is_sharded(parameter):
         parameter.copy_(values)
         return
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import Replicate, distribute_tensor
 
     held: Any = parameter
+    mesh = held.device_mesh
     # replicas must stay equal, also where processes draw or compute different values
-    spread = distribute_tensor(values.detach(), held.device_mesh, held.placements)
-    held.to_local().copy_(spread.to_local())
+    whole = distribute_tensor(values.detach(), mesh, [Replicate()] * mesh.ndim)
+    held.to_local().copy_(whole.redistribute(placements=held.placements).to_local())
 
 
 @contextmanager

@@ -50,6 +50,15 @@ def by_hand(layer: MuMoE) -> MuMoE:
     return layer
 
 
+def over_tensor_parallel(layer: MuMoE) -> Any:
+    """Factors distributed along their first axis, and their parts sharded along the same."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "model"))
+    for name, factor in layer.factors.items():
+        spread = distribute_tensor(factor.detach(), mesh["model"], [Shard(0)])
+        layer.factors[name] = nn.Parameter(spread)
+    return fully_shard(layer, mesh=mesh["data"])
+
+
 def whole(layer: nn.Module) -> dict[str, torch.Tensor]:
     return {
         name: array.full_tensor() if isinstance(array, DTensor) else array.clone()
@@ -67,6 +76,7 @@ def sharded() -> Iterator[tuple[Any, Any]]:
     for kind in (CP(7), TensorRing((2, 2, 3))):
         yield fully_shard(layer_of(kind)), layer_of(kind)
         yield by_hand(layer_of(kind)), layer_of(kind)
+        yield over_tensor_parallel(layer_of(kind)), layer_of(kind)
 
 
 def edit(rank: int) -> None:
