@@ -1,0 +1,92 @@
+"""What transformers calls when it loads a model with factorized layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from tensormoe.errors import CheckpointError, SpecError
+from tensormoe_torch.huggingface._build import install
+from tensormoe_torch.huggingface._config import METHOD, TensormoeConfig
+
+__all__ = ["TensormoeQuantizer"]
+
+
+@register_quantizer(METHOD)
+class TensormoeQuantizer(HfQuantizer):
+    """Puts factorized layers into a model before its weights are loaded.
+
+    transformers makes one for every folder whose ``config.json`` names the method. A loaded model
+    is a plain one afterwards: it trains, changes its dtype and is saved like any other.
+    """
+
+    quantization_config: TensormoeConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to factorize while loading.
+
+        Raises:
+            SpecError: the model on disk is dense.
+        """
+        if not self.pre_quantized:
+            raise SpecError(
+                "a dense model can't be factorized while it is loaded. Load it without "
+                "quantization_config, and call tensormoe_torch.compress or replace."
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        self._made = install(model, self.quantization_config.modules, checkpoint_files)
+        return model
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        _check_loaded(model, {id(each) for each in self._made})
+        # nothing of this method is needed any more: factors are weights like others, and what
+        # transformers keeps quantized models from (casts, training, given state_dicts) is fine
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
+                del module.config._is_quantized
+        del model.hf_quantizer, model.quantization_method
+        model.is_quantized = False
+        model.config.quantization_config = TensormoeConfig.of(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Whether such models can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether such models can be trained."""
+        return True
+
+
+def _check_loaded(model: nn.Module, made: set[int]) -> None:
+    """Refuse layers whose weights were in no file: transformers leaves them as memory was.
+
+    Raises:
+        CheckpointError: there are some.
+    """
+    missing = [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if id(module) in made
+        for key, array in module.state_dict(keep_vars=True).items()
+        # offloaded weights are on the meta device, and moved ones are other tensors
+        if array.device.type != "meta"
+        and not hasattr(module, "_hf_hook")
+        and not getattr(array, "_is_hf_initialized", False)
+    ]
+    if missing:
+        raise CheckpointError(
+            f"the files must hold every weight of the factorized layers; {missing[0]!r} and "
+            f"{len(missing) - 1} more are missing, or of other shapes. The folder is damaged or "
+            "incomplete: copy it anew."
+        )
