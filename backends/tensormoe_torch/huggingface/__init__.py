@@ -13,7 +13,7 @@ experts are allocated. ``save_pretrained`` needs nothing: :func:`tensormoe_torch
 >>> import tensormoe_torch.huggingface
 >>> sizes = dict(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=8)
 >>> model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
->>> surgery = tensormoe_torch.replace(model, "transformer.h.*.mlp", experts=4, batch=8)
+>>> surgery = tensormoe_torch.replace(model, "transformer.h.*.mlp", experts=4, drop=0.0)
 >>> with tempfile.TemporaryDirectory() as folder:
 ...     model.save_pretrained(folder)
 ...     again = transformers.AutoModelForCausalLM.from_pretrained(folder)

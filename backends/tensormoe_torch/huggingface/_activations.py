@@ -34,11 +34,12 @@ class Own(nn.Module):
             )
         for name in [*experts._parameters]:
             experts.register_parameter(name, None)
-        self.experts = experts
+        # no part of the model: it would be given initial values
+        self._experts = (experts,)
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate what is gated."""
-        found: Tensor = self.experts._apply_gate(x)  # type: ignore[operator]
+        found: Tensor = self._experts[0]._apply_gate(x)  # type: ignore[operator]
         return found
 
 

@@ -10,14 +10,11 @@ from torch import nn
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from tensormoe._model_config import METHOD, SCHEMA_VERSION, model_config
 from tensormoe.errors import SpecError
 from tensormoe_torch.huggingface._describe import described, entry
 
-__all__ = ["METHOD", "SCHEMA_VERSION", "TensormoeConfig"]
-
-METHOD = "tensormoe"
-SCHEMA_VERSION = 1
-_IMPORT = "tensormoe_torch.huggingface"
+__all__ = ["TensormoeConfig"]
 
 
 @register_quantization_config(METHOD)
@@ -68,7 +65,7 @@ class TensormoeConfig(QuantizationConfigMixin):
         Raises:
             SpecError: a value is missing, unknown or cannot be.
         """
-        expected = {"quant_method", "version", "import", "modules"}
+        expected = set(model_config({}))
         if not isinstance(config_dict, Mapping) or set(config_dict) != expected:
             found = sorted(config_dict) if isinstance(config_dict, Mapping) else config_dict
             raise SpecError(
@@ -91,12 +88,7 @@ class TensormoeConfig(QuantizationConfigMixin):
             SpecError: the model holds a layer that plain values can't rebuild.
         """
         model = None if self._model is None else self._model()
-        return {
-            "quant_method": METHOD,
-            "version": SCHEMA_VERSION,
-            "import": _IMPORT,
-            "modules": dict(self.modules if model is None else described(model)),
-        }
+        return model_config(self.modules if model is None else described(model))
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy is of what the model is now: nobody knows which model it will be with

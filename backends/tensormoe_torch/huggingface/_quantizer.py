@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from tensormoe.errors import CheckpointError, SpecError
+from tensormoe._model_config import METHOD
+from tensormoe.errors import BackendError, CheckpointError, SpecError
 from tensormoe_torch.huggingface._build import install
-from tensormoe_torch.huggingface._config import METHOD, TensormoeConfig
+from tensormoe_torch.huggingface._config import TensormoeConfig
 
 __all__ = ["TensormoeQuantizer"]
 
@@ -73,16 +74,22 @@ def _check_loaded(model: nn.Module, made: set[int]) -> None:
 
     Raises:
         CheckpointError: there are some.
+        BackendError: weights that accelerate would fetch for modules of its own choice.
     """
-    missing = [
-        f"{name}.{key}"
+    arrays = {
+        f"{name}.{key}": array
         for name, module in model.named_modules()
         if id(module) in made
         for key, array in module.state_dict(keep_vars=True).items()
-        # offloaded weights are on the meta device, and moved ones are other tensors
-        if array.device.type != "meta"
-        and not hasattr(module, "_hf_hook")
-        and not getattr(array, "_is_hf_initialized", False)
+    }
+    offloaded = [name for name, array in arrays.items() if array.device.type == "meta"]
+    if offloaded:
+        raise BackendError(
+            f"factorized layers can't be offloaded; {offloaded[0]!r} and {len(offloaded) - 1} more "
+            "are. Give a device_map that keeps them on a device."
+        )
+    missing = [
+        name for name, array in arrays.items() if not getattr(array, "_is_hf_initialized", False)
     ]
     if missing:
         raise CheckpointError(
