@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from tensormoe import LayerSpec
+from tensormoe._checkpoint_files import open_regular
+from tensormoe._safetensors import parse_entries, read_frame
 from tensormoe.errors import CheckpointError, SpecError
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe_torch._compress._experts import FactorizedExperts
@@ -26,6 +28,8 @@ from tensormoe_torch.huggingface._activations import activation_of, takes_routin
 from tensormoe_torch.huggingface._describe import entry
 
 __all__ = ["install"]
+
+_DAMAGED = "One of them is damaged or incomplete: copy the folder anew."
 
 
 def install(
@@ -45,10 +49,10 @@ def install(
 
     Raises:
         SpecError: a place that the model does not have, or a layer that does not fit it.
-        CheckpointError: layers that are larger than the files.
+        CheckpointError: layers that are larger than the files, or other ones than they hold.
     """
     if files is not None:
-        _check_entries(modules, files)
+        _check_files(modules, files)
     made: dict[int, nn.Module] = {}
     for name, values in modules.items():
         place = _place(name, model)
@@ -63,19 +67,33 @@ def install(
     return list(made.values())
 
 
-def _check_entries(modules: Mapping[str, Mapping[str, Any]], files: Sequence[str]) -> None:
-    """Refuse, before anything is planned or allocated, more entries than the files can hold."""
-    count = 0
+def _check_files(modules: Mapping[str, Mapping[str, Any]], files: Sequence[str]) -> None:
+    """Refuse, before anything is planned or allocated, layers that the files do not hold."""
+    specs = []
     for name, values in modules.items():
         with at(name):
-            count += sum(_spec(each).num_parameters for each in _layers(values))
+            specs += [_spec(each) for each in _layers(values)]
+    entries = sum(each.num_parameters for each in specs)
     # every entry has two bytes or more
     most = sum(os.path.getsize(each) for each in files) // 2
-    if count > most:
+    if entries > most:
         raise CheckpointError(
-            f"the layers that config.json describes have {count:,} entries; the files of the "
-            f"model hold {most:,} at most. One of them is damaged or incomplete: copy them anew."
+            f"the layers that config.json describes have {entries:,} entries; the files of the "
+            f"model hold {most:,} at most. {_DAMAGED}"
         )
+    wanted = sum(len(each.shapes) for each in specs)
+    found = sum(".factors." in key for each in files for key in _keys(each))
+    if found != wanted:
+        raise CheckpointError(
+            f"the layers that config.json describes have {wanted} factors; the files of the model "
+            f"hold {found}. {_DAMAGED}"
+        )
+
+
+def _keys(path: str) -> Iterable[str]:
+    """Names of a file's tensors."""
+    with open_regular(path) as (file, size):
+        return parse_entries(read_frame(path, file, size, 100 * 10**6))[0]
 
 
 def _layers(values: Mapping[str, Any]) -> list[Any]:

@@ -84,17 +84,16 @@ def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _values(module: nn.Module) -> dict[str, Any]:
-    if isinstance(module, FactorizedExperts):
-        layers = {role: layer.config.to_dict() for role, layer in module.projections.items()}
-        return {
-            "kind": _kind(module),
-            "act": name_of(module.act_fn),
-            "biases": [role for role in PROJECTIONS if f"{role}_bias" in module._parameters],
-            "projections": layers,
-        }
-    kind = _kind(module)
-    config: Any = module.config
-    return {"kind": kind, "config": config.to_dict()}
+    values: dict[str, Any] = {"kind": _kind(module)}
+    if not isinstance(module, FactorizedExperts):
+        config: Any = module.config
+        return values | {"config": config.to_dict()}
+    layers: dict[str, Any] = dict(module.projections.items())
+    return values | {
+        "act": name_of(module.act_fn),
+        "biases": [role for role in layers if f"{role}_bias" in module._parameters],
+        "projections": {role: each.config.to_dict() for role, each in layers.items()},
+    }
 
 
 def _kind(module: nn.Module) -> str:
