@@ -170,9 +170,7 @@ def _parse_version(text: str | None) -> int:
     return version
 
 
-def _parse_arrays(
-    entries: Mapping[str, Any], data_bytes: int, prefix: str
-) -> dict[str, ArrayInfo]:
+def _parse_arrays(entries: Mapping[str, Any], data_bytes: int, prefix: str) -> dict[str, ArrayInfo]:
     found: dict[str, ArrayInfo] = {}
     for each in parse_placed(entries, data_bytes):
         if each.info is None:

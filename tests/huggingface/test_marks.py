@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -21,7 +20,7 @@ from tensormoe.errors import MissingDependencyError, SpecError
 from tensormoe_torch import FactorizedExperts, MuMoE, MuMoEEmbedding, MuMoEMLP, PreNormed, replace
 from tensormoe_torch.huggingface import _requirements, attach
 from tests._compress_models import logits
-from tests._hugging_models import compressed, gpt2, load
+from tests._hugging_models import compressed, gpt2, load, run_python
 
 
 def modules(model: Any) -> dict[str, Any]:
@@ -161,4 +160,4 @@ def test_old_releases_do_not_hinder_surgery(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_pytorch_layers_do_not_load_transformers() -> None:
     code = "import sys, tensormoe_torch; sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+    assert run_python(code).returncode == 0

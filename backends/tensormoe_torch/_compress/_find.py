@@ -29,7 +29,10 @@ def linears_by_role(expert: nn.Module) -> dict[str, nn.Module]:
     """
     children = {name: each for name, each in expert.named_children() if is_linear(each)}
     found = {
-        role: children[name] for role, names in PROJECTION_NAMES.items() for name in names if name in children
+        role: children[name]
+        for role, names in PROJECTION_NAMES.items()
+        for name in names
+        if name in children
     }
     complete = {"up_proj", "down_proj"} <= found.keys() and len(found) == len(children)
     return found if complete else {}

@@ -23,8 +23,7 @@ _KEYS = {each.__name__: {"kind", "config"} for each in KINDS} | {
     FactorizedExperts.__name__: {"kind", "act", "biases", "projections"}
 }
 _ROLES = tuple(
-    {"down_proj", *first}
-    for first in (("gate_up_proj",), ("gate_proj", "up_proj"), ("up_proj",))
+    {"down_proj", *first} for first in (("gate_up_proj",), ("gate_proj", "up_proj"), ("up_proj",))
 )
 
 

@@ -172,9 +172,7 @@ def write_index(
         path: of the index.
     """
     places = {
-        key: kept_name(shard.name)
-        for key, (shard, _) in model.places.items()
-        if key not in dropped
+        key: kept_name(shard.name) for key, (shard, _) in model.places.items() if key not in dropped
     }
     kept = [model.places[key][1] for key in places]
     size = sum(each.end - each.begin for each in kept)
