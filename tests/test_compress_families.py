@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import tensormoe_torch.huggingface  # noqa: F401
 from tensormoe import functional
 from tensormoe.decomposition.checkpoints import Compression, compress_checkpoint
 from tensormoe.testing import reconstruct
-import tensormoe_torch.huggingface  # noqa: F401
 from tensormoe_torch import FactorizedExperts, MuMoE
 from tests._compress_models import FAMILIES, content, fused, logits, save, save_family
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -145,8 +146,9 @@ def test_no_transformers_or_an_old_one(
         return version
 
     monkeypatch.setattr(_requirements, "version", found)
+    monkeypatch.delitem(sys.modules, "tensormoe_torch.huggingface")
     with pytest.raises(MissingDependencyError, match=r"pip install 'tensormoe\[huggingface\]'"):
-        _requirements.require()
+        import_module("tensormoe_torch.huggingface")
 
 
 def test_old_releases_do_not_hinder_surgery(monkeypatch: pytest.MonkeyPatch) -> None:

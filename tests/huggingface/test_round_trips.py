@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from tensormoe.gates import Gate
@@ -42,8 +42,8 @@ def test_compressed_experts_come_back(
 def test_what_is_written_is_what_the_model_holds(tmp_path: Path) -> None:
     model = compressed("mixtral")
     model.save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        found = {key: file.get_slice(key).get_shape() for key in file.keys()}
+    arrays = load_file(tmp_path / "model.safetensors")
+    found = {key: list(array.shape) for key, array in arrays.items()}
     # under the names that Mixtral's files have
     wanted = {
         key.replace(".mlp.", ".block_sparse_moe."): list(array.shape)

@@ -26,9 +26,11 @@ True
 
 from __future__ import annotations
 
-from tensormoe_torch.huggingface._requirements import require
+from tensormoe.errors import MissingDependencyError
+from tensormoe_torch.huggingface._requirements import lacking
 
-require()
+if (reason := lacking()) is not None:
+    raise MissingDependencyError(reason)
 
 from tensormoe_torch.huggingface._attach import attach as attach
 from tensormoe_torch.huggingface._config import TensormoeConfig as TensormoeConfig
