@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
+from tensormoe.factorizations import FACTORIZATIONS
 from tensormoe.gates import Gate
 from tensormoe_torch import FactorizedExperts, MuMoE, MuMoEMLP, compress, replace
 from tests._compress_models import family, logits
@@ -126,5 +127,13 @@ def test_the_folder_that_it_was_loaded_from(tmp_path: Path) -> None:
     compressed("olmoe").save_pretrained(tmp_path)
     model = load(tmp_path)
     train(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("name", FACTORIZATIONS)
+def test_every_factorization(name: str, tmp_path: Path) -> None:
+    model = gpt2()
+    replace(model, "transformer.h.*.mlp.c_fc", experts=4, factorization=name, budget=5000)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path)), logits(model))
