@@ -6,7 +6,6 @@ import copy
 import pickle
 import sys
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +108,17 @@ def test_activations_have_names(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path)), logits(model))
 
 
+def test_blocks_with_activations_of_transformers(tmp_path: Path) -> None:
+    model = gpt2()
+    for layer in model.transformer.h:
+        layer.mlp.act = ACT2FN["quick_gelu"]
+    replace(model, "transformer.h.*.mlp", experts=4, drop=0.0)
+    assert model.transformer.h[0].mlp.act is not None
+    model.save_pretrained(tmp_path)
+    assert modules(model)["transformer.h.0.mlp"]["act"] == "quick_gelu"
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
 def test_copies_pickles_and_casts(tmp_path: Path) -> None:
     compressed("mixtral").save_pretrained(tmp_path / "first")
     model = load(tmp_path / "first")
@@ -140,12 +150,9 @@ def test_no_model_of_transformers(model: Any) -> None:
 def test_no_transformers_or_an_old_one(
     version: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def found(_: str) -> str:
-        if version is None:
-            raise PackageNotFoundError
-        return version
-
-    monkeypatch.setattr(_requirements, "version", found)
+    if version is None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr(_requirements, "version", lambda _: version)
     monkeypatch.delitem(sys.modules, "tensormoe_torch.huggingface")
     with pytest.raises(MissingDependencyError, match=r"pip install 'tensormoe\[huggingface\]'"):
         import_module("tensormoe_torch.huggingface")

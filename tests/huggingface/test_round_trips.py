@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tensormoe.factorizations import FACTORIZATIONS
 from tensormoe.gates import Gate
@@ -137,3 +137,14 @@ def test_every_factorization(name: str, tmp_path: Path) -> None:
     replace(model, "transformer.h.*.mlp.c_fc", experts=4, factorization=name, budget=5000)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
+def test_gated_blocks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 64}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).eval()
+    replace(model, "model.layers.*.mlp", experts=4)
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert loaded.model.layers[1].mlp.config.gated
+    assert torch.equal(logits(loaded), logits(model))

@@ -26,11 +26,10 @@ True
 
 from __future__ import annotations
 
-from tensormoe.errors import MissingDependencyError
 from tensormoe_torch.huggingface._requirements import lacking
 
-if (reason := lacking()) is not None:
-    raise MissingDependencyError(reason)
+if absent := lacking():
+    raise absent
 
 from tensormoe_torch.huggingface._attach import attach as attach
 from tensormoe_torch.huggingface._config import TensormoeConfig as TensormoeConfig

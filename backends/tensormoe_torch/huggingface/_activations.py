@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from tensormoe.errors import SpecError
+from tensormoe_torch._activations import ACTIVATIONS
 from tensormoe_torch._compress._experts import Activation
 from tensormoe_torch._compress._recognize import own_activation
-from tensormoe_torch._mlp import ACTIVATIONS
 
-__all__ = ["Own", "activation_of", "name_of"]
+__all__ = ["Own", "act_of", "activation_of", "name_of", "takes_routing"]
 
 
 class Own(nn.Module):
@@ -54,8 +54,8 @@ def name_of(act: Activation) -> str | None:
     for name, function in ACTIVATIONS.items():
         if act is function:
             return name
-    if isinstance(act, nn.Module):
-        values = torch.linspace(-8.0, 8.0, 257)
+    if isinstance(act, nn.Module) and not [*act.parameters(), *act.buffers()]:
+        values = torch.cat([torch.linspace(-8.0, 8.0, 257), torch.tensor([-512.0, 512.0])])
         for name, kind in dict.items(ACT2FN):
             if type(act) is (kind[0] if isinstance(kind, tuple) else kind) and torch.equal(
                 act(values), ACT2FN[name](values)
@@ -92,12 +92,22 @@ def activation_of(name: object, old: nn.Module, fused: bool) -> Activation:
         if found is None:
             raise SpecError(f"{type(first).__name__} must have an activation; it shows none.")
         return found
+    return act_of(name)
+
+
+def act_of(name: object) -> Activation:
+    """The activation of a name that :func:`name_of` gives.
+
+    Raises:
+        SpecError: an unknown name, or one of an activation with parameters.
+    """
     if isinstance(name, str) and name in ACTIVATIONS:
         return ACTIVATIONS[name]
-    if not isinstance(name, str) or name not in dict.keys(ACT2FN):
-        raise SpecError(f"act must be the name of an activation; got {name!r:.80}.")
-    act: nn.Module = ACT2FN[name]
-    return act
+    if isinstance(name, str) and name in dict.keys(ACT2FN):
+        act: nn.Module = ACT2FN[name]
+        if not [*act.parameters()]:
+            return act
+    raise SpecError(f"act must be the name of an activation; got {name!r:.80}.")
 
 
 def takes_routing(module: nn.Module) -> bool:

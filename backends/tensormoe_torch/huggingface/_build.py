@@ -16,7 +16,7 @@ from tensormoe import LayerSpec
 from tensormoe._checkpoint_files import open_regular
 from tensormoe._safetensors import parse_entries, read_frame
 from tensormoe.errors import CheckpointError, SpecError
-from tensormoe.functional import BlockConfig, LayerConfig
+from tensormoe.functional import LayerConfig
 from tensormoe_torch._compress._experts import FactorizedExperts
 from tensormoe_torch._compress._find import is_stacked
 from tensormoe_torch._embedding import MuMoEEmbedding
@@ -25,7 +25,7 @@ from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._surgery._linears import is_linear, read_linear
 from tensormoe_torch._surgery._replace import at
 from tensormoe_torch.huggingface._activations import activation_of, takes_routing
-from tensormoe_torch.huggingface._describe import entry
+from tensormoe_torch.huggingface._describe import block_config, entry
 
 __all__ = ["install"]
 
@@ -153,7 +153,8 @@ def _build(values: Mapping[str, Any], old: nn.Module, name: str) -> nn.Module:
     if kind == FactorizedExperts.__name__:
         return _experts(values, old, options)
     if kind == MuMoEMLP.__name__:
-        return MuMoEMLP.of(BlockConfig.from_dict(values["config"]), **options)
+        block, act = block_config(values)
+        return MuMoEMLP.of(block, act=act, **options)
     spec = _spec(values["config"])
     sizes = spec.in_features, spec.out_features
     if is_linear(old) and read_linear(old, repr(name), values=False).sizes != sizes:

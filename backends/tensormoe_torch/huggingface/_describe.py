@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from tensormoe.errors import SpecError
-from tensormoe_torch._compress._experts import PROJECTIONS, FactorizedExperts
+from tensormoe.functional import BlockConfig
+from tensormoe_torch._activations import ACTIVATIONS
+from tensormoe_torch._compress._experts import PROJECTIONS, Activation, FactorizedExperts
 from tensormoe_torch._embedding import MuMoEEmbedding
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._pre_normed import PreNormed
 from tensormoe_torch._surgery._replace import at
-from tensormoe_torch.huggingface._activations import name_of
+from tensormoe_torch.huggingface._activations import act_of, name_of
 
-__all__ = ["KINDS", "described", "entry"]
+__all__ = ["KINDS", "block_config", "described", "entry"]
 
 KINDS = (MuMoE, MuMoEEmbedding, MuMoEMLP, FactorizedExperts)
 _KEYS = {each.__name__: {"kind", "config"} for each in KINDS} | {
-    FactorizedExperts.__name__: {"kind", "act", "biases", "projections"}
+    MuMoEMLP.__name__: {"kind", "act", "config"},
+    FactorizedExperts.__name__: {"kind", "act", "biases", "projections"},
 }
 _ROLES = tuple(
     {"down_proj", *first} for first in (("gate_up_proj",), ("gate_proj", "up_proj"), ("up_proj",))
@@ -84,6 +88,8 @@ def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _values(module: nn.Module) -> dict[str, Any]:
     values: dict[str, Any] = {"kind": _kind(module)}
+    if isinstance(module, MuMoEMLP):
+        return values | _block_values(module)
     if not isinstance(module, FactorizedExperts):
         config: Any = module.config
         return values | {"config": config.to_dict()}
@@ -93,6 +99,29 @@ def _values(module: nn.Module) -> dict[str, Any]:
         "biases": [role for role in layers if f"{role}_bias" in module._parameters],
         "projections": {role: each.config.to_dict() for role, each in layers.items()},
     }
+
+
+def _block_values(block: MuMoEMLP) -> dict[str, Any]:
+    """A block, whose activation may be one that transformers alone has a name for."""
+    if block.act is None:
+        return {"act": None, "config": block.config.to_dict()}
+    config = replace(block.config, act_layer=next(iter(ACTIVATIONS))).to_dict()
+    return {"act": name_of(block.act), "config": config | {"act_layer": None}}
+
+
+def block_config(values: Mapping[str, Any]) -> tuple[BlockConfig, Activation | None]:
+    """The inverse of :func:`_block_values`.
+
+    Raises:
+        SpecError: values that are of no block.
+    """
+    if values["act"] is None:
+        return BlockConfig.from_dict(values["config"]), None
+    act, config = act_of(values["act"]), values["config"]
+    if not isinstance(config, Mapping) or config.get("act_layer", "") is not None:
+        raise SpecError(f"a block has one activation; got act={values['act']!r:.80} and {config}.")
+    named = BlockConfig.from_dict({**config, "act_layer": next(iter(ACTIVATIONS))})
+    return replace(named, act_layer=None), act
 
 
 def _kind(module: nn.Module) -> str:
