@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantizer
@@ -42,13 +44,17 @@ class TensormoeQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
-        self._made = install(model, self.quantization_config.modules, checkpoint_files)
+        made = install(model, self.quantization_config.modules, checkpoint_files)
+        self._shapes = {
+            id(module): {key: array.shape for key, array in module.state_dict().items()}
+            for module in made
+        }
         return model
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        _check_loaded(model, {id(each) for each in self._made})
+        _check_loaded(model, self._shapes)
         # nothing of this method is needed any more: factors are weights like others, and what
         # transformers keeps quantized models from (casts, training, given state_dicts) is fine
         for module in model.modules():
@@ -69,27 +75,34 @@ class TensormoeQuantizer(HfQuantizer):
         return True
 
 
-def _check_loaded(model: nn.Module, made: set[int]) -> None:
+def _check_loaded(model: nn.Module, shapes: Mapping[int, Mapping[str, torch.Size]]) -> None:
     """Refuse layers whose weights were in no file: transformers leaves them as memory was.
+
+    Args:
+        model: that was loaded.
+        shapes: of the weights of each layer, by its identity.
 
     Raises:
         CheckpointError: there are some.
         BackendError: weights that accelerate would fetch for modules of its own choice.
     """
-    arrays = {
-        f"{name}.{key}": array
+    arrays = [
+        (f"{name}.{key}", array, shapes[id(module)].get(key))
         for name, module in model.named_modules()
-        if id(module) in made
+        if id(module) in shapes
         for key, array in module.state_dict(keep_vars=True).items()
-    }
-    offloaded = [name for name, array in arrays.items() if array.device.type == "meta"]
+    ]
+    offloaded = [name for name, array, _ in arrays if array.device.type == "meta"]
     if offloaded:
         raise BackendError(
             f"factorized layers can't be offloaded; {offloaded[0]!r} and {len(offloaded) - 1} more "
             "are. Give a device_map that keeps them on a device."
         )
+    # there are releases that take any shape from a quantized model's files
     missing = [
-        name for name, array in arrays.items() if not getattr(array, "_is_hf_initialized", False)
+        name
+        for name, array, shape in arrays
+        if array.shape != shape or not getattr(array, "_is_hf_initialized", False)
     ]
     if missing:
         raise CheckpointError(
