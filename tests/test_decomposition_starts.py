@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import inf
 from typing import Any
@@ -252,12 +252,13 @@ def test_nothing_above_a_known_error_is_kept(
     problem = Problem((structure,), source, source.squared_norm(), weights.size)
     factors = started(kind, weights)
     # with a bound that nothing reaches, nothing is returned but what was given
-    same, errors = advance(problem, factors, 5, 0.0, known=0.0)
-    assert same is factors
-    assert errors == []
+    same = advance(problem, factors, 5, 0.0, known=0.0)
+    assert same.factors is factors
+    assert same.errors == ()
     known = inf
     for _ in range(8):
-        factors, errors = advance(problem, factors, 6, 0.0, known=known)
+        found = advance(problem, factors, 6, 0.0, known=known)
+        factors, errors = found.factors, found.errors
         true = problem.error(factors)
         assert true <= known
         if errors:
@@ -289,6 +290,9 @@ class Claims:
     def felt(self, error: float) -> float:
         return error
 
+    def surprises(self, error: float, claimed: float) -> bool:
+        return error > 1.05 * claimed + 3e-9
+
     def sweep(self, *given: Any) -> tuple[dict[str, float], float]:
         *_, factors, _, damping = given
         claimed, true = self.said[len(self.seen)]
@@ -302,8 +306,8 @@ def test_errors_that_only_seem_to_fall_are_found_out(monkeypatch: pytest.MonkeyP
     problem: Any = Claims((*lies, (0.4, 0.4), (0.3, 0.3)))
     monkeypatch.setattr(_search, "sweep", problem.sweep)
     given = {"a": 0.6}
-    factors, errors = advance(problem, given, 7, 0.0, known=0.6)
-    assert (factors, errors) == ({"a": 0.3}, [0.4, 0.3])
+    found = advance(problem, given, 7, 0.0, known=0.6)
+    assert (found.factors, found.errors, found.ended) == ({"a": 0.3}, (0.4, 0.3), "sweeps")
     # from what was given, and along directions that are seen well
     (start, damping), (_, before) = problem.seen[5], problem.seen[4]
     assert start == 0.6
@@ -311,14 +315,15 @@ def test_errors_that_only_seem_to_fall_are_found_out(monkeypatch: pytest.MonkeyP
     # a sweep that says itself that it ends above is taken back at once
     problem = Claims(((0.9, 0.9), (0.5, 0.5)))
     monkeypatch.setattr(_search, "sweep", problem.sweep)
-    assert advance(problem, given, 2, 0.0, known=0.6) == ({"a": 0.5}, [0.5])
+    found = advance(problem, given, 2, 0.0, known=0.6)
+    assert (found.factors, found.errors) == ({"a": 0.5}, (0.5,))
     assert problem.seen[1][0] == 0.6
     # and where no sweep is honest, nothing is changed
     problem = Claims(lies)
     monkeypatch.setattr(_search, "sweep", problem.sweep)
-    factors, errors = advance(problem, given, 5, 0.0, known=0.6)
-    assert factors is given
-    assert errors == []
+    found = advance(problem, given, 5, 0.0, known=0.6)
+    assert found.factors is given
+    assert found.errors == ()
 
 
 def rounded(weights: np.ndarray, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
@@ -362,11 +367,12 @@ def test_factors_that_a_search_bends_are_straightened_before_they_are_rounded(
     bad = torch.eye(5) * 1e-3 + 1
 
     def bent(self: Runs, *given: Any) -> Any:
-        factors, history = run(self, *given)
+        found = run(self, *given)
+        factors = found.factors
         # bonds: core (…, s), output (out, s)
         output = factors["output"] @ bad
         core = factors["core"] @ torch.linalg.inv(bad.double()).float()
-        return {**factors, "output": output, "core": core}, history
+        return replace(found, factors={**factors, "output": output, "core": core})
 
     monkeypatch.setattr(Runs, "run", bent)
     weights = planted(kind, (14, 12), (6,), rng)
@@ -374,7 +380,7 @@ def test_factors_that_a_search_bends_are_straightened_before_they_are_rounded(
     found = decompose(given, kind, compare=False)
     # and what float32 loses in the bent ones, whose condition is 5000
     assert relative(of_16_bits(found), weights) < 5 * lost + 4e-3
-    plain = {name: array.to(dtype) for name, array in bent(_runs(given), kind)[0].items()}
+    plain = {name: array.to(dtype) for name, array in bent(_runs(given), kind).factors.items()}
     host = {name: array.double().numpy() for name, array in plain.items()}
     assert relative(weights_of(found.spec, host), weights) > 20 * lost
 

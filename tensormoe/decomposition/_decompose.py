@@ -112,8 +112,8 @@ def decompose(
     spec = LayerSpec(rows, columns, experts, kind, bias=bias is not None)
     if budget is None and tolerance is None:
         checked_bonds(spec)
-    found, history = runs.run(kind)
-    factors = weighting.undo(spec, found)
+    found = runs.run(kind)
+    factors = weighting.undo(spec, found.factors)
     if backend.namespace.finfo(weights.dtype).bits == 16:
         factors = _rounded_well(spec, factors, backend)
     if bias is not None:
@@ -130,9 +130,10 @@ def decompose(
         None if inputs is None else output_error(spec, stored, plain, inputs, coefficients),
         parameters,
         prod(weights.shape) + (0 if bias is None else prod(bias.shape)),
-        len(history),
-        history,
+        len(found.errors),
+        found.errors,
         perf_counter() - start,
+        found.ended,
     )
     return Decomposition(spec, stored, report)
 

@@ -34,6 +34,10 @@ class Report:
         sweeps: of alternating least squares.
         history: relative error after each sweep, as far as rounding lets it be seen.
         seconds: that it took.
+        ended: why the search ended: ``"converged"``, further sweeps gained less than its
+            tolerance; ``"sweeps"``, all of them were made; ``"stalled"``, the true error did not
+            follow what sweeps claimed, so that rounding ended the search rather than an optimum;
+            ``"time"`` or ``"interrupted"``.
     """
 
     error: float
@@ -46,6 +50,7 @@ class Report:
     sweeps: int
     history: tuple[float, ...]
     seconds: float
+    ended: str = "converged"
 
     @property
     def ratio(self) -> float:

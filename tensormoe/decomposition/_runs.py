@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from math import inf, prod
 
 from tensormoe._spec import LayerSpec
-from tensormoe.backend import Array
 from tensormoe.decomposition._choose import Sizes, candidates, checked_tolerance, smallest
 from tensormoe.decomposition._contractions import structures
 from tensormoe.decomposition._fit import fit
-from tensormoe.decomposition._search import Search
+from tensormoe.decomposition._search import Found, Search
 from tensormoe.decomposition._source import Source
 from tensormoe.errors import BudgetError, SpecError
 from tensormoe.factorizations import INPUT, OUTPUT, Factorization, resolve_factorization
@@ -43,10 +42,8 @@ class Runs:
     search: Search
     seed: int
 
-    def run(
-        self, kind: Factorization, search: Search | None = None
-    ) -> tuple[dict[str, Array], tuple[float, ...]]:
-        """Factors, and the error after every sweep."""
+    def run(self, kind: Factorization, search: Search | None = None) -> Found:
+        """Factors, the error after every sweep, and why the search ended."""
         import numpy as np
 
         rows, columns, experts = self.sizes
@@ -107,7 +104,7 @@ class Runs:
         found = candidates(name, self.sizes, budget, self.bias)
         if len(found) == 1 or self._dense > LARGE:
             return found[0]
-        return min(found, key=lambda kind: min(self.run(kind, TRIAL)[1], default=inf))
+        return min(found, key=lambda kind: min(self.run(kind, TRIAL).errors, default=inf))
 
     def _within(self, name: str, tolerance: float) -> Factorization:
         """The rank of the smallest budget that reaches a tolerance."""
@@ -125,7 +122,7 @@ class Runs:
             if kind is None:
                 return False
             if kind not in errors:
-                errors[kind] = self.run(kind)[1][-1]
+                errors[kind] = self.run(kind).errors[-1]
             return errors[kind] <= tolerance
 
         kind = at(smallest(1, self._dense, reaches, tolerance))
