@@ -16,7 +16,7 @@ from tensormoe.decomposition._checks import (
     checked_weights,
 )
 from tensormoe.decomposition._errors import bias_error, output_error, svd_error, weight_errors
-from tensormoe.decomposition._gauge import robust
+from tensormoe.decomposition._gauge import robust, stretched
 from tensormoe.decomposition._report import Decomposition, Report
 from tensormoe.decomposition._runs import Runs
 from tensormoe.decomposition._search import Search
@@ -60,8 +60,9 @@ def decompose(
             as a float in (0, 1] a share of the weights' own. Of a few ranks that no other one of
             the cost beats in expert rank and span, the one with the smallest error is taken;
             of more than 2²⁴ weights, the one with the most capacity.
-        tolerance: the relative error of the weights that is to be reached with as few parameters
-            as can be, within a few percent.
+        tolerance: the relative error that is to be reached with as few parameters as can be, within
+            a few percent: of weights and biases together, as one tensor; if ``weighted``, of the
+            outputs, as far as second moments tell.
         bias: (experts…, out), the experts' biases: one more row of each matrix.
         inputs: (samples, in), to report the error of outputs.
         coefficients: (samples, experts…) or (samples, N), with inputs: outputs are mixed by them.
@@ -104,7 +105,7 @@ def decompose(
         coefficients = checked_samples(inputs, coefficients, weights, backend)
     if weighted and inputs is None:
         raise SpecError("weighted decomposition needs inputs; got none. Pass inputs=….")
-    source = Source(weights, backend, bias)
+    source = Source(weights, backend, bias).scaled()
     weighting = weigh(source, inputs, coefficients) if weighted else Weighting(source)
     sizes = (rows, columns, experts)
     runs = Runs(weighting.source, sizes, bias is not None, search or Search(), seed)
@@ -114,20 +115,23 @@ def decompose(
         checked_bonds(spec)
     found = runs.run(kind)
     factors = weighting.undo(spec, found.factors)
+    # the bias is a row of the input's factor as yet
+    matrix = LayerSpec(rows, columns, experts, kind, bias=False)
+    factors = stretched(matrix.network, factors, 1.0 / source.scale)
     if backend.namespace.finfo(weights.dtype).bits == 16:
         factors = _rounded_well(spec, factors, backend)
     if bias is not None:
         factors = _without_last_row(spec, factors)
     stored = {name: cast(factors[name], weights.dtype, backend) for name in spec.shapes}
-    plain = Source(weights, backend)
+    plain = source if bias is None else Source(weights, backend).scaled()
     error, each = weight_errors(spec, stored, plain)
     parameters = spec.num_parameters
     report = Report(
         error,
         each,
         svd_error(source, parameters) if compare else None,
-        None if bias is None else bias_error(spec, stored, Source(bias[..., None, :], backend)),
-        None if inputs is None else output_error(spec, stored, plain, inputs, coefficients),
+        None if bias is None else bias_error(spec, stored, Source(bias[..., None, :], backend).scaled(), plain),
+        None if inputs is None else output_error(spec, stored, source, inputs, coefficients),
         parameters,
         prod(weights.shape) + (0 if bias is None else prod(bias.shape)),
         len(found.errors),

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from math import prod, sqrt
+from math import hypot, sqrt
 
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array
+from tensormoe.decomposition._gauge import stretched
 from tensormoe.decomposition._solve import to_host
-from tensormoe.decomposition._source import Source
+from tensormoe.decomposition._source import Source, norm, power
 from tensormoe.functional import LayerConfig, expert_weight
-from tensormoe.functional._dtypes import cast
+from tensormoe.functional._dtypes import cast, widened
 
-__all__ = ["bias_error", "output_error", "svd_error", "weight_errors"]
+__all__ = ["bias_error", "output_error", "shares", "svd_error", "weight_errors"]
+
+
+def shares(missing: Sequence[float], whole: Sequence[float]) -> tuple[float, tuple[float, ...]]:
+    """Norms of what is missing relative to norms of what was given: of all together, and of each.
+
+    What stands for an expert of zeros is relative to the root mean square of all experts' norms.
+    """
+    total = hypot(*whole)
+    if total == 0.0:
+        return 0.0, (0.0,) * len(whole)
+    mean = total / sqrt(len(whole))
+    each = tuple(a / (b or mean) for a, b in zip(missing, whole, strict=True))
+    return hypot(*missing) / total, each
 
 
 def weight_errors(
     spec: LayerSpec, factors: Mapping[str, Array], source: Source
 ) -> tuple[float, tuple[float, ...]]:
-    """Relative error of all experts together, and of each."""
+    """Relative error of all experts together, and of each; biases are left out.
+
+    Norms are of each expert by itself, so that experts of any scale stand beside one another.
+    """
     missing, whole = [], []
-    for matrix, found in _pairs(spec, factors, source):
-        missing.append(_squares(matrix - found, source))
-        whole.append(_squares(matrix, source))
-    each = tuple(_relative(a, b) for a, b in zip(missing, whole, strict=True))
-    return _relative(sum(missing), sum(whole)), each
+    for matrix, found in _pairs(spec, factors, source, biased=False):
+        missing.append(norm(matrix - found, source.backend))
+        whole.append(norm(matrix, source.backend))
+    return shares(missing, whole)
 
 
 def output_error(
@@ -35,39 +51,53 @@ def output_error(
     inputs: Array,
     coefficients: Array | None,
 ) -> float:
-    """Relative error of outputs for inputs (samples, in).
+    """Relative error of outputs for inputs (samples, in), biases included where there are any.
 
     With coefficients (samples, N), all levels flattened, outputs are mixed; else every expert's own
     output counts.
     """
     backend = source.backend
-    x = cast(inputs, source.dtype, backend)
-    missing = whole = 0.0
+    x = widened(inputs, backend)
+    if source.bias is not None:
+        one = backend.namespace.ones_like(x[:, :1])
+        x = backend.namespace.concat([x, one], axis=1)
+    x = cast(_near_one(x, source), source.dtype, backend)
+    if coefficients is not None:
+        coefficients = _near_one(widened(coefficients, backend), source)
+    missing, whole = [], []
     lacking: Array = None
     total: Array = None
     for place, (matrix, found) in enumerate(_pairs(spec, factors, source)):
         given, lost = backend.matmul(x, matrix), backend.matmul(x, matrix - found)
         if coefficients is None:
-            missing, whole = missing + _squares(lost, source), whole + _squares(given, source)
+            missing.append(norm(lost, backend))
+            whole.append(norm(given, backend))
             continue
         weights = cast(coefficients[:, place : place + 1], source.dtype, backend)
         lacking = weights * lost if lacking is None else lacking + weights * lost
         total = weights * given if total is None else total + weights * given
     if coefficients is not None:
-        missing, whole = _squares(lacking, source), _squares(total, source)
-    return _relative(missing, whole)
+        missing, whole = [norm(lacking, backend)], [norm(total, backend)]
+    return shares(missing, whole)[0]
 
 
-def bias_error(spec: LayerSpec, factors: Mapping[str, Array], bias: Source) -> float:
-    """Relative error of the experts' biases, (experts…, 1, out) as a tensor."""
-    named = {f"factors.{name}": cast(a, bias.dtype, bias.backend) for name, a in factors.items()}
-    missing = whole = 0.0
+def bias_error(
+    spec: LayerSpec, factors: Mapping[str, Array], bias: Source, weights: Source
+) -> float:
+    """Relative error of the experts' biases, (experts…, 1, out) as a tensor.
+
+    Where all biases are zeros, what stands for them is relative to the weights.
+    """
+    named = _named(spec, factors, bias)
+    missing, whole = [], []
     config = LayerConfig(spec, None)
     for index, row in zip(_places(spec), bias.matrices(), strict=True):
         _, found = expert_weight(config, named, index, bias.backend)
-        missing += _squares(row - found, bias)
-        whole += _squares(row, bias)
-    return _relative(missing, whole)
+        missing.append(norm(row - found, bias.backend))
+        whole.append(norm(row, bias.backend))
+    if not any(whole):
+        return hypot(*missing) * weights.scale / sqrt(weights.squared_norm() or 1.0)
+    return shares(missing, whole)[0]
 
 
 def svd_error(source: Source, parameters: int) -> float:
@@ -92,29 +122,39 @@ def svd_error(source: Source, parameters: int) -> float:
 
 
 def _pairs(
-    spec: LayerSpec, factors: Mapping[str, Array], source: Source
+    spec: LayerSpec, factors: Mapping[str, Array], source: Source, biased: bool = True
 ) -> Iterator[tuple[Array, Array]]:
-    """Each expert's matrix, given and found."""
-    named = {
-        f"factors.{name}": cast(array, source.dtype, source.backend)
-        for name, array in factors.items()
-    }
-    sizes = (spec.in_features, spec.out_features, spec.experts)
-    plain = LayerConfig(LayerSpec(*sizes, spec.factorization, bias=False), None)
+    """Each expert's matrix, given and found, both at the source's scale.
+
+    Its bias is one more row if the source has one, and ``biased``.
+    """
+    named = _named(spec, factors, source)
+    backend, rows = source.backend, spec.in_features
+    extra = biased and source.bias is not None
+    sizes = (rows, spec.out_features, spec.experts)
+    config = LayerConfig(LayerSpec(*sizes, spec.factorization, bias=extra), None)
     for index, matrix in zip(_places(spec), source.matrices(), strict=True):
-        yield matrix, expert_weight(plain, named, index, source.backend)[0]
+        found, row = expert_weight(config, named, index, backend)
+        if extra:
+            row = backend.namespace.expand_dims(row, axis=0)
+            found = backend.namespace.concat([found, row], axis=0)
+        yield (matrix if extra else matrix[:rows]), found
+
+
+def _named(
+    spec: LayerSpec, factors: Mapping[str, Array], source: Source
+) -> dict[str, Array]:
+    """Factors by canonical name, in the dtype and at the scale of the source."""
+    wide = {name: cast(array, source.dtype, source.backend) for name, array in factors.items()}
+    found = stretched(spec.network, wide, source.scale)
+    return {f"factors.{name}": array for name, array in found.items()}
+
+
+def _near_one(array: Array, source: Source) -> Array:
+    """An array times a power of two, which relative errors do not depend on."""
+    xp = source.backend.namespace
+    return array * power(float(xp.max(xp.abs(array))), xp.finfo(array.dtype).bits)
 
 
 def _places(spec: LayerSpec) -> Iterator[tuple[int, ...]]:
     return product(*(range(count) for count in spec.experts))
-
-
-def _squares(array: Array, source: Source) -> float:
-    if not prod(array.shape):
-        return 0.0
-    flat = source.backend.reshape(array, (-1, array.shape[-1]))
-    return float(source.backend.namespace.sum(source.backend.square_sums(flat)))
-
-
-def _relative(missing: float, whole: float) -> float:
-    return sqrt(missing / whole) if whole else 0.0

@@ -23,12 +23,13 @@ class Report:
 
     Args:
         error: of all weights together, biases left out.
-        expert_errors: of each expert's matrix, the last level fastest.
+        expert_errors: of each expert's matrix, the last level fastest. What stands for an expert of
+            zeros is relative to the root mean square of all experts' norms.
         svd_error: of the best truncated singular value decompositions of the experts, one by one,
             with as many parameters together; None where it was not asked for.
         bias_error: of the experts' biases; None without any.
-        output_error: of the outputs for the given inputs, mixed by the given coefficients, or
-            expert by expert without any; None without inputs.
+        output_error: of the outputs for the given inputs, biases included, mixed by the given
+            coefficients, or expert by expert without any; None without inputs.
         parameters: stored entries of the factors.
         dense_parameters: entries of what was given.
         sweeps: of alternating least squares.

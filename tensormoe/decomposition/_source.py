@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
-from math import prod
+from math import frexp, inf, prod, sqrt
 from typing import Any
 
 from tensormoe._devices import device_of
@@ -16,8 +16,10 @@ from tensormoe.factorizations import Leg
 from tensormoe.functional._dtypes import widened
 from tensormoe.planning import Program
 
-__all__ = ["Source", "joined", "run"]
+__all__ = ["Source", "joined", "norm", "power", "run", "scaling"]
 
+# powers of two within which squares of entries are far from the ends of a dtype's range
+_SAFE = {32: 24, 64: 240}
 # entries of a block; larger ones are no faster, and what is made of them costs memory
 _BLOCK = 2**17
 
@@ -34,6 +36,7 @@ class Source:
             itself.
         weights: (experts₀,) of the first level, if experts weigh differently.
         taken: networks that are subtracted, and their factors by name; after weights and inputs.
+        scale: a power of two that the array and the bias are multiplied with.
     """
 
     array: Array
@@ -42,6 +45,7 @@ class Source:
     inputs: Array | None = None
     weights: Array | None = None
     taken: tuple[tuple[Structure, Mapping[str, Array]], ...] = ()
+    scale: float = 1.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,6 +70,8 @@ class Source:
             row = self.backend.namespace.expand_dims(self.bias[start:stop], axis=-2)
             row = widened(row, self.backend)
             found = self.backend.namespace.concat([found, row], axis=-2)
+        if self.scale != 1.0:
+            found = found * self.scale
         if self.inputs is not None:
             found = self.backend.matmul(self.backend.permute(self.inputs, (1, 0)), found)
         if self.weights is not None:
@@ -77,6 +83,13 @@ class Source:
             found = found - run(program, arrays, self.backend)
         return found
 
+    def scaled(self) -> Source:
+        """The same where squares of entries neither overflow nor underflow, by a power of two."""
+        xp = self.backend.namespace
+        spans = (self.block(*span) for span in self.blocks())
+        largest = max(float(xp.max(xp.abs(block))) for block in spans)
+        return replace(self, scale=self.scale * scaling(largest, xp.finfo(self.dtype).bits))
+
     def without(self, terms: Iterable[Structure], factors: Mapping[str, Array]) -> Source:
         """What a sum of networks leaves of the tensor."""
         return replace(self, taken=(*self.taken, *((each, factors) for each in terms)))
@@ -86,7 +99,7 @@ class Source:
         """Whether the array is worked on as it is."""
         changed = (self.bias, self.inputs, self.weights)
         same = all(each is None for each in changed) and not self.taken
-        return same and self.dtype == self.array.dtype
+        return same and self.scale == 1.0 and self.dtype == self.array.dtype
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Start and stop of the experts of the first level that are worked on at a time."""
@@ -146,6 +159,38 @@ class Source:
         arrays = _sliced(structure, factors, start, stop)
         arrays[SOURCE] = self.block(start, stop)
         return run(program, arrays, self.backend)
+
+
+def power(largest: float, bits: int) -> float:
+    """The power of two that takes a positive number near one, as far as a dtype has it.
+
+    Args:
+        largest: the number; 1 is returned for zero and for what is not finite.
+        bits: of the dtype.
+    """
+    if not 0.0 < largest < inf:
+        return 1.0
+    most = 126 if bits == 32 else 1022
+    return float(2.0 ** max(min(1 - frexp(largest)[1], most), -most))
+
+
+def scaling(largest: float, bits: int) -> float:
+    """:func:`power`, or 1 where squares of numbers up to ``largest`` are in no danger."""
+    found = power(largest, bits)
+    return found if abs(frexp(found)[1]) > _SAFE[bits] else 1.0
+
+
+def norm(array: Array, backend: Backend) -> float:
+    """The Frobenius norm, of numbers of any scale."""
+    xp = backend.namespace
+    squares = _squares(array, backend)
+    info = xp.finfo(array.dtype)
+    # less may lack squares that are rounded to zero
+    if prod(array.shape) * float(info.smallest_normal) / float(info.eps) <= squares < inf:
+        return sqrt(squares)
+    largest = float(xp.max(xp.abs(array)))
+    scale = power(largest, info.bits)
+    return sqrt(_squares(array * scale, backend)) / scale if 0.0 < largest < inf else largest
 
 
 def _narrowed(structure: Structure, start: int, stop: int) -> Structure:

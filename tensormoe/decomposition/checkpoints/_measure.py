@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
 from typing import Any
 
 from tensormoe._config import LayerConfig
 from tensormoe._registry import get_backend
+from tensormoe.decomposition._errors import shares
+from tensormoe.decomposition._source import norm
 from tensormoe.decomposition.checkpoints._values import rounded
 from tensormoe.functional import expert_weight
 
@@ -68,8 +69,6 @@ def stored_errors(
         dtype: of the file.
         dense: whether matrices are stored.
     """
-    import numpy as np
-
     backend = get_backend("numpy")
     missing, whole = [], []
     for number, matrix in enumerate(stack):
@@ -77,11 +76,6 @@ def stored_errors(
         if dense:
             found = rounded(found, dtype)
         found = matrix - found
-        missing.append(float(np.einsum("io,io->", found, found, dtype="float64")))
-        whole.append(float(np.einsum("io,io->", matrix, matrix, dtype="float64")))
-    each = tuple(_relative(a, b) for a, b in zip(missing, whole, strict=True))
-    return _relative(sum(missing), sum(whole)), each
-
-
-def _relative(missing: float, whole: float) -> float:
-    return sqrt(missing / whole) if whole else 0.0
+        missing.append(norm(found, backend))
+        whole.append(norm(matrix, backend))
+    return shares(missing, whole)
