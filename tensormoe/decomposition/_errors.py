@@ -8,9 +8,12 @@ from math import hypot, sqrt
 
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array
+from tensormoe.decomposition._contractions import structures
 from tensormoe.decomposition._gauge import stretched
 from tensormoe.decomposition._solve import to_host
-from tensormoe.decomposition._source import Source, norm, power
+from tensormoe.decomposition._source import Source, norm, norms, power
+from tensormoe.decomposition._starts import given
+from tensormoe.factorizations import INPUT, OUTPUT
 from tensormoe.functional import LayerConfig, expert_weight
 from tensormoe.functional._dtypes import cast, widened
 
@@ -33,14 +36,27 @@ def shares(missing: Sequence[float], whole: Sequence[float]) -> tuple[float, tup
 def weight_errors(
     spec: LayerSpec, factors: Mapping[str, Array], source: Source
 ) -> tuple[float, tuple[float, ...]]:
-    """Relative error of all experts together, and of each; biases are left out.
+    """Relative error of all experts together, and of each.
 
     Norms are of each expert by itself, so that experts of any scale stand beside one another.
+
+    Args:
+        spec: of the layer that the factors make.
+        factors: by name; biases are left out.
+        source: the weights alone.
     """
-    missing, whole = [], []
-    for matrix, found in _pairs(spec, factors, source, biased=False):
-        missing.append(norm(matrix - found, source.backend))
-        whole.append(norm(matrix, source.backend))
+    network, backend = spec.network, source.backend
+    named = _scaled(spec, factors, source)
+    open_legs = (*network.expert_legs, INPUT, OUTPUT)
+    terms = structures(network, open_legs, network.sizes)
+    for term in terms:
+        named |= given(term, source)
+    left = source.without(terms, named)
+    missing: list[float] = []
+    whole: list[float] = []
+    for start, stop in source.blocks():
+        missing += norms(left.block(start, stop), backend)
+        whole += norms(source.block(start, stop), backend)
     return shares(missing, whole)
 
 
@@ -68,14 +84,14 @@ def output_error(
     lacking: Array = None
     total: Array = None
     for place, (matrix, found) in enumerate(_pairs(spec, factors, source)):
-        given, lost = backend.matmul(x, matrix), backend.matmul(x, matrix - found)
+        made, lost = backend.matmul(x, matrix), backend.matmul(x, matrix - found)
         if coefficients is None:
             missing.append(norm(lost, backend))
-            whole.append(norm(given, backend))
+            whole.append(norm(made, backend))
             continue
         weights = cast(coefficients[:, place : place + 1], source.dtype, backend)
         lacking = weights * lost if lacking is None else lacking + weights * lost
-        total = weights * given if total is None else total + weights * given
+        total = weights * made if total is None else total + weights * made
     if coefficients is not None:
         missing, whole = [norm(lacking, backend)], [norm(total, backend)]
     return shares(missing, whole)[0]
@@ -122,32 +138,28 @@ def svd_error(source: Source, parameters: int) -> float:
 
 
 def _pairs(
-    spec: LayerSpec, factors: Mapping[str, Array], source: Source, biased: bool = True
+    spec: LayerSpec, factors: Mapping[str, Array], source: Source
 ) -> Iterator[tuple[Array, Array]]:
-    """Each expert's matrix, given and found, both at the source's scale.
-
-    Its bias is one more row if the source has one, and ``biased``.
-    """
-    named = _named(spec, factors, source)
-    backend, rows = source.backend, spec.in_features
-    extra = biased and source.bias is not None
-    sizes = (rows, spec.out_features, spec.experts)
-    config = LayerConfig(LayerSpec(*sizes, spec.factorization, bias=extra), None)
+    """Each expert's matrix, given and found, both at the source's scale; a bias is its last row."""
+    named, backend = _named(spec, factors, source), source.backend
+    config = LayerConfig(spec, None)
     for index, matrix in zip(_places(spec), source.matrices(), strict=True):
         found, row = expert_weight(config, named, index, backend)
-        if extra:
+        if row is not None:
             row = backend.namespace.expand_dims(row, axis=0)
             found = backend.namespace.concat([found, row], axis=0)
-        yield (matrix if extra else matrix[:rows]), found
+        yield matrix, found
 
 
-def _named(
-    spec: LayerSpec, factors: Mapping[str, Array], source: Source
-) -> dict[str, Array]:
-    """Factors by canonical name, in the dtype and at the scale of the source."""
+def _scaled(spec: LayerSpec, factors: Mapping[str, Array], source: Source) -> dict[str, Array]:
+    """Factors in the dtype and at the scale of a source."""
     wide = {name: cast(array, source.dtype, source.backend) for name, array in factors.items()}
-    found = stretched(spec.network, wide, source.scale)
-    return {f"factors.{name}": array for name, array in found.items()}
+    return stretched(spec.network, wide, source.scale)
+
+
+def _named(spec: LayerSpec, factors: Mapping[str, Array], source: Source) -> dict[str, Array]:
+    """The same by canonical name."""
+    return {f"factors.{k}": array for k, array in _scaled(spec, factors, source).items()}
 
 
 def _near_one(array: Array, source: Source) -> Array:

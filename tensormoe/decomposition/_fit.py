@@ -11,7 +11,8 @@ from tensormoe.decomposition._compress import Core, compress, expand
 from tensormoe.decomposition._contractions import Structure
 from tensormoe.decomposition._search import Found, Problem, Search, advance, worst
 from tensormoe.decomposition._source import Source
-from tensormoe.decomposition._starts import given, start, zeros
+from tensormoe.decomposition._spectral import cuts
+from tensormoe.decomposition._starts import given, starts, zeros
 
 __all__ = ["ROOM", "fit"]
 
@@ -83,7 +84,9 @@ def _fit_term(
         return Found(_solved_at_once(structure, source), (), "converged")
     # a share of the tensor's own memory, for the core and what is made of it
     room = round(ROOM * prod(source.shape))
-    core = compress(structure, source, norm, rng)
+    plan = cuts(structure)
+    direct = plan is not None and plan.direct(structure, source)
+    core = Core(structure, source, {}) if direct else compress(structure, source, norm, rng)
     spare = room - prod(core.source.shape) if core.bases else room
     kept = core.source.squared_norm() if core.bases else norm
     # the core lacks a part of the tensor
@@ -109,10 +112,8 @@ def _fit_term(
 def _on_core(small: Problem, core: Core, search: Search, rng: Any) -> Found:
     """The best of a few starts, searched on."""
     count, tolerance = min(_TRIAL, search.sweeps), search.tolerance
-    trials = [
-        advance(small, start(core.structure, core.source, place, rng), count, tolerance)
-        for place in range(search.starts or _affordable(core))
-    ]
+    tries = starts(core.structure, core.source, search.starts or _affordable(core), rng)
+    trials = [advance(small, each, count, tolerance) for each in tries]
     trials.sort(key=lambda trial: trial.errors[-1] if trial.errors else inf)
     # nobody else holds the factors that a search starts from
     del trials[1:]

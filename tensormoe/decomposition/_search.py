@@ -19,6 +19,8 @@ ENDED = ("converged", "sweeps", "stalled", "stopped", "time", "interrupted")
 
 # sweeps in a row that have to gain too little before a search ends
 _PATIENCE = 5
+# the same where the error is of the size of rounding
+_FINE = 2
 # accepted sweeps from one look at the true error to the next
 _LOOK = 5
 # what the error of a sweep may lack of the true one: a share of it, and some of what rounding hides
@@ -204,7 +206,7 @@ def advance(
     """
     claimed = checked = _Point(factors, known)
     del factors
-    pace, idle, astray = _Pace(), 0, False
+    pace, idle, astray, ended = _Pace(), 0, False, "sweeps"
     for _ in range(count):
         start = pace.start(claimed.factors)
         found, error = sweep(
@@ -221,17 +223,18 @@ def advance(
             astray = astray or (pace.previous is None and problem.surprises(error, claimed.error))
             pace = pace.slower()
         del start, found
-        if idle == patience:
+        # what rounding hides is not waited for
+        if idle >= (patience if claimed.error > problem.hidden else min(patience, _FINE)):
+            ended = "converged"
             break
         if len(claimed.errors) - len(checked.errors) >= _LOOK:
             claimed, checked, surprise = _looked(problem, claimed, checked)
             if surprise:
                 pace, astray = pace.careful(), True
-    ended = "converged" if idle == patience else "sweeps"
     if len(claimed.errors) > len(checked.errors):
         _, checked, surprise = _looked(problem, claimed, checked)
         astray = astray or surprise
-    if ended == "converged" and astray:
+    if ended == "converged" and astray and checked.error > _CLOSE * problem.hidden:
         ended = "stalled"
     return Found(checked.factors, checked.errors, ended)
 

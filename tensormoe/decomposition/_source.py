@@ -11,12 +11,13 @@ from typing import Any
 from tensormoe._devices import device_of
 from tensormoe.backend import Array, Backend
 from tensormoe.decomposition._contractions import SOURCE, Structure, plan_whole
+from tensormoe.decomposition._solve import to_host
 from tensormoe.execution import execute, plus
 from tensormoe.factorizations import Leg
 from tensormoe.functional._dtypes import widened
 from tensormoe.planning import Program
 
-__all__ = ["Source", "joined", "norm", "power", "run", "scaling"]
+__all__ = ["Source", "joined", "norm", "norms", "power", "run", "scaling"]
 
 # powers of two within which squares of entries are far from the ends of a dtype's range
 _SAFE = {32: 24, 64: 240}
@@ -182,15 +183,27 @@ def scaling(largest: float, bits: int) -> float:
 
 def norm(array: Array, backend: Backend) -> float:
     """The Frobenius norm, of numbers of any scale."""
-    xp = backend.namespace
-    squares = _squares(array, backend)
-    info = xp.finfo(array.dtype)
+    (found,) = norms(backend.reshape(array, (1, -1, array.shape[-1])), backend)
+    return found
+
+
+def norms(array: Array, backend: Backend) -> list[float]:
+    """The Frobenius norms of matrices (…, rows, columns), each of any scale."""
+    xp, info = backend.namespace, backend.namespace.finfo(array.dtype)
+    matrices = backend.reshape(array, (-1, *array.shape[-2:]))
+    rows = backend.square_sums(backend.reshape(array, (-1, array.shape[-1])))
+    squares = xp.sum(backend.reshape(rows, (-1, array.shape[-2])), axis=-1)
     # less may lack squares that are rounded to zero
-    if prod(array.shape) * float(info.smallest_normal) / float(info.eps) <= squares < inf:
-        return sqrt(squares)
-    largest = float(xp.max(xp.abs(array)))
-    scale = power(largest, info.bits)
-    return sqrt(_squares(array * scale, backend)) / scale if 0.0 < largest < inf else largest
+    least = prod(array.shape[-2:]) * float(info.smallest_normal) / float(info.eps)
+    found = []
+    for place, total in enumerate(to_host(squares, backend).tolist()):
+        scale = 1.0
+        if not least <= total < inf:
+            matrix = matrices[place]
+            scale = power(float(xp.max(xp.abs(matrix))), info.bits)
+            total = _squares(matrix * scale, backend)
+        found.append(sqrt(total) / scale)
+    return found
 
 
 def _narrowed(structure: Structure, start: int, stop: int) -> Structure:
