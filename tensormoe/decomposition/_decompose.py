@@ -17,15 +17,15 @@ from tensormoe.decomposition._checks import (
 )
 from tensormoe.decomposition._errors import bias_error, output_error, svd_error, weight_errors
 from tensormoe.decomposition._gauge import robust, stretched
+from tensormoe.decomposition._host import Workplace
 from tensormoe.decomposition._report import Decomposition, Report
 from tensormoe.decomposition._runs import Runs
 from tensormoe.decomposition._search import Search
 from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._weighted import Weighting, weigh
-from tensormoe.errors import SpecError
+from tensormoe.errors import ShapeError, SpecError
 from tensormoe.factorizations import INPUT, Factorization
-from tensormoe.functional._dtypes import cast
 from tensormoe.planning import Budget
 
 __all__ = ["decompose"]
@@ -90,22 +90,32 @@ def decompose(
     ((8, 1), True)
     """
     start = perf_counter()
+    if isinstance(weights, (list, tuple)):
+        raise ShapeError(
+            f"weights must be one array (experts…, in, out); got a {type(weights).__name__} of "
+            f"{len(weights)}. Stack them along a new first axis."
+        )
     arrays = [each for each in (weights, bias, inputs, coefficients) if each is not None]
-    backend = backend_of(*arrays)
+    owner = backend_of(*arrays)
     # nobody differentiates through a search
     weights, bias, inputs, coefficients = (
-        None if each is None else backend.stop_gradient(each)
+        None if each is None else owner.stop_gradient(each)
         for each in (weights, bias, inputs, coefficients)
     )
-    checked_weights(weights, backend)
+    checked_weights(weights, owner)
     experts, (rows, columns) = tuple(weights.shape[:-2]), weights.shape[-2:]
     if bias is not None:
-        checked_bias(bias, weights, backend)
+        checked_bias(bias, weights, owner)
     if inputs is not None or coefficients is not None:
-        coefficients = checked_samples(inputs, coefficients, weights, backend)
+        coefficients = checked_samples(inputs, coefficients, weights, owner)
     if weighted and inputs is None:
         raise SpecError("weighted decomposition needs inputs; got none. Pass inputs=….")
-    source = Source(weights, backend, bias).scaled()
+    place = Workplace.of(weights, owner)
+    backend, lent = place.backend, place.lend(weights)
+    bias, inputs, coefficients = (
+        None if each is None else place.take(each) for each in (bias, inputs, coefficients)
+    )
+    source = Source(lent, backend, bias).scaled()
     weighting = weigh(source, inputs, coefficients) if weighted else Weighting(source)
     sizes = (rows, columns, experts)
     runs = Runs(weighting.source, sizes, bias is not None, search or Search(), seed)
@@ -118,20 +128,21 @@ def decompose(
     # the bias is a row of the input's factor as yet
     matrix = LayerSpec(rows, columns, experts, kind, bias=False)
     factors = stretched(matrix.network, factors, 1.0 / source.scale)
-    if backend.namespace.finfo(weights.dtype).bits == 16:
+    if owner.namespace.finfo(weights.dtype).bits == 16:
         factors = _rounded_well(spec, factors, backend)
     if bias is not None:
         factors = _without_last_row(spec, factors)
-    stored = {name: cast(factors[name], weights.dtype, backend) for name in spec.shapes}
-    plain = source if bias is None else Source(weights, backend).scaled()
-    error, each = weight_errors(spec, stored, plain)
+    stored = {name: place.give(factors[name], weights) for name in spec.shapes}
+    read = {name: place.take(array) for name, array in stored.items()}
+    plain = source if bias is None else Source(lent, backend).scaled()
+    error, each = weight_errors(spec, read, plain)
     parameters = spec.num_parameters
     report = Report(
         error,
         each,
         svd_error(source, parameters) if compare else None,
-        None if bias is None else bias_error(spec, stored, Source(bias[..., None, :], backend).scaled(), plain),
-        None if inputs is None else output_error(spec, stored, source, inputs, coefficients),
+        None if bias is None else bias_error(spec, read, _rows(bias, backend), plain),
+        None if inputs is None else output_error(spec, read, source, inputs, coefficients),
         parameters,
         prod(weights.shape) + (0 if bias is None else prod(bias.shape)),
         len(found.errors),
@@ -140,6 +151,11 @@ def decompose(
         found.ended,
     )
     return Decomposition(spec, stored, report)
+
+
+def _rows(bias: Array, backend: Backend) -> Source:
+    """Biases as a tensor (experts…, 1, out)."""
+    return Source(bias[..., None, :], backend).scaled()
 
 
 def _rounded_well(
