@@ -9,11 +9,13 @@ from tensormoe.decomposition._decompose import decompose as decompose
 from tensormoe.decomposition._report import Decomposition as Decomposition
 from tensormoe.decomposition._report import Report as Report
 from tensormoe.decomposition._search import Search as Search
+from tensormoe.decomposition._watch import Progress as Progress
 
 __all__ = [
     "Decomposition",
     "ErrorCurve",
     "ErrorPoint",
+    "Progress",
     "Report",
     "Search",
     "decompose",

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from time import perf_counter
 
 from tensormoe._registry import backend_of
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array, Backend
 from tensormoe.decomposition._checks import (
     checked_bias,
-    checked_bonds,
     checked_samples,
     checked_weights,
 )
@@ -23,6 +21,7 @@ from tensormoe.decomposition._runs import Runs
 from tensormoe.decomposition._search import Search
 from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source
+from tensormoe.decomposition._watch import Callback, Watch
 from tensormoe.decomposition._weighted import Weighting, weigh
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.factorizations import INPUT, Factorization
@@ -43,6 +42,7 @@ def decompose(
     coefficients: Array | None = None,
     weighted: bool = False,
     search: Search | None = None,
+    callback: Callback | None = None,
     compare: bool = True,
     seed: int = 0,
 ) -> Decomposition:
@@ -68,15 +68,20 @@ def decompose(
         coefficients: (samples, experts…) or (samples, N), with inputs: outputs are mixed by them.
         weighted: whether factors minimize the error of outputs rather than that of the weights, as
             far as second moments of inputs and loads of experts tell.
-        search: how long to search; :class:`Search` has the defaults.
+        search: how long to search, a time limit included; :class:`Search` has the defaults.
+        callback: called with a :class:`Progress` after every sweep; True ends the search.
         compare: whether to compute the error of truncated singular value decompositions of equal
             size, which takes a product of the weights with themselves.
         seed: of the random starts.
 
     Returns:
-        Factors by name, in the library, dtype and device of the weights, and a report.
+        Factors by name, in the library, dtype and device of the weights, and a report. Of a search
+        that ends before its time the best so far: with the time limit, when the callback says so,
+        or with Ctrl-C (a :exc:`KeyboardInterrupt`), after which truncated singular value
+        decompositions are left out; ``report.ended`` says which.
 
     Raises:
+        KeyboardInterrupt: Ctrl-C before the first sweep is done, or a second one.
         BackendError: arrays of an unknown library, or of several.
         ShapeError: weights that are no stack of matrices, not finite, or other shapes that do not
             fit.
@@ -89,7 +94,8 @@ def decompose(
     >>> found.factors["input"].shape, found.report.error < 1e-7
     ((8, 1), True)
     """
-    start = perf_counter()
+    search = search or Search()
+    watch = Watch(search.seconds, callback)
     if isinstance(weights, (list, tuple)):
         raise ShapeError(
             f"weights must be one array (experts…, in, out); got a {type(weights).__name__} of "
@@ -118,12 +124,9 @@ def decompose(
     source = Source(lent, backend, bias).scaled()
     weighting = weigh(source, inputs, coefficients) if weighted else Weighting(source)
     sizes = (rows, columns, experts)
-    runs = Runs(weighting.source, sizes, bias is not None, search or Search(), seed)
-    kind = runs.resolve(factorization, rank, budget, tolerance)
+    runs = Runs(weighting.source, sizes, bias is not None, search, seed, watch)
+    kind, found = runs.find(factorization, rank, budget, tolerance)
     spec = LayerSpec(rows, columns, experts, kind, bias=bias is not None)
-    if budget is None and tolerance is None:
-        checked_bonds(spec)
-    found = runs.run(kind)
     factors = weighting.undo(spec, found.factors)
     # the bias is a row of the input's factor as yet
     matrix = LayerSpec(rows, columns, experts, kind, bias=False)
@@ -137,18 +140,25 @@ def decompose(
     plain = source if bias is None else Source(lent, backend).scaled()
     error, each = weight_errors(spec, read, plain)
     parameters = spec.num_parameters
+    svd, ended = None, found.ended
+    if compare and ended != "interrupted":
+        try:
+            svd = svd_error(source, parameters)
+        except KeyboardInterrupt:
+            # the factors are there; only the comparison is not
+            ended = "interrupted"
     report = Report(
         error,
         each,
-        svd_error(source, parameters) if compare else None,
+        svd,
         None if bias is None else bias_error(spec, read, _rows(bias, backend), plain),
         None if inputs is None else output_error(spec, read, source, inputs, coefficients),
         parameters,
         prod(weights.shape) + (0 if bias is None else prod(bias.shape)),
         len(found.errors),
         found.errors,
-        perf_counter() - start,
-        found.ended,
+        watch.elapsed,
+        ended,
     )
     return Decomposition(spec, stored, report)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from math import inf, prod
+from operator import or_
 from typing import Any
 
 from tensormoe.decomposition._als import Factors, solve_factor
@@ -13,6 +16,7 @@ from tensormoe.decomposition._search import Found, Problem, Search, advance, wor
 from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._spectral import cuts
 from tensormoe.decomposition._starts import given, starts, zeros
+from tensormoe.decomposition._watch import Follower, Watch
 
 __all__ = ["ROOM", "fit"]
 
@@ -31,7 +35,11 @@ _ROUNDING = 1e-3
 
 
 def fit(
-    terms: Sequence[Structure], source: Source, search: Search, rng: Any
+    terms: Sequence[Structure],
+    source: Source,
+    search: Search,
+    rng: Any,
+    follower: Follower | None = None,
 ) -> Found:
     """Factors of a tensor, the relative error after every sweep that counts, and why it ended.
 
@@ -40,18 +48,25 @@ def fit(
         source: the tensor.
         search: how long to search.
         rng: NumPy's generator.
+        follower: told of every sweep, if anybody is.
     """
+    follower = follower or Follower(Watch())
     norm = source.squared_norm()
     if norm == 0.0:
         found = {k: each for term in terms for k, each in zeros(term, source).items()}
         return Found(found, (0.0,), "converged")
     if len(terms) == 1:
-        return _fit_term(terms[0], source, norm, search, rng)
-    return _fit_sum(tuple(terms), source, norm, search, rng)
+        return _fit_term(terms[0], source, norm, search, rng, follower)
+    return _fit_sum(tuple(terms), source, norm, search, rng, follower)
 
 
 def _fit_sum(
-    terms: tuple[Structure, ...], source: Source, norm: float, search: Search, rng: Any
+    terms: tuple[Structure, ...],
+    source: Source,
+    norm: float,
+    search: Search,
+    rng: Any,
+    follower: Follower,
 ) -> Found:
     """Each term for what those before it leave, then all of them in turn."""
     found: Factors = {}
@@ -61,10 +76,16 @@ def _fit_sum(
         if squares == 0.0:
             more = given(term, left) | zeros(term, left)
         else:
-            more = _fit_term(term, left, squares, search, rng).factors
+            # a sum that is stopped here lacks the terms that follow
+            known = {k: v for each in terms for k, v in zeros(each, source).items()} | found
+            part = follower.part(partial(or_, known), (squares / norm) ** 0.5)
+            more = _fit_term(term, left, squares, search, rng, part).factors
         found.update(more)
-    whole = Problem(terms, source, norm, round(ROOM * prod(source.shape)))
+    room = round(ROOM * prod(source.shape))
+    whole = Problem(terms, source, norm, room)
     first = whole.error(found)
+    follower.keep(first, lambda: (found, [first]), anyway=True)
+    whole = replace(whole, follower=follower.after([first]))
     best = advance(whole, found, search.sweeps, search.tolerance, known=first)
     names = {factor.name for term in terms for factor in term.wanted}
     factors = {name: array for name, array in best.factors.items() if name in names}
@@ -72,7 +93,12 @@ def _fit_sum(
 
 
 def _fit_term(
-    structure: Structure, source: Source, norm: float, search: Search, rng: Any
+    structure: Structure,
+    source: Source,
+    norm: float,
+    search: Search,
+    rng: Any,
+    follower: Follower,
 ) -> Found:
     """Factors of one network, what is given included: on the core, then on the tensor."""
     if len(structure.factors) == 1:
@@ -91,11 +117,12 @@ def _fit_term(
     kept = core.source.squared_norm() if core.bases else norm
     # the core lacks a part of the tensor
     lost = max(norm - kept, 0.0)
-    small = Problem((core.structure,), core.source, kept, spare, lost)
+    part = follower.part(partial(expand, core), (kept / norm) ** 0.5)
+    small = Problem((core.structure,), core.source, kept, spare, lost, part)
     found = _on_core(small, core, search, rng)
     history = [small.felt(error) * (kept / norm) ** 0.5 for error in found.errors]
     factors, ended = expand(core, found.factors), found.ended
-    del core, small, found
+    del core, small, found, part
     problem = Problem((structure,), source, norm, room)
     if not history:
         # no sweep on the core was worth keeping
@@ -103,6 +130,10 @@ def _fit_term(
     if not search.polish:
         return Found(factors, tuple(history), ended)
     known = history[-1] * (1.0 + _ROUNDING)
+    # the snapshot before this one holds the core
+    follower = follower.after(history)
+    follower.keep(known, partial(_pair, factors, ()), anyway=True)
+    problem = replace(problem, follower=follower)
     least = min(_SLOW * search.tolerance, 1.0)
     polished = advance(problem, factors, search.polish, least, _PATIENCE, known)
     errors = (*history, *polished.errors)
@@ -122,9 +153,16 @@ def _on_core(small: Problem, core: Core, search: Search, rng: Any) -> Found:
     if len(trial.errors) == search.sweeps:
         return trial
     first, factors = trial.errors, trial.factors
+    if small.follower is not None:
+        after = small.follower.after([small.felt(error) for error in first])
+        small = replace(small, follower=after)
     del trial
     more = advance(small, factors, search.sweeps - len(first), tolerance, known=known)
     return Found(more.factors, (*first, *more.errors), more.ended)
+
+
+def _pair(factors: Factors, errors: Sequence[float]) -> tuple[Factors, Sequence[float]]:
+    return factors, errors
 
 
 def _solved_at_once(structure: Structure, source: Source) -> Factors:

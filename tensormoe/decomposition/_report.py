@@ -38,7 +38,8 @@ class Report:
         ended: why the search ended: ``"converged"``, further sweeps gained less than its
             tolerance; ``"sweeps"``, all of them were made; ``"stalled"``, the true error did not
             follow what sweeps claimed, so that rounding ended the search rather than an optimum;
-            ``"time"`` or ``"interrupted"``.
+            before that ``"time"``, the limit; ``"stopped"``, by the callback; ``"interrupted"``, by
+            Ctrl-C.
     """
 
     error: float

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import inf, sqrt
+from functools import partial
+from math import inf, isfinite, sqrt
 
 from tensormoe.backend import Array
 from tensormoe.decomposition._als import Factors, sweep
 from tensormoe.decomposition._contractions import Structure
 from tensormoe.decomposition._source import Source
+from tensormoe.decomposition._watch import Follower
 from tensormoe.errors import SpecError
 
-__all__ = ["ENDED", "Found", "Problem", "Search", "advance", "worst"]
+__all__ = ["ENDED", "Found", "Problem", "Search", "advance", "checked_seconds", "worst"]
 
 ENDED = ("converged", "sweeps", "stalled", "stopped", "time", "interrupted")
 """Why a search ended, from the best reason to the worst, see :class:`Found`."""
@@ -42,16 +44,19 @@ class Search:
         sweeps: most sweeps on the core.
         polish: most sweeps on the tensor itself.
         tolerance: a search ends when sweeps lower the error by less than this share of it.
+        seconds: a time limit of a decomposition, kept to within one sweep: the best factors by then
+            are taken. The errors that are reported come on top. None for no limit.
 
     Raises:
-        SpecError: a count that is no positive integer (no natural one for ``polish``), or a
-            tolerance outside [0, 1).
+        SpecError: a count that is no positive integer (no natural one for ``polish``), a tolerance
+            outside [0, 1), or a time limit that is no positive number.
     """
 
     starts: int | None = None
     sweeps: int = 200
     polish: int = 20
     tolerance: float = 5e-4
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
         counts = {"sweeps": self.sweeps, "polish": self.polish}
@@ -70,6 +75,22 @@ class Search:
                 f"tolerance of a search must be a share of the error in [0, 1); got "
                 f"{self.tolerance!r}. Give for example 0.001."
             )
+        if self.seconds is not None:
+            checked_seconds(self.seconds)
+
+
+def checked_seconds(seconds: float) -> float:
+    """``seconds`` if it is a time limit.
+
+    Raises:
+        SpecError: not a positive number.
+    """
+    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if not number or not isfinite(seconds) or seconds <= 0:
+        raise SpecError(
+            f"seconds must be a positive number; got {seconds!r}. Leave it out for no limit."
+        )
+    return float(seconds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +103,7 @@ class Problem:
         squared_norm: of the tensor.
         room: entries that may be held beyond tensor and factors.
         lost: squared norm that is missing whatever the factors are, since the tensor is a core.
+        follower: told of every sweep, if anybody is.
     """
 
     terms: tuple[Structure, ...]
@@ -89,6 +111,7 @@ class Problem:
     squared_norm: float
     room: int
     lost: float = 0.0
+    follower: Follower | None = None
 
     def felt(self, error: float) -> float:
         """An error beside what is missing anyway."""
@@ -223,6 +246,9 @@ def advance(
             astray = astray or (pace.previous is None and problem.surprises(error, claimed.error))
             pace = pace.slower()
         del start, found
+        if problem.follower is not None and claimed.error < inf:
+            now = partial(_settled, problem, claimed, checked)
+            problem.follower.sweep(problem.felt(claimed.error), now)
         # what rounding hides is not waited for
         if idle >= (patience if claimed.error > problem.hidden else min(patience, _FINE)):
             ended = "converged"
@@ -247,3 +273,10 @@ def _looked(problem: Problem, claimed: _Point, checked: _Point) -> tuple[_Point,
         checked = _Point(claimed.factors, true, (*claimed.errors[:-1], true))
         claimed = replace(claimed, errors=checked.errors)
     return (checked if surprise else claimed), checked, surprise
+
+
+def _settled(problem: Problem, claimed: _Point, checked: _Point) -> tuple[Factors, list[float]]:
+    """What a search returns that ends here, with errors of the tensor."""
+    if len(claimed.errors) > len(checked.errors):
+        _, checked, _ = _looked(problem, claimed, checked)
+    return checked.factors, [problem.felt(error) for error in checked.errors]

@@ -1,4 +1,4 @@
-"""Every library in host memory gets what NumPy gets, in its own arrays, without a copy of weights."""
+"""Every library in host memory gets what NumPy gets, in its own arrays; weights are not copied."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_experts_of_a_list(stack: np.ndarray) -> None:
     found = decompose(torch.stack([each.weight.T for each in layers]), CP(5), search=QUICK)
     wanted = decompose(stack, CP(5), search=QUICK)
     assert found.report.error == pytest.approx(wanted.report.error, rel=1e-6)
-    with pytest.raises(ShapeError, match="one array .*got a list of 5. Stack them"):
+    with pytest.raises(ShapeError, match=r"one array .*got a list of 5\. Stack them"):
         decompose([each.weight for each in layers], CP(5))
 
 
