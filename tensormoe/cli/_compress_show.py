@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,10 @@ from tensormoe.cli._figures import format_parameters
 from tensormoe.decomposition.checkpoints import (
     Compression,
     CompressionPlan,
+    CompressionProgress,
     CompressionResult,
     GroupPlan,
     GroupReport,
-    Progress,
 )
 from tensormoe.planning import Roofline
 
@@ -34,8 +34,8 @@ _STAGES = {"experts": "decomposing", "files": "writing"}
 
 
 @contextmanager
-def bars(console: Console | None) -> Iterator[Progress | None]:
-    """A bar for each stage, and what it is at; nothing without a console."""
+def bars(console: Console | None) -> Iterator[Callable[[CompressionProgress], None] | None]:
+    """A bar for each stage, and what it is at, sweep by sweep; nothing without a console."""
     if console is None:
         yield None
         return
@@ -54,16 +54,25 @@ def bars(console: Console | None) -> Iterator[Progress | None]:
         shown = Bars(*columns, console=console)
         tasks: dict[str, TaskID] = {}
 
-        def report(stage: str, name: str, done: int, total: int) -> None:
+        def report(now: CompressionProgress) -> None:
             if not tasks:
                 # not before there is something to show: errors come alone
                 stack.enter_context(shown)
+            stage, total = now.stage, now.total
             if stage not in tasks:
                 tasks[stage] = shown.add_task(_STAGES[stage], total=total, state="")
             # a stage without bytes is done as well
-            shown.update(tasks[stage], completed=done, total=total or None, state=name)
+            shown.update(tasks[stage], completed=now.done, total=total or None, state=_state(now))
 
         yield report
+
+
+def _state(now: CompressionProgress) -> str:
+    """What a stage is at."""
+    if now.search is None:
+        return now.name
+    rank = format_rank(now.search.factorization.rank)
+    return f"{now.name}: rank {rank}, sweep {now.search.sweep}, off by {_error(now.search.error)}"
 
 
 def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from tensormoe.backend import Array
 from tensormoe.decomposition._decompose import decompose
 from tensormoe.decomposition._report import Decomposition, Report
 from tensormoe.decomposition._search import Search
+from tensormoe.decomposition._watch import Callback
 from tensormoe.errors import BudgetError
 from tensormoe.factorizations import FACTORIZATIONS, Dense, Factorization
 from tensormoe.planning import Budget
@@ -67,6 +69,7 @@ def error_curves(
     coefficients: Array | None = None,
     weighted: bool = False,
     search: Search | None = None,
+    callback: Callback | None = None,
     compare: bool = True,
     seed: int = 0,
 ) -> tuple[ErrorCurve, ...]:
@@ -86,15 +89,18 @@ def error_curves(
         inputs: (samples, in).
         coefficients: (samples, experts…) or (samples, N).
         weighted: whether the error of outputs is minimized.
-        search: how long to search.
+        search: how long to search for each point, a time limit included.
+        callback: called with a :class:`Progress` after every sweep; True ends the search for the
+            point that it is about.
         compare: whether to compute the error of truncated singular value decompositions.
         seed: of the random starts.
 
     Returns:
         A curve a name, in the order in which names first appear; names of which nothing fits any
-        budget are left out.
+        budget are left out. With Ctrl-C, the points so far, and a warning.
 
     Raises:
+        KeyboardInterrupt: Ctrl-C before there was a point.
         BudgetError: nothing fits any budget, or a budget makes no sense.
         BackendError, ShapeError, SpecError, RankError: as from :func:`decompose`.
 
@@ -126,6 +132,7 @@ def error_curves(
             coefficients=coefficients,
             weighted=weighted,
             search=search,
+            callback=callback,
             compare=compare,
             seed=seed,
         )
@@ -135,20 +142,27 @@ def error_curves(
     def keep(found: Decomposition) -> None:
         kind = found.spec.factorization
         points.setdefault(kind.name, {})[kind] = found.report
+        if found.report.ended == "interrupted":
+            raise KeyboardInterrupt
 
     refused: BudgetError | None = None
-    for kind in factorizations:
-        if isinstance(kind, Factorization):
-            keep(at(kind, None))
-            continue
-        for budget in budgets:
-            if any(known.rank is None for known in points.get(kind, ())):
-                # there is one of this name, whatever the budget
-                break
-            try:
-                keep(at(kind, budget))
-            except BudgetError as error:
-                refused = error
+    try:
+        for kind in factorizations:
+            if isinstance(kind, Factorization):
+                keep(at(kind, None))
+                continue
+            for budget in budgets:
+                if any(known.rank is None for known in points.get(kind, ())):
+                    # there is one of this name, whatever the budget
+                    break
+                try:
+                    keep(at(kind, budget))
+                except BudgetError as error:
+                    refused = error
+    except KeyboardInterrupt:
+        if not points:
+            raise
+        warnings.warn("error curves were interrupted: points are missing.", stacklevel=2)
     if refused is not None and not points:
         raise refused
     return tuple(

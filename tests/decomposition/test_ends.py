@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tensormoe import CP, BaseDelta, SharedBasis, TensorRing, Tucker
-from tensormoe.decomposition import Decomposition, Progress, Search, _watch, decompose
+from tensormoe.decomposition import Decomposition, Progress, Search, _watch, decompose, error_curves
 from tensormoe.errors import SpecError
 from tests._decomposition_cases import relative, weights_of
 
@@ -174,6 +174,8 @@ def test_with_nothing_to_return_it_is_raised(
         monkeypatch.setattr(_fit, "compress", interrupted)
         with pytest.raises(KeyboardInterrupt):
             decompose(stack, CP(9))
+        with pytest.raises(KeyboardInterrupt):
+            error_curves(stack, [CP(9)])
         return
     from tensormoe.decomposition import _decompose
 
@@ -220,6 +222,23 @@ def test_what_a_callback_raises_comes_through(stack: np.ndarray) -> None:
         decompose(stack, CP(9), callback=Ends(2, ZeroDivisionError))
     with pytest.raises(SpecError, match="callback must return True"):
         decompose(stack, CP(9), callback=lambda _: "stop")  # type: ignore[arg-type,return-value]
+
+
+def test_curves_end_with_the_points_so_far(stack: np.ndarray) -> None:
+    whole = Ends(0)
+    wanted = error_curves(stack, [CP(2), CP(9), Tucker((3, 6, 6))], callback=whole)
+    assert [len(curve.points) for curve in wanted] == [2, 1]
+    second = next(k for k, each in enumerate(whole.seen) if each.factorization == CP(9))
+    with pytest.warns(UserWarning, match="interrupted: points are missing"):
+        (curve,) = error_curves(
+            stack, [CP(2), CP(9), Tucker((3, 6, 6))], callback=Ends(second + 4, KeyboardInterrupt)
+        )
+    assert curve.points[0].report.error == wanted[0].points[0].report.error
+    assert [each.report.ended for each in curve.points][1] == "interrupted"
+    # True ends one point only
+    curves = error_curves(stack, [CP(2), CP(9), Tucker((3, 6, 6))], callback=Ends(second + 4))
+    assert [len(curve.points) for curve in curves] == [2, 1]
+    assert [each.report.ended for each in curves[0].points][1] == "stopped"
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), True, "1"])

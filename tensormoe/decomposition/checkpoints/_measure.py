@@ -40,6 +40,7 @@ class GroupReport:
         svd_error: of truncated singular value decompositions with as many entries, which keep the
             largest singular values of all experts together; None if not asked for.
         seconds: that the decomposition took; None where the output was whole before.
+        ended: why its search ended, see :class:`tensormoe.decomposition.Report`.
     """
 
     name: str
@@ -55,6 +56,7 @@ class GroupReport:
     expert_errors: tuple[float, ...]
     svd_error: float | None
     seconds: float | None
+    ended: str
 
 
 def stored_errors(

@@ -7,6 +7,7 @@ from typing import Any
 
 from tensormoe._validation import choice, positive_int, positive_ints
 from tensormoe.decomposition._choose import checked_tolerance
+from tensormoe.decomposition._search import checked_seconds
 from tensormoe.decomposition.checkpoints._patterns import LAYOUTS, PRESETS, Pattern
 from tensormoe.errors import BudgetError, RankError, SpecError
 from tensormoe.factorizations import FACTORIZATIONS
@@ -35,10 +36,12 @@ class Compression:
         compare: whether to compute the error of truncated singular value decompositions of equal
             size.
         seed: of the random starts, a non-negative integer.
+        seconds: a time limit for the search of each group; None for no limit. With one, the bytes
+            of the output depend on the machine.
 
     Raises:
-        SpecError: an unknown name, a pattern that is none, a seed or tolerance that cannot be, or
-            values that exclude one another.
+        SpecError: an unknown name, a pattern that is none, a seed, tolerance or limit that cannot
+            be, or values that exclude one another.
         RankError: a rank of other values than positive integers.
         BudgetError: a budget that is neither a share nor a positive integer.
 
@@ -58,6 +61,7 @@ class Compression:
     dense: bool = False
     compare: bool = True
     seed: int = 0
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -99,6 +103,8 @@ class Compression:
         choice(self.layout, LAYOUTS, "layout", SpecError)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise SpecError(f"seed must be a non-negative integer; got {self.seed!r}.")
+        if self.seconds is not None:
+            put(self, "seconds", checked_seconds(self.seconds))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings in plain values, as JSON knows them."""
