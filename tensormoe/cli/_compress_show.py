@@ -15,6 +15,7 @@ from tensormoe.cli._console import (
     make_table,
 )
 from tensormoe.cli._figures import format_parameters
+from tensormoe.decomposition._controls import Control, verdict
 from tensormoe.decomposition.checkpoints import (
     Compression,
     CompressionPlan,
@@ -118,7 +119,8 @@ def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> Non
 
 def show_result(console: Console, result: CompressionResult, settings: Compression) -> None:
     """What was done."""
-    columns = ["experts", "shape", "rank", "before", "after", "error", "SVD error", "time"]
+    columns = ["experts", "shape", "rank", "before", "after", "error"]
+    columns += ["SVD error", "joint SVD", "time"]
     table = make_table(*columns)
     for each in result.groups:
         table.add_row(
@@ -129,6 +131,7 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
             format_parameters(each.parameters),
             _error(each.error),
             _error(each.svd_error),
+            _error(None if each.joint is None else each.joint.error),
             "–" if each.seconds is None else format_time(each.seconds),
         )
     console.print()
@@ -140,12 +143,34 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
         f"({result.parameters / result.dense_parameters:.1%}), {settings.factorization}",
         soft_wrap=True,
     )
+    for line in _verdicts(result):
+        console.print(line, soft_wrap=True)
     what = (
         "the model with rebuilt experts"
         if settings.dense
         else "factors in experts/, all else in rest/"
     )
     console.print(f"{result.output}: {what}", soft_wrap=True)
+
+
+def _verdicts(result: CompressionResult) -> Iterator[str]:
+    """Where truncated SVDs are closer than the factors, and where a search was cut short."""
+    beaten = [each for each in result.groups if each.closer is not None]
+    if beaten:
+        worst = max(beaten, key=lambda each: each.error / max(_closer(each).error, 1e-12))
+        yield (
+            f"truncated SVDs are closer at no more parameters in {len(beaten)} of "
+            f"{len(result.groups)} groups; {worst.name}: {verdict(_closer(worst), worst.error)}"
+        )
+    for ended, what in (("time", "the time limit"), ("stalled", "rounding")):
+        count = sum(each.ended == ended for each in result.groups)
+        if count:
+            yield f"{what} ended the search in {count} of {len(result.groups)} groups"
+
+
+def _closer(each: GroupReport) -> Control:
+    assert each.closer is not None
+    return each.closer
 
 
 def plan_dict(plan: CompressionPlan, device: Roofline, limit: int | None) -> dict[str, Any]:
@@ -201,6 +226,7 @@ def result_dict(result: CompressionResult, settings: Compression) -> dict[str, A
 def _group_dict(report: GroupReport) -> dict[str, Any]:
     return asdict(report) | {
         "rank": _plain(report.rank),
+        "svd_error": report.svd_error,
         "expert_errors": list(report.expert_errors),
     }
 

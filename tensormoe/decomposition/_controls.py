@@ -7,18 +7,29 @@ rounding the weights to float32 takes. In float32, whatever is below 3e-4 would 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Any
 
-from tensormoe.decomposition._compress import leading
-from tensormoe.decomposition._solve import to_host
+from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source
-from tensormoe.factorizations import INPUT, OUTPUT
 from tensormoe.functional._dtypes import widened
+from tensormoe.functional._fit import share
 
-__all__ = ["EACH", "EXACT", "UNFOLDINGS", "Control", "Spectra", "spectra"]
+__all__ = [
+    "EACH",
+    "EXACT",
+    "TURNS",
+    "UNFOLDINGS",
+    "Control",
+    "Spectra",
+    "best_joint",
+    "closest",
+    "estimated",
+    "spectra",
+    "verdict",
+]
 
 EACH = "each expert"
 ROWS, COLUMNS, EXPERTS = UNFOLDINGS = ("N·in × out", "in × N·out", "N × in·out")
@@ -29,10 +40,15 @@ EXACT = 2048
 
 A larger one would take longer than most searches: of it, as many are estimated as are kept."""
 
+TURNS = 4
+"""Products of the tensor with itself for an estimate."""
+
 # entries of a piece of the tensor, in float64
 _PIECE = 2**18
-# singular values that are estimated beyond those that are kept, so that these are good
+# the fewest singular values that are estimated beyond those that are kept
 _SPARE = 8
+# what is closer by no more than this share is as close, and by no more than this it is rounding
+_EVEN, _ROUNDING = 1e-3, 1e-6
 
 
 @dataclass(frozen=True)
@@ -45,7 +61,7 @@ class Control:
         rank: singular values that are kept; of each expert, of all of them together, the largest.
         parameters: stored entries, (rows + columns) for each: at most those of the factors.
         error: relative Frobenius error, of weights and biases together.
-        exact: whether that is the error; else it is no larger, by about a percent.
+        exact: whether that is the error, and not an upper bound close to it.
     """
 
     unfolding: str
@@ -53,6 +69,39 @@ class Control:
     parameters: int
     error: float
     exact: bool = True
+
+    def __str__(self) -> str:
+        most = "" if self.exact else "at most "
+        return f"{self.unfolding} {most}{share(self.error)} ({self.parameters:,})"
+
+
+def best_joint(controls: Sequence[Control]) -> Control | None:
+    """The one of all experts together with the smallest error."""
+    joint = (each for each in controls if each.unfolding != EACH)
+    return min(joint, key=lambda each: each.error, default=None)
+
+
+def closest(controls: Sequence[Control], error: float) -> Control | None:
+    """The one with the smallest error, if factors that are off by ``error`` are farther off."""
+    best = min(controls, key=lambda each: each.error, default=None)
+    return best if best and best.error < (1.0 - _EVEN) * error - _ROUNDING else None
+
+
+def verdict(control: Control, error: float) -> str:
+    """That a truncated singular value decomposition beats factors that are off by ``error``.
+
+    >>> verdict(Control("N·in × out", 3, 120, 0.71), 0.74)
+    'a joint SVD of the (N·in × out) unfolding is closer at no more parameters: 71.0% against 74.0%'
+    """
+    what = (
+        "SVDs of each expert are"
+        if control.unfolding == EACH
+        else f"a joint SVD of the ({control.unfolding}) unfolding is"
+    )
+    most = "" if control.exact else "at most "
+    return (
+        f"{what} closer at no more parameters: {most}{share(control.error)} against {share(error)}"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,14 +185,44 @@ def spectra(source: Source, parameters: int) -> Spectra:
         found[names[1]] = _Spectrum(_eigenvalues(other)[:most], total, costs[names[1]])
         del other
     else:
-        leg = OUTPUT if names[1] == ROWS else INPUT
-        kept = min(parameters // costs[names[1]] + _SPARE, wide, count * narrow)
-        _, squares = leading(source, leg, kept, None, np.random.default_rng(0))
-        found[names[1]] = _Spectrum(squares.astype("float64"), total, costs[names[1]], False)
+        kept = min(estimated(wide, parameters // costs[names[1]]), count * narrow)
+        squares = _largest(source, names[1] == ROWS, kept)
+        found[names[1]] = _Spectrum(squares, total, costs[names[1]], False)
     if min(count, rows * columns) <= EXACT:
         squares = _eigenvalues(_gram_of_experts(source))
         found[EXPERTS] = _Spectrum(squares, float(squares.sum()), costs[EXPERTS])
     return Spectra(known | {name: found[name] for name in UNFOLDINGS if name in found})
+
+
+def estimated(side: int, kept: int) -> int:
+    """How many singular values are estimated so that those that are kept are good."""
+    return min(kept + max(_SPARE, kept // 8), side)
+
+
+def _largest(source: Source, columns: bool, count: int) -> Any:
+    """Squares of the largest singular values, none above the true ones, of all columns or rows.
+
+    Subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4) in the dtype of the work.
+    """
+    import numpy as np
+
+    backend = source.backend
+    side = source.shape[-1 if columns else -2]
+    sketch = np.random.default_rng(0).standard_normal((side, count), dtype="float32")
+    for _ in range(TURNS):
+        sketch = np.linalg.qr(sketch)[0]
+        basis = from_host(sketch, source.like, backend)
+        total: Any = None
+        for matrix in source.matrices():
+            matrix = matrix if columns else backend.permute(matrix, (1, 0))
+            back = backend.permute(matrix, (1, 0))
+            part = backend.matmul(back, backend.matmul(matrix, basis))
+            total = part if total is None else total + part
+        basis, sketch = sketch, to_host(total, backend)
+        del total
+    # what the tensor has in the space that was found, along its own axes there
+    inner = basis.T.astype("float64") @ sketch.astype("float64")
+    return _eigenvalues((inner + inner.T) / 2.0)
 
 
 def _gram_of_experts(source: Source) -> Any:

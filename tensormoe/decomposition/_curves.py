@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from tensormoe.backend import Array
+from tensormoe.decomposition._controls import Control, spectra
 from tensormoe.decomposition._decompose import decompose
+from tensormoe.decomposition._host import source_of
 from tensormoe.decomposition._report import Decomposition, Report
 from tensormoe.decomposition._search import Search
 from tensormoe.decomposition._watch import Callback
@@ -15,7 +17,7 @@ from tensormoe.errors import BudgetError
 from tensormoe.factorizations import FACTORIZATIONS, Dense, Factorization
 from tensormoe.planning import Budget
 
-__all__ = ["ErrorCurve", "ErrorPoint", "error_curves"]
+__all__ = ["ControlCurve", "ErrorCurve", "ErrorPoint", "control_curves", "error_curves"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,49 @@ class ErrorCurve:
         return tuple(found)
 
 
+@dataclass(frozen=True)
+class ControlCurve:
+    """Truncated singular value decompositions of one unfolding.
+
+    Args:
+        unfolding: see :class:`Control`.
+        points: by rising number of parameters.
+        dense_parameters: entries of what was given.
+    """
+
+    unfolding: str
+    points: tuple[Control, ...]
+    dense_parameters: int
+
+
+def control_curves(curves: Sequence[ErrorCurve]) -> tuple[ControlCurve, ...]:
+    """The truncated singular value decompositions that error curves were compared with.
+
+    Args:
+        curves: from :func:`error_curves`; of the same weights.
+
+    Returns:
+        A curve for each unfolding, of what any point was compared with; none without comparisons.
+
+    >>> import numpy as np
+    >>> experts = np.random.default_rng(0).standard_normal((4, 12, 10))
+    >>> curves = error_curves(experts, ["cp"], (0.3, 0.5))
+    >>> [curve.unfolding for curve in control_curves(curves)]
+    ['each expert', 'N·in × out', 'in × N·out', 'N × in·out']
+    """
+    reports = [point.report for curve in curves for point in curve.points]
+    found: dict[str, dict[int, Control]] = {}
+    for report in reports:
+        for control in report.controls:
+            found.setdefault(control.unfolding, {})[control.parameters] = control
+    return tuple(
+        ControlCurve(
+            name, tuple(points[size] for size in sorted(points)), reports[0].dense_parameters
+        )
+        for name, points in found.items()
+    )
+
+
 def error_curves(
     weights: Array,
     factorizations: Sequence[str | Factorization] | None = None,
@@ -92,7 +137,8 @@ def error_curves(
         search: how long to search for each point, a time limit included.
         callback: called with a :class:`Progress` after every sweep; True ends the search for the
             point that it is about.
-        compare: whether to compute the error of truncated singular value decompositions.
+        compare: whether to compute the errors of truncated singular value decompositions, which
+            :func:`control_curves` collects.
         seed: of the random starts.
 
     Returns:
@@ -133,7 +179,8 @@ def error_curves(
             weighted=weighted,
             search=search,
             callback=callback,
-            compare=compare,
+            # singular values are the same for all
+            compare=False,
             seed=seed,
         )
 
@@ -159,10 +206,14 @@ def error_curves(
                     keep(at(kind, budget))
                 except BudgetError as error:
                     refused = error
+        if compare and points:
+            points = _compared(points, weights, bias)
     except KeyboardInterrupt:
         if not points:
             raise
-        warnings.warn("error curves were interrupted: points are missing.", stacklevel=2)
+        warnings.warn(
+            "error curves were interrupted: points or their SVDs are missing.", stacklevel=2
+        )
     if refused is not None and not points:
         raise refused
     return tuple(
@@ -175,3 +226,18 @@ def error_curves(
         )
         for name, reports in points.items()
     )
+
+
+def _compared(
+    points: Mapping[str, Mapping[Factorization, Report]], weights: Array, bias: Array | None
+) -> dict[str, dict[Factorization, Report]]:
+    """The same reports with truncated singular value decompositions."""
+    most = max(report.parameters for reports in points.values() for report in reports.values())
+    known = spectra(source_of(weights, bias), most)
+    return {
+        name: {
+            kind: replace(report, controls=known.controls(report.parameters))
+            for kind, report in reports.items()
+        }
+        for name, reports in points.items()
+    }

@@ -13,7 +13,8 @@ from tensormoe.decomposition._checks import (
     checked_samples,
     checked_weights,
 )
-from tensormoe.decomposition._errors import bias_error, output_error, svd_error, weight_errors
+from tensormoe.decomposition._controls import Control, spectra
+from tensormoe.decomposition._errors import bias_error, output_error, weight_errors
 from tensormoe.decomposition._gauge import robust, stretched
 from tensormoe.decomposition._host import Workplace
 from tensormoe.decomposition._report import Decomposition, Report
@@ -70,8 +71,8 @@ def decompose(
             far as second moments of inputs and loads of experts tell.
         search: how long to search, a time limit included; :class:`Search` has the defaults.
         callback: called with a :class:`Progress` after every sweep; True ends the search.
-        compare: whether to compute the error of truncated singular value decompositions of equal
-            size, which takes a product of the weights with themselves.
+        compare: whether to compute the errors of truncated singular value decompositions of no more
+            parameters, see :class:`Control`, which takes products of the weights with themselves.
         seed: of the random starts.
 
     Returns:
@@ -140,17 +141,19 @@ def decompose(
     plain = source if bias is None else Source(lent, backend).scaled()
     error, each = weight_errors(spec, read, plain)
     parameters = spec.num_parameters
-    svd, ended = None, found.ended
+    controls: tuple[Control, ...] = ()
+    ended = found.ended
     if compare and ended != "interrupted":
         try:
-            svd = svd_error(source, parameters)
+            controls = spectra(source, parameters).controls(parameters)
         except KeyboardInterrupt:
             # the factors are there; only the comparison is not
             ended = "interrupted"
+    total = error if bias is None else weight_errors(spec, read, source, biased=True)[0]
     report = Report(
         error,
         each,
-        svd,
+        controls,
         None if bias is None else bias_error(spec, read, _rows(bias, backend), plain),
         None if inputs is None else output_error(spec, read, source, inputs, coefficients),
         parameters,
@@ -159,6 +162,7 @@ def decompose(
         found.errors,
         watch.elapsed,
         ended,
+        total,
     )
     return Decomposition(spec, stored, report)
 

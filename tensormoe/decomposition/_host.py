@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from tensormoe._exchange import convert
-from tensormoe._registry import get_backend
+from tensormoe._registry import backend_of, get_backend
 from tensormoe.backend import Array, Backend
 from tensormoe.decomposition._solve import from_host
+from tensormoe.decomposition._source import Source
 from tensormoe.errors import BackendError
 from tensormoe.functional._dtypes import cast, widened
 
-__all__ = ["Workplace"]
+__all__ = ["Workplace", "source_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +72,15 @@ class Workplace:
         if self.backend is not self.owner:
             array = from_host(array, widened(like[(slice(0, 0),)], self.owner), self.owner)
         return cast(array, like.dtype, self.owner)
+
+
+def source_of(weights: Array, bias: Array | None) -> Source:
+    """Checked weights, and biases, as the tensor that is worked on."""
+    owner = backend_of(*(each for each in (weights, bias) if each is not None))
+    weights = owner.stop_gradient(weights)
+    place = Workplace.of(weights, owner)
+    bias = None if bias is None else place.take(owner.stop_gradient(bias))
+    return Source(place.lend(weights), place.backend, bias).scaled()
 
 
 class _Widened:

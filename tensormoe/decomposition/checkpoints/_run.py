@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from tensormoe import __version__
 from tensormoe._checkpoint_files import checkpoint_path, write_whole
+from tensormoe.decomposition._controls import Control
 from tensormoe.decomposition._decompose import decompose
 from tensormoe.decomposition._gauge import robust
 from tensormoe.decomposition._search import Search
@@ -249,7 +250,7 @@ def _compress(
         config.spec.num_parameters,
         error,
         errors,
-        found.report.svd_error,
+        found.report.controls,
         found.report.seconds,
         found.report.ended,
     )
@@ -373,5 +374,6 @@ def _report(values: Mapping[str, Any]) -> GroupReport:
             **values,
             "rank": tuple(rank) if isinstance(rank, list) else rank,
             "expert_errors": tuple(values["expert_errors"]),
+            "controls": tuple(Control(**each) for each in values["controls"]),
         }
     )

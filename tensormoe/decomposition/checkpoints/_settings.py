@@ -33,8 +33,8 @@ class Compression:
         layout: how a matrix is stored, one of :data:`LAYOUTS`.
         dense: whether to write the experts' matrices, rebuilt from their factors, under their old
             keys, instead of the factors.
-        compare: whether to compute the error of truncated singular value decompositions of equal
-            size.
+        compare: whether to compute the errors of truncated singular value decompositions of no more
+            parameters.
         seed: of the random starts, a non-negative integer.
         seconds: a time limit for the search of each group; None for no limit. With one, the bytes
             of the output depend on the machine.
