@@ -82,9 +82,11 @@ def plot_errors(axes: Axes, curves: Sequence[ErrorCurve], *, outputs: bool = Fal
         )
         axes.plot(*_line(behind, outputs), marker, color=colour, markersize=4.0, alpha=0.3, mew=0.0)
     for control, dashes in zip(control_curves(curves), _DASHES, strict=False):
-        if not outputs:
-            shares = [each.parameters / control.dense_parameters for each in control.points]
-            errors = [each.error for each in control.points]
+        # some are too large to keep anything of
+        kept = [each for each in control.points if each.rank]
+        if kept and not outputs:
+            shares = [each.parameters / control.dense_parameters for each in kept]
+            errors = [each.error for each in kept]
             name = f"SVD of {control.unfolding}"
             axes.plot(shares, errors, color=INK, linestyle=dashes, linewidth=1.2, label=name)
     tidy(axes)
