@@ -14,7 +14,12 @@ from tensormoe.decomposition._checks import (
     checked_weights,
 )
 from tensormoe.decomposition._controls import Control, spectra
-from tensormoe.decomposition._errors import bias_error, output_error, weight_errors
+from tensormoe.decomposition._errors import (
+    bias_error,
+    output_error,
+    total_error,
+    weight_errors,
+)
 from tensormoe.decomposition._gauge import robust, stretched
 from tensormoe.decomposition._host import Workplace
 from tensormoe.decomposition._report import Decomposition, Report
@@ -149,12 +154,16 @@ def decompose(
         except KeyboardInterrupt:
             # the factors are there; only the comparison is not
             ended = "interrupted"
-    total = error if bias is None else weight_errors(spec, read, source, biased=True)[0]
+    off, total = None, error
+    if bias is not None:
+        tensor = Source(bias[..., None, :], backend).scaled()
+        off = bias_error(spec, read, tensor, plain)
+        total = total_error(error, off, plain, tensor)
     report = Report(
         error,
         each,
         controls,
-        None if bias is None else bias_error(spec, read, _rows(bias, backend), plain),
+        off,
         None if inputs is None else output_error(spec, read, source, inputs, coefficients),
         parameters,
         prod(weights.shape) + (0 if bias is None else prod(bias.shape)),
@@ -165,11 +174,6 @@ def decompose(
         total,
     )
     return Decomposition(spec, stored, report)
-
-
-def _rows(bias: Array, backend: Backend) -> Source:
-    """Biases as a tensor (experts…, 1, out)."""
-    return Source(bias[..., None, :], backend).scaled()
 
 
 def _rounded_well(

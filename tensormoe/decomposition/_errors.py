@@ -10,18 +10,13 @@ from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array
 from tensormoe.decomposition._contractions import structures
 from tensormoe.decomposition._gauge import stretched
-<<<<<<< HEAD
-from tensormoe.decomposition._solve import to_host
 from tensormoe.decomposition._source import Source, norm, norms, power
 from tensormoe.decomposition._starts import given
 from tensormoe.factorizations import INPUT, OUTPUT
-=======
-from tensormoe.decomposition._source import Source, norm, power
->>>>>>> 8584af1 (Reports stand beside joint SVDs of the unfoldings, each at its own number of parameters)
 from tensormoe.functional import LayerConfig, expert_weight
 from tensormoe.functional._dtypes import cast, widened
 
-__all__ = ["bias_error", "output_error", "shares", "weight_errors"]
+__all__ = ["bias_error", "output_error", "shares", "total_error", "weight_errors"]
 
 
 def shares(missing: Sequence[float], whole: Sequence[float]) -> tuple[float, tuple[float, ...]]:
@@ -38,13 +33,9 @@ def shares(missing: Sequence[float], whole: Sequence[float]) -> tuple[float, tup
 
 
 def weight_errors(
-    spec: LayerSpec, factors: Mapping[str, Array], source: Source, biased: bool = False
+    spec: LayerSpec, factors: Mapping[str, Array], source: Source
 ) -> tuple[float, tuple[float, ...]]:
-<<<<<<< HEAD
     """Relative error of all experts together, and of each.
-=======
-    """Relative error of all experts together, and of each; biases are left out, or one more row.
->>>>>>> 8584af1 (Reports stand beside joint SVDs of the unfoldings, each at its own number of parameters)
 
     Norms are of each expert by itself, so that experts of any scale stand beside one another.
 
@@ -53,7 +44,6 @@ def weight_errors(
         factors: by name; biases are left out.
         source: the weights alone.
     """
-<<<<<<< HEAD
     network, backend = spec.network, source.backend
     named = _scaled(spec, factors, source)
     open_legs = (*network.expert_legs, INPUT, OUTPUT)
@@ -66,12 +56,6 @@ def weight_errors(
     for start, stop in source.blocks():
         missing += norms(left.block(start, stop), backend)
         whole += norms(source.block(start, stop), backend)
-=======
-    missing, whole = [], []
-    for matrix, found in _pairs(spec, factors, source, biased):
-        missing.append(norm(matrix - found, source.backend))
-        whole.append(norm(matrix, source.backend))
->>>>>>> 8584af1 (Reports stand beside joint SVDs of the unfoldings, each at its own number of parameters)
     return shares(missing, whole)
 
 
@@ -131,6 +115,14 @@ def bias_error(
     return shares(missing, whole)[0]
 
 
+def total_error(error: float, bias_error: float, weights: Source, bias: Source) -> float:
+    """Relative error of weights and biases together, from that of each."""
+    parts = [sqrt(each.squared_norm()) / each.scale for each in (weights, bias)]
+    # biases of zeros are relative to the weights
+    lacking = hypot(error * parts[0], bias_error * (parts[1] or parts[0]))
+    return lacking / hypot(*parts) if any(parts) else 0.0
+
+
 def _pairs(
     spec: LayerSpec, factors: Mapping[str, Array], source: Source
 ) -> Iterator[tuple[Array, Array]]:
@@ -145,13 +137,8 @@ def _pairs(
         yield matrix, found
 
 
-<<<<<<< HEAD
 def _scaled(spec: LayerSpec, factors: Mapping[str, Array], source: Source) -> dict[str, Array]:
     """Factors in the dtype and at the scale of a source."""
-=======
-def _named(spec: LayerSpec, factors: Mapping[str, Array], source: Source) -> dict[str, Array]:
-    """Factors by canonical name, in the dtype and at the scale of the source."""
->>>>>>> 8584af1 (Reports stand beside joint SVDs of the unfoldings, each at its own number of parameters)
     wide = {name: cast(array, source.dtype, source.backend) for name, array in factors.items()}
     return stretched(spec.network, wide, source.scale)
 

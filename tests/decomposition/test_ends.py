@@ -229,7 +229,7 @@ def test_curves_end_with_the_points_so_far(stack: np.ndarray) -> None:
     wanted = error_curves(stack, [CP(2), CP(9), Tucker((3, 6, 6))], callback=whole)
     assert [len(curve.points) for curve in wanted] == [2, 1]
     second = next(k for k, each in enumerate(whole.seen) if each.factorization == CP(9))
-    with pytest.warns(UserWarning, match="interrupted: points are missing"):
+    with pytest.warns(UserWarning, match="interrupted: points or their SVDs"):
         (curve,) = error_curves(
             stack, [CP(2), CP(9), Tucker((3, 6, 6))], callback=Ends(second + 4, KeyboardInterrupt)
         )
