@@ -29,7 +29,7 @@ from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._watch import Callback, Watch
 from tensormoe.decomposition._weighted import Weighting, weigh
-from tensormoe.errors import ShapeError, SpecError
+from tensormoe.errors import MissingDependencyError, ShapeError, SpecError
 from tensormoe.factorizations import INPUT, Factorization
 from tensormoe.planning import Budget
 
@@ -88,6 +88,7 @@ def decompose(
 
     Raises:
         KeyboardInterrupt: Ctrl-C before the first sweep is done, or a second one.
+        MissingDependencyError: without NumPy, which solves the equations of bonds on the host.
         BackendError: arrays of an unknown library, or of several.
         ShapeError: weights that are no stack of matrices, not finite, or other shapes that do not
             fit.
@@ -100,6 +101,13 @@ def decompose(
     >>> found.factors["input"].shape, found.report.error < 1e-7
     ((8, 1), True)
     """
+    try:
+        import numpy  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            "decompose solves the equations of bonds with numpy, which is not installed. "
+            "Install it with: pip install 'tensormoe[numpy]'."
+        ) from error
     search = search or Search()
     watch = Watch(search.seconds, callback)
     if isinstance(weights, (list, tuple)):
