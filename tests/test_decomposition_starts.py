@@ -316,6 +316,7 @@ class Claims:
     squared_norm: float = 1.0
     room: int = 0
     hidden: float = 1e-9
+    follower: Any = None
 
     def error(self, factors: Any) -> float:
         return float(factors["a"])
