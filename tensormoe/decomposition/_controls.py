@@ -250,9 +250,9 @@ def _rows(source: Source) -> Iterator[Any]:
     *levels, rows, columns = source.array.shape
     step = max(1, _PIECE // (prod(levels) * columns))
     for start in range(0, rows, step):
-        yield widened(source.array[..., start : start + step, :], source.backend)
+        yield widened(source.array[..., start : start + step, :], source.backend) * source.scale
     if source.bias is not None:
-        yield widened(source.bias, source.backend)
+        yield widened(source.bias, source.backend) * source.scale
 
 
 def _eigenvalues(gram: Any) -> Any:

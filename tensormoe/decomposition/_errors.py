@@ -1,9 +1,9 @@
-"""What factors lack, expert by expert: nothing of the weights' size is ever built."""
+"""What factors lack, expert by expert, a block of experts at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from dataclasses import replace
 from math import hypot, sqrt
 
 from tensormoe._spec import LayerSpec
@@ -13,7 +13,6 @@ from tensormoe.decomposition._gauge import stretched
 from tensormoe.decomposition._source import Source, norm, norms, power
 from tensormoe.decomposition._starts import given
 from tensormoe.factorizations import INPUT, OUTPUT
-from tensormoe.functional import LayerConfig, expert_weight
 from tensormoe.functional._dtypes import cast, widened
 
 __all__ = ["bias_error", "output_error", "shares", "total_error", "weight_errors"]
@@ -35,28 +34,11 @@ def shares(missing: Sequence[float], whole: Sequence[float]) -> tuple[float, tup
 def weight_errors(
     spec: LayerSpec, factors: Mapping[str, Array], source: Source
 ) -> tuple[float, tuple[float, ...]]:
-    """Relative error of all experts together, and of each.
+    """Relative error of all experts together, and of each; biases are a row of a source with them.
 
     Norms are of each expert by itself, so that experts of any scale stand beside one another.
-
-    Args:
-        spec: of the layer that the factors make.
-        factors: by name; biases are left out.
-        source: the weights alone.
     """
-    network, backend = spec.network, source.backend
-    named = _scaled(spec, factors, source)
-    open_legs = (*network.expert_legs, INPUT, OUTPUT)
-    terms = structures(network, open_legs, network.sizes)
-    for term in terms:
-        named |= given(term, source)
-    left = source.without(terms, named)
-    missing: list[float] = []
-    whole: list[float] = []
-    for start, stop in source.blocks():
-        missing += norms(left.block(start, stop), backend)
-        whole += norms(source.block(start, stop), backend)
-    return shares(missing, whole)
+    return shares(*_norms(source, _left(spec, factors, source)))
 
 
 def output_error(
@@ -82,8 +64,9 @@ def output_error(
     missing, whole = [], []
     lacking: Array = None
     total: Array = None
-    for place, (matrix, found) in enumerate(_pairs(spec, factors, source)):
-        made, lost = backend.matmul(x, matrix), backend.matmul(x, matrix - found)
+    pairs = zip(source.matrices(), _left(spec, factors, source).matrices(), strict=True)
+    for place, (matrix, left) in enumerate(pairs):
+        made, lost = backend.matmul(x, matrix), backend.matmul(x, left)
         if coefficients is None:
             missing.append(norm(lost, backend))
             whole.append(norm(made, backend))
@@ -103,13 +86,7 @@ def bias_error(
 
     Where all biases are zeros, what stands for them is relative to the weights.
     """
-    named = _named(spec, factors, bias)
-    missing, whole = [], []
-    config = LayerConfig(spec, None)
-    for index, row in zip(_places(spec), bias.matrices(), strict=True):
-        _, found = expert_weight(config, named, index, bias.backend)
-        missing.append(norm(row - found, bias.backend))
-        whole.append(norm(row, bias.backend))
+    missing, whole = _norms(bias, _left(spec, factors, bias, only_bias=True))
     if not any(whole):
         return hypot(*missing) * weights.scale / sqrt(weights.squared_norm() or 1.0)
     return shares(missing, whole)[0]
@@ -123,36 +100,46 @@ def total_error(error: float, bias_error: float, weights: Source, bias: Source) 
     return lacking / hypot(*parts) if any(parts) else 0.0
 
 
-def _pairs(
-    spec: LayerSpec, factors: Mapping[str, Array], source: Source
-) -> Iterator[tuple[Array, Array]]:
-    """Each expert's matrix, given and found, both at the source's scale; a bias is its last row."""
-    named, backend = _named(spec, factors, source), source.backend
-    config = LayerConfig(spec, None)
-    for index, matrix in zip(_places(spec), source.matrices(), strict=True):
-        found, row = expert_weight(config, named, index, backend)
-        if row is not None:
-            row = backend.namespace.expand_dims(row, axis=0)
-            found = backend.namespace.concat([found, row], axis=0)
-        yield matrix, found
+def _norms(source: Source, left: Source) -> tuple[list[float], list[float]]:
+    """The norms of experts' matrices, of what is left of them and of what was given."""
+    missing: list[float] = []
+    whole: list[float] = []
+    for start, stop in source.blocks():
+        missing += norms(left.block(start, stop), source.backend)
+        whole += norms(source.block(start, stop), source.backend)
+    return missing, whole
 
 
-def _scaled(spec: LayerSpec, factors: Mapping[str, Array], source: Source) -> dict[str, Array]:
-    """Factors in the dtype and at the scale of a source."""
+def _left(
+    spec: LayerSpec, factors: Mapping[str, Array], source: Source, only_bias: bool = False
+) -> Source:
+    """What a layer's factors leave of a tensor.
+
+    Args:
+        spec: of the layer.
+        factors: by name, as they are stored.
+        source: the weights, with biases or without them, or biases alone.
+        only_bias: whether it is the latter.
+    """
+    network, xp = spec.network, source.backend.namespace
     wide = {name: cast(array, source.dtype, source.backend) for name, array in factors.items()}
-    return stretched(spec.network, wide, source.scale)
-
-
-def _named(spec: LayerSpec, factors: Mapping[str, Array], source: Source) -> dict[str, Array]:
-    """The same by canonical name."""
-    return {f"factors.{k}": array for k, array in _scaled(spec, factors, source).items()}
+    named = stretched(network, wide, source.scale)
+    for term in network.terms:
+        carrier, parts = term.input_factor, []
+        if not only_bias:
+            parts.append(named[carrier.name])
+        if term.bias is not None and (only_bias or source.bias is not None):
+            parts.append(xp.expand_dims(named[term.bias.name], axis=carrier.legs.index(INPUT)))
+        axis = carrier.legs.index(INPUT)
+        named[carrier.name] = parts[0] if len(parts) == 1 else xp.concat(parts, axis=axis)
+    open_legs = (*network.expert_legs, INPUT, OUTPUT)
+    terms = structures(network, open_legs, {**network.sizes, INPUT: source.shape[-2]})
+    for term in terms:
+        named |= given(term, replace(source, weights=None))
+    return source.without(terms, named)
 
 
 def _near_one(array: Array, source: Source) -> Array:
     """An array times a power of two, which relative errors do not depend on."""
     xp = source.backend.namespace
     return array * power(float(xp.max(xp.abs(array))), xp.finfo(array.dtype).bits)
-
-
-def _places(spec: LayerSpec) -> Iterator[tuple[int, ...]]:
-    return product(*(range(count) for count in spec.experts))

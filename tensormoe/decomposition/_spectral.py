@@ -103,6 +103,11 @@ def cuts(structure: Structure) -> Cuts | None:
         if inside is not None:
             ones.append(inside)
             del left[inside]
+            # bonds that led to it alone stand for one direction
+            left = {
+                k: {leg for leg in legs if leg in seen or _held(leg, left) > 1}
+                for k, legs in left.items()
+            }
             continue
         full = _full(left, structure)
         if full is None:
@@ -112,7 +117,9 @@ def cuts(structure: Structure) -> Cuts | None:
         modes = tuple(leg for leg in structure.open_legs if leg in mine)
         plain.append((name, bond))
         replaced[bond] = modes
-        left = {k: (legs - {bond}) | set(modes) if bond in legs else legs for k, legs in left.items()}
+        left = {
+            k: (legs - {bond}) | set(modes) if bond in legs else legs for k, legs in left.items()
+        }
     steps = []
     while len(left) > 1:
         options = [step for name in left if (step := _step(name, left, seen)) is not None]
@@ -124,6 +131,11 @@ def cuts(structure: Structure) -> Cuts | None:
         del left[step.name]
     (last,) = left
     return Cuts(tuple(steps), last, tuple(replaced.items()), tuple(plain), tuple(ones))
+
+
+def _held(leg: Leg, left: Mapping[str, set[Leg]]) -> int:
+    """How many factors have a leg."""
+    return sum(leg in legs for legs in left.values())
 
 
 def _full(left: Mapping[str, set[Leg]], structure: Structure) -> tuple[str, Leg] | None:
@@ -219,13 +231,13 @@ def _stored(
     wanted = [inner for leg in factor.legs for inner in replaced.get(leg, (leg,)) if inner in legs]
     array = backend.permute(array, tuple(legs.index(leg) for leg in wanted))
     held = tuple(
-        prod(sizes[inner] for inner in replaced[leg]) if leg in replaced else sizes[leg]
+        prod(sizes[inner] for inner in replaced.get(leg, (leg,)) if inner in legs)
         for leg in factor.legs
     )
     array = backend.reshape(array, held)
     if held == shape:
         return array
-    # a bond may be larger than the modes that take its place
+    # a bond may be larger than what it has to stand for
     more = [(0, size - has) for size, has in zip(shape, held, strict=True)]
     return from_host(np.pad(to_host(array, backend), more), like, backend)
 

@@ -66,9 +66,7 @@ def random_weights(rng: np.random.Generator) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", SCALES)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_errors_do_not_depend_on_the_scale(
-    kind: Any, dtype: str, rng: np.random.Generator
-) -> None:
+def test_errors_do_not_depend_on_the_scale(kind: Any, dtype: str, rng: np.random.Generator) -> None:
     weights = random_weights(rng)
     weights /= abs(weights).max()
     wanted = decompose(weights.astype(dtype), kind, search=QUICK).report

@@ -24,6 +24,13 @@ TREES: list[tuple[Any, tuple[int, ...], bool]] = [
     (TensorTrain((3, 5, 4)), (3, 4), False),
     (Hadamard(), (3, 4), False),
     (TensorRing((1, 3, 4)), (6,), False),
+    # bonds that lead to next to nothing
+    (Tucker((1, 1, 3)), (6,), False),
+    (Tucker((1, 3, 1)), (6,), False),
+    (Tucker((3, 1, 1)), (6,), False),
+    (TensorTrain((1, 3)), (6,), False),
+    (TensorTrain((3, 1)), (6,), False),
+    (Tucker((1, 1, 1)), (6,), False),
     # all the first level has, or the first two
     (TensorTrain((6, 4)), (6,), True),
     (TensorTrain((3, 12, 4)), (3, 4), True),
