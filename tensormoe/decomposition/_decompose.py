@@ -30,7 +30,7 @@ from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._watch import Callback, Watch
 from tensormoe.decomposition._weighted import Weighting, weigh
 from tensormoe.errors import ShapeError, SpecError
-from tensormoe.factorizations import INPUT, Factorization
+from tensormoe.factorizations import INPUT, FactorizationLike
 from tensormoe.planning import Budget
 
 __all__ = ["decompose"]
@@ -38,7 +38,7 @@ __all__ = ["decompose"]
 
 def decompose(
     weights: Array,
-    factorization: str | Factorization,
+    factorization: FactorizationLike,
     *,
     rank: int | tuple[int, ...] | None = None,
     budget: Budget | int | float | None = None,
