@@ -116,12 +116,11 @@ def libraries(shape: tuple[int, int, int], kind: Factorization, pairs: int = 15)
 
     array = planted(shape, 32)
     tensor = torch.from_numpy(array)
-    times = []
-    for _ in range(pairs + 1):
-        each = [
-            timed(lambda: decompose(given, kind, compare=False))[0] for given in (array, tensor)
-        ]
-        times.append(each)
+
+    def once(given: Array) -> float:
+        return timed(lambda: decompose(given, kind, compare=False))[0]
+
+    times = [(once(array), once(tensor)) for _ in range(pairs + 1)]
     numpy, ratio = median(a for a, _ in times[1:]), median(b / a for a, b in times[1:])
     print(f"{kind!s:>30} {shape!s:>18} {numpy:7.3f} {ratio:6.2f}", flush=True)
 

@@ -22,7 +22,7 @@ from tensormoe.cli._files import check_picture
 from tensormoe.cli._layer_arguments import LayerArguments
 from tensormoe.cli._values import parse_bonds, parse_budget, parse_names, parse_size
 from tensormoe.errors import BudgetError, SpecError
-from tensormoe.factorizations import FACTORIZATIONS, Dense, Hadamard, resolve_factorization
+from tensormoe.factorizations import Dense, rank_pattern, resolve_factorization
 from tensormoe.planning import (
     OBJECTIVES,
     Budget,
@@ -174,9 +174,8 @@ def _answer(asked: _Question, name: str) -> _Answer:
 
 def _smallest(asked: _Question, name: str, bonds: Bonds | None) -> dict[str, float]:
     """What the smallest bonds take of the limits that they exceed; empty if they fit."""
-    kind = FACTORIZATIONS[name]
     rank: int | tuple[int, ...] | None = 1
-    if kind in (Dense, Hadamard):
+    if not rank_pattern(name, len(asked.layer.experts)):
         rank = None
     elif bonds is not None:
         rank = tuple(bond if isinstance(bond, int) else 1 for bond in bonds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
+from tensormoe._extras import missing
 from tensormoe._registry import backend_of
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array, Backend
@@ -29,8 +30,8 @@ from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._watch import Callback, Watch
 from tensormoe.decomposition._weighted import Weighting, weigh
-from tensormoe.errors import MissingDependencyError, ShapeError, SpecError
-from tensormoe.factorizations import INPUT, Factorization
+from tensormoe.errors import ShapeError, SpecError
+from tensormoe.factorizations import INPUT, FactorizationLike
 from tensormoe.planning import Budget
 
 __all__ = ["decompose"]
@@ -38,7 +39,7 @@ __all__ = ["decompose"]
 
 def decompose(
     weights: Array,
-    factorization: str | Factorization,
+    factorization: FactorizationLike,
     *,
     rank: int | tuple[int, ...] | None = None,
     budget: Budget | int | float | None = None,
@@ -101,13 +102,8 @@ def decompose(
     >>> found.factors["input"].shape, found.report.error < 1e-7
     ((8, 1), True)
     """
-    try:
-        import numpy  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            "decompose solves the equations of bonds with numpy, which is not installed. "
-            "Install it with: pip install 'tensormoe[numpy]'."
-        ) from error
+    if absent := missing("decompose", ("numpy",), "numpy"):
+        raise absent
     search = search or Search()
     watch = Watch(search.seconds, callback)
     if isinstance(weights, (list, tuple)):

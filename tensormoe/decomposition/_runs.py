@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from math import inf, prod
 
 from tensormoe._spec import LayerSpec
+from tensormoe._validation import non_negative_int
 from tensormoe.decomposition._checks import checked_bonds
 from tensormoe.decomposition._choose import Sizes, candidates, checked_tolerance, smallest
 from tensormoe.decomposition._contractions import structures
@@ -14,7 +15,13 @@ from tensormoe.decomposition._search import Found, Search
 from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._watch import Stopped, Watch
 from tensormoe.errors import BudgetError, SpecError
-from tensormoe.factorizations import INPUT, OUTPUT, Factorization, resolve_factorization
+from tensormoe.factorizations import (
+    INPUT,
+    OUTPUT,
+    Factorization,
+    FactorizationLike,
+    resolve_factorization,
+)
 from tensormoe.planning import Budget
 
 __all__ = ["LARGE", "TRIAL", "Runs"]
@@ -49,6 +56,9 @@ class Runs:
     seed: int
     watch: Watch = field(default_factory=Watch)
 
+    def __post_init__(self) -> None:
+        non_negative_int(self.seed, "seed")
+
     def run(self, kind: Factorization, search: Search | None = None) -> Found:
         """Factors, the error after every sweep, and why the search ended.
 
@@ -77,7 +87,7 @@ class Runs:
 
     def find(
         self,
-        factorization: str | Factorization,
+        factorization: FactorizationLike,
         rank: int | tuple[int, ...] | None,
         budget: Budget | float | None,
         tolerance: float | None,
@@ -127,7 +137,9 @@ class Runs:
         checked_bonds(LayerSpec(rows, columns, experts, kind, bias=self.bias))
         return kind, self.run(kind)
 
-    def _best(self, name: str, budget: Budget | int) -> tuple[Factorization, Found | None]:
+    def _best(
+        self, name: str | type[Factorization], budget: Budget | int
+    ) -> tuple[Factorization, Found | None]:
         """The candidate within a budget whose short search ends lowest, and what that found.
 
         Candidates that a stopped search did not get to are left out.
@@ -165,7 +177,9 @@ class Runs:
             found = replace(trial, ended=found.ended)
         return kind, found
 
-    def _within(self, name: str, tolerance: float) -> tuple[Factorization, Found]:
+    def _within(
+        self, name: str | type[Factorization], tolerance: float
+    ) -> tuple[Factorization, Found]:
         """Factors of the smallest budget that reaches a tolerance.
 
         Of a stopped search, the smallest so far; where there is none, what it came to.
@@ -179,7 +193,9 @@ class Runs:
             ended = ""
             try:
                 kind, trial = self._best(name, budget)
-                if kind not in errors:
+                if trial is not None and trial.ended in _STOPPED:
+                    ended, last = trial.ended, last or (kind, trial)
+                elif kind not in errors:
                     _, found = self._long(kind, trial)
                     errors[kind], ended = found.errors[-1], found.ended
                     if errors[kind] <= tolerance or last is None:

@@ -54,7 +54,7 @@ class RankChoice:
 
 
 def select_rank(
-    factorization: str,
+    factorization: str | type[Factorization],
     in_features: int,
     out_features: int,
     experts: int | tuple[int, ...],
@@ -79,7 +79,7 @@ def select_rank(
 
     Args:
         factorization: "cp", "tensor_ring", "tensor_train", "tucker", "shared_basis", "base_delta",
-            "shared_delta", "hadamard" or "dense".
+            "shared_delta", "hadamard", "dense", another name that is registered, or a class.
         in_features: I, the size of an input.
         out_features: O, the size of an output.
         experts: N, or one size a level of hierarchy.
@@ -134,7 +134,7 @@ def select_rank(
 
 
 def rank_front(
-    factorization: str,
+    factorization: str | type[Factorization],
     in_features: int,
     out_features: int,
     experts: int | tuple[int, ...],
@@ -199,7 +199,7 @@ def rank_front(
 
 
 def _estimator(
-    factorization: str,
+    factorization: str | type[Factorization],
     in_features: int,
     out_features: int,
     experts: int | tuple[int, ...],

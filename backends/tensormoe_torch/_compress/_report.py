@@ -139,8 +139,8 @@ class CompressionReport:
             [
                 *aligned(rows),
                 f"whole model: {before:,} → {after:,} parameters; {self.seconds:.1f} s",
-                "SVDs: truncated, with no more parameters, of each expert; joint SVD: the best of all "
-                "together",
+                "SVDs: truncated, with no more parameters, of each expert; joint SVD: the best of "
+                "all together",
                 *self._verdicts(),
             ]
         )
