@@ -52,7 +52,16 @@ def test_a_table_and_the_same_as_json(
     words = (model, *EXPERTS, "--budget", "50%", "--output", tmp_path / "out")
     assert main(["compress", *map(str, words)]) == 0
     shown = capsys.readouterr().out
-    for column in ("experts", "shape", "rank", "before", "after", "error", "SVD error", "joint SVD"):
+    for column in (
+        "experts",
+        "shape",
+        "rank",
+        "before",
+        "after",
+        "error",
+        "SVD error",
+        "joint SVD",
+    ):
         assert column in shown
     for text in ("layers.1.block_sparse_moe.experts.*.w1", "4 × 12 × 8", "384", "decomposing"):
         assert text in shown

@@ -129,6 +129,15 @@ def test_each_factor_is_a_least_squares_solution(kind: Any, rng: np.random.Gener
         assert explained == pytest.approx(made @ made, rel=1e-7)
 
 
+@pytest.mark.parametrize("kind", KINDS[:5], ids=str)
+def test_equations_are_solved_for_the_change(kind: Any, rng: np.random.Generator) -> None:
+    """What damping hides of a factor stays as it is, and is not taken to be zero."""
+    _, (term,), source, factors = setting(kind, rng)
+    for factor in term.wanted:
+        found, _ = solve_factor(term, factor.name, source, factors, 1e12)
+        np.testing.assert_allclose(found, factors[factor.name], rtol=1e-3, atol=1e-3)
+
+
 def test_sums_are_swept_term_by_term(rng: np.random.Generator) -> None:
     """Each for what the others leave: the last one is best for the others as they are."""
     _, terms, source, factors = setting(BaseDelta(2), rng)
