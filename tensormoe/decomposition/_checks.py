@@ -34,8 +34,8 @@ def checked_weights(weights: Array, backend: Backend) -> None:
     for place, matrix in enumerate(Source(weights, backend).matrices()):
         if not isfinite(_value(backend.namespace.max(backend.namespace.abs(matrix)))):
             raise ShapeError(
-                f"weights must be finite; got NaN or infinity in expert {place}, all levels counted "
-                "through. Repair or leave out that expert."
+                f"weights must be finite; got NaN or infinity in expert {place}, all levels "
+                "counted through. Repair or leave out that expert."
             )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from math import hypot, sqrt
 
 from tensormoe._spec import LayerSpec
@@ -134,8 +133,8 @@ def _left(
         named[carrier.name] = parts[0] if len(parts) == 1 else xp.concat(parts, axis=axis)
     open_legs = (*network.expert_legs, INPUT, OUTPUT)
     terms = structures(network, open_legs, {**network.sizes, INPUT: source.shape[-2]})
-    for term in terms:
-        named |= given(term, replace(source, weights=None))
+    for each in terms:
+        named |= given(each, source)
     return source.without(terms, named)
 
 

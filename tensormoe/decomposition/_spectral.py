@@ -9,7 +9,7 @@ more than one factor had to be cut off, nothing is better (Eckart & Young 1936).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -144,9 +144,9 @@ def _full(left: Mapping[str, set[Leg]], structure: Structure) -> tuple[str, Leg]
     for name, legs in left.items():
         bonds = [leg for leg in legs if leg not in structure.open_legs]
         holders = [other for other in left if other != name and set(bonds) & left[other]]
-        if len(bonds) == len(holders) == 1:
-            if prod(sizes[leg] for leg in legs - {*bonds}) <= sizes[bonds[0]]:
-                return name, bonds[0]
+        modes = prod(sizes[leg] for leg in legs - {*bonds})
+        if len(bonds) == len(holders) == 1 and modes <= sizes[bonds[0]]:
+            return name, bonds[0]
     return None
 
 
@@ -214,7 +214,7 @@ def _stored(
     structure: Structure,
     source: Source,
 ) -> Array:
-    """A factor in its own layout: with bonds of one, and with those that modes took the places of."""
+    """A factor in its own layout, with all of its bonds at their sizes."""
     import numpy as np
 
     sizes, backend, like = structure.sizes, source.backend, source.like

@@ -135,7 +135,7 @@ def test_the_best_there_is_by_inputs_and_loads(rng: np.random.Generator) -> None
 
 def decaying(rng: np.random.Generator, shape: tuple[int, int, int], power: float) -> np.ndarray:
     """Experts with singular values falling like k to a power, as trained ones'."""
-    count, rows, columns = shape
+    _, rows, columns = shape
     found = np.empty(shape)
     for expert in found:
         left = np.linalg.qr(rng.standard_normal((rows, rows)))[0]
