@@ -27,7 +27,7 @@ from tests._everywhere import (
 )
 from tests._everywhere import _differentiated as differentiated
 from tests.fuzz._cases import Case, draw_case
-from tests.fuzz._reference import reference
+from tests.fuzz._reference import is_at_kink, reference
 
 Named = dict[str, np.ndarray]
 
@@ -83,6 +83,8 @@ def check(
         _near(float(sum(products)), slope, bound, "gradient")
         bound = CURVATURE[case.dtype] * (abs(slope) + size + 1e-2)
         steps = (2e-3, 5e-4)
+        if is_at_kink(case.config, case.arrays, case.call.x, case.call.made):
+            return True
         bend = None if curvature is None else _settled(along, steps, bound, first=False)
         if curvature is not None and bend is not None:
             _near(curvature(case, directions), bend, bound + 1e-3 * abs(bend), "second derivative")
