@@ -11,8 +11,17 @@ from typing import Any
 
 from tensormoe import __version__
 from tensormoe._checkpoint_files import checkpoint_path, write_whole
+from tensormoe.checkpoint import peek_checkpoint
 from tensormoe.decomposition._decompose import decompose
 from tensormoe.decomposition._gauge import robust
+from tensormoe.decomposition.checkpoints._folder import (
+    CONFIG,
+    README,
+    config_bytes,
+    place_of,
+    readme,
+    whole_model,
+)
 from tensormoe.decomposition.checkpoints._measure import GroupReport, stored_errors
 from tensormoe.decomposition.checkpoints._plan import (
     CompressionPlan,
@@ -21,9 +30,12 @@ from tensormoe.decomposition.checkpoints._plan import (
 )
 from tensormoe.decomposition.checkpoints._resume import Work, open_work
 from tensormoe.decomposition.checkpoints._settings import Compression
+from tensormoe.decomposition.checkpoints._shards import INDEX_SUFFIX
 from tensormoe.decomposition.checkpoints._values import read_stack, rounded, working_dtype
 from tensormoe.decomposition.checkpoints._write import (
     Rebuilt,
+    copy_index,
+    kept_name,
     side_files,
     write_dense,
     write_factors,
@@ -34,7 +46,7 @@ from tensormoe.errors import CheckpointError, PlanError, TensormoeError
 
 __all__ = ["CompressionResult", "Progress", "compress_checkpoint"]
 
-EXPERTS, REST = "experts", "rest"
+EXPERTS = "experts"
 
 Progress = Callable[[str, str, int, int], None]
 """Called with the stage, what is next, how much of the stage is done, and how much there is.
@@ -83,9 +95,11 @@ def compress_checkpoint(
     Args:
         model: a ``.safetensors`` file, an index, or a folder with one of either kind.
         output: a folder that does not exist yet, or is empty. By default it gets ``experts/``, one
-            checkpoint for each group that every framework's ``MuMoE.load`` opens, ``rest/``, the
-            model without its experts, byte for byte, and ``tensormoe.json``, which says what came
-            from where. With ``dense`` it gets the files of the model, with rebuilt experts.
+            checkpoint for each group that every framework's ``MuMoE.load`` opens; the model without
+            its experts, byte for byte; an index and a ``config.json`` with which
+            ``from_pretrained`` opens all of it after ``import tensormoe_torch.huggingface``;
+            ``README.md``, and ``tensormoe.json``, which says what came from where. With ``dense``
+            it gets the files of the model, with rebuilt experts.
         settings: what is wanted.
         max_memory: bytes that the process may take, the interpreter included.
         progress: told what is done; see :data:`Progress`.
@@ -163,7 +177,8 @@ def _compress(plan: CompressionPlan, each: GroupPlan, path: str) -> GroupReport:
         best = robust(config.spec.network, best)
     factors = {f"factors.{name}": rounded(array, stored) for name, array in best.items()}
     error, errors = stored_errors(stack, config, factors, group.dtype, settings.dense)
-    write_factors(path, config, factors, stored)
+    place = None if settings.dense else place_of(group)
+    write_factors(path, config, factors, stored, "" if place is None else place.prefix)
     return GroupReport(
         group.name,
         None if settings.dense else f"{EXPERTS}/{os.path.basename(path)}",
@@ -184,7 +199,6 @@ def _compress(plan: CompressionPlan, each: GroupPlan, path: str) -> GroupReport:
 def _write(plan: CompressionPlan, work: Work, files: Mapping[str, str], tell: Progress) -> None:
     """Every shard that is not there yet, and what belongs to the model besides."""
     model, dense = plan.model, plan.settings.dense
-    where = () if dense else (REST,)
     dropped = frozenset() if dense else plan.expert_keys
     groups = {
         key: (work.path(EXPERTS, files[each.group.name]), each.group)
@@ -197,7 +211,7 @@ def _write(plan: CompressionPlan, work: Work, files: Mapping[str, str], tell: Pr
     done = 0
     for shard in model.shards:
         sizes = [k.end - k.begin for key, k in shard.entries.items() if key not in dropped]
-        path = work.path(*where, shard.name)
+        path = work.path(shard.name if dense else kept_name(shard.name))
         start = done
 
         def report(count: int, name: str = shard.name) -> None:
@@ -214,11 +228,42 @@ def _write(plan: CompressionPlan, work: Work, files: Mapping[str, str], tell: Pr
                 write_rest(shard, dropped, path, report)
         done = start + sum(sizes)
     tell("files", "", total, total)
-    if model.index is not None:
-        write_index(model, dropped, work.path(*where, model.index))
+    if not dense:
+        _describe(plan, work, files)
+    elif model.index is not None:
+        copy_index(model, work.path(model.index))
     for name in side_files(model):
         assert model.folder is not None
-        _copy(os.path.join(model.folder, name), work.path(*where, name))
+        if dense or name not in (CONFIG, README):
+            _copy(os.path.join(model.folder, name), work.path(name))
+
+
+def _describe(plan: CompressionPlan, work: Work, files: Mapping[str, str]) -> None:
+    """What loaders and readers must know of a model in factors: index, config, README."""
+    model = plan.model
+    headers = {
+        f"{EXPERTS}/{files[each.group.name]}": peek_checkpoint(
+            work.path(EXPERTS, files[each.group.name])
+        )
+        for each in plan.groups
+    }
+    configs = [
+        (each.group, header.config)
+        for each, header in zip(plan.groups, headers.values(), strict=True)
+    ]
+    whole = whole_model(model, configs, plan.expert_keys)
+    added = {} if whole.config is None else headers
+    index = model.index or f"model{INDEX_SUFFIX}"
+    write_index(model, plan.expert_keys, added, work.path(index))
+    if whole.config is not None:
+        write_whole(work.path(CONFIG), (config_bytes(whole.config),))
+    before = plan.dense_entries
+    after = sum(work.done[each.group.name]["parameters"] for each in plan.groups)
+    summary = (
+        f"Its experts are stored as factors ({plan.settings.factorization}): {after:,} parameters "
+        f"in place of {before:,}."
+    )
+    write_whole(work.path(README), (readme(model, whole, summary).encode(),))
 
 
 def _copy(source: str, target: str) -> None:
