@@ -103,6 +103,7 @@ def _explain(failed: _NotRun, model: nn.Module, names: Sequence[str]) -> str:
         blame += f" The new layer at {inside!r} was running."
     return (
         f"the model must run the example with the new layers in place of {listed}; "
-        f"{type(error).__name__}: {str(error).rstrip('.')}.{blame} Everything was taken back. Leave such modules "
-        "out of the selection, or select the whole block that reads them, if it is an MLP."
+        f"{type(error).__name__}: {str(error).rstrip('.')}.{blame} Everything was taken back. "
+        "Leave such modules out of the selection, or select the whole block that reads them, if it "
+        "is an MLP."
     )
