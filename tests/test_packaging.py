@@ -55,7 +55,7 @@ def test_packages_are_marked_as_typed(package: Path) -> None:
 
 
 def test_no_folder_shadows_an_array_library() -> None:
-    # where modules are looked for: the roots, and beside scripts that are run; tests/torch is in none
+    # where modules are looked for: the roots, and beside scripts; tests/torch is in none
     scripts = {path.parent for path in (ROOT / "tests").rglob("__main__.py")}
     roots = {ROOT, ROOT / "backends", ROOT / "examples", ROOT / "benchmarks", *scripts}
     assert ROOT / "tests" not in scripts
