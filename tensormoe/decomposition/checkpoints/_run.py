@@ -6,14 +6,17 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeAlias
 
 from tensormoe import __version__
 from tensormoe._checkpoint_files import checkpoint_path, write_whole
 from tensormoe.checkpoint import peek_checkpoint
+from tensormoe.decomposition._controls import Control
 from tensormoe.decomposition._decompose import decompose
 from tensormoe.decomposition._gauge import robust
+from tensormoe.decomposition._search import Search
+from tensormoe.decomposition._watch import Callback, Progress
 from tensormoe.decomposition.checkpoints._folder import (
     CONFIG,
     README,
@@ -44,16 +47,33 @@ from tensormoe.decomposition.checkpoints._write import (
 )
 from tensormoe.errors import CheckpointError, PlanError, TensormoeError
 
-__all__ = ["CompressionResult", "Progress", "compress_checkpoint"]
+__all__ = ["CompressionCallback", "CompressionProgress", "CompressionResult", "compress_checkpoint"]
 
 EXPERTS = "experts"
 
-Progress = Callable[[str, str, int, int], None]
-"""Called with the stage, what is next, how much of the stage is done, and how much there is.
 
-The first stage, ``"experts"``, counts entries of experts; the second, ``"files"``, counts bytes of
-tensors. What is next is a group or a file, and ``""`` when the stage is over. Where the output was
-whole before, there is nothing to tell."""
+@dataclass(frozen=True)
+class CompressionProgress:
+    """How far a compression is.
+
+    Args:
+        stage: ``"experts"``, which are decomposed first, or ``"files"``, which are written then.
+        name: of the group or the file that is next, or at work; ``""`` when the stage is over.
+        done: how much of the stage is done: entries of experts, or bytes of tensors.
+        total: how much there is.
+        search: of the group, after each of its sweeps; else None.
+    """
+
+    stage: str
+    name: str
+    done: int
+    total: int
+    search: Progress | None = None
+
+
+CompressionCallback: TypeAlias = Callable[[CompressionProgress], "bool | None"]
+"""Called around every group and file, every few megabytes that are written, and after every sweep,
+where True ends the search for that group. Of an output that was whole before, nothing is told."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +105,7 @@ def compress_checkpoint(
     settings: Compression,
     *,
     max_memory: int | None = None,
-    progress: Progress | None = None,
+    callback: CompressionCallback | None = None,
 ) -> CompressionResult:
     """Decompose the experts of a model, a group at a time, and write it anew.
 
@@ -102,7 +122,8 @@ def compress_checkpoint(
             it gets the files of the model, with rebuilt experts.
         settings: what is wanted.
         max_memory: bytes that the process may take, the interpreter included.
-        progress: told what is done; see :data:`Progress`.
+        callback: called with a :class:`CompressionProgress` whenever there is some; True after a
+            sweep ends the search for that group with the best factors so far.
 
     Returns:
         Where the output is, and for each group its rank, its size and what was lost.
@@ -115,6 +136,7 @@ def compress_checkpoint(
         RankError, BudgetError: a rank or budget that a group cannot have; the message names it.
         SpecError: a factorization that can't be fitted.
         PlanError: ``max_memory`` is too little; nothing was read then but headers.
+        KeyboardInterrupt: Ctrl-C; what is done is kept, and the same call goes on from there.
         ImportError: NumPy is not installed.
     """
     plan = plan_compression(model, settings)
@@ -126,7 +148,6 @@ def compress_checkpoint(
         "shards": plan.model.identity,
         **settings.to_dict(),
     }
-    tell = progress or (lambda *_: None)
     # matrices are rebuilt from factors that nobody needs afterwards
     temporary = EXPERTS if settings.dense else None
     with open_work(output, command) as work:
@@ -134,17 +155,10 @@ def compress_checkpoint(
             work.finish(work.manifest, temporary)
             return CompressionResult(work.target, tuple(map(_report, work.manifest["groups"])))
         _check_disk(plan, work)
-        files = _files(plan)
-        done = 0
-        for each in plan.groups:
-            tell(EXPERTS, each.group.label, done, plan.dense_entries)
-            path = work.path(EXPERTS, files[each.group.name])
-            if each.group.name not in work.done or not os.path.isfile(path):
-                work.record(each.group.name, _as_dict(_compress(plan, each, path)))
-            done += each.group.entries
-        tell(EXPERTS, "", done, plan.dense_entries)
-        _write(plan, work, files, tell)
-        reports = tuple(_report(work.done[each.group.name]) for each in plan.groups)
+        try:
+            reports = _made(plan, work, _Teller(callback))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_resumed(plan, work)) from None
         manifest = {
             "command": command,
             "groups": [{**_as_dict(report), "seconds": None} for report in reports],
@@ -153,8 +167,63 @@ def compress_checkpoint(
         return CompressionResult(work.target, reports)
 
 
-def _compress(plan: CompressionPlan, each: GroupPlan, path: str) -> GroupReport:
-    """Decompose one group, and write its factors."""
+def _made(plan: CompressionPlan, work: Work, tell: _Teller) -> tuple[GroupReport, ...]:
+    """Every group that is not there yet, then every file."""
+    files = _files(plan)
+    done = 0
+    for each in plan.groups:
+        tell(EXPERTS, each.group.label, done, plan.dense_entries)
+        path = work.path(EXPERTS, files[each.group.name])
+        if each.group.name not in work.done or not os.path.isfile(path):
+            follow = tell.searching(each.group.label, done, plan.dense_entries)
+            work.record(each.group.name, _as_dict(_compress(plan, each, path, follow)))
+        done += each.group.entries
+    tell(EXPERTS, "", done, plan.dense_entries)
+    _write(plan, work, files, tell)
+    return tuple(_report(work.done[each.group.name]) for each in plan.groups)
+
+
+def _resumed(plan: CompressionPlan, work: Work) -> str:
+    """What a compression that was interrupted says."""
+    if not work.done:
+        return "nothing is done yet"
+    return (
+        f"{len(work.done)} of {len(plan.groups)} groups are done, in {work.folder!r}; the same "
+        "command goes on from there"
+    )
+
+
+class _Teller:
+    """Progress to whoever wants to know."""
+
+    def __init__(self, callback: CompressionCallback | None) -> None:
+        self._callback = callback
+
+    def __call__(self, stage: str, name: str, done: int, total: int) -> None:
+        if self._callback is not None:
+            self._callback(CompressionProgress(stage, name, done, total))
+
+    def searching(self, name: str, done: int, total: int) -> Callback | None:
+        """For the sweeps of a group."""
+        callback = self._callback
+        if callback is None:
+            return None
+
+        def told(search: Progress) -> bool | None:
+            named = replace(search, name=name)
+            return callback(CompressionProgress(EXPERTS, name, done, total, named))
+
+        return told
+
+
+def _compress(
+    plan: CompressionPlan, each: GroupPlan, path: str, callback: Callback | None
+) -> GroupReport:
+    """Decompose one group, and write its factors.
+
+    Raises:
+        KeyboardInterrupt: the group is left as it is for another time.
+    """
     settings, group = plan.settings, each.group
     stack = read_stack(plan.model, group)
     try:
@@ -164,11 +233,16 @@ def _compress(plan: CompressionPlan, each: GroupPlan, path: str) -> GroupReport:
             rank=settings.rank,
             budget=each.budget,
             tolerance=settings.tolerance,
+            search=Search(seconds=settings.seconds),
+            callback=callback,
             compare=settings.compare,
             seed=settings.seed,
         )
     except TensormoeError as reason:
         raise type(reason)(f"{group.name!r}: {reason}") from reason
+    if found.report.ended == "interrupted":
+        # factors of half a search would stay for good
+        raise KeyboardInterrupt
     config = found.config()
     # matrices are rebuilt from factors that were never rounded
     stored = working_dtype(group.dtype) if settings.dense else group.dtype
@@ -191,12 +265,13 @@ def _compress(plan: CompressionPlan, each: GroupPlan, path: str) -> GroupReport:
         config.spec.num_parameters,
         error,
         errors,
-        found.report.svd_error,
+        found.report.controls,
         found.report.seconds,
+        found.report.ended,
     )
 
 
-def _write(plan: CompressionPlan, work: Work, files: Mapping[str, str], tell: Progress) -> None:
+def _write(plan: CompressionPlan, work: Work, files: Mapping[str, str], tell: _Teller) -> None:
     """Every shard that is not there yet, and what belongs to the model besides."""
     model, dense = plan.model, plan.settings.dense
     dropped = frozenset() if dense else plan.expert_keys
@@ -344,5 +419,6 @@ def _report(values: Mapping[str, Any]) -> GroupReport:
             **values,
             "rank": tuple(rank) if isinstance(rank, list) else rank,
             "expert_errors": tuple(values["expert_errors"]),
+            "controls": tuple(Control(**each) for each in values["controls"]),
         }
     )
