@@ -119,7 +119,9 @@ class Backend(Protocol):
 
         It may end once no entry of what ``step`` says of its way is above ``enough``; a library
         that cannot look at values, or loses time by it, does all the rounds. Rows know nothing of
-        one another, so that each may end for itself. Nobody differentiates through it.
+        one another, so that each may end for itself. Nobody differentiates through it. ``step``
+        holds no arrays, and can be hashed: steps are equal where they do the same, so that a
+        library may compile the loop once.
         """
         ...
 

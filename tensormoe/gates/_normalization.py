@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from math import erfc, exp, pi, sqrt
+from operator import add
 from typing import Any, TypeAlias
 
 from tensormoe.backend import Array, Backend
@@ -269,16 +270,16 @@ def batch_moments(rows: Rows) -> tuple[Array, Array, Array]:
     """
     backend, xp = rows.backend, rows.backend.namespace
 
-    def add(function: Callable[[Array, Array | None], Array]) -> Array:
-        total = xp.zeros_like(rows.values[:1, :])
+    def total(function: Callable[[Array, Array | None], Array]) -> Array:
+        totals = []
         for start, stop in blocks(rows):
             block = rows.values[start:stop, :]
             mask = None if rows.mask is None else rows.mask[start:stop, :]
             split = None if plain else finite(backend, block, mask, start)
             live = None if split is None else split.live
             block = block if split is None else split.values
-            total = total + backend.sum(function(block, live), (0,))[None, :]
-        return total
+            totals.append(backend.sum(function(block, live), (0,))[None, :])
+        return reduce(add, totals)
 
     # the plain sum shows whether anything is infinite, if it may be looked at
     plain = backend.eager and rows.mask is None
@@ -288,16 +289,16 @@ def batch_moments(rows: Rows) -> tuple[Array, Array, Array]:
     if plain:
         count = xp.full_like(rows.values[:1, :], float(rows.values.shape[0]))
     else:
-        count = add(lambda block, live: xp.astype(live, block.dtype))
+        count = total(lambda block, live: xp.astype(live, block.dtype))
     divisor = xp.maximum(count, xp.ones_like(count))
-    mean = add(lambda block, live: block) / divisor
+    mean = total(lambda block, live: block) / divisor
 
     def squares(block: Array, live: Array | None) -> Array:
         centred = block - mean
         centred = centred * centred
         return centred if live is None else xp.where(live, centred, xp.zeros_like(centred))
 
-    return mean, add(squares) / divisor, count
+    return mean, total(squares) / divisor, count
 
 
 def standardize_vjp(
