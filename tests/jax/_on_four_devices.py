@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx as flax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tensormoe import CP, Gate, LayerSpec, TensorRing
@@ -60,8 +61,14 @@ def with_gate(config: LayerConfig) -> dict[str, jax.Array]:
 CONFIG = LayerConfig(LayerSpec(12, 5, 6, CP(4)), Gate())
 
 
-def loss(config: LayerConfig, parameters: Any, x: jax.Array) -> jax.Array:
-    return (apply(config, parameters, x) ** 2).sum()
+def slopes(config: LayerConfig) -> Callable[..., Any]:
+    """The gradients of a loss by parameters and input, and the output."""
+
+    def loss(parameters: Any, x: jax.Array) -> Any:
+        output = apply(config, parameters, x)
+        return (output**2).sum(), output
+
+    return jax.grad(loss, (0, 1), has_aux=True)
 
 
 def sharded(where: Any, spec: Any, function: Any, replicated: Any, *arrays: Any) -> Any:
@@ -74,22 +81,22 @@ for each in ("entmax", "alpha 3"):
 
     @check("shard_map", each)
     def _(name: str) -> None:
-        config = LayerConfig(LayerSpec(12, 5, (4, 3), TensorRing(2)), GATES[name])
+        config = LayerConfig(LayerSpec(12, 5, 6, TensorRing(2)), GATES[name])
         parameters, where = with_gate(config), mesh(False, 4)
 
-        def run(parameters: Any, x: jax.Array) -> jax.Array:
-            return apply(config, parameters, x)
+        def total(parameters: Any, x: jax.Array) -> Any:
+            output = apply(config, parameters, x)
+            return jax.lax.psum((output**2).sum(), "data"), output
 
-        def total(parameters: Any, x: jax.Array) -> jax.Array:
-            return jax.lax.psum(loss(config, parameters, x), "data")
-
-        specs: dict[str, Any] = {"mesh": where, "in_specs": (P(), P("data"))}
         # with its defaults, which check what varies between devices
-        mapped = jax.jit(jax.shard_map(run, out_specs=P("data"), **specs))
-        same(mapped(parameters, X), apply(config, parameters, X))
-        slope = jax.grad(jax.shard_map(total, out_specs=P(), **specs), (0, 1))
-        want = jax.grad(lambda p, x: loss(config, p, x), (0, 1))(parameters, X)
-        same(jax.jit(slope)(parameters, X), want)
+        mapped = jax.shard_map(
+            total,
+            mesh=where,
+            in_specs=(P(), P("data")),
+            out_specs=(P(), P("data")),
+        )
+        found = jax.jit(jax.grad(mapped, (0, 1), has_aux=True))(parameters, X)
+        same(found, jax.jit(slopes(config))(parameters, X))
 
 
 EVERY = [(True, "entmax"), (True, "sparsemax"), (True, "top-k"), (False, "entmax")]
@@ -98,19 +105,15 @@ for explicit, each in EVERY:
 
     @check("explicit axes" if explicit else "automatic axes", each)
     def _(name: str, explicit: bool = explicit) -> None:
-        config = LayerConfig(LayerSpec(12, 5, (4, 3), TensorRing(2)), GATES[name])
+        config = LayerConfig(LayerSpec(12, 5, 6, CP(4)), GATES[name])
         parameters, where = with_gate(config), mesh(explicit, 4)
-
-        def run(parameters: Any, x: jax.Array) -> jax.Array:
-            return apply(config, parameters, x)
-
-        same(sharded(where, P("data"), run, parameters, X), run(parameters, X))
-        slope = jax.grad(lambda p, x: loss(config, p, x), (0, 1))
-        same(sharded(where, P("data"), slope, parameters, X), slope(parameters, X))
+        found = sharded(where, P("data"), slopes(config), parameters, X)
+        same(found, jax.jit(slopes(config))(parameters, X))
         with jax.set_mesh(where):
             rows = jax.device_put(X, NamedSharding(where, P("data")))
             everywhere = jax.device_put(parameters, NamedSharding(where, P()))
-            text = jax.jit(run).lower(everywhere, rows).compile().as_text()
+            run = jax.jit(lambda parameters, x: apply(config, parameters, x))
+            text = run.lower(everywhere, rows).compile().as_text()
         # devices that hold their own rows have nothing to tell one another
         collective = r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\b"
         assert not re.search(collective, text), re.search(collective, text)
@@ -120,25 +123,15 @@ for explicit, each in EVERY:
 @check("leading axes")
 def _() -> None:
     x = jax.random.normal(jax.random.key(3), (8, 4, 12))
-    parameters, want = with_gate(CONFIG), apply(CONFIG, with_gate(CONFIG), x)
+    parameters = with_gate(CONFIG)
 
     def run(parameters: Any, x: jax.Array) -> jax.Array:
         return apply(CONFIG, parameters, x)
 
-    same(sharded(mesh(True, 4), P("data"), run, parameters, x), want)
+    want = jax.jit(run)(parameters, x)
     same(sharded(mesh(True, 2, 2), P("data", "model"), run, parameters, x), want)
     mapped = jax.vmap(run, (None, 0))
     same(sharded(mesh(True, 4), P("data"), mapped, parameters, x), want)
-
-
-@check("without jit")
-def _() -> None:
-    parameters, where = with_gate(CONFIG), mesh(True, 4)
-    want = apply(CONFIG, parameters, X)
-    with jax.set_mesh(where):
-        rows = jax.device_put(X, NamedSharding(where, P("data")))
-        everywhere = jax.device_put(parameters, NamedSharding(where, P()))
-        same(apply(CONFIG, everywhere, rows), want)
 
 
 @check("batch norm")
@@ -149,7 +142,7 @@ def _() -> None:
     def run(given: Any, x: jax.Array) -> Any:
         return train(config, given[0], x, buffers=given[1])
 
-    same(sharded(mesh(True, 4), P("data"), run, given, X), run(given, X))
+    same(sharded(mesh(True, 4), P("data"), run, given, X), jax.jit(run)(given, X))
 
 
 @check("ids and chosen experts")
@@ -166,12 +159,12 @@ def _() -> None:
 
     rows = initialize(table, jax.random.key(0))
     parameters = with_gate(CONFIG)
-    for explicit in (True, False):
-        where = mesh(explicit, 4)
+    for kind in (True, False):
+        where = mesh(kind, 4)
         found = sharded(where, P("data"), look_up, rows, ids, shares)
-        same(found, look_up(rows, ids, shares))
+        same(found, jax.jit(look_up)(rows, ids, shares))
         found = sharded(where, P("data"), run, parameters, X, chosen)
-        same(found, run(parameters, X, chosen))
+        same(found, jax.jit(run)(parameters, X, chosen))
 
 
 @check("blocks and modules")
@@ -193,14 +186,12 @@ def _() -> None:
 
         return jax.grad(total)(parameters)
 
-    same(sharded(where, P("data"), slope, parameters, X), slope(parameters, X))
+    same(sharded(where, P("data"), slope, parameters, X), jax.jit(slope)(parameters, X))
     layer = nnx.MuMoE(12, 5, experts=6, rank=4, rngs=0)
-    want = layer(X)
+    call = flax.jit(lambda layer, x: layer(x))
+    want = call(layer, X)
     with jax.set_mesh(where):
-        from flax import nnx as flax
-
-        rows = jax.device_put(X, NamedSharding(where, P("data")))
-        same(flax.jit(lambda layer, x: layer(x))(layer, rows), want)
+        same(call(layer, jax.device_put(X, NamedSharding(where, P("data")))), want)
 
 
 def main() -> None:
