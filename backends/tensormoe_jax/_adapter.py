@@ -124,7 +124,7 @@ def _gathered(array: Array, indices: Array, axis: int) -> PartitionSpec | None:
         return None
     whole = [*kinds[0].spec, *[None] * (array.ndim - len(kinds[0].spec))]
     whole[axis] = kinds[1].spec[0] if kinds[1].spec else None
-    return PartitionSpec(*whole)
+    return PartitionSpec(*whole)  # type: ignore[no-untyped-call]
 
 
 @partial(jax.jit, static_argnums=(0, 2), inline=True)
@@ -134,7 +134,8 @@ def _repeated(step: Step, state: State, rounds: int) -> State:
     # how it is sharded take that from the rows by this, and XLA drops it
     rows = state[0][:, :1] == 0
     state = (state[0], *(jnp.where(rows, each, each) for each in state[1:]))
-    return jax.lax.fori_loop(0, rounds, lambda _, inner: step(*inner)[0], state)
+    found: State = jax.lax.fori_loop(0, rounds, lambda _, inner: step(*inner)[0], state)
+    return found
 
 
 def _dtype(name: str) -> np.dtype[Any]:
