@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 
-from tensormoe.backend import State, Step
+from tensormoe.backend import Round, State, Step
 from tensormoe.errors import BackendError
 
 __all__ = ["BACKEND", "JaxBackend"]
@@ -69,7 +69,8 @@ class JaxBackend:
 
     def repeat(self, step: Step, state: State, rounds: int, enough: float, /) -> State:
         # all the rounds: whether they are enough would be a question to all devices in each of them
-        found: State = _repeated(step, state, rounds)
+        rule, given = (step.rule, step.given) if isinstance(step, Round) else (step, ())
+        found: State = _repeated(rule, given, state, rounds)
         return found
 
     def take(self, array: Array, indices: Array, axis: int, /) -> Array:
@@ -127,14 +128,15 @@ def _gathered(array: Array, indices: Array, axis: int) -> PartitionSpec | None:
     return PartitionSpec(*whole)  # type: ignore[no-untyped-call]
 
 
-@partial(jax.jit, static_argnums=(0, 2), inline=True)
-def _repeated(step: Step, state: State, rounds: int) -> State:
-    """A loop that compiles once, as a step is equal to others that do the same."""
+@partial(jax.jit, static_argnums=(0, 3), inline=True)
+def _repeated(rule: Step, given: State, state: State, rounds: int) -> State:
+    """A loop that compiles once, as a rule is equal to others that do the same."""
     # what starts alike on all devices does not stay so: types that know where an array varies or
     # how it is sharded take that from the rows by this, and XLA drops it
-    rows = state[0][:, :1] == 0
-    state = (state[0], *(jnp.where(rows, each, each) for each in state[1:]))
-    found: State = jax.lax.fori_loop(0, rounds, lambda _, inner: step(*inner)[0], state)
+    for each in given[:1]:
+        rows = each[:, :1] == 0
+        state = tuple(jnp.where(rows, start, start) for start in state)
+    found: State = jax.lax.fori_loop(0, rounds, lambda _, inner: rule(*given, *inner)[0], state)
     return found
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from math import ceil, log, log2
 from typing import Any
 
-from tensormoe.backend import Array, Backend, State
+from tensormoe.backend import Array, Backend, Round, State
 
 LIVE_STEPS = 2
 """Newton steps on differentiated values: each makes one more order of derivatives exact."""
@@ -85,8 +85,9 @@ def entmax15_root(
     rounds = newton_rounds(experts, epsilon, 2.0) + (start is not None)
     first = lowest if start is None else start
     # the sums at the last τ that was looked at serve the last step too
-    state = (constant, lowest, first, lowest, lowest, lowest)
-    *_, tau, total, square = backend.repeat(_NormStep(backend), state, rounds + 1, enough)
+    state = (first, lowest, lowest, lowest)
+    step = Round(_NormStep(backend), (constant, lowest))
+    _, tau, total, square = backend.repeat(step, state, rounds + 1, enough)
     zero = xp.zeros_like(lowest)
     excess = z - tau
     if constant is z:
@@ -103,7 +104,7 @@ def entmax15_root(
 class _NormStep:
     """Newton's step on √h - 1 for α = 1.5.
 
-    Steps hold no arrays, and are equal where they do the same: a library that compiles a loop
+    Rules hold no arrays, and are equal where they do the same: a library that compiles a loop
     knows it again.
     """
 
@@ -118,7 +119,7 @@ class _NormStep:
         # (√h - 1) √h / Σ, the step on the norm
         move = (square - xp.sqrt(square)) / total
         following = xp.maximum(guess + move, lowest)
-        return (z, lowest, following, guess, total, square), xp.abs(move)
+        return (following, guess, total, square), xp.abs(move)
 
 
 def sparsemax(backend: Backend, z: Array) -> Array:
@@ -130,7 +131,8 @@ def sparsemax(backend: Backend, z: Array) -> Array:
     lowest = xp.full_like(constant[:, :1], -1.0)
     zero = xp.zeros_like(lowest)
     rounds = newton_rounds(experts, epsilon, 1.0)
-    _, tau = backend.repeat(_SumStep(backend), (constant, lowest), rounds, epsilon)
+    step = Round(_SumStep(backend), (constant,))
+    (tau,) = backend.repeat(step, (lowest,), rounds, epsilon)
     margin = z - tau
     inside = margin > 0.0
     support = backend.row_sums(xp.astype(inside, z.dtype))
@@ -153,7 +155,7 @@ class _SumStep:
         move = (self.backend.row_sums(xp.maximum(margin, zero)) - 1.0) / support
         # rounding must not take τ back, or the search goes round in a circle
         move = xp.maximum(move, zero)
-        return (z, tau + move), move
+        return (tau + move,), move
 
 
 def entmax(backend: Backend, z: Array, alpha: float) -> Array:
@@ -213,7 +215,7 @@ def _newton(backend: Backend, z: Array, power: float) -> Array:
     # for p < 2 the tolerance that bounds the rounds is below what rounding lets one see
     enough = enough_of(experts, epsilon, power) if power >= 2.0 else epsilon
     rounds = newton_rounds(experts, epsilon, power)
-    return backend.repeat(_PowerStep(backend, power), (z, sigma), rounds, enough)[1]
+    return backend.repeat(Round(_PowerStep(backend, power), (z,)), (sigma,), rounds, enough)[0]
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ class _PowerStep:
         xp = self.backend.namespace
         _, _, move = _moments(self.backend, z - sigma, self.power, True)
         move = xp.maximum(move, xp.zeros_like(move))
-        return (z, sigma + move), move
+        return (sigma + move,), move
 
 
 def _bracket(backend: Backend, z: Array, power: float) -> Array:
@@ -244,8 +246,8 @@ def _bracket(backend: Backend, z: Array, power: float) -> Array:
     # the largest t^p is at least 1/N
     high = xp.full_like(low, -max(float(experts) ** (-1.0 / power), float(info.smallest_normal)))
     rounds = bracket_rounds(experts, epsilon, power)
-    step = _BracketStep(backend, power, epsilon)
-    return backend.repeat(step, (z, low, high, low), rounds, 0.0)[1]
+    step = Round(_BracketStep(backend, power, epsilon), (z,))
+    return backend.repeat(step, (low, high, low), rounds, 0.0)[0]
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,7 @@ class _BracketStep:
         xp = self.backend.namespace
         state, _ = self._turn(z, low, high, tau, halve=False)
         state, done = self._turn(z, *state, halve=True)
-        return (z, *state), xp.where(done, xp.zeros_like(low), xp.ones_like(low))
+        return state, xp.where(done, xp.zeros_like(low), xp.ones_like(low))
 
     def _turn(
         self, z: Array, low: Array, high: Array, tau: Array, *, halve: bool
