@@ -9,9 +9,10 @@ An adapter implements :class:`Backend` and is registered as an entry point in th
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-__all__ = ["Array", "Backend", "Exchange", "State", "Step"]
+__all__ = ["Array", "Backend", "Exchange", "Round", "State", "Step"]
 
 Array: TypeAlias = Any
 """An array of any library; the core has no array type of its own."""
@@ -21,6 +22,24 @@ State: TypeAlias = tuple[Array, ...]
 
 Step: TypeAlias = Callable[..., tuple[State, Array]]
 """One round: from the arrays of a state to the next state, and how far it went, at least 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """A step of a gate's search as what it does and what it does it to; called, it is a step.
+
+    Attributes:
+        rule: from ``given`` and the arrays of a state to the next state and how far it went. It
+            holds no arrays and can be hashed: rules are equal where they do the same.
+        given: arrays that every round reads.
+    """
+
+    rule: Step
+    given: tuple[Array, ...]
+
+    def __call__(self, *state: Array) -> tuple[State, Array]:
+        """The next state, and how far it went."""
+        return self.rule(*self.given, *state)
 
 
 @runtime_checkable
@@ -119,7 +138,8 @@ class Backend(Protocol):
 
         It may end once no entry of what ``step`` says of its way is above ``enough``; a library
         that cannot look at values, or loses time by it, does all the rounds. Rows know nothing of
-        one another, so that each may end for itself. Nobody differentiates through it.
+        one another, so that each may end for itself. Nobody differentiates through it. A gate's
+        ``step`` is a :class:`Round`, which lets a library compile the loop once.
         """
         ...
 

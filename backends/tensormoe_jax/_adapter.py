@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import AxisType, PartitionSpec
 
-from tensormoe.backend import State, Step
+from tensormoe.backend import Round, State, Step
 from tensormoe.errors import BackendError
 
 __all__ = ["BACKEND", "JaxBackend"]
@@ -67,23 +69,16 @@ class JaxBackend:
         return jnp.sum(array * array, axis=-1, keepdims=True)
 
     def repeat(self, step: Step, state: State, rounds: int, enough: float, /) -> State:
-        def busy(carried: tuple[Array, Array, State]) -> Array:
-            count, far, _ = carried
-            return (count < rounds) & far
-
-        def again(carried: tuple[Array, Array, State]) -> tuple[Array, Array, State]:
-            count, _, inner = carried
-            inner, way = step(*inner)
-            return count + 1, jnp.any(way > enough), inner
-
-        start = (jnp.int32(0), jnp.bool(True), state)
-        found: State = jax.lax.while_loop(busy, again, start)[2]
+        # all the rounds: whether they are enough would be a question to all devices in each of them
+        rule, given = (step.rule, step.given) if isinstance(step, Round) else (step, ())
+        found: State = _repeated(rule, given, state, rounds)
         return found
 
     def take(self, array: Array, indices: Array, axis: int, /) -> Array:
         # an index out of range that nobody could check gives NaN, not a row that happens to exist
         flat = _no_wrap(indices.reshape(-1), array.shape[axis])
-        flat = jnp.take(array, flat, axis=axis, mode="fill")
+        place = (slice(None),) * axis + (flat,)
+        flat = array.at[place].get(mode="fill", out_sharding=_gathered(array, flat, axis))
         return flat.reshape(*array.shape[:axis], *indices.shape, *array.shape[axis + 1 :])
 
     def scatter_add(self, values: Array, indices: Array, axis: int, size: int, /) -> Array:
@@ -122,6 +117,28 @@ class JaxBackend:
         # JAX itself would narrow what has 64 bits, without a word
         _dtype(str(array.dtype).rpartition(".")[2])
         return jnp.from_dlpack(array, copy=None if copy else copy)
+
+
+def _gathered(array: Array, indices: Array, axis: int) -> PartitionSpec | None:
+    """How a gather's result is sharded, in a mesh whose axes are explicit: as the indices are."""
+    kinds = [jax.typeof(each).sharding for each in (array, indices)]
+    if all(AxisType.Explicit not in kind.mesh.axis_types for kind in kinds):
+        return None
+    whole = [*kinds[0].spec, *[None] * (array.ndim - len(kinds[0].spec))]
+    whole[axis] = kinds[1].spec[0] if kinds[1].spec else None
+    return PartitionSpec(*whole)  # type: ignore[no-untyped-call]
+
+
+@partial(jax.jit, static_argnums=(0, 3), inline=True)
+def _repeated(rule: Step, given: State, state: State, rounds: int) -> State:
+    """A loop that compiles once, as a rule is equal to others that do the same."""
+    # what starts alike on all devices does not stay so: types that know where an array varies or
+    # how it is sharded take that from the rows by this, and XLA drops it
+    for each in given[:1]:
+        rows = each[:, :1] == 0
+        state = tuple(jnp.where(rows, start, start) for start in state)
+    found: State = jax.lax.fori_loop(0, rounds, lambda _, inner: rule(*given, *inner)[0], state)
+    return found
 
 
 def _dtype(name: str) -> np.dtype[Any]:

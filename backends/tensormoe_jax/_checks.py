@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from tensormoe import functional
@@ -13,7 +14,7 @@ from tensormoe.errors import BackendError, ShapeError
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe_jax._adapter import BACKEND
 
-__all__ = ["check_parameters", "check_range", "checked_buffers", "dtype_of"]
+__all__ = ["check_parameters", "check_range", "checked_buffers", "dtype_of", "input_dtype"]
 
 Parameters = Mapping[str, Array]
 Config = LayerConfig | BlockConfig
@@ -75,6 +76,19 @@ def dtype_of(parameters: Parameters) -> Any:
     """The layer's dtype: that of its factors, or of the gate where that is all there is."""
     names = [name for name in parameters if "factors." in name] or [*parameters]
     return parameters[names[0]].dtype
+
+
+def input_dtype(parameters: Parameters, x: Any) -> Any:
+    """The dtype that a gate's input must have.
+
+    That of the factors; where the gate is all there is, 16 bits will do for one in float32, since
+    the factors may have them.
+    """
+    dtype = dtype_of(parameters)
+    alone = not any("factors." in name for name in parameters)
+    if alone and dtype == jnp.float32 and getattr(x, "dtype", None) in (jnp.float16, jnp.bfloat16):
+        return x.dtype
+    return dtype
 
 
 def check_range(indices: Any, size: int, name: str) -> None:

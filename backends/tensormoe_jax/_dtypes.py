@@ -11,7 +11,7 @@ import numpy as np
 from tensormoe._validation import brief
 from tensormoe.errors import SpecError
 
-__all__ = ["FLOATS", "checked_dtype"]
+__all__ = ["FLOATS", "checked_dtype", "checked_gate_dtype"]
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -34,5 +34,20 @@ def checked_dtype(dtype: Any) -> np.dtype[Any]:
         raise SpecError(
             f"dtype {found.name} needs JAX's 64-bit mode, which is off. Switch it on with "
             "jax.config.update('jax_enable_x64', True) before anything else, or take float32."
+        )
+    return found
+
+
+def checked_gate_dtype(gate_dtype: Any, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype of a gate's parameters, in a layer of ``dtype``.
+
+    Raises:
+        SpecError: another one than ``dtype``, or float32 beside 16 bits.
+    """
+    found = dtype if gate_dtype is None else checked_dtype(gate_dtype)
+    if found != dtype and (found.name != "float32" or dtype.itemsize > 2):
+        raise SpecError(
+            f"gate_dtype must be the layer's, {dtype.name}, or float32 beside factors of 16 bits; "
+            f"got {found.name}."
         )
     return found

@@ -12,7 +12,7 @@ from jax import Array
 from tensormoe import functional
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe_jax._adapter import BACKEND
-from tensormoe_jax._dtypes import checked_dtype
+from tensormoe_jax._dtypes import checked_dtype, checked_gate_dtype
 from tensormoe_jax._keys import checked_key
 
 __all__ = ["initial_buffers", "initialize"]
@@ -21,7 +21,12 @@ Config = LayerConfig | BlockConfig
 
 
 def initialize(
-    config: Config, key: Array, *, init: str = "variance", dtype: Any = None
+    config: Config,
+    key: Array,
+    *,
+    init: str = "variance",
+    dtype: Any = None,
+    gate_dtype: Any = None,
 ) -> dict[str, Array]:
     """Draw all parameters; projections of the gate start at zero, so that experts start alike.
 
@@ -30,6 +35,8 @@ def initialize(
         key: of ``jax.random``.
         init: ``"variance"`` or ``"paper"``.
         dtype: of the parameters; JAX's default one for None.
+        gate_dtype: of the gate's parameters: ``dtype`` for None, or float32 beside a ``dtype`` of
+            16 bits.
 
     Returns:
         The parameters by canonical name.
@@ -49,8 +56,10 @@ def initialize(
     if isinstance(config, BlockConfig):
         first, second = jax.random.split(checked_key(key))
         parts = {
-            "first": initialize(config.first, first, init=init, dtype=dtype),
-            "second": initialize(config.second, second, init=init, dtype=dtype),
+            "first": initialize(config.first, first, init=init, dtype=dtype, gate_dtype=gate_dtype),
+            "second": initialize(
+                config.second, second, init=init, dtype=dtype, gate_dtype=gate_dtype
+            ),
         }
         return {
             name if name.startswith("gate.") else f"{layer}.{name}": array
@@ -58,6 +67,7 @@ def initialize(
             for name, array in arrays.items()
         }
     kind, key = checked_dtype(dtype), checked_key(key)
+    gate_kind = checked_gate_dtype(gate_dtype, kind)
     numbers = count()
 
     def fresh() -> Array:
@@ -68,7 +78,8 @@ def initialize(
         BACKEND,
         normal=lambda shape: jax.random.normal(fresh(), shape, kind),
         uniform=lambda shape: jax.random.uniform(fresh(), shape, kind, -1.0, 1.0),
-        zeros=lambda shape: jnp.zeros(shape, kind),
+        # nothing but a gate starts at zero
+        zeros=lambda shape: jnp.zeros(shape, gate_kind),
         init=init,
     )
 

@@ -43,7 +43,7 @@ def ready(config: C, arrays: Mapping[str, Array]) -> Any:
 
 
 def first_values(
-    source: Any, resolve: Callable[[], C], init: str, dtype: Any
+    source: Any, resolve: Callable[[], C], init: str, dtype: Any, gate_dtype: Any = None
 ) -> tuple[C, dict[str, Array]]:
     """A layer's configuration, and its parameters and buffers by canonical name.
 
@@ -52,11 +52,12 @@ def first_values(
         resolve: makes the configuration of the constructor's arguments.
         init: ``"variance"`` or ``"paper"``.
         dtype: of the parameters.
+        gate_dtype: of the gate's, if it is another one.
     """
     if isinstance(source, Ready):
         return source.config, dict(source.arrays)
     config = resolve()
-    drawn = initialize(config, source, init=init, dtype=dtype)
+    drawn = initialize(config, source, init=init, dtype=dtype, gate_dtype=gate_dtype)
     return config, drawn | initial_buffers(config, dtype=dtype)
 
 
@@ -70,14 +71,17 @@ class _Named:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The dtype of the parameters; inputs must have it."""
+        """The dtype of the factors; inputs must have it. A gate may be in float32 beside them."""
         dtype: np.dtype[Any] = next(iter(self.parameters.values())).dtype
         return dtype
 
     def _dtype_argument(self) -> str:
         # what transformations leave in the place of an array may have no dtype
-        first = next(iter(self.parameters.values()))
-        return f", dtype={first.dtype.name!r}" if hasattr(first, "dtype") else ""
+        first, *_, last = self.parameters.values()
+        if not hasattr(first, "dtype") or not hasattr(last, "dtype"):
+            return ""
+        gate = f", gate_dtype={last.dtype.name!r}" if last.dtype != first.dtype else ""
+        return f", dtype={first.dtype.name!r}{gate}"
 
 
 class Layer(_Named):

@@ -21,7 +21,13 @@ from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.gates import TopK
 from tensormoe_jax._activations import ACTIVATIONS
 from tensormoe_jax._adapter import BACKEND
-from tensormoe_jax._checks import check_parameters, check_range, checked_buffers, dtype_of
+from tensormoe_jax._checks import (
+    check_parameters,
+    check_range,
+    checked_buffers,
+    dtype_of,
+    input_dtype,
+)
 from tensormoe_jax._keys import checked_key
 
 __all__ = [
@@ -75,7 +81,7 @@ def coefficients(
     flag(training, "training")
     layer = config.first if isinstance(config, BlockConfig) else config
     kept = checked_buffers(config, buffers)
-    lead = functional.check_input(x, layer.spec.in_features, dtype_of(parameters), BACKEND)
+    lead = functional.check_input(x, layer.spec.in_features, input_dtype(parameters, x), BACKEND)
     rows = x.reshape(prod(lead), layer.spec.in_features)
     names = axis_name if isinstance(axis_name, list | tuple) else (axis_name,)
     shared = axis_name is not None and training and bool(layer.buffer_shapes())

@@ -63,7 +63,7 @@ def filled(
     """
     dtype = next(value.dtype for name, value in arrays.items() if "factors." in name)
     target = checked_device(device) or torch.get_default_device()
-    module = build(dtype).to_empty(device=target)
+    module = _with_gate_of(build(dtype), arrays).to_empty(device=target)
     module.load_state_dict(dict(arrays))
     return module
 
@@ -92,9 +92,17 @@ def holding(
                 f"tensors must be on one device; got {arrays[name].device} for {name!r} and "
                 f"{arrays[first].device} for {first!r}. Move them with .to(…)."
             )
-    module = build(arrays[next(iter(config.parameter_shapes()))].dtype)
+    module = _with_gate_of(build(arrays[next(iter(config.parameter_shapes()))].dtype), arrays)
     # detached: a parameter is a leaf, and whether the given tensor is one is the caller's matter
     module.load_state_dict({name: each.detach() for name, each in arrays.items()}, assign=True)
+    return module
+
+
+def _with_gate_of(module: M, arrays: Mapping[str, Tensor]) -> M:
+    """A module whose gate is in the dtype of the one that is stored: float32 beside 16 bits."""
+    gate = getattr(module, "gate", None)
+    if isinstance(gate, ExpertGate):
+        gate.to(arrays["gate.projection_0"].dtype)
     return module
 
 

@@ -36,8 +36,17 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def check_input(x: Tensor, features: int, weight: Tensor, name: str = "x") -> tuple[int, ...]:
+def check_input(
+    x: Tensor, features: int, weight: Tensor, name: str = "x", *, narrower: bool = False
+) -> tuple[int, ...]:
     """The leading shape of an input (..., features) for a layer that holds ``weight``.
+
+    Args:
+        x: the input.
+        features: size of its last axis.
+        weight: of the layer.
+        name: of the input, for messages.
+        narrower: whether inputs of 16 bits may meet a weight in float32, as in a gate.
 
     Raises:
         BackendError: no tensor, or one on another device.
@@ -47,6 +56,8 @@ def check_input(x: Tensor, features: int, weight: Tensor, name: str = "x") -> tu
     dtype = weight.dtype
     mixed = isinstance(x, Tensor) and x.dtype != dtype and x.dtype in _NARROWED
     if mixed and dtype in _NARROWED and is_autocast(weight.device.type):
+        dtype = x.dtype
+    if narrower and mixed and dtype == torch.float32 and x.dtype.itemsize == 2:
         dtype = x.dtype
     lead = functional.check_input(x, features, dtype, BACKEND, name)
     _check_device(x, weight, name)

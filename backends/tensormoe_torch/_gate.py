@@ -101,7 +101,7 @@ class ExpertGate(nn.Module):
         """
         features = self.config.spec.in_features
         parameters = {name: getattr(self, short) for name, short in self._names.items()}
-        lead = check_input(x, features, parameters["gate.projection_0"])
+        lead = check_input(x, features, parameters["gate.projection_0"], narrower=True)
         rows = x if len(lead) == 1 else x.reshape(prod(lead), features)
         buffers = {name: getattr(self, short) for name, short in self._buffer_names.items()}
         with no_autocast(x.device.type):

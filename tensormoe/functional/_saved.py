@@ -79,7 +79,8 @@ def check_arrays(
         SpecError: not a configuration, or not a mapping.
         BackendError: arrays of another library.
         CheckpointError: names or shapes that are not the layer's; lists every difference.
-        ShapeError: parameters of different dtypes, or of one that no layer has.
+        ShapeError: parameters of different dtypes, or of one that no layer has; a gate may be in
+            float32 beside factors of 16 bits.
     """
     check_config(config)
     instance(arrays, Mapping, "arrays", "a mapping from names to arrays", SpecError)
@@ -88,10 +89,22 @@ def check_arrays(
     shapes = config.parameter_shapes()
     match_arrays({**shapes, **config.buffer_shapes()}, arrays)
     dtype = arrays[next(iter(shapes))].dtype
+    gates = [name for name in shapes if name.startswith("gate.")]
+    # logits are float32 at least: a gate in float32 is what they are made of
+    apart = bool(gates) and _widens(dtype, arrays[gates[0]].dtype, backend)
     for name in shapes:
         found = arrays[name].dtype
-        if found != dtype or getattr(found, "name", found) not in dtypes:
+        wanted = arrays[gates[0]].dtype if apart and name in gates else dtype
+        if found != wanted or getattr(found, "name", found) not in dtypes:
             raise ShapeError(
                 f"parameters must have one dtype of {', '.join(map(str, dtypes))}; got {found} "
-                f"for {name!r} and {dtype} for the first. Cast them."
+                f"for {name!r} and {dtype} for the first. Cast them: only a gate may be in float32 "
+                "beside factors of 16 bits."
             )
+
+
+def _widens(dtype: object, other: object, backend: Backend) -> bool:
+    """Whether a layer of one dtype, of 16 bits, may have a gate of the other, float32."""
+    xp = backend.namespace
+    floats = xp.isdtype(dtype, "real floating")
+    return bool(floats and xp.finfo(dtype).bits < 32 and other == xp.float32)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from math import erfc, exp, pi, sqrt
+from operator import add
 from typing import Any, TypeAlias
 
 from tensormoe.backend import Array, Backend
@@ -276,19 +277,21 @@ def batch_moments(rows: Rows, across: Across | None = None) -> tuple[Array, Arra
         across: makes sums over all parts of the batch of sums over these rows.
     """
     backend, xp = rows.backend, rows.backend.namespace
-    # zeros, also where no row is here
-    none = backend.sum(rows.values[:0, :], (0,))[None, :]
 
-    def add(function: Callable[[Array, Array | None], Array]) -> Array:
-        total = none
+    def none() -> Array:
+        return backend.sum(rows.values[:0, :], (0,))[None, :]
+
+    def total(function: Callable[[Array, Array | None], Array]) -> Array:
+        totals = []
         for start, stop in blocks(rows):
             block = rows.values[start:stop, :]
             mask = None if rows.mask is None else rows.mask[start:stop, :]
             split = None if plain else finite(backend, block, mask, start)
             live = None if split is None else split.live
             block = block if split is None else split.values
-            total = total + backend.sum(function(block, live), (0,))[None, :]
-        return total
+            totals.append(backend.sum(function(block, live), (0,))[None, :])
+        # zeros, where no row is here
+        return reduce(add, totals) if totals else none()
 
     # the plain sum shows whether anything is infinite, if it may be looked at
     plain = backend.eager and rows.mask is None
@@ -296,22 +299,22 @@ def batch_moments(rows: Rows, across: Across | None = None) -> tuple[Array, Arra
         tops = xp.max(xp.abs(backend.stop_gradient(rows.values)), axis=-1)
         plain = all_finite(xp, tops)
     if plain:
-        count = xp.full_like(none, float(rows.values.shape[0]))
+        count = xp.full_like(none(), float(rows.values.shape[0]))
     else:
-        count = add(lambda block, live: xp.astype(live, block.dtype))
-    total = add(lambda block, live: block)
+        count = total(lambda block, live: xp.astype(live, block.dtype))
+    whole = total(lambda block, live: block)
     if across is not None:
-        both = across(xp.concat((count, total), axis=0))
-        count, total = both[:1, :], both[1:, :]
+        both = across(xp.concat((count, whole), axis=0))
+        count, whole = both[:1, :], both[1:, :]
     divisor = xp.maximum(count, xp.ones_like(count))
-    mean = total / divisor
+    mean = whole / divisor
 
     def squares(block: Array, live: Array | None) -> Array:
         centred = block - mean
         centred = centred * centred
         return centred if live is None else xp.where(live, centred, xp.zeros_like(centred))
 
-    spread = add(squares)
+    spread = total(squares)
     return mean, (spread if across is None else across(spread)) / divisor, count
 
 

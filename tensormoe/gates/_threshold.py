@@ -17,10 +17,11 @@ models", eq. 10). Three facts carry this module.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import ceil, log, log2
 from typing import Any
 
-from tensormoe.backend import Array, Backend, State
+from tensormoe.backend import Array, Backend, Round, State
 
 LIVE_STEPS = 2
 """Newton steps on differentiated values: each makes one more order of derivatives exact."""
@@ -82,19 +83,10 @@ def entmax15_root(
     lowest = xp.full_like(constant[:, :1], -1.0)
     enough = enough_of(experts, epsilon, 2.0)
     rounds = newton_rounds(experts, epsilon, 2.0) + (start is not None)
-
-    def step(guess: Array, *_: Array) -> tuple[State, Array]:
-        excess = xp.maximum(constant, guess)
-        excess -= guess
-        total = backend.row_sums(excess)
-        square = backend.square_sums(excess)
-        # (√h - 1) √h / Σ, the step on the norm
-        move = (square - xp.sqrt(square)) / total
-        return (xp.maximum(guess + move, lowest), guess, total, square), xp.abs(move)
-
     first = lowest if start is None else start
     # the sums at the last τ that was looked at serve the last step too
     state = (first, lowest, lowest, lowest)
+    step = Round(_NormStep(backend), (constant, lowest))
     _, tau, total, square = backend.repeat(step, state, rounds + 1, enough)
     zero = xp.zeros_like(lowest)
     excess = z - tau
@@ -108,6 +100,28 @@ def entmax15_root(
     return excess * excess, tau
 
 
+@dataclass(frozen=True)
+class _NormStep:
+    """Newton's step on √h - 1 for α = 1.5.
+
+    Rules hold no arrays, and are equal where they do the same: a library that compiles a loop
+    knows it again.
+    """
+
+    backend: Backend
+
+    def __call__(self, z: Array, lowest: Array, guess: Array, *_: Array) -> tuple[State, Array]:
+        xp = self.backend.namespace
+        excess = xp.maximum(z, guess)
+        excess -= guess
+        total = self.backend.row_sums(excess)
+        square = self.backend.square_sums(excess)
+        # (√h - 1) √h / Σ, the step on the norm
+        move = (square - xp.sqrt(square)) / total
+        following = xp.maximum(guess + move, lowest)
+        return (following, guess, total, square), xp.abs(move)
+
+
 def sparsemax(backend: Backend, z: Array) -> Array:
     """Coefficients for α = 2, max(z - τ, 0): p = 1, where Newton's method ends by itself."""
     xp = backend.namespace
@@ -116,22 +130,32 @@ def sparsemax(backend: Backend, z: Array) -> Array:
     constant = backend.stop_gradient(z)
     lowest = xp.full_like(constant[:, :1], -1.0)
     zero = xp.zeros_like(lowest)
-
-    def step(tau: Array) -> tuple[State, Array]:
-        margin = constant - tau
-        support = backend.row_sums(xp.astype(margin > 0.0, z.dtype))
-        move = (backend.row_sums(xp.maximum(margin, zero)) - 1.0) / support
-        # rounding must not take τ back, or the search goes round in a circle
-        move = xp.maximum(move, zero)
-        return (tau + move,), move
-
-    (tau,) = backend.repeat(step, (lowest,), newton_rounds(experts, epsilon, 1.0), epsilon)
+    rounds = newton_rounds(experts, epsilon, 1.0)
+    step = Round(_SumStep(backend), (constant,))
+    (tau,) = backend.repeat(step, (lowest,), rounds, epsilon)
     margin = z - tau
     inside = margin > 0.0
     support = backend.row_sums(xp.astype(inside, z.dtype))
     margin = xp.where(inside, margin, zero)
     margin = margin - (backend.row_sums(margin) - 1.0) / support
     return xp.where(inside & (margin > 0.0), margin, zero)
+
+
+@dataclass(frozen=True)
+class _SumStep:
+    """Newton's step on h - 1 for α = 2."""
+
+    backend: Backend
+
+    def __call__(self, z: Array, tau: Array) -> tuple[State, Array]:
+        xp = self.backend.namespace
+        zero = xp.zeros_like(tau)
+        margin = z - tau
+        support = self.backend.row_sums(xp.astype(margin > 0.0, z.dtype))
+        move = (self.backend.row_sums(xp.maximum(margin, zero)) - 1.0) / support
+        # rounding must not take τ back, or the search goes round in a circle
+        move = xp.maximum(move, zero)
+        return (tau + move,), move
 
 
 def entmax(backend: Backend, z: Array, alpha: float) -> Array:
@@ -190,14 +214,22 @@ def _newton(backend: Backend, z: Array, power: float) -> Array:
     sigma = xp.zeros_like(z[:, :1])
     # for p < 2 the tolerance that bounds the rounds is below what rounding lets one see
     enough = enough_of(experts, epsilon, power) if power >= 2.0 else epsilon
+    rounds = newton_rounds(experts, epsilon, power)
+    return backend.repeat(Round(_PowerStep(backend, power), (z,)), (sigma,), rounds, enough)[0]
 
-    def step(sigma: Array) -> tuple[State, Array]:
-        _, _, move = _moments(backend, z - sigma, power, True)
+
+@dataclass(frozen=True)
+class _PowerStep:
+    """Newton's step on h^(1/p) - 1 for α < 2, whose σ is τ + 1."""
+
+    backend: Backend
+    power: float
+
+    def __call__(self, z: Array, sigma: Array) -> tuple[State, Array]:
+        xp = self.backend.namespace
+        _, _, move = _moments(self.backend, z - sigma, self.power, True)
         move = xp.maximum(move, xp.zeros_like(move))
         return (sigma + move,), move
-
-    (sigma,) = backend.repeat(step, (sigma,), newton_rounds(experts, epsilon, power), enough)
-    return sigma
 
 
 def _bracket(backend: Backend, z: Array, power: float) -> Array:
@@ -213,9 +245,30 @@ def _bracket(backend: Backend, z: Array, power: float) -> Array:
     low = xp.full_like(z[:, :1], -1.0)
     # the largest t^p is at least 1/N
     high = xp.full_like(low, -max(float(experts) ** (-1.0 / power), float(info.smallest_normal)))
+    rounds = bracket_rounds(experts, epsilon, power)
+    step = Round(_BracketStep(backend, power, epsilon), (z,))
+    return backend.repeat(step, (low, high, low), rounds, 0.0)[0]
 
-    def turn(low: Array, high: Array, tau: Array, *, halve: bool) -> tuple[State, Array]:
-        mass, _, move = _moments(backend, z - tau, power, False)
+
+@dataclass(frozen=True)
+class _BracketStep:
+    """Newton's step and a halving for α > 2."""
+
+    backend: Backend
+    power: float
+    epsilon: float
+
+    def __call__(self, z: Array, low: Array, high: Array, tau: Array) -> tuple[State, Array]:
+        xp = self.backend.namespace
+        state, _ = self._turn(z, low, high, tau, halve=False)
+        state, done = self._turn(z, *state, halve=True)
+        return state, xp.where(done, xp.zeros_like(low), xp.ones_like(low))
+
+    def _turn(
+        self, z: Array, low: Array, high: Array, tau: Array, *, halve: bool
+    ) -> tuple[State, Array]:
+        xp = self.backend.namespace
+        mass, _, move = _moments(self.backend, z - tau, self.power, False)
         left = mass >= 1.0
         low = xp.where(left, tau, low)
         high = xp.where(left, high, tau)
@@ -223,13 +276,5 @@ def _bracket(backend: Backend, z: Array, power: float) -> Array:
         if not halve:
             newton = tau + move
             following = xp.where((newton > low) & (newton < high), newton, middle)
-        done = (high - low <= -epsilon * low) | (move == 0.0)
+        done = (high - low <= -self.epsilon * low) | (move == 0.0)
         return (low, high, xp.where(done, low, following)), done
-
-    def step(low: Array, high: Array, tau: Array) -> tuple[State, Array]:
-        state, _ = turn(low, high, tau, halve=False)
-        state, done = turn(*state, halve=True)
-        return state, xp.where(done, xp.zeros_like(low), xp.ones_like(low))
-
-    rounds = bracket_rounds(experts, epsilon, power)
-    return backend.repeat(step, (low, high, low), rounds, 0.0)[0]

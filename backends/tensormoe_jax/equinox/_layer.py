@@ -43,6 +43,8 @@ class MuMoE(Mixture):
             keeps its statistics in a state: make the layer by ``equinox.nn.make_with_state``.
         init: ``"variance"`` (every expert starts like ``torch.nn.Linear``) or ``"paper"``.
         dtype: of the parameters, JAX's default one for None; inputs must have it.
+        gate_dtype: of the gate's parameters: ``dtype`` for None, or float32 beside factors of 16
+            bits, whose logits are in float32 anyway.
         axis_name: for batch norm under ``jax.vmap``: the names of the axes that are part of the
             batch, as ``equinox.nn.BatchNorm`` takes them.
         key: of ``jax.random``.
@@ -78,6 +80,7 @@ class MuMoE(Mixture):
         gate: Gate | str | None = "entmax",
         init: str = "variance",
         dtype: Any = None,
+        gate_dtype: Any = None,
         axis_name: Hashable = None,
         key: Array,
     ) -> None:
@@ -92,7 +95,7 @@ class MuMoE(Mixture):
             bias=bias,
             gate=gate,
         )
-        super().__init__(*first_values(key, resolve, init, dtype), axis_name)
+        super().__init__(*first_values(key, resolve, init, dtype, gate_dtype), axis_name)
 
     def __repr__(self) -> str:
         return self._describe()

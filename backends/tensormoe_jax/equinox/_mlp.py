@@ -58,6 +58,8 @@ class MuMoEMLP(Block, eqx.nn.StatefulLayer):
         gate: how inputs become coefficients, or None for a block that is always given them.
         init: ``"variance"`` or ``"paper"``.
         dtype: of the parameters.
+        gate_dtype: of the gate's parameters: ``dtype`` for None, or float32 beside factors of 16
+            bits, whose logits are in float32 anyway.
         axis_name: as for :class:`MuMoE`.
         key: of ``jax.random``.
 
@@ -102,6 +104,7 @@ class MuMoEMLP(Block, eqx.nn.StatefulLayer):
         gate: Gate | str | None = "entmax",
         init: str = "variance",
         dtype: Any = None,
+        gate_dtype: Any = None,
         axis_name: Hashable = None,
         key: Array,
     ) -> None:
@@ -120,7 +123,7 @@ class MuMoEMLP(Block, eqx.nn.StatefulLayer):
             bias=bias,
             gate=gate,
         )
-        config, arrays = first_values(key, resolve, init, dtype)
+        config, arrays = first_values(key, resolve, init, dtype, gate_dtype)
         parts = _pure.split_names(arrays)
         has_gate = config.first.gate is not None
         self.config = config

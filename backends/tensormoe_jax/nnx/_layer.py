@@ -39,6 +39,8 @@ class MuMoE(Mixture):
             activation; None for a layer that is always given coefficients.
         init: ``"variance"`` (every expert starts like ``torch.nn.Linear``) or ``"paper"``.
         dtype: of the parameters, JAX's default one for None; inputs must have it.
+        gate_dtype: of the gate's parameters: ``dtype`` for None, or float32 beside factors of 16
+            bits, whose logits are in float32 anyway.
         rngs: ``nnx.Rngs`` with a stream ``params`` or a default one; a seed or a key will do.
 
     Attributes:
@@ -73,6 +75,7 @@ class MuMoE(Mixture):
         gate: Gate | str | None = "entmax",
         init: str = "variance",
         dtype: Any = None,
+        gate_dtype: Any = None,
         rngs: Source,
     ) -> None:
         resolve = partial(
@@ -86,7 +89,7 @@ class MuMoE(Mixture):
             bias=bias,
             gate=gate,
         )
-        super().__init__(*drawn(rngs, resolve, init, dtype))
+        super().__init__(*drawn(rngs, resolve, init, dtype, gate_dtype))
 
     def __repr__(self) -> str:
         return self._describe()

@@ -55,6 +55,8 @@ class MuMoEMLP(Block, nnx.Module):
         gate: how inputs become coefficients, or None for a block that is always given them.
         init: ``"variance"`` or ``"paper"``.
         dtype: of the parameters.
+        gate_dtype: of the gate's parameters: ``dtype`` for None, or float32 beside factors of 16
+            bits, whose logits are in float32 anyway.
         rngs: as for :class:`MuMoE`; a block that drops entries keeps its stream ``dropout``.
 
     Attributes:
@@ -93,6 +95,7 @@ class MuMoEMLP(Block, nnx.Module):
         gate: Gate | str | None = "entmax",
         init: str = "variance",
         dtype: Any = None,
+        gate_dtype: Any = None,
         rngs: Source,
     ) -> None:
         resolve = partial(
@@ -111,7 +114,7 @@ class MuMoEMLP(Block, nnx.Module):
             gate=gate,
         )
         source = None if isinstance(rngs, Ready) else checked_rngs(rngs)
-        config, arrays = drawn(source or rngs, resolve, init, dtype)
+        config, arrays = drawn(source or rngs, resolve, init, dtype, gate_dtype)
         parts = _pure.split_names(arrays)
         self.config = config
         self.act = own_activation(config.act_layer, act_layer)

@@ -41,14 +41,16 @@ def checked_rngs(rngs: Any) -> nnx.Rngs:
     )
 
 
-def drawn(rngs: Any, resolve: Callable[[], C], init: str, dtype: Any) -> tuple[C, dict[str, Array]]:
+def drawn(
+    rngs: Any, resolve: Callable[[], C], init: str, dtype: Any, gate_dtype: Any = None
+) -> tuple[C, dict[str, Array]]:
     """A layer's configuration, and its parameters and buffers by canonical name.
 
     Raises:
         SpecError: no source of keys, or one without a stream for parameters.
     """
     if isinstance(rngs, Ready):
-        return first_values(rngs, resolve, init, dtype)
+        return first_values(rngs, resolve, init, dtype, gate_dtype)
     try:
         key = checked_rngs(rngs).params()
     except AttributeError as error:
@@ -56,4 +58,4 @@ def drawn(rngs: Any, resolve: Callable[[], C], init: str, dtype: Any) -> tuple[C
             f"rngs must have a stream named 'params', or a default one; got {[*rngs]}. Pass "
             "nnx.Rngs(0), for instance."
         ) from error
-    return first_values(key, resolve, init, dtype)
+    return first_values(key, resolve, init, dtype, gate_dtype)
