@@ -13,6 +13,9 @@ a level.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 __all__ = [
     "BackendError",
     "BudgetError",
@@ -41,7 +44,38 @@ class RankError(SpecError):
 
 
 class BudgetError(TensormoeError, ValueError):
-    """A budget that cannot be met; the message names the smallest feasible one."""
+    """A budget that cannot be met; the message names the smallest feasible one.
+
+    Args:
+        message: the rule, the value, and what to do.
+        needed: for each limit that is too low, by name, the least with which something fits; empty
+            for a budget that makes no sense at all.
+        given: the same limits as they were asked for.
+
+    Attributes:
+        needed: as given.
+        given: as given.
+
+    >>> from tensormoe import select_rank
+    >>> try:
+    ...     select_rank("cp", 8, 8, 4, budget=10, gate=None)
+    ... except BudgetError as error:
+    ...     print(dict(error.needed), dict(error.given))
+    {'parameters': 21} {'parameters': 10}
+    """
+
+    needed: Mapping[str, float]
+    given: Mapping[str, float]
+
+    def __init__(
+        self,
+        message: str = "",
+        needed: Mapping[str, float] = MappingProxyType({}),
+        given: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        super().__init__(message)
+        # plain dictionaries, so that the error can be pickled
+        self.needed, self.given = dict(needed), dict(given)
 
 
 class ShapeError(TensormoeError, ValueError):

@@ -26,6 +26,7 @@ from tensormoe.planning._select import OBJECTIVES as OBJECTIVES
 from tensormoe.planning._select import RankChoice as RankChoice
 from tensormoe.planning._select import rank_front as rank_front
 from tensormoe.planning._select import select_rank as select_rank
+from tensormoe.planning._select_block import select_block as select_block
 from tensormoe.planning._weight_programs import contraction as contraction
 from tensormoe.planning._weight_programs import weight_program as weight_program
 
@@ -53,6 +54,7 @@ __all__ = [
     "plan_regimes",
     "rank_front",
     "reverse",
+    "select_block",
     "select_rank",
     "sparse_moe_cost",
     "weight_program",

@@ -51,16 +51,18 @@ class Family:
         # sizes are checked as every spec's are, before there is a rank
         sizes = LayerSpec(in_features, out_features, experts, Hadamard(), bias)
         self.sizes = sizes
+        self._given = factorization
         # with_rank makes the ranks from a value of the factorization; its own rank is not used
         self._kind = kind() if kind in (Dense, Hadamard) else kind(1)  # type: ignore[call-arg]
         self.name = kind.name
         pattern = self._kind.rank_pattern(sizes.levels)
-        self._bonds = pattern if bonds is None else _checked_bonds(bonds, pattern, kind.name)
-        free = [bond for bond in self._bonds if not isinstance(bond, int)]
+        self.by_pattern = bonds is None
+        self.bonds = pattern if bonds is None else _checked_bonds(bonds, pattern, kind.name)
+        free = [bond for bond in self.bonds if not isinstance(bond, int)]
         symbols = list(dict.fromkeys(free))
         if len(symbols) > 2:
             raise BudgetError(
-                f"bonds must vary by at most two symbols; got {len(symbols)} in {self._bonds!r}. "
+                f"bonds must vary by at most two symbols; got {len(symbols)} in {self.bonds!r}. "
                 "Fix the sizes of some bonds, or give bonds the same symbol."
             )
         self._places = {name: INNER - k for k, name in enumerate(reversed(symbols))}
@@ -77,10 +79,24 @@ class Family:
             )
         )
 
+    def with_bonds(self, bonds: Sequence[int | str | None]) -> Family:
+        """The layers of these sizes with other bonds fixed."""
+        given = self.sizes
+        return Family(
+            self._given, given.in_features, given.out_features, given.experts, given.bias, bonds
+        )
+
+    def with_experts(self, experts: tuple[int, ...]) -> Family:
+        """The layers with as many experts in other levels; only where no bonds were given."""
+        given = self.sizes
+        return Family(
+            self._given, given.in_features, given.out_features, experts, given.bias, None
+        )
+
     def rank(self, sizes: Choice) -> tuple[int, ...]:
         """One size a bond."""
         return tuple(
-            bond if isinstance(bond, int) else sizes[self._places[bond]] for bond in self._bonds
+            bond if isinstance(bond, int) else sizes[self._places[bond]] for bond in self.bonds
         )
 
     def spec(self, sizes: Choice) -> LayerSpec:
@@ -109,14 +125,14 @@ class Family:
 
     def _symbolic_sizes(self) -> Mapping[Leg, Polynomial]:
         """The size of every leg as a polynomial in the symbols."""
-        numbers = tuple(range(1, len(self._bonds) + 1))
+        numbers = tuple(range(1, len(self.bonds) + 1))
         given = self.sizes
         probe = self._kind.with_rank(numbers)
         bonds = probe.bond_sizes(given.experts, given.out_features)
         network = probe.network(given.experts, given.in_features, given.out_features, given.bias)
         legs = {leg: Polynomial.constant(size) for leg, size in network.sizes.items()}
         for leg, number in bonds.items():
-            bond = self._bonds[number - 1]
+            bond = self.bonds[number - 1]
             if not isinstance(bond, int):
                 legs[leg] = Polynomial.symbol(self._places[bond])
             else:

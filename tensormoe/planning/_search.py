@@ -1,0 +1,232 @@
+"""The search through a family for the ranks that keep to a budget and that nothing beats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import product
+
+from tensormoe.planning._estimate import Estimator
+from tensormoe.planning._family import INNER, OUTER, Choice, Family, largest
+
+__all__ = ["Figures", "best", "front"]
+
+Figures = tuple[int, int]
+"""What is maximized, and what tells equal ones apart."""
+
+# ranks of a family that are all looked at before one is settled; of more, few
+_FEW = 256
+
+
+def best(estimator: Estimator, measure: Callable[[int, int], Figures]) -> Choice | None:
+    """The rank that is best within the budget; None if none fits.
+
+    Args:
+        estimator: of the family and the budget.
+        measure: what to maximize, from expert rank and expert span.
+    """
+    family = estimator.family
+
+    def figures(sizes: Choice) -> Figures:
+        return measure(*family.figures(sizes))
+
+    def rivals(found: list[Choice]) -> Iterable[Choice]:
+        return _rivals(family, figures, found[0] if found else None)
+
+    found = _settled(estimator, lambda: _best(estimator, figures), rivals)
+    return found[0] if found else None
+
+
+def front(estimator: Estimator) -> list[Choice]:
+    """The ranks within the budget that no other beats in both figures, by rising expert rank."""
+    family = estimator.family
+
+    def rivals(found: list[Choice]) -> Iterable[Choice]:
+        if not _small(family):
+            return [(outer, inner + 1) for outer, inner in found]
+        reached = [family.figures(sizes) for sizes in found]
+        grid = product(range(1, _last(family) + 1), range(1, family.saturation(INNER) + 1))
+        return [sizes for sizes in grid if not _dominated(family.figures(sizes), reached)]
+
+    return _settled(estimator, lambda: _front(estimator), rivals)
+
+
+def _settled(
+    estimator: Estimator,
+    search: Callable[[], list[Choice]],
+    rivals: Callable[[list[Choice]], Iterable[Choice]],
+) -> list[Choice]:
+    """What ``search`` finds once no rank that matters has a path that was not seen."""
+    while True:
+        found = search()
+        # ranks that would be better if they fitted: the estimate was right if their best
+        # paths are among those that it chose from
+        news = [estimator.explore(sizes) for sizes in [*found, *rivals(found)]]
+        if any(news):
+            continue
+        # one that turns out not to fit is left out of the next search
+        fits = [estimator.verify(sizes) for sizes in found]
+        if not all(fits):
+            continue
+        # small bonds make paths nearly equal, and ties can fall otherwise than estimated
+        others = list(rivals(found)) if _small(estimator.family) else []
+        fits = [estimator.verify(sizes) for sizes in (others if found else [(1, 1), *others])]
+        if not any(fits):
+            return found
+
+
+def _last(family: Family) -> int:
+    """The largest outer size that is of use."""
+    return family.saturation(OUTER) if family.symbols == 2 else 1
+
+
+def _small(family: Family) -> bool:
+    """Whether there are so few ranks that all that matter can be planned."""
+    return _last(family) * family.saturation(INNER) <= _FEW
+
+
+def _dominated(figures: Figures, others: Iterable[Figures]) -> bool:
+    """Whether another rank has as much of both figures."""
+    return any(figures[0] <= rank and figures[1] <= span for rank, span in others)
+
+
+class _Reach:
+    """How far the inner size goes at an outer one, by the estimate as it stands."""
+
+    def __init__(self, estimator: Estimator) -> None:
+        family = estimator.family
+        self._estimator = estimator
+        self._high = estimator.ceiling() if family.symbols else 1
+        self._seen: dict[int, tuple[int, int]] = {}
+        self.last = _last(family)
+
+    def __call__(self, outer: int) -> tuple[int, int]:
+        """The inner size that is taken, and one that no larger outer size gets beyond."""
+        if outer not in self._seen:
+            ranks = self._estimator.slice(outer)
+            widest = ranks.widest(self._high)
+            self._seen[outer] = (ranks.largest(widest), max(widest))
+        return self._seen[outer]
+
+    def walk(self, wanted: Callable[[int, Choice], bool]) -> Iterable[Choice]:
+        """The largest inner size for every outer one at which some rank is wanted.
+
+        ``wanted`` says of an outer size and a rank whether any rank up to that one, from the outer
+        size on, may be of use.
+        """
+        outer, bound = 1, self._high
+        while outer <= self.last:
+            if wanted(outer, (outer, bound)):
+                # no larger outer size leaves room for an inner one that has no room here
+                least = 1 + largest(lambda size: not wanted(outer, (outer, size)), 0, bound)  # noqa: B023
+                if self._estimator.fits_any(outer, least):
+                    inner, bound = self(outer)
+                    if inner > 0:
+                        yield outer, inner
+                else:
+                    bound = least - 1
+                    # a lower bound lets the walk take longer steps
+                    gap = 1
+                    while bound > 0 and not self._estimator.fits_any(outer, bound):
+                        bound, gap = max(bound - gap, 0), 4 * gap
+                if bound == 0:
+                    return
+            step = 1
+            while outer + step <= self.last and not wanted(outer, (outer + step, bound)):
+                step *= 2
+            # everything up to `low` is skipped, and `step` is not
+            low = step // 2
+            while step - low > 1:
+                middle = (low + step) // 2
+                if outer + middle <= self.last and not wanted(outer, (outer + middle, bound)):
+                    low = middle
+                else:
+                    step = middle
+            outer += step
+
+    def spread(self) -> Iterable[Choice]:
+        """The same for few outer sizes far apart."""
+        outer = 1
+        while outer <= self.last and self(outer)[1] > 0:
+            if self(outer)[0] > 0:
+                yield outer, self(outer)[0]
+            outer *= 2
+
+    def plateau(self, sizes: Choice) -> Choice:
+        """The largest outer size that leaves room for the same inner one."""
+        outer, inner = sizes
+        end = largest(lambda size: self._estimator.fits_any(size, inner), outer, self.last)
+        return end, self(end)[0]
+
+
+def _best(estimator: Estimator, figures: Callable[[Choice], Figures]) -> list[Choice]:
+    """The rank that the estimate has for the best; the first of equals."""
+    best: list[Choice] = []
+    goal: Figures = (0, 0)
+
+    def propose(sizes: Choice) -> bool:
+        nonlocal best, goal
+        reached = figures(sizes)
+        # of equals the one with the smaller outer size, whenever it was come upon
+        better = reached > goal or (reached == goal and bool(best) and sizes[0] < best[0][0])
+        if better:
+            best, goal = [sizes], reached
+        return better
+
+    def wanted(outer: int, corner: Choice) -> bool:
+        bound = figures(corner)
+        return bound > goal or (bound == goal and bool(best) and outer < best[0][0])
+
+    reach = _Reach(estimator)
+    for sizes in reach.spread():
+        propose(sizes)
+    for sizes in reach.walk(wanted):
+        if propose(sizes) and reach.last > 1:
+            propose(reach.plateau(sizes))
+    for sizes, fits in estimator.known.items():
+        # planned ranks that fit count even where the estimate is too high
+        if fits:
+            propose(sizes)
+    return best
+
+
+def _front(estimator: Estimator) -> list[Choice]:
+    """The ranks that the estimate has for undominated, by rising expert rank."""
+    figures = estimator.family.figures
+    found: dict[Figures, Choice] = {}
+
+    def wanted(_: int, corner: Choice) -> bool:
+        return not _dominated(figures(corner), found)
+
+    for sizes in _Reach(estimator).walk(wanted):
+        found.setdefault(figures(sizes), sizes)
+    for sizes, fits in estimator.known.items():
+        # planned ranks that fit count even where the estimate is too high
+        if fits:
+            found.setdefault(figures(sizes), sizes)
+    front: list[Choice] = []
+    span = 0
+    for pair in sorted(found, reverse=True):
+        if pair[1] > span:
+            span = pair[1]
+            front.append(found[pair])
+    return front[::-1]
+
+
+def _rivals(
+    family: Family, figures: Callable[[Choice], Figures], best: Choice | None
+) -> Iterable[Choice]:
+    """The smallest ranks that would be better, at outer sizes near the best one and far from it."""
+    outer, _ = best or (1, 0)
+    goal = figures(best) if best else (0, 0)
+    last = _last(family)
+    others = {outer, outer - 1, outer + 1, *(8**k for k in range(last.bit_length() // 3 + 1))}
+    small = _small(family)
+    if small:
+        others = set(range(1, last + 1))
+    end = family.saturation(INNER)
+    for other in sorted(each for each in others if 1 <= each <= last):
+        if figures((other, end)) > goal:
+            low = largest(lambda size: figures((other, size)) <= goal, 0, end)  # noqa: B023
+            # a still larger one may have another path, which costs less of what is limited
+            for size in range(low + 1, end + 1 if small else low + 2):
+                yield other, size
