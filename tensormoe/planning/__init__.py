@@ -11,6 +11,7 @@ from tensormoe.planning._budget import mlp_budgets as mlp_budgets
 from tensormoe.planning._cost import Cost as Cost
 from tensormoe.planning._cost import StepCost as StepCost
 from tensormoe.planning._draft import Routing as Routing
+from tensormoe.planning._layer_cost import gate_cost as gate_cost
 from tensormoe.planning._plan import Plan as Plan
 from tensormoe.planning._plan import plan_layer as plan_layer
 from tensormoe.planning._program import Operand as Operand
@@ -47,6 +48,7 @@ __all__ = [
     "StepCost",
     "contraction",
     "dense_moe_cost",
+    "gate_cost",
     "linear_cost",
     "mlp_budgets",
     "mlp_cost",

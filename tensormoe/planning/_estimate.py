@@ -20,7 +20,7 @@ from tensormoe.planning._budget import Budget
 from tensormoe.planning._cost import Cost, StepCost, live_memory, program_cost
 from tensormoe.planning._draft import WRITE_WEIGHT, Draft, Routing
 from tensormoe.planning._family import INNER, Choice, Family, largest
-from tensormoe.planning._layer_cost import layer_cost
+from tensormoe.planning._layer_cost import gate_cost
 from tensormoe.planning._polynomial import Polynomial, evaluate, undominated
 from tensormoe.planning._program import Program
 from tensormoe.planning._regimes import Trees, best_candidate, build_program
@@ -51,6 +51,9 @@ class _Model:
         return True
 
 
+_NOTHING = Cost(0, (), 0)
+
+
 @dataclass(frozen=True)
 class Around:
     """What a budget covers besides the layer whose rank is chosen.
@@ -62,7 +65,7 @@ class Around:
     """
 
     gate: Gate | None = None
-    cost: Cost = Cost(0, (), 0)
+    cost: Cost = _NOTHING
     held: int = 0
 
     def join(self, layer: Cost) -> Cost:
@@ -92,16 +95,9 @@ class Estimator:
     def __post_init__(self) -> None:
         given = self.family.sizes
         nothing = Program((), (), (), ())
-        gate = layer_cost(
-            nothing,
-            0,
-            given.in_features,
-            given.experts,
-            self.budget.batch,
-            gate=self.around.gate,
-            itemsize=self.budget.itemsize,
-        )
-        self._besides = self.around.cost.then(gate)
+        around, batch, itemsize = self.around, self.budget.batch, self.budget.itemsize
+        gate = gate_cost(around.gate, given.in_features, given.experts, batch, itemsize)
+        self._besides = around.cost.then(gate)
         self.planned = set(self.budget.limits) != {"parameters"}
         self._explored: set[Choice] = set()
         self.models: dict[object, _Model | None] = {}
@@ -188,7 +184,8 @@ class Estimator:
         owned = [
             slot
             for slot, operand in enumerate(program.operands)
-            if self.around.gate is not None and operand.name.startswith(("coefficients_", "indices_"))
+            if self.around.gate is not None
+            and operand.name.startswith(("coefficients_", "indices_"))
         ]
         moments = [Polynomial.constant(self._besides.peak_memory)]
         live = live_memory(program, sizes, self.budget.itemsize, owned=owned)

@@ -89,9 +89,7 @@ class Family:
     def with_experts(self, experts: tuple[int, ...]) -> Family:
         """The layers with as many experts in other levels; only where no bonds were given."""
         given = self.sizes
-        return Family(
-            self._given, given.in_features, given.out_features, experts, given.bias, None
-        )
+        return Family(self._given, given.in_features, given.out_features, experts, given.bias, None)
 
     def rank(self, sizes: Choice) -> tuple[int, ...]:
         """One size a bond."""

@@ -14,8 +14,7 @@ from tensormoe.planning._cost import Cost, StepCost
 from tensormoe.planning._estimate import Around
 from tensormoe.planning._family import Family
 from tensormoe.planning._infeasible import levels_of, refusal
-from tensormoe.planning._layer_cost import GATE_ITEMSIZE, layer_cost
-from tensormoe.planning._program import Program
+from tensormoe.planning._layer_cost import GATE_ITEMSIZE, gate_cost
 from tensormoe.planning._select import best_spec, measure_of
 
 __all__ = ["select_block"]
@@ -170,15 +169,7 @@ class _Block:
     def _rest(self) -> Cost:
         """The gate and the activation."""
         sizes, budget = self.first.sizes, self.budget
-        gate = layer_cost(
-            Program((), (), (), ()),
-            0,
-            sizes.in_features,
-            sizes.experts,
-            budget.batch,
-            gate=self.gate,
-            itemsize=budget.itemsize,
-        )
+        gate = gate_cost(self.gate, sizes.in_features, sizes.experts, budget.batch, budget.itemsize)
         entries = budget.batch * sizes.out_features
         read = budget.itemsize * entries
         step = StepCost("activation", 0, entries, read, self.hidden)
