@@ -35,6 +35,14 @@ class TensormoeError(Exception):
     """Base class of every error that tensormoe raises on purpose."""
 
 
+def located(error: TensormoeError, place: str) -> TensormoeError:
+    """The same error with the place where it happened before its message."""
+    made = type(error)(f"{place}: {error}")
+    # with the data that an error carries besides
+    made.__dict__.update(error.__dict__)
+    return made
+
+
 class SpecError(TensormoeError, ValueError):
     """A layer description that cannot be: sizes, levels, names, options."""
 

@@ -8,10 +8,9 @@ from math import isfinite
 from typing import Any
 
 from tensormoe._spec import LayerSpec
-from tensormoe.decomposition._checks import excess
 from tensormoe.errors import BudgetError, RankError, SpecError
 from tensormoe.factorizations import Factorization, expert_leg, resolve_factorization
-from tensormoe.planning import Budget, rank_front, select_rank
+from tensormoe.planning import Budget, excess, rank_front, select_rank
 
 __all__ = ["Sizes", "candidates", "checked_tolerance", "smallest"]
 
@@ -48,9 +47,10 @@ def candidates(name: str, sizes: Sizes, budget: Budget | int, bias: bool) -> lis
     """
     in_features, out_features, experts = sizes
     if name in ("hadamard", "dense"):
-        select_rank(name, in_features, out_features, experts, budget=budget, bias=bias)
+        select_rank(name, in_features, out_features, experts, budget=budget, bias=bias, gate=None)
         return [resolve_factorization(name, None)]
-    options: dict[str, Any] = {"budget": budget, "bias": bias}
+    # weights alone are decomposed: their gate is what the model has already
+    options: dict[str, Any] = {"budget": budget, "bias": bias, "gate": None}
     best = select_rank(name, in_features, out_features, experts, **options)
     front = rank_front(name, in_features, out_features, experts, **options)
     ranks = [each.rank for each in front]

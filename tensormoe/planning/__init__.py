@@ -28,6 +28,7 @@ from tensormoe.planning._select import RankChoice as RankChoice
 from tensormoe.planning._select import rank_front as rank_front
 from tensormoe.planning._select import select_rank as select_rank
 from tensormoe.planning._select_block import select_block as select_block
+from tensormoe.planning._useful import excess as excess
 from tensormoe.planning._weight_programs import contraction as contraction
 from tensormoe.planning._weight_programs import weight_program as weight_program
 
@@ -48,6 +49,7 @@ __all__ = [
     "StepCost",
     "contraction",
     "dense_moe_cost",
+    "excess",
     "gate_cost",
     "linear_cost",
     "mlp_budgets",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tensormoe._validation import choice, positive_int
-from tensormoe.errors import BudgetError, SpecError, TensormoeError
+from tensormoe.errors import BudgetError, SpecError, TensormoeError, located
 from tensormoe.factorizations import INITIALIZATIONS, Factorization
 from tensormoe.functional import BlockConfig, Fit, LayerConfig, checked_noise
 from tensormoe.gates import Gate
@@ -164,7 +164,7 @@ def at(name: str) -> Iterator[None]:
     try:
         yield
     except TensormoeError as error:
-        raise type(error)(f"at {name!r}: {error}") from error
+        raise located(error, f"at {name!r}") from error
 
 
 def _config(
