@@ -80,7 +80,7 @@ def main() -> None:
                     experts: int | tuple[int, ...] = experts,
                     budget: Budget | str = budget,
                 ) -> object:
-                    return select_rank(name, 768, 768, experts, budget=budget)
+                    return select_rank(name, 768, 768, experts, budget=budget, gate=None)
 
                 label = f"select_rank {name} {experts} by {kind}"
                 taken = smallest(select, repeats)

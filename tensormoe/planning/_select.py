@@ -92,8 +92,8 @@ def select_rank(
         out_features: O, the size of an output.
         experts: N, or one size per level of hierarchy.
         budget: upper limits; an integer counts parameters, "linear" stands for those of a linear
-            layer of the same sizes. None stands for these too, with the gate on top, so that any
-            number of experts has a rank.
+            layer of the same sizes. None stands for these too, with the gate on top, so that the
+            gate does not limit the number of experts.
         bias: whether every expert has a bias.
         objective: "capacity" is expert rank × expert span. Either figure alone lets the other
             collapse: the tensor ring of the highest expert rank has r₁ = r₂ = 1 and experts that

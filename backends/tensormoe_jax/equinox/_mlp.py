@@ -46,10 +46,13 @@ class MuMoEMLP(Block, eqx.nn.StatefulLayer):
         bias: whether every expert has a bias.
         drop: share of entries dropped, in training, behind the activation and the second layer.
         experts: N, or one size a level of hierarchy.
-        factorization: a value used for both layers, a pair of one a layer, or a name.
+        factorization: a value or a name for both layers, or a pair of them.
         rank: bond sizes of both layers, with a name.
-        budget: what each rank may cost instead; by default every layer gets the parameters of the
-            linear layer that it replaces.
+        budget: upper limits for the block instead, both layers and the gate together;
+            ``"linear"`` stands for the parameters of the two linear layers that it replaces, and
+            ``Budget(…, gate=False)`` leaves the gate out. Layers share a budget as the linear ones
+            would. Without rank or budget the factors of each layer get the parameters of its
+            linear layer, and the gate comes on top.
         gate: how inputs become coefficients, or None for a block that is always given them.
         init: ``"variance"`` or ``"paper"``.
         dtype: of the parameters.
@@ -88,7 +91,7 @@ class MuMoEMLP(Block, eqx.nn.StatefulLayer):
         drop: float = 0.0,
         *,
         experts: int | tuple[int, ...],
-        factorization: str | Factorization | tuple[Factorization, Factorization] = "cp",
+        factorization: str | Factorization | tuple[str | Factorization, str | Factorization] = "cp",
         rank: int | tuple[int, ...] | None = None,
         budget: Budget | int | str | None = None,
         gate: Gate | str | None = "entmax",

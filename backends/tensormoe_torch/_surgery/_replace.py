@@ -41,7 +41,7 @@ def replace(
     select: Select,
     *,
     experts: int | tuple[int, ...],
-    factorization: str | Factorization | tuple[Factorization, Factorization] = "cp",
+    factorization: str | Factorization | tuple[str | Factorization, str | Factorization] = "cp",
     rank: int | tuple[int, ...] | None = None,
     budget: Budget | int | str | None = None,
     gate: Gate | str | None = "entmax",
@@ -66,10 +66,11 @@ def replace(
             or a function of name and module. All that it selects must be linear layers or MLPs as
             :func:`from_linear` and :func:`from_mlp` take them, none inside another.
         experts: N, or one size a level of hierarchy.
-        factorization: a value such as ``CP(rank=64)``, a name, or, for blocks, a pair of values.
+        factorization: a value such as ``CP(rank=64)``, a name, or, for blocks, a pair of them.
         rank: bond sizes, with a name.
-        budget: what the rank of each layer may cost instead; by default the parameters of the
-            linear layer that it replaces, gate not counted.
+        budget: upper limits for each layer or block with its gate instead, as for
+            :class:`MuMoE` and :class:`MuMoEMLP`; ``"linear"`` stands for the parameters of what is
+            replaced. Without rank or budget the factors get those, and the gate comes on top.
         gate: how inputs become coefficients.
         noise: how far experts start from the old weights, relative to them. It sums to zero over
             the experts, so that outputs with a fresh gate stay those of the old layer; without any,
