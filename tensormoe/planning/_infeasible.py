@@ -15,7 +15,7 @@ from tensormoe.planning._family import Family
 __all__ = ["infeasible", "levels_of", "refusal"]
 
 # levels that a remedy has at most, and numbers that are tried as divisors
-_MOST_LEVELS, _MOST_TRIED = 4, 10_000
+_MOST_LEVELS, _MOST_TRIED = 3, 10_000
 
 
 def infeasible(
@@ -110,7 +110,7 @@ def levels_of(experts: Sequence[int]) -> Iterable[tuple[int, ...]]:
     """As many experts in more levels, of sizes as equal as can be.
 
     >>> list(levels_of((512,)))
-    [(16, 32), (8, 8, 8), (4, 4, 4, 8)]
+    [(16, 32), (8, 8, 8)]
     >>> list(levels_of((13,)))
     []
     """

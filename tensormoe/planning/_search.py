@@ -114,34 +114,21 @@ class _Reach:
         size on, may be of use.
         """
         outer, bound = 1, self._high
-        while outer <= self.last:
-            if wanted(outer, (outer, bound)):
-                # no larger outer size leaves room for an inner one that has no room here
-                least = 1 + largest(lambda size: not wanted(outer, (outer, size)), 0, bound)  # noqa: B023
-                if self._estimator.fits_any(outer, least):
-                    inner, bound = self(outer)
-                    if inner > 0:
-                        yield outer, inner
-                else:
-                    bound = least - 1
-                    # a lower bound lets the walk take longer steps
-                    gap = 1
-                    while bound > 0 and not self._estimator.fits_any(outer, bound):
-                        bound, gap = max(bound - gap, 0), 4 * gap
-                if bound == 0:
-                    return
-            step = 1
-            while outer + step <= self.last and not wanted(outer, (outer + step, bound)):
-                step *= 2
-            # everything up to `low` is skipped, and `step` is not
-            low = step // 2
-            while step - low > 1:
-                middle = (low + step) // 2
-                if outer + middle <= self.last and not wanted(outer, (outer + middle, bound)):
-                    low = middle
-                else:
-                    step = middle
-            outer += step
+        while outer <= self.last and bound > 0:
+            start = outer
+            # figures grow with both sizes: nothing is wanted before
+            outer = 1 + largest(lambda size: not wanted(start, (size, bound)), start - 1, self.last)  # noqa: B023
+            if outer > self.last:
+                return
+            least = 1 + largest(lambda size: not wanted(start, (outer, size)), 0, bound)  # noqa: B023
+            # no larger outer size leaves room for an inner one that has no room here
+            if self._estimator.fits_any(outer, least):
+                inner, bound = self(outer)
+                if inner > 0:
+                    yield outer, inner
+                outer += 1
+            else:
+                bound = least - 1
 
     def spread(self) -> Iterable[Choice]:
         """The same for few outer sizes far apart."""
@@ -151,26 +138,18 @@ class _Reach:
                 yield outer, self(outer)[0]
             outer *= 2
 
-    def plateau(self, sizes: Choice) -> Choice:
-        """The largest outer size that leaves room for the same inner one."""
-        outer, inner = sizes
-        end = largest(lambda size: self._estimator.fits_any(size, inner), outer, self.last)
-        return end, self(end)[0]
-
 
 def _best(estimator: Estimator, figures: Callable[[Choice], Figures]) -> list[Choice]:
     """The rank that the estimate has for the best; the first of equals."""
     best: list[Choice] = []
     goal: Figures = (0, 0)
 
-    def propose(sizes: Choice) -> bool:
+    def propose(sizes: Choice) -> None:
         nonlocal best, goal
         reached = figures(sizes)
         # of equals the one with the smaller outer size, whenever it was come upon
-        better = reached > goal or (reached == goal and bool(best) and sizes[0] < best[0][0])
-        if better:
+        if reached > goal or (reached == goal and bool(best) and sizes[0] < best[0][0]):
             best, goal = [sizes], reached
-        return better
 
     def wanted(outer: int, corner: Choice) -> bool:
         bound = figures(corner)
@@ -180,8 +159,7 @@ def _best(estimator: Estimator, figures: Callable[[Choice], Figures]) -> list[Ch
     for sizes in reach.spread():
         propose(sizes)
     for sizes in reach.walk(wanted):
-        if propose(sizes) and reach.last > 1:
-            propose(reach.plateau(sizes))
+        propose(sizes)
     for sizes, fits in estimator.known.items():
         # planned ranks that fit count even where the estimate is too high
         if fits:
@@ -215,18 +193,18 @@ def _front(estimator: Estimator) -> list[Choice]:
 def _rivals(
     family: Family, figures: Callable[[Choice], Figures], best: Choice | None
 ) -> Iterable[Choice]:
-    """The smallest ranks that would be better, at outer sizes near the best one and far from it."""
+    """Ranks that would be better, at outer sizes near the best one and far from it."""
     outer, _ = best or (1, 0)
     goal = figures(best) if best else (0, 0)
-    last = _last(family)
-    others = {outer, outer - 1, outer + 1, *(8**k for k in range(last.bit_length() // 3 + 1))}
-    small = _small(family)
-    if small:
-        others = set(range(1, last + 1))
-    end = family.saturation(INNER)
+    last, end, small = _last(family), family.saturation(INNER), _small(family)
+    near = {outer - 1, outer, outer + 1}
+    others = {*range(1, last + 1)} if small else near.union(2**k for k in range(last.bit_length()))
     for other in sorted(each for each in others if 1 <= each <= last):
-        if figures((other, end)) > goal:
-            low = largest(lambda size: figures((other, size)) <= goal, 0, end)  # noqa: B023
-            # a still larger one may have another path, which costs less of what is limited
-            for size in range(low + 1, end + 1 if small else low + 2):
-                yield other, size
+        size = 1 + largest(lambda size: figures((other, size)) <= goal, 0, end)  # noqa: B023
+        step = 1
+        # a larger one may have another path, which costs less of what is limited
+        while size <= end and figures((other, size)) > goal:
+            yield other, size
+            size, step = size + step, step if small else 2 * step
+            if not small and other not in near:
+                break
