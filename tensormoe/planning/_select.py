@@ -219,7 +219,7 @@ def best_spec(
             break
         found = spec
         # what these bonds leave of the budget is for the others
-        rest = without_waste(rest, spec)
+        rest = without_waste(family, rest, spec)
     return found
 
 

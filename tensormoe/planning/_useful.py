@@ -42,24 +42,28 @@ def beyond_use(family: Family, spec: LayerSpec) -> dict[int, int]:
     return {place: most for place, most in over.items() if not isinstance(family.bonds[place], int)}
 
 
-def without_waste(family: Family, spec: LayerSpec) -> Family | None:
+def without_waste(family: Family, rest: Family, spec: LayerSpec) -> Family | None:
     """The family in which bonds beyond use are fixed at what is of use; None if there are none.
 
     Where the bond between input and output is one of them, the others stay as they are: they are
     the smallest that reach the same figures.
+
+    Args:
+        family: where bonds are free that may be cut.
+        rest: the same after some have been cut.
+        spec: the layer that was chosen from it.
     """
     over = beyond_use(family, spec)
     if not over:
         return None
     sizes = spec.factorization.bonds(spec.levels)
-    symbols = [bond for bond in family.bonds if not isinstance(bond, int)]
-    last = symbols[-1]
-    inner = any(family.bonds[place] == last for place in over)
+    last = next((bond for bond in rest.bonds[::-1] if not isinstance(bond, int)), None)
+    inner = any(rest.bonds[place] == last for place in over)
     bonds = [
         over.get(place, sizes[place] if inner and bond != last else bond)
-        for place, bond in enumerate(family.bonds)
+        for place, bond in enumerate(rest.bonds)
     ]
-    return family.with_bonds(bonds)
+    return rest.with_bonds(bonds)
 
 
 def with_bonds(spec: LayerSpec, changed: dict[int, int]) -> LayerSpec:
