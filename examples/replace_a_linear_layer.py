@@ -1,4 +1,4 @@
-"""Replace a linear layer by 256 experts at its price, and a gate: choose, build, prove, train, save.
+"""Replace a linear layer by 256 experts at its price, gate on top: choose, build, train, save.
 
     python examples/replace_a_linear_layer.py
 

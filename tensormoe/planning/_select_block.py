@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tensormoe._spec import LayerSpec
-from tensormoe.errors import BudgetError
+from tensormoe._validation import positive_int
+from tensormoe.errors import BudgetError, SpecError
 from tensormoe.gates import Gate
 from tensormoe.planning._baselines import linear_cost
 from tensormoe.planning._budget import Budget
@@ -66,12 +67,19 @@ def select_block(
     >>> first.num_parameters + second.num_parameters + 768 * 128, 769 * 3072 + 3073 * 768
     (4720898, 4722432)
     """
-    pair = (factorization,) * 2 if isinstance(factorization, str) else factorization
-    width = 2 * hidden_features if gated else hidden_features
+    pair = factorization if isinstance(factorization, tuple) else (factorization,) * 2
+    if len(pair) != 2:
+        raise SpecError(
+            f"factorization must be one, or one per layer; got {len(pair)}: {factorization!r}."
+        )
+    if not isinstance(gated, bool):
+        raise SpecError(f"gated must be True or False; got {gated!r}.")
+    hidden = positive_int(hidden_features, "hidden_features")
+    width = 2 * hidden if gated else hidden
     first = Family(pair[0], in_features, width, experts, bias, None)
-    second = Family(pair[1], hidden_features, out_features, experts, bias, None)
+    second = Family(pair[1], hidden, out_features, experts, bias, None)
     measure = measure_of(objective)
-    sizes = (in_features, hidden_features, out_features)
+    sizes = (in_features, hidden, out_features)
     limits = Budget.parse_block(budget, *sizes, bias, gated)
     built = None if gate is None or gate is False else Gate.parse(gate)
     block = _Block(first, second, limits, built if limits.gate else None)
