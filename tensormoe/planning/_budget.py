@@ -129,6 +129,19 @@ class Budget:
         limits = self.limits
         return all(value <= limits[name] for name, value in self.spent(cost).items())
 
+    def with_limits(self, limits: Mapping[str, float]) -> Budget:
+        """The budget with other limits, whole ones rounded down, for the same call and device.
+
+        >>> Budget(flops=10**6, batch=64).with_limits({"flops": 1e5})
+        Budget(flops=100000, batch=64)
+        """
+        parameters, flops, memory = (
+            int(limits[name]) if name in limits else None
+            for name in ("parameters", "flops", "memory")
+        )
+        time = limits.get("time")
+        return replace(self, parameters=parameters, flops=flops, memory=memory, time=time)
+
     def exceeded(self, cost: Cost) -> Mapping[str, float]:
         """Amounts that ``cost`` takes of the limits that are too low for it.
 

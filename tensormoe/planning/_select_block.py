@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from tensormoe._spec import LayerSpec
@@ -166,8 +166,7 @@ class _Block:
             part = left * linear[0][name] / (linear[0][name] + linear[1][name])
             part = max(min(part, left - reserved[name]), least[name])
             limits[name] = limit if name == "memory" else rest[name] + part
-        counts = {name: int(value) for name, value in limits.items() if name != "time"}
-        return replace(budget, **counts, time=limits.get("time"))
+        return budget.with_limits(limits)
 
     def _layer(self, spec: LayerSpec) -> Cost:
         if not self.planned:
