@@ -197,14 +197,11 @@ def _rivals(
     outer, _ = best or (1, 0)
     goal = figures(best) if best else (0, 0)
     last, end, small = _last(family), family.saturation(INNER), _small(family)
-    near = {outer - 1, outer, outer + 1}
-    others = {*range(1, last + 1)} if small else near.union(2**k for k in range(last.bit_length()))
+    far = (2**k for k in range(last.bit_length()))
+    others = {*range(1, last + 1)} if small else {outer - 1, outer, outer + 1, *far}
     for other in sorted(each for each in others if 1 <= each <= last):
-        size = 1 + largest(lambda size: figures((other, size)) <= goal, 0, end)  # noqa: B023
-        step = 1
-        # a larger one may have another path, which costs less of what is limited
-        while size <= end and figures((other, size)) > goal:
-            yield other, size
-            size, step = size + step, step if small else 2 * step
-            if not small and other not in near:
-                break
+        if figures((other, end)) > goal:
+            low = largest(lambda size: figures((other, size)) <= goal, 0, end)  # noqa: B023
+            # a still larger one may have another path, which costs less of what is limited
+            for size in range(low + 1, end + 1 if small else low + 2):
+                yield other, size
