@@ -89,10 +89,17 @@ gpu:
 	@# asked before gigabytes are installed
 	@$(PYTHON) tests/gpu/_driver.py
 
+.PHONY: fuzz
+fuzz: $(VENV)/.ready-dev ## random cases, and junk at every door; resumes (not part of test)
+	@echo "== fuzz"
+	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 XLA_FLAGS=--xla_llvm_disable_expensive_passes=true \
+	    PYTHONPATH=.:backends $(BIN)/python -m tests.fuzz
+
 .PHONY: docs
 docs: $(VENV)/.ready-dev ## the documentation, built strictly into site/
 	@echo "== docs"
-	@$(BIN)/mkdocs build --strict --quiet
+	@# not --quiet: it would keep the warnings from --strict, which counts them
+	@$(BIN)/mkdocs build --strict 2>&1 | sed '/^INFO /d'
 
 .PHONY: build-check
 build-check: $(VENV)/.ready-dev ## sdist -> wheel -> clean environment -> import every package

@@ -30,6 +30,7 @@ from tensormoe.factorizations import TensorRing as TensorRing
 from tensormoe.factorizations import TensorTrain as TensorTrain
 from tensormoe.factorizations import Tucker as Tucker
 from tensormoe.factorizations import from_tensorly as from_tensorly
+from tensormoe.factorizations import register_factorization as register_factorization
 from tensormoe.factorizations import to_tensorly as to_tensorly
 from tensormoe.gates import Gate as Gate
 from tensormoe.gates import TopK as TopK
@@ -71,6 +72,7 @@ __all__ = [
     "get_backend",
     "known_backends",
     "rank_front",
+    "register_factorization",
     "select_rank",
     "softmax",
     "sparsemax",

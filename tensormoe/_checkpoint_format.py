@@ -18,7 +18,6 @@ from tensormoe._safetensors import (
     MAX_HEADER_BYTES,
     METADATA,
     ArrayInfo,
-    brief,
     canonical_json,
     code_of,
     encode_frame,
@@ -27,6 +26,7 @@ from tensormoe._safetensors import (
     parse_placed,
     unknown_dtype,
 )
+from tensormoe._validation import brief
 from tensormoe.errors import CheckpointError
 
 __all__ = [

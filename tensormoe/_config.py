@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 from tensormoe._spec import LayerSpec
-from tensormoe._validation import positive_ints
+from tensormoe._validation import choice, flag, instance, positive_int, positive_ints
 from tensormoe.errors import RankError, SpecError
-from tensormoe.factorizations import Factorization, resolve_factorization
+from tensormoe.factorizations import (
+    Factorization,
+    FactorizationLike,
+    rank_pattern,
+    resolve_factorization,
+)
 from tensormoe.gates import Gate
 from tensormoe.planning import Budget, Regimes, Routing, plan_regimes, select_block, select_rank
 
-__all__ = ["BlockConfig", "LayerConfig", "resolve_block", "resolve_config"]
+__all__ = ["ACTIVATIONS", "BlockConfig", "LayerConfig", "resolve_block", "resolve_config"]
 
-Kind = str | Factorization
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
+"""Names of the activations that every framework has; ``gelu`` is the exact one."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,9 @@ class LayerConfig:
     regimes: Regimes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        instance(self.spec, LayerSpec, "spec", "a LayerSpec", SpecError)
+        instance(self.gate, (Gate, NoneType), "gate", "a Gate or None", SpecError)
+        flag(self.indexed_input, "indexed_input")
         # planned here, so that a forward call only looks programs up
         regimes = plan_regimes(self.spec, Routing(None, self.indexed_input))
         object.__setattr__(self, "regimes", regimes)
@@ -64,6 +74,11 @@ class LayerConfig:
             if self.gate is not None and self.gate.bias:
                 shapes[f"gate.{bias}_{level}"] = (count,)
         return shapes
+
+    @property
+    def block(self) -> str:
+        """Name of the class of its layers, the same in every framework and in checkpoints."""
+        return "MuMoEEmbedding" if self.indexed_input else "MuMoE"
 
     @property
     def num_parameters(self) -> int:
@@ -99,8 +114,6 @@ class LayerConfig:
                 f"a layer's config must have exactly {sorted(expected)}; got {found!r}."
             )
         gate, indexed = values["gate"], values["indexed_input"]
-        if not isinstance(indexed, bool):
-            raise SpecError(f"indexed_input must be True or False; got {indexed!r}.")
         return cls(
             LayerSpec.from_dict(values["spec"]),
             None if gate is None else Gate.from_dict(gate),
@@ -115,14 +128,51 @@ class BlockConfig:
     Args:
         first: the first layer; its gate serves both.
         second: the second layer, without a gate.
-        act_layer: name of the activation between.
+        act_layer: name of the activation between; None for a function or module that the block
+            itself holds, which no checkpoint can name.
         drop: share of entries dropped in training.
+        gated: whether the activation of one half of the first layer's outputs is multiplied by the
+            other half, as in SwiGLU (Shazeer 2020): ``second(act(g) * u)`` with ``g, u`` the first
+            and the last ``hidden_features`` outputs of the first layer.
+
+    Raises:
+        SpecError: layers that do not fit, or an unknown activation.
     """
 
     first: LayerConfig
     second: LayerConfig
-    act_layer: str
+    act_layer: str | None
     drop: float = 0.0
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.act_layer is not None:
+            choice(self.act_layer, ACTIVATIONS, "act_layer", SpecError)
+        if not isinstance(self.gated, bool):
+            raise SpecError(f"gated must be True or False; got {self.gated!r}.")
+        first, second = self.first.spec, self.second.spec
+        wanted = 2 * self.hidden_features if self.gated else self.hidden_features
+        if first.out_features != wanted or first.experts != second.experts or self.second.gate:
+            raise SpecError(
+                f"the layers of a {'gated ' if self.gated else ''}block must fit: one hidden size"
+                f"{', twice as outputs of the first,' if self.gated else ','} the same experts, "
+                f"one gate; got {first}, {second} and {self.second.gate}."
+            )
+
+    @property
+    def hidden_features(self) -> int:
+        """Size of what the second layer is given."""
+        return self.second.spec.in_features
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable entries, the gate's included, an activation's own not."""
+        return self.first.num_parameters + self.second.num_parameters
+
+    @property
+    def block(self) -> str:
+        """Name of the class of its blocks, the same in every framework and in checkpoints."""
+        return "MuMoEMLP"
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes by canonical name: ``first.factors.…``, ``second.factors.…``, ``gate.…``."""
@@ -137,23 +187,36 @@ class BlockConfig:
         return self.first.buffer_shapes()
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration in plain values, as checkpoints store it."""
+        """The configuration in plain values, as checkpoints store it.
+
+        Raises:
+            SpecError: the activation has no name that every framework knows.
+        """
+        if self.act_layer is None:
+            raise SpecError(
+                f"act_layer must be one of {', '.join(map(repr, ACTIVATIONS))} to be saved; this "
+                "block holds an activation of its own. Save its arrays (in PyTorch, state_dict()) "
+                "and build the block anew to load them."
+            )
         return {
             "first": self.first.to_dict(),
             "second": self.second.to_dict(),
             "act_layer": self.act_layer,
             "drop": self.drop,
+            "gated": self.gated,
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BlockConfig:
         """The inverse of :meth:`to_dict`; strict about names.
 
+        A block without the field ``gated`` is none: files older than the field have no such blocks.
+
         Raises:
             SpecError: a value is missing, unknown or cannot be.
         """
-        expected = {"first", "second", "act_layer", "drop"}
-        if not isinstance(values, Mapping) or set(values) != expected:
+        expected = {"first", "second", "act_layer", "drop", "gated"}
+        if not isinstance(values, Mapping) or {*values, "gated"} != expected:
             found = sorted(values) if isinstance(values, Mapping) else values
             raise SpecError(
                 f"a block's config must have exactly {sorted(expected)}; got {found!r}."
@@ -164,20 +227,14 @@ class BlockConfig:
             raise SpecError(
                 f"act_layer must be a name and drop in [0, 1); got {act!r} and {drop!r}."
             )
-        sizes = (first.spec.out_features, second.spec.in_features)
-        if sizes[0] != sizes[1] or first.spec.experts != second.spec.experts or second.gate:
-            raise SpecError(
-                "the layers of a block must fit: one hidden size, the same experts, one gate; got "
-                f"{first.spec}, {second.spec} and {second.gate}."
-            )
-        return cls(first, second, act, float(drop))
+        return cls(first, second, act, float(drop), values.get("gated", False))
 
 
 def resolve_config(
     in_features: int,
     out_features: int,
     experts: int | tuple[int, ...],
-    factorization: str | Factorization,
+    factorization: FactorizationLike,
     *,
     rank: int | tuple[int, ...] | None,
     budget: Budget | int | str | None,
@@ -200,7 +257,7 @@ def resolve_config(
         raise _twice(factorization, rank, budget)
     if not isinstance(factorization, Factorization) and rank is None:
         sizes = positive_ints(experts, "experts", "level")
-        if budget is not None or factorization not in ("hadamard", "dense"):
+        if budget is not None or rank_pattern(factorization, len(sizes)):
             rank = select_rank(
                 factorization,
                 in_features,
@@ -236,11 +293,12 @@ def resolve_block(
     in_features: int,
     hidden_features: int | None,
     out_features: int | None,
-    act_layer: str,
+    act_layer: str | None,
     drop: float,
     *,
+    gated: bool = False,
     experts: int | tuple[int, ...],
-    factorization: Kind | tuple[Kind, Kind],
+    factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike],
     rank: int | tuple[int, ...] | None,
     budget: Budget | int | str | None,
     bias: bool,
@@ -248,8 +306,9 @@ def resolve_block(
 ) -> BlockConfig:
     """A block's configuration from the arguments that every framework's block takes.
 
-    Hidden and output size are the input's unless given; ``rank`` holds for each of the two layers,
-    and ``budget`` covers both together with their gate.
+    Hidden and output size are the input's unless given; the first layer of a ``gated`` block has
+    twice the hidden size as outputs. ``rank`` holds for each of the two layers, and ``budget``
+    covers both together with their gate.
 
     Raises:
         SpecError, RankError, BudgetError: as :func:`resolve_config`.
@@ -263,18 +322,22 @@ def resolve_block(
         raise SpecError(
             f"factorization must be one, or one a layer; got {len(pair)}: {factorization!r}."
         )
-    kinds: tuple[Kind, ...] = pair
+    if not isinstance(gated, bool):
+        raise SpecError(f"gated must be True or False; got {gated!r}.")
+    wide = 2 * positive_int(hidden, "hidden_features") if gated else hidden
+    kinds: tuple[FactorizationLike, ...] = pair
     if budget is not None:
         one, two = pair
         if rank is not None or isinstance(one, Factorization) or isinstance(two, Factorization):
             raise _twice(factorization, rank, budget)
         sizes = (in_features, hidden, out)
-        chosen = select_block((one, two), *sizes, experts, budget=budget, bias=bias, gate=gate)
+        options: dict[str, Any] = {"bias": bias, "gate": gate, "gated": gated}
+        chosen = select_block((one, two), *sizes, experts, budget=budget, **options)
         kinds = tuple(each.factorization for each in chosen)
     first, second = (
         resolve_config(rows, columns, experts, kind, rank=rank, budget=None, bias=bias, gate=own)
         for rows, columns, kind, own in zip(
-            (in_features, hidden), (hidden, out), kinds, (gate, None), strict=True
+            (in_features, hidden), (wide, out), kinds, (gate, None), strict=True
         )
     )
-    return BlockConfig(first, second, act_layer, float(drop))
+    return BlockConfig(first, second, act_layer, float(drop), gated)

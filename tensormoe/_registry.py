@@ -1,25 +1,33 @@
 """Which adapter serves which arrays.
 
 Built-in adapters resolve through one table, so that a checkout that is not installed works and
-nothing is scanned for the usual names; entry points are consulted for unknown names only. What an
-entry point brings is other people's code, so each way in which it can be wrong is an error that
-names the distribution.
+nothing is scanned for the usual names; entry points are consulted for unknown names only.
 """
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from tensormoe._entry_points import entry_points_of, load_entry_point, origin, the_only
+from tensormoe._validation import instance
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import BackendError, MissingDependencyError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-__all__ = ["available_backends", "backend_of", "get_backend", "known_backends"]
+__all__ = [
+    "available_backends",
+    "backend_of",
+    "check_array",
+    "get_backend",
+    "kind_of",
+    "known_backends",
+    "loaded_backend",
+]
 
 ENTRY_POINT_GROUP = "tensormoe.backends"
 
@@ -38,7 +46,7 @@ def known_backends() -> tuple[str, ...]:
     >>> "numpy" in known_backends()
     True
     """
-    return tuple(sorted({*_BUILT_IN, *_entry_points()}))
+    return tuple(sorted({*_BUILT_IN, *entry_points_of(ENTRY_POINT_GROUP)}))
 
 
 def available_backends() -> tuple[str, ...]:
@@ -46,7 +54,6 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in known_backends() if _installed(name))
 
 
-@cache
 def get_backend(name: str) -> Backend:
     """The adapter registered under ``name``.
 
@@ -56,6 +63,13 @@ def get_backend(name: str) -> Backend:
         MissingDependencyError: the adapter is known but its array library, or something else that
             it needs, is not installed.
     """
+    instance(name, str, "backend", "the name of a library", BackendError)
+    return loaded_backend(name)
+
+
+@cache
+def loaded_backend(name: str) -> Backend:
+    """The adapter of a name, loaded once."""
     if name in _BUILT_IN:
         module, extra = _BUILT_IN[name]
         if not _installed(name):
@@ -65,43 +79,81 @@ def get_backend(name: str) -> Backend:
             )
         backend: Backend = import_module(module).BACKEND
         return backend
-    found = _entry_points().get(name, ())
+    found = entry_points_of(ENTRY_POINT_GROUP).get(name, ())
     if not found:
         raise BackendError(
             f"backend must be one of {', '.join(known_backends())}; got {name!r}. Another library "
             f"joins through an entry point in the group {ENTRY_POINT_GROUP!r}."
         )
-    if len(found) > 1:
-        raise BackendError(
-            f"backend {name!r} must come from one distribution; got "
-            f"{' and '.join(_origin(point) for point in found)}. Uninstall all but one."
-        )
-    return _load(found[0])
+    return _load(the_only(found, "backend", BackendError))
 
 
 def backend_of(*arrays: Array) -> Backend:
     """The one adapter that serves all of ``arrays``.
 
     Raises:
-        BackendError: the arrays come from an unknown library or from more than one.
+        BackendError: the arrays come from an unknown library or from more than one, or are not
+            plain, dense ones.
     """
     names = dict.fromkeys(_root(array) for array in arrays)
     if len(names) != 1:
-        listed = ", ".join(f"{_describe(array)} at {place}" for place, array in enumerate(arrays))
+        listed = ", ".join(f"{kind_of(array)} at {place}" for place, array in enumerate(arrays))
         raise BackendError(
             f"arrays must come from one library; got {listed or 'no arrays'}. "
             "Convert them yourself: tensormoe never does it behind your back."
         )
-    return get_backend(next(iter(names)))
+    (name,) = names
+    if name not in known_backends():
+        raise BackendError(
+            f"arrays must come from one of {', '.join(known_backends())}; got "
+            f"{kind_of(arrays[0])}. Convert it to an array."
+        )
+    backend = get_backend(name)
+    for place, array in enumerate(arrays):
+        if not backend.owns(array):
+            raise BackendError(
+                f"arrays must be plain and dense; got {kind_of(array)} at {place}. Convert it to "
+                "a plain array: neither masked, sparse nor nested, and not a matrix."
+            )
+    return backend
+
+
+def check_array(array: Array, backend: Backend, name: str) -> None:
+    """Refuse what is not a plain, dense array of the backend's library.
+
+    Args:
+        array: what was given.
+        backend: of the library.
+        name: names the array in the message.
+
+    Raises:
+        BackendError: an array of another library, not an array, or not a plain one.
+    """
+    if backend.owns(array):
+        return
+    if _root(array) == backend.name:
+        raise BackendError(
+            f"{name} must be a plain, dense array; got {kind_of(array)} that is not. Convert it: "
+            "it must be neither masked, sparse nor nested, and not a matrix."
+        )
+    raise BackendError(
+        f"{name} must be an array of {backend.name}; got {kind_of(array)}. "
+        "Convert it yourself: tensormoe never does it behind your back."
+    )
+
+
+def kind_of(array: Array) -> str:
+    """Library and class of an array, for messages.
+
+    >>> kind_of([1.0])
+    'builtins.list'
+    """
+    return f"{type(array).__module__.partition('.')[0]}.{type(array).__qualname__}"
 
 
 def _root(array: Array) -> str:
     root = type(array).__module__.partition(".")[0]
     return {"jaxlib": "jax"}.get(root, root)
-
-
-def _describe(array: Array) -> str:
-    return f"{type(array).__module__.partition('.')[0]}.{type(array).__qualname__}"
 
 
 def _installed(name: str) -> bool:
@@ -114,61 +166,33 @@ def _installed(name: str) -> bool:
 
 def _load(point: EntryPoint) -> Backend:
     """The adapter that an entry point names, checked."""
-    origin = _origin(point)
     if not _installed(point.name):
         raise MissingDependencyError(
-            f"the {point.name} backend of {origin} needs {point.name}, which is not installed. "
-            "Install that library."
+            f"the {point.name} backend of {origin(point)} needs {point.name}, which is not "
+            "installed. Install that library."
         )
-    try:
-        loaded: Backend = point.load()
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"the {point.name} backend of {origin} needs {error.name}, which is not installed. "
-            "Install it, or install the distribution anew."
-        ) from error
-    except Exception as error:  # other people's code runs when it is imported
-        raise BackendError(
-            f"the {point.name} backend of {origin} must load; got {type(error).__name__}: "
-            f"{error}. Update or uninstall the distribution."
-        ) from error
-    _check(loaded, point.name, origin)
+    loaded: Backend = load_entry_point(point, "backend", BackendError)
+    _check(loaded, point.name, origin(point))
     return loaded
 
 
-def _check(loaded: Backend, name: str, origin: str) -> None:
+def _check(loaded: Backend, name: str, source: str) -> None:
     if isinstance(loaded, type):
         raise BackendError(
-            f"the {name} backend of {origin} must be an object; got the class "
+            f"the {name} backend of {source} must be an object; got the class "
             f"{loaded.__qualname__}. Let the entry point name an instance of it."
         )
     missing = [each for each in _MEMBERS if not hasattr(loaded, each)]
     if missing:
         raise BackendError(
-            f"the {name} backend of {origin} must have every member of tensormoe.backend.Backend; "
+            f"the {name} backend of {source} must have every member of tensormoe.backend.Backend; "
             f"got {type(loaded).__qualname__} without {', '.join(missing)}. Add what is missing."
         )
     if loaded.name != name:
         raise BackendError(
-            f"the {name} backend of {origin} must have that name, the root module of its arrays; "
+            f"the {name} backend of {source} must have that name, the root module of its arrays; "
             f"got {loaded.name!r}. Give the entry point and the adapter one name."
         )
 
 
 _MEMBERS = tuple(member for member in vars(Backend) if not member.startswith("_"))
-
-
-def _origin(point: EntryPoint) -> str:
-    """Who registered it, for messages: the distribution, and the object it names."""
-    return f"{point.dist.name if point.dist else 'an unknown distribution'} ({point.value})"
-
-
-@lru_cache(maxsize=1)
-def _entry_points() -> dict[str, tuple[EntryPoint, ...]]:
-    # a third of the core's import time, and needed for unknown names only
-    from importlib.metadata import entry_points
-
-    found: dict[str, tuple[EntryPoint, ...]] = {}
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        found[point.name] = (*found.get(point.name, ()), point)
-    return found

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import IO, Any, TypeGuard
 
+from tensormoe._validation import brief
 from tensormoe.errors import CheckpointError
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "METADATA",
     "ArrayInfo",
     "Placed",
-    "brief",
     "canonical_json",
     "code_of",
     "encode_frame",
@@ -132,7 +131,8 @@ def parse_entries(text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     Raises:
         CheckpointError: no JSON object, a name that stands twice, or metadata that are no strings.
     """
-    if not text.startswith(b"{"):
+    # the package of that name lets white space stand before it
+    if not text.lstrip(b" \t\r\n").startswith(b"{"):
         raise CheckpointError(f"a header must begin with '{{'; got {brief(text)}. {DAMAGED}")
     entries = parse_json(text, "the header")
     metadata = entries.pop(METADATA, {})
@@ -265,16 +265,6 @@ def canonical_json(value: Any) -> str:
     return json.dumps(
         value, allow_nan=False, ensure_ascii=False, separators=(",", ":"), sort_keys=True
     )
-
-
-def brief(value: Any) -> str:
-    """``repr`` of a value that may be huge or nested without end."""
-    shortener = reprlib.Repr()
-    shortener.maxstring = shortener.maxother = 80
-    try:
-        return shortener.repr(value)
-    except ValueError:  # Python refuses to print integers of thousands of digits
-        return f"an {type(value).__name__} too long to print"
 
 
 def code_of(dtype: str) -> str:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from tensormoe._validation import positive_int, positive_ints
-from tensormoe.errors import SpecError
+from tensormoe._validation import flag, non_negative_int, positive_int, positive_ints
+from tensormoe.errors import PlanError, RankError, SpecError
 from tensormoe.factorizations import (
+    FACTORIZATIONS,
     INPUT,
     OUTPUT,
     Factorization,
+    FactorizationLike,
     Initializer,
     Network,
+    factorization_class,
+    rank_pattern,
     resolve_factorization,
 )
 
@@ -34,7 +38,7 @@ class LayerSpec:
         in_features: I, the size of an input.
         out_features: O, the size of an output.
         experts: N, or one size a level of hierarchy, (N₁, …, N_E); stored as a tuple.
-        factorization: a value such as ``CP(rank=64)``, or a name that needs no rank.
+        factorization: a value such as ``CP(rank=64)``, or a name or class that needs no rank.
         bias: whether every expert has a bias, stored as one small array over the bonds.
 
     Raises:
@@ -58,18 +62,17 @@ class LayerSpec:
         in_features: int,
         out_features: int,
         experts: int | tuple[int, ...],
-        factorization: str | Factorization,
+        factorization: FactorizationLike,
         bias: bool = True,
     ) -> None:
-        if not isinstance(bias, bool):
-            raise SpecError(f"bias must be True or False; got {bias!r}.")
+        flag(bias, "bias")
         put = object.__setattr__
         put(self, "in_features", positive_int(in_features, "in_features"))
         put(self, "out_features", positive_int(out_features, "out_features"))
         put(self, "experts", positive_ints(experts, "experts", "level"))
         put(self, "factorization", resolve_factorization(factorization))
         put(self, "bias", bias)
-        self.factorization.bonds(self.levels)  # a rank of another length fails here, not later
+        _check_bonds(self.factorization, self.levels)
         fields = (self.in_features, self.out_features, self.experts, self.factorization, self.bias)
         put(self, "_hash", hash(fields))
 
@@ -172,6 +175,12 @@ class LayerSpec:
         # the planner stands on specs, so it is imported when the first plan is asked for
         from tensormoe.planning import Routing, plan_layer
 
+        # looked at here, since the cache behind takes 1.0 and True for 1
+        batch = non_negative_int(batch, "batch", PlanError)
+        flag(prepared, "prepared", PlanError)
+        flag(indexed_input, "indexed_input", PlanError)
+        if memory_limit is not None:
+            memory_limit = positive_int(memory_limit, "memory_limit", PlanError)
         routing = Routing(top_k, indexed_input)
         return plan_layer(self, batch, routing, prepared=prepared, memory_limit=memory_limit)
 
@@ -199,14 +208,19 @@ class LayerSpec:
         return self.plan(batch).cost(gate, training=training, itemsize=itemsize)
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec in plain values, as checkpoints store it."""
-        rank = self.factorization.rank
+        """The spec in plain values, as checkpoints store it.
+
+        Raises:
+            SpecError: the factorization's name and rank do not tell it: the name is another
+                class's, or it has options besides.
+        """
+        factorization = self.factorization
         return {
             "in_features": self.in_features,
             "out_features": self.out_features,
             "experts": list(self.experts),
-            "factorization": self.factorization.name,
-            "rank": list(rank) if isinstance(rank, tuple) else rank,
+            "factorization": factorization.name,
+            "rank": _saved_rank(factorization),
             "bias": self.bias,
         }
 
@@ -232,3 +246,40 @@ class LayerSpec:
             factorization,
             values["bias"],
         )
+
+
+def _check_bonds(factorization: Factorization, levels: int) -> None:
+    """Refuse here, not later, a rank of another length, or of values that the class let pass."""
+    bonds = factorization.bonds(levels)
+    pattern = rank_pattern(factorization, levels)
+    if bonds:
+        positive_ints(bonds, "rank", "bond", RankError)
+    if len(bonds) != len(pattern):
+        raise RankError(
+            f"rank must have {len(pattern)} bonds for {factorization.name} at {levels} expert "
+            f"level(s); got {len(bonds)}: {factorization.rank!r}."
+        )
+
+
+def _saved_rank(factorization: Factorization) -> int | list[int] | None:
+    """The rank in plain values, if it and the name are all that there is to the factorization."""
+    given, name = factorization.rank, factorization.name
+    rank = None
+    if given is not None:
+        sizes = positive_ints(given, "rank", "bond", RankError)
+        rank = list(sizes) if isinstance(given, Iterable) else sizes[0]
+    kind: type[Factorization] = type(factorization)
+    if name in FACTORIZATIONS and factorization_class(name) is not kind:
+        raise SpecError(
+            f"a name must stand for one factorization; got {name!r} for "
+            f"{kind.__module__}.{kind.__qualname__}, and it is another class's. Give the class "
+            "another name, and register it."
+        )
+    again = resolve_factorization(kind, tuple(rank) if isinstance(rank, list) else rank)
+    if again != factorization:
+        raise SpecError(
+            f"a factorization must be told by its name and rank to be saved; got "
+            f"{factorization!r}, which they make {again!r}. Make a class of its own of every "
+            "other option."
+        )
+    return rank

@@ -72,7 +72,11 @@ class Backend(Protocol):
         ...
 
     def owns(self, array: Array, /) -> bool:
-        """Whether ``array`` belongs to this library: mixing libraries is an error."""
+        """Whether ``array`` is a plain, dense array of this library.
+
+        Mixing libraries is an error, and so are arrays that mean something else than their
+        entries: masked, sparse and nested ones, and NumPy's matrices.
+        """
         ...
 
     def matmul(self, left: Array, right: Array, /) -> Array:

@@ -41,9 +41,10 @@ from tensormoe._checkpoint_files import checkpoint_path, open_regular, write_who
 from tensormoe._checkpoint_format import SCHEMA_VERSION as SCHEMA_VERSION
 from tensormoe._checkpoint_format import CheckpointHeader as CheckpointHeader
 from tensormoe._checkpoint_format import encode_header, file_order, parse_header
-from tensormoe._registry import backend_of
+from tensormoe._registry import backend_of, check_array
 from tensormoe._safetensors import ArrayInfo as ArrayInfo
 from tensormoe._safetensors import read_frame
+from tensormoe._validation import flag, instance
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import BackendError, CheckpointError
 
@@ -121,7 +122,8 @@ def save_checkpoint(
     """Write a checkpoint that is there whole or not at all.
 
     Equal content gives equal bytes. A save that is killed leaves the old file as it was, and at
-    most a hidden file whose name ends in :data:`PARTIAL_SUFFIX`. While it runs, the save takes as
+    most a hidden file whose name ends in :data:`PARTIAL_SUFFIX`, which the next save of that path
+    removes. While it runs, the save takes as
     much memory again as the arrays.
 
     Args:
@@ -139,14 +141,16 @@ def save_checkpoint(
             what and why.
     """
     target = checkpoint_path(path)
-    if not isinstance(arrays, Mapping):
-        raise CheckpointError(
-            f"arrays must be a mapping from names to arrays; got {type(arrays).__qualname__}."
-        )
+    instance(arrays, Mapping, "arrays", "a mapping from names to arrays", CheckpointError)
     infos: dict[str, ArrayInfo] = {}
     contents: dict[str, bytes] = {}
+    backend: Backend | None = None
     for name, array in arrays.items():
-        backend = _backend_for(name, array, arrays)
+        try:
+            backend = backend_of(array) if backend is None else backend
+        except BackendError as error:
+            raise BackendError(f"array {name!r}: {error}") from None
+        check_array(array, backend, f"array {name!r}")
         dtype, shape, contents[name] = backend.to_bytes(array)
         try:
             infos[name] = ArrayInfo(dtype, shape)
@@ -230,6 +234,11 @@ def match_arrays(
     'c' () is missing
     'b' must have the shape (4,); got (3,)
     """
+    instance(expected, Mapping, "expected", "a mapping from names to shapes", CheckpointError)
+    instance(arrays, Mapping, "arrays", "a mapping from names to arrays", CheckpointError)
+    flag(strict, "strict", CheckpointError)
+    for name, shape in expected.items():
+        instance(shape, (tuple, list), f"the shape of {name!r}", "a tuple", CheckpointError)
     wanted = {name: tuple(shape) for name, shape in expected.items()}
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     match = ArrayMatch(
@@ -249,28 +258,6 @@ def match_arrays(
             + match.describe()
         )
     return match
-
-
-def _backend_for(name: str, array: Array, arrays: Mapping[str, Array]) -> Backend:
-    """The backend of the first array, which must own ``array`` too."""
-    first, model = next(iter(arrays.items()))
-    try:
-        backend = backend_of(model)
-    except BackendError as error:
-        raise BackendError(
-            f"arrays must come from a library with a backend; got {_kind(model)} for {first!r}. "
-            "Convert it to an array."
-        ) from error
-    if not backend.owns(array):
-        raise BackendError(
-            f"arrays must come from one library; got {_kind(model)} for {first!r} and "
-            f"{_kind(array)} for {name!r}. Convert one: tensormoe never does it behind your back."
-        )
-    return backend
-
-
-def _kind(array: Array) -> str:
-    return f"{type(array).__module__.partition('.')[0]}.{type(array).__qualname__}"
 
 
 def _read_header(path: str, file: IO[bytes], size: int) -> CheckpointHeader:

@@ -17,14 +17,13 @@ import numpy as np
 from hypothesis import strategies as st
 
 from tensormoe import Gate, LayerSpec, TopK, entmax
+from tensormoe._config import ACTIVATIONS
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.testing import batch_shapes, gates, specs
 from tests._everywhere import Arrays, Call, Config, Found, Framework, class_name
 
 TOLERANCES = {"float32": 1e-5, "float64": 1e-12}
 """Largest difference between two frameworks, relative to an array's largest entry or to 1."""
-
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
 
 
 def values(config: Config, rng: np.random.Generator, dtype: str) -> dict[str, np.ndarray]:
@@ -185,14 +184,16 @@ def configs(draw: st.DrawFn) -> Config:
     if gate.normalization == "batch" and gate.alpha > 2.0:
         # whole batches without a logit near the threshold are too rare to be drawn
         gate = replace(gate, alpha=2.0)
-    first = LayerConfig(spec, gate)
     if kind == "layer":
-        return first
+        return LayerConfig(spec, gate)
+    gated = draw(st.booleans())
+    wide = replace(spec, out_features=2 * spec.out_features) if gated else spec
     other = draw(specs(levels=spec.levels, bias=spec.bias))
     second = LayerSpec(
         spec.out_features, other.out_features, spec.experts, other.factorization, spec.bias
     )
-    return BlockConfig(first, LayerConfig(second, None), draw(st.sampled_from(ACTIVATIONS)))
+    act = draw(st.sampled_from(ACTIVATIONS))
+    return BlockConfig(LayerConfig(wide, gate), LayerConfig(second, None), act, gated=gated)
 
 
 def ways(config: Config) -> Sequence[str]:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tensormoe import _registry, get_backend
+from tensormoe import _entry_points, _registry
+from tensormoe._registry import loaded_backend
+from tensormoe.factorizations import _named
 
 ROOT = Path(__file__).resolve().parents[1]
 THIRD_PARTY = ROOT / "tests" / "third_party"
@@ -46,16 +48,19 @@ def install_backend(site: Path, name: str, points: Mapping[str, str]) -> None:
 @contextmanager
 def installed(*places: Path) -> Iterator[None]:
     """Folders on the path, and off it again with all that was imported from them."""
-    with pytest.MonkeyPatch.context() as patch:
-        for place in places:
-            patch.syspath_prepend(str(place))
-        _forget_backends()
-        yield
-    _forget_backends()
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if file and any(Path(file).is_relative_to(place) for place in places):
-            del sys.modules[name]
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for place in places:
+                patch.syspath_prepend(str(place))
+            _forget_what_is_installed()
+            yield
+    finally:
+        # after a failure too, or tests that follow fail with it
+        _forget_what_is_installed()
+        for name, module in list(sys.modules.items()):
+            file = getattr(module, "__file__", None)
+            if file and any(Path(file).is_relative_to(place) for place in places):
+                del sys.modules[name]
 
 
 @contextmanager
@@ -68,6 +73,7 @@ def installed_package(folder: str, site: Path) -> Iterator[None]:
         yield
 
 
-def _forget_backends() -> None:
-    _registry._entry_points.cache_clear()
-    get_backend.cache_clear()
+def _forget_what_is_installed() -> None:
+    _entry_points.entry_points_of.cache_clear()
+    loaded_backend.cache_clear()
+    _named._from_entry_point.cache_clear()

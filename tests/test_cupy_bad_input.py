@@ -77,7 +77,7 @@ ON_HOST: dict[str, tuple[str, Callable[[], Any]]] = {
 @pytest.mark.parametrize("name", ON_HOST)
 def test_arrays_of_the_host_are_refused(name: str) -> None:
     what, call = ON_HOST[name]
-    rule = rf"{what} must be an array of cupy, as the layer's own; got numpy\.ndarray"
+    rule = rf"{what} must be an array of cupy; got numpy\.ndarray"
     with pytest.raises(BackendError, match=rule):
         call()
 

@@ -156,7 +156,7 @@ OPTIONS: dict[str, Case] = {
     "traced experts": (
         lambda f: traced(lambda k: build(f, experts=k).dtype, 5),
         SpecError,
-        "experts must be positive integers; got .*Tracer.* for level 0. Give one size a level",
+        "experts must be positive integers; got .*Tracer.* for level 0. Give one size per level",
     ),
     "traced experts of a level": (
         lambda f: traced(lambda k: build(f, experts=(3, k)).dtype, 5),
@@ -205,10 +205,15 @@ OPTIONS: dict[str, Case] = {
         SpecError,
         "act_layer must be one of 'gelu', .*; got 'mish'",
     ),
-    "an unknown function": (
-        lambda f: build(f, "MuMoEMLP", act_layer=jnp.sin),
+    "a class for an activation": (
+        lambda f: build(f, "MuMoEMLP", act_layer=int),
         SpecError,
-        "act_layer must be one of .*sin",
+        "act_layer must be one of .*; got <class 'int'>. Or give a function",
+    ),
+    "gated by a number": (
+        lambda f: build(f, "MuMoEMLP", gated=1),
+        SpecError,
+        "gated must be True or False; got 1",
     ),
 }
 

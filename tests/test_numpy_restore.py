@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tensormoe import Gate
+from tensormoe.checkpoint import peek_checkpoint
 from tensormoe.errors import BackendError, CheckpointError, ShapeError
 from tensormoe_numpy import MuMoE, MuMoEEmbedding, MuMoEMLP
 
@@ -59,3 +61,15 @@ def test_cotangents_of_the_gate_are_checked() -> None:
     _, pull = layer.route_vjp(np.ones((4, 6), "float32"))
     with pytest.raises(BackendError, match="cotangent of level 0 must be an array of numpy"):
         pull([[1.0, 2.0, 3.0]])
+
+
+class OfAUser(MuMoE):
+    """A class that a user derived."""
+
+
+def test_a_derived_class_is_saved_as_the_librarys(tmp_path: Path) -> None:
+    layer = OfAUser(5, 4, 3, rank=2, seed=0)
+    layer.save(tmp_path / "a")
+    assert peek_checkpoint(tmp_path / "a").block == "MuMoE"
+    for kind in (MuMoE, OfAUser):
+        assert type(kind.load(tmp_path / "a")) is kind

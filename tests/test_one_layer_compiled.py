@@ -47,6 +47,12 @@ LEARNT = BlockConfig(
     LayerConfig(LayerSpec(5, 3, 4, CP(2), False), None),
     "silu",
 )
+GATED = BlockConfig(
+    LayerConfig(LayerSpec(4, 6, (3, 2), CP(3)), Gate(alpha=1.25)),
+    LayerConfig(LayerSpec(3, 5, (3, 2), TensorRing(2)), None),
+    "silu",
+    gated=True,
+)
 
 # configuration, how coefficients come, leading shape
 CASES = [
@@ -64,6 +70,7 @@ CASES = [
     pytest.param(BLOCK, "gate", (3,), id="block-gate"),
     pytest.param(LEARNT, "dense", (2,), id="learnt-dense"),
     pytest.param(LEARNT, "gate", (4,), id="learnt-gate"),
+    pytest.param(GATED, "gate", (3,), id="gated-gate"),
 ]
 
 

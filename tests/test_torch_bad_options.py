@@ -83,15 +83,30 @@ CASES: dict[str, tuple[Callable[..., Any], type[TensormoeError], str]] = {
         SpecError,
         "act_layer must be one of 'gelu', .*; got 'mish'",
     ),
-    "an activation of another class": (
-        lambda: block(act_layer=torch.nn.ELU),
+    "a class that needs arguments": (
+        lambda: block(act_layer=torch.nn.Threshold),
         SpecError,
-        "act_layer must be one of 'gelu', .*; got <class 'torch.nn.*ELU'>",
+        "act_layer must be a class that needs no arguments, or an instance; Threshold",
     ),
-    "an activation that is built": (
-        lambda: block(act_layer=torch.nn.GELU()),
+    "a class of no modules": (
+        lambda: block(act_layer=int),
         SpecError,
-        r"act_layer must be one of 'gelu', .*; got GELU\(",
+        "act_layer must be one of 'gelu', .*; got <class 'int'>",
+    ),
+    "a function of something else": (
+        lambda: block(act_layer=lambda: 0),
+        SpecError,
+        "act_layer must be called with one tensor; .*takes 0 positional",
+    ),
+    "a function to something else": (
+        lambda: block(act_layer=len),
+        SpecError,
+        "act_layer must give a tensor; .* gave int",
+    ),
+    "gated by a number": (
+        lambda: block(gated=1),
+        SpecError,
+        "gated must be True or False; got 1",
     ),
     "everything dropped": (
         lambda: block(drop=1.0),

@@ -327,7 +327,7 @@ def test_differences_of_blocks_and_rings() -> None:
     with pytest.raises(CheckpointError, match="positive integer"):
         from_official(empty | {"projs.0": normal(IN, 4)})
     integers = {name: array.to(torch.int32) for name, array in official(norm="ln").items()}
-    with pytest.raises(CheckpointError, match="dtype must be one of"):
+    with pytest.raises(CheckpointError, match=r"one real floating-point dtype; got torch\.int32"):
         from_official(integers)
 
 
@@ -355,6 +355,11 @@ def test_arguments_of_reading() -> None:
         (MuMoE(4, 3, 2, CP(2), gate=Gate(alpha=2.0)), "must be entmax-1.5"),
         (MuMoE(4, 3, 2, CP(2), gate=Gate("top_k", k=1)), "must be entmax-1.5"),
         (MuMoEMLP(4, 3, act_layer="relu", experts=2, rank=2), "act_layer must be 'gelu'"),
+        (
+            MuMoEMLP(4, 3, act_layer=torch.sin, experts=2, rank=2),
+            "act_layer must be 'gelu'; got None",
+        ),
+        (MuMoEMLP(4, 3, gated=True, experts=2, rank=2), "gated must be False; got True"),
         (MuMoEMLP(4, experts=2, factorization=(CP(2), CP(3))), "stored alike"),
         (MuMoEMLP(4, experts=2, factorization=(CP(2), TensorRing(2))), "stored alike"),
         (PreNormed(MuMoE(4, 3, 2, CP(2)), nn.LayerNorm(4, eps=1e-3)), "norm must be LayerNorm"),

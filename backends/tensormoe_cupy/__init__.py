@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from tensormoe._extras import missing
 
-from tensormoe.errors import MissingDependencyError
-
-if find_spec("cupy") is None:
-    raise MissingDependencyError(
-        "tensormoe_cupy needs cupy, which is not installed. "
-        "Install it with: pip install 'tensormoe[cupy]'."
-    )
+if absent := missing("tensormoe_cupy", ("cupy",), "cupy"):
+    raise absent
 
 from tensormoe_cupy._adapter import BACKEND as BACKEND
 from tensormoe_cupy._adapter import CupyBackend as CupyBackend

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from tensormoe._extras import missing
+
+if absent := missing("tensormoe_jax", ("jax",), "jax"):
+    raise absent
+
 from tensormoe_jax._activations import ACTIVATIONS as ACTIVATIONS
 from tensormoe_jax._adapter import BACKEND as BACKEND
 from tensormoe_jax._adapter import JaxBackend as JaxBackend

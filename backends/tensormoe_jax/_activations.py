@@ -12,7 +12,7 @@ from jax import Array
 from tensormoe._validation import choice
 from tensormoe.errors import SpecError
 
-__all__ = ["ACTIVATIONS", "Act", "activation_name"]
+__all__ = ["ACTIVATIONS", "Act", "activation_name", "own_activation"]
 
 Act = str | Callable[[Array], Array]
 
@@ -37,14 +37,39 @@ _FUNCTIONS: Mapping[Callable[[Array], Array], str] = MappingProxyType(
 )
 
 
-def activation_name(act_layer: Act) -> str:
+def activation_name(act_layer: Act) -> str | None:
     """The name of an activation that is given by its name, or as JAX's function.
 
-    Raises:
-        SpecError: another name or function.
+    Returns:
+        None for another function, or a module: the block holds it, and no checkpoint names it.
 
-    >>> activation_name(jax.nn.silu), activation_name("gelu")
-    ('silu', 'gelu')
+    Raises:
+        SpecError: another name, or nothing that can be called.
+
+    >>> activation_name(jax.nn.silu), activation_name("gelu"), activation_name(jnp.sin)
+    ('silu', 'gelu', None)
     """
-    known = _FUNCTIONS.get(act_layer) if callable(act_layer) else act_layer
-    return choice(act_layer if known is None else known, ACTIVATIONS, "act_layer", SpecError)
+    if callable(act_layer) and not isinstance(act_layer, type):
+        # a module need not be hashable
+        named = (name for function, name in _FUNCTIONS.items() if function is act_layer)
+        return next(named, None)
+    try:
+        return choice(act_layer, ACTIVATIONS, "act_layer", SpecError)
+    except SpecError as error:
+        raise SpecError(f"{error} Or give a function of arrays, such as jax.nn.relu6.") from None
+
+
+def own_activation(name: str | None, act_layer: Act | None) -> Callable[[Array], Array] | None:
+    """What a block must hold as its activation: None if its configuration names one.
+
+    Raises:
+        SpecError: neither or both, where they are not the same.
+    """
+    if name is None and callable(act_layer):
+        return act_layer
+    if act_layer is None or activation_name(act_layer) != name:
+        raise SpecError(
+            f"act must be the activation of a block whose configuration names none; got "
+            f"{act_layer!r} for {name!r}."
+        )
+    return None

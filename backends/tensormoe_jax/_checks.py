@@ -13,7 +13,7 @@ from tensormoe.errors import BackendError, ShapeError
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe_jax._adapter import BACKEND
 
-__all__ = ["check_parameters", "check_range", "dtype_of"]
+__all__ = ["check_parameters", "check_range", "checked_buffers", "dtype_of"]
 
 Parameters = Mapping[str, Array]
 Config = LayerConfig | BlockConfig
@@ -21,6 +21,7 @@ Config = LayerConfig | BlockConfig
 
 def check_parameters(config: Config, parameters: Parameters, *parts: str) -> None:
     """Refuse parameters that are not the layer's, in the parts that are about to be used."""
+    functional.check_config(config)
     if not isinstance(parameters, Mapping):
         raise BackendError(
             "parameters must be arrays of JAX by canonical name, a dictionary; got a "
@@ -40,6 +41,34 @@ def check_parameters(config: Config, parameters: Parameters, *parts: str) -> Non
                 f"{name} must have shape {shape}; got {parameters[name].shape}. Stacked layers run "
                 "under jax.vmap or jax.lax.scan."
             )
+
+
+def checked_buffers(config: Config, buffers: Parameters | None) -> dict[str, Array]:
+    """Running statistics by canonical name; empty where none are given, or needed.
+
+    Raises:
+        BackendError: not a mapping of JAX's arrays.
+        ShapeError: some of the layer's are missing, or have other shapes.
+    """
+    functional.check_config(config)
+    if buffers is None:
+        return {}
+    if not isinstance(buffers, Mapping):
+        raise BackendError(
+            "buffers must be arrays of JAX by canonical name, a dictionary; got a "
+            f"{type(buffers).__name__}. Pass what initial_buffers returned."
+        )
+    shapes = config.buffer_shapes()
+    if buffers and {*buffers} != {*shapes}:
+        raise ShapeError(
+            f"buffers must be {sorted(shapes)}; got {sorted(map(str, buffers))}. Pass what "
+            "initial_buffers returned for this config."
+        )
+    for name, shape in shapes.items() if buffers else ():
+        functional.check_array(buffers[name], BACKEND, name)
+        if buffers[name].shape != shape:
+            raise ShapeError(f"{name} must have shape {shape}; got {buffers[name].shape}.")
+    return dict(buffers)
 
 
 def dtype_of(parameters: Parameters) -> Any:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tensormoe._validation import brief
 from tensormoe.errors import SpecError
 
 __all__ = ["FLOATS", "checked_dtype"]
@@ -25,10 +26,10 @@ def checked_dtype(dtype: Any) -> np.dtype[Any]:
         if isinstance(dtype, jax.Array):
             raise TypeError("an array stands for its dtype elsewhere, and is none")
         found = jax.dtypes.canonicalize_dtype(float) if dtype is None else jnp.dtype(dtype)
-    except TypeError:
+    except (TypeError, ValueError):
         found = None
     if found is None or found.name not in FLOATS:
-        raise SpecError(f"dtype must be one of {', '.join(FLOATS)}; got {dtype!r}.")
+        raise SpecError(f"dtype must be one of {', '.join(FLOATS)}; got {brief(dtype)}.")
     if jax.dtypes.canonicalize_dtype(found) != found:
         raise SpecError(
             f"dtype {found.name} needs JAX's 64-bit mode, which is off. Switch it on with "

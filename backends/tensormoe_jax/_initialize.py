@@ -45,6 +45,7 @@ def initialize(
     {'factors.expert_0': (3, 2), 'factors.input': (8, 2), 'factors.output': (4, 2), \
 'factors.bias': (2,), 'gate.projection_0': (8, 3)}
     """
+    functional.check_config(config)
     if isinstance(config, BlockConfig):
         first, second = jax.random.split(checked_key(key))
         parts = {
@@ -79,6 +80,7 @@ def initial_buffers(config: Config, *, dtype: Any = None) -> dict[str, Array]:
         config: of a layer or a block.
         dtype: of the parameters; statistics are float32 at least.
     """
+    functional.check_config(config)
     kind = checked_dtype(dtype)
     wide = kind if kind.itemsize >= 4 else jnp.dtype("float32")
     return {

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import jax
 import numpy as np
 from jax import Array
 
@@ -20,6 +21,7 @@ from tensormoe_jax._initialize import initial_buffers, initialize
 __all__ = ["Block", "Layer", "Ready", "first_values", "ready"]
 
 C = TypeVar("C", LayerConfig, BlockConfig)
+Weights = tuple[Array, Array | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,11 +134,56 @@ class Block(_Named):
     """What blocks share: ``first.factors.<name>``, ``second.factors.<name>``, ``gate.<name>``."""
 
     config: BlockConfig
+    first: Any
+    second: Any
+    act: Callable[[Array], Array] | None
 
     @property
     def num_parameters(self) -> int:
         """Trainable entries, the gate's included."""
-        return self.config.first.num_parameters + self.config.second.num_parameters
+        own = (each for each in jax.tree.leaves(self.act) if isinstance(each, Array))
+        return self.config.num_parameters + sum(each.size for each in own)
+
+    @property
+    def in_features(self) -> int:
+        """Size of an input."""
+        return self.config.first.spec.in_features
+
+    @property
+    def hidden_features(self) -> int:
+        """Size between the layers: of what the second is given."""
+        return self.config.hidden_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of an output."""
+        return self.config.second.spec.out_features
+
+    def plan(self, batch: int) -> tuple[Plan, Plan]:
+        """How each of the two layers runs ``batch`` inputs."""
+        return self.first.plan(batch), self.second.plan(batch)
+
+    def expert(self, *index: int) -> tuple[Weights, Weights]:
+        """One expert, an MLP of its own, as matrix and bias of both of its layers; differentiable.
+
+        The block with coefficient 1 for this expert computes ``act(x @ W1 + b1) @ W2 + b2``, and if
+        it is gated ``(act(g) * u) @ W2 + b2`` with ``g`` and ``u`` the halves of ``x @ W1 + b1``.
+
+        Args:
+            index: one number per level; plain integers, not traced ones.
+
+        Returns:
+            ``(W1, b1), (W2, b2)``: (in, hidden) and (hidden,), twice as many columns if the block
+            is gated; (hidden, out) and (out,). Biases are None where the block has none.
+
+        Raises:
+            ShapeError: another number of levels, or an index out of range.
+        """
+        return self.first.expert(*index), self.second.expert(*index)
+
+    def materialize(self) -> tuple[Weights, Weights]:
+        """The experts of both layers, built explicitly: of each as :meth:`MuMoE.materialize`."""
+        return self.first.materialize(), self.second.materialize()
 
     def cost(self, batch: int, *, training: bool = False) -> Cost:
         """What one call costs for ``batch`` inputs; the activation between is not counted."""
@@ -149,10 +196,11 @@ class Block(_Named):
     def _describe(self, drop: float) -> str:
         first, second = self.config.first.spec, self.config.second.spec
         experts = first.experts[0] if first.levels == 1 else first.experts
+        gated = "gated=True, " if self.config.gated else ""
         return (
-            f"{type(self).__name__}({first.in_features}, {first.out_features}, "
-            f"{second.out_features}, act_layer={self.config.act_layer!r}, bias={first.bias}, "
-            f"drop={drop}, experts={experts}, "
+            f"{type(self).__name__}({first.in_features}, {second.in_features}, "
+            f"{second.out_features}, act_layer={self.config.act_layer or self.act!r}, "
+            f"bias={first.bias}, drop={drop}, {gated}experts={experts}, "
             f"factorization={(first.factorization, second.factorization)!r}, "
             f"gate={self.config.first.gate!r}{self._dtype_argument()})"
         )

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from tensormoe import functional
-from tensormoe.errors import ShapeError
+from tensormoe._validation import flag
+from tensormoe.errors import ShapeError, SpecError
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.gates import TopK
 from tensormoe_jax._activations import ACTIVATIONS
 from tensormoe_jax._adapter import BACKEND
-from tensormoe_jax._checks import check_parameters, check_range, dtype_of
+from tensormoe_jax._checks import check_parameters, check_range, checked_buffers, dtype_of
 from tensormoe_jax._keys import checked_key
 
 __all__ = [
@@ -41,6 +42,7 @@ Given = Array | TopK | Sequence[Array | TopK]
 Parameters = Mapping[str, Array]
 Config = LayerConfig | BlockConfig
 Drop = Callable[[Array], Array]
+Act = Callable[[Array], Array]
 
 
 def coefficients(
@@ -70,8 +72,9 @@ def coefficients(
         GateError: a batch-norm gate without buffers, outside training.
     """
     check_parameters(config, parameters, "gate.")
+    flag(training, "training")
     layer = config.first if isinstance(config, BlockConfig) else config
-    kept = dict(buffers or {})
+    kept = checked_buffers(config, buffers)
     lead = functional.check_input(x, layer.spec.in_features, dtype_of(parameters), BACKEND)
     rows = x.reshape(prod(lead), layer.spec.in_features)
     names = axis_name if isinstance(axis_name, list | tuple) else (axis_name,)
@@ -97,6 +100,7 @@ def apply(
     coefficients: Given | None = None,
     *,
     buffers: Parameters | None = None,
+    act: Act | None = None,
 ) -> Array:
     """Run a layer, an embedding or a block outside training.
 
@@ -107,6 +111,7 @@ def apply(
         coefficients: ready-made ones, an array (..., N_e) or a ``TopK`` a level; the gate makes
             them otherwise.
         buffers: running statistics of a batch-norm gate.
+        act: the activation of a block whose configuration names none; any function of arrays.
 
     Returns:
         (..., out).
@@ -114,6 +119,7 @@ def apply(
     Raises:
         BackendError: no arrays of JAX's.
         ShapeError: parameters, input or coefficients do not fit the layer.
+        SpecError: a block whose configuration names no activation, and none given; or both.
 
     >>> import jax, jax.numpy as jnp
     >>> from tensormoe.functional import LayerConfig
@@ -124,7 +130,7 @@ def apply(
     >>> jax.jit(apply, static_argnums=0)(config, parameters, jnp.ones((5, 8))).shape
     (5, 4)
     """
-    return _run(config, parameters, x, coefficients, buffers, False, None)[0]
+    return _run(config, parameters, x, coefficients, buffers, False, None, act)[0]
 
 
 def train(
@@ -135,6 +141,7 @@ def train(
     *,
     buffers: Parameters | None = None,
     key: Array | None = None,
+    act: Act | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """:func:`apply` in training: a batch-norm gate uses the batch's own statistics, blocks drop.
 
@@ -145,6 +152,7 @@ def train(
         coefficients: ready-made ones; the gate makes them otherwise.
         buffers: running statistics of a batch-norm gate.
         key: of ``jax.random``, for a block that drops entries.
+        act: as for :func:`apply`.
 
     Returns:
         (..., out), and the buffers afterwards.
@@ -153,7 +161,7 @@ def train(
         BackendError, ShapeError: as :func:`apply`.
         SpecError: a block that drops entries, and no key.
     """
-    return _run(config, parameters, x, coefficients, buffers, True, key)
+    return _run(config, parameters, x, coefficients, buffers, True, key, act)
 
 
 def _run(
@@ -164,10 +172,11 @@ def _run(
     buffers: Parameters | None,
     training: bool,
     key: Array | None,
+    act: Act | None,
 ) -> tuple[Array, dict[str, Array]]:
-    kept = dict(buffers or {})
+    kept = checked_buffers(config, buffers)
     if isinstance(config, BlockConfig):
-        return _run_block(config, parameters, x, given, kept, training, key)
+        return _run_block(config, parameters, x, given, kept, training, key, act)
     if given is None:
         if config.gate is None:
             raise ShapeError(
@@ -187,6 +196,7 @@ def _run_block(
     kept: dict[str, Array],
     training: bool,
     key: Array | None,
+    act: Act | None,
 ) -> tuple[Array, dict[str, Array]]:
     drops: tuple[Drop, Drop] = (_keep, _keep)
     if training and config.drop:
@@ -194,7 +204,7 @@ def _run_block(
         drops = (_dropping(config.drop, first), _dropping(config.drop, second))
     if given is None:
         given, kept = coefficients(config, parameters, x, buffers=kept, training=training)
-    return mix_block(config, parameters, x, given, *drops), kept
+    return mix_block(config, parameters, x, given, *drops, act), kept
 
 
 def mix_block(
@@ -204,6 +214,7 @@ def mix_block(
     given: Given,
     drop_middle: Drop,
     drop_last: Drop,
+    act: Act | None = None,
 ) -> Array:
     """Both layers of a block, mixed by ready-made coefficients.
 
@@ -214,10 +225,23 @@ def mix_block(
         given: the coefficients of both layers.
         drop_middle: what drops entries behind the activation.
         drop_last: what drops entries behind the second layer.
+        act: the activation of a block whose configuration names none.
     """
     check_parameters(config, parameters, "first.", "second.")
+    if (act is None) == (config.act_layer is None):
+        raise SpecError(
+            "a block has one activation, by name in its configuration or given as act=…; got "
+            f"{config.act_layer!r} and {act!r}."
+        )
+    function = ACTIVATIONS[config.act_layer] if config.act_layer is not None else act
+    assert function is not None
     parts = split_names(parameters)
-    middle = ACTIVATIONS[config.act_layer](_mix(config.first, parts["first"], x, given))
+    middle = _mix(config.first, parts["first"], x, given)
+    if config.gated:
+        gate, up = jnp.split(middle, 2, axis=-1)
+        middle = function(gate) * up
+    else:
+        middle = function(middle)
     return drop_last(_mix(config.second, parts["second"], drop_middle(middle), given))
 
 

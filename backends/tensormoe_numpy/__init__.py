@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from tensormoe._extras import missing
+
+if absent := missing("tensormoe_numpy", ("numpy", "scipy"), "numpy"):
+    raise absent
+
 from tensormoe_numpy._activations import ACTIVATIONS as ACTIVATIONS
 from tensormoe_numpy._adam import Adam as Adam
 from tensormoe_numpy._adapter import BACKEND as BACKEND

@@ -8,6 +8,7 @@ from math import sqrt
 import numpy as np
 
 from tensormoe import backend_of, functional
+from tensormoe._validation import instance
 from tensormoe.backend import Array
 from tensormoe.errors import ShapeError, SpecError
 
@@ -51,6 +52,7 @@ class Adam:
             if not _is_number(value) or not 0.0 <= value < float("inf"):
                 raise SpecError(f"{name} must be a number of at least 0; got {value!r}.")
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        instance(parameters, Mapping, "parameters", "a mapping from names to arrays", SpecError)
         self._parameters = dict(parameters)
         self._means, self._squares = _zeros(parameters), _zeros(parameters)
         self._steps = 0
@@ -62,6 +64,7 @@ class Adam:
             ShapeError: a gradient is missing or has another shape than its parameter.
             BackendError: a gradient is of another library than its parameter.
         """
+        instance(gradients, Mapping, "gradients", "a mapping from names to arrays", ShapeError)
         if not self._parameters:
             return
         backend = backend_of(*self._parameters.values())

@@ -38,7 +38,7 @@ class NumpyBackend(NumpyLikeBackend):
         return array
 
     def owns(self, array: Any, /) -> bool:
-        return isinstance(array, (np.ndarray, np.generic))
+        return isinstance(array, (np.ndarray, np.generic)) and not isinstance(array, _SPECIAL)
 
     def row_sums(self, array: NDArray, /) -> NDArray:
         # the product with ones is the fastest
@@ -83,6 +83,9 @@ class NumpyBackend(NumpyLikeBackend):
         # libraries that cannot say that their memory may be written to get it read-only
         return found.copy() if copy and not found.flags.writeable else found
 
+
+# entries that do not count, and products that mean something else
+_SPECIAL = (np.ma.MaskedArray, np.matrix)
 
 # A product that runs along a whole row adds up rounding errors over its length. Longer rows than
 # _LONG are therefore cut into pieces, whose sums are added pairwise.

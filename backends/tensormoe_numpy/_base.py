@@ -44,6 +44,9 @@ class Gradients:
 class Layer:
     """What the layers share: parameters by canonical name, and experts of given coefficients."""
 
+    # the name in checkpoints, also of classes that users derive
+    _kind: ClassVar[str]
+
     backend: ClassVar[NumpyLikeBackend] = BACKEND
     config: LayerConfig
     parameters: dict[str, Array]
@@ -118,7 +121,7 @@ class Layer:
         Raises:
             CheckpointError: the folder is missing or the file cannot be written.
         """
-        save_checkpoint(path, type(self).__name__, self.config.to_dict(), self.arrays)
+        save_checkpoint(path, self.config.block, self.config.to_dict(), self.arrays)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
@@ -128,7 +131,7 @@ class Layer:
             CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit; the
                 message lists every difference.
         """
-        config, arrays = functional.read_block(path, cls.__name__, LayerConfig, cls.backend)
+        config, arrays = functional.read_block(path, cls._kind, LayerConfig, cls.backend)
         return cls.restore(config, arrays)
 
     @classmethod
@@ -144,6 +147,7 @@ class Layer:
             CheckpointError: names or shapes that are not the layer's; lists every difference.
             ShapeError: parameters of different dtypes, or of one that no layer has.
         """
+        functional.check_config(config, cls._kind)
         functional.check_arrays(config, arrays, cls.backend, FLOATS)
         layer = cls.__new__(cls)
         layer.config = config

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from tensormoe import functional
 from tensormoe.backend import Array
-from tensormoe.factorizations import Factorization
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.planning import Budget
 from tensormoe_numpy._base import Given, Gradients, Layer, check_cotangent
 from tensormoe_numpy._random import checked_dtype, draw
@@ -45,12 +45,14 @@ class MuMoEEmbedding(Layer):
     (2, 3, 32)
     """
 
+    _kind = "MuMoEEmbedding"
+
     def __init__(
         self,
         num_embeddings: int,
         embedding_dim: int,
         experts: int | tuple[int, ...],
-        factorization: str | Factorization = "cp",
+        factorization: FactorizationLike = "cp",
         *,
         rank: int | tuple[int, ...] | None = None,
         budget: Budget | int | str | None = None,

@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tensormoe import functional
+from tensormoe._validation import flag
 from tensormoe.backend import Array
 from tensormoe.errors import ShapeError
 from tensormoe.execution import execute
-from tensormoe.factorizations import Factorization
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import Routed
 from tensormoe.gates import Gate, TopK
 from tensormoe.planning import Budget
@@ -62,12 +63,14 @@ class MuMoE(Layer):
     (5, 7, 10)
     """
 
+    _kind = "MuMoE"
+
     def __init__(
         self,
         in_features: int,
         out_features: int,
         experts: int | tuple[int, ...],
-        factorization: str | Factorization = "cp",
+        factorization: FactorizationLike = "cp",
         *,
         rank: int | tuple[int, ...] | None = None,
         budget: Budget | int | str | None = None,
@@ -92,6 +95,16 @@ class MuMoE(Layer):
     def __repr__(self) -> str:
         spec = self.config.spec
         return f"MuMoE({spec.in_features}, {spec.out_features}, {self._arguments()})"
+
+    @property
+    def in_features(self) -> int:
+        """Size of an input."""
+        return self.config.spec.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of an output."""
+        return self.config.spec.out_features
 
     def coefficients(self, x: Array) -> tuple[Array, ...]:
         """The coefficients of inputs (..., in): one array (..., N_e) a level, rows summing to one.
@@ -159,6 +172,7 @@ class MuMoE(Layer):
             The output (..., out), and a function from its cotangent, of the same shape, to
             :class:`Gradients`.
         """
+        flag(training, "training")
         lead = functional.check_input(x, self.spec.in_features, self.dtype, self.backend)
         rows = x.reshape(prod(lead), self.spec.in_features)
         pull_gate = None
@@ -199,6 +213,7 @@ class MuMoE(Layer):
             One array a level, and a function from their cotangents to the gradient by ``x`` and
             the gate's parameters by canonical name.
         """
+        flag(training, "training")
         lead = functional.check_input(x, self.spec.in_features, self.dtype, self.backend)
         weights, pull = self._route_vjp(x.reshape(prod(lead), x.shape[-1]), training)
 

@@ -14,10 +14,10 @@ from tensormoe._validation import choice
 from tensormoe.backend import Array
 from tensormoe.checkpoint import save_checkpoint
 from tensormoe.errors import SpecError
-from tensormoe.factorizations import Factorization
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import BlockConfig
 from tensormoe.gates import Gate
-from tensormoe.planning import Budget, Cost
+from tensormoe.planning import Budget, Cost, Plan
 from tensormoe_numpy._activations import ACTIVATIONS, activations
 from tensormoe_numpy._adapter import BACKEND
 from tensormoe_numpy._base import Given, Gradients, check_cotangent
@@ -26,6 +26,20 @@ from tensormoe_numpy._like_numpy import NumpyLikeBackend
 from tensormoe_numpy._random import FLOATS, checked_dtype, checked_generator, draw
 
 __all__ = ["MuMoEMLP"]
+
+Weights = tuple[Array, Array | None]
+
+
+def _checked_name(act_layer: Any) -> str:
+    try:
+        return choice(act_layer, ACTIVATIONS, "act_layer", SpecError)
+    except SpecError as error:
+        if not callable(act_layer) and act_layer is not None:
+            raise
+        raise SpecError(
+            f"{error} A function alone can't be trained here: its derivative is needed. PyTorch's "
+            "and JAX's blocks take any."
+        ) from None
 
 
 class MuMoEMLP:
@@ -39,13 +53,17 @@ class MuMoEMLP:
         hidden_features: size between the layers; ``in_features`` by default.
         out_features: size of an output; ``in_features`` by default.
         act_layer: name of the activation between: "gelu", "gelu_tanh", "relu", "silu" or "tanh".
+            Functions are not taken: training needs the derivative too.
         bias: whether every expert has a bias.
         drop: share of entries dropped, in training, behind the activation and the second layer.
+        gated: whether the block is a gated linear unit (SwiGLU with ``act_layer="silu"``; Shazeer
+            2020): ``second(act(g) * u)``, where ``g`` and ``u`` are the first and the second half
+            of the ``2 * hidden_features`` outputs of the first layer.
         experts: N, or one size a level of hierarchy.
         factorization: a value or a name for both layers, or a pair of them.
         rank: bond sizes of both layers, with a name.
         budget: upper limits for the block instead, both layers and the gate together;
-            ``"linear"`` stands for the parameters of the two linear layers that it replaces, and
+            ``"linear"`` stands for the parameters of the linear layers that it replaces, and
             ``Budget(…, gate=False)`` leaves the gate out. Layers share a budget as the linear ones
             would. Without rank or budget the factors of each layer get the parameters of its
             linear layer, and the gate comes on top.
@@ -79,8 +97,9 @@ class MuMoEMLP:
         bias: bool = True,
         drop: float = 0.0,
         *,
+        gated: bool = False,
         experts: int | tuple[int, ...],
-        factorization: str | Factorization | tuple[str | Factorization, str | Factorization] = "cp",
+        factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "cp",
         rank: int | tuple[int, ...] | None = None,
         budget: Budget | int | str | None = None,
         gate: Gate | str | None = "entmax",
@@ -92,8 +111,9 @@ class MuMoEMLP:
             in_features,
             hidden_features,
             out_features,
-            choice(act_layer, ACTIVATIONS, "act_layer", SpecError),
+            _checked_name(act_layer),
             drop,
+            gated=gated,
             experts=experts,
             factorization=factorization,
             rank=rank,
@@ -112,10 +132,12 @@ class MuMoEMLP:
     def __repr__(self) -> str:
         first, second = self.first.spec, self.second.spec
         experts = first.experts[0] if first.levels == 1 else first.experts
+        gated = "gated=True, " if self.config.gated else ""
         return (
-            f"MuMoEMLP({first.in_features}, {first.out_features}, {second.out_features}, "
-            f"act_layer={self.config.act_layer!r}, bias={first.bias}, drop={self.config.drop}, "
-            f"experts={experts}, factorization={(first.factorization, second.factorization)!r}, "
+            f"MuMoEMLP({first.in_features}, {second.in_features}, {second.out_features}, "
+            f"act_layer={self.config.act_layer!r}, bias={first.bias}, "
+            f"drop={self.config.drop}, {gated}experts={experts}, "
+            f"factorization={(first.factorization, second.factorization)!r}, "
             f"gate={self.first.gate!r}, dtype={self.dtype.name!r})"
         )
 
@@ -140,9 +162,50 @@ class MuMoEMLP:
         return {**self.parameters, **self.buffers}
 
     @property
+    def in_features(self) -> int:
+        """Size of an input."""
+        return self.first.in_features
+
+    @property
+    def hidden_features(self) -> int:
+        """Size between the layers: of what the second is given."""
+        return self.config.hidden_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of an output."""
+        return self.second.out_features
+
+    @property
     def num_parameters(self) -> int:
         """Trainable entries, the gate's included."""
-        return self.first.num_parameters + self.second.num_parameters
+        return self.config.num_parameters
+
+    def plan(self, batch: int) -> tuple[Plan, Plan]:
+        """How each of the two layers runs ``batch`` inputs."""
+        return self.first.plan(batch), self.second.plan(batch)
+
+    def expert(self, *index: int) -> tuple[Weights, Weights]:
+        """One expert, an MLP of its own, as matrix and bias of both of its layers.
+
+        The block with coefficient 1 for this expert computes ``act(x @ W1 + b1) @ W2 + b2``, and if
+        it is gated ``(act(g) * u) @ W2 + b2`` with ``g`` and ``u`` the halves of ``x @ W1 + b1``.
+
+        Args:
+            index: one number per level.
+
+        Returns:
+            ``(W1, b1), (W2, b2)``: (in, hidden) and (hidden,), twice as many columns if the block
+            is gated; (hidden, out) and (out,). Biases are None where the block has none.
+
+        Raises:
+            ShapeError: another number of levels, or an index out of range.
+        """
+        return self.first.expert(*index), self.second.expert(*index)
+
+    def materialize(self) -> tuple[Weights, Weights]:
+        """The experts of both layers, built explicitly: of each as :meth:`MuMoE.materialize`."""
+        return self.first.materialize(), self.second.materialize()
 
     def cost(self, batch: int, *, training: bool = False) -> Cost:
         """What one call costs for ``batch`` inputs; the activation between is not counted."""
@@ -161,8 +224,7 @@ class MuMoEMLP:
             coefficients: ready-made ones for both layers; the gate makes them otherwise.
         """
         given = self.first.coefficients(x) if coefficients is None else coefficients
-        middle = self._activation[0](self.first(x, given))
-        return self.second(middle, given)
+        return self.second(self._bend(self.first(x, given))[0], given)
 
     def vjp(
         self, x: Array, coefficients: Given | None = None, *, training: bool = True
@@ -180,18 +242,17 @@ class MuMoEMLP:
             given, pull_gate = self.first.route_vjp(x, training=training)
         else:
             given = coefficients
-        function, slope = self._activation
         before, pull_first = self.first.vjp(x, given)
-        keep = self._keep(before.shape, training)
-        after = function(before) * keep
-        result, pull_second = self.second.vjp(after, given)
+        middle, pull_middle = self._bend(before)
+        keep = self._keep(middle.shape, training)
+        result, pull_second = self.second.vjp(middle * keep, given)
         keep_out = self._keep(result.shape, training)
 
         def pullback(cotangent: Array) -> Gradients:
             check_cotangent(cotangent, result.shape, result.dtype, self.backend)
             second = pull_second(cotangent * keep_out)
             assert second.input is not None
-            first = pull_first(second.input * keep * slope(before))
+            first = pull_first(pull_middle(second.input * keep))
             by_level = tuple(
                 a + b for a, b in zip(first.coefficients, second.coefficients, strict=True)
             )
@@ -212,9 +273,20 @@ class MuMoEMLP:
         kept = self.backend.from_host(self._generator.random(shape) >= drop)
         return (kept / (1.0 - drop)).astype(self.dtype)
 
-    @property
-    def _activation(self) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
-        return activations(self.backend)[self.config.act_layer]
+    def _bend(self, before: Array) -> tuple[Array, Callable[[Array], Array]]:
+        """What happens between the layers, with its pullback."""
+        function, slope = activations(self.backend)[self.config.act_layer or ""]
+        if not self.config.gated:
+            return function(before), lambda cotangent: cotangent * slope(before)
+        hidden = self.config.hidden_features
+        gate, up = before[..., :hidden], before[..., hidden:]
+        passed = function(gate)
+
+        def pullback(cotangent: Array) -> Array:
+            halves = [cotangent * up * slope(gate), cotangent * passed]
+            return self.backend.namespace.concat(halves, axis=-1)
+
+        return passed * up, pullback
 
     def _named(self, first: dict[str, Array], second: dict[str, Array]) -> dict[str, Array]:
         gate = {name: value for name, value in first.items() if name.startswith("gate.")}
@@ -254,8 +326,11 @@ class MuMoEMLP:
 
         Raises:
             BackendError, CheckpointError, ShapeError: as :meth:`MuMoE.restore`.
+            SpecError: an activation that has no name.
         """
+        functional.check_config(config, "MuMoEMLP")
         functional.check_arrays(config, arrays, cls.backend, FLOATS)
+        _checked_name(config.act_layer)
         block = cls.__new__(cls)
         block.config = config
         gate = {name: array for name, array in arrays.items() if name.startswith("gate.")}

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensormoe import functional
+from tensormoe._validation import brief, non_negative_int
 from tensormoe.backend import Array
 from tensormoe.errors import SpecError
 from tensormoe.functional import LayerConfig
@@ -26,10 +27,10 @@ def checked_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
     try:
         # NumPy reads None as float64
         found = None if dtype is None else np.dtype(dtype)
-    except TypeError:
+    except (TypeError, ValueError):
         found = None
     if found is None or found.name not in FLOATS:
-        raise SpecError(f"dtype must be one of {', '.join(FLOATS)}; got {dtype!r}.")
+        raise SpecError(f"dtype must be one of {', '.join(FLOATS)}; got {brief(dtype)}.")
     return found
 
 
@@ -39,9 +40,12 @@ def checked_generator(seed: int | np.random.Generator | None) -> np.random.Gener
     Raises:
         SpecError: neither a seed nor a generator.
     """
-    try:
+    if seed is None or isinstance(seed, np.random.Generator):
         return np.random.default_rng(seed)
-    except (TypeError, ValueError):
+    try:
+        # NumPy takes more, and a matrix ends the process
+        return np.random.default_rng(non_negative_int(seed, "seed"))
+    except SpecError:
         raise SpecError(
             f"seed must be a non-negative integer or a NumPy generator; got {seed!r}."
         ) from None

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from tensormoe._extras import missing
+
+if absent := missing("tensormoe_torch", ("torch",), "torch"):
+    raise absent
+
 from tensormoe_torch._adapter import BACKEND as BACKEND
 from tensormoe_torch._adapter import TorchBackend as TorchBackend
 from tensormoe_torch._compress import CompressedModule as CompressedModule

@@ -49,7 +49,8 @@ class TorchBackend:
         return f"TorchBackend(eager={self.eager})"
 
     def owns(self, array: Any, /) -> bool:
-        return isinstance(array, Tensor)
+        strided = isinstance(array, Tensor) and array.layout is torch.strided
+        return strided and not array.is_nested
 
     def matmul(self, left: Tensor, right: Tensor, /) -> Tensor:
         if self.eager:
@@ -113,6 +114,11 @@ class TorchBackend:
         return array if self.eager else array.detach()
 
     def to_bytes(self, array: Tensor, /) -> tuple[str, tuple[int, ...], bytes]:
+        if array.is_meta:
+            raise BackendError(
+                "a tensor must have values to be written; got one on the meta device. Load or "
+                "initialize it first: to_empty(device=…), then reset_parameters()."
+            )
         solid = array.detach().to("cpu").contiguous()
         # no NumPy, which an installation of PyTorch may lack
         content = ctypes.string_at(solid.data_ptr(), solid.nbytes) if solid.nbytes else b""

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from tensormoe import LayerSpec, functional
+from tensormoe._validation import brief
 from tensormoe.checkpoint import save_checkpoint
 from tensormoe.errors import BackendError, ShapeError, SpecError
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.planning import Cost, Plan
 from tensormoe_torch._adapter import BACKEND, EAGER
 from tensormoe_torch._autograd import mix, no_autocast
-from tensormoe_torch._checks import Given, check_dense, compute_dtype, merged
+from tensormoe_torch._checks import Given, compute_dtype, merged
 from tensormoe_torch._gate import ExpertGate
 
 __all__ = ["Mixture", "checked_device", "checked_dtype", "filled", "holding"]
@@ -33,9 +34,9 @@ def checked_dtype(dtype: torch.dtype | None) -> torch.dtype:
         SpecError: not a floating-point type.
     """
     found = torch.get_default_dtype() if dtype is None else dtype
-    if found not in _FLOATS:
+    if not isinstance(found, torch.dtype) or found not in _FLOATS:
         names = ", ".join(str(each) for each in _FLOATS)
-        raise SpecError(f"dtype must be one of {names}; got {dtype!r}.")
+        raise SpecError(f"dtype must be one of {names}; got {brief(dtype)}.")
     return found
 
 
@@ -47,7 +48,7 @@ def checked_device(device: torch.device | str | None) -> torch.device | None:
     """
     try:
         return None if device is None else torch.device(device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise SpecError(
             f"device must be a torch.device or its name, such as 'cpu' or 'cuda:0'; got {device!r}."
         ) from error
@@ -96,8 +97,6 @@ def holding(
     """
     functional.check_arrays(config, arrays, BACKEND, _FLOATS)
     first, *others = arrays
-    for name, tensor in arrays.items():
-        check_dense(tensor, name)
     for name in others:
         if arrays[name].device != arrays[first].device:
             raise BackendError(

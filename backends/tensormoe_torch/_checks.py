@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from tensormoe import functional
-from tensormoe.errors import BackendError, ShapeError
+from tensormoe.errors import BackendError
 from tensormoe.functional import LayerConfig
 from tensormoe.gates import TopK
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._autograd import is_autocast
 from tensormoe_torch._tracing import is_traced
 
-__all__ = ["Given", "check_dense", "check_ids", "check_input", "compute_dtype", "merged"]
+__all__ = ["Given", "check_ids", "check_input", "compute_dtype", "merged"]
 
 Given = Tensor | TopK | Sequence[Tensor | TopK]
 """Ready-made coefficients: a tensor (..., N_e) or a ``TopK`` a level."""
@@ -40,10 +40,9 @@ def check_input(x: Tensor, features: int, weight: Tensor, name: str = "x") -> tu
 
     Raises:
         BackendError: no tensor, or one on another device.
-        ShapeError: no axis of ``features``, a sparse or nested tensor, or another dtype than the
-            layer's; under autocast, any that it narrows will do.
+        ShapeError: no axis of ``features``, or another dtype than the layer's; under autocast, any
+            that it narrows will do.
     """
-    check_dense(x, name)
     dtype = weight.dtype
     mixed = isinstance(x, Tensor) and x.dtype != dtype and x.dtype in _NARROWED
     if mixed and dtype in _NARROWED and is_autocast(weight.device.type):
@@ -63,7 +62,6 @@ def check_ids(ids: Tensor, count: int, weight: Tensor) -> Tensor:
         ShapeError: not integers, or an id out of range.
     """
     functional.check_array(ids, BACKEND, "ids")
-    check_dense(ids, "ids")
     _check_device(ids, weight, "ids")
     return functional.check_ids(ids, count, BACKEND, look=_readable(ids))
 
@@ -81,7 +79,6 @@ def merged(
     for given in coefficients if isinstance(coefficients, list | tuple) else (coefficients,):
         for array in (given.indices, given.values) if isinstance(given, TopK) else (given,):
             if isinstance(array, Tensor):
-                check_dense(array, "coefficients")
                 _check_device(array, weight, "coefficients")
     return functional.merged_coefficients(
         config, coefficients, lead, BACKEND, look=_readable(weight)
@@ -90,20 +87,6 @@ def merged(
 
 def _readable(array: Tensor) -> bool:
     return array.device.type == "cpu" and not is_traced(array)
-
-
-def check_dense(array: Tensor, name: str) -> None:
-    """Refuse sparse and nested tensors.
-
-    Raises:
-        ShapeError: one of those.
-    """
-    if isinstance(array, Tensor) and (array.layout is not torch.strided or array.is_nested):
-        kind = "nested" if array.is_nested else str(array.layout)
-        raise ShapeError(
-            f"{name} must be a dense tensor; got a {kind} one. Convert it with .to_dense(), or pad "
-            "it."
-        )
 
 
 def _check_device(array: Tensor, weight: Tensor, name: str) -> None:

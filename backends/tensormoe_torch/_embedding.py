@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tensormoe import functional
-from tensormoe.factorizations import Factorization
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.planning import Budget
 from tensormoe_torch._base import Mixture
 from tensormoe_torch._checks import Given, check_ids
@@ -46,7 +46,7 @@ class MuMoEEmbedding(Mixture):
         num_embeddings: int,
         embedding_dim: int,
         experts: int | tuple[int, ...],
-        factorization: str | Factorization = "cp",
+        factorization: FactorizationLike = "cp",
         *,
         rank: int | tuple[int, ...] | None = None,
         budget: Budget | int | str | None = None,
@@ -74,6 +74,16 @@ class MuMoEEmbedding(Mixture):
             f"MuMoEEmbedding({spec.in_features}, {spec.out_features}, experts={experts}, "
             f"factorization={spec.factorization!r}, dtype={self.dtype})"
         )
+
+    @property
+    def num_embeddings(self) -> int:
+        """Size of the vocabulary."""
+        return self.spec.in_features
+
+    @property
+    def embedding_dim(self) -> int:
+        """Size of an embedding."""
+        return self.spec.out_features
 
     def forward(self, ids: Tensor, coefficients: Given) -> Tensor:
         """Embeddings (..., dim) of ids (...), mixed by coefficients (..., N_e) a level.

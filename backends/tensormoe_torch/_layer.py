@@ -7,11 +7,12 @@ from torch import Tensor
 
 from tensormoe import functional
 from tensormoe.errors import ShapeError
-from tensormoe.factorizations import Factorization
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.gates import Gate
 from tensormoe.planning import Budget
 from tensormoe_torch._base import Mixture
 from tensormoe_torch._checks import Given, check_input
+from tensormoe_torch._declared import declared
 
 __all__ = ["MuMoE"]
 
@@ -44,6 +45,8 @@ class MuMoE(Mixture):
         factors: the factors and the bias by name, an ``nn.ParameterDict``.
         gate: the :class:`ExpertGate`, or None.
         config: spec and gate as frozen values.
+        in_features, out_features, weight, bias: as of an ``nn.Linear``, but the last two say shape,
+            dtype and device alone.
 
     Raises:
         SpecError: sizes, names or options that cannot be.
@@ -61,7 +64,7 @@ class MuMoE(Mixture):
         in_features: int,
         out_features: int,
         experts: int | tuple[int, ...],
-        factorization: str | Factorization = "cp",
+        factorization: FactorizationLike = "cp",
         *,
         rank: int | tuple[int, ...] | None = None,
         budget: Budget | int | str | None = None,
@@ -85,6 +88,38 @@ class MuMoE(Mixture):
 
     def __repr__(self) -> str:
         return f"MuMoE({self.spec.in_features}, {self.spec.out_features}, {self._arguments()})"
+
+    @property
+    def in_features(self) -> int:
+        """Size of an input."""
+        return self.spec.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of an output."""
+        return self.spec.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The shape (out, in), dtype and device of an expert's matrix, for code that reads those.
+
+        It has no values: whatever needs some raises a ``SpecError``. Models cast inputs to
+        ``layer.weight.dtype``; there is no one matrix that computes what the layer computes.
+
+        >>> layer = MuMoE(8, 4, experts=3, rank=2)
+        >>> layer.weight.dtype, tuple(layer.weight.shape)
+        (torch.float32, (4, 8))
+        """
+        return self._declared((self.out_features, self.in_features), "weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The same for an expert's bias (out,): no values; None where experts have none."""
+        return self._declared((self.out_features,), "bias") if self.spec.bias else None
+
+    def _declared(self, shape: tuple[int, ...], name: str) -> Tensor:
+        like, trained = self._weight, any(each.requires_grad for each in self.factors.values())
+        return declared(shape, like, trained, f"{name} of {type(self).__name__}")
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, ...]:
         """The coefficients of inputs (..., in): one tensor (..., N_e) a level, rows summing to one.

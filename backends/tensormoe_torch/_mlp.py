@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
-from types import MappingProxyType
 from typing import Self
 
 import torch
@@ -13,40 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensormoe import functional
-from tensormoe._validation import choice
 from tensormoe.checkpoint import save_checkpoint
-from tensormoe.errors import ShapeError, SpecError
-from tensormoe.factorizations import Factorization
+from tensormoe.errors import ShapeError
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import BlockConfig
 from tensormoe.gates import Gate
-from tensormoe.planning import Budget, Cost
+from tensormoe.planning import Budget, Cost, Plan
+from tensormoe_torch._activations import ACTIVATIONS, Act, own_activation, read_activation
 from tensormoe_torch._adapter import BACKEND, EAGER
 from tensormoe_torch._base import checked_dtype, filled, holding
 from tensormoe_torch._checks import Given
 from tensormoe_torch._gate import ExpertGate
 from tensormoe_torch._layer import MuMoE
 
-__all__ = ["ACTIVATIONS", "MuMoEMLP"]
+__all__ = ["MuMoEMLP"]
 
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
-    {
-        "gelu": F.gelu,
-        "gelu_tanh": _gelu_tanh,
-        "relu": F.relu,
-        "silu": F.silu,
-        "tanh": torch.tanh,
-    }
-)
-"""Function by name; ``gelu`` is the exact one, ``gelu_tanh`` GPT-2's."""
-
-_MODULES: Mapping[type[nn.Module], str] = MappingProxyType(
-    {nn.GELU: "gelu", nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh"}
-)
+Weights = tuple[Tensor, Tensor | None]
 
 
 class MuMoEMLP(nn.Module):
@@ -59,15 +40,20 @@ class MuMoEMLP(nn.Module):
         in_features: size of an input.
         hidden_features: size between the layers; ``in_features`` by default.
         out_features: size of an output; ``in_features`` by default.
-        act_layer: the activation between: "gelu", "gelu_tanh", "relu", "silu" or "tanh", or the
-            class ``nn.GELU``, ``nn.ReLU``, ``nn.SiLU`` or ``nn.Tanh``.
+        act_layer: the activation between: "gelu", "gelu_tanh", "relu", "silu" or "tanh"; or any
+            module, class of modules, or function of tensors. One that is none of these five by
+            name (``nn.GELU()``, ``F.silu``) is kept as ``act``, with its parameters; ``save``
+            refuses it, ``state_dict()`` does not.
         bias: whether every expert has a bias.
         drop: share of entries dropped, in training, behind the activation and the second layer.
+        gated: whether the block is a gated linear unit (SwiGLU with ``act_layer="silu"``; Shazeer
+            2020): ``second(act(g) * u)``, where ``g`` and ``u`` are the first and the second half
+            of the ``2 * hidden_features`` outputs of the first layer.
         experts: N, or one size a level of hierarchy.
         factorization: a value or a name for both layers, or a pair of them.
         rank: bond sizes of both layers, with a name.
         budget: upper limits for the block instead, both layers and the gate together;
-            ``"linear"`` stands for the parameters of the two linear layers that it replaces, and
+            ``"linear"`` stands for the parameters of the linear layers that it replaces, and
             ``Budget(…, gate=False)`` leaves the gate out. Layers share a budget as the linear ones
             would. Without rank or budget the factors of each layer get the parameters of its
             linear layer, and the gate comes on top.
@@ -80,6 +66,7 @@ class MuMoEMLP(nn.Module):
         first: the layer before the activation, a :class:`MuMoE` without a gate.
         second: the one behind.
         gate: the :class:`ExpertGate` of both, or None.
+        act: the activation, if it has no name; None otherwise.
         config: specs, gate and options as frozen values.
 
     Raises:
@@ -96,12 +83,13 @@ class MuMoEMLP(nn.Module):
         in_features: int,
         hidden_features: int | None = None,
         out_features: int | None = None,
-        act_layer: str | type[nn.Module] = "gelu",
+        act_layer: Act = "gelu",
         bias: bool = True,
         drop: float = 0.0,
         *,
+        gated: bool = False,
         experts: int | tuple[int, ...],
-        factorization: str | Factorization | tuple[str | Factorization, str | Factorization] = "cp",
+        factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "cp",
         rank: int | tuple[int, ...] | None = None,
         budget: Budget | int | str | None = None,
         gate: Gate | str | None = "entmax",
@@ -109,13 +97,14 @@ class MuMoEMLP(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        act = _MODULES.get(act_layer, act_layer) if isinstance(act_layer, type) else act_layer
+        name, act = read_activation(act_layer)
         config = functional.resolve_block(
             in_features,
             hidden_features,
             out_features,
-            choice(act, ACTIVATIONS, "act_layer", SpecError),
+            name,
             drop,
+            gated=gated,
             experts=experts,
             factorization=factorization,
             rank=rank,
@@ -123,7 +112,7 @@ class MuMoEMLP(nn.Module):
             bias=bias,
             gate=gate,
         )
-        self._build(config, init, device, dtype)
+        self._build(config, init, device, dtype, act)
 
     def _build(
         self,
@@ -131,10 +120,12 @@ class MuMoEMLP(nn.Module):
         init: str,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        act: Act | None,
     ) -> None:
         super().__init__()
         dtype = checked_dtype(dtype)
         self.config = config
+        self.act = own_activation(config.act_layer, act, device, dtype)
         self.first = MuMoE.of(replace(config.first, gate=None), init, device, dtype)
         self.second = MuMoE.of(config.second, init, device, dtype)
         has_gate = config.first.gate is not None
@@ -147,19 +138,26 @@ class MuMoEMLP(nn.Module):
         init: str = "variance",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        act: Act | None = None,
     ) -> Self:
-        """A block of a configuration: what the constructor makes of its arguments."""
+        """A block of a configuration: what the constructor makes of its arguments.
+
+        Raises:
+            SpecError: an activation though the configuration names one, or none at all.
+        """
         block = cls.__new__(cls)
-        block._build(config, init, device, dtype)
+        block._build(config, init, device, dtype, act)
         return block
 
     def __repr__(self) -> str:
         first, second = self.first.spec, self.second.spec
         experts = first.experts[0] if first.levels == 1 else first.experts
+        gated = "gated=True, " if self.config.gated else ""
         return (
-            f"MuMoEMLP({first.in_features}, {first.out_features}, {second.out_features}, "
-            f"act_layer={self.config.act_layer!r}, bias={first.bias}, drop={self.config.drop}, "
-            f"experts={experts}, factorization={(first.factorization, second.factorization)!r}, "
+            f"MuMoEMLP({first.in_features}, {second.in_features}, {second.out_features}, "
+            f"act_layer={self.config.act_layer or self.act!r}, bias={first.bias}, "
+            f"drop={self.config.drop}, {gated}experts={experts}, "
+            f"factorization={(first.factorization, second.factorization)!r}, "
             f"gate={self.config.first.gate!r}, dtype={self.dtype})"
         )
 
@@ -171,14 +169,64 @@ class MuMoEMLP(nn.Module):
     @property
     def num_parameters(self) -> int:
         """Trainable entries, the gate's included."""
-        return self.config.first.num_parameters + self.config.second.num_parameters
+        act = self.act.parameters() if isinstance(self.act, nn.Module) else ()
+        return self.config.num_parameters + sum(each.numel() for each in act)
+
+    @property
+    def in_features(self) -> int:
+        """Size of an input."""
+        return self.first.in_features
+
+    @property
+    def hidden_features(self) -> int:
+        """Size between the layers: of what the second is given."""
+        return self.config.hidden_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of an output."""
+        return self.second.out_features
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew from PyTorch's generator, as at construction."""
-        self.first.reset_parameters()
-        self.second.reset_parameters()
-        if self.gate is not None:
-            self.gate.reset_parameters()
+        for part in (self.first, self.second, self.gate, self.act):
+            reset = getattr(part, "reset_parameters", None)
+            if reset is not None:
+                reset()
+
+    def plan(self, batch: int) -> tuple[Plan, Plan]:
+        """How each of the two layers runs ``batch`` inputs."""
+        return self.first.plan(batch), self.second.plan(batch)
+
+    def expert(self, *index: int) -> tuple[Weights, Weights]:
+        """One expert, an MLP of its own, as matrix and bias of both of its layers; differentiable.
+
+        The block with coefficient 1 for this expert computes ``act(x @ W1 + b1) @ W2 + b2``, and if
+        it is gated ``(act(g) * u) @ W2 + b2`` with ``g`` and ``u`` the halves of ``x @ W1 + b1``.
+
+        Args:
+            index: one number per level.
+
+        Returns:
+            ``(W1, b1), (W2, b2)``: (in, hidden) and (hidden,), twice as many columns if the block
+            is gated; (hidden, out) and (out,). Biases are None where the block has none.
+
+        Raises:
+            ShapeError: another number of levels, or an index out of range.
+
+        >>> import torch
+        >>> block = MuMoEMLP(8, 16, experts=4, rank=3, gate=None)
+        >>> (W1, b1), (W2, b2) = block.expert(2)
+        >>> x, only = torch.randn(5, 8), torch.eye(4)[[2] * 5]
+        >>> alone = torch.nn.functional.gelu(x @ W1 + b1) @ W2 + b2
+        >>> torch.allclose(block(x, only), alone, atol=1e-5)
+        True
+        """
+        return self.first.expert(*index), self.second.expert(*index)
+
+    def materialize(self) -> tuple[Weights, Weights]:
+        """The experts of both layers, built explicitly: of each as :meth:`MuMoE.materialize`."""
+        return self.first.materialize(), self.second.materialize()
 
     def cost(self, batch: int, *, training: bool = False) -> Cost:
         """What one call costs for ``batch`` inputs; the activation between is not counted."""
@@ -204,7 +252,15 @@ class MuMoEMLP(nn.Module):
             coefficients: ready-made ones for both layers; the gate makes them otherwise.
         """
         given = self.coefficients(x) if coefficients is None else coefficients
-        middle = ACTIVATIONS[self.config.act_layer](self.first(x, given))
+        name = self.config.act_layer
+        function = self.act if name is None else ACTIVATIONS[name]
+        assert function is not None
+        middle = self.first(x, given)
+        if self.config.gated:
+            hidden = self.config.hidden_features
+            middle = function(middle[..., :hidden]) * middle[..., hidden:]
+        else:
+            middle = function(middle)
         result: Tensor = self.second(F.dropout(middle, self.config.drop, self.training), given)
         return F.dropout(result, self.config.drop, self.training)
 
@@ -213,6 +269,7 @@ class MuMoEMLP(nn.Module):
 
         Raises:
             CheckpointError: the folder is missing or the file cannot be written.
+            SpecError: the activation is a module or function of the block's own.
         """
         save_checkpoint(path, "MuMoEMLP", self.config.to_dict(), self.state_dict())
 
@@ -235,10 +292,11 @@ class MuMoEMLP(nn.Module):
         """A block of tensors that exist already; it trains them in place, and copies none.
 
         Args:
-            config: the block.
+            config: the block, whose activation has a name.
             arrays: parameters and buffers by canonical name, as ``state_dict()`` has them.
 
         Raises:
             BackendError, CheckpointError, ShapeError: as :meth:`MuMoE.restore`.
+            SpecError: the activation has no name.
         """
         return holding(lambda dtype: cls.of(config, device="meta", dtype=dtype), config, arrays)

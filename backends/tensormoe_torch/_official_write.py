@@ -120,6 +120,8 @@ def _misfits(block: MuMoE | MuMoEMLP, norm: nn.Module | None) -> list[str]:
     if isinstance(block, MuMoEMLP):
         if block.config.act_layer != "gelu":
             lines.append(f"act_layer must be 'gelu'; got {block.config.act_layer!r}")
+        if block.config.gated:
+            lines.append("gated must be False; got True")
         first, second = (_stored(mixture) for mixture in _layers(block))
         if first != second:
             lines.append(f"both layers must be stored alike; got {first} and {second}")

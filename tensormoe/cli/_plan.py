@@ -22,7 +22,7 @@ from tensormoe.cli._layer_arguments import LayerArguments
 from tensormoe.cli._network_text import Role, draw_network, terms_of
 from tensormoe.cli._values import parse_bytes, parse_rank
 from tensormoe.errors import PlanError, RankError
-from tensormoe.factorizations import resolve_factorization
+from tensormoe.factorizations import rank_pattern, resolve_factorization
 from tensormoe.planning import Cost, Plan, Routing, plan_layer, select_rank
 
 __all__ = ["run_plan"]
@@ -84,7 +84,7 @@ def _spec(arguments: argparse.Namespace, given: LayerArguments) -> LayerSpec:
             f"{arguments.budget!r}. Drop one."
         )
     sizes = (given.in_features, given.out_features, given.experts)
-    free = name in ("hadamard", "dense")
+    free = not rank_pattern(name, len(given.experts))
     if arguments.budget is not None or (rank is None and not free):
         budget = given.budget(arguments.budget, 4 * given.in_features)
         rank = select_rank(name, *sizes, budget=budget, bias=given.bias, gate=given.gate)

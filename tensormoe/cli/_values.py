@@ -6,7 +6,7 @@ import re
 from math import isfinite
 
 from tensormoe.errors import BudgetError, RankError, SpecError
-from tensormoe.factorizations import FACTORIZATIONS
+from tensormoe.factorizations import FACTORIZATIONS, factorization_class
 from tensormoe.planning import Budget, Roofline
 
 __all__ = [
@@ -96,14 +96,12 @@ def parse_rank(text: str | None) -> int | tuple[int, ...] | None:
 
 
 def parse_names(text: str | None) -> tuple[str, ...]:
-    """Names of factorizations; all of them by default, 𝒲 itself last."""
+    """Names of factorizations; all that are registered by default."""
     if text is None:
         return tuple(FACTORIZATIONS)
     names = tuple(dict.fromkeys(text.replace("-", "_").split(",")))
     for name in names:
-        if name not in FACTORIZATIONS:
-            listed = ", ".join(FACTORIZATIONS)
-            raise SpecError(f"factorization must be one of {listed}; got {name!r}.")
+        factorization_class(name)
     return names
 
 

@@ -7,7 +7,7 @@ from math import isfinite, prod
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array, Backend
 from tensormoe.decomposition._source import Source
-from tensormoe.errors import RankError, ShapeError
+from tensormoe.errors import BackendError, RankError, ShapeError
 from tensormoe.planning import excess
 
 __all__ = ["checked_bias", "checked_bonds", "checked_samples", "checked_weights"]
@@ -33,12 +33,27 @@ def checked_weights(weights: Array, backend: Backend) -> None:
         )
     for place, matrix in enumerate(Source(weights, backend).matrices()):
         # of absolute values, so that infinities of both signs do not cancel to NaN unseen
-        total = float(backend.namespace.sum(backend.namespace.abs(matrix)))
+        total = _value(backend.namespace.sum(backend.namespace.abs(matrix)))
         if not isfinite(total):
             raise ShapeError(
                 f"weights must be finite; got NaN, infinity or an overflow in expert {place}, all "
                 "levels counted through. Repair or leave out that expert."
             )
+
+
+def _value(array: Array) -> float:
+    """The one entry of an array.
+
+    Raises:
+        BackendError: it is not known, as PyTorch's on the meta device and JAX's traced ones.
+    """
+    try:
+        return float(array)
+    except (RuntimeError, TypeError) as error:
+        raise BackendError(
+            f"weights must have values; got arrays without ({type(error).__name__}: {error}). Load "
+            "them first, and decompose outside transformations."
+        ) from error
 
 
 def checked_bias(bias: Array, weights: Array, backend: Backend) -> None:
@@ -53,7 +68,7 @@ def checked_bias(bias: Array, weights: Array, backend: Backend) -> None:
             f"bias must have shape (experts…, out) = {wanted} and the weights' dtype "
             f"{weights.dtype}; got {tuple(bias.shape)} and {bias.dtype}."
         )
-    if not isfinite(float(backend.namespace.sum(backend.namespace.abs(bias)))):
+    if not isfinite(_value(backend.namespace.sum(backend.namespace.abs(bias)))):
         raise ShapeError("bias must be finite; got NaN or infinity.")
 
 

@@ -9,7 +9,12 @@ from typing import Any
 
 from tensormoe._spec import LayerSpec
 from tensormoe.errors import BudgetError, RankError, SpecError
-from tensormoe.factorizations import Factorization, expert_leg, resolve_factorization
+from tensormoe.factorizations import (
+    Factorization,
+    expert_leg,
+    rank_pattern,
+    resolve_factorization,
+)
 from tensormoe.planning import Budget, excess, rank_front, select_rank
 
 __all__ = ["Sizes", "candidates", "checked_tolerance", "smallest"]
@@ -39,31 +44,33 @@ def checked_tolerance(tolerance: float) -> float:
     return float(tolerance)
 
 
-def candidates(name: str, sizes: Sizes, budget: Budget | int, bias: bool) -> list[Factorization]:
+def candidates(
+    kind: str | type[Factorization], sizes: Sizes, budget: Budget | int, bias: bool
+) -> list[Factorization]:
     """Factorizations within a budget that may be the best one, a few of the front.
 
     Raises:
         BudgetError: nothing fits.
     """
     in_features, out_features, experts = sizes
-    if name in ("hadamard", "dense"):
-        select_rank(name, in_features, out_features, experts, budget=budget, bias=bias, gate=None)
-        return [resolve_factorization(name, None)]
     # weights alone are decomposed: their gate is what the model has already
     options: dict[str, Any] = {"budget": budget, "bias": bias, "gate": None}
-    best = select_rank(name, in_features, out_features, experts, **options)
-    front = rank_front(name, in_features, out_features, experts, **options)
+    if not rank_pattern(kind, len(experts)):
+        select_rank(kind, in_features, out_features, experts, **options)
+        return [resolve_factorization(kind, None)]
+    best = select_rank(kind, in_features, out_features, experts, **options)
+    front = rank_front(kind, in_features, out_features, experts, **options)
     ranks = [each.rank for each in front]
     step = max(1, -(-len(ranks) // _MOST))
     picked = dict.fromkeys([best, *ranks[step // 2 :: step]])
-    for bonds in _grid(resolve_factorization(name, best), experts, out_features):
+    for bonds in _grid(resolve_factorization(kind, best), experts, out_features):
         try:
-            rank = select_rank(name, in_features, out_features, experts, bonds=bonds, **options)
+            rank = select_rank(kind, in_features, out_features, experts, bonds=bonds, **options)
         except BudgetError:
             continue
         picked[rank] = None
-    kinds = (resolve_factorization(name, rank) for rank in picked)
-    return list(dict.fromkeys(_needed(kind, sizes, options) for kind in kinds))
+    values = (resolve_factorization(kind, rank) for rank in picked)
+    return list(dict.fromkeys(_needed(value, sizes, options) for value in values))
 
 
 def _needed(kind: Factorization, sizes: Sizes, options: Mapping[str, Any]) -> Factorization:
@@ -77,8 +84,8 @@ def _needed(kind: Factorization, sizes: Sizes, options: Mapping[str, Any]) -> Fa
         legs = kind.bond_sizes(experts, out_features)
         fixed = {leg: legs[leg] for leg in _near(kind, experts, out_features)} | fixed | most
         bonds = tuple(fixed.get(leg, leg) for leg in legs)
-        rank = select_rank(kind.name, in_features, out_features, experts, bonds=bonds, **options)
-        kind = resolve_factorization(kind.name, rank)
+        rank = select_rank(type(kind), in_features, out_features, experts, bonds=bonds, **options)
+        kind = resolve_factorization(type(kind), rank)
     return kind
 
 

@@ -10,7 +10,13 @@ from tensormoe.decomposition._decompose import decompose
 from tensormoe.decomposition._report import Decomposition, Report
 from tensormoe.decomposition._search import Search
 from tensormoe.errors import BudgetError
-from tensormoe.factorizations import FACTORIZATIONS, Dense, Factorization
+from tensormoe.factorizations import (
+    FACTORIZATIONS,
+    Dense,
+    Factorization,
+    FactorizationLike,
+    factorization_class,
+)
 from tensormoe.planning import Budget
 
 __all__ = ["ErrorCurve", "ErrorPoint", "error_curves"]
@@ -59,7 +65,7 @@ class ErrorCurve:
 
 def error_curves(
     weights: Array,
-    factorizations: Sequence[str | Factorization] | None = None,
+    factorizations: Sequence[FactorizationLike] | None = None,
     budgets: Sequence[Budget | int | float] = (0.05, 0.1, 0.2, 0.3, 0.5),
     *,
     bias: Array | None = None,
@@ -77,9 +83,9 @@ def error_curves(
     Args:
         weights: (experts…, in, out), as :func:`decompose` takes them, like all that follows but the
             next two.
-        factorizations: names, each of which is taken at every budget, and values, each of which is
-            one more point of its name's curve; None for every name but ``"dense"``, which has
-            nothing to lose.
+        factorizations: names or classes, each of which is taken at every budget, and values, each
+            of which is one more point of its name's curve; None for every registered name but
+            ``"dense"``, which has nothing to lose.
         budgets: a :class:`tensormoe.Budget`, a number of parameters, or as a float in (0, 1] a
             share of the weights' own.
         bias: (experts…, out).
@@ -116,7 +122,7 @@ def error_curves(
                 f"{budget!r}. Give an integer for a number of parameters."
             )
 
-    def at(kind: str | Factorization, budget: Budget | int | float | None) -> Decomposition:
+    def at(kind: FactorizationLike, budget: Budget | int | float | None) -> Decomposition:
         return decompose(
             weights,
             kind,
@@ -141,8 +147,9 @@ def error_curves(
         if isinstance(kind, Factorization):
             keep(at(kind, None))
             continue
+        name = factorization_class(kind).name
         for budget in budgets:
-            if any(known.rank is None for known in points.get(kind, ())):
+            if any(known.rank is None for known in points.get(name, ())):
                 # there is one of this name, whatever the budget
                 break
             try:

@@ -24,7 +24,7 @@ from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._weighted import Weighting, weigh
 from tensormoe.errors import SpecError
-from tensormoe.factorizations import INPUT, Factorization
+from tensormoe.factorizations import INPUT, FactorizationLike
 from tensormoe.functional._dtypes import cast
 from tensormoe.planning import Budget
 
@@ -33,7 +33,7 @@ __all__ = ["decompose"]
 
 def decompose(
     weights: Array,
-    factorization: str | Factorization,
+    factorization: FactorizationLike,
     *,
     rank: int | tuple[int, ...] | None = None,
     budget: Budget | int | float | None = None,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import inf, prod
 
 from tensormoe._spec import LayerSpec
+from tensormoe._validation import non_negative_int
 from tensormoe.backend import Array
 from tensormoe.decomposition._choose import Sizes, candidates, checked_tolerance, smallest
 from tensormoe.decomposition._contractions import structures
@@ -13,7 +14,13 @@ from tensormoe.decomposition._fit import fit
 from tensormoe.decomposition._search import Search
 from tensormoe.decomposition._source import Source
 from tensormoe.errors import BudgetError, SpecError
-from tensormoe.factorizations import INPUT, OUTPUT, Factorization, resolve_factorization
+from tensormoe.factorizations import (
+    INPUT,
+    OUTPUT,
+    Factorization,
+    FactorizationLike,
+    resolve_factorization,
+)
 from tensormoe.planning import Budget
 
 __all__ = ["LARGE", "TRIAL", "Runs"]
@@ -43,6 +50,9 @@ class Runs:
     search: Search
     seed: int
 
+    def __post_init__(self) -> None:
+        non_negative_int(self.seed, "seed")
+
     def run(
         self, kind: Factorization, search: Search | None = None
     ) -> tuple[dict[str, Array], tuple[float, ...]]:
@@ -59,7 +69,7 @@ class Runs:
 
     def resolve(
         self,
-        factorization: str | Factorization,
+        factorization: FactorizationLike,
         rank: int | tuple[int, ...] | None,
         budget: Budget | float | None,
         tolerance: float | None,
@@ -102,14 +112,14 @@ class Runs:
             )
         return int(budget * self._dense)
 
-    def _best(self, name: str, budget: Budget | int) -> Factorization:
+    def _best(self, kind: str | type[Factorization], budget: Budget | int) -> Factorization:
         """The candidate within a budget whose short search ends lowest."""
-        found = candidates(name, self.sizes, budget, self.bias)
+        found = candidates(kind, self.sizes, budget, self.bias)
         if len(found) == 1 or self._dense > LARGE:
             return found[0]
-        return min(found, key=lambda kind: min(self.run(kind, TRIAL)[1], default=inf))
+        return min(found, key=lambda each: min(self.run(each, TRIAL)[1], default=inf))
 
-    def _within(self, name: str, tolerance: float) -> Factorization:
+    def _within(self, name: str | type[Factorization], tolerance: float) -> Factorization:
         """The rank of the smallest budget that reaches a tolerance."""
 
         def at(budget: int) -> Factorization | None:

@@ -19,6 +19,7 @@ from tensormoe.factorizations._base import INITIALIZATIONS as INITIALIZATIONS
 from tensormoe.factorizations._base import Factorization as Factorization
 from tensormoe.factorizations._base_delta import BaseDelta as BaseDelta
 from tensormoe.factorizations._base_delta import SharedDelta as SharedDelta
+from tensormoe.factorizations._classes import sample as sample
 from tensormoe.factorizations._cp import CP as CP
 from tensormoe.factorizations._dense import Dense as Dense
 from tensormoe.factorizations._experts import expert_axes as expert_axes
@@ -29,6 +30,10 @@ from tensormoe.factorizations._initialization import Draw as Draw
 from tensormoe.factorizations._initialization import Initializer as Initializer
 from tensormoe.factorizations._initialization import draw_factor as draw_factor
 from tensormoe.factorizations._named import FACTORIZATIONS as FACTORIZATIONS
+from tensormoe.factorizations._named import FactorizationLike as FactorizationLike
+from tensormoe.factorizations._named import factorization_class as factorization_class
+from tensormoe.factorizations._named import rank_pattern as rank_pattern
+from tensormoe.factorizations._named import register_factorization as register_factorization
 from tensormoe.factorizations._named import resolve_factorization as resolve_factorization
 from tensormoe.factorizations._network import BATCH as BATCH
 from tensormoe.factorizations._network import INPUT as INPUT
@@ -56,6 +61,7 @@ __all__ = [
     "Dense",
     "Factor",
     "Factorization",
+    "FactorizationLike",
     "Hadamard",
     "Initializer",
     "Leg",
@@ -70,8 +76,11 @@ __all__ = [
     "expert_axes",
     "expert_carriers",
     "expert_leg",
+    "factorization_class",
     "from_tensorly",
     "has_common_part",
+    "rank_pattern",
+    "register_factorization",
     "resolve_factorization",
     "to_tensorly",
 ]

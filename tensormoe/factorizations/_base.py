@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import sqrt
 from typing import Any, ClassVar
 
@@ -34,20 +34,24 @@ class Factorization(ABC):
     """How the expert tensor 𝒲 (experts…, in, out) is stored: a network of factors.
 
     A factorization is a frozen value without arrays. A new one is a subclass in one new file that
-    names its factors and legs, says how its factors start, and how TensorLy lays them out.
+    names its factors and legs, says how its factors start, and how TensorLy lays them out. As a
+    rule it is a frozen dataclass with a field ``rank``: values are made by ``kind(rank=…)``, where
+    one integer stands for all bonds, or by ``kind()`` where there is no rank to choose.
+    :func:`tensormoe.register_factorization` lets its name stand for it.
     """
 
     name: ClassVar[str]
     """The name under which users ask for it."""
 
     rank: Any
-    """The bond sizes, an integer or one a bond; None where there are none to choose."""
+    """The bond sizes, one integer or one per bond; None where there are none to choose."""
 
     @abstractmethod
     def rank_pattern(self, levels: int) -> tuple[str, ...]:
         """The bonds by symbol, for ``levels`` levels: bonds of one symbol vary together.
 
-        Rank selection searches over one size a symbol.
+        Rank selection searches over one size per symbol. It is empty, at any number of levels,
+        where there is no rank to choose.
         """
 
     @abstractmethod
@@ -215,17 +219,6 @@ def spread_rank(rank: int | tuple[int, ...], count: int, meaning: str) -> tuple[
 def linear_std(in_features: int) -> float:
     """Standard deviation of a weight of ``torch.nn.Linear``: uniform on ±1/√in."""
     return 1.0 / sqrt(3.0 * in_features)
-
-
-def cores_to_tensorly(factors: Mapping[str, Array], names: Sequence[str], xp: Any) -> list[Array]:
-    """Mode-major cores (n, r, r′) as TensorLy's (r, n, r′)."""
-    return [xp.permute_dims(factors[name], (1, 0, 2)) for name in names]
-
-
-def cores_from_tensorly(cores: Sequence[Array], names: Sequence[str], xp: Any) -> dict[str, Array]:
-    """TensorLy's cores (r, n, r′) as mode-major ones."""
-    moved = [xp.permute_dims(core, (1, 0, 2)) for core in cores]
-    return {name: xp.asarray(core, copy=True) for name, core in zip(names, moved, strict=True)}
 
 
 def mode_names(levels: int) -> tuple[str, ...]:

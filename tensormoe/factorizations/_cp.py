@@ -20,6 +20,7 @@ from tensormoe.factorizations._base import (
     ones_like_table,
 )
 from tensormoe.factorizations._initialization import Initializer, noise_share
+from tensormoe.factorizations._layouts import pair_of, weights_of
 from tensormoe.factorizations._network import INPUT, OUTPUT, Factor, Leg, expert_leg
 
 __all__ = ["CP"]
@@ -110,9 +111,9 @@ class CP(Factorization):
         return ones, listed
 
     def from_tensorly(self, decomposition: Any, xp: Any) -> dict[str, Array]:
-        weights, factors = decomposition
+        weights, factors = pair_of(decomposition, self.name, "weights")
         names = mode_names(len(factors) - 2)
         arrays = {name: xp.asarray(a, copy=True) for name, a in zip(names, factors, strict=True)}
         if weights is not None:
-            arrays["output"] = arrays["output"] * weights
+            arrays["output"] = arrays["output"] * weights_of(weights, self.rank, self.name)
         return arrays

@@ -8,9 +8,10 @@ from math import sqrt
 from typing import Any, ClassVar
 
 from tensormoe.backend import Array, Backend
-from tensormoe.errors import RankError
+from tensormoe.errors import RankError, ShapeError
 from tensormoe.factorizations._base import Factorization, Split, checked_scheme, linear_std
 from tensormoe.factorizations._initialization import Initializer
+from tensormoe.factorizations._layouts import is_array
 from tensormoe.factorizations._network import INPUT, OUTPUT, Factor, Leg, expert_leg
 
 __all__ = ["Dense"]
@@ -73,4 +74,14 @@ class Dense(Factorization):
         return factors["weight"]
 
     def from_tensorly(self, decomposition: Any, xp: Any) -> dict[str, Array]:
+        if not is_array(decomposition):
+            raise ShapeError(
+                f"a dense tensor must be one array; got {type(decomposition).__name__}. Stack the "
+                "experts' matrices along the first axis."
+            )
+        if decomposition.ndim < 3:
+            raise ShapeError(
+                "a dense tensor must have at least 3 axes (experts…, in, out); got shape "
+                f"{tuple(decomposition.shape)}."
+            )
         return {"weight": xp.asarray(decomposition, copy=True)}

@@ -19,6 +19,7 @@ from tensormoe.factorizations._base import (
     ones_like_table,
 )
 from tensormoe.factorizations._initialization import Initializer, noise_share
+from tensormoe.factorizations._layouts import pair_of, weights_of
 from tensormoe.factorizations._network import INPUT, OUTPUT, Factor, Leg, expert_leg
 
 __all__ = ["Hadamard"]
@@ -96,16 +97,16 @@ class Hadamard(Factorization):
         return ones, [*listed, xp.eye(size, dtype=like.dtype, device=device_of(like))]
 
     def from_tensorly(self, decomposition: Any, xp: Any) -> dict[str, Array]:
-        weights, factors = decomposition
+        weights, factors = pair_of(decomposition, self.name, "weights")
         names = mode_names(len(factors) - 2)[:-1]
         stored = {n: xp.asarray(a, copy=True) for n, a in zip(names, factors[:-1], strict=True)}
         last = factors[-1]
         one = xp.eye(last.shape[0], dtype=last.dtype, device=device_of(last))
-        if last.shape[0] != last.shape[1] or bool(xp.any(last != one)):
+        if last.ndim != 2 or last.shape[0] != last.shape[1] or bool(xp.any(last != one)):
             raise RankError(
                 "the output factor of a Hadamard decomposition must be the identity; got another "
                 f"of shape {tuple(last.shape)}. Use CP for a free output factor."
             )
         if weights is not None:
-            stored["input"] = stored["input"] * weights
+            stored["input"] = stored["input"] * weights_of(weights, last.shape[0], self.name)
         return stored

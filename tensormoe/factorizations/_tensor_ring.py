@@ -13,13 +13,16 @@ from tensormoe.factorizations._base import (
     Split,
     checked_rank,
     checked_scheme,
-    cores_from_tensorly,
-    cores_to_tensorly,
     linear_std,
     mode_names,
     spread_rank,
 )
 from tensormoe.factorizations._initialization import Initializer, chain_energy, noise_share
+from tensormoe.factorizations._layouts import (
+    cores_from_tensorly,
+    cores_of,
+    cores_to_tensorly,
+)
 from tensormoe.factorizations._network import INPUT, OUTPUT, Factor, Leg, expert_leg
 from tensormoe.factorizations._shared_ring import shared_ring
 
@@ -119,4 +122,5 @@ class TensorRing(Factorization):
         return cores_to_tensorly(factors, [name for name in factors if name != "bias"], xp)
 
     def from_tensorly(self, decomposition: Any, xp: Any) -> dict[str, Array]:
-        return cores_from_tensorly(decomposition, mode_names(len(decomposition) - 2), xp)
+        cores = cores_of(decomposition, self.name)
+        return cores_from_tensorly(cores, mode_names(len(cores) - 2), xp)

@@ -8,18 +8,22 @@ from math import sqrt
 from typing import Any, ClassVar
 
 from tensormoe.backend import Array, Backend
+from tensormoe.errors import ShapeError
 from tensormoe.factorizations._base import (
     Factorization,
     Split,
     checked_rank,
     checked_scheme,
-    cores_from_tensorly,
-    cores_to_tensorly,
     linear_std,
     mode_names,
     spread_rank,
 )
 from tensormoe.factorizations._initialization import Initializer, chain_energy, noise_share
+from tensormoe.factorizations._layouts import (
+    cores_from_tensorly,
+    cores_of,
+    cores_to_tensorly,
+)
 from tensormoe.factorizations._network import INPUT, OUTPUT, Factor, Leg, expert_leg
 from tensormoe.factorizations._shared_ring import shared_ring
 
@@ -122,7 +126,14 @@ class TensorTrain(Factorization):
         return cores_to_tensorly(stored, names, xp)
 
     def from_tensorly(self, decomposition: Any, xp: Any) -> dict[str, Array]:
-        stored = cores_from_tensorly(decomposition, mode_names(len(decomposition) - 2), xp)
+        cores = cores_of(decomposition, self.name)
+        stored = cores_from_tensorly(cores, mode_names(len(cores) - 2), xp)
+        if cores[0].shape[0] != 1 or cores[-1].shape[2] != 1:
+            raise ShapeError(
+                "a tensor train must have outer bonds of 1; got cores of shapes "
+                f"{tuple(cores[0].shape)} and {tuple(cores[-1].shape)}. A train that is closed to "
+                "a ring is a TensorRing."
+            )
         stored["expert_0"] = stored["expert_0"][:, 0, :]
         stored["output"] = stored["output"][:, :, 0]
         return stored

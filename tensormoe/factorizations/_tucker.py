@@ -21,6 +21,7 @@ from tensormoe.factorizations._base import (
     tiled_columns,
 )
 from tensormoe.factorizations._initialization import Initializer, noise_share
+from tensormoe.factorizations._layouts import pair_of
 from tensormoe.factorizations._network import INPUT, OUTPUT, Factor, Leg, expert_leg
 
 __all__ = ["Tucker"]
@@ -137,6 +138,6 @@ class Tucker(Factorization):
         return factors["core"], listed
 
     def from_tensorly(self, decomposition: Any, xp: Any) -> dict[str, Array]:
-        core, factors = decomposition
+        core, factors = pair_of(decomposition, self.name, "core")
         listed = zip(("core", *mode_names(len(factors) - 2)), (core, *factors), strict=True)
         return {name: xp.asarray(array, copy=True) for name, array in listed}

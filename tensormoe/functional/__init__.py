@@ -32,6 +32,7 @@ from tensormoe.functional._routing import Routed as Routed
 from tensormoe.functional._routing import gate_vjp as gate_vjp
 from tensormoe.functional._routing import route as route
 from tensormoe.functional._saved import check_arrays as check_arrays
+from tensormoe.functional._saved import check_config as check_config
 from tensormoe.functional._saved import read_block as read_block
 from tensormoe.functional._shared_experts import checked_noise as checked_noise
 from tensormoe.functional._shared_experts import shared_experts as shared_experts
@@ -49,6 +50,7 @@ __all__ = [
     "check_array",
     "check_arrays",
     "check_coefficients",
+    "check_config",
     "check_ids",
     "check_input",
     "checked_noise",

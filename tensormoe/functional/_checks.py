@@ -7,8 +7,9 @@ from math import prod
 
 from tensormoe._config import LayerConfig
 from tensormoe._integers import default_integer
+from tensormoe._registry import check_array
 from tensormoe.backend import Array, Backend
-from tensormoe.errors import BackendError, ShapeError
+from tensormoe.errors import ShapeError
 from tensormoe.gates import TopK
 
 __all__ = [
@@ -22,21 +23,6 @@ __all__ = [
 
 Coefficients = Sequence["Array | TopK"]
 """One entry a level: dense coefficients (batch, N_e), or indices and values (batch, k)."""
-
-
-def check_array(array: Array, backend: Backend, name: str) -> None:
-    """Refuse what is no array of the layer's library.
-
-    Raises:
-        BackendError: an array of another library, or no array.
-    """
-    if not backend.owns(array):
-        kind = type(array)
-        found = f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}"
-        raise BackendError(
-            f"{name} must be an array of {backend.name}, as the layer's own; got {found}. Convert "
-            "it yourself: tensormoe never does it behind your back."
-        )
 
 
 def check_input(

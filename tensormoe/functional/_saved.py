@@ -7,12 +7,13 @@ from os import PathLike
 from typing import TypeVar
 
 from tensormoe._config import BlockConfig, LayerConfig
+from tensormoe._validation import brief, instance
 from tensormoe.backend import Array, Backend
 from tensormoe.checkpoint import match_arrays, read_checkpoint
-from tensormoe.errors import CheckpointError, ShapeError, TensormoeError
+from tensormoe.errors import CheckpointError, ShapeError, SpecError, TensormoeError
 from tensormoe.functional._checks import check_array
 
-__all__ = ["check_arrays", "read_block"]
+__all__ = ["check_arrays", "check_config", "read_block"]
 
 C = TypeVar("C", LayerConfig, BlockConfig)
 
@@ -45,6 +46,21 @@ def read_block(
     return config, saved.arrays
 
 
+def check_config(config: LayerConfig | BlockConfig, *blocks: str) -> None:
+    """Refuse what is not the configuration of a layer of the given classes; of any by default.
+
+    Raises:
+        SpecError: not a configuration, or that of another class of layers.
+    """
+    known = isinstance(config, LayerConfig | BlockConfig)
+    if not known or (blocks and config.block not in blocks):
+        found = f"that of a {config.block}" if known else brief(config)
+        raise SpecError(
+            f"config must be that of a {' or a '.join(blocks) or 'layer or block'}; got {found}. "
+            "Pass the config of another layer."
+        )
+
+
 def check_arrays(
     config: LayerConfig | BlockConfig,
     arrays: Mapping[str, Array],
@@ -60,10 +76,13 @@ def check_arrays(
         dtypes: those that a layer may be stored in; by name, or as the library's values.
 
     Raises:
+        SpecError: not a configuration, or not a mapping.
         BackendError: arrays of another library.
         CheckpointError: names or shapes that are not the layer's; lists every difference.
         ShapeError: parameters of different dtypes, or of one that no layer has.
     """
+    check_config(config)
+    instance(arrays, Mapping, "arrays", "a mapping from names to arrays", SpecError)
     for name, array in arrays.items():
         check_array(array, backend, name)
     shapes = config.parameter_shapes()

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Mapping, Sequence
 
 from tensormoe._config import LayerConfig
+from tensormoe._validation import brief
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import ShapeError
 from tensormoe.execution import execute
@@ -44,20 +45,22 @@ def expert_weight(
     experts = config.spec.experts
     if len(index) != len(experts):
         raise ShapeError(f"an expert has one index a level, {len(experts)}; got {index!r}.")
+    numbers: list[int] = []
     for level, (place, count) in enumerate(zip(index, experts, strict=True)):
         try:
-            number = operator.index(place)
+            number = -1 if isinstance(place, bool) else operator.index(place)
         except TypeError:
             # no integer, or one that is not known yet: JAX's while they are traced
             number = -1
         if not 0 <= number < count:
             raise ShapeError(
-                f"expert index must lie in [0, {count}) at level {level}; got {place!r}."
+                f"expert index must lie in [0, {count}) at level {level}; got {brief(place)}."
             )
+        numbers.append(number)
     chosen = dict(parameters)
     for factor in config.spec.network.all_factors:
         picked = tuple(
-            index[int(leg[1:])] if leg in config.spec.network.expert_legs else slice(None)
+            numbers[int(leg[1:])] if leg in config.spec.network.expert_legs else slice(None)
             for leg in factor.legs
         )
         chosen[f"factors.{factor.name}"] = chosen[f"factors.{factor.name}"][picked]

@@ -233,7 +233,7 @@ def _batch_vjp(
     tokens = xp.maximum(tokens, xp.ones_like(tokens))
 
     def unit(values: Array, mask: Array | None) -> tuple[Array, Array]:
-        live = xp.isfinite(values) if mask is None else xp.isfinite(values) & mask
+        live = ~xp.isinf(values) if mask is None else ~xp.isinf(values) & mask
         values = xp.where(live, values, xp.zeros_like(values))
         return xp.where(live, (values - how.mean) * how.scale, xp.zeros_like(values)), live
 

@@ -7,7 +7,7 @@ from math import isfinite
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import GateError
 from tensormoe.gates._candidates import entmax15_of_candidates, worth_it
-from tensormoe.gates._normalization import LayerNorm, Shifted, Standardize, shift
+from tensormoe.gates._normalization import LayerNorm, Shifted, Standardize, keep_nan, shift
 from tensormoe.gates._passes import entmax15_of_one_row, entmax15_of_rows
 from tensormoe.gates._rows import as_rows, map_rows
 from tensormoe.gates._threshold import entmax as _entmax
@@ -46,9 +46,9 @@ def entmax_block(
     factor = alpha - 1.0 if alpha > 1.0 else 1.0
     guess = alpha == 1.5 and isinstance(how, LayerNorm)
     shifted = shift(backend, values, mask, first_row, how, factor, guess)
-    if alpha == 1.0:
-        return _softmax(backend, shifted)
     xp = backend.namespace
+    if alpha == 1.0:
+        return keep_nan(backend, shifted, _softmax(backend, shifted))
     if alpha == 1.5:
         weights = _entmax15(backend, shifted.values, shifted.start)
     else:
@@ -56,7 +56,8 @@ def entmax_block(
     if shifted.usable is None or backend.checks_values:
         return weights
     # a row without experts, which could not be refused
-    return xp.where(shifted.usable, weights, xp.zeros_like(weights))
+    weights = xp.where(shifted.usable, weights, xp.zeros_like(weights))
+    return keep_nan(backend, shifted, weights)
 
 
 def _usual(backend: Backend, values: Array, first_row: int, how: LayerNorm) -> Array | None:
@@ -118,7 +119,8 @@ def entmax(logits: Array, alpha: float = 1.5, axis: int = -1, mask: Array | None
     Raises:
         GateError: ``alpha``, ``axis``, ``mask`` or the logits' dtype or shape are unfit; where
             the backend checks values also where logits are NaN or a token has no expert left.
-            Elsewhere NaN propagates, and such a token gets coefficients of zero.
+            Elsewhere a NaN makes all coefficients of its token NaN, and a token without an
+            expert gets coefficients of zero.
 
     Example:
         >>> import numpy as np
@@ -178,7 +180,8 @@ def activation_vjp(backend: Backend, weights: Array, cotangent: Array, alpha: fl
     else:
         support = weights > 0.0
         slope = xp.where(support, weights, xp.ones_like(weights)) ** (2.0 - alpha)
-        slope = xp.where(support, slope, xp.zeros_like(slope))
+        # zero, but where the coefficients are NaN
+        slope = xp.where(support, slope, weights * 0.0)
     total = backend.row_sums(slope)
     # a row of zeros, where no error could be raised, has derivative zero
     total = xp.where(total > 0.0, total, xp.ones_like(total))

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from typing import Any
 
+from tensormoe._validation import brief, flag
 from tensormoe.errors import GateError
 from tensormoe.gates._functions import check_alpha
 from tensormoe.gates._top_k import check_k
@@ -52,15 +53,17 @@ momentum=0.1)
     momentum: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
+        if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
             raise GateError(
-                f"activation must be one of {', '.join(ACTIVATIONS)}; got {self.activation!r}. "
-                "Compute other coefficients yourself and pass them to the layer."
+                f"activation must be one of {', '.join(ACTIVATIONS)}; got "
+                f"{brief(self.activation)}. Compute other coefficients yourself and pass them to "
+                "the layer."
             )
-        if self.normalization not in NORMALIZATIONS:
+        named = self.normalization is None or isinstance(self.normalization, str)
+        if not named or self.normalization not in NORMALIZATIONS:
             raise GateError(
-                f"normalization must be 'layer', 'batch' or None; got {self.normalization!r}. Use "
-                "'layer' unless you reproduce a model with another."
+                f"normalization must be 'layer', 'batch' or None; got {brief(self.normalization)}. "
+                "Use 'layer' unless you reproduce a model with another."
             )
         object.__setattr__(self, "alpha", check_alpha(self.alpha))
         # a compiler takes a number that it finds for a variable, and text for a constant
@@ -82,8 +85,7 @@ momentum=0.1)
                 f"k belongs to top_k; got {self.k!r} with activation {self.activation!r}. Leave it "
                 "out or use top_k."
             )
-        if not isinstance(self.bias, bool):
-            raise GateError(f"bias must be True or False; got {self.bias!r}. Give a boolean.")
+        flag(self.bias, "bias", GateError)
         if not _is_number(self.eps) or not (self.eps > 0 and isfinite(self.eps)):
             raise GateError(f"eps must be a positive number; got {self.eps!r}. Use 1e-5.")
         if not _is_number(self.momentum) or not 0 < self.momentum <= 1:

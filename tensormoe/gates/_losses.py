@@ -102,7 +102,7 @@ def entropy(coefficients: Array) -> Array:
     """
     backend, weights = _matrix(coefficients)
     xp = backend.namespace
-    used = weights > 0.0
+    used = ~(weights <= 0.0)  # NaN as well, which stays NaN
     logs = xp.log(xp.where(used, weights, xp.ones_like(weights)))
     return backend.reshape(-xp.sum(weights * logs, axis=-1) + 0.0, tuple(coefficients.shape[:-1]))
 
@@ -125,7 +125,7 @@ def entropy_loss_vjp(coefficients: Array, cotangent: Array | float = 1.0) -> Arr
     """
     backend, weights = _matrix(coefficients)
     xp = backend.namespace
-    used = weights > 0.0
+    used = ~(weights <= 0.0)  # NaN as well, which stays NaN
     logs = xp.log(xp.where(used, weights, xp.ones_like(weights)))
     slope = xp.where(used, (1.0 + logs) * (-1.0 / weights.shape[0]), xp.zeros_like(logs))
     return backend.reshape(slope * cotangent, tuple(coefficients.shape))

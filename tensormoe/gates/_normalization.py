@@ -44,11 +44,14 @@ class Shifted:
         values: (rows, experts).
         usable: where experts may get a coefficient, or ``None`` for everywhere.
         start: (rows, 1), where the threshold of an entmax-1.5 is probably found, or ``None``.
+        lost: (rows, 1) booleans, rows with a NaN among the logits of usable experts; ``None`` where
+            there is none.
     """
 
     values: Array
     usable: Array | None
     start: Array | None = None
+    lost: Array | None = None
 
 
 def shift(
@@ -121,7 +124,25 @@ def _shift_traced(backend: Backend, values: Array, how: LayerNorm | None, factor
         variance = backend.square_sums(centred) / count
         values = values * (factor / xp.sqrt(variance + how.eps))
         factor = 1.0
-    return Shifted(xp.where(outside, zeros + OUTSIDE, _times(xp, values, factor)), ~outside)
+    values = xp.where(outside, zeros + OUTSIDE, _times(xp, values, factor))
+    return Shifted(values, ~outside, lost=xp.isnan(top))
+
+
+def keep_nan(backend: Backend, shifted: Shifted, weights: Array) -> Array:
+    """Coefficients with NaN throughout the rows that have a NaN logit, and in their gradients.
+
+    Comparisons are false for NaN: an activation that leaves experts out by them would drop it.
+    """
+    xp = backend.namespace
+    lost, values = shifted.lost, shifted.values
+    if lost is None or (backend.eager and not bool(xp.any(lost))):
+        return weights
+    # a product, as a constant has no gradient, and one with 0 elsewhere, as a NaN that is not
+    # chosen still gets into the gradient of what it is made of
+    spoiled = xp.where(
+        lost, xp.full_like(values[:, :1], float("nan")), 0.0 * xp.ones_like(values[:, :1])
+    )
+    return xp.where(lost, values * spoiled, weights)
 
 
 def _times(xp: Any, values: Array, factor: float) -> Array:
@@ -146,6 +167,11 @@ def _shift_careful(
     zeros = xp.zeros_like(values)
     if isinstance(how, Affine):
         values = xp.where(split.live, (values - how.mean) * how.scale, zeros)
+    lost = None
+    if not backend.checks_values:
+        lost = xp.isnan(_top(backend, values, split.live))
+        # an infinite logit does not have such a row to itself
+        usable = xp.where(lost, split.live, usable)
     if isinstance(how, LayerNorm):
         values = values - _top(backend, values, split.live)
         values = xp.where(split.live, values, zeros)
@@ -162,7 +188,8 @@ def _shift_careful(
     values = xp.where(split.infinite, zeros, values)
     values = values - _top(backend, values, usable)
     values = xp.where(usable, values, zeros)
-    return Shifted(xp.where(usable, _times(xp, values, factor), zeros + OUTSIDE), usable)
+    values = xp.where(usable, _times(xp, values, factor), zeros + OUTSIDE)
+    return Shifted(values, usable, lost=lost)
 
 
 def _top(backend: Backend, values: Array, where: Array) -> Array:

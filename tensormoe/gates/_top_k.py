@@ -10,7 +10,7 @@ from tensormoe._integers import default_integer
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import GateError
 from tensormoe.gates._functions import _softmax
-from tensormoe.gates._normalization import Shifted, Standardize, shift
+from tensormoe.gates._normalization import Shifted, Standardize, keep_nan, shift
 from tensormoe.gates._rows import as_rows, map_rows
 
 # up to here, k passes over the logits are cheaper than a stable sort of them
@@ -78,7 +78,7 @@ def top_k_block(
     chosen = _chosen(xp, backend, shifted, k)
     if shifted.usable is not None:
         chosen = chosen & shifted.usable
-    return _softmax(backend, Shifted(shifted.values, chosen))
+    return keep_nan(backend, shifted, _softmax(backend, Shifted(shifted.values, chosen)))
 
 
 def _chosen(xp: Any, backend: Backend, shifted: Shifted, k: int) -> Array:
@@ -154,7 +154,8 @@ def top_k_indices(logits: Array, k: int) -> TopK:
     picked = xp.take_along_axis(shifted.values, indices, axis=-1)
     if usable is not None:
         usable = xp.take_along_axis(usable, indices, axis=-1)
-    weights = _softmax(backend, Shifted(picked, usable))
+    some = Shifted(picked, usable, lost=shifted.lost)
+    weights = keep_nan(backend, some, _softmax(backend, some))
     return TopK(backend.reshape(indices, shape), backend.reshape(weights, shape))
 
 

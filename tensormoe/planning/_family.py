@@ -9,9 +9,18 @@ from operator import add
 from typing import Any, cast
 
 from tensormoe._spec import LayerSpec
-from tensormoe._validation import choice, positive_int
-from tensormoe.errors import BudgetError, RankError, SpecError
-from tensormoe.factorizations import FACTORIZATIONS, INPUT, OUTPUT, Dense, Hadamard, Leg, Network
+from tensormoe._validation import positive_int
+from tensormoe.errors import BudgetError, RankError
+from tensormoe.factorizations import (
+    INPUT,
+    OUTPUT,
+    Dense,
+    Factorization,
+    Leg,
+    Network,
+    factorization_class,
+    sample,
+)
 from tensormoe.planning._polynomial import Polynomial, least
 
 __all__ = ["Choice", "Family", "largest"]
@@ -29,7 +38,7 @@ class Family:
     is solved for; the one before it, if any, is the outer one, which is searched over.
 
     Args:
-        factorization: a name.
+        factorization: a name or a class.
         in_features: I.
         out_features: O.
         experts: N, or one size a level.
@@ -40,20 +49,20 @@ class Family:
 
     def __init__(
         self,
-        factorization: str,
+        factorization: str | type[Factorization],
         in_features: int,
         out_features: int,
         experts: int | tuple[int, ...],
         bias: bool,
         bonds: Sequence[int | str | None] | None,
     ) -> None:
-        kind = FACTORIZATIONS[choice(factorization, FACTORIZATIONS, "factorization", SpecError)]
+        kind = factorization_class(factorization)
         # sizes are checked as every spec's are, before there is a rank
-        sizes = LayerSpec(in_features, out_features, experts, Hadamard(), bias)
+        sizes = LayerSpec(in_features, out_features, experts, Dense(), bias)
         self.sizes = sizes
         self._given = factorization
         # with_rank makes the ranks from a value of the factorization; its own rank is not used
-        self._kind = kind() if kind in (Dense, Hadamard) else kind(1)  # type: ignore[call-arg]
+        self._kind = sample(kind)
         self.name = kind.name
         pattern = self._kind.rank_pattern(sizes.levels)
         self.by_pattern = bonds is None
@@ -67,7 +76,9 @@ class Family:
             )
         self._places = {name: INNER - k for k, name in enumerate(reversed(symbols))}
         self.symbols = len(symbols)
-        self.legs = self._symbolic_sizes()
+        self.place_of: dict[Leg, int] = {}
+        """The place in the rank of every bond that follows it."""
+        self.legs = self._symbolic_sizes(self.place_of)
         network = self.spec((1, 1)).network
         self.parameters = _symbolic(network, self.legs).num_parameters
         modes = {INPUT, OUTPUT}
@@ -121,15 +132,27 @@ class Family:
                     size = _reaching(term, symbol, bound, size)
         return size
 
-    def _symbolic_sizes(self) -> Mapping[Leg, Polynomial]:
-        """The size of every leg as a polynomial in the symbols."""
-        numbers = tuple(range(1, len(self.bonds) + 1))
+    def _symbolic_sizes(self, places: dict[Leg, int]) -> Mapping[Leg, Polynomial]:
+        """The size of every leg as a polynomial in the symbols; says what follows the rank."""
+        count = len(self.bonds)
         given = self.sizes
-        probe = self._kind.with_rank(numbers)
-        bonds = probe.bond_sizes(given.experts, given.out_features)
-        network = probe.network(given.experts, given.in_features, given.out_features, given.bias)
+        # two ranks without a number in common, which tell what each leg's size follows
+        probes = [self._kind.with_rank(tuple(range(k + 1, k + 1 + count))) for k in (0, count)]
+        low, high = (each.bond_sizes(given.experts, given.out_features) for each in probes)
+        network = probes[0].network(
+            given.experts, given.in_features, given.out_features, given.bias
+        )
         legs = {leg: Polynomial.constant(size) for leg, size in network.sizes.items()}
-        for leg, number in bonds.items():
+        for leg, number in low.items():
+            if high[leg] == number:
+                continue  # the factorization's own, whatever the rank
+            if high[leg] != number + count or number > count:
+                raise RankError(
+                    f"every bond of {self.name} must be as large as one entry of its rank, or "
+                    f"always the same, for a rank to be chosen; got another size for leg {leg!r}. "
+                    "Give rank=…."
+                )
+            places[leg] = number - 1
             bond = self.bonds[number - 1]
             if not isinstance(bond, int):
                 legs[leg] = Polynomial.symbol(self._places[bond])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from tensormoe._spec import LayerSpec
-from tensormoe._validation import positive_int
+from tensormoe._validation import non_negative_int, positive_int
 from tensormoe.errors import PlanError
 from tensormoe.gates import Gate
 from tensormoe.planning._cost import Cost
@@ -138,8 +138,7 @@ def plan_layer(
         PlanError: a batch that is no size, or a limit that not even single inputs keep to; the
             message names the smallest feasible one.
     """
-    if batch != 0:
-        batch = positive_int(batch, "batch", PlanError)
+    batch = non_negative_int(batch, "batch", PlanError)
     regimes: Regimes = plan_regimes(spec, routing)
     index = len(regimes.starts) - 1 if prepared else regimes.index(batch)
     last = regimes.starts[index + 1] - 1 if index + 1 < len(regimes.starts) else None

@@ -97,17 +97,20 @@ class Program:
         steps: what it does, in order.
         outputs: slots of its results.
         size_items: pairs (leg, size), one for every leg but the batch.
+
+    Attributes:
+        sizes: the size of every leg but the batch.
     """
 
     operands: tuple[Operand, ...]
     steps: tuple[Step, ...]
     outputs: tuple[int, ...]
     size_items: tuple[tuple[Leg, int], ...] = field(repr=False)
+    sizes: Mapping[Leg, int] = field(init=False, repr=False, compare=False)
 
-    @cached_property
-    def sizes(self) -> Mapping[Leg, int]:
-        """The size of every leg but the batch."""
-        return dict(self.size_items)
+    def __post_init__(self) -> None:
+        # now, not when they are asked for: a cached property locks, and compilers trace no lock
+        object.__setattr__(self, "sizes", dict(self.size_items))
 
     @cached_property
     def legs(self) -> Mapping[int, tuple[Leg, ...]]:

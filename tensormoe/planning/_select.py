@@ -57,7 +57,7 @@ class RankChoice:
 
 
 def select_rank(
-    factorization: str,
+    factorization: str | type[Factorization],
     in_features: int,
     out_features: int,
     experts: int | tuple[int, ...],
@@ -87,7 +87,7 @@ def select_rank(
 
     Args:
         factorization: "cp", "tensor_ring", "tensor_train", "tucker", "shared_basis", "base_delta",
-            "shared_delta", "hadamard" or "dense".
+            "shared_delta", "hadamard", "dense", another name that is registered, or a class.
         in_features: I, the size of an input.
         out_features: O, the size of an output.
         experts: N, or one size per level of hierarchy.
@@ -140,7 +140,7 @@ experts=(16, 32) instead of 512 takes 3249; or leave the gate out, Budget(…, g
 
 
 def rank_front(
-    factorization: str,
+    factorization: str | type[Factorization],
     in_features: int,
     out_features: int,
     experts: int | tuple[int, ...],

@@ -8,6 +8,7 @@ from typing import Literal
 from tensormoe._spec import LayerSpec
 from tensormoe._validation import positive_int
 from tensormoe.errors import BudgetError, SpecError
+from tensormoe.factorizations import Factorization
 from tensormoe.gates import Gate
 from tensormoe.planning._baselines import linear_cost
 from tensormoe.planning._budget import Budget
@@ -20,9 +21,11 @@ from tensormoe.planning._select import best_spec, measure_of
 
 __all__ = ["select_block"]
 
+Kind = str | type[Factorization]
+
 
 def select_block(
-    factorization: str | tuple[str, str],
+    factorization: Kind | tuple[Kind, Kind],
     in_features: int,
     hidden_features: int,
     out_features: int,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 
 from tensormoe._spec import LayerSpec
-from tensormoe.factorizations import INPUT, OUTPUT, Factorization, Leg
+from tensormoe.factorizations import INPUT, OUTPUT, Leg
 from tensormoe.planning._family import Family
 
 __all__ = ["beyond_use", "excess", "with_bonds", "without_waste"]
@@ -37,8 +37,8 @@ def excess(spec: LayerSpec) -> dict[Leg, int]:
 
 def beyond_use(family: Family, spec: LayerSpec) -> dict[int, int]:
     """The free bonds of a layer that are too large, by place, with the size that is of use."""
-    places = _places(spec.factorization, spec)
-    over = {places[leg]: most for leg, most in excess(spec).items()}
+    places, found = family.place_of, excess(spec)
+    over = {places[leg]: most for leg, most in found.items() if leg in places}
     return {place: most for place, most in over.items() if not isinstance(family.bonds[place], int)}
 
 
@@ -72,11 +72,3 @@ def with_bonds(spec: LayerSpec, changed: dict[int, int]) -> LayerSpec:
     rank = tuple(changed.get(place, size) for place, size in enumerate(sizes))
     value = spec.factorization.with_rank(rank)
     return LayerSpec(spec.in_features, spec.out_features, spec.experts, value, spec.bias)
-
-
-def _places(kind: Factorization, spec: LayerSpec) -> dict[Leg, int]:
-    """The place in the rank of every bond leg: bond k of a probe is of size k + 1."""
-    count = len(kind.bonds(spec.levels))
-    probe = kind.with_rank(tuple(range(1, count + 1)))
-    legs = probe.bond_sizes(spec.experts, spec.out_features)
-    return {leg: size - 1 for leg, size in legs.items()}

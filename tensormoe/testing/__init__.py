@@ -25,20 +25,12 @@ The module needs NumPy, pytest, Hypothesis and TensorLy: ``pip install 'tensormo
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from tensormoe._extras import missing
 
-from tensormoe.errors import MissingDependencyError
+if absent := missing("tensormoe.testing", ("numpy", "pytest", "hypothesis", "tensorly"), "testing"):
+    raise absent
 
-_missing = [
-    name for name in ("numpy", "pytest", "hypothesis", "tensorly") if find_spec(name) is None
-]
-if _missing:
-    raise MissingDependencyError(
-        f"tensormoe.testing needs {', '.join(_missing)}; not installed here. "
-        "Install with: pip install 'tensormoe[testing]'."
-    )
-
-import pytest  # noqa: E402
+import pytest
 
 # so that a failed assertion of a contract shows its values, as one in a test file does
 pytest.register_assert_rewrite(

@@ -10,12 +10,16 @@ import numpy.typing as npt
 import tensorly
 
 from tensormoe.errors import ShapeError, SpecError
-from tensormoe.factorizations import FACTORIZATIONS, Factorization, to_tensorly
+from tensormoe.factorizations import Factorization, to_tensorly
 
 __all__ = ["reconstruct", "reconstruct_by_einsum", "reference_output"]
 
 Doubles = npt.NDArray[np.float64]
 
+_KNOWN = (
+    *("cp", "tensor_ring", "tensor_train", "tucker", "shared_basis"),
+    *("base_delta", "shared_delta", "hadamard", "dense"),
+)
 _EXPERTS = "abcdefgh"
 _BONDS = "pqrstuvwxyz"
 
@@ -84,7 +88,7 @@ def reconstruct_by_einsum(factorization: Factorization, factors: Mapping[str, An
     Raises:
         SpecError: another factorization.
     """
-    if factorization.name not in FACTORIZATIONS:
+    if factorization.name not in _KNOWN:
         raise SpecError(
             f"equations are known for the library's own factorizations; got {factorization!r}. "
             "Compare with an einsum of your own."
@@ -131,7 +135,7 @@ def reconstruct_by_einsum(factorization: Factorization, factors: Mapping[str, An
 
 
 def reference_output(weights: Any, coefficients: Sequence[Any], x: Any) -> Doubles:
-    """Y = Σ a₁[n₁] … a_E[n_E] [x, 1]ᵀ 𝒲[n₁, …, n_E], by one ``numpy.einsum`` in float64.
+    """Y = Σ a₁[n₁] … a_E[n_E] ``[x, 1]``ᵀ 𝒲[n₁, …, n_E], by one ``numpy.einsum`` in float64.
 
     This is the definition of the layer (Oldfield et al. 2024, eq. 1), with every weight explicit.
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tensormoe import get_backend
+from tensormoe._registry import loaded_backend
 from tests._cupy_standin._module import Special, Standin
 
 tensormoe_cupy = pytest.importorskip("tensormoe_cupy")
@@ -29,6 +29,6 @@ def installed() -> Iterator[None]:
         patch.setattr(tensormoe_cupy, "BACKEND", ADAPTER)
         for layer in LAYERS:
             patch.setattr(layer, "backend", ADAPTER)
-        get_backend.cache_clear()
+        loaded_backend.cache_clear()
         yield
-    get_backend.cache_clear()
+    loaded_backend.cache_clear()

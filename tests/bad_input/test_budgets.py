@@ -72,9 +72,9 @@ CASES: dict[str, Case] = {
     "a negative batch": (
         lambda: spec().plan(-1),
         PlanError,
-        "batch must be a positive integer; got -1",
+        "batch must be a non-negative integer; got -1",
     ),
-    "half a batch": (lambda: spec().cost(1.5), PlanError, r"positive integer; got 1\.5"),
+    "half a batch": (lambda: spec().cost(1.5), PlanError, r"non-negative integer; got 1\.5"),
     "more kept than planned for": (
         lambda: spec().plan(4, top_k=9),
         PlanError,

@@ -6,7 +6,7 @@ import array_api_strict as strict
 import numpy as np
 import pytest
 
-from tensormoe import TopK
+from tensormoe import TopK, entmax
 from tensormoe.errors import BackendError, ShapeError
 from tensormoe_numpy import MuMoEMLP
 from tests._bad_input import IDS, Case, X, assert_refused, layer, shares, table, tree
@@ -32,6 +32,21 @@ CASES: dict[str, Case] = {
         lambda: layer()(strict.ones((3, 8), dtype=strict.float32)),
         BackendError,
         "x must be an array of numpy.*; got array_api_strict.Array. Convert it yourself",
+    ),
+    "a masked input": (
+        lambda: layer()(np.ma.masked_array(X, mask=X > 0)),
+        BackendError,
+        "x must be a plain, dense array; got numpy.MaskedArray that is not. Convert it",
+    ),
+    "a matrix": (
+        lambda: layer()(X.view(np.matrix)),
+        BackendError,
+        "x must be a plain, dense array; got numpy.matrix that is not",
+    ),
+    "logits under a mask of their own": (
+        lambda: entmax(np.ma.masked_array(X, mask=X > 0)),
+        BackendError,
+        "arrays must be plain and dense; got numpy.MaskedArray at 0",
     ),
     "an input of the block": (
         lambda: MuMoEMLP(8, experts=3, rank=2)(np.ones((3, 7), "float32")),

@@ -15,6 +15,7 @@ import pytest
 
 import tensormoe
 from tensormoe import CP, backend_of, get_backend, to_tensorly
+from tensormoe._registry import loaded_backend
 from tensormoe.errors import BackendError, MissingDependencyError, TensormoeError
 from tests._bad_input import Case, assert_refused
 
@@ -29,7 +30,7 @@ def without(*names: str) -> Callable[[pytest.MonkeyPatch], None]:
             return None if name in names else real(name, package)
 
         patch.setattr("tensormoe._registry.find_spec", find)
-        get_backend.cache_clear()
+        loaded_backend.cache_clear()
 
     return prepare
 
@@ -73,7 +74,7 @@ def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(MissingDependencyError, match=r"needs numpy.*'tensormoe\[numpy\]'"):
             get_backend("numpy")
     finally:
-        get_backend.cache_clear()
+        loaded_backend.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["hypothesis", "tensorly", "pytest"])
@@ -97,3 +98,38 @@ except ImportError as error:
     assert done.stdout.startswith("MissingDependencyError")
     assert name in done.stdout
     assert "pip install 'tensormoe[testing]'" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("package", "library", "extra"),
+    [
+        ("tensormoe_numpy", "numpy", "numpy"),
+        ("tensormoe_numpy", "scipy", "numpy"),
+        ("tensormoe_torch", "torch", "torch"),
+        ("tensormoe_jax", "jax", "jax"),
+        ("tensormoe_jax.nnx", "flax", "flax"),
+        ("tensormoe_jax.equinox", "equinox", "equinox"),
+        ("tensormoe_cupy", "cupy", "cupy"),
+    ],
+)
+def test_packages_without_their_library(package: str, library: str, extra: str) -> None:
+    code = f"""
+import sys
+sys.modules[{library!r}] = None
+try:
+    import {package}
+except ImportError as error:
+    print(type(error).__name__, error)
+"""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": f"{root}:{root / 'backends'}", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == (
+        f"MissingDependencyError {package} needs {library}, which is not installed. "
+        f"Install it with: pip install 'tensormoe[{extra}]'.\n"
+    )

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 
 from tensormoe import CP, LayerSpec, TensorRing, TensorTrain, Tucker
-from tensormoe.errors import RankError, ShapeError, SpecError
+from tensormoe.errors import PlanError, RankError, ShapeError, SpecError
 from tensormoe_numpy import MuMoE, MuMoEEmbedding, MuMoEMLP
-from tests._bad_input import Case, X, assert_refused, layer
+from tests._bad_input import Case, X, assert_refused, layer, spec
+
+# drawing from one would end the process
+MATRIX = np.ones((1, 2), int).view(np.matrix)
 
 CASES: dict[str, Case] = {
     # sizes
@@ -35,7 +41,7 @@ CASES: dict[str, Case] = {
     "a negative level": (
         lambda: LayerSpec(8, 4, (3, -2), CP(2)),
         SpecError,
-        "experts must be positive integers; got -2 for level 1. Give one size a level",
+        "experts must be positive integers; got -2 for level 1. Give one size per level",
     ),
     "experts in letters": (
         lambda: LayerSpec(8, 4, "3", CP(2)),
@@ -58,10 +64,10 @@ CASES: dict[str, Case] = {
         SpecError,
         "factorization must be one of 'cp', 'tensor_ring', .*'dense'; got 'cpd'",
     ),
-    "a class in place of a value": (
-        lambda: MuMoE(8, 4, 3, CP, rank=2),
+    "a class of something else": (
+        lambda: MuMoE(8, 4, 3, dict, rank=2),
         SpecError,
-        "factorization must be one of .*; got <class",
+        "must be a subclass of tensormoe.Factorization; got <class 'dict'>",
     ),
     "unknown initialization": (
         lambda: layer(init="xavier"),
@@ -77,6 +83,16 @@ CASES: dict[str, Case] = {
         lambda: MuMoEMLP(8, experts=3, rank=2, act_layer="mish"),
         SpecError,
         "act_layer must be one of 'gelu', .*; got 'mish'",
+    ),
+    "a function without its derivative": (
+        lambda: MuMoEMLP(8, experts=3, rank=2, act_layer=abs),  # type: ignore[arg-type]
+        SpecError,
+        "act_layer must be one of 'gelu', .* its derivative is needed. PyTorch's and JAX's blocks",
+    ),
+    "gated by a number": (
+        lambda: MuMoEMLP(8, experts=3, rank=2, gated=1),  # type: ignore[arg-type]
+        SpecError,
+        "gated must be True or False; got 1",
     ),
     "everything dropped": (
         lambda: MuMoEMLP(8, experts=3, rank=2, drop=1.0),
@@ -128,7 +144,7 @@ CASES: dict[str, Case] = {
     "rank zero": (
         lambda: CP(0),
         RankError,
-        "rank must be positive integers; got 0 for bond 0. Give one size a bond",
+        "rank must be positive integers; got 0 for bond 0. Give one size per bond",
     ),
     "negative rank": (lambda: layer(rank=-3), RankError, "got -3 for bond 0"),
     "fractional rank": (lambda: CP(2.5), RankError, r"got 2\.5 for bond 0"),
@@ -162,6 +178,66 @@ CASES: dict[str, Case] = {
         lambda: MuMoE(8, 4, 3, CP(2), rank=3),
         RankError,
         r"rank must be given once; got rank=3 beside CP\(rank=2\). Drop one",
+    ),
+    "levels without end": (
+        lambda: LayerSpec(8, 4, itertools.count(2), CP(2)),  # type: ignore[arg-type]
+        SpecError,
+        "experts must be at most 64 integers; got more. Give one size per level",
+    ),
+    "levels without order": (
+        lambda: LayerSpec(8, 4, {3, 2}, CP(2)),  # type: ignore[arg-type]
+        SpecError,
+        r"experts must be positive integers; got \{2, 3\} for level 0",
+    ),
+    "plans of no integer": (
+        lambda: [spec().plan(1), spec().plan(True)],
+        PlanError,
+        "batch must be a non-negative integer; got True",
+    ),
+    "plans of a fraction": (
+        lambda: [spec().plan(1), spec().plan(1.0)],  # type: ignore[arg-type]
+        PlanError,
+        "batch must be a non-negative integer; got 1.0",
+    ),
+    "prepared plans of no truth": (
+        lambda: spec().plan(4, prepared=np.ones(2)),  # type: ignore[arg-type]
+        PlanError,
+        "prepared must be True or False; got array",
+    ),
+    # seeds
+    **{
+        f"seed {seed!r}": (
+            lambda seed=seed: layer(seed=seed),
+            SpecError,
+            "seed must be a non-negative integer or a NumPy generator; got",
+        )
+        for seed in (True, -1, 1.5, "a", (1, 2), np.ones(2), MATRIX)
+    },
+    # layers of arrays that exist
+    "restored from no config": (
+        lambda: MuMoE.restore("cp", {}),  # type: ignore[arg-type]
+        SpecError,
+        "config must be that of a MuMoE; got 'cp'. Pass the config of another layer",
+    ),
+    "restored from no arrays": (
+        lambda: MuMoE.restore(layer().config, None),  # type: ignore[arg-type]
+        SpecError,
+        "arrays must be a mapping from names to arrays; got None, a NoneType",
+    ),
+    "a layer restored from a block": (
+        lambda: MuMoE.restore(MuMoEMLP(8, experts=3, rank=2).config, {}),  # type: ignore[arg-type]
+        SpecError,
+        "config must be that of a MuMoE; got that of a MuMoEMLP",
+    ),
+    "a layer restored from an embedding": (
+        lambda: MuMoE.restore(MuMoEEmbedding(8, 4, 3, rank=2).config, {}),
+        SpecError,
+        "config must be that of a MuMoE; got that of a MuMoEEmbedding",
+    ),
+    "a size beyond all arrays": (
+        lambda: LayerSpec(2**63, 4, 3, CP(2)),
+        SpecError,
+        "in_features must be below 2\\*\\*63; got 9223372036854775808",
     ),
     "rank and budget": (
         lambda: layer(budget=100),

@@ -15,7 +15,7 @@ import safetensors.numpy
 from tensormoe.checkpoint import ArrayInfo, peek_checkpoint, read_checkpoint, save_checkpoint
 from tensormoe.errors import CheckpointError
 from tensormoe_numpy import BACKEND
-from tests._checkpoint_files import CONFIG, ENVIRONMENT, METADATA, equal, raw_file, some_arrays
+from tests._checkpoint_files import CONFIG, ENVIRONMENT, METADATA, equal, f32, raw_file, some_arrays
 
 
 def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
@@ -60,6 +60,14 @@ def test_bfloat16_reaches_a_backend_that_has_it(tmp_path: Path) -> None:
     assert peek_checkpoint(tmp_path / "a").arrays["x"] == ArrayInfo("bfloat16", (2,))
     found = read_checkpoint(tmp_path / "a", RawBackend()).arrays["x"]
     assert found == ("bfloat16", (2,), b"\x80\x3f\x00\x40")
+
+
+def test_white_space_before_the_header(tmp_path: Path) -> None:
+    header = json.dumps({"__metadata__": METADATA, "x": f32(0, 8, [2])})
+    content = raw_file(b" \t\r\n" + header.encode(), bytes(8))
+    assert dict(safetensors.deserialize(content))["x"]["shape"] == [2]
+    (tmp_path / "a").write_bytes(content)
+    assert read_checkpoint(tmp_path / "a", BACKEND).arrays["x"].shape == (2,)
 
 
 def test_bfloat16_is_an_error_where_numpy_lacks_it(tmp_path: Path) -> None:

@@ -97,6 +97,46 @@ def test_killed_at_each_step(
     assert done.returncode == -signal.SIGKILL
     assert assert_one_whole_version(path, 9) == version
     assert len(leftovers(tmp_path)) == partial
-    # a later save isn't hindered by what was left
+    # another file's save leaves it alone, the next one of this file takes it away
+    save_version(tmp_path / "b", 3, 9)
+    assert len(leftovers(tmp_path)) == partial
     save_version(path, 3, 9)
     assert assert_one_whole_version(path, 9) == 3
+    assert leftovers(tmp_path) == []
+
+
+WAITING = """
+import os, sys
+import numpy as np
+from tensormoe.checkpoint import save_checkpoint
+fsync = os.fsync
+def waiting(handle):
+    print("writing", flush=True)
+    sys.stdin.readline()
+    fsync(handle)
+os.fsync = waiting
+save_checkpoint(sys.argv[1], "MuMoE", {"version": 2}, {k: np.full(9, 2, np.float32) for k in "ab"})
+"""
+
+
+@posix
+def test_a_save_at_work_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    saver = subprocess.Popen(
+        [sys.executable, "-c", WAITING, path],
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with saver:
+        assert saver.stdout is not None
+        assert saver.stdin is not None
+        assert saver.stdout.readline() == b"writing\n"
+        (partial,) = leftovers(tmp_path)
+        save_version(path, 1, 9)
+        assert leftovers(tmp_path) == [partial]
+        saver.stdin.write(b"\n" * 9)
+        saver.stdin.close()
+        assert saver.wait(60) == 0
+    assert assert_one_whole_version(path, 9) == 2
+    assert leftovers(tmp_path) == []

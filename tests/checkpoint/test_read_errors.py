@@ -32,7 +32,7 @@ BAD_LENGTHS = {
 }
 BAD_HEADERS = {
     "none": ("", "must begin with"),
-    "blank before it": (" {}", "must begin with"),
+    "a blank that JSON does not know": ("\v{}", "must begin with"),
     "a list": ("[]", "must begin with"),
     "half": ("{", "header must be JSON"),
     "two": ("{} {}", "header must be JSON"),

@@ -50,8 +50,18 @@ BAD_ARRAYS = [
     ({"x": np.array([None])}, CheckpointError, "array 'x': dtype must be one of"),
     ({"x": np.array(["a"])}, CheckpointError, "array 'x': dtype must be one of"),
     ({"x": np.zeros((1,) * 40)}, CheckpointError, "array 'x': shape must hold at most 32"),
-    ({"x": [1.0]}, BackendError, r"builtins\.list for 'x'"),
-    ({"x": ZEROS, "y": 1.0}, BackendError, r"numpy\.ndarray for 'x' and builtins\.float for 'y'"),
+    ({"x": [1.0]}, BackendError, r"array 'x': arrays must come from one of .*builtins\.list"),
+    (
+        {"x": ZEROS, "y": 1.0},
+        BackendError,
+        r"'y' must be an array of numpy; got builtins\.float",
+    ),
+    ({"x": np.ma.masked_array([1.0], mask=[True])}, BackendError, "'x': arrays must be plain"),
+    (
+        {"x": ZEROS, "y": np.ones((1, 1)).view(np.matrix)},
+        BackendError,
+        "must be a plain, dense array",
+    ),
 ]
 
 

@@ -30,7 +30,7 @@ from tests._command import LAYER, run
         (["rank", *LAYER, "--budget", "time=5"], "2ms or 300us; got '5'"),
         (["rank", *LAYER, "--budget", "speed=5"], "budget must be"),
         (["rank", *LAYER, "--budget", "mlp,9k"], "limit parameters once"),
-        (["rank", *LAYER, "--factorization", "svd"], "factorization must be one of cp"),
+        (["rank", *LAYER, "--factorization", "svd"], "factorization must be one of 'cp'"),
         (["rank", *LAYER, "--objective", "speed"], "--objective must be one of 'capacity'"),
         (["rank", *LAYER, "--device", "tpu"], "--device must be one of this"),
         (["rank", *LAYER, "--gate", "relu"], "activation must be one of entmax"),

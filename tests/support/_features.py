@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 import tensormoe_jax
+import tensormoe_numpy._activations
 from tensormoe import CP, Gate, LayerSpec, TensorRing, backend_of, convert, functional
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.testing import reconstruct
 from tests._cupy_standin import ADAPTER, host
-from tests._everywhere import FORMS, NUMPY, PACKAGES, Config, Framework, JaxLayer
+from tests._everywhere import FORMS, NUMPY, PACKAGES, Config, Framework, JaxLayer, class_name
 from tests._one_layer import (
     TOLERANCES,
     assert_found,
@@ -30,6 +31,12 @@ BLOCK = BlockConfig(
     LayerConfig(LayerSpec(4, 5, 3, CP(2)), Gate()),
     LayerConfig(LayerSpec(5, 3, 3, TensorRing(2)), None),
     "gelu",
+)
+GATED = BlockConfig(
+    LayerConfig(LayerSpec(4, 6, 3, CP(2)), Gate()),
+    LayerConfig(LayerSpec(3, 5, 3, TensorRing(2)), None),
+    "silu",
+    gated=True,
 )
 TABLE = LayerConfig(LayerSpec(7, 4, 3, CP(2), False), None, indexed_input=True)
 
@@ -86,7 +93,7 @@ def _bfloat16(framework: Framework, arrays: Any, x: np.ndarray) -> np.ndarray:
 def check_checkpoints(framework: Framework) -> None:
     """It writes the file that NumPy writes, and opens it."""
     with tempfile.TemporaryDirectory() as folder:
-        for config, how in ((LAYER, "gate"), (BLOCK, "gate"), (TABLE, "dense")):
+        for config, how in ((LAYER, "gate"), (BLOCK, "gate"), (GATED, "gate"), (TABLE, "dense")):
             arrays, call = prepared(config, how, (3,), "float32")
             path = Path(folder, "layer")
             path.write_bytes(assert_one_file(config, arrays, (NUMPY, framework), Path(folder)))
@@ -129,6 +136,52 @@ def check_weights(framework: Framework) -> None:
     assert_near(bias, biases[1, 1], 1e-12, "bias")
 
 
+def check_block_weights(framework: Framework) -> None:
+    """An expert of a block is what the block computes when only this expert has a coefficient."""
+    for config in (BLOCK, GATED):
+        arrays, call = prepared(config, "dense", (3,))
+        only = np.zeros_like(call.made[0])  # type: ignore[index]
+        only[:, 1] = 1.0
+        one = type(call)(call.x, [only], call.cotangent)
+        with framework.precision("float64"):
+            found = framework.run(framework.restore(config, arrays), one).output
+            layer = user_layer(framework, config, arrays)
+            if isinstance(layer, JaxLayer):
+                pairs = [
+                    functional.expert_weight(part, named, (1,), tensormoe_jax.BACKEND)
+                    for part, named in _parts(config, layer.arrays)
+                ]
+                every = [
+                    functional.materialize(part, named, tensormoe_jax.BACKEND)
+                    for part, named in _parts(config, layer.arrays)
+                ]
+            else:
+                pairs, every = layer.expert(1), layer.materialize()
+                sizes = (layer.in_features, layer.hidden_features, layer.out_features)
+                assert sizes == (4, config.hidden_features, config.second.spec.out_features)
+                assert [each.batch for each in layer.plan(3)] == [3, 3]
+            weights = [[host_of(each) for each in pair] for pair in pairs]
+            for pair, stack in zip(weights, every, strict=True):
+                for each, whole in zip(pair, stack, strict=True):
+                    assert_near(each, host_of(whole)[1], 1e-12, "materialize")
+        middle = call.x @ weights[0][0] + weights[0][1]
+        function = tensormoe_numpy._activations.ACTIVATIONS[config.act_layer or ""][0]
+        if config.gated:
+            size = config.hidden_features
+            middle = function(middle[:, :size]) * middle[:, size:]
+        else:
+            middle = function(middle)
+        assert_near(middle @ weights[1][0] + weights[1][1], found, 1e-12, "expert")
+
+
+def _parts(config: BlockConfig, arrays: Any) -> list[tuple[LayerConfig, dict[str, Any]]]:
+    """The layers of a block, each with its arrays."""
+    return [
+        (part, {key.removeprefix(name): each for key, each in arrays.items() if name in key})
+        for part, name in ((config.first, "first."), (config.second, "second."))
+    ]
+
+
 def check_cost(framework: Framework) -> None:
     """What a call costs is what the core's cost model says, before anything runs."""
     arrays, _ = prepared(LAYER, "gate", (3,), "float32")
@@ -147,11 +200,13 @@ def check_copies(framework: Framework) -> None:
         assert_found(framework.run(again, call), want, 0.0, str(framework))
 
 
-def user_layer(framework: Framework, config: LayerConfig, arrays: Any) -> Any:
+def user_layer(framework: Framework, config: Config, arrays: Any) -> Any:
     """What users hold: a module where the framework has modules."""
     package = PACKAGES.get(framework.name)
     layer = framework.restore(config, arrays)
-    return layer if package is None else package.MuMoE.restore(config, layer.arrays)
+    if package is None:
+        return layer
+    return getattr(package, class_name(config)).restore(config, layer.arrays)
 
 
 def host_of(array: Any) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tests._everywhere import FRAMEWORKS
 from tests.support import _features, _native
-from tests.support._features import BLOCK, LAYER, TABLE, check_as_numpy, check_half
+from tests.support._features import BLOCK, GATED, LAYER, TABLE, check_as_numpy, check_half
 from tests.support._layers import COLUMNS, FACTORIZATION_TABLE, GATE_TABLE, running
 from tests.support._table import Missing, Row, Table
 
@@ -59,6 +59,7 @@ FEATURE_TABLE = Table(
     (
         row("layer (`MuMoE`)", check_as_numpy, LAYER, "gate", "float64"),
         row("block of two layers (`MuMoEMLP`)", check_as_numpy, BLOCK, "gate", "float64"),
+        row("gated block, as SwiGLU (`gated=True`)", check_as_numpy, GATED, "gate", "float64"),
         row("embedding (`MuMoEEmbedding`)", check_as_numpy, TABLE, "dense", "float64"),
         row("one, two and three levels of experts", _features.check_levels),
         row("ready-made coefficients, with gradients", check_as_numpy, BLOCK, "dense", "float64"),
@@ -91,6 +92,7 @@ FEATURE_TABLE = Table(
             without=lacking((CONSTANT, COMPILED)),
         ),
         row("one expert, or all (`expert`, `materialize`)", _features.check_weights),
+        row("the same of a whole block", _features.check_block_weights),
         row(
             "cost of a call (`cost`)", _features.check_cost, without=lacking((FUNCTIONS, ("JAX",)))
         ),

@@ -9,15 +9,10 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from tensormoe._extras import missing
 
-from tensormoe.errors import MissingDependencyError
-
-if find_spec("equinox") is None:
-    raise MissingDependencyError(
-        "tensormoe_jax.equinox needs equinox, which is not installed. "
-        "Install it with: pip install 'tensormoe[equinox]'."
-    )
+if absent := missing("tensormoe_jax.equinox", ("equinox",), "equinox"):
+    raise absent
 
 from tensormoe_jax.equinox._embedding import MuMoEEmbedding as MuMoEEmbedding
 from tensormoe_jax.equinox._gate import ExpertGate as ExpertGate

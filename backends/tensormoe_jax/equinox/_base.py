@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from os import PathLike
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import equinox as eqx
 from equinox.nn import State
@@ -23,6 +23,9 @@ __all__ = ["Mixture"]
 
 class Mixture(Layer, eqx.nn.StatefulLayer):
     """What the layers share; ``equinox.nn.Sequential`` hands a state to those that need one."""
+
+    # the name in checkpoints, also of classes that users derive
+    _kind: ClassVar[str]
 
     factors: dict[str, Array]
     gate: ExpertGate | None
@@ -66,7 +69,7 @@ class Mixture(Layer, eqx.nn.StatefulLayer):
             GateError: batch norm without a state.
         """
         arrays = self.parameters | self.buffers(state)
-        save_checkpoint(path, type(self).__name__, self.config.to_dict(), arrays)
+        save_checkpoint(path, self.config.block, self.config.to_dict(), arrays)
 
     @classmethod
     def load(cls, path: str | PathLike[str], *, axis_name: Hashable = None) -> Self:
@@ -80,7 +83,7 @@ class Mixture(Layer, eqx.nn.StatefulLayer):
             CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit; the
                 message lists every difference.
         """
-        config, arrays = functional.read_block(path, cls.__name__, LayerConfig, BACKEND)
+        config, arrays = functional.read_block(path, cls._kind, LayerConfig, BACKEND)
         return cls.restore(config, arrays, axis_name=axis_name)
 
     @classmethod
@@ -100,6 +103,7 @@ class Mixture(Layer, eqx.nn.StatefulLayer):
             CheckpointError: names or shapes that are not the layer's; lists every difference.
             ShapeError: parameters of different dtypes, or of one that no layer has.
         """
+        functional.check_config(config, cls._kind)
         spec = config.spec
         sizes = (spec.in_features, spec.out_features, spec.experts)
         # an embedding takes none

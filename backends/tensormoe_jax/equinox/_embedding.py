@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from jax import Array
 
 from tensormoe import functional
-from tensormoe.factorizations import Factorization
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.planning import Budget
 from tensormoe_jax import _pure
 from tensormoe_jax._layers import first_values
@@ -44,12 +44,14 @@ class MuMoEEmbedding(Mixture):
     (2, 3, 32)
     """
 
+    _kind: ClassVar[str] = "MuMoEEmbedding"
+
     def __init__(
         self,
         num_embeddings: int,
         embedding_dim: int,
         experts: int | tuple[int, ...],
-        factorization: str | Factorization = "cp",
+        factorization: FactorizationLike = "cp",
         *,
         rank: int | tuple[int, ...] | None = None,
         budget: Budget | int | str | None = None,

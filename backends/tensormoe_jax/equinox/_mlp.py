@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -16,12 +16,12 @@ from jax import Array
 from tensormoe import functional
 from tensormoe.checkpoint import save_checkpoint
 from tensormoe.errors import ShapeError
-from tensormoe.factorizations import Factorization
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import BlockConfig
 from tensormoe.gates import Gate
 from tensormoe.planning import Budget
 from tensormoe_jax import _pure
-from tensormoe_jax._activations import Act, activation_name
+from tensormoe_jax._activations import Act, activation_name, own_activation
 from tensormoe_jax._adapter import BACKEND
 from tensormoe_jax._keys import checked_key
 from tensormoe_jax._layers import Block, first_values, ready
@@ -41,15 +41,20 @@ class MuMoEMLP(Block, eqx.nn.StatefulLayer):
         in_features: size of an input.
         hidden_features: size between the layers; ``in_features`` by default.
         out_features: size of an output; ``in_features`` by default.
-        act_layer: the activation between: "gelu", "gelu_tanh", "relu", "silu" or "tanh", or the
-            function ``jax.nn.gelu`` (which is "gelu_tanh"), ``relu``, ``silu`` or ``jnp.tanh``.
+        act_layer: the activation between: "gelu", "gelu_tanh", "relu", "silu" or "tanh"; or any
+            function of arrays, ``jax.nn.gelu`` (which is "gelu_tanh") or an ``eqx.Module``, such as
+            ``eqx.nn.PReLU()``. One without a name here is kept as ``act``, and the block can't be
+            saved.
         bias: whether every expert has a bias.
         drop: share of entries dropped, in training, behind the activation and the second layer.
+        gated: whether the block is a gated linear unit (SwiGLU with ``act_layer="silu"``; Shazeer
+            2020): ``second(act(g) * u)``, where ``g`` and ``u`` are the first and the second half
+            of the ``2 * hidden_features`` outputs of the first layer.
         experts: N, or one size a level of hierarchy.
         factorization: a value or a name for both layers, or a pair of them.
         rank: bond sizes of both layers, with a name.
         budget: upper limits for the block instead, both layers and the gate together;
-            ``"linear"`` stands for the parameters of the two linear layers that it replaces, and
+            ``"linear"`` stands for the parameters of the linear layers that it replaces, and
             ``Budget(…, gate=False)`` leaves the gate out. Layers share a budget as the linear ones
             would. Without rank or budget the factors of each layer get the parameters of its
             linear layer, and the gate comes on top.
@@ -63,6 +68,7 @@ class MuMoEMLP(Block, eqx.nn.StatefulLayer):
         first: the layer before the activation, a :class:`MuMoE` without a gate.
         second: the one behind.
         gate: the :class:`ExpertGate` of both, or None.
+        act: the activation, if it has no name; None otherwise.
         dropout: the ``equinox.nn.Dropout`` of both.
         config: specs, gate and options as frozen values; no leaf.
 
@@ -78,6 +84,7 @@ class MuMoEMLP(Block, eqx.nn.StatefulLayer):
     first: MuMoE
     second: MuMoE
     gate: ExpertGate | None
+    act: Callable[[Array], Array] | None
     dropout: eqx.nn.Dropout
     config: BlockConfig = eqx.field(static=True)
 
@@ -90,8 +97,9 @@ class MuMoEMLP(Block, eqx.nn.StatefulLayer):
         bias: bool = True,
         drop: float = 0.0,
         *,
+        gated: bool = False,
         experts: int | tuple[int, ...],
-        factorization: str | Factorization | tuple[str | Factorization, str | Factorization] = "cp",
+        factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "cp",
         rank: int | tuple[int, ...] | None = None,
         budget: Budget | int | str | None = None,
         gate: Gate | str | None = "entmax",
@@ -107,6 +115,7 @@ class MuMoEMLP(Block, eqx.nn.StatefulLayer):
             out_features,
             activation_name(act_layer),
             drop,
+            gated=gated,
             experts=experts,
             factorization=factorization,
             rank=rank,
@@ -118,6 +127,7 @@ class MuMoEMLP(Block, eqx.nn.StatefulLayer):
         parts = _pure.split_names(arrays)
         has_gate = config.first.gate is not None
         self.config = config
+        self.act = own_activation(config.act_layer, act_layer)
         self.first = MuMoE.restore(replace(config.first, gate=None), parts["first"])
         self.second = MuMoE.restore(config.second, parts["second"])
         self.gate = ExpertGate(config.first, arrays, axis_name) if has_gate else None
@@ -218,7 +228,9 @@ class MuMoEMLP(Block, eqx.nn.StatefulLayer):
                 coefficients, state = self.coefficients(x, state, inference=inference)
         keys = (None, None) if key is None else jax.random.split(checked_key(key))
         middle, last = (partial(self.dropout, key=each, inference=inference) for each in keys)
-        result = _pure.mix_block(self.config, self.parameters, x, coefficients, middle, last)
+        result = _pure.mix_block(
+            self.config, self.parameters, x, coefficients, middle, last, self.act
+        )
         return result if state is None else (result, state)
 
     def save(self, path: str | PathLike[str], state: State | None = None) -> None:
@@ -251,18 +263,32 @@ class MuMoEMLP(Block, eqx.nn.StatefulLayer):
 
     @classmethod
     def restore(
-        cls, config: BlockConfig, arrays: Mapping[str, Array], *, axis_name: Hashable = None
+        cls,
+        config: BlockConfig,
+        arrays: Mapping[str, Array],
+        *,
+        act: Callable[[Array], Array] | None = None,
+        axis_name: Hashable = None,
     ) -> Self:
         """A block of arrays that exist already; they are used as they are, not copied.
 
         Args:
             config: the block.
             arrays: parameters and buffers by canonical name.
+            act: the activation, where the configuration names none.
             axis_name: as for the constructor.
 
         Raises:
             BackendError, CheckpointError, ShapeError: as :meth:`MuMoE.restore`.
+            SpecError: no activation, or two.
         """
-        first = config.first.spec
-        source = ready(config, arrays)
-        return cls(first.in_features, experts=first.experts, axis_name=axis_name, key=source)
+        functional.check_config(config, "MuMoEMLP")
+        first, source = config.first.spec, ready(config, arrays)
+        named: Any = config.act_layer if act is None else act
+        return cls(
+            first.in_features,
+            act_layer=named,
+            experts=first.experts,
+            axis_name=axis_name,
+            key=source,
+        )

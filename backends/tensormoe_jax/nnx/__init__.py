@@ -10,15 +10,10 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from tensormoe._extras import missing
 
-from tensormoe.errors import MissingDependencyError
-
-if find_spec("flax") is None:
-    raise MissingDependencyError(
-        "tensormoe_jax.nnx needs flax, which is not installed. "
-        "Install it with: pip install 'tensormoe[flax]'."
-    )
+if absent := missing("tensormoe_jax.nnx", ("flax",), "flax"):
+    raise absent
 
 from tensormoe_jax.nnx._embedding import MuMoEEmbedding as MuMoEEmbedding
 from tensormoe_jax.nnx._gate import ExpertGate as ExpertGate

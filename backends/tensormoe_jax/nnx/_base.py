@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from flax import nnx
 from jax import Array
@@ -22,6 +22,9 @@ __all__ = ["Mixture"]
 
 class Mixture(Layer, nnx.Module):
     """What the layers share; a path of a variable in ``nnx.state`` is its canonical name."""
+
+    # the name in checkpoints, also of classes that users derive
+    _kind: ClassVar[str]
 
     factors: nnx.Dict[Any]
     gate: ExpertGate | None
@@ -50,7 +53,7 @@ class Mixture(Layer, nnx.Module):
             CheckpointError: the folder is missing or the file cannot be written.
         """
         arrays = self.parameters | self.buffers
-        save_checkpoint(path, type(self).__name__, self.config.to_dict(), arrays)
+        save_checkpoint(path, self.config.block, self.config.to_dict(), arrays)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
@@ -60,7 +63,7 @@ class Mixture(Layer, nnx.Module):
             CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit; the
                 message lists every difference.
         """
-        config, arrays = functional.read_block(path, cls.__name__, LayerConfig, BACKEND)
+        config, arrays = functional.read_block(path, cls._kind, LayerConfig, BACKEND)
         return cls.restore(config, arrays)
 
     @classmethod
@@ -76,6 +79,7 @@ class Mixture(Layer, nnx.Module):
             CheckpointError: names or shapes that are not the layer's; lists every difference.
             ShapeError: parameters of different dtypes, or of one that no layer has.
         """
+        functional.check_config(config, cls._kind)
         spec = config.spec
         constructor: Any = cls
         layer: Self = constructor(

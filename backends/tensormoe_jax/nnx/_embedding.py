@@ -8,7 +8,7 @@ from typing import Any
 from jax import Array
 
 from tensormoe import functional
-from tensormoe.factorizations import Factorization
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.planning import Budget
 from tensormoe_jax import _pure
 from tensormoe_jax.nnx._base import Mixture
@@ -44,12 +44,14 @@ class MuMoEEmbedding(Mixture):
     (2, 3, 32)
     """
 
+    _kind = "MuMoEEmbedding"
+
     def __init__(
         self,
         num_embeddings: int,
         embedding_dim: int,
         experts: int | tuple[int, ...],
-        factorization: str | Factorization = "cp",
+        factorization: FactorizationLike = "cp",
         *,
         rank: int | tuple[int, ...] | None = None,
         budget: Budget | int | str | None = None,

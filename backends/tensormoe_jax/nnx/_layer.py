@@ -9,7 +9,7 @@ from jax import Array
 
 from tensormoe import functional
 from tensormoe.errors import ShapeError
-from tensormoe.factorizations import Factorization
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.gates import Gate
 from tensormoe.planning import Budget
 from tensormoe_jax import _pure
@@ -60,12 +60,14 @@ class MuMoE(Mixture):
     (5, 7, 10)
     """
 
+    _kind = "MuMoE"
+
     def __init__(
         self,
         in_features: int,
         out_features: int,
         experts: int | tuple[int, ...],
-        factorization: str | Factorization = "cp",
+        factorization: FactorizationLike = "cp",
         *,
         rank: int | tuple[int, ...] | None = None,
         budget: Budget | int | str | None = None,
@@ -90,6 +92,16 @@ class MuMoE(Mixture):
 
     def __repr__(self) -> str:
         return self._describe()
+
+    @property
+    def in_features(self) -> int:
+        """Size of an input."""
+        return self.config.spec.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of an output."""
+        return self.config.spec.out_features
 
     def coefficients(
         self, x: Array, *, use_running_average: bool | None = None

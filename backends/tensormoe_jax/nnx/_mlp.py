@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -14,12 +14,12 @@ from jax import Array
 from tensormoe import functional
 from tensormoe.checkpoint import save_checkpoint
 from tensormoe.errors import ShapeError
-from tensormoe.factorizations import Factorization
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import BlockConfig
 from tensormoe.gates import Gate
 from tensormoe.planning import Budget
 from tensormoe_jax import _pure
-from tensormoe_jax._activations import Act, activation_name
+from tensormoe_jax._activations import Act, activation_name, own_activation
 from tensormoe_jax._adapter import BACKEND
 from tensormoe_jax._layers import Block, Ready, ready
 from tensormoe_jax.nnx._gate import ExpertGate
@@ -39,15 +39,19 @@ class MuMoEMLP(Block, nnx.Module):
         in_features: size of an input.
         hidden_features: size between the layers; ``in_features`` by default.
         out_features: size of an output; ``in_features`` by default.
-        act_layer: the activation between: "gelu", "gelu_tanh", "relu", "silu" or "tanh", or the
-            function ``jax.nn.gelu`` (which is "gelu_tanh"), ``relu``, ``silu`` or ``jnp.tanh``.
+        act_layer: the activation between: "gelu", "gelu_tanh", "relu", "silu" or "tanh"; or any
+            function of arrays, ``jax.nn.gelu`` (which is "gelu_tanh") or an ``nnx.Module``.
+            One without a name here is kept as ``act``, and the block can't be saved.
         bias: whether every expert has a bias.
         drop: share of entries dropped, in training, behind the activation and the second layer.
+        gated: whether the block is a gated linear unit (SwiGLU with ``act_layer="silu"``; Shazeer
+            2020): ``second(act(g) * u)``, where ``g`` and ``u`` are the first and the second half
+            of the ``2 * hidden_features`` outputs of the first layer.
         experts: N, or one size a level of hierarchy.
         factorization: a value or a name for both layers, or a pair of them.
         rank: bond sizes of both layers, with a name.
         budget: upper limits for the block instead, both layers and the gate together;
-            ``"linear"`` stands for the parameters of the two linear layers that it replaces, and
+            ``"linear"`` stands for the parameters of the linear layers that it replaces, and
             ``Budget(…, gate=False)`` leaves the gate out. Layers share a budget as the linear ones
             would. Without rank or budget the factors of each layer get the parameters of its
             linear layer, and the gate comes on top.
@@ -60,6 +64,7 @@ class MuMoEMLP(Block, nnx.Module):
         first: the layer before the activation, a :class:`MuMoE` without a gate.
         second: the one behind.
         gate: the :class:`ExpertGate` of both, or None.
+        act: the activation, if it has no name; None otherwise.
         dropout: the ``nnx.Dropout`` of both.
         config: specs, gate and options as frozen values.
 
@@ -83,8 +88,9 @@ class MuMoEMLP(Block, nnx.Module):
         bias: bool = True,
         drop: float = 0.0,
         *,
+        gated: bool = False,
         experts: int | tuple[int, ...],
-        factorization: str | Factorization | tuple[str | Factorization, str | Factorization] = "cp",
+        factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "cp",
         rank: int | tuple[int, ...] | None = None,
         budget: Budget | int | str | None = None,
         gate: Gate | str | None = "entmax",
@@ -99,6 +105,7 @@ class MuMoEMLP(Block, nnx.Module):
             out_features,
             activation_name(act_layer),
             drop,
+            gated=gated,
             experts=experts,
             factorization=factorization,
             rank=rank,
@@ -110,6 +117,7 @@ class MuMoEMLP(Block, nnx.Module):
         config, arrays = drawn(source or rngs, resolve, init, dtype)
         parts = _pure.split_names(arrays)
         self.config = config
+        self.act = own_activation(config.act_layer, act_layer)
         self.first = MuMoE.restore(replace(config.first, gate=None), parts["first"])
         self.second = MuMoE.restore(config.second, parts["second"])
         self.gate = None if config.first.gate is None else ExpertGate(config.first, arrays)
@@ -168,7 +176,7 @@ class MuMoEMLP(Block, nnx.Module):
         if coefficients is None:
             coefficients = self.coefficients(x, use_running_average=use_running_average)
         drop = partial(self.dropout, deterministic=deterministic, rngs=rngs)
-        return _pure.mix_block(self.config, self.parameters, x, coefficients, drop, drop)
+        return _pure.mix_block(self.config, self.parameters, x, coefficients, drop, drop, self.act)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a checkpoint that every backend opens; an interrupted save leaves the old file.
@@ -195,20 +203,29 @@ class MuMoEMLP(Block, nnx.Module):
 
     @classmethod
     def restore(
-        cls, config: BlockConfig, arrays: Mapping[str, Array], *, rngs: Source | None = None
+        cls,
+        config: BlockConfig,
+        arrays: Mapping[str, Array],
+        *,
+        act: Callable[[Array], Array] | None = None,
+        rngs: Source | None = None,
     ) -> Self:
         """A block of arrays that exist already; they are used as they are, not copied.
 
         Args:
             config: the block.
             arrays: parameters and buffers by canonical name.
+            act: the activation, where the configuration names none.
             rngs: what to drop entries by, for a block that does and goes on training.
 
         Raises:
             BackendError, CheckpointError, ShapeError: as :meth:`MuMoE.restore`.
+            SpecError: no activation, or two.
         """
-        sizes = (config.first.spec.in_features, config.first.spec.experts)
-        block = cls(sizes[0], experts=sizes[1], rngs=ready(config, arrays))
+        functional.check_config(config, "MuMoEMLP")
+        first, source = config.first.spec, ready(config, arrays)
+        named: Any = config.act_layer if act is None else act
+        block = cls(first.in_features, act_layer=named, experts=first.experts, rngs=source)
         if rngs is not None and config.drop > 0.0:
             block.dropout = nnx.Dropout(config.drop, rngs=checked_rngs(rngs))
         return block

@@ -33,7 +33,7 @@ def checked_rngs(rngs: Any) -> nnx.Rngs:
     if not isinstance(rngs, bool) and isinstance(rngs, int | np.integer | Array):
         try:
             return nnx.Rngs(rngs if isinstance(rngs, Array) else int(rngs))
-        except ValueError:
+        except (OverflowError, ValueError):
             pass
     raise SpecError(
         f"rngs must be an nnx.Rngs, a seed, or a key of jax.random.key; got {shown(rngs)}. Pass "

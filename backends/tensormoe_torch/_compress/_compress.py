@@ -10,7 +10,7 @@ from torch import nn
 from tensormoe import LayerSpec
 from tensormoe.decomposition import Decomposition, Search, decompose
 from tensormoe.errors import RankError, SpecError
-from tensormoe.factorizations import Factorization, resolve_factorization
+from tensormoe.factorizations import Factorization, FactorizationLike, resolve_factorization
 from tensormoe.planning import Budget
 from tensormoe_torch._compress._dense import ROLES, DenseExperts
 from tensormoe_torch._compress._experts import FactorizedExperts
@@ -32,7 +32,7 @@ __all__ = ["compress"]
 
 def compress(
     model: nn.Module,
-    factorization: str | Factorization,
+    factorization: FactorizationLike,
     *,
     rank: int | tuple[int, ...] | None = None,
     budget: Budget | int | float | None = None,
@@ -174,7 +174,7 @@ def _decomposed(
     source: DenseExperts,
     role: str,
     sample: Samples | None,
-    factorization: str | Factorization,
+    factorization: FactorizationLike,
     *,
     rank: int | tuple[int, ...] | None,
     budget: Budget | int | float | None,

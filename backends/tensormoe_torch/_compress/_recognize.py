@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from tensormoe.errors import SpecError
+from tensormoe_torch._activations import ACTIVATIONS
 from tensormoe_torch._compress._dense import DenseExperts, one_by_one
 from tensormoe_torch._compress._experts import Activation, FactorizedExperts
-from tensormoe_torch._mlp import ACTIVATIONS
-from tensormoe_torch._surgery._hooks import without_hooks
+from tensormoe_torch._hooks import without_hooks
 from tensormoe_torch._surgery._inputs import evaluating
 
 __all__ = ["own_activation", "recognized"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormoe.errors import SpecError
-from tensormoe.factorizations import Factorization
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import (
     BlockConfig,
     Fit,
@@ -27,7 +29,15 @@ from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._surgery._block import Block, read_block
 from tensormoe_torch._surgery._linears import Linear, read_linear
 
-__all__ = ["Wish", "block_config", "fitted_block", "fitted_layer", "from_linear", "from_mlp"]
+__all__ = [
+    "Wish",
+    "block_config",
+    "fitted_block",
+    "fitted_layer",
+    "fresh_block",
+    "from_linear",
+    "from_mlp",
+]
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class Wish:
     """What a mixture is asked to be: the arguments that layers and blocks share."""
 
     experts: int | tuple[int, ...]
-    factorization: str | Factorization | tuple[str | Factorization, str | Factorization]
+    factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike]
     rank: int | tuple[int, ...] | None
     budget: Budget | int | str | None
     gate: Gate | str | None
@@ -44,7 +54,7 @@ class Wish:
 def from_linear(
     linear: nn.Module,
     experts: int | tuple[int, ...],
-    factorization: str | Factorization = "cp",
+    factorization: FactorizationLike = "cp",
     *,
     rank: int | tuple[int, ...] | None = None,
     budget: Budget | int | str | None = None,
@@ -96,9 +106,9 @@ def from_linear(
 
 
 def from_mlp(
-    mlp: nn.Module | tuple[nn.Module, Any, nn.Module],
+    mlp: nn.Module | tuple[nn.Module, Any, nn.Module] | tuple[nn.Module, Any, nn.Module, nn.Module],
     experts: int | tuple[int, ...],
-    factorization: str | Factorization | tuple[str | Factorization, str | Factorization] = "cp",
+    factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "cp",
     *,
     rank: int | tuple[int, ...] | None = None,
     budget: Budget | int | str | None = None,
@@ -109,11 +119,13 @@ def from_mlp(
     """A block of experts that equals an MLP, as well as its ranks allow: see :func:`from_linear`.
 
     Args:
-        mlp: a module with two linear layers, an activation that :class:`MuMoEMLP` knows, and
-            dropout, whatever their names: ``nn.Sequential``, timm's ``Mlp``, Hugging Face's ViT and
-            GPT-2 blocks, and the like. It runs once on a few made-up inputs, which shows whether it
-            is ``fc2(act(fc1(x)))`` and no more. Or the parts, (fc1, act, fc2), where ``act`` is a
-            name, a module or a function.
+        mlp: a module with two linear layers, or three if it is gated, an activation, and dropout,
+            whatever their names: ``nn.Sequential``, timm's ``Mlp`` and ``SwiGLU``, Hugging Face's
+            ViT, GPT-2, T5, Llama, Qwen and Mistral blocks, and the like. It runs a few times on
+            made-up inputs, which shows whether it is ``fc2(act(fc1(x)))`` or
+            ``down(act(gate(x)) * up(x))`` and no more. Or the parts, (fc1, act, fc2) or
+            (gate, act, up, down), where ``act`` is a name, a module or a function. An activation
+            without a name in :class:`MuMoEMLP` must be a module here, and the block holds a copy.
         experts: N, or one size a level of hierarchy.
         factorization: a value or a name for both layers, or a pair of them.
         rank: bond sizes of both layers, with a name.
@@ -178,11 +190,12 @@ def block_config(block: Block, wish: Wish, drop: float | None, name: str) -> Blo
         *block.sizes,
         block.activation,
         block.drops[0] if drop is None else drop,
+        gated=block.up is not None,
         experts=wish.experts,
         factorization=wish.factorization,
         rank=wish.rank,
         budget=wish.budget,
-        bias=block.first.bias is not None or block.second.bias is not None,
+        bias=any(linear.bias is not None for linear in block.linears),
         gate=wish.gate,
     )
 
@@ -194,24 +207,42 @@ def fitted_layer(config: LayerConfig, linear: Linear, noise: float) -> tuple[MuM
     layer = MuMoE.of(config, device="meta", dtype=like.dtype).to_empty(device=like.device)
     if layer.gate is not None:
         layer.gate.reset_parameters()
-    return layer, _fit(layer, config, linear, noise)
+    return layer, _fit(layer, config, linear, noise, linear.num_parameters)
 
 
 def fitted_block(config: BlockConfig, block: Block, noise: float) -> tuple[MuMoEMLP, Fit]:
     """A block of a configuration whose experts equal an MLP's layers."""
     like = block.first.weight
-    made = MuMoEMLP.of(config, device="meta", dtype=like.dtype).to_empty(device=like.device)
+    # on the meta device, a module with parameters would lose their values
+    held = nn.Identity() if isinstance(block.act, nn.Module) else block.act
+    made = MuMoEMLP.of(config, device="meta", dtype=like.dtype, act=held)
+    made = made.to_empty(device=like.device)
+    if isinstance(block.act, nn.Module):
+        made.act = copied(block.act)
     if made.gate is not None:
         made.gate.reset_parameters()
-    parts = (
-        (made.first, config.first, block.first),
-        (made.second, config.second, block.second),
-    )
-    return made, Fit.of_block(*(_fit(*part, noise) for part in parts))
+    ahead = block.ahead
+    before = ahead.num_parameters
+    if block.up is not None:
+        before = block.first.num_parameters + block.up.num_parameters
+    first = _fit(made.first, config.first, ahead, noise, before)
+    second = _fit(made.second, config.second, block.second, noise, block.second.num_parameters)
+    return made, Fit.of_block(first, second)
+
+
+def fresh_block(config: BlockConfig, block: Block, start: str) -> MuMoEMLP:
+    """A block of a configuration with initial values, in the dtype and on the device of an MLP."""
+    like = block.first.weight
+    return MuMoEMLP.of(config, start, like.device, like.dtype, copied(block.act))
+
+
+def copied(act: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor] | None:
+    """An activation with parameters of its own; functions are what they are."""
+    return copy.deepcopy(act) if isinstance(act, nn.Module) else act
 
 
 @torch.no_grad()
-def _fit(layer: MuMoE, config: LayerConfig, linear: Linear, noise: float) -> Fit:
+def _fit(layer: MuMoE, config: LayerConfig, linear: Linear, noise: float, before: int) -> Fit:
     """Fill a layer's factors from a linear layer; ``config`` counts the gate that runs it."""
     like = linear.weight
     wide = torch.float32 if like.dtype.itemsize < 4 else like.dtype
@@ -226,7 +257,7 @@ def _fit(layer: MuMoE, config: LayerConfig, linear: Linear, noise: float) -> Fit
     )
     for name, array in arrays.items():
         getattr(layer.factors, name.removeprefix("factors.")).copy_(array)
-    return Fit.of_layer(config, error, norm, linear.num_parameters, noise)
+    return Fit.of_layer(config, error, norm, before, noise)
 
 
 def _svd(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -53,8 +53,12 @@ def count_inputs(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, without gradients, and in its own modes afterwards."""
+    """The model in evaluation mode, without gradients; its modes and buffers are as before then."""
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, dict(module._buffers), {k: _copied(each) for k, each in module._buffers.items()})
+        for module in model.modules()
+    ]
     try:
         model.eval()
         with torch.no_grad():
@@ -62,6 +66,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+        for module, held, values in buffers:
+            module._buffers.clear()
+            module._buffers.update(held)
+            for name, value in values.items():
+                _put_back(held[name], value)
+
+
+def _copied(buffer: Tensor | None) -> Tensor | None:
+    return None if buffer is None or buffer.is_meta else buffer.detach().clone()
+
+
+@torch.no_grad()
+def _put_back(buffer: Tensor | None, value: Tensor | None) -> None:
+    if buffer is not None and value is not None and not torch.equal(buffer, value):
+        buffer.copy_(value)
 
 
 def run_model(model: nn.Module, example: Any) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 from torch import Tensor, nn
 
 from tensormoe._validation import choice, positive_int
 from tensormoe.errors import BudgetError, SpecError, TensormoeError, located
-from tensormoe.factorizations import INITIALIZATIONS, Factorization
+from tensormoe.factorizations import INITIALIZATIONS, FactorizationLike
 from tensormoe.functional import BlockConfig, Fit, LayerConfig, checked_noise
 from tensormoe.gates import Gate
 from tensormoe.planning import PUBLISHED_ROOFLINES, Budget, Cost, Roofline, linear_cost
+from tensormoe_torch._hooks import move_hooks
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._surgery._block import Block, read_block
@@ -22,14 +24,15 @@ from tensormoe_torch._surgery._convert import (
     block_config,
     fitted_block,
     fitted_layer,
+    fresh_block,
     layer_config,
 )
-from tensormoe_torch._surgery._hooks import move_hooks
 from tensormoe_torch._surgery._inputs import count_inputs
 from tensormoe_torch._surgery._linears import Linear, is_linear, read_linear
 from tensormoe_torch._surgery._report import Replacement, Surgery
 from tensormoe_torch._surgery._select import Select, nearby, select_modules
 from tensormoe_torch._surgery._surroundings import check_surroundings, leave_fused_paths
+from tensormoe_torch._surgery._trial import all_or_nothing, try_out
 
 __all__ = ["at", "num_parameters", "replace", "swap"]
 
@@ -41,7 +44,7 @@ def replace(
     select: Select,
     *,
     experts: int | tuple[int, ...],
-    factorization: str | Factorization | tuple[str | Factorization, str | Factorization] = "cp",
+    factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "cp",
     rank: int | tuple[int, ...] | None = None,
     budget: Budget | int | str | None = None,
     gate: Gate | str | None = "entmax",
@@ -57,7 +60,8 @@ def replace(
 
     A new layer has the dtype, the device, the mode, the hooks and the ``requires_grad`` of the one
     whose place it takes. Everything else stays as it is. Either all that is selected is replaced,
-    or nothing is and an error says why. Make optimizers afterwards: they hold parameters.
+    or nothing is and an error says why. With an ``example``, the model is run afterwards as well,
+    and if it fails, everything is taken back. Make optimizers afterwards: they hold parameters.
 
     Args:
         model: any module that holds the layers.
@@ -80,8 +84,9 @@ def replace(
         drop: dropout of blocks; by default their own.
         batch: how many inputs each layer gets, in the report; 1024 by default.
         example: instead of ``batch``, an input of the model (a tuple or a mapping are its
-            arguments). The model runs it once, in evaluation mode, to see how many inputs each
-            layer gets.
+            arguments). The model runs it in evaluation mode without gradients: before, to see how
+            many inputs each layer gets, and afterwards, to see whether code around the layers gets
+            along with the new ones.
         training: whether the report's costs are those of forward and backward.
         roofline: the device that the report predicts times for, or the name of a published one.
 
@@ -90,7 +95,8 @@ def replace(
 
     Raises:
         SpecError: a selection that matches nothing or something else than linear layers and MLPs,
-            weights that are used in other places too, or arguments that cannot be.
+            weights that are used in other places too, arguments that cannot be, or a model that
+            does not run the example with the new layers; the message says what it read.
         RankError, BudgetError: as :class:`MuMoE`, with the name of the module; an impossible
             budget's message says what is the smallest feasible one.
 
@@ -134,9 +140,12 @@ def replace(
         replacements.append(
             Replacement(name, type(old).__name__, source.sizes, inputs[name], before, after, fit)
         )
-    for name, old in chosen.items():
-        swap(model, name, old, made[id(old)])
-    leave_fused_paths(model, chosen)
+    with all_or_nothing(model, chosen, names):
+        for name, old in chosen.items():
+            swap(model, name, old, made[id(old)])
+        leave_fused_paths(model, chosen)
+        if example is not None:
+            try_out(model, example)
     return Surgery(tuple(replacements), (count, num_parameters(model)), device, bool(training))
 
 
@@ -189,14 +198,12 @@ def _make(
     assert isinstance(config, BlockConfig)
     if start == "weights":
         return fitted_block(config, source, noise)
-    like = source.first.weight
-    return MuMoEMLP.of(config, start, like.device, like.dtype), None
+    return fresh_block(config, source, start), None
 
 
 def _cost(source: Linear | Block, inputs: int, training: bool) -> Cost:
     if isinstance(source, Block):
-        first = _cost(source.first, inputs, training)
-        return first.then(_cost(source.second, inputs, training))
+        return reduce(Cost.then, (_cost(each, inputs, training) for each in source.linears))
     return linear_cost(
         *source.sizes,
         inputs,

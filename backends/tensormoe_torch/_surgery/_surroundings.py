@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from tensormoe.errors import SpecError
-from tensormoe_torch._surgery._hooks import has_hooks
+from tensormoe_torch._hooks import has_hooks
 from tensormoe_torch._surgery._linears import is_linear
 
 __all__ = ["check_surroundings", "leave_fused_paths"]

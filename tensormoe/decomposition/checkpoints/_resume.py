@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tensormoe._checkpoint_files import PARTIAL_SUFFIX, checkpoint_path, sync_folder, write_whole
-from tensormoe._safetensors import brief, canonical_json
+from tensormoe._safetensors import canonical_json
+from tensormoe._validation import brief
 from tensormoe.errors import CheckpointError
 
 __all__ = ["MANIFEST", "Work", "open_work"]

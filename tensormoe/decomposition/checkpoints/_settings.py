@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tensormoe._validation import choice, positive_int, positive_ints
+from tensormoe._validation import choice, non_negative_int, positive_int, positive_ints
 from tensormoe.decomposition._choose import checked_tolerance
 from tensormoe.decomposition.checkpoints._patterns import LAYOUTS, PRESETS, Pattern
 from tensormoe.errors import BudgetError, RankError, SpecError
-from tensormoe.factorizations import FACTORIZATIONS
+from tensormoe.factorizations import Factorization, factorization_class, rank_pattern
 
 __all__ = ["Compression"]
 
@@ -20,7 +20,7 @@ class Compression:
 
     Args:
         factorization: name of one that :func:`tensormoe.decomposition.decompose` fits, such as
-            ``"tensor_ring"``.
+            ``"tensor_ring"``, or the class of that name.
         rank: bond sizes, for every group of experts; one integer stands for all bonds. Of rank,
             budget and tolerance one must be given, but for a factorization without rank.
         budget: what the factors may take instead: as a float in (0, 1) a share of each group's
@@ -48,7 +48,7 @@ class Compression:
     ['layers.3.experts.*.w1']
     """
 
-    factorization: str
+    factorization: str | type[Factorization]
     rank: int | tuple[int, ...] | None = None
     budget: int | float | None = None
     tolerance: float | None = None
@@ -61,11 +61,15 @@ class Compression:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        choice(self.factorization, FACTORIZATIONS, "factorization", SpecError)
+        # resumed runs and what is written know it by its name, which has to lead back to it
+        kind = factorization_class(self.factorization)
+        if factorization_class(kind.name) is not kind:
+            raise SpecError(f"factorization {kind.name!r} must be registered as {kind!r}.")
+        put(self, "factorization", kind.name)
         given = [
             name for name in ("rank", "budget", "tolerance") if getattr(self, name) is not None
         ]
-        if len(given) > 1 or (not given and self.factorization not in ("hadamard", "dense")):
+        if len(given) > 1 or (not given and rank_pattern(kind)):
             raise SpecError(
                 f"one of rank, budget and tolerance must be given; got {' and '.join(given)}."
                 if given
@@ -97,8 +101,7 @@ class Compression:
         if self.preset is not None:
             choice(self.preset, PRESETS, "preset", SpecError)
         choice(self.layout, LAYOUTS, "layout", SpecError)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise SpecError(f"seed must be a non-negative integer; got {self.seed!r}.")
+        non_negative_int(self.seed, "seed")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings in plain values, as JSON knows them."""

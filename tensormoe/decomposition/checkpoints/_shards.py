@@ -13,12 +13,12 @@ from tensormoe._checkpoint_files import checkpoint_path, open_regular
 from tensormoe._safetensors import (
     DAMAGED,
     Placed,
-    brief,
     parse_entries,
     parse_json,
     parse_placed,
     read_frame,
 )
+from tensormoe._validation import brief
 from tensormoe.errors import CheckpointError
 
 __all__ = ["INDEX_SUFFIX", "WEIGHTS_SUFFIX", "Model", "Shard", "open_model", "read_range"]
