@@ -15,6 +15,8 @@ Figures = tuple[int, int]
 
 # ranks of a family that are all looked at before one is settled; of more, few
 _FEW = 256
+# outer sizes on both sides of the best one that are looked at, of many
+_NEAR = 3
 
 
 def best(estimator: Estimator, measure: Callable[[int, int], Figures]) -> Choice | None:
@@ -193,15 +195,20 @@ def _front(estimator: Estimator) -> list[Choice]:
 def _rivals(
     family: Family, figures: Callable[[Choice], Figures], best: Choice | None
 ) -> Iterable[Choice]:
-    """Ranks that would be better, at outer sizes near the best one and far from it."""
+    """Ranks that would be better: of few all, of many some near the best one and far from it.
+
+    Larger ones may have another path, which costs less of what is limited.
+    """
     outer, _ = best or (1, 0)
     goal = figures(best) if best else (0, 0)
     last, end, small = _last(family), family.saturation(INNER), _small(family)
-    far = (2**k for k in range(last.bit_length()))
-    others = {*range(1, last + 1)} if small else {outer - 1, outer, outer + 1, *far}
+    near = set(range(outer - _NEAR, outer + _NEAR + 1))
+    others = {*range(1, last + 1)} if small else near.union(2**k for k in range(last.bit_length()))
     for other in sorted(each for each in others if 1 <= each <= last):
-        if figures((other, end)) > goal:
-            low = largest(lambda size: figures((other, size)) <= goal, 0, end)  # noqa: B023
-            # a still larger one may have another path, which costs less of what is limited
-            for size in range(low + 1, end + 1 if small else low + 2):
-                yield other, size
+        low = largest(lambda size: figures((other, size)) <= goal, 0, end)  # noqa: B023
+        steps: Iterable[int] = [1]
+        if small:
+            steps = range(1, end - low + 1)
+        elif other in near:
+            steps = [2**k for k in range((end - low).bit_length())]
+        yield from ((other, low + step) for step in steps if low < end)
