@@ -75,7 +75,8 @@ def select_rank(
     never exceeded, and no other rank of the same family within it has a higher
     objective: without exception for parameters, and for FLOPs, memory and time as far as the
     paths go that the planner takes at the ranks around the best one and at some far from it. (In
-    families of a few hundred ranks every rank that could be better is planned in full.) The
+    families of up to 256 ranks every rank that could be better is planned in full. Memory of so few
+    inputs that weights are contracted beforehand is the hardest: the result is near the best.) The
     family is one size for every symbol of the factorization's pattern: the bonds of a tensor
     ring next to an expert mode are equally large and the one between input and output
     is free. Equal objectives are told apart by the other figure, then by smaller bonds around the
