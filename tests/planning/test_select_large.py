@@ -180,7 +180,7 @@ def costs(many: Many) -> dict[Sizes, dict[str, float]]:
 
 @pytest.mark.parametrize(
     ("many", "kind"),
-    itertools.product(PLANNED, ["flops", "memory", "time"]),
+    [*itertools.product(PLANNED, ["flops", "memory", "time"])],
     ids=str,
 )
 def test_no_rank_within_work_memory_or_time_is_better(many: Many, kind: str) -> None:
