@@ -3,6 +3,7 @@
 - CP at rank 256 against ``tensorly.decomposition.parafac`` (random start, 50 iterations) on tensors
   of a planted rank with 15 % noise, in float32. Ours is given sweeps until its error is no larger.
 - A tensor ring against ``tensorly.decomposition.tensor_ring_als`` (random start, 50 iterations).
+- PyTorch tensors against NumPy arrays: median ratio of pairs that are taken in turn.
 - With ``--large``: an (8, 4096, 14336) bfloat16 stack with a decaying spectrum to 25 % of its
   entries, with the peak of the process (needs PyTorch, 6 GiB and minutes).
 
@@ -17,13 +18,14 @@ import argparse
 import resource
 import tracemalloc
 from collections.abc import Callable
+from statistics import median
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 from _shared import settings
 
-from tensormoe import CP, TensorRing, TensorTrain
+from tensormoe import CP, TensorRing, TensorTrain, Tucker
 from tensormoe.decomposition import Decomposition, Search, decompose
 from tensormoe.factorizations import Factorization
 
@@ -108,6 +110,21 @@ def compare(name: str, tensor: Array, kind: Factorization, theirs: Callable[[], 
         print(f"{'':12} the error is larger than TensorLy's")
 
 
+def libraries(shape: tuple[int, int, int], kind: Factorization, pairs: int = 15) -> None:
+    """One line: a PyTorch tensor against a NumPy array, both in float32."""
+    import torch
+
+    array = planted(shape, 32)
+    tensor = torch.from_numpy(array)
+
+    def once(given: Array) -> float:
+        return timed(lambda: decompose(given, kind, compare=False))[0]
+
+    times = [(once(array), once(tensor)) for _ in range(pairs + 1)]
+    numpy, ratio = median(a for a, _ in times[1:]), median(b / a for a, b in times[1:])
+    print(f"{kind!s:>30} {shape!s:>18} {numpy:7.3f} {ratio:6.2f}", flush=True)
+
+
 def large(share: float) -> None:
     """Mixtral's size: 8 experts 4096 × 14336 in bfloat16, singular values falling like k^-0.7."""
     import torch
@@ -136,11 +153,23 @@ def large(share: float) -> None:
     )
 
 
+def compare_libraries() -> None:
+    """PyTorch tensors against NumPy arrays."""
+    print(f"{'':>30} {'shape':>18} {'numpy s':>7} torch ÷ numpy", flush=True)
+    for shape in ((16, 192, 256), (8, 256, 512)):
+        for kind in (CP(64), TensorRing((4, 4, 16)), Tucker((8, 48, 48))):
+            libraries(shape, kind)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--large", action="store_true", help="only the stack of Mixtral's size")
+    parser.add_argument("--libraries", action="store_true", help="only PyTorch against NumPy")
     options = parser.parse_args()
     print(f"decomposition; {settings()}")
+    if options.libraries:
+        compare_libraries()
+        return
     if options.large:
         large(0.25)
         return
@@ -152,6 +181,7 @@ def main() -> None:
     compare("cp", wide, CP(256), lambda: by_parafac(wide, 256))
     ring = planted_ring((16, 192, 256), (4, 4, 16), 0.15)
     compare("tensor ring", ring, TensorRing((4, 4, 16)), lambda: by_ring_als(ring, (4, 4, 16)))
+    compare_libraries()
 
 
 if __name__ == "__main__":

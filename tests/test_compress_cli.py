@@ -52,7 +52,16 @@ def test_a_table_and_the_same_as_json(
     words = (model, *EXPERTS, "--budget", "50%", "--output", tmp_path / "out")
     assert main(["compress", *map(str, words)]) == 0
     shown = capsys.readouterr().out
-    for column in ("experts", "shape", "rank", "before", "after", "error", "SVD error", "time"):
+    for column in (
+        "experts",
+        "shape",
+        "rank",
+        "before",
+        "after",
+        "error",
+        "SVD error",
+        "joint SVD",
+    ):
         assert column in shown
     for text in ("layers.1.block_sparse_moe.experts.*.w1", "4 × 12 × 8", "384", "decomposing"):
         assert text in shown
@@ -64,10 +73,14 @@ def test_a_table_and_the_same_as_json(
         assert 0 < group["error"] < 1
         assert f"{group['error']:.2%}" in shown
         assert f"{group['svd_error']:.2%}" in shown
+        joint = [each for each in group["controls"] if each["unfolding"] != "each expert"]
+        assert f"{min(each['error'] for each in joint):.2%}" in shown
+        assert all(each["parameters"] <= group["parameters"] for each in group["controls"])
         assert len(group["expert_errors"]) == 4
         assert (tmp_path / "out" / group["file"]).is_file()
     again = ask(capsys, *words[:-1], tmp_path / "other", "--no-svd")
     assert [each["svd_error"] for each in again["groups"]] == [None, None]
+    assert [each["controls"] for each in again["groups"]] == [[], []]
 
 
 def test_a_dry_run_reads_headers_and_writes_nothing(

@@ -17,7 +17,11 @@ import numpy as np
 import pytest
 
 from tensormoe._checkpoint_files import PARTIAL_SUFFIX
-from tensormoe.decomposition.checkpoints import Compression, compress_checkpoint
+from tensormoe.decomposition.checkpoints import (
+    Compression,
+    CompressionProgress,
+    compress_checkpoint,
+)
 from tensormoe.errors import CheckpointError
 from tests._compress_models import PATTERN, content, experts, save_shards
 
@@ -136,17 +140,15 @@ def test_what_is_done_is_not_done_again(
     monkeypatch.setattr(_run, "decompose", failing)
     with pytest.raises(KeyboardInterrupt):
         compress_checkpoint(model, tmp_path / "out", WANTED)
-    seen: list[tuple[str, str, int, int]] = []
-    result = compress_checkpoint(
-        model, tmp_path / "out", WANTED, progress=lambda *each: seen.append(each)
-    )
+    seen: list[CompressionProgress] = []
+    result = compress_checkpoint(model, tmp_path / "out", WANTED, callback=seen.append)
     assert len(calls) == GROUPS + 1
     assert all(report.seconds is not None for report in result.groups)
-    stages = {stage for stage, *_ in seen}
+    stages = {each.stage for each in seen}
     assert stages == {"experts", "files"}
     for stage in stages:
-        done = [each[2] for each in seen if each[0] == stage]
-        total = {each[3] for each in seen if each[0] == stage}
+        done = [each.done for each in seen if each.stage == stage]
+        total = {each.total for each in seen if each.stage == stage}
         assert done == sorted(done)
         assert total == {done[-1]}
     # and a whole output is only looked at
@@ -216,7 +218,7 @@ def test_two_at_once(model: Path, tmp_path: Path) -> None:
                 compress_checkpoint(model, tmp_path / "out", WANTED)
             other.append(str(caught.value))
 
-    compress_checkpoint(model, tmp_path / "out", WANTED, progress=meanwhile)
+    compress_checkpoint(model, tmp_path / "out", WANTED, callback=meanwhile)
     assert other
     assert (tmp_path / "out").exists()
 

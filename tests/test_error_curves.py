@@ -16,6 +16,7 @@ from tensormoe import CP, LayerSpec, Tucker
 from tensormoe.cli import draw_errors
 from tensormoe.cli._error_picture import plot_errors
 from tensormoe.decomposition import (
+    Control,
     ErrorCurve,
     ErrorPoint,
     Report,
@@ -29,7 +30,18 @@ from tensormoe.factorizations import FACTORIZATIONS
 
 
 def _report(parameters: int, error: float, output_error: float | None = None) -> Report:
-    return Report(error, (error,), 0.9, None, output_error, parameters, 1000, 1, (error,), 0.0)
+    """A report beside SVDs of fewer parameters."""
+    controls = (
+        Control("each expert", 1, parameters - 2, 0.9),
+        Control("N·in × out", 1, parameters - 5, 0.8),
+        # nothing of this one is kept
+        Control("N × in·out", 0, 0, 1.0),
+    )
+    sizes = (parameters, 1000)
+    ended = "converged"
+    return Report(
+        error, (error,), controls, None, output_error, *sizes, 1, (error,), 0.0, ended, error
+    )
 
 
 def _point(parameters: int, error: float, output_error: float | None = None) -> ErrorPoint:
@@ -154,11 +166,16 @@ def test_lines_are_fronts_and_svds() -> None:
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert lines["cp"] == [[0.01, 0.8], [0.04, 0.5]]
     assert lines["my own"] == [[0.03, 2.0]]
-    assert lines["SVD of each expert"] == [[x, 0.9] for x in (0.01, 0.02, 0.03, 0.04)]
+    # each at its own number of parameters
+    assert lines["SVD of each expert"] == [[x / 1000, 0.9] for x in (8, 18, 28, 38)]
+    assert lines["SVD of N·in × out"] == [[x / 1000, 0.8] for x in (5, 15, 25, 35)]
+    styles = [line.get_linestyle() for line in axes.lines if str(line.get_label())[:3] == "SVD"]
+    assert len(set(styles)) == len(styles) == 2
+    assert "SVD of N × in·out" not in lines
     assert [[0.02, 0.9]] in [line.get_xydata().tolist() for line in axes.lines]
     assert axes.get_ylim() == (0.0, 1.05)
     low, high = axes.get_xlim()
-    assert 0.005 < low < 0.01
+    assert 0.004 < low < 0.005
     assert 0.04 < high < 0.05
 
     outputs = Figure().add_subplot()

@@ -270,7 +270,9 @@ def test_every_factorization_stands_beside_its_own_controls(rng: np.random.Gener
         trained, *apart = (study.best([curve], 0.3) for curve in curves)
         assert trained is not None
         own = trained.report
+        assert own.joint is not None
         wanted = [f"{own.ratio:.1%}", f"{own.error:.3f}", f"{own.svd_error:.3f}"]
+        wanted.append(f"{own.joint.error:.3f}")
         wanted += [f"{each.report.error:.3f}" for each in apart if each is not None]
         assert cells == wanted
     # the base alone is an eighth, and a rank is a tenth

@@ -165,7 +165,8 @@ def test_the_report_is_what_was_lost() -> None:
         line.split()
         == (
             f"model.layers.1.mlp.experts.down_proj 4 × 12 × 16 CP(rank=9) 768 → 288 37.5% "
-            f"{shown.error:.1%} {shown.svd_error:.1%} {shown.output_error:.1%}"
+            f"{shown.error:.1%} {shown.svd_error:.1%} {shown.joint.error:.1%} "
+            f"{shown.output_error:.1%}"
         ).split()
     )
     line = next(
@@ -173,7 +174,10 @@ def test_the_report_is_what_was_lost() -> None:
     )
     off = report.modules[1].output_error
     assert line.split() == f"model.layers.1.mlp.experts 2,304 → 864 37.5% {off:.1%}".split()
-    assert "total" in text.splitlines()[-3]
+    place = next(k for k, each in enumerate(text.splitlines()) if each.startswith("whole model"))
+    assert "total" in text.splitlines()[place - 1]
+    closer = [p.report.closer for each in report.modules for p in each.projections]
+    assert text.count("closer at no more parameters") == sum(each is not None for each in closer)
     assert report.to_dict()["modules"][1]["projections"][2]["rank"] == 9
 
 

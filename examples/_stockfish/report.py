@@ -31,6 +31,7 @@ def show_layer(study: Study, budgets: Sequence[float], budget: float) -> None:
     for curve in study.trained:
         table.add_row(curve.name, *_cells([curve], budgets))
     table.add_row("SVD of each expert", *_svd(study, budgets), style="dim")
+    table.add_row("joint SVD", *_joint(study, budgets), style="dim")
     table.add_row("best for shuffled inputs", *_cells(study.shuffled, budgets), style="dim")
     table.add_row("best for noise", *_cells(study.noise, budgets), style="dim")
     if study.weighted:
@@ -43,7 +44,7 @@ def show_layer(study: Study, budgets: Sequence[float], budget: float) -> None:
     console.print(table)
     console.print(f"Rounding to int8 itself is off by {rounding:.3f}.")
     table = make_table(
-        f"within {budget:.0%}", "parameters", "trained", "SVD of that size", "shuffled", "noise"
+        f"within {budget:.0%}", "parameters", "trained", "SVDs", "joint SVD", "shuffled", "noise"
     )
     for row in controls(study, budget):
         table.add_row(*row)
@@ -63,7 +64,8 @@ def controls(study: Study, budget: float) -> list[tuple[str, ...]]:
             *_cells([each for each in study.shuffled if each.name == curve.name], [budget]),
             *_cells([each for each in study.noise if each.name == curve.name], [budget]),
         ]
-        known = f"{report.ratio:.1%}", f"{report.error:.3f}", f"{report.svd_error:.3f}"
+        joint = "–" if report.joint is None else f"{report.joint.error:.3f}"
+        known = f"{report.ratio:.1%}", f"{report.error:.3f}", f"{report.svd_error:.3f}", joint
         rows.append((curve.name, *known, *apart))
     return rows
 
@@ -74,10 +76,12 @@ def verdict(study: Study, budget: float) -> str:
     if any(point is None for point in found):
         return f"Nothing fits {budget:.0%}."
     trained, apart, noise = (point.report.error for point in found if point is not None)
-    svd = found[0].report.svd_error if found[0] is not None else None
+    report = found[0].report if found[0] is not None else None
+    svd = "–" if report is None or report.svd_error is None else f"{report.svd_error:.2f}"
+    joint = "–" if report is None or report.joint is None else f"{report.joint.error:.2f}"
     said = (
-        f"At {budget:.0%}: {trained:.2f}, SVD of each expert {svd:.2f}, shuffled inputs "
-        f"{apart:.2f}, noise {noise:.2f}"
+        f"At {budget:.0%}: {trained:.2f}, SVD of each expert {svd}, joint SVD {joint}, shuffled "
+        f"inputs {apart:.2f}, noise {noise:.2f}"
     )
     if apart >= _MARGIN * trained:
         return f"{said}. The experts share part of what they do with their inputs."
@@ -294,3 +298,10 @@ def _svd(study: Study, budgets: Sequence[float]) -> list[str]:
     """Truncated SVDs of the size of the best point within each budget."""
     points = [best(study.trained, budget) for budget in budgets]
     return ["–" if point is None else f"{point.report.svd_error:.3f}" for point in points]
+
+
+def _joint(study: Study, budgets: Sequence[float]) -> list[str]:
+    """The best truncated SVD of all experts together, of the same size."""
+    points = [best(study.trained, budget) for budget in budgets]
+    found = [None if point is None else point.report.joint for point in points]
+    return ["–" if control is None else f"{control.error:.3f}" for control in found]

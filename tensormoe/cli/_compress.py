@@ -43,9 +43,9 @@ def run_compress(arguments: argparse.Namespace) -> None:
     require("numpy", "numpy", "tensormoe compress")
     # before hours of work, not after
     console = None if arguments.json else make_console()
-    with bars(console) as progress:
+    with bars(console) as callback:
         result = compress_checkpoint(
-            arguments.model, arguments.output, settings, max_memory=limit, progress=progress
+            arguments.model, arguments.output, settings, max_memory=limit, callback=callback
         )
     if console is None:
         print_json(result_dict(result, settings))
@@ -68,6 +68,7 @@ def _settings(arguments: argparse.Namespace) -> Compression:
         dense=arguments.dense,
         compare=arguments.compare,
         seed=int(arguments.seed),
+        seconds=None if arguments.seconds is None else _seconds(arguments.seconds),
     )
 
 
@@ -99,6 +100,18 @@ def _tolerance(text: str) -> float:
     if number is None:
         raise SpecError(f"--tolerance must be a number such as 0.1 or 10%; got {text!r}.")
     return number / 100 if percent else number
+
+
+def _seconds(text: str) -> float:
+    """A time limit.
+
+    >>> _seconds("90")
+    90.0
+    """
+    number = _number(text)
+    if not number:
+        raise SpecError(f"--seconds must be a positive number such as 90; got {text!r}.")
+    return number
 
 
 def _number(text: str) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,14 @@ from tensormoe.cli._console import (
     make_table,
 )
 from tensormoe.cli._figures import format_parameters
+from tensormoe.decomposition._controls import Control, verdict
 from tensormoe.decomposition.checkpoints import (
     Compression,
     CompressionPlan,
+    CompressionProgress,
     CompressionResult,
     GroupPlan,
     GroupReport,
-    Progress,
 )
 from tensormoe.planning import Roofline
 
@@ -34,8 +35,8 @@ _STAGES = {"experts": "decomposing", "files": "writing"}
 
 
 @contextmanager
-def bars(console: Console | None) -> Iterator[Progress | None]:
-    """A bar for each stage, and what it is at; nothing without a console."""
+def bars(console: Console | None) -> Iterator[Callable[[CompressionProgress], None] | None]:
+    """A bar for each stage, and what it is at, sweep by sweep; nothing without a console."""
     if console is None:
         yield None
         return
@@ -54,16 +55,25 @@ def bars(console: Console | None) -> Iterator[Progress | None]:
         shown = Bars(*columns, console=console)
         tasks: dict[str, TaskID] = {}
 
-        def report(stage: str, name: str, done: int, total: int) -> None:
+        def report(now: CompressionProgress) -> None:
             if not tasks:
                 # not before there is something to show: errors come alone
                 stack.enter_context(shown)
+            stage, total = now.stage, now.total
             if stage not in tasks:
                 tasks[stage] = shown.add_task(_STAGES[stage], total=total, state="")
             # a stage without bytes is done as well
-            shown.update(tasks[stage], completed=done, total=total or None, state=name)
+            shown.update(tasks[stage], completed=now.done, total=total or None, state=_state(now))
 
         yield report
+
+
+def _state(now: CompressionProgress) -> str:
+    """What a stage is at."""
+    if now.search is None:
+        return now.name
+    rank = format_rank(now.search.factorization.rank)
+    return f"{now.name}: rank {rank}, sweep {now.search.sweep}, off by {_error(now.search.error)}"
 
 
 def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> None:
@@ -109,7 +119,8 @@ def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> Non
 
 def show_result(console: Console, result: CompressionResult, settings: Compression) -> None:
     """What was done."""
-    columns = ["experts", "shape", "rank", "before", "after", "error", "SVD error", "time"]
+    columns = ["experts", "shape", "rank", "before", "after", "error"]
+    columns += ["SVD error", "joint SVD", "time"]
     table = make_table(*columns)
     for each in result.groups:
         table.add_row(
@@ -120,6 +131,7 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
             format_parameters(each.parameters),
             _error(each.error),
             _error(each.svd_error),
+            _error(None if each.joint is None else each.joint.error),
             "–" if each.seconds is None else format_time(each.seconds),
         )
     console.print()
@@ -131,12 +143,34 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
         f"({result.parameters / result.dense_parameters:.1%}), {settings.factorization}",
         soft_wrap=True,
     )
+    for line in _verdicts(result):
+        console.print(line, soft_wrap=True)
     what = (
         "the model with rebuilt experts"
         if settings.dense
-        else "factors in experts/, all else in rest/"
+        else "experts in factors; README.md says how to open it"
     )
     console.print(f"{result.output}: {what}", soft_wrap=True)
+
+
+def _verdicts(result: CompressionResult) -> Iterator[str]:
+    """Where truncated SVDs are closer than the factors, and where a search was cut short."""
+    beaten = [each for each in result.groups if each.closer is not None]
+    if beaten:
+        worst = max(beaten, key=lambda each: each.error / max(_closer(each).error, 1e-12))
+        yield (
+            f"truncated SVDs are closer at no more parameters in {len(beaten)} of "
+            f"{len(result.groups)} groups; {worst.name}: {verdict(_closer(worst), worst.error)}"
+        )
+    for ended, what in (("time", "the time limit"), ("stalled", "rounding")):
+        count = sum(each.ended == ended for each in result.groups)
+        if count:
+            yield f"{what} ended the search in {count} of {len(result.groups)} groups"
+
+
+def _closer(each: GroupReport) -> Control:
+    assert each.closer is not None
+    return each.closer
 
 
 def plan_dict(plan: CompressionPlan, device: Roofline, limit: int | None) -> dict[str, Any]:
@@ -192,6 +226,7 @@ def result_dict(result: CompressionResult, settings: Compression) -> dict[str, A
 def _group_dict(report: GroupReport) -> dict[str, Any]:
     return asdict(report) | {
         "rank": _plain(report.rank),
+        "svd_error": report.svd_error,
         "expert_errors": list(report.expert_errors),
     }
 

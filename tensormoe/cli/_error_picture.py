@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tensormoe.cli._files import PICTURE_SUFFIXES
 from tensormoe.cli._picture import COLOURS, INK, picture, tidy
-from tensormoe.decomposition import ErrorCurve, ErrorPoint
+from tensormoe.decomposition import ErrorCurve, ErrorPoint, control_curves
 from tensormoe.errors import SpecError
 from tensormoe.factorizations import FACTORIZATIONS
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_errors", "plot_errors"]
 
+# of each expert, and of the three unfoldings
+_DASHES = ("--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
 # one more than colours, so that pairs repeat late
 _MARKERS = "osD^vPX*h"
 _SHARES = [digit * 10.0**power for power in range(-6, 0) for digit in (1, 2, 5)] + [1.0]
@@ -27,8 +29,9 @@ def draw_errors(
 ) -> None:
     """Write a picture of error against parameters, a line a factorization.
 
-    Lines go through the points that no smaller one beats; other points are faint. The dashed line
-    is the experts' truncated singular value decompositions, one by one, of the same sizes.
+    Lines go through the points that no smaller one beats; other points are faint. Dashed lines are
+    truncated singular value decompositions with no more parameters, each at its own number of them:
+    of the experts, one by one, and of all together.
 
     Args:
         path: of the picture; its extension is one of ``.png``, ``.svg`` and ``.pdf``.
@@ -78,15 +81,14 @@ def plot_errors(axes: Axes, curves: Sequence[ErrorCurve], *, outputs: bool = Fal
             *_line(front, outputs), color=colour, marker=marker, markersize=5.0, label=curve.name
         )
         axes.plot(*_line(behind, outputs), marker, color=colour, markersize=4.0, alpha=0.3, mew=0.0)
-    compared = {
-        point.report.ratio: point.report.svd_error
-        for curve in curves
-        for point in curve.points
-        if point.report.svd_error is not None
-    }
-    if compared and not outputs:
-        shares, errors = zip(*sorted(compared.items()), strict=True)
-        axes.plot(shares, errors, "--", color=INK, linewidth=1.2, label="SVD of each expert")
+    for control, dashes in zip(control_curves(curves), _DASHES, strict=False):
+        # some are too large to keep anything of
+        kept = [each for each in control.points if each.rank]
+        if kept and not outputs:
+            shares = [each.parameters / control.dense_parameters for each in kept]
+            errors = [each.error for each in kept]
+            name = f"SVD of {control.unfolding}"
+            axes.plot(shares, errors, color=INK, linestyle=dashes, linewidth=1.2, label=name)
     tidy(axes)
     axes.set(xscale="log", xlabel="parameters, share of the dense experts'")
     axes.set_ylabel(f"relative error of the {'outputs' if outputs else 'weights'}")

@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TensormoeError as error:
         print_error(str(error))
         return _FAILED
-    except KeyboardInterrupt:
-        print_error("interrupted.")
+    except KeyboardInterrupt as reason:
+        print_error(f"interrupted: {reason}." if str(reason) else "interrupted.")
         return _INTERRUPTED
     except BrokenPipeError:
         # the interpreter flushes once more at exit: give it somewhere to
@@ -239,6 +239,7 @@ def _add_compress(commands: argparse._SubParsersAction[_Parser]) -> None:
     option("--max-memory", metavar="BYTES", help="refuse what would take more: 6GiB")
     option("--no-svd", dest="compare", action="store_false", help="do not compare with SVDs")
     option("--seed", default="0", metavar="N", help="of the random starts (default: 0)")
+    option("--seconds", metavar="S", help="a time limit for the search of each stack of experts")
     option("--dry-run", action="store_true", help="sizes, ranks and time, from headers alone")
     option("--device", metavar="NAME", help="whose time a dry run predicts, as for rank")
     option("--json", action="store_true", help="print one JSON object")

@@ -68,7 +68,7 @@ def compress(structure: Structure, source: Source, squared_norm: float, rng: Any
     bases: dict[Leg, Array] = {}
     for leg, count in counts.items():
         basis, squares = _range(source, leg, count, bases.get(INPUT), rng)
-        least = round(share ** (1 / len(counts)) * sizes[leg])
+        least = max(round(share ** (1 / len(counts)) * sizes[leg]), _needed(structure, leg))
         bases[leg] = from_host(
             basis[:, : _enough(squares, least, squared_norm)], source.like, backend
         )
@@ -126,6 +126,17 @@ def _filled(structure: Structure, leg: Leg) -> int | None:
         return None
     sizes = structure.sizes
     return prod(sizes[other] for other in holders[0].legs if other != leg)
+
+
+def _needed(structure: Structure, leg: Leg) -> int:
+    """Directions of a mode without which bonds of its factor would span nothing of their own."""
+    sizes = structure.sizes
+    (holder,) = (factor for factor in structure.factors if leg in factor.legs)
+    bonds = [each for each in holder.legs if each not in structure.open_legs]
+    # one of many factors, as in CP, needs no space of its own
+    tied = [bond for bond in bonds if sum(bond in f.legs for f in structure.factors) == 2]
+    filled = prod(sizes[other] for other in holder.legs if other != leg)
+    return max((-(-(sizes[bond] ** 2) // filled) for bond in tied), default=0)
 
 
 def _enough(squares: Any, least: int, squared_norm: float) -> int:

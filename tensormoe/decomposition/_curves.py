@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from tensormoe.backend import Array
+from tensormoe.decomposition._controls import Control, spectra
 from tensormoe.decomposition._decompose import decompose
+from tensormoe.decomposition._host import source_of
 from tensormoe.decomposition._report import Decomposition, Report
 from tensormoe.decomposition._search import Search
+from tensormoe.decomposition._watch import Callback
 from tensormoe.errors import BudgetError
 from tensormoe.factorizations import (
     FACTORIZATIONS,
@@ -19,7 +23,7 @@ from tensormoe.factorizations import (
 )
 from tensormoe.planning import Budget
 
-__all__ = ["ErrorCurve", "ErrorPoint", "error_curves"]
+__all__ = ["ControlCurve", "ErrorCurve", "ErrorPoint", "control_curves", "error_curves"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,49 @@ class ErrorCurve:
         return tuple(found)
 
 
+@dataclass(frozen=True)
+class ControlCurve:
+    """Truncated singular value decompositions of one unfolding.
+
+    Args:
+        unfolding: see :class:`Control`.
+        points: by rising number of parameters.
+        dense_parameters: entries of what was given.
+    """
+
+    unfolding: str
+    points: tuple[Control, ...]
+    dense_parameters: int
+
+
+def control_curves(curves: Sequence[ErrorCurve]) -> tuple[ControlCurve, ...]:
+    """The truncated singular value decompositions that error curves were compared with.
+
+    Args:
+        curves: from :func:`error_curves`; of the same weights.
+
+    Returns:
+        A curve for each unfolding, of what any point was compared with; none without comparisons.
+
+    >>> import numpy as np
+    >>> experts = np.random.default_rng(0).standard_normal((4, 12, 10))
+    >>> curves = error_curves(experts, ["cp"], (0.3, 0.5))
+    >>> [curve.unfolding for curve in control_curves(curves)]
+    ['each expert', 'N·in × out', 'in × N·out', 'N × in·out']
+    """
+    reports = [point.report for curve in curves for point in curve.points]
+    found: dict[str, dict[int, Control]] = {}
+    for report in reports:
+        for control in report.controls:
+            found.setdefault(control.unfolding, {})[control.parameters] = control
+    return tuple(
+        ControlCurve(
+            name, tuple(points[size] for size in sorted(points)), reports[0].dense_parameters
+        )
+        for name, points in found.items()
+    )
+
+
 def error_curves(
     weights: Array,
     factorizations: Sequence[FactorizationLike] | None = None,
@@ -73,6 +120,7 @@ def error_curves(
     coefficients: Array | None = None,
     weighted: bool = False,
     search: Search | None = None,
+    callback: Callback | None = None,
     compare: bool = True,
     seed: int = 0,
 ) -> tuple[ErrorCurve, ...]:
@@ -92,15 +140,19 @@ def error_curves(
         inputs: (samples, in).
         coefficients: (samples, experts…) or (samples, N).
         weighted: whether the error of outputs is minimized.
-        search: how long to search.
-        compare: whether to compute the error of truncated singular value decompositions.
+        search: how long to search for each point, a time limit included.
+        callback: called with a :class:`Progress` after every sweep; True ends the search for the
+            point that it is about.
+        compare: whether to compute the errors of truncated singular value decompositions, which
+            :func:`control_curves` collects.
         seed: of the random starts.
 
     Returns:
         A curve a name, in the order in which names first appear; names of which nothing fits any
-        budget are left out.
+        budget are left out. With Ctrl-C, the points so far, and a warning.
 
     Raises:
+        KeyboardInterrupt: Ctrl-C before there was a point.
         BudgetError: nothing fits any budget, or a budget makes no sense.
         BackendError, ShapeError, SpecError, RankError: as from :func:`decompose`.
 
@@ -132,7 +184,9 @@ def error_curves(
             coefficients=coefficients,
             weighted=weighted,
             search=search,
-            compare=compare,
+            callback=callback,
+            # singular values are the same for all
+            compare=False,
             seed=seed,
         )
 
@@ -141,21 +195,32 @@ def error_curves(
     def keep(found: Decomposition) -> None:
         kind = found.spec.factorization
         points.setdefault(kind.name, {})[kind] = found.report
+        if found.report.ended == "interrupted":
+            raise KeyboardInterrupt
 
     refused: BudgetError | None = None
-    for kind in factorizations:
-        if isinstance(kind, Factorization):
-            keep(at(kind, None))
-            continue
-        name = factorization_class(kind).name
-        for budget in budgets:
-            if any(known.rank is None for known in points.get(name, ())):
-                # there is one of this name, whatever the budget
-                break
-            try:
-                keep(at(kind, budget))
-            except BudgetError as error:
-                refused = error
+    try:
+        for kind in factorizations:
+            if isinstance(kind, Factorization):
+                keep(at(kind, None))
+                continue
+            name = factorization_class(kind).name
+            for budget in budgets:
+                if any(known.rank is None for known in points.get(name, ())):
+                    # there is one of this name, whatever the budget
+                    break
+                try:
+                    keep(at(kind, budget))
+                except BudgetError as error:
+                    refused = error
+        if compare and points:
+            points = _compared(points, weights, bias)
+    except KeyboardInterrupt:
+        if not points:
+            raise
+        warnings.warn(
+            "error curves were interrupted: points or their SVDs are missing.", stacklevel=2
+        )
     if refused is not None and not points:
         raise refused
     return tuple(
@@ -168,3 +233,18 @@ def error_curves(
         )
         for name, reports in points.items()
     )
+
+
+def _compared(
+    points: Mapping[str, Mapping[Factorization, Report]], weights: Array, bias: Array | None
+) -> dict[str, dict[Factorization, Report]]:
+    """The same reports with truncated singular value decompositions."""
+    most = max(report.parameters for reports in points.values() for report in reports.values())
+    known = spectra(source_of(weights, bias), most)
+    return {
+        name: {
+            kind: replace(report, controls=known.controls(report.parameters))
+            for kind, report in reports.items()
+        }
+        for name, reports in points.items()
+    }

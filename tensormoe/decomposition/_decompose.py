@@ -4,28 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from time import perf_counter
 
+from tensormoe._extras import missing
 from tensormoe._registry import backend_of
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array, Backend
 from tensormoe.decomposition._checks import (
     checked_bias,
-    checked_bonds,
     checked_samples,
     checked_weights,
 )
-from tensormoe.decomposition._errors import bias_error, output_error, svd_error, weight_errors
-from tensormoe.decomposition._gauge import robust
+from tensormoe.decomposition._controls import Control, spectra
+from tensormoe.decomposition._errors import (
+    bias_error,
+    output_error,
+    total_error,
+    weight_errors,
+)
+from tensormoe.decomposition._gauge import robust, stretched
+from tensormoe.decomposition._host import Workplace
 from tensormoe.decomposition._report import Decomposition, Report
 from tensormoe.decomposition._runs import Runs
 from tensormoe.decomposition._search import Search
 from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source
+from tensormoe.decomposition._watch import Callback, Watch
 from tensormoe.decomposition._weighted import Weighting, weigh
-from tensormoe.errors import SpecError
+from tensormoe.errors import ShapeError, SpecError
 from tensormoe.factorizations import INPUT, FactorizationLike
-from tensormoe.functional._dtypes import cast
 from tensormoe.planning import Budget
 
 __all__ = ["decompose"]
@@ -43,6 +49,7 @@ def decompose(
     coefficients: Array | None = None,
     weighted: bool = False,
     search: Search | None = None,
+    callback: Callback | None = None,
     compare: bool = True,
     seed: int = 0,
 ) -> Decomposition:
@@ -60,22 +67,29 @@ def decompose(
             number of parameters, or as a float in (0, 1] a share of the weights' own. Of a few
             ranks that no other one of the cost beats in expert rank and span, the one with the
             smallest error is taken; of more than 2²⁴ weights, the one with the most capacity.
-        tolerance: the relative error of the weights that is to be reached with as few parameters
-            as can be, within a few percent.
+        tolerance: the relative error that is to be reached with as few parameters as can be, within
+            a few percent: of weights and biases together, as one tensor; if ``weighted``, of the
+            outputs, as far as second moments tell.
         bias: (experts…, out), the experts' biases: one more row of each matrix.
         inputs: (samples, in), to report the error of outputs.
         coefficients: (samples, experts…) or (samples, N), with inputs: outputs are mixed by them.
         weighted: whether factors minimize the error of outputs rather than that of the weights, as
             far as second moments of inputs and loads of experts tell.
-        search: how long to search; :class:`Search` has the defaults.
-        compare: whether to compute the error of truncated singular value decompositions of equal
-            size, which takes a product of the weights with themselves.
+        search: how long to search, a time limit included; :class:`Search` has the defaults.
+        callback: called with a :class:`Progress` after every sweep; True ends the search.
+        compare: whether to compute the errors of truncated singular value decompositions of no more
+            parameters, see :class:`Control`, which takes products of the weights with themselves.
         seed: of the random starts.
 
     Returns:
-        Factors by name, in the library, dtype and device of the weights, and a report.
+        Factors by name, in the library, dtype and device of the weights, and a report. Of a search
+        that ends before its time the best so far: with the time limit, when the callback says so,
+        or with Ctrl-C (a :exc:`KeyboardInterrupt`), after which truncated singular value
+        decompositions are left out; ``report.ended`` says which.
 
     Raises:
+        KeyboardInterrupt: Ctrl-C before the first sweep is done, or a second one.
+        MissingDependencyError: without NumPy, which solves the equations of bonds on the host.
         BackendError: arrays of an unknown library, or of several.
         ShapeError: weights that are no stack of matrices, not finite, or other shapes that do not
             fit.
@@ -88,51 +102,80 @@ def decompose(
     >>> found.factors["input"].shape, found.report.error < 1e-7
     ((8, 1), True)
     """
-    start = perf_counter()
+    if absent := missing("decompose", ("numpy",), "numpy"):
+        raise absent
+    search = search or Search()
+    watch = Watch(search.seconds, callback)
+    if isinstance(weights, (list, tuple)):
+        raise ShapeError(
+            f"weights must be one array (experts…, in, out); got a {type(weights).__name__} of "
+            f"{len(weights)}. Stack them along a new first axis."
+        )
     arrays = [each for each in (weights, bias, inputs, coefficients) if each is not None]
-    backend = backend_of(*arrays)
+    owner = backend_of(*arrays)
     # nobody differentiates through a search
     weights, bias, inputs, coefficients = (
-        None if each is None else backend.stop_gradient(each)
+        None if each is None else owner.stop_gradient(each)
         for each in (weights, bias, inputs, coefficients)
     )
-    checked_weights(weights, backend)
+    checked_weights(weights, owner)
     experts, (rows, columns) = tuple(weights.shape[:-2]), weights.shape[-2:]
     if bias is not None:
-        checked_bias(bias, weights, backend)
+        checked_bias(bias, weights, owner)
     if inputs is not None or coefficients is not None:
-        coefficients = checked_samples(inputs, coefficients, weights, backend)
+        coefficients = checked_samples(inputs, coefficients, weights, owner)
     if weighted and inputs is None:
         raise SpecError("weighted decomposition needs inputs; got none. Pass inputs=….")
-    source = Source(weights, backend, bias)
+    place = Workplace.of(weights, owner)
+    backend, lent = place.backend, place.lend(weights)
+    bias, inputs, coefficients = (
+        None if each is None else place.take(each) for each in (bias, inputs, coefficients)
+    )
+    source = Source(lent, backend, bias).scaled()
     weighting = weigh(source, inputs, coefficients) if weighted else Weighting(source)
     sizes = (rows, columns, experts)
-    runs = Runs(weighting.source, sizes, bias is not None, search or Search(), seed)
-    kind = runs.resolve(factorization, rank, budget, tolerance)
+    runs = Runs(weighting.source, sizes, bias is not None, search, seed, watch)
+    kind, found = runs.find(factorization, rank, budget, tolerance)
     spec = LayerSpec(rows, columns, experts, kind, bias=bias is not None)
-    if budget is None and tolerance is None:
-        checked_bonds(spec)
-    found, history = runs.run(kind)
-    factors = weighting.undo(spec, found)
-    if backend.namespace.finfo(weights.dtype).bits == 16:
+    factors = weighting.undo(spec, found.factors)
+    # the bias is a row of the input's factor as yet
+    matrix = LayerSpec(rows, columns, experts, kind, bias=False)
+    factors = stretched(matrix.network, factors, 1.0 / source.scale)
+    if owner.namespace.finfo(weights.dtype).bits == 16:
         factors = _rounded_well(spec, factors, backend)
     if bias is not None:
         factors = _without_last_row(spec, factors)
-    stored = {name: cast(factors[name], weights.dtype, backend) for name in spec.shapes}
-    plain = Source(weights, backend)
-    error, each = weight_errors(spec, stored, plain)
+    stored = {name: place.give(factors[name], weights) for name in spec.shapes}
+    read = {name: place.take(array) for name, array in stored.items()}
+    plain = source if bias is None else Source(lent, backend).scaled()
+    error, each = weight_errors(spec, read, plain)
     parameters = spec.num_parameters
+    controls: tuple[Control, ...] = ()
+    ended = found.ended
+    if compare and ended != "interrupted":
+        try:
+            controls = spectra(source, parameters).controls(parameters)
+        except KeyboardInterrupt:
+            # the factors are there; only the comparison is not
+            ended = "interrupted"
+    off, total = None, error
+    if bias is not None:
+        tensor = Source(bias[..., None, :], backend).scaled()
+        off = bias_error(spec, read, tensor, plain)
+        total = total_error(error, off, plain, tensor)
     report = Report(
         error,
         each,
-        svd_error(source, parameters) if compare else None,
-        None if bias is None else bias_error(spec, stored, Source(bias[..., None, :], backend)),
-        None if inputs is None else output_error(spec, stored, plain, inputs, coefficients),
+        controls,
+        off,
+        None if inputs is None else output_error(spec, read, source, inputs, coefficients),
         parameters,
         prod(weights.shape) + (0 if bias is None else prod(bias.shape)),
-        len(history),
-        history,
-        perf_counter() - start,
+        len(found.errors),
+        found.errors,
+        watch.elapsed,
+        ended,
+        total,
     )
     return Decomposition(spec, stored, report)
 

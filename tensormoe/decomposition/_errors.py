@@ -1,31 +1,43 @@
-"""What factors lack, expert by expert: nothing of the weights' size is ever built."""
+"""What factors lack, expert by expert, a block of experts at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import product
-from math import prod, sqrt
+from collections.abc import Mapping, Sequence
+from math import hypot, sqrt
 
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array
-from tensormoe.decomposition._solve import to_host
-from tensormoe.decomposition._source import Source
-from tensormoe.functional import LayerConfig, expert_weight
-from tensormoe.functional._dtypes import cast
+from tensormoe.decomposition._contractions import structures
+from tensormoe.decomposition._gauge import stretched
+from tensormoe.decomposition._source import Source, norm, norms, power
+from tensormoe.decomposition._starts import given
+from tensormoe.factorizations import INPUT, OUTPUT
+from tensormoe.functional._dtypes import cast, widened
 
-__all__ = ["bias_error", "output_error", "svd_error", "weight_errors"]
+__all__ = ["bias_error", "output_error", "shares", "total_error", "weight_errors"]
+
+
+def shares(missing: Sequence[float], whole: Sequence[float]) -> tuple[float, tuple[float, ...]]:
+    """Norms of what is missing relative to norms of what was given: of all together, and of each.
+
+    What stands for an expert of zeros is relative to the root mean square of all experts' norms.
+    """
+    total = hypot(*whole)
+    if total == 0.0:
+        return 0.0, (0.0,) * len(whole)
+    mean = total / sqrt(len(whole))
+    each = tuple(a / (b or mean) for a, b in zip(missing, whole, strict=True))
+    return hypot(*missing) / total, each
 
 
 def weight_errors(
     spec: LayerSpec, factors: Mapping[str, Array], source: Source
 ) -> tuple[float, tuple[float, ...]]:
-    """Relative error of all experts together, and of each."""
-    missing, whole = [], []
-    for matrix, found in _pairs(spec, factors, source):
-        missing.append(_squares(matrix - found, source))
-        whole.append(_squares(matrix, source))
-    each = tuple(_relative(a, b) for a, b in zip(missing, whole, strict=True))
-    return _relative(sum(missing), sum(whole)), each
+    """Relative error of all experts together, and of each; biases are a row of a source with them.
+
+    Norms are of each expert by itself, so that experts of any scale stand beside one another.
+    """
+    return shares(*_norms(source, _left(spec, factors, source)))
 
 
 def output_error(
@@ -35,86 +47,98 @@ def output_error(
     inputs: Array,
     coefficients: Array | None,
 ) -> float:
-    """Relative error of outputs for inputs (samples, in).
+    """Relative error of outputs for inputs (samples, in), biases included where there are any.
 
     With coefficients (samples, N), all levels flattened, outputs are mixed; else every expert's own
     output counts.
     """
     backend = source.backend
-    x = cast(inputs, source.dtype, backend)
-    missing = whole = 0.0
+    x = widened(inputs, backend)
+    if source.bias is not None:
+        one = backend.namespace.ones_like(x[:, :1])
+        x = backend.namespace.concat([x, one], axis=1)
+    x = cast(_near_one(x, source), source.dtype, backend)
+    if coefficients is not None:
+        coefficients = _near_one(widened(coefficients, backend), source)
+    missing, whole = [], []
     lacking: Array = None
     total: Array = None
-    for place, (matrix, found) in enumerate(_pairs(spec, factors, source)):
-        given, lost = backend.matmul(x, matrix), backend.matmul(x, matrix - found)
+    pairs = zip(source.matrices(), _left(spec, factors, source).matrices(), strict=True)
+    for place, (matrix, left) in enumerate(pairs):
+        made, lost = backend.matmul(x, matrix), backend.matmul(x, left)
         if coefficients is None:
-            missing, whole = missing + _squares(lost, source), whole + _squares(given, source)
+            missing.append(norm(lost, backend))
+            whole.append(norm(made, backend))
             continue
         weights = cast(coefficients[:, place : place + 1], source.dtype, backend)
         lacking = weights * lost if lacking is None else lacking + weights * lost
-        total = weights * given if total is None else total + weights * given
+        total = weights * made if total is None else total + weights * made
     if coefficients is not None:
-        missing, whole = _squares(lacking, source), _squares(total, source)
-    return _relative(missing, whole)
+        missing, whole = [norm(lacking, backend)], [norm(total, backend)]
+    return shares(missing, whole)[0]
 
 
-def bias_error(spec: LayerSpec, factors: Mapping[str, Array], bias: Source) -> float:
-    """Relative error of the experts' biases, (experts…, 1, out) as a tensor."""
-    named = {f"factors.{name}": cast(a, bias.dtype, bias.backend) for name, a in factors.items()}
-    missing = whole = 0.0
-    config = LayerConfig(spec, None)
-    for index, row in zip(_places(spec), bias.matrices(), strict=True):
-        _, found = expert_weight(config, named, index, bias.backend)
-        missing += _squares(row - found, bias)
-        whole += _squares(row, bias)
-    return _relative(missing, whole)
+def bias_error(
+    spec: LayerSpec, factors: Mapping[str, Array], bias: Source, weights: Source
+) -> float:
+    """Relative error of the experts' biases, (experts…, 1, out) as a tensor.
 
-
-def svd_error(source: Source, parameters: int) -> float:
-    """Relative error of the best truncated SVD of each expert, ``parameters`` entries together.
-
-    A singular value costs in + out entries whichever expert it is of, so the largest of all are
-    kept.
+    Where all biases are zeros, what stands for them is relative to the weights.
     """
-    import numpy as np
-
-    backend = source.backend
-    rows, columns = source.shape[-2:]
-    squares = []
-    for matrix in source.matrices():
-        if rows > columns:
-            matrix = backend.permute(matrix, (1, 0))
-        gram = backend.matmul(matrix, backend.permute(matrix, (1, 0)))
-        squares.append(np.linalg.eigvalsh(to_host(gram, backend).astype(np.float64)))
-    falling = np.sort(np.maximum(np.concatenate(squares), 0.0))[::-1]
-    kept = parameters // (rows + columns)
-    return sqrt(float(falling[kept:].sum()) / max(float(falling.sum()), 1e-300))
+    missing, whole = _norms(bias, _left(spec, factors, bias, only_bias=True))
+    if not any(whole):
+        return hypot(*missing) * weights.scale / sqrt(weights.squared_norm() or 1.0)
+    return shares(missing, whole)[0]
 
 
-def _pairs(
-    spec: LayerSpec, factors: Mapping[str, Array], source: Source
-) -> Iterator[tuple[Array, Array]]:
-    """Each expert's matrix, given and found."""
-    named = {
-        f"factors.{name}": cast(array, source.dtype, source.backend)
-        for name, array in factors.items()
-    }
-    sizes = (spec.in_features, spec.out_features, spec.experts)
-    plain = LayerConfig(LayerSpec(*sizes, spec.factorization, bias=False), None)
-    for index, matrix in zip(_places(spec), source.matrices(), strict=True):
-        yield matrix, expert_weight(plain, named, index, source.backend)[0]
+def total_error(error: float, bias_error: float, weights: Source, bias: Source) -> float:
+    """Relative error of weights and biases together, from that of each."""
+    parts = [sqrt(each.squared_norm()) / each.scale for each in (weights, bias)]
+    # biases of zeros are relative to the weights
+    lacking = hypot(error * parts[0], bias_error * (parts[1] or parts[0]))
+    return lacking / hypot(*parts) if any(parts) else 0.0
 
 
-def _places(spec: LayerSpec) -> Iterator[tuple[int, ...]]:
-    return product(*(range(count) for count in spec.experts))
+def _norms(source: Source, left: Source) -> tuple[list[float], list[float]]:
+    """The norms of experts' matrices, of what is left of them and of what was given."""
+    missing: list[float] = []
+    whole: list[float] = []
+    for start, stop in source.blocks():
+        missing += norms(left.block(start, stop), source.backend)
+        whole += norms(source.block(start, stop), source.backend)
+    return missing, whole
 
 
-def _squares(array: Array, source: Source) -> float:
-    if not prod(array.shape):
-        return 0.0
-    flat = source.backend.reshape(array, (-1, array.shape[-1]))
-    return float(source.backend.namespace.sum(source.backend.square_sums(flat)))
+def _left(
+    spec: LayerSpec, factors: Mapping[str, Array], source: Source, only_bias: bool = False
+) -> Source:
+    """What a layer's factors leave of a tensor.
+
+    Args:
+        spec: of the layer.
+        factors: by name, as they are stored.
+        source: the weights, with biases or without them, or biases alone.
+        only_bias: whether it is the latter.
+    """
+    network, xp = spec.network, source.backend.namespace
+    wide = {name: cast(array, source.dtype, source.backend) for name, array in factors.items()}
+    named = stretched(network, wide, source.scale)
+    for term in network.terms:
+        carrier, parts = term.input_factor, []
+        if not only_bias:
+            parts.append(named[carrier.name])
+        if term.bias is not None and (only_bias or source.bias is not None):
+            parts.append(xp.expand_dims(named[term.bias.name], axis=carrier.legs.index(INPUT)))
+        axis = carrier.legs.index(INPUT)
+        named[carrier.name] = parts[0] if len(parts) == 1 else xp.concat(parts, axis=axis)
+    open_legs = (*network.expert_legs, INPUT, OUTPUT)
+    terms = structures(network, open_legs, {**network.sizes, INPUT: source.shape[-2]})
+    for each in terms:
+        named |= given(each, source)
+    return source.without(terms, named)
 
 
-def _relative(missing: float, whole: float) -> float:
-    return sqrt(missing / whole) if whole else 0.0
+def _near_one(array: Array, source: Source) -> Array:
+    """An array times a power of two, which relative errors do not depend on."""
+    xp = source.backend.namespace
+    return array * power(float(xp.max(xp.abs(array))), xp.finfo(array.dtype).bits)

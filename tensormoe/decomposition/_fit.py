@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from math import inf, prod
+from operator import or_
 from typing import Any
 
 from tensormoe.decomposition._als import Factors, solve_factor
 from tensormoe.decomposition._compress import Core, compress, expand
 from tensormoe.decomposition._contractions import Structure
-from tensormoe.decomposition._search import Problem, Search, advance
+from tensormoe.decomposition._search import Found, Problem, Search, advance, worst
 from tensormoe.decomposition._source import Source
-from tensormoe.decomposition._starts import given, start, zeros
+from tensormoe.decomposition._spectral import cuts
+from tensormoe.decomposition._starts import given, starts, zeros
+from tensormoe.decomposition._watch import Follower, Watch
 
 __all__ = ["ROOM", "fit"]
 
@@ -30,27 +35,39 @@ _ROUNDING = 1e-3
 
 
 def fit(
-    terms: Sequence[Structure], source: Source, search: Search, rng: Any
-) -> tuple[Factors, tuple[float, ...]]:
-    """Factors of a tensor, and the relative error after every sweep that counts.
+    terms: Sequence[Structure],
+    source: Source,
+    search: Search,
+    rng: Any,
+    follower: Follower | None = None,
+) -> Found:
+    """Factors of a tensor, the relative error after every sweep that counts, and why it ended.
 
     Args:
         terms: the networks whose sum is to stand for the tensor, mostly one.
         source: the tensor.
         search: how long to search.
         rng: NumPy's generator.
+        follower: told of every sweep, if anybody is.
     """
+    follower = follower or Follower(Watch())
     norm = source.squared_norm()
     if norm == 0.0:
-        return {k: each for term in terms for k, each in zeros(term, source).items()}, (0.0,)
+        found = {k: each for term in terms for k, each in zeros(term, source).items()}
+        return Found(found, (0.0,), "converged")
     if len(terms) == 1:
-        return _fit_term(terms[0], source, norm, search, rng)
-    return _fit_sum(tuple(terms), source, norm, search, rng)
+        return _fit_term(terms[0], source, norm, search, rng, follower)
+    return _fit_sum(tuple(terms), source, norm, search, rng, follower)
 
 
 def _fit_sum(
-    terms: tuple[Structure, ...], source: Source, norm: float, search: Search, rng: Any
-) -> tuple[Factors, tuple[float, ...]]:
+    terms: tuple[Structure, ...],
+    source: Source,
+    norm: float,
+    search: Search,
+    rng: Any,
+    follower: Follower,
+) -> Found:
     """Each term for what those before it leave, then all of them in turn."""
     found: Factors = {}
     for place, term in enumerate(terms):
@@ -59,65 +76,93 @@ def _fit_sum(
         if squares == 0.0:
             more = given(term, left) | zeros(term, left)
         else:
-            more, _ = _fit_term(term, left, squares, search, rng)
+            # a sum that is stopped here lacks the terms that follow
+            known = {k: v for each in terms for k, v in zeros(each, source).items()} | found
+            part = follower.part(partial(or_, known), (squares / norm) ** 0.5)
+            more = _fit_term(term, left, squares, search, rng, part).factors
         found.update(more)
-    whole = Problem(terms, source, norm, round(ROOM * prod(source.shape)))
+    room = round(ROOM * prod(source.shape))
+    whole = Problem(terms, source, norm, room)
     first = whole.error(found)
-    factors, errors = advance(whole, found, search.sweeps, search.tolerance, known=first)
+    follower.keep(first, lambda: (found, [first]), anyway=True)
+    whole = replace(whole, follower=follower.after([first]))
+    best = advance(whole, found, search.sweeps, search.tolerance, known=first)
     names = {factor.name for term in terms for factor in term.wanted}
-    return {name: factors[name] for name in factors if name in names}, (first, *errors)
+    factors = {name: array for name, array in best.factors.items() if name in names}
+    return Found(factors, (first, *best.errors), best.ended)
 
 
 def _fit_term(
-    structure: Structure, source: Source, norm: float, search: Search, rng: Any
-) -> tuple[Factors, tuple[float, ...]]:
+    structure: Structure,
+    source: Source,
+    norm: float,
+    search: Search,
+    rng: Any,
+    follower: Follower,
+) -> Found:
     """Factors of one network, what is given included: on the core, then on the tensor."""
     if len(structure.factors) == 1:
         (factor,) = structure.factors
         axes = tuple(structure.open_legs.index(leg) for leg in factor.legs)
-        return {factor.name: source.backend.permute(source.block(0, source.shape[0]), axes)}, (0.0,)
+        whole = source.backend.permute(source.block(0, source.shape[0]), axes)
+        return Found({factor.name: whole}, (0.0,), "converged")
     if len(structure.wanted) == 1:
-        return _solved_at_once(structure, source), ()
+        return Found(_solved_at_once(structure, source), (), "converged")
     # a share of the tensor's own memory, for the core and what is made of it
     room = round(ROOM * prod(source.shape))
-    core = compress(structure, source, norm, rng)
+    plan = cuts(structure)
+    direct = plan is not None and plan.direct(structure, source)
+    core = Core(structure, source, {}) if direct else compress(structure, source, norm, rng)
     spare = room - prod(core.source.shape) if core.bases else room
     kept = core.source.squared_norm() if core.bases else norm
     # the core lacks a part of the tensor
     lost = max(norm - kept, 0.0)
-    small = Problem((core.structure,), core.source, kept, spare, lost)
-    trials = [
-        advance(
-            small,
-            start(core.structure, core.source, place, rng),
-            min(_TRIAL, search.sweeps),
-            search.tolerance,
-        )
-        for place in range(search.starts or _affordable(core))
-    ]
-    trials.sort(key=lambda trial: trial[1][-1] if trial[1] else inf)
-    errors = trials[0][1]
-    del trials[1:]
-    known = errors[-1] if errors else inf
-    # nobody else holds the factors that a search starts from
-    factors, more = advance(
-        small,
-        trials.pop()[0],
-        search.sweeps - len(errors),
-        search.tolerance,
-        known=known,
-    )
-    history = [small.felt(error) * (kept / norm) ** 0.5 for error in (*errors, *more)]
-    factors = expand(core, factors)
-    del core, small
-    whole = Problem((structure,), source, norm, room)
+    part = follower.part(partial(expand, core), (kept / norm) ** 0.5)
+    small = Problem((core.structure,), core.source, kept, spare, lost, part)
+    found = _on_core(small, core, search, rng)
+    history = [small.felt(error) * (kept / norm) ** 0.5 for error in found.errors]
+    factors, ended = expand(core, found.factors), found.ended
+    del core, small, found, part
+    problem = Problem((structure,), source, norm, room)
     if not history:
         # no sweep on the core was worth keeping
-        history = [whole.error(factors)]
+        history = [problem.error(factors)]
+    if not search.polish:
+        return Found(factors, tuple(history), ended)
     known = history[-1] * (1.0 + _ROUNDING)
+    # the snapshot before this one holds the core
+    follower = follower.after(history)
+    follower.keep(known, partial(_pair, factors, ()), anyway=True)
+    problem = replace(problem, follower=follower)
     least = min(_SLOW * search.tolerance, 1.0)
-    factors, polished = advance(whole, factors, search.polish, least, _PATIENCE, known)
-    return factors, (*history, *polished)
+    polished = advance(problem, factors, search.polish, least, _PATIENCE, known)
+    errors = (*history, *polished.errors)
+    return Found(polished.factors, errors, worst(ended, polished.ended))
+
+
+def _on_core(small: Problem, core: Core, search: Search, rng: Any) -> Found:
+    """The best of a few starts, searched on."""
+    count, tolerance = min(_TRIAL, search.sweeps), search.tolerance
+    tries = starts(core.structure, core.source, search.starts or _affordable(core), rng)
+    trials = [advance(small, each, count, tolerance) for each in tries]
+    trials.sort(key=lambda trial: trial.errors[-1] if trial.errors else inf)
+    # nobody else holds the factors that a search starts from
+    del trials[1:]
+    trial = trials.pop()
+    known = trial.errors[-1] if trial.errors else inf
+    if len(trial.errors) == search.sweeps:
+        return trial
+    first, factors = trial.errors, trial.factors
+    if small.follower is not None:
+        after = small.follower.after([small.felt(error) for error in first])
+        small = replace(small, follower=after)
+    del trial
+    more = advance(small, factors, search.sweeps - len(first), tolerance, known=known)
+    return Found(more.factors, (*first, *more.errors), more.ended)
+
+
+def _pair(factors: Factors, errors: Sequence[float]) -> tuple[Factors, Sequence[float]]:
+    return factors, errors
 
 
 def _solved_at_once(structure: Structure, source: Source) -> Factors:

@@ -10,12 +10,12 @@ tensor trains), and then rounding errors are not amplified.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import exp, fsum, log
+from math import exp, frexp, fsum, log
 from typing import Any
 
 from tensormoe.factorizations import INPUT, OUTPUT, Factor, Leg, Network, Term
 
-__all__ = ["even", "orthonormal", "robust"]
+__all__ = ["even", "orthonormal", "robust", "stretched"]
 
 
 def robust(network: Network, factors: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,6 +70,30 @@ def even(factors: Mapping[str, Any]) -> dict[str, Any]:
         return dict(factors)
     mean = exp(fsum(log(size) for size in sizes.values()) / len(sizes))
     return {name: array * (mean / sizes[name]) for name, array in factors.items()}
+
+
+def stretched(network: Network, factors: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """The factors of a tensor times a power of two, which all factors of a term have a part in.
+
+    So each stays far from the ends of its dtype's range.
+
+    Args:
+        network: its terms may have biases.
+        factors: arrays of any library, by name.
+        scale: the power of two.
+    """
+    found, exponent = dict(factors), frexp(scale)[1] - 1
+    if not exponent:
+        return found
+    for term in network.terms:
+        count = len(term.factors)
+        for place, factor in enumerate(term.factors):
+            part = 2.0 ** (exponent * (place + 1) // count - exponent * place // count)
+            found[factor.name] = found[factor.name] * part
+            # it stands where the input's factor does
+            if term.bias is not None and factor == term.input_factor:
+                found[term.bias.name] = found[term.bias.name] * part
+    return found
 
 
 def _upwards(factors: Sequence[Factor]) -> list[tuple[str, Leg, str]]:

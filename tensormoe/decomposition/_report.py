@@ -8,6 +8,7 @@ from typing import Any
 
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array
+from tensormoe.decomposition._controls import EACH, Control, best_joint, closest, verdict
 from tensormoe.functional import LayerConfig
 from tensormoe.functional._fit import share
 from tensormoe.gates import Gate
@@ -23,22 +24,29 @@ class Report:
 
     Args:
         error: of all weights together, biases left out.
-        expert_errors: of each expert's matrix, the last level fastest.
-        svd_error: of the best truncated singular value decompositions of the experts, one by one,
-            with as many parameters together; None where it was not asked for.
+        expert_errors: of each expert's matrix, the last level fastest. What stands for an expert of
+            zeros is relative to the root mean square of all experts' norms.
+        controls: truncated singular value decompositions with no more parameters: of the experts,
+            one by one, and of all together, unfolded; empty where they were not asked for.
         bias_error: of the experts' biases; None without any.
-        output_error: of the outputs for the given inputs, mixed by the given coefficients, or
-            expert by expert without any; None without inputs.
+        output_error: of the outputs for the given inputs, biases included, mixed by the given
+            coefficients, or expert by expert without any; None without inputs.
         parameters: stored entries of the factors.
         dense_parameters: entries of what was given.
         sweeps: of alternating least squares.
         history: relative error after each sweep, as far as rounding lets it be seen.
         seconds: that it took.
+        ended: why the search ended: ``"converged"``, further sweeps gained less than its
+            tolerance; ``"sweeps"``, all of them were made; ``"stalled"``, the true error did not
+            follow what sweeps claimed, so that rounding ended the search rather than an optimum;
+            before that ``"time"``, the limit; ``"stopped"``, by the callback; ``"interrupted"``, by
+            Ctrl-C.
+        total_error: of weights and biases together, which is that of the controls as well.
     """
 
     error: float
     expert_errors: tuple[float, ...]
-    svd_error: float | None
+    controls: tuple[Control, ...]
     bias_error: float | None
     output_error: float | None
     parameters: int
@@ -46,6 +54,27 @@ class Report:
     sweeps: int
     history: tuple[float, ...]
     seconds: float
+    ended: str
+    total_error: float
+
+    @property
+    def svd_error(self) -> float | None:
+        """Error of the experts' truncated singular value decompositions, one by one, if known."""
+        return next((each.error for each in self.controls if each.unfolding == EACH), None)
+
+    @property
+    def joint(self) -> Control | None:
+        """The best truncated singular value decomposition of all experts together, if known."""
+        return best_joint(self.controls)
+
+    @property
+    def closer(self) -> Control | None:
+        """The best truncated singular value decomposition if it beats the factors; else None.
+
+        Errors of weights and biases together are compared; differences of less than a thousandth,
+        and what may be rounding, don't count.
+        """
+        return closest(self.controls, self.total_error)
 
     @property
     def ratio(self) -> float:
@@ -54,7 +83,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report in plain values, for JSON."""
-        return asdict(self) | {"ratio": self.ratio}
+        return asdict(self) | {"ratio": self.ratio, "svd_error": self.svd_error}
 
     def __str__(self) -> str:
         worst = max(self.expert_errors)
@@ -63,12 +92,16 @@ class Report:
             f"{self.dense_parameters:,} → {self.parameters:,} parameters ({self.ratio:.1%}), "
             f"{self.sweeps} sweeps, {self.seconds:.1f} s",
         ]
-        if self.svd_error is not None:
-            lines.append(f"experts by truncated SVDs of the same size: {share(self.svd_error)}")
         if self.bias_error is not None:
             lines.append(f"biases off by {share(self.bias_error)}")
         if self.output_error is not None:
             lines.append(f"outputs off by {share(self.output_error)}")
+        shown = ", ".join(str(each) for each in self.controls if each.rank)
+        if shown:
+            lines.append(f"truncated SVDs with no more parameters: {shown}")
+        if self.closer is not None:
+            both = "" if self.bias_error is None else ", of weights and biases together"
+            lines.append(verdict(self.closer, self.total_error) + both)
         return "\n".join(lines)
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import inf, prod
 
 from tensormoe._spec import LayerSpec
 from tensormoe._validation import non_negative_int
-from tensormoe.backend import Array
+from tensormoe.decomposition._checks import checked_bonds
 from tensormoe.decomposition._choose import Sizes, candidates, checked_tolerance, smallest
 from tensormoe.decomposition._contractions import structures
 from tensormoe.decomposition._fit import fit
-from tensormoe.decomposition._search import Search
+from tensormoe.decomposition._search import Found, Search
 from tensormoe.decomposition._source import Source
+from tensormoe.decomposition._watch import Stopped, Watch
 from tensormoe.errors import BudgetError, SpecError
 from tensormoe.factorizations import (
     INPUT,
@@ -32,6 +33,9 @@ LARGE = 2**24
 """Entries from which on trials of several ranks would take too long."""
 
 
+_STOPPED = ("time", "stopped", "interrupted")
+
+
 @dataclass(frozen=True, eq=False)
 class Runs:
     """The search for the factors of one tensor.
@@ -42,6 +46,7 @@ class Runs:
         bias: whether the layer has biases, which are one more row of the tensor's matrices.
         search: how long to search.
         seed: of the random starts.
+        watch: which ends searches before their time.
     """
 
     source: Source
@@ -49,14 +54,17 @@ class Runs:
     bias: bool
     search: Search
     seed: int
+    watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
         non_negative_int(self.seed, "seed")
 
-    def run(
-        self, kind: Factorization, search: Search | None = None
-    ) -> tuple[dict[str, Array], tuple[float, ...]]:
-        """Factors, and the error after every sweep."""
+    def run(self, kind: Factorization, search: Search | None = None) -> Found:
+        """Factors, the error after every sweep, and why the search ended.
+
+        Raises:
+            KeyboardInterrupt: before there were any factors.
+        """
         import numpy as np
 
         rows, columns, experts = self.sizes
@@ -65,18 +73,29 @@ class Runs:
         open_legs = (*network.expert_legs, INPUT, OUTPUT)
         wider = {**network.sizes, INPUT: rows + self.bias}
         terms = structures(network, open_legs, wider)
-        return fit(terms, self.source, search or self.search, np.random.default_rng(self.seed))
+        rng, watch = np.random.default_rng(self.seed), self.watch
+        try:
+            return fit(terms, self.source, search or self.search, rng, watch.follow(kind))
+        except (KeyboardInterrupt, Stopped) as reason:
+            if watch.best is None:
+                raise
+            why = reason.why if isinstance(reason, Stopped) else "interrupted"
+            factors, errors = watch.best()
+            return Found(factors, tuple(errors), why)
+        finally:
+            watch.best = None
 
-    def resolve(
+    def find(
         self,
         factorization: FactorizationLike,
         rank: int | tuple[int, ...] | None,
         budget: Budget | float | None,
         tolerance: float | None,
-    ) -> Factorization:
-        """The factorization with its rank.
+    ) -> tuple[Factorization, Found]:
+        """The factorization with its rank, and its factors: the best so far of a stopped search.
 
         Raises:
+            KeyboardInterrupt: before there were any factors.
             SpecError, RankError, BudgetError: one that cannot be.
         """
         given = [each is not None for each in (rank, budget, tolerance)]
@@ -86,13 +105,13 @@ class Runs:
                     "a factorization that is a value has its rank; got rank, budget or tolerance "
                     "besides. Give its name instead."
                 )
-            return resolve_factorization(factorization, None)
+            return self._checked(resolve_factorization(factorization, None))
         if sum(given) > 1:
             raise SpecError("one of rank, budget and tolerance must be given; got several.")
         if rank is not None:
-            return resolve_factorization(factorization, rank)
+            return self._checked(resolve_factorization(factorization, rank))
         if budget is not None:
-            return self._best(factorization, self._budget(budget))
+            return self._long(*self._best(factorization, self._budget(budget)))
         assert tolerance is not None
         return self._within(factorization, checked_tolerance(tolerance))
 
@@ -112,32 +131,93 @@ class Runs:
             )
         return int(budget * self._dense)
 
-    def _best(self, kind: str | type[Factorization], budget: Budget | int) -> Factorization:
-        """The candidate within a budget whose short search ends lowest."""
-        found = candidates(kind, self.sizes, budget, self.bias)
-        if len(found) == 1 or self._dense > LARGE:
-            return found[0]
-        return min(found, key=lambda each: min(self.run(each, TRIAL)[1], default=inf))
+    def _checked(self, kind: Factorization) -> tuple[Factorization, Found]:
+        """A run for a rank that was given."""
+        rows, columns, experts = self.sizes
+        checked_bonds(LayerSpec(rows, columns, experts, kind, bias=self.bias))
+        return kind, self.run(kind)
 
-    def _within(self, name: str | type[Factorization], tolerance: float) -> Factorization:
-        """The rank of the smallest budget that reaches a tolerance."""
+    def _best(
+        self, name: str | type[Factorization], budget: Budget | int
+    ) -> tuple[Factorization, Found | None]:
+        """The candidate within a budget whose short search ends lowest, and what that found.
 
-        def at(budget: int) -> Factorization | None:
-            try:
-                return self._best(name, budget)
-            except BudgetError:
-                return None
+        Candidates that a stopped search did not get to are left out.
+        """
+        kinds = candidates(name, self.sizes, budget, self.bias)
+        if len(kinds) == 1 or self._dense > LARGE:
+            return kinds[0], None
+        best: tuple[Factorization, Found] | None = None
+        for kind in kinds:
+            found = self._or(best and best[1], kind, TRIAL)
+            if best is None or _least(found) < _least(best[1]):
+                best = kind, found
+            if found.ended in _STOPPED:
+                return best[0], replace(best[1], ended=found.ended)
+        return best  # type: ignore[return-value]
 
+    def _or(self, known: Found | None, kind: Factorization, search: Search | None = None) -> Found:
+        """A run; what is known where Ctrl-C leaves it without any factors."""
+        try:
+            return self.run(kind, search)
+        except KeyboardInterrupt:
+            if known is None:
+                raise
+            return replace(known, ended="interrupted")
+
+    def _long(self, kind: Factorization, trial: Found | None) -> tuple[Factorization, Found]:
+        """The long run, unless the short one was stopped."""
+        if trial is None:
+            return kind, self.run(kind)
+        if trial.ended in _STOPPED:
+            return kind, trial
+        found = self._or(trial, kind)
+        if found.ended in _STOPPED and _least(trial) < _least(found):
+            # it did not get as far
+            found = replace(trial, ended=found.ended)
+        return kind, found
+
+    def _within(
+        self, name: str | type[Factorization], tolerance: float
+    ) -> tuple[Factorization, Found]:
+        """Factors of the smallest budget that reaches a tolerance.
+
+        Of a stopped search, the smallest so far; where there is none, what it came to.
+        """
         errors: dict[Factorization, float] = {}
+        kinds: dict[int, Factorization] = {}
+        last: tuple[Factorization, Found] | None = None
 
         def reaches(budget: int) -> bool:
-            kind = at(budget)
-            if kind is None:
+            nonlocal last
+            ended = ""
+            try:
+                kind, trial = self._best(name, budget)
+                if trial is not None and trial.ended in _STOPPED:
+                    ended, last = trial.ended, last or (kind, trial)
+                elif kind not in errors:
+                    _, found = self._long(kind, trial)
+                    errors[kind], ended = found.errors[-1], found.ended
+                    if errors[kind] <= tolerance or last is None:
+                        last = kind, found
+            except BudgetError:
                 return False
-            if kind not in errors:
-                errors[kind] = self.run(kind)[1][-1]
+            except KeyboardInterrupt:
+                if last is None:
+                    raise
+                ended = "interrupted"
+            if ended in _STOPPED:
+                raise Stopped(ended)
+            kinds[budget] = kind
             return errors[kind] <= tolerance
 
-        kind = at(smallest(1, self._dense, reaches, tolerance))
-        assert kind is not None
-        return kind
+        try:
+            kind = kinds[smallest(1, self._dense, reaches, tolerance)]
+        except Stopped as reason:
+            assert last is not None
+            return last[0], replace(last[1], ended=reason.why)
+        return last if last is not None and last[0] == kind else (kind, self.run(kind))
+
+
+def _least(found: Found) -> float:
+    return min(found.errors, default=inf)

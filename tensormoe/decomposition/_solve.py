@@ -52,14 +52,16 @@ def inverse(gram: Any, damping: float = 0.0) -> Any:
     """(G + λ)⁻¹ in float64 for a NumPy array G (…, K, K), symmetric and not negative.
 
     λ is what G's own rounding hides, or ``damping`` if that is more; for it, components are scaled
-    alike, so that G has ones on its diagonal.
+    alike, so that G has ones on its diagonal. Those that are nothing but the rounding of the
+    largest are not: what is left of the tensor, over next to nothing, would be huge.
     """
     import numpy as np
 
-    size = gram.shape[-1]
-    ridge = max(size * float(np.finfo(gram.dtype).eps), damping)
+    size, rounding = gram.shape[-1], float(np.finfo(gram.dtype).eps)
+    ridge = max(size * rounding, damping)
     wide = gram.astype(np.float64)
     scale = np.sqrt(np.maximum(np.diagonal(wide, axis1=-2, axis2=-1), 0.0))
+    scale = np.maximum(scale, rounding * scale.max(axis=-1, keepdims=True))
     scale = np.where(scale > 0.0, scale, 1.0)
     rows, columns = scale[..., :, None], scale[..., None, :]
     wide /= rows

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
-from math import prod
+from math import frexp, inf, prod, sqrt
 from typing import Any
 
 from tensormoe._devices import device_of
 from tensormoe.backend import Array, Backend
 from tensormoe.decomposition._contractions import SOURCE, Structure, plan_whole
+from tensormoe.decomposition._solve import to_host
 from tensormoe.execution import execute, plus
 from tensormoe.factorizations import Leg
 from tensormoe.functional._dtypes import widened
 from tensormoe.planning import Program
 
-__all__ = ["Source", "joined", "run"]
+__all__ = ["Source", "joined", "norm", "norms", "power", "run", "scaling"]
 
+# powers of two within which squares of entries are far from the ends of a dtype's range
+_SAFE = {32: 24, 64: 240}
 # entries of a block; larger ones are no faster, and what is made of them costs memory
 _BLOCK = 2**17
 
@@ -34,6 +37,7 @@ class Source:
             itself.
         weights: (experts₀,) of the first level, if experts weigh differently.
         taken: networks that are subtracted, and their factors by name; after weights and inputs.
+        scale: a power of two that the array and the bias are multiplied with.
     """
 
     array: Array
@@ -42,6 +46,7 @@ class Source:
     inputs: Array | None = None
     weights: Array | None = None
     taken: tuple[tuple[Structure, Mapping[str, Array]], ...] = ()
+    scale: float = 1.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,6 +71,8 @@ class Source:
             row = self.backend.namespace.expand_dims(self.bias[start:stop], axis=-2)
             row = widened(row, self.backend)
             found = self.backend.namespace.concat([found, row], axis=-2)
+        if self.scale != 1.0:
+            found = found * self.scale
         if self.inputs is not None:
             found = self.backend.matmul(self.backend.permute(self.inputs, (1, 0)), found)
         if self.weights is not None:
@@ -77,6 +84,13 @@ class Source:
             found = found - run(program, arrays, self.backend)
         return found
 
+    def scaled(self) -> Source:
+        """The same where squares of entries neither overflow nor underflow, by a power of two."""
+        xp = self.backend.namespace
+        spans = (self.block(*span) for span in self.blocks())
+        largest = max(float(xp.max(xp.abs(block))) for block in spans)
+        return replace(self, scale=self.scale * scaling(largest, xp.finfo(self.dtype).bits))
+
     def without(self, terms: Iterable[Structure], factors: Mapping[str, Array]) -> Source:
         """What a sum of networks leaves of the tensor."""
         return replace(self, taken=(*self.taken, *((each, factors) for each in terms)))
@@ -86,7 +100,7 @@ class Source:
         """Whether the array is worked on as it is."""
         changed = (self.bias, self.inputs, self.weights)
         same = all(each is None for each in changed) and not self.taken
-        return same and self.dtype == self.array.dtype
+        return same and self.scale == 1.0 and self.dtype == self.array.dtype
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Start and stop of the experts of the first level that are worked on at a time."""
@@ -146,6 +160,50 @@ class Source:
         arrays = _sliced(structure, factors, start, stop)
         arrays[SOURCE] = self.block(start, stop)
         return run(program, arrays, self.backend)
+
+
+def power(largest: float, bits: int) -> float:
+    """The power of two that takes a positive number near one, as far as a dtype has it.
+
+    Args:
+        largest: the number; 1 is returned for zero and for what is not finite.
+        bits: of the dtype.
+    """
+    if not 0.0 < largest < inf:
+        return 1.0
+    most = 126 if bits == 32 else 1022
+    return float(2.0 ** max(min(1 - frexp(largest)[1], most), -most))
+
+
+def scaling(largest: float, bits: int) -> float:
+    """:func:`power`, or 1 where squares of numbers up to ``largest`` are in no danger."""
+    found = power(largest, bits)
+    return found if abs(frexp(found)[1]) > _SAFE[bits] else 1.0
+
+
+def norm(array: Array, backend: Backend) -> float:
+    """The Frobenius norm, of numbers of any scale."""
+    (found,) = norms(backend.reshape(array, (1, -1, array.shape[-1])), backend)
+    return found
+
+
+def norms(array: Array, backend: Backend) -> list[float]:
+    """The Frobenius norms of matrices (…, rows, columns), each of any scale."""
+    xp, info = backend.namespace, backend.namespace.finfo(array.dtype)
+    matrices = backend.reshape(array, (-1, *array.shape[-2:]))
+    rows = backend.square_sums(backend.reshape(array, (-1, array.shape[-1])))
+    squares = xp.sum(backend.reshape(rows, (-1, array.shape[-2])), axis=-1)
+    # less may lack squares that are rounded to zero
+    least = prod(array.shape[-2:]) * float(info.smallest_normal) / float(info.eps)
+    found = []
+    for place, total in enumerate(to_host(squares, backend).tolist()):
+        scale = 1.0
+        if not least <= total < inf:
+            matrix = matrices[place]
+            scale = power(float(xp.max(xp.abs(matrix))), info.bits)
+            total = _squares(matrix * scale, backend)
+        found.append(sqrt(total) / scale)
+    return found
 
 
 def _narrowed(structure: Structure, start: int, stop: int) -> Structure:

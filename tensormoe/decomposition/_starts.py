@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import permutations
 from math import prod
 from typing import Any
 
 from tensormoe._devices import device_of
-from tensormoe.decomposition._als import Factors
+from tensormoe.decomposition._als import Factors, sweep
 from tensormoe.decomposition._contractions import Structure
 from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source
+from tensormoe.decomposition._spectral import cuts, spectral
 from tensormoe.factorizations import INPUT, OUTPUT, Factor, expert_leg
 
-__all__ = ["given", "start", "zeros"]
+__all__ = ["given", "start", "starts", "zeros"]
 
 # experts that are looked at, for each one that is needed
 _LOOK = 4
+# sweeps that find a tensor of rank one
+_POWERS = 3
 # the least that spaces of experts have to be apart, in a sine; nearer ones determine nothing
 _APART = 1e-6
 # entries above which a tensor is too large for the copies in float64 that are made of it
 _SMALL = 2**19
+
+
+def starts(structure: Structure, source: Source, count: int, rng: Any) -> Iterator[Factors]:
+    """At most ``count`` factors to start a search from, one after the other.
+
+    Args:
+        structure: the network.
+        source: the tensor, or its core.
+        count: of starts; one is enough where it is the best there is.
+        rng: NumPy's generator.
+    """
+    plan = cuts(structure)
+    first = spectral(structure, source)
+    if first is not None:
+        yield first
+    if plan is None or first is None or not plan.exact:
+        for place in range(first is not None, count):
+            yield start(structure, source, place, rng)
 
 
 def start(structure: Structure, source: Source, place: int, rng: Any) -> Factors:
@@ -30,7 +52,8 @@ def start(structure: Structure, source: Source, place: int, rng: Any) -> Factors
     Args:
         structure: the network.
         source: the tensor, or its core.
-        place: of the start among several; every other one is random whatever the network.
+        place: of the start among several; every other one is random whatever the network and the
+            tensor.
         rng: NumPy's generator.
     """
     fixed = given(structure, source)
@@ -39,14 +62,50 @@ def start(structure: Structure, source: Source, place: int, rng: Any) -> Factors
         found = _from_experts(structure, source, trio, rng)
         if found is not None:
             return fixed | found
-    # standard normal: in the tensor's scale after the first sweep
-    drawn = {
-        factor.name: from_host(
-            rng.standard_normal(structure.shape(factor)), source.like, source.backend
-        )
-        for factor in structure.wanted
+    # in the tensor's scale after the first sweep
+    drawn = {f.name: rng.standard_normal(structure.shape(f)) for f in structure.wanted}
+    if not place % 2:
+        drawn = _around(drawn, structure, source, rng)
+    return fixed | {k: from_host(v, source.like, source.backend) for k, v in drawn.items()}
+
+
+def _around(
+    drawn: Mapping[str, Any], structure: Structure, source: Source, rng: Any
+) -> dict[str, Any]:
+    """Random factors around those of the best tensor of rank one, by how much that explains.
+
+    Where most of a tensor is one outer product, as where all factors are positive, factors that are
+    random around zero have to find that first, and end in local minima.
+    """
+    import numpy as np
+
+    norm, error = source.squared_norm(), 1.0
+    if norm == 0.0:
+        return dict(drawn)
+    modes = {f.name: tuple(x for x in f.legs if x in structure.open_legs) for f in structure.wanted}
+    factors = tuple(Factor(name, legs) for name, legs in modes.items() if legs)
+    one = replace(structure, factors=factors, given=())
+    found: Factors = {
+        each.name: from_host(rng.standard_normal(one.shape(each)), source.like, source.backend)
+        for each in factors
     }
-    return fixed | drawn
+    for _ in range(_POWERS):
+        found, error = sweep((one,), source, norm, found, 0)
+    share = max(1.0 - error * error, 0.0)
+    around = {}
+    for factor in structure.wanted:
+        center: Any = 1.0
+        if modes[factor.name]:
+            array = to_host(found[factor.name], source.backend).astype("float64")
+            size = float(np.sqrt(np.mean(array**2)))
+            shape = [n if x in modes[factor.name] else 1 for x, n in _sized(factor, structure)]
+            center = array.reshape(shape) / (size or 1.0)
+        around[factor.name] = share**0.5 * center + (1.0 - share) ** 0.5 * drawn[factor.name]
+    return around
+
+
+def _sized(factor: Factor, structure: Structure) -> list[tuple[str, int]]:
+    return list(zip(factor.legs, structure.shape(factor), strict=True))
 
 
 def given(structure: Structure, source: Source) -> Factors:

@@ -9,14 +9,14 @@ factors, taken back, are those of the weights.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array, Backend
 from tensormoe.decomposition._solve import from_host, to_host
-from tensormoe.decomposition._source import Source
+from tensormoe.decomposition._source import Source, power
 from tensormoe.factorizations import INPUT, expert_leg
 from tensormoe.functional._dtypes import widened
 
@@ -75,25 +75,26 @@ def weigh(source: Source, inputs: Array, coefficients: Array | None) -> Weightin
     samples = _wide(inputs, backend)
     if source.bias is not None:
         samples = np.concatenate([samples, np.ones((len(samples), 1))], axis=1)
+    # only ratios count, and squares are to stay in range
+    samples = samples * power(float(np.abs(samples).max()), 64)
     moments = samples.T @ samples / len(samples)
     size = len(moments)
-    moments[np.diag_indices(size)] += max(_FLOOR * np.trace(moments) / size, 1e-300)
+    moments[np.diag_indices(size)] += _FLOOR * np.trace(moments) / size or 1.0
     root = np.linalg.cholesky(moments)
     loads = None
     if coefficients is not None:
         weights = _wide(coefficients, backend)
+        weights = weights * power(float(np.abs(weights).max()), 64)
         shares = np.mean(weights**2, axis=0).reshape(source.shape[0], -1).sum(axis=1)
         # experts that no sample used stay worth something
         loads = np.sqrt(np.maximum(shares, _FLOOR * shares.mean()))
         if not loads.any():
             loads = None
     like = source.like
-    weighted = Source(
-        source.array,
-        backend,
-        source.bias,
-        from_host(root, like, backend),
-        None if loads is None else from_host(loads, like, backend),
+    weighted = replace(
+        source,
+        inputs=from_host(root, like, backend),
+        weights=None if loads is None else from_host(loads, like, backend),
     )
     return Weighting(weighted, np.linalg.inv(root.T), loads)
 

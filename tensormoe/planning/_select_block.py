@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tensormoe._spec import LayerSpec
-from tensormoe._validation import positive_int
+from tensormoe._validation import flag, positive_int
 from tensormoe.errors import BudgetError, SpecError
 from tensormoe.factorizations import Factorization
 from tensormoe.gates import Gate
@@ -75,10 +75,8 @@ def select_block(
         raise SpecError(
             f"factorization must be one, or one per layer; got {len(pair)}: {factorization!r}."
         )
-    if not isinstance(gated, bool):
-        raise SpecError(f"gated must be True or False; got {gated!r}.")
     hidden = positive_int(hidden_features, "hidden_features")
-    width = 2 * hidden if gated else hidden
+    width = 2 * hidden if flag(gated, "gated") else hidden
     first = Family(pair[0], in_features, width, experts, bias, None)
     second = Family(pair[1], hidden, out_features, experts, bias, None)
     measure = measure_of(objective)

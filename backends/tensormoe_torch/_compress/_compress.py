@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from tensormoe import LayerSpec
-from tensormoe.decomposition import Decomposition, Search, decompose
+from tensormoe.decomposition import Decomposition, Progress, Search, decompose
 from tensormoe.errors import RankError, SpecError
 from tensormoe.factorizations import Factorization, FactorizationLike, resolve_factorization
 from tensormoe.planning import Budget
@@ -22,6 +23,7 @@ from tensormoe_torch._compress._report import (
     CompressionReport,
 )
 from tensormoe_torch._compress._samples import Batch, Samples, collect, output_error
+from tensormoe_torch._hub import mark
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._surgery._replace import at, num_parameters, swap
 from tensormoe_torch._surgery._select import Select
@@ -41,6 +43,7 @@ def compress(
     inputs: Batch | Iterable[Batch] | None = None,
     weighted: bool = False,
     search: Search | None = None,
+    callback: Callable[[Progress], bool | None] | None = None,
     seed: int = 0,
 ) -> CompressionReport:
     """Replace the experts of a sparse model by factors of them, in place; its router stays.
@@ -70,7 +73,9 @@ def compress(
             the experts get is kept meanwhile.
         weighted: whether factors minimize the error of outputs for these inputs rather than that of
             the weights.
-        search: how long to search.
+        search: how long to search for each projection, a time limit included.
+        callback: called with a :class:`tensormoe.decomposition.Progress` after every sweep, which
+            has the projection's name; True ends the search for that projection.
         seed: of the random starts.
 
     Returns:
@@ -83,6 +88,7 @@ def compress(
         ShapeError: experts of different shapes, or weights that are not finite.
         RankError, BudgetError: as :func:`tensormoe.decomposition.decompose`, with the name of the
             projection; and a rank with which factors would have more entries than the weights.
+        KeyboardInterrupt: Ctrl-C; the model is as it was.
 
     >>> class Expert(nn.Module):
     ...     def __init__(self):
@@ -130,8 +136,12 @@ def compress(
                     tolerance=tolerance,
                     weighted=weighted,
                     search=search,
+                    callback=_named(callback, f"{source.name}.{role}"),
                     seed=seed,
                 )
+            if found[role].report.ended == "interrupted":
+                # all or nothing
+                raise KeyboardInterrupt
         layers = {r: MuMoE.restore(each.config(), each.parameters) for r, each in found.items()}
         new = FactorizedExperts(layers, source.act)
         made[id(source.module)] = new
@@ -147,6 +157,7 @@ def compress(
         )
     for name, old in chosen.items():
         swap(model, name, old, made[id(old)])
+    mark(model)
     return CompressionReport(tuple(modules), (count, num_parameters(model)))
 
 
@@ -181,6 +192,7 @@ def _decomposed(
     tolerance: float | None,
     weighted: bool,
     search: Search | None,
+    callback: Callable[[Progress], bool | None] | None,
     seed: int,
 ) -> Decomposition:
     weights, bias = source.stacks[role].tensors()
@@ -195,5 +207,13 @@ def _decomposed(
         coefficients=None if sample is None else sample.coefficients(source.count),
         weighted=weighted,
         search=search,
+        callback=callback,
         seed=seed,
     )
+
+
+def _named(
+    callback: Callable[[Progress], bool | None] | None, name: str
+) -> Callable[[Progress], bool | None] | None:
+    """A callback that is told a name."""
+    return None if callback is None else lambda each: callback(replace(each, name=name))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from tensormoe.decomposition import Report
+from tensormoe.decomposition._controls import verdict
 from tensormoe.factorizations import Factorization
 from tensormoe.functional._fit import share
 from tensormoe_torch._surgery._report import Cell, aligned
@@ -111,7 +113,7 @@ class CompressionReport:
 
     def __str__(self) -> str:
         heads: list[Cell] = ["experts", "N × in × out", "factorization", "parameters", "share"]
-        heads += ["weights off by", "SVDs off by", "outputs off by"]
+        heads += ["weights off by", "SVDs", "joint SVD", "outputs off by"]
         rows: list[list[Cell]] = [heads]
         for module in self.modules:
             for each in module.projections:
@@ -125,20 +127,31 @@ class CompressionReport:
                         *_counts(report.dense_parameters, report.parameters),
                         share(report.error),
                         _share(report.svd_error),
+                        _share(None if report.joint is None else report.joint.error),
                         _share(report.output_error),
                     ]
                 )
             off = _share(module.output_error)
-            rows.append([module.name, "", "", *_counts(*module.parameters), "", "", off])
-        rows.append(["total", "", "", *_counts(*self.parameters), "", "", ""])
+            rows.append([module.name, "", "", *_counts(*module.parameters), "", "", "", off])
+        rows.append(["total", "", "", *_counts(*self.parameters), "", "", "", ""])
         before, after = self.model_parameters
         return "\n".join(
             [
                 *aligned(rows),
                 f"whole model: {before:,} → {after:,} parameters; {self.seconds:.1f} s",
-                "SVDs: of every expert by itself, with as many parameters together",
+                "SVDs: truncated, with no more parameters, of each expert; joint SVD: the best of "
+                "all together",
+                *self._verdicts(),
             ]
         )
+
+    def _verdicts(self) -> Iterator[str]:
+        """Of each projection that a truncated singular value decomposition is closer to."""
+        for module in self.modules:
+            for each in module.projections:
+                if each.report.closer is not None:
+                    said = verdict(each.report.closer, each.report.total_error)
+                    yield f"{module.name}.{each.role}: {said}"
 
 
 def _counts(before: int, after: int) -> list[Cell]:

@@ -47,8 +47,8 @@ from tensormoe.decomposition.checkpoints._patterns import Preset as Preset
 from tensormoe.decomposition.checkpoints._plan import CompressionPlan as CompressionPlan
 from tensormoe.decomposition.checkpoints._plan import GroupPlan as GroupPlan
 from tensormoe.decomposition.checkpoints._plan import plan_compression as plan_compression
+from tensormoe.decomposition.checkpoints._run import CompressionProgress as CompressionProgress
 from tensormoe.decomposition.checkpoints._run import CompressionResult as CompressionResult
-from tensormoe.decomposition.checkpoints._run import Progress as Progress
 from tensormoe.decomposition.checkpoints._run import compress_checkpoint as compress_checkpoint
 from tensormoe.decomposition.checkpoints._settings import Compression as Compression
 from tensormoe.decomposition.checkpoints._shards import Model as Model
@@ -59,6 +59,7 @@ __all__ = [
     "PRESETS",
     "Compression",
     "CompressionPlan",
+    "CompressionProgress",
     "CompressionResult",
     "Group",
     "GroupPlan",
@@ -66,7 +67,6 @@ __all__ = [
     "Model",
     "Pattern",
     "Preset",
-    "Progress",
     "Shard",
     "compress_checkpoint",
     "plan_compression",

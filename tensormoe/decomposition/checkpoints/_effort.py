@@ -18,6 +18,7 @@ from tensormoe.decomposition._contractions import (
     plan_whole,
     structures,
 )
+from tensormoe.decomposition._controls import EXACT, TURNS, estimated
 from tensormoe.decomposition._fit import ROOM
 from tensormoe.decomposition._runs import TRIAL
 from tensormoe.factorizations import INPUT, OUTPUT, Factor
@@ -59,14 +60,37 @@ def memory_needed(spec: LayerSpec, itemsize: int, compare: bool) -> int:
     matrix = itemsize * spec.in_features * spec.out_features
     tensor, factors = spec.num_experts * matrix, itemsize * spec.num_parameters
     terms = _terms(spec)
-    search = max(_fit_peak(term, itemsize) for term in terms)
+    # what a short search found is held during the long one
+    search = max(_fit_peak(term, itemsize) for term in terms) + factors
     if len(terms) > 1:
         together = max(_search_peak(term, _room(term), itemsize) for term in terms)
         search = max(search, together) + _COPIES * factors + _LEFT * matrix
     errors = 2 * factors + _MATRICES * matrix
-    narrow = min(spec.in_features, spec.out_features)
-    comparison = factors + matrix + _EIGEN * 8 * narrow**2 if compare else 0
+    comparison = factors + _comparison_peak(spec, matrix) if compare else 0
     return BASE_MEMORY + tensor + max(search, errors, comparison)
+
+
+def _comparison_peak(spec: LayerSpec, matrix: int) -> int:
+    """Bytes of truncated singular value decompositions beside the tensor.
+
+    Args:
+        spec: the layer.
+        matrix: bytes of an expert's matrix.
+    """
+    narrow, wide = sorted((spec.in_features, spec.out_features))
+    made = 4 * matrix + _EIGEN * 8 * narrow**2
+    small = min(spec.num_experts, narrow * wide, EXACT)
+    if wide <= EXACT:
+        return max(made + 8 * wide**2, 8 * (2 * wide**2 + narrow**2), 8 * 3 * small**2)
+    # values that are estimated, from bases of as many columns
+    kept = _estimated(spec)
+    return max(made, _BASIS * 4 * wide * kept + 2 * matrix)
+
+
+def _estimated(spec: LayerSpec) -> int:
+    """Singular values that are estimated."""
+    narrow, wide = sorted((spec.in_features, spec.out_features))
+    return estimated(wide, spec.num_parameters // (spec.num_experts * narrow + wide))
 
 
 @lru_cache(maxsize=256)
@@ -101,7 +125,13 @@ def seconds_needed(
     total += sum(search(each, TRIAL.sweeps) for each in (candidates if others else ()))
     if compare:
         narrow, wide = sorted((spec.in_features, spec.out_features))
-        flops = spec.num_experts * (2 * narrow**2 * wide + _EIGENVALUES * narrow**3)
+        flops = spec.num_experts * (2 * 2 * narrow**2 * wide + _EIGENVALUES * narrow**3)
+        entries = spec.num_experts * narrow * wide
+        if wide <= EXACT:
+            flops += 2 * 2 * entries * wide + _EIGENVALUES * wide**3
+        else:
+            flops += 2 * 2 * TURNS * entries * _estimated(spec)
+        flops += 2 * 2 * entries * min(spec.num_experts, EXACT)
         total += time([StepCost("compare", round(flops))])
     return total
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
 from typing import Any
 
 from tensormoe._config import LayerConfig
 from tensormoe._registry import get_backend
+from tensormoe.decomposition._controls import EACH, Control, best_joint, closest
+from tensormoe.decomposition._errors import shares
+from tensormoe.decomposition._source import norm
 from tensormoe.decomposition.checkpoints._values import rounded
 from tensormoe.functional import expert_weight
 
@@ -36,9 +38,10 @@ class GroupReport:
         parameters: entries of the factors.
         error: of all experts together.
         expert_errors: of each, in the order of their numbers.
-        svd_error: of truncated singular value decompositions with as many entries, which keep the
-            largest singular values of all experts together; None if not asked for.
+        controls: truncated singular value decompositions with no more entries, as of
+            :class:`tensormoe.decomposition.Report`; empty if not asked for.
         seconds: that the decomposition took; None where the output was whole before.
+        ended: why its search ended, see :class:`tensormoe.decomposition.Report`.
     """
 
     name: str
@@ -52,8 +55,24 @@ class GroupReport:
     parameters: int
     error: float
     expert_errors: tuple[float, ...]
-    svd_error: float | None
+    controls: tuple[Control, ...]
     seconds: float | None
+    ended: str
+
+    @property
+    def svd_error(self) -> float | None:
+        """Error of the experts' truncated singular value decompositions, one by one, if known."""
+        return next((each.error for each in self.controls if each.unfolding == EACH), None)
+
+    @property
+    def joint(self) -> Control | None:
+        """The best truncated singular value decomposition of all experts together, if known."""
+        return best_joint(self.controls)
+
+    @property
+    def closer(self) -> Control | None:
+        """The best truncated singular value decomposition if it beats the factors; else None."""
+        return closest(self.controls, self.error)
 
 
 def stored_errors(
@@ -68,8 +87,6 @@ def stored_errors(
         dtype: of the file.
         dense: whether matrices are stored.
     """
-    import numpy as np
-
     backend = get_backend("numpy")
     missing, whole = [], []
     for number, matrix in enumerate(stack):
@@ -77,11 +94,6 @@ def stored_errors(
         if dense:
             found = rounded(found, dtype)
         found = matrix - found
-        missing.append(float(np.einsum("io,io->", found, found, dtype="float64")))
-        whole.append(float(np.einsum("io,io->", matrix, matrix, dtype="float64")))
-    each = tuple(_relative(a, b) for a, b in zip(missing, whole, strict=True))
-    return _relative(sum(missing), sum(whole)), each
-
-
-def _relative(missing: float, whole: float) -> float:
-    return sqrt(missing / whole) if whole else 0.0
+        missing.append(norm(found, backend))
+        whole.append(norm(matrix, backend))
+    return shares(missing, whole)

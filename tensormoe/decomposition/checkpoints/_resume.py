@@ -127,7 +127,7 @@ def open_work(output: str | os.PathLike[str], command: Mapping[str, Any]) -> Ite
         done = _journal(folder, plain)
         try:
             yield Work(target, folder, done, _manifest(folder))
-        except Exception:
+        except (Exception, KeyboardInterrupt):
             # what failed before anything was done leaves nothing that a corrected command meets
             if not done and not _files(folder) - {_JOURNAL, _LOCK}:
                 shutil.rmtree(folder, ignore_errors=True)

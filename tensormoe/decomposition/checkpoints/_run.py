@@ -6,13 +6,25 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeAlias
 
 from tensormoe import __version__
 from tensormoe._checkpoint_files import checkpoint_path, write_whole
+from tensormoe.checkpoint import peek_checkpoint
+from tensormoe.decomposition._controls import Control
 from tensormoe.decomposition._decompose import decompose
 from tensormoe.decomposition._gauge import robust
+from tensormoe.decomposition._search import Search
+from tensormoe.decomposition._watch import Callback, Progress
+from tensormoe.decomposition.checkpoints._folder import (
+    CONFIG,
+    README,
+    config_bytes,
+    place_of,
+    readme,
+    whole_model,
+)
 from tensormoe.decomposition.checkpoints._measure import GroupReport, stored_errors
 from tensormoe.decomposition.checkpoints._plan import (
     CompressionPlan,
@@ -21,9 +33,12 @@ from tensormoe.decomposition.checkpoints._plan import (
 )
 from tensormoe.decomposition.checkpoints._resume import Work, open_work
 from tensormoe.decomposition.checkpoints._settings import Compression
+from tensormoe.decomposition.checkpoints._shards import INDEX_SUFFIX
 from tensormoe.decomposition.checkpoints._values import read_stack, rounded, working_dtype
 from tensormoe.decomposition.checkpoints._write import (
     Rebuilt,
+    copy_index,
+    kept_name,
     side_files,
     write_dense,
     write_factors,
@@ -32,16 +47,33 @@ from tensormoe.decomposition.checkpoints._write import (
 )
 from tensormoe.errors import CheckpointError, PlanError, TensormoeError
 
-__all__ = ["CompressionResult", "Progress", "compress_checkpoint"]
+__all__ = ["CompressionCallback", "CompressionProgress", "CompressionResult", "compress_checkpoint"]
 
-EXPERTS, REST = "experts", "rest"
+EXPERTS = "experts"
 
-Progress = Callable[[str, str, int, int], None]
-"""Called with the stage, what is next, how much of the stage is done, and how much there is.
 
-The first stage, ``"experts"``, counts entries of experts; the second, ``"files"``, counts bytes of
-tensors. What is next is a group or a file, and ``""`` when the stage is over. Where the output was
-whole before, there is nothing to tell."""
+@dataclass(frozen=True)
+class CompressionProgress:
+    """How far a compression is.
+
+    Args:
+        stage: ``"experts"``, which are decomposed first, or ``"files"``, which are written then.
+        name: of the group or the file that is next, or at work; ``""`` when the stage is over.
+        done: how much of the stage is done: entries of experts, or bytes of tensors.
+        total: how much there is.
+        search: of the group, after each of its sweeps; else None.
+    """
+
+    stage: str
+    name: str
+    done: int
+    total: int
+    search: Progress | None = None
+
+
+CompressionCallback: TypeAlias = Callable[[CompressionProgress], "bool | None"]
+"""Called around every group and file, every few megabytes that are written, and after every sweep,
+where True ends the search for that group. Of an output that was whole before, nothing is told."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +105,7 @@ def compress_checkpoint(
     settings: Compression,
     *,
     max_memory: int | None = None,
-    progress: Progress | None = None,
+    callback: CompressionCallback | None = None,
 ) -> CompressionResult:
     """Decompose the experts of a model, a group at a time, and write it anew.
 
@@ -83,12 +115,15 @@ def compress_checkpoint(
     Args:
         model: a ``.safetensors`` file, an index, or a folder with one of either kind.
         output: a folder that does not exist yet, or is empty. By default it gets ``experts/``, one
-            checkpoint for each group that every framework's ``MuMoE.load`` opens, ``rest/``, the
-            model without its experts, byte for byte, and ``tensormoe.json``, which says what came
-            from where. With ``dense`` it gets the files of the model, with rebuilt experts.
+            checkpoint for each group that every framework's ``MuMoE.load`` opens; the model without
+            its experts, byte for byte; an index and a ``config.json`` with which
+            ``from_pretrained`` opens all of it after ``import tensormoe_torch.huggingface``;
+            ``README.md``, and ``tensormoe.json``, which says what came from where. With ``dense``
+            it gets the files of the model, with rebuilt experts.
         settings: what is wanted.
         max_memory: bytes that the process may take, the interpreter included.
-        progress: told what is done; see :data:`Progress`.
+        callback: called with a :class:`CompressionProgress` whenever there is some; True after a
+            sweep ends the search for that group with the best factors so far.
 
     Returns:
         Where the output is, and for each group its rank, its size and what was lost.
@@ -101,6 +136,7 @@ def compress_checkpoint(
         RankError, BudgetError: a rank or budget that a group cannot have; the message names it.
         SpecError: a factorization that can't be fitted.
         PlanError: ``max_memory`` is too little; nothing was read then but headers.
+        KeyboardInterrupt: Ctrl-C; what is done is kept, and the same call goes on from there.
         ImportError: NumPy is not installed.
     """
     plan = plan_compression(model, settings)
@@ -112,7 +148,6 @@ def compress_checkpoint(
         "shards": plan.model.identity,
         **settings.to_dict(),
     }
-    tell = progress or (lambda *_: None)
     # matrices are rebuilt from factors that nobody needs afterwards
     temporary = EXPERTS if settings.dense else None
     with open_work(output, command) as work:
@@ -120,17 +155,10 @@ def compress_checkpoint(
             work.finish(work.manifest, temporary)
             return CompressionResult(work.target, tuple(map(_report, work.manifest["groups"])))
         _check_disk(plan, work)
-        files = _files(plan)
-        done = 0
-        for each in plan.groups:
-            tell(EXPERTS, each.group.label, done, plan.dense_entries)
-            path = work.path(EXPERTS, files[each.group.name])
-            if each.group.name not in work.done or not os.path.isfile(path):
-                work.record(each.group.name, _as_dict(_compress(plan, each, path)))
-            done += each.group.entries
-        tell(EXPERTS, "", done, plan.dense_entries)
-        _write(plan, work, files, tell)
-        reports = tuple(_report(work.done[each.group.name]) for each in plan.groups)
+        try:
+            reports = _made(plan, work, _Teller(callback))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_resumed(plan, work)) from None
         manifest = {
             "command": command,
             "groups": [{**_as_dict(report), "seconds": None} for report in reports],
@@ -139,8 +167,63 @@ def compress_checkpoint(
         return CompressionResult(work.target, reports)
 
 
-def _compress(plan: CompressionPlan, each: GroupPlan, path: str) -> GroupReport:
-    """Decompose one group, and write its factors."""
+def _made(plan: CompressionPlan, work: Work, tell: _Teller) -> tuple[GroupReport, ...]:
+    """Every group that is not there yet, then every file."""
+    files = _files(plan)
+    done = 0
+    for each in plan.groups:
+        tell(EXPERTS, each.group.label, done, plan.dense_entries)
+        path = work.path(EXPERTS, files[each.group.name])
+        if each.group.name not in work.done or not os.path.isfile(path):
+            follow = tell.searching(each.group.label, done, plan.dense_entries)
+            work.record(each.group.name, _as_dict(_compress(plan, each, path, follow)))
+        done += each.group.entries
+    tell(EXPERTS, "", done, plan.dense_entries)
+    _write(plan, work, files, tell)
+    return tuple(_report(work.done[each.group.name]) for each in plan.groups)
+
+
+def _resumed(plan: CompressionPlan, work: Work) -> str:
+    """What a compression that was interrupted says."""
+    if not work.done:
+        return "nothing is done yet"
+    return (
+        f"{len(work.done)} of {len(plan.groups)} groups are done, in {work.folder!r}; the same "
+        "command goes on from there"
+    )
+
+
+class _Teller:
+    """Progress to whoever wants to know."""
+
+    def __init__(self, callback: CompressionCallback | None) -> None:
+        self._callback = callback
+
+    def __call__(self, stage: str, name: str, done: int, total: int) -> None:
+        if self._callback is not None:
+            self._callback(CompressionProgress(stage, name, done, total))
+
+    def searching(self, name: str, done: int, total: int) -> Callback | None:
+        """For the sweeps of a group."""
+        callback = self._callback
+        if callback is None:
+            return None
+
+        def told(search: Progress) -> bool | None:
+            named = replace(search, name=name)
+            return callback(CompressionProgress(EXPERTS, name, done, total, named))
+
+        return told
+
+
+def _compress(
+    plan: CompressionPlan, each: GroupPlan, path: str, callback: Callback | None
+) -> GroupReport:
+    """Decompose one group, and write its factors.
+
+    Raises:
+        KeyboardInterrupt: the group is left as it is for another time.
+    """
     settings, group = plan.settings, each.group
     stack = read_stack(plan.model, group)
     try:
@@ -150,11 +233,16 @@ def _compress(plan: CompressionPlan, each: GroupPlan, path: str) -> GroupReport:
             rank=settings.rank,
             budget=each.budget,
             tolerance=settings.tolerance,
+            search=Search(seconds=settings.seconds),
+            callback=callback,
             compare=settings.compare,
             seed=settings.seed,
         )
     except TensormoeError as reason:
         raise type(reason)(f"{group.name!r}: {reason}") from reason
+    if found.report.ended == "interrupted":
+        # factors of half a search would stay for good
+        raise KeyboardInterrupt
     config = found.config()
     # matrices are rebuilt from factors that were never rounded
     stored = working_dtype(group.dtype) if settings.dense else group.dtype
@@ -163,7 +251,8 @@ def _compress(plan: CompressionPlan, each: GroupPlan, path: str) -> GroupReport:
         best = robust(config.spec.network, best)
     factors = {f"factors.{name}": rounded(array, stored) for name, array in best.items()}
     error, errors = stored_errors(stack, config, factors, group.dtype, settings.dense)
-    write_factors(path, config, factors, stored)
+    place = None if settings.dense else place_of(group)
+    write_factors(path, config, factors, stored, "" if place is None else place.prefix)
     return GroupReport(
         group.name,
         None if settings.dense else f"{EXPERTS}/{os.path.basename(path)}",
@@ -176,15 +265,15 @@ def _compress(plan: CompressionPlan, each: GroupPlan, path: str) -> GroupReport:
         config.spec.num_parameters,
         error,
         errors,
-        found.report.svd_error,
+        found.report.controls,
         found.report.seconds,
+        found.report.ended,
     )
 
 
-def _write(plan: CompressionPlan, work: Work, files: Mapping[str, str], tell: Progress) -> None:
+def _write(plan: CompressionPlan, work: Work, files: Mapping[str, str], tell: _Teller) -> None:
     """Every shard that is not there yet, and what belongs to the model besides."""
     model, dense = plan.model, plan.settings.dense
-    where = () if dense else (REST,)
     dropped = frozenset() if dense else plan.expert_keys
     groups = {
         key: (work.path(EXPERTS, files[each.group.name]), each.group)
@@ -197,7 +286,7 @@ def _write(plan: CompressionPlan, work: Work, files: Mapping[str, str], tell: Pr
     done = 0
     for shard in model.shards:
         sizes = [k.end - k.begin for key, k in shard.entries.items() if key not in dropped]
-        path = work.path(*where, shard.name)
+        path = work.path(shard.name if dense else kept_name(shard.name))
         start = done
 
         def report(count: int, name: str = shard.name) -> None:
@@ -214,11 +303,42 @@ def _write(plan: CompressionPlan, work: Work, files: Mapping[str, str], tell: Pr
                 write_rest(shard, dropped, path, report)
         done = start + sum(sizes)
     tell("files", "", total, total)
-    if model.index is not None:
-        write_index(model, dropped, work.path(*where, model.index))
+    if not dense:
+        _describe(plan, work, files)
+    elif model.index is not None:
+        copy_index(model, work.path(model.index))
     for name in side_files(model):
         assert model.folder is not None
-        _copy(os.path.join(model.folder, name), work.path(*where, name))
+        if dense or name not in (CONFIG, README):
+            _copy(os.path.join(model.folder, name), work.path(name))
+
+
+def _describe(plan: CompressionPlan, work: Work, files: Mapping[str, str]) -> None:
+    """What loaders and readers must know of a model in factors: index, config, README."""
+    model = plan.model
+    headers = {
+        f"{EXPERTS}/{files[each.group.name]}": peek_checkpoint(
+            work.path(EXPERTS, files[each.group.name])
+        )
+        for each in plan.groups
+    }
+    configs = [
+        (each.group, header.config)
+        for each, header in zip(plan.groups, headers.values(), strict=True)
+    ]
+    whole = whole_model(model, configs, plan.expert_keys)
+    added = {} if whole.config is None else headers
+    index = model.index or f"model{INDEX_SUFFIX}"
+    write_index(model, plan.expert_keys, added, work.path(index))
+    if whole.config is not None:
+        write_whole(work.path(CONFIG), (config_bytes(whole.config),))
+    before = plan.dense_entries
+    after = sum(work.done[each.group.name]["parameters"] for each in plan.groups)
+    summary = (
+        f"Its experts are stored as factors ({plan.settings.factorization}): {after:,} parameters "
+        f"in place of {before:,}."
+    )
+    write_whole(work.path(README), (readme(model, whole, summary).encode(),))
 
 
 def _copy(source: str, target: str) -> None:
@@ -299,5 +419,6 @@ def _report(values: Mapping[str, Any]) -> GroupReport:
             **values,
             "rank": tuple(rank) if isinstance(rank, list) else rank,
             "expert_errors": tuple(values["expert_errors"]),
+            "controls": tuple(Control(**each) for each in values["controls"]),
         }
     )

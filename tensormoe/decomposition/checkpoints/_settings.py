@@ -7,6 +7,7 @@ from typing import Any
 
 from tensormoe._validation import choice, non_negative_int, positive_int, positive_ints
 from tensormoe.decomposition._choose import checked_tolerance
+from tensormoe.decomposition._search import checked_seconds
 from tensormoe.decomposition.checkpoints._patterns import LAYOUTS, PRESETS, Pattern
 from tensormoe.errors import BudgetError, RankError, SpecError
 from tensormoe.factorizations import Factorization, factorization_class, rank_pattern
@@ -32,13 +33,15 @@ class Compression:
         layout: how a matrix is stored, one of :data:`LAYOUTS`.
         dense: whether to write the experts' matrices, rebuilt from their factors, under their old
             keys, instead of the factors.
-        compare: whether to compute the error of truncated singular value decompositions of equal
-            size.
+        compare: whether to compute the errors of truncated singular value decompositions of no more
+            parameters.
         seed: of the random starts, a non-negative integer.
+        seconds: a time limit for the search of each group; None for no limit. With one, the bytes
+            of the output depend on the machine.
 
     Raises:
-        SpecError: an unknown name, a pattern that is none, a seed or tolerance that cannot be, or
-            values that exclude one another.
+        SpecError: an unknown name, a pattern that is none, a seed, tolerance or limit that cannot
+            be, or values that exclude one another.
         RankError: a rank of other values than positive integers.
         BudgetError: a budget that is neither a share nor a positive integer.
 
@@ -58,6 +61,7 @@ class Compression:
     dense: bool = False
     compare: bool = True
     seed: int = 0
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -102,6 +106,8 @@ class Compression:
             choice(self.preset, PRESETS, "preset", SpecError)
         choice(self.layout, LAYOUTS, "layout", SpecError)
         non_negative_int(self.seed, "seed")
+        if self.seconds is not None:
+            put(self, "seconds", checked_seconds(self.seconds))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings in plain values, as JSON knows them."""
