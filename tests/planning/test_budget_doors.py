@@ -178,3 +178,12 @@ def test_an_embedding_is_counted_as_one() -> None:
         more = kind("MuMoEEmbedding")(500, 32, 8, rank=rank + 1)
         assert more.cost(64).flops > 200_000
     assert linear_cost(500, 32, 64).flops > 200_000
+
+
+def test_a_gated_blocks_budget_is_that_of_three_linear_layers() -> None:
+    dense = Budget.like_mlp(48, 96, 48, gated=True).parameters
+    assert dense == 2 * 49 * 96 + 97 * 48
+    for kind in _quick().values():
+        block = kind("MuMoEMLP")(48, 96, 48, experts=16, gated=True, budget="linear")
+        assert 0.95 * dense < block.num_parameters <= dense
+        assert block.first.spec.out_features == 2 * 96
