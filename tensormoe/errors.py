@@ -8,7 +8,7 @@ derive from the built-in that callers would catch anyway.
 Traceback (most recent call last):
     ...
 tensormoe.errors.SpecError: experts must be positive integers; got 0 for level 1. Give one size \
-a level.
+per level.
 """
 
 from __future__ import annotations

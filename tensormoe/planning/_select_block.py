@@ -66,9 +66,9 @@ def select_block(
 
     >>> first, second = select_block("cp", 768, 3072, 768, 128)
     >>> first.factorization, second.factorization
-    (CP(rank=570), CP(rank=571))
+    (CP(rank=582), CP(rank=583))
     >>> first.num_parameters + second.num_parameters + 768 * 128, 769 * 3072 + 3073 * 768
-    (4720898, 4722432)
+    (4722189, 4722432)
     """
     pair = factorization if isinstance(factorization, tuple) else (factorization,) * 2
     if len(pair) != 2:
