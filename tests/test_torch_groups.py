@@ -144,3 +144,44 @@ def test_decay_must_be_a_number(decay: Any) -> None:
 def test_only_modules_have_groups() -> None:
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module; got list"):
         parameter_groups([nn.Parameter(torch.ones(2))], 0.1)  # type: ignore[arg-type]
+
+
+def test_gates_with_their_own_learning_rate() -> None:
+    model = mixed()
+    together = names(model, parameter_groups(model, 0.1))
+    groups = parameter_groups(model, 0.1, gate_lr=0.5)
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, kept, projections, biases = [
+        {known[id(each)] for each in group["params"]} for group in groups
+    ]
+    assert projections == {name for name in together[0] if "gate.projection" in name}
+    assert biases == {name for name in together[1] if "gate.bias" in name} != set()
+    assert decayed | projections == together[0]
+    assert kept | biases == together[1]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    assert [each["lr"] for each in optimizer.param_groups] == [0.1, 0.1, 0.5, 0.5]
+    assert [each["weight_decay"] for each in optimizer.param_groups] == [0.1, 0.0, 0.1, 0.0]
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        decay = 0.1 * before[name] if name in together[0] else 0.0
+        rate = 0.5 if ".gate." in name else 0.1
+        torch.testing.assert_close(parameter.detach(), before[name] - rate * (1.0 + decay))
+
+
+@pytest.mark.parametrize("rate", [-0.1, float("nan"), "0.1", True])
+def test_the_rate_of_gates_must_be_a_number(rate: Any) -> None:
+    with pytest.raises(SpecError, match="gate_lr must be a number of at least 0; got"):
+        parameter_groups(MuMoE(4, 3, 2, rank=2), 0.1, gate_lr=rate)
+
+
+def test_what_expert_factors_are_computed_from_does_not_decay() -> None:
+    layer = MuMoE(8, 6, 3, CP(4))
+    nn.utils.prune.l1_unstructured(layer.factors, "expert_0", 2)
+    nn.utils.prune.l1_unstructured(layer.factors, "input", 2)
+    nn.utils.parametrize.register_parametrization(layer.factors, "bias", nn.Identity())
+    decayed, kept = names(layer, parameter_groups(layer, 0.1))
+    assert decayed == {"factors.input_orig", "factors.output", "gate.projection_0"}
+    assert kept == {"factors.expert_0_orig", "factors.parametrizations.bias.original"}

@@ -19,18 +19,21 @@ from tensormoe_torch._editing import restored as restored
 from tensormoe_torch._editing import scale_experts as scale_experts
 from tensormoe_torch._editing import silence_experts as silence_experts
 from tensormoe_torch._embedding import MuMoEEmbedding as MuMoEEmbedding
+from tensormoe_torch._factors import Factors as Factors
 from tensormoe_torch._gate import ExpertGate as ExpertGate
 from tensormoe_torch._groups import parameter_groups as parameter_groups
 from tensormoe_torch._layer import MuMoE as MuMoE
 from tensormoe_torch._mlp import MuMoEMLP as MuMoEMLP
 from tensormoe_torch._official import from_official as from_official
 from tensormoe_torch._official_write import to_official as to_official
+from tensormoe_torch._per_sample import per_sample_gradients as per_sample_gradients
 from tensormoe_torch._pre_normed import PreNormed as PreNormed
 from tensormoe_torch._surgery import Replacement as Replacement
 from tensormoe_torch._surgery import Surgery as Surgery
 from tensormoe_torch._surgery import from_linear as from_linear
 from tensormoe_torch._surgery import from_mlp as from_mlp
 from tensormoe_torch._surgery import replace as replace
+from tensormoe_torch._synchronize import synchronize_gates as synchronize_gates
 
 __all__ = [
     "BACKEND",
@@ -39,6 +42,7 @@ __all__ = [
     "CompressionReport",
     "ExpertGate",
     "FactorizedExperts",
+    "Factors",
     "MuMoE",
     "MuMoEEmbedding",
     "MuMoEMLP",
@@ -51,10 +55,12 @@ __all__ = [
     "from_mlp",
     "from_official",
     "parameter_groups",
+    "per_sample_gradients",
     "replace",
     "replace_expert",
     "restored",
     "scale_experts",
     "silence_experts",
+    "synchronize_gates",
     "to_official",
 ]

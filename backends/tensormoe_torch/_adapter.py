@@ -119,6 +119,12 @@ class TorchBackend:
                 "a tensor must have values to be written; got one on the meta device. Load or "
                 "initialize it first: to_empty(device=…), then reset_parameters()."
             )
+        if type(array).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            # the memory of a tensor that stands for others holds anything at all
+            raise BackendError(
+                "a tensor must have values of its own in this process to be written; got a "
+                f"{type(array).__qualname__}. Gather it first, as full_tensor() does a DTensor."
+            )
         solid = array.detach().to("cpu").contiguous()
         # no NumPy, which an installation of PyTorch may lack
         content = ctypes.string_at(solid.data_ptr(), solid.nbytes) if solid.nbytes else b""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tensormoe import functional
 from tensormoe.functional import LayerConfig, Routed
-from tensormoe.gates import Statistics, TopK
+from tensormoe.gates import Across, Statistics, TopK
 from tensormoe.planning import Reverse
 from tensormoe_torch._adapter import BACKEND, EAGER, TorchBackend
 from tensormoe_torch._tracing import is_traced
@@ -41,22 +41,25 @@ def route(
     parameters: Mapping[str, Tensor],
     x: Tensor,
     buffers: Mapping[str, Tensor],
+    lead: tuple[int, ...],
     *,
     training: bool,
+    across: Across | None = None,
 ) -> tuple[Sequence[Tensor], list[Statistics] | None]:
-    """Coefficients (batch, N_e) a level of inputs (batch, in), and batch norm's new statistics."""
-    options: dict[str, Any] = {"buffers": buffers, "training": training}
+    """Coefficients (*lead, N_e) a level of inputs (batch, in), and batch norm's new statistics."""
+    options: dict[str, Any] = {"buffers": buffers, "training": training, "across": across}
     if is_traced(x):
         routed = functional.route(config, parameters, x, BACKEND, **options)
-        return routed.coefficients, routed.statistics
+        return [_led(each, lead) for each in routed.coefficients], routed.statistics
     if torch.is_grad_enabled():
         arrays = tuple(parameters.values())
         if _any_differentiated(x, *arrays):
-            call = _GateCall(config, _direct(x), tuple(parameters), dict(buffers), training)
+            names = tuple(parameters)
+            call = _GateCall(config, _direct(x), names, dict(buffers), lead, training, across)
             made = _Gate.apply(call, x, *arrays)
             return made, call.statistics
     routed = functional.route(config, parameters, x, _direct(x), **options)
-    return routed.coefficients, routed.statistics
+    return [_led(each, lead) for each in routed.coefficients], routed.statistics
 
 
 def mix(
@@ -64,8 +67,9 @@ def mix(
     parameters: Mapping[str, Tensor],
     x: Tensor,
     coefficients: list[Tensor | TopK],
+    lead: tuple[int, ...],
 ) -> Tensor:
-    """The mixture (batch, out) for inputs (batch, in), or ids (batch,), all in one dtype."""
+    """The mixture (*lead, out) for inputs (batch, in), or ids (batch,), all in one dtype."""
     if is_traced(x):
         # an exported model must not be bound to the batch sizes that one plan is the cheapest for
         any_batch = torch.compiler.is_exporting()
@@ -73,9 +77,10 @@ def mix(
             # a compiler cannot follow the planning of a k that nobody knew before the call
             counts = config.spec.experts
             coefficients = [_dense(*pair) for pair in zip(coefficients, counts, strict=True)]
-        return functional.apply_experts(
+        made = functional.apply_experts(
             config, parameters, x, coefficients, BACKEND, any_batch=any_batch
         )
+        return _led(made, lead)
     if torch.is_grad_enabled():
         named = dict(parameters)
         for level, given in enumerate(coefficients):
@@ -84,10 +89,23 @@ def mix(
                 given = given.values
             named[f"coefficients_{level}"] = given
         if _any_differentiated(x, *named.values()):
-            call = _ExpertsCall(config, _direct(x), tuple(named))
+            call = _ExpertsCall(config, _direct(x), tuple(named), lead)
             result: Tensor = _Experts.apply(call, x, *named.values())
             return result
-    return functional.apply_experts(config, parameters, x, coefficients, _direct(x))
+    return _led(functional.apply_experts(config, parameters, x, coefficients, _direct(x)), lead)
+
+
+def _led(result: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """Rows of a result with the leading axes of the call."""
+    return result if len(lead) == 1 else result.reshape(*lead, result.shape[-1])
+
+
+def _own(result: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """The same for a result that a node returns: no view, as what ``nn.Linear`` returns.
+
+    ``fully_shard`` hangs hooks on what a module returns, and loses them where a view is changed.
+    """
+    return _led(result, lead).data
 
 
 def _dense(given: Tensor | TopK, count: int) -> Tensor:
@@ -115,7 +133,9 @@ class _GateCall:
     backend: TorchBackend
     names: tuple[str, ...]
     buffers: dict[str, Tensor]
+    lead: tuple[int, ...]
     training: bool
+    across: Across | None
     statistics: list[Statistics] | None = field(default=None)
 
 
@@ -133,17 +153,19 @@ class _Gate(torch.autograd.Function):
             buffers=call.buffers,
             keep=True,
             training=call.training,
+            across=call.across,
         )
         call.statistics = routed.statistics
         # in training the running statistics have no part in the way back, and are about to change
         kept = {} if call.training else call.buffers
         ctx.call, ctx.count, ctx.buffers = call, len(arrays), tuple(kept)
         call.buffers = {}
-        ctx.save_for_backward(x, *arrays, *kept.values(), *routed.logits, *routed.coefficients)
-        return tuple(routed.coefficients)
+        made = [_own(each, call.lead) for each in routed.coefficients]
+        ctx.save_for_backward(x, *arrays, *kept.values(), *routed.logits, *made)
+        return tuple(made)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
         call: _GateCall = ctx.call
         x, *rest = ctx.saved_tensors
         arrays, rest = rest[: ctx.count], rest[ctx.count :]
@@ -151,6 +173,11 @@ class _Gate(torch.autograd.Function):
         buffers = dict(zip(ctx.buffers, rest, strict=False))
         rest = rest[len(buffers) :]
         levels = len(rest) // 2
+        logits = rest[:levels]
+        weights, cotangents = (
+            [each.reshape(x.shape[0], each.shape[-1]) for each in results]
+            for results in (rest[levels:], given)
+        )
         by_input, *by_array = ctx.needs_input_grad[1:]
         with no_autocast(x.device.type):
             if torch.is_grad_enabled():
@@ -163,9 +190,10 @@ class _Gate(torch.autograd.Function):
                     BACKEND,
                     buffers=buffers,
                     training=call.training,
+                    across=call.across,
                 )
                 return _again(ctx, routed.coefficients, inputs, cotangents)
-            routed = Routed(rest[levels:], rest[:levels], None)
+            routed = Routed(weights, logits, None)
             total, named = functional.gate_vjp(
                 call.config,
                 parameters,
@@ -176,6 +204,7 @@ class _Gate(torch.autograd.Function):
                 buffers=buffers,
                 training=call.training,
                 by_input=by_input,
+                across=call.across,
             )
         found = (
             named[name] if want else None for name, want in zip(call.names, by_array, strict=True)
@@ -190,6 +219,7 @@ class _ExpertsCall:
     config: LayerConfig
     backend: TorchBackend
     names: tuple[str, ...]
+    lead: tuple[int, ...]
 
 
 class _Experts(torch.autograd.Function):
@@ -213,13 +243,14 @@ class _Experts(torch.autograd.Function):
         ctx.call, ctx.wanted, ctx.reverse = call, wanted, residuals.reverse
         ctx.places = [places[id(array)] for array in residuals.arrays]
         ctx.save_for_backward(*given, *made)
-        return result
+        return _own(result, call.lead)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         call: _ExpertsCall = ctx.call
         saved = ctx.saved_tensors
         x, *arrays = saved[: 1 + len(call.names)]
+        cotangent = cotangent.reshape(x.shape[0], cotangent.shape[-1])
         with no_autocast(x.device.type):
             if torch.is_grad_enabled():
                 inputs = _views(x, *arrays)

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from math import prod
 from os import PathLike
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from tensormoe import LayerSpec, functional
 from tensormoe._validation import brief
-from tensormoe.checkpoint import save_checkpoint
 from tensormoe.errors import BackendError, ShapeError, SpecError
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.planning import Cost, Plan
 from tensormoe_torch._adapter import BACKEND, EAGER
-from tensormoe_torch._autograd import mix, no_autocast
-from tensormoe_torch._checks import Given, compute_dtype, merged
+from tensormoe_torch._checks import Given, merged
+from tensormoe_torch._factors import Factors, with_lead
 from tensormoe_torch._gate import ExpertGate
+from tensormoe_torch._saving import save_module
+from tensormoe_torch._sharded import gathered, put, stored
 
-__all__ = ["Mixture", "checked_device", "checked_dtype", "filled", "holding"]
+__all__ = ["Mixture", "check_init", "checked_device", "checked_dtype", "filled", "holding"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -52,6 +52,24 @@ def checked_device(device: torch.device | str | None) -> torch.device | None:
         raise SpecError(
             f"device must be a torch.device or its name, such as 'cpu' or 'cuda:0'; got {device!r}."
         ) from error
+
+
+def check_init(kind: type, library: type) -> None:
+    """Refuse a user's class whose constructor would be left out.
+
+    Args:
+        kind: the class to make.
+        library: the library's own that it is or inherits from.
+
+    Raises:
+        TypeError: it has a constructor of its own.
+    """
+    if kind.__init__ is not library.__init__:  # type: ignore[misc]
+        raise TypeError(
+            f"a layer made of a configuration must have the constructor of {library.__name__}; got "
+            f"{kind.__qualname__} with one of its own. Override its classmethod "
+            "of(config, init, device, dtype), which load and restore call."
+        )
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -112,8 +130,11 @@ def holding(
 class Mixture(nn.Module):
     """What the layers share; its parameters are ``factors.<name>`` and ``gate.<name>``."""
 
+    # the name in checkpoints, also of classes that users or wrappers derive
+    _kind: ClassVar[str]
+
     config: LayerConfig
-    factors: nn.ParameterDict
+    factors: Factors
     gate: ExpertGate | None
 
     def __init__(
@@ -128,14 +149,15 @@ class Mixture(nn.Module):
         config.spec.initializers(init)  # an unknown scheme fails before anything is allocated
         self.config = config
         self.init = init
-        self.factors = nn.ParameterDict(
+        self.factors = Factors(
+            config,
             {
                 name: nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
                 for name, shape in config.spec.shapes.items()
-            }
+            },
         )
+        self._first = next(iter(config.spec.shapes))
         self.gate = None if config.gate is None else ExpertGate(config, device, dtype)
-        self._names = tuple((f"factors.{name}", name) for name in config.spec.shapes)
         self._reset_factors()
 
     @property
@@ -156,8 +178,9 @@ class Mixture(nn.Module):
     @property
     def _weight(self) -> Tensor:
         """One of the factors: it has the layer's dtype and device."""
-        weight: Tensor = getattr(self.factors, self._names[0][1])
-        return weight
+        # an adapter around the factors has what it adapts first
+        weight: Tensor | None = getattr(self.factors, self._first, None)
+        return next(self.factors.parameters()) if weight is None else weight
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew from PyTorch's generator, as at construction."""
@@ -167,6 +190,7 @@ class Mixture(nn.Module):
 
     @torch.no_grad()
     def _reset_factors(self) -> None:
+        parameters = stored(self.factors, self.spec.shapes)
         like = self._weight
         options: Any = {"device": like.device, "dtype": like.dtype}
         drawn = functional.initialize(
@@ -177,8 +201,8 @@ class Mixture(nn.Module):
             zeros=lambda shape: torch.zeros(shape, **options),
             init=self.init,
         )
-        for name, array in drawn.items():
-            getattr(self.factors, name.removeprefix("factors.")).copy_(array)
+        for name, parameter in parameters.items():
+            put(parameter, drawn[f"factors.{name}"])
 
     def plan(self, batch: int) -> Plan:
         """How the layer runs ``batch`` inputs."""
@@ -199,19 +223,24 @@ class Mixture(nn.Module):
         Raises:
             ShapeError: another number of levels, or an index out of range.
         """
-        return functional.expert_weight(self.config, self._parameters_by_name(), index, BACKEND)
+        return functional.expert_weight(self.config, self._whole(), index, BACKEND)
 
     def materialize(self) -> tuple[Tensor, Tensor | None]:
         """𝒲 (experts…, in, out) and the biases (experts…, out), built explicitly: N·I·O entries."""
-        return functional.materialize(self.config, self._parameters_by_name(), BACKEND)
+        return functional.materialize(self.config, self._whole(), BACKEND)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a checkpoint that every backend opens; an interrupted save leaves the old file.
 
+        If parameters are sharded, as by ``fully_shard``, every process makes this call: the first
+        of those that share them writes, and all return when the file is whole.
+
         Raises:
-            CheckpointError: the folder is missing or the file cannot be written.
+            CheckpointError: the folder is missing or the file cannot be written; parameters that
+                are computed, as pruned ones are, or parameters that the layer has not by itself.
+                Of sharded layers, in every process.
         """
-        save_checkpoint(path, type(self).__name__, self.config.to_dict(), self.state_dict())
+        save_module(self, path, self.config)
 
     @classmethod
     def load(cls, path: str | PathLike[str], device: torch.device | str | None = None) -> Self:
@@ -224,8 +253,9 @@ class Mixture(nn.Module):
         Raises:
             CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit; the
                 message lists every difference.
+            TypeError: as :meth:`of`.
         """
-        config, arrays = functional.read_block(path, cls.__name__, LayerConfig, BACKEND)
+        config, arrays = functional.read_block(path, cls._kind, LayerConfig, BACKEND)
         return filled(lambda dtype: cls.of(config, device="meta", dtype=dtype), arrays, device)
 
     @classmethod
@@ -251,14 +281,25 @@ class Mixture(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """A layer of a configuration: what a constructor makes of its arguments."""
+        """A layer of a configuration: what a constructor makes of its arguments.
+
+        Raises:
+            TypeError: a class derived from the library's has a constructor of its own, and does
+                not override this.
+        """
+        check_init(cls, next(each for each in cls.__mro__ if "_kind" in vars(each)))
         layer = cls.__new__(cls)
         Mixture.__init__(layer, config, init, device, dtype)
         return layer
 
-    def _parameters_by_name(self) -> dict[str, Tensor]:
-        factors = self.factors
-        return {name: getattr(factors, short) for name, short in self._names}
+    def _whole(self) -> dict[str, Tensor]:
+        """All entries of the factors in this process, which may hold a part of them."""
+        if not isinstance(self.factors, Factors):
+            raise SpecError(
+                "factors must be the layer's own to be read by expert; got a "
+                f"{type(self.factors).__qualname__} around them. Take the adapter off first."
+            )
+        return {name: gathered(array) for name, array in self.factors.by_name().items()}
 
     def _arguments(self) -> str:
         spec = self.spec
@@ -278,20 +319,10 @@ class Mixture(nn.Module):
                     "this layer has no gate; got no coefficients. Call it with coefficients=…, or "
                     "build it with a gate."
                 )
-            given = [*self.gate(x)]
-            if len(lead) != 1:
-                given = [each.reshape(prod(lead), each.shape[-1]) for each in given]
+            given = self.gate(x)
         else:
             given = merged(self.config, coefficients, lead, weight)
-        rows = x if len(lead) == 1 else x.reshape(prod(lead), *x.shape[len(lead) :])
-        parameters = self._parameters_by_name()
-        dtype = compute_dtype(weight)
-        if dtype != weight.dtype:
-            parameters = {name: array.to(dtype) for name, array in parameters.items()}
-        if rows.dtype != dtype and rows.dtype.is_floating_point:
-            rows = rows.to(dtype)
-        with no_autocast(x.device.type):
-            result = mix(self.config, parameters, rows, given)
-        if len(lead) == 1:
-            return result
-        return result.reshape(*lead, self.spec.out_features)
+            if len(lead) != 1:
+                given = [with_lead(each, lead) for each in given]
+        result: Tensor = self.factors(x, *given)
+        return result

@@ -14,6 +14,7 @@ from tensormoe.functional import LayerConfig
 from tensormoe.gates import TopK
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._autograd import is_autocast
+from tensormoe_torch._sharded import is_sharded
 from tensormoe_torch._tracing import is_traced
 
 __all__ = ["Given", "check_ids", "check_input", "compute_dtype", "merged"]
@@ -49,6 +50,7 @@ def check_input(x: Tensor, features: int, weight: Tensor, name: str = "x") -> tu
         dtype = x.dtype
     lead = functional.check_input(x, features, dtype, BACKEND, name)
     _check_device(x, weight, name)
+    _check_sharded(x, weight, name)
     return lead
 
 
@@ -63,6 +65,7 @@ def check_ids(ids: Tensor, count: int, weight: Tensor) -> Tensor:
     """
     functional.check_array(ids, BACKEND, "ids")
     _check_device(ids, weight, "ids")
+    _check_sharded(ids, weight, "ids")
     return functional.check_ids(ids, count, BACKEND, look=_readable(ids))
 
 
@@ -87,6 +90,17 @@ def merged(
 
 def _readable(array: Tensor) -> bool:
     return array.device.type == "cpu" and not is_traced(array)
+
+
+def _check_sharded(array: Tensor, weight: Tensor, name: str) -> None:
+    if torch.compiler.is_compiling() or type(weight) is torch.nn.Parameter:
+        return
+    if is_sharded(weight) and not is_sharded(array):
+        raise BackendError(
+            f"{name} must be a DTensor as the layer's parameters are; got a plain tensor. Under "
+            "fully_shard, call the sharded module itself, or register the method with "
+            "register_fsdp_forward_method; elsewhere, distribute the input."
+        )
 
 
 def _check_device(array: Tensor, weight: Tensor, name: str) -> None:

@@ -18,6 +18,7 @@ from tensormoe_torch._base import Mixture
 from tensormoe_torch._least_squares import fit_expert
 from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._pre_normed import PreNormed
+from tensormoe_torch._sharded import gathered, opened, stored
 
 __all__ = ["replace_expert", "restored", "scale_experts", "silence_experts"]
 
@@ -30,7 +31,8 @@ def scale_experts(layer: Editable, factors: Mapping[int, float], level: int = 0)
     """Multiply experts, weights and biases, by a factor each; coefficients stay as they are.
 
     Parameters change in place and stay the same objects, so that optimizers go on with them. A
-    backward pass through an earlier call of the layer is then an error of PyTorch's.
+    backward pass through an earlier call of the layer is then an error of PyTorch's. If they are
+    sharded, as by ``fully_shard``, every process makes the same call.
 
     Args:
         layer: a layer, a block (both of its layers, ``block.first`` for one), or a
@@ -62,10 +64,10 @@ def scale_experts(layer: Editable, factors: Mapping[int, float], level: int = 0)
         number = isinstance(factor, int | float) and not isinstance(factor, bool)
         if not number or not isfinite(factor):
             raise SpecError(f"a factor must be a finite number; got {factor!r} for expert {place}.")
-    # all of them first, so that an error leaves nothing half done
-    for array, axis in [pair for mixture in mixtures for pair in _carriers(mixture, level)]:
-        for place, factor in zip(places, factors.values(), strict=True):
-            array.select(axis, place).mul_(float(factor))
+    with _opened(mixtures, _carriers(mixtures, level)) as carriers:
+        for array, axis in carriers:
+            for place, factor in zip(places, factors.values(), strict=True):
+                array.select(axis, place).mul_(float(factor))
 
 
 @torch.no_grad()
@@ -86,9 +88,10 @@ def silence_experts(layer: Editable, indices: int | Iterable[int], level: int = 
     mixtures = _mixtures(layer)
     listed = [*indices] if isinstance(indices, Iterable) else [indices]
     places = _indices(mixtures[0], listed, level)
-    for array, axis in [pair for mixture in mixtures for pair in _carriers(mixture, level)]:
-        for place in places:
-            array.select(axis, place).zero_()
+    with _opened(mixtures, _carriers(mixtures, level)) as carriers:
+        for array, axis in carriers:
+            for place in places:
+                array.select(axis, place).zero_()
 
 
 @torch.no_grad()
@@ -149,10 +152,10 @@ def replace_expert(
         )
     if source is not None:
         (origin,) = _indices(mixtures[0], [source], level)
-        for mixture in mixtures:
-            for name, axis in expert_axes(mixture.spec.network, level).items():
-                factor = _factor(mixture, name)
-                factor.select(axis, place).copy_(factor.select(axis, origin))
+        each = [expert_axes(mixture.spec.network, level) for mixture in mixtures]
+        with _opened(mixtures, each) as parts:
+            for array, axis in parts:
+                array.select(axis, place).copy_(array.select(axis, origin))
         return 0.0
     if len(mixtures) > 1:
         raise SpecError(
@@ -161,21 +164,23 @@ def replace_expert(
         )
     mixture = mixtures[0]
     assert weight is not None
+    weight, bias = gathered(weight), None if bias is None else gathered(bias)
     _check_given(mixture, weight, bias, level)
     axes = expert_axes(mixture.spec.network, level)
-    arrays = {name: _factor(mixture, name) for name in mixture.spec.shapes}
-    slices: dict[str, Tensor] = {
-        name: array.select(axes[name], place) if name in axes else array
-        for name, array in arrays.items()
-    }
-    found, error = fit_expert(mixture.spec.network, level, slices, weight, bias)
-    if not isfinite(error):
-        raise ShapeError(
-            "the layer's factors and the fitted ones must be finite; got some that are not. Train "
-            "the layer in a wider dtype, or give a smaller weight."
-        )
-    for name, array in found.items():
-        slices[name].copy_(array)
+    factors = stored(mixture.factors, mixture.spec.shapes)
+    with opened([*factors.values()]) as arrays:
+        slices: dict[str, Tensor] = {
+            name: array.select(axes[name], place) if name in axes else array
+            for name, array in zip(factors, arrays, strict=True)
+        }
+        found, error = fit_expert(mixture.spec.network, level, slices, weight, bias)
+        if not isfinite(error):
+            raise ShapeError(
+                "the layer's factors and the fitted ones must be finite; got some that are not. "
+                "Train the layer in a wider dtype, or give a smaller weight."
+            )
+        for name, array in found.items():
+            slices[name].copy_(array)
     return error
 
 
@@ -184,7 +189,7 @@ def restored(module: nn.Module) -> AbstractContextManager[None]:
 
     On leaving, also by an exception, every factor of every μMoE layer inside ``module`` gets the
     values that it had on entering, whatever happened to it. Gates and other parameters are not
-    restored. It holds one copy of the factors.
+    restored. It holds one copy of the factors, of sharded ones one of this process's part.
 
     Args:
         module: a layer, or a model with layers anywhere inside.
@@ -208,18 +213,20 @@ def restored(module: nn.Module) -> AbstractContextManager[None]:
     layers = [each for each in module.modules() if isinstance(each, Mixture)]
     if not layers:
         raise TypeError(f"module must be or hold a μMoE layer; got {type(module).__qualname__}.")
-    return _restored([_factor(each, name) for each in layers for name in each.spec.shapes])
+    return _restored(layers, [stored(each.factors, each.spec.shapes) for each in layers])
 
 
 @contextmanager
-def _restored(parameters: list[nn.Parameter]) -> Iterator[None]:
-    kept = [parameter.detach().clone() for parameter in parameters]
+def _restored(layers: list[Mixture], factors: list[dict[str, nn.Parameter]]) -> Iterator[None]:
+    kept = [[each.detach().clone() for each in held.values()] for held in factors]
     try:
         yield
     finally:
         with torch.no_grad():
-            for parameter, values in zip(parameters, kept, strict=True):
-                parameter.copy_(values)
+            for layer, held, values in zip(layers, factors, kept, strict=True):
+                stored(layer.factors, held)  # shards take the place of what the last call gathered
+                for parameter, value in zip(held.values(), values, strict=True):
+                    parameter.copy_(value)
 
 
 def _mixtures(layer: Editable) -> list[Mixture]:
@@ -235,28 +242,32 @@ def _mixtures(layer: Editable) -> list[Mixture]:
     )
 
 
-def _factor(mixture: Mixture, name: str) -> nn.Parameter:
-    """A factor that can be edited in place."""
-    found = mixture.factors[name]
-    if not isinstance(found, nn.Parameter):
-        raise SpecError(
-            f"factors must be parameters to be edited; got a computed {name!r}. Remove its "
-            "parametrization first, or edit what it is computed from."
-        )
+@contextmanager
+def _opened(
+    mixtures: list[Mixture], axes: list[Mapping[str, int]]
+) -> Iterator[list[tuple[Tensor, int]]]:
+    """Factors of layers to be edited in place, with the axis of the experts in each."""
+    # all of them first, so that an error leaves nothing half done
+    held = [stored(*pair) for pair in zip((each.factors for each in mixtures), axes, strict=True)]
+    places = [axis for each in axes for axis in each.values()]
+    with opened([factor for each in held for factor in each.values()]) as arrays:
+        yield list(zip(arrays, places, strict=True))
+
+
+def _carriers(mixtures: list[Mixture], level: int) -> list[Mapping[str, int]]:
+    """By layer, the factors in which a level's experts are linear, with the axis of the experts."""
+    found: list[Mapping[str, int]] = []
+    for mixture in mixtures:
+        network = mixture.spec.network
+        if has_common_part(network, level):
+            raise SpecError(
+                f"experts of {mixture.spec.factorization.name} have a part in common, so that none "
+                f"can be scaled or silenced alone; got a {mixture._kind} of them. Scale the "
+                "experts' coefficients instead, or give what the expert shall be to replace_expert."
+            )
+        axes = expert_axes(network, level)
+        found.append({name: axes[name] for name in expert_carriers(network, level)})
     return found
-
-
-def _carriers(mixture: Mixture, level: int) -> list[tuple[nn.Parameter, int]]:
-    """The arrays in which a level's experts are linear, with the axis of the experts."""
-    network = mixture.spec.network
-    if has_common_part(network, level):
-        raise SpecError(
-            f"experts of {mixture.spec.factorization.name} have a part in common, so that none can "
-            f"be scaled or silenced alone; got a {type(mixture).__name__} of them. Scale the "
-            "experts' coefficients instead, or give what the expert shall be to replace_expert."
-        )
-    axes = expert_axes(network, level)
-    return [(_factor(mixture, name), axes[name]) for name in expert_carriers(network, level)]
 
 
 def _indices(mixture: Mixture, indices: Iterable[int], level: int) -> list[int]:

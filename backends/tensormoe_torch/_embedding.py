@@ -41,6 +41,8 @@ class MuMoEEmbedding(Mixture):
     torch.Size([2, 3, 32])
     """
 
+    _kind = "MuMoEEmbedding"
+
     def __init__(
         self,
         num_embeddings: int,

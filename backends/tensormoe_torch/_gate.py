@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tensormoe.functional import LayerConfig
-from tensormoe.gates import Gate, Statistics
+from tensormoe.gates import Across, Gate, Statistics
 from tensormoe_torch._autograd import no_autocast, route
 from tensormoe_torch._checks import check_input
+from tensormoe_torch._sharded import stored
 
 __all__ = ["ExpertGate"]
 
@@ -28,6 +31,12 @@ class ExpertGate(nn.Module):
         device: of the parameters.
         dtype: of the parameters; buffers are float32 at least.
 
+    Attributes:
+        config: the layer.
+        synchronized: whether a batch norm in training takes its statistics over all processes of a
+            group; :func:`synchronize_gates` sets it.
+        process_group: that group; None for all processes.
+
     >>> import torch
     >>> from tensormoe_torch import MuMoE
     >>> (coefficients,) = MuMoE(8, 4, experts=3, rank=2).gate(torch.ones(5, 8))
@@ -44,6 +53,8 @@ class ExpertGate(nn.Module):
         super().__init__()
         assert config.gate is not None
         self.config = config
+        self.synchronized = False
+        self.process_group: dist.ProcessGroup | None = None
         for name, shape in config.parameter_shapes().items():
             kind, _, short = name.partition(".")
             if kind == "gate":
@@ -60,7 +71,7 @@ class ExpertGate(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start anew: projections of zero, so that experts start alike, and fresh statistics."""
-        for parameter in self.parameters(recurse=False):
+        for parameter in stored(self, self._names.values()).values():
             parameter.zero_()
         for name, buffer in self.named_buffers(recurse=False):
             buffer.fill_(1.0 if "variance" in name else 0.0)
@@ -88,15 +99,45 @@ class ExpertGate(nn.Module):
         rows = x if len(lead) == 1 else x.reshape(prod(lead), features)
         buffers = {name: getattr(self, short) for name, short in self._buffer_names.items()}
         with no_autocast(x.device.type):
-            made, statistics = route(self.config, parameters, rows, buffers, training=self.training)
+            made, statistics = route(
+                self.config,
+                parameters,
+                rows,
+                buffers,
+                lead,
+                training=self.training,
+                across=self._across() if self.synchronized and self.training else None,
+            )
         if self.training and statistics is not None:
             self._update(statistics)
-        if len(lead) == 1:
-            return tuple(made)
-        return tuple(each.reshape(*lead, each.shape[-1]) for each in made)
+        return tuple(made)
+
+    def _across(self) -> Across | None:
+        """The sum over all processes that share the batch, where there are others."""
+        if not dist.is_available() or not dist.is_initialized():
+            return None
+        group = self.process_group or dist.group.WORLD
+        if dist.get_world_size(group) == 1:
+            return None
+        return lambda array: _Sum.apply(array, group)
 
     @torch.no_grad()
     def _update(self, statistics: list[Statistics]) -> None:
         for level, found in enumerate(statistics):
             getattr(self, f"running_mean_{level}").copy_(found.mean)
             getattr(self, f"running_variance_{level}").copy_(found.variance)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the processes of a group; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, array: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = array.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(cotangent, ctx.group), None

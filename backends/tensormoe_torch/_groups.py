@@ -1,4 +1,4 @@
-"""Which parameters decay: groups for an optimizer."""
+"""Groups for an optimizer: parameters that decay, those that do not, and gates."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 from tensormoe.errors import SpecError
 from tensormoe.factorizations import INPUT
 from tensormoe_torch._base import Mixture
+from tensormoe_torch._gate import ExpertGate
 
 __all__ = ["parameter_groups"]
 
@@ -24,8 +25,10 @@ _EXEMPT = (
 )
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters of a model in two groups for an optimizer: decaying, and not.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, gate_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """The trainable parameters of a model in groups for an optimizer: decaying or not, and gates.
 
     Decay pulls a parameter towards zero, so it suits those that start around zero. In a μMoE layer
     these decay: input, output and core factors, dense weights, and the gate's projections. These
@@ -43,16 +46,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
     Args:
         model: any module, with μMoE layers anywhere inside.
-        weight_decay: of the first group, not negative.
+        weight_decay: of what decays, not negative.
+        gate_lr: a learning rate for gates alone, not negative; by default they have the
+            optimizer's, as everything else.
 
     Returns:
-        Two groups, the decaying one first; either may be empty. Every trainable parameter is in
-        exactly one of them, shared ones too: what one module keeps from decay does not decay.
+        Two groups, the decaying one first; with ``gate_lr``, two more that have it, the gates'
+        projections, which decay, and their biases. Any may be empty. Every trainable parameter is
+        in exactly one of them, shared ones too: what one module keeps from decay does not decay.
         Frozen ones are left out.
 
     Raises:
         TypeError: ``model`` is no module.
-        SpecError: ``weight_decay`` is no number, negative or not finite.
+        SpecError: ``weight_decay`` or ``gate_lr`` is not a number, negative or not finite.
 
     >>> import torch
     >>> from tensormoe_torch import MuMoE
@@ -63,25 +69,40 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     >>> [tuple(each.shape) for each in kept["params"]]
     [(2,), (3, 2), (2,)]
     >>> optimizer = torch.optim.AdamW([decayed, kept], lr=1e-3)
+    >>> groups = parameter_groups(model, weight_decay=0.1, gate_lr=1e-4)
+    >>> optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    >>> [(len(each["params"]), each["weight_decay"], each["lr"]) for each in optimizer.param_groups]
+    [(3, 0.1, 0.001), (3, 0.0, 0.001), (1, 0.1, 0.0001), (0, 0.0, 0.0001)]
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__qualname__}.")
-    number = isinstance(weight_decay, int | float) and not isinstance(weight_decay, bool)
-    if not number or not isfinite(weight_decay) or weight_decay < 0:
-        raise SpecError(
-            f"weight_decay must be a number of at least 0; got {weight_decay!r}. Use 0.1 or less."
-        )
+    _check_number(weight_decay, "weight_decay", "Use 0.1 or less.")
     exempt = {id(each) for module in model.modules() for each in _exempt(module)}
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
+    gates: set[int] = set()
+    if gate_lr is not None:
+        _check_number(gate_lr, "gate_lr", "Leave it out to train gates as everything else.")
+        found = (module for module in model.modules() if isinstance(module, ExpertGate))
+        gates = {id(each) for gate in found for each in gate.parameters()}
+    sorted_in: dict[tuple[bool, bool], list[nn.Parameter]] = {
+        (gate, decays): []
+        for gate in ((False,) if gate_lr is None else (False, True))
+        for decays in (True, False)
+    }
     for parameter in model.parameters():
         if parameter.requires_grad:
             decays = parameter.ndim >= 2 and id(parameter) not in exempt
-            (decayed if decays else kept).append(parameter)
+            sorted_in[id(parameter) in gates, decays].append(parameter)
     return [
-        {"params": decayed, "weight_decay": float(weight_decay)},
-        {"params": kept, "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": float(weight_decay) if decays else 0.0}
+        | ({"lr": gate_lr} if gate else {})
+        for (gate, decays), parameters in sorted_in.items()
     ]
+
+
+def _check_number(value: float, name: str, remedy: str) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not isfinite(value) or value < 0:
+        raise SpecError(f"{name} must be a number of at least 0; got {value!r}. {remedy}")
 
 
 def _exempt(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -92,8 +113,20 @@ def _exempt(module: nn.Module) -> Iterator[nn.Parameter]:
         return
     network = module.spec.network
     starts = module.spec.initializers(module.init)
+    names = set()
     for factor in network.all_factors:
         around_zero = starts[factor.name].center in ("zero", "shared")
         table = module.config.indexed_input and INPUT in factor.legs
         if factor in network.biases or table or not around_zero:
-            yield module.factors[factor.name]
+            names.add(factor.name)
+    for key, parameter in module.factors.named_parameters():
+        if _origin(key) in names:
+            yield parameter
+
+
+def _origin(key: str) -> str:
+    """The name of a factor by that of a parameter which it may be computed from."""
+    parts = key.split(".")
+    if "parametrizations" in parts:
+        return parts[parts.index("parametrizations") + 1]
+    return parts[-1].removesuffix("_orig")

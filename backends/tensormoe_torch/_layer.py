@@ -59,6 +59,8 @@ class MuMoE(Mixture):
     torch.Size([5, 7, 10])
     """
 
+    _kind = "MuMoE"
+
     def __init__(
         self,
         in_features: int,

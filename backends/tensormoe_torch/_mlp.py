@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensormoe import functional
-from tensormoe.checkpoint import save_checkpoint
 from tensormoe.errors import ShapeError
 from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import BlockConfig
@@ -20,10 +19,11 @@ from tensormoe.gates import Gate
 from tensormoe.planning import Budget, Cost, Plan
 from tensormoe_torch._activations import ACTIVATIONS, Act, own_activation, read_activation
 from tensormoe_torch._adapter import BACKEND, EAGER
-from tensormoe_torch._base import checked_dtype, filled, holding
+from tensormoe_torch._base import check_init, checked_dtype, filled, holding
 from tensormoe_torch._checks import Given
 from tensormoe_torch._gate import ExpertGate
 from tensormoe_torch._layer import MuMoE
+from tensormoe_torch._saving import save_module
 
 __all__ = ["MuMoEMLP"]
 
@@ -144,7 +144,9 @@ class MuMoEMLP(nn.Module):
 
         Raises:
             SpecError: an activation though the configuration names one, or none at all.
+            TypeError: as :meth:`MuMoE.of`.
         """
+        check_init(cls, MuMoEMLP)
         block = cls.__new__(cls)
         block._build(config, init, device, dtype, act)
         return block
@@ -267,11 +269,13 @@ class MuMoEMLP(nn.Module):
     def save(self, path: str | PathLike[str]) -> None:
         """Write a checkpoint that every backend opens; an interrupted save leaves the old file.
 
+        Of a sharded block, every process makes this call, as for :meth:`MuMoE.save`.
+
         Raises:
-            CheckpointError: the folder is missing or the file cannot be written.
+            CheckpointError: as :meth:`MuMoE.save`.
             SpecError: the activation is a module or function of the block's own.
         """
-        save_checkpoint(path, "MuMoEMLP", self.config.to_dict(), self.state_dict())
+        save_module(self, path, self.config)
 
     @classmethod
     def load(cls, path: str | PathLike[str], device: torch.device | str | None = None) -> Self:

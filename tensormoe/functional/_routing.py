@@ -10,7 +10,7 @@ from tensormoe.backend import Array, Backend
 from tensormoe.errors import ShapeError
 from tensormoe.execution import plus
 from tensormoe.functional._dtypes import cast, widened
-from tensormoe.gates import Activation, Statistics, activate, activate_vjp
+from tensormoe.gates import Across, Activation, Statistics, activate, activate_vjp
 
 __all__ = ["Routed", "gate_vjp", "route"]
 
@@ -39,6 +39,7 @@ def route(
     buffers: Mapping[str, Array] | None = None,
     keep: bool = False,
     training: bool = False,
+    across: Across | None = None,
 ) -> Routed:
     """Coefficients of inputs (batch, in), from the layer's own gate.
 
@@ -52,6 +53,7 @@ def route(
         buffers: batch norm's running statistics by canonical name.
         keep: whether to return the logits, for the way back.
         training: whether batch norm uses the batch's own statistics.
+        across: as for :func:`tensormoe.gates.activate`.
     """
     gate = config.gate
     if gate is None:
@@ -74,6 +76,7 @@ def route(
                 statistics=_statistics(buffers, level),
                 training=training,
                 backend=backend,
+                across=across,
             )
         )
         if keep:
@@ -94,6 +97,7 @@ def gate_vjp(
     buffers: Mapping[str, Array] | None = None,
     training: bool = True,
     by_input: bool = True,
+    across: Across | None = None,
 ) -> tuple[Array | None, dict[str, Array]]:
     """Gradients of :func:`route` by its input and its parameters.
 
@@ -107,6 +111,7 @@ def gate_vjp(
         buffers: the running statistics that the forward call was given.
         training: whether batch norm used the batch's own statistics.
         by_input: whether the gradient by ``x`` is wanted too.
+        across: as in the forward call.
 
     Returns:
         The gradient by ``x`` or None, and the parameters' by canonical name.
@@ -127,6 +132,7 @@ def gate_vjp(
             statistics=_statistics(buffers, level),
             training=training,
             backend=backend,
+            across=across,
         )
         projection = parameters[f"gate.projection_{level}"]
         dtype = projection.dtype

@@ -21,6 +21,7 @@ from tensormoe.gates._losses import entropy_loss_vjp as entropy_loss_vjp
 from tensormoe.gates._losses import expert_load as expert_load
 from tensormoe.gates._losses import load_balance_loss as load_balance_loss
 from tensormoe.gates._losses import load_balance_loss_vjp as load_balance_loss_vjp
+from tensormoe.gates._normalization import Across as Across
 from tensormoe.gates._top_k import TopK as TopK
 from tensormoe.gates._top_k import top_k as top_k
 from tensormoe.gates._top_k import top_k_indices as top_k_indices
@@ -28,6 +29,7 @@ from tensormoe.gates._top_k import top_k_indices_vjp as top_k_indices_vjp
 
 __all__ = [
     "BLOCK_ARRAYS",
+    "Across",
     "Activation",
     "Gate",
     "Statistics",

@@ -10,6 +10,7 @@ from tensormoe.gates._candidates import candidate_bytes, worth_it
 from tensormoe.gates._functions import activation_vjp, entmax_block
 from tensormoe.gates._gate import Gate
 from tensormoe.gates._normalization import (
+    Across,
     Affine,
     LayerNorm,
     Standardize,
@@ -55,6 +56,7 @@ def activate(
     statistics: Statistics | None = None,
     training: bool = False,
     backend: Backend | None = None,
+    across: Across | None = None,
 ) -> Activation:
     """Normalize logits and apply the gate's activation.
 
@@ -71,6 +73,8 @@ def activate(
         training: whether batch norm uses the batch's own statistics (biased variance), and mixes
             them into the running ones (unbiased variance), with weight ``gate.momentum``.
         backend: the adapter to run on; that of the logits' library by default.
+        across: where others have further rows of the batch, the sum of an array over all of them;
+            batch norm's statistics in training are then those of the whole batch.
 
     Returns:
         Coefficients, and new statistics where batch norm trains.
@@ -86,18 +90,25 @@ def activate(
     """
     rows = as_rows(logits, mask=mask, backend=backend)
     backend = rows.backend
-    how, updated = _standardize(gate, rows, statistics, training)
+    how, updated = _standardize(gate, rows, statistics, training, across)
     if gate.activation == "top_k":
         k = check_k(gate.k, rows.shape[-1])
         weights = map_rows(rows, lambda x, m, first: top_k_block(backend, x, m, first, how, k))
     else:
         alpha = gate.effective_alpha
         weights = map_rows(rows, lambda x, m, first: entmax_block(backend, x, m, first, how, alpha))
+    if across is not None and isinstance(how, Affine) and rows.values.shape[0] == 0:
+        # no row is here, but the others wait for this one's part in the gradients
+        weights = weights + how.mean + how.scale
     return Activation(rows.restore(weights), updated)
 
 
 def _standardize(
-    gate: Gate, rows: Rows, statistics: Statistics | None, training: bool
+    gate: Gate,
+    rows: Rows,
+    statistics: Statistics | None,
+    training: bool,
+    across: Across | None,
 ) -> tuple[Standardize, Statistics | None]:
     if gate.normalization is None:
         return None, statistics
@@ -120,14 +131,21 @@ def _standardize(
             )
         mean, variance = statistics.mean[None, :], statistics.variance[None, :]
         return Affine(mean, 1.0 / xp.sqrt(variance + gate.eps)), statistics
+    if across is None:
+        _check_tokens(count)
+    mean, variance, tokens = batch_moments(rows, across)
+    if across is not None and rows.backend.eager:
+        _check_tokens(int(xp.max(rows.backend.stop_gradient(tokens), axis=-1)))
+    how = Affine(mean, 1.0 / xp.sqrt(variance + gate.eps))
+    return how, _mix(gate, rows.backend, statistics, mean, variance, tokens)
+
+
+def _check_tokens(count: int) -> None:
     if count < 2:
         raise GateError(
             f"batch normalization must train on at least 2 tokens; got {count}. Use larger batches "
             "or normalization='layer'."
         )
-    mean, variance, tokens = batch_moments(rows)
-    how = Affine(mean, 1.0 / xp.sqrt(variance + gate.eps))
-    return how, _mix(gate, rows.backend, statistics, mean, variance, tokens)
 
 
 def _mix(
@@ -161,6 +179,7 @@ def activate_vjp(
     statistics: Statistics | None = None,
     training: bool = False,
     backend: Backend | None = None,
+    across: Across | None = None,
 ) -> Array:
     """The gradient with respect to the logits of :func:`activate`, for libraries without one.
 
@@ -173,6 +192,7 @@ def activate_vjp(
         statistics: the running statistics that were passed in, not those that came out.
         training: as in the forward call.
         backend: as in the forward call.
+        across: as in the forward call; a gradient of what all of them make of the whole batch.
 
     Returns:
         (..., experts), in the coefficients' dtype; zero where experts have no say.
@@ -195,7 +215,8 @@ def activate_vjp(
                 f"{name} must have the logits' shape {rows.shape}; got {tuple(array.shape)}. Pass "
                 "arrays of the same forward call."
             )
-    if rows.values.shape[0] == 0:
+    shared = across is not None and training and gate.normalization == "batch"
+    if rows.values.shape[0] == 0 and not shared:
         return rows.restore(rows.values)
     matrix = tuple(rows.values.shape)
     weights = backend.reshape(coefficients, matrix)
@@ -217,19 +238,25 @@ def activate_vjp(
 
     result = map_rows(rows, gradient)
     if gate.normalization == "batch":
-        result = _batch_vjp(gate, rows, result, statistics, training)
+        result = _batch_vjp(gate, rows, result, statistics, training, across)
     return rows.restore(result)
 
 
 def _batch_vjp(
-    gate: Gate, rows: Rows, inner: Array, statistics: Statistics | None, training: bool
+    gate: Gate,
+    rows: Rows,
+    inner: Array,
+    statistics: Statistics | None,
+    training: bool,
+    across: Across | None,
 ) -> Array:
-    how, _ = _standardize(gate, rows, statistics, training)
-    assert isinstance(how, Affine)
     if not training:
+        how, _ = _standardize(gate, rows, statistics, training, across)
+        assert isinstance(how, Affine)
         return inner * how.scale
     xp = rows.backend.namespace
-    _, _, tokens = batch_moments(rows)
+    mean, variance, tokens = batch_moments(rows, across)
+    how = Affine(mean, 1.0 / xp.sqrt(variance + gate.eps))
     tokens = xp.maximum(tokens, xp.ones_like(tokens))
 
     def unit(values: Array, mask: Array | None) -> tuple[Array, Array]:
@@ -244,6 +271,9 @@ def _batch_vjp(
         scaled, _ = unit(rows.values[start:stop, :], mask)
         total = total + xp.sum(block, axis=0, keepdims=True)
         along = along + xp.sum(block * scaled, axis=0, keepdims=True)
+    if across is not None:
+        both = across(xp.concat((total, along), axis=0))
+        total, along = both[:1, :], both[1:, :]
 
     def gradient(values: Array, mask: Array | None, first: int) -> Array:
         scaled, live = unit(values, mask)

@@ -35,6 +35,10 @@ class Affine:
 
 Standardize: TypeAlias = LayerNorm | Affine | None
 
+Across: TypeAlias = Callable[[Array], Array]
+"""The sum of an array over those that hold parts of one batch, the same for each; differentiable
+where the backend is."""
+
 
 @dataclass(frozen=True)
 class Shifted:
@@ -262,15 +266,21 @@ def usual_threshold(experts: int) -> float:
     return low
 
 
-def batch_moments(rows: Rows) -> tuple[Array, Array, Array]:
+def batch_moments(rows: Rows, across: Across | None = None) -> tuple[Array, Array, Array]:
     """Mean, biased variance and count of each expert's logits over the batch, each (1, experts).
 
     Masked and infinite logits do not count.
+
+    Args:
+        rows: the logits that are here.
+        across: makes sums over all parts of the batch of sums over these rows.
     """
     backend, xp = rows.backend, rows.backend.namespace
+    # zeros, also where no row is here
+    none = backend.sum(rows.values[:0, :], (0,))[None, :]
 
     def add(function: Callable[[Array, Array | None], Array]) -> Array:
-        total = xp.zeros_like(rows.values[:1, :])
+        total = none
         for start, stop in blocks(rows):
             block = rows.values[start:stop, :]
             mask = None if rows.mask is None else rows.mask[start:stop, :]
@@ -286,18 +296,23 @@ def batch_moments(rows: Rows) -> tuple[Array, Array, Array]:
         tops = xp.max(xp.abs(backend.stop_gradient(rows.values)), axis=-1)
         plain = all_finite(xp, tops)
     if plain:
-        count = xp.full_like(rows.values[:1, :], float(rows.values.shape[0]))
+        count = xp.full_like(none, float(rows.values.shape[0]))
     else:
         count = add(lambda block, live: xp.astype(live, block.dtype))
+    total = add(lambda block, live: block)
+    if across is not None:
+        both = across(xp.concat((count, total), axis=0))
+        count, total = both[:1, :], both[1:, :]
     divisor = xp.maximum(count, xp.ones_like(count))
-    mean = add(lambda block, live: block) / divisor
+    mean = total / divisor
 
     def squares(block: Array, live: Array | None) -> Array:
         centred = block - mean
         centred = centred * centred
         return centred if live is None else xp.where(live, centred, xp.zeros_like(centred))
 
-    return mean, add(squares) / divisor, count
+    spread = add(squares)
+    return mean, (spread if across is None else across(spread)) / divisor, count
 
 
 def standardize_vjp(

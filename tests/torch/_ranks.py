@@ -1,0 +1,110 @@
+"""Two processes that talk by gloo, started once: functions run in both, and both results return."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Ranks"]
+
+COUNT = 2
+# a collective that waits for a process that never comes ends before the test does
+PATIENCE, LIMIT = 30, 60
+
+
+class Ranks:
+    """A pair of processes with a process group; started by the first call.
+
+    A call takes a function of a module, and plain arguments. When a process fails or takes too
+    long, both end, and the next call starts a new pair.
+    """
+
+    def __init__(self) -> None:
+        self._processes: list[Any] = []
+        self._ends: list[Connection] = []
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What ``function(rank, *arguments)`` returns in each process.
+
+        Raises:
+            AssertionError: it raised in some process; says what and where.
+        """
+        if not self._processes:
+            self._start()
+        try:
+            for end in self._ends:
+                end.send((function, arguments))
+            answers = [self._answer(rank) for rank in range(COUNT)]
+        except BaseException:
+            self.stop()
+            raise
+        problems = [text for text, _ in answers if text]
+        if problems:
+            self.stop()
+            raise AssertionError("\n".join(problems))
+        return [result for _, result in answers]
+
+    def stop(self) -> None:
+        """End both processes."""
+        for process in self._processes:
+            process.terminate()
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+        for end in self._ends:
+            end.close()
+        self._processes, self._ends = [], []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        store = Path(tempfile.mkdtemp()) / "store"
+        for rank in range(COUNT):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, str(store), there), daemon=True)
+            process.start()
+            there.close()
+            self._processes.append(process)
+            self._ends.append(here)
+
+    def _answer(self, rank: int) -> tuple[str, Any]:
+        if not self._ends[rank].poll(LIMIT):
+            return f"rank {rank}: no answer within {LIMIT} seconds", None
+        try:
+            answer: tuple[str, Any] = self._ends[rank].recv()
+        except EOFError:
+            return f"rank {rank}: the process died", None
+        return answer
+
+
+def _serve(rank: int, store: str, end: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=COUNT,
+        timeout=timedelta(seconds=PATIENCE),
+    )
+    warnings.simplefilter("error")
+    while True:
+        try:
+            function, arguments = end.recv()
+        except EOFError:
+            return
+        try:
+            answer = "", function(rank, *arguments)
+        except Exception:
+            answer = f"rank {rank}:\n{traceback.format_exc()}", None
+        end.send(answer)

@@ -1,0 +1,137 @@
+"""Layers spread over processes: saved whole by one of them, or refused in all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
+
+from tensormoe import CP, Gate, TensorRing
+from tensormoe.checkpoint import peek_checkpoint
+from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP
+from tests._torch_helpers import randomize
+from tests.torch._ranks import Ranks
+
+BATCH = Gate(normalization="batch", bias=True)
+
+
+class Mine(MuMoE):
+    """A user's own layer."""
+
+
+def layers() -> dict[str, Any]:
+    """One of each kind, equal in every process; no size is a multiple of the processes."""
+    made = {
+        "MuMoE": MuMoE(6, 5, experts=3, rank=7, gate=BATCH),
+        "MuMoEMLP": MuMoEMLP(5, 7, experts=(3, 2), factorization=TensorRing(3)),
+        "MuMoEEmbedding": MuMoEEmbedding(7, 5, experts=3, rank=1),
+        "Mine": Mine(6, 5, experts=3, factorization=CP(3)),
+    }
+    return {name: randomize(layer) for name, layer in made.items()}
+
+
+def values(layer: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: array.detach().clone() for name, array in layer.state_dict().items()}
+
+
+def save_sharded(rank: int, folder: Path) -> dict[str, bool]:
+    """Whether every process finds the whole file as soon as ``save`` returns."""
+    found = {}
+    for name, layer in layers().items():
+        before = values(layer)
+        fully_shard(layer)
+        layer.save(folder / name)
+        kind = MuMoE if name == "Mine" else type(layer).__mro__[2]
+        again = kind.load(folder / name)
+        same = {key: torch.equal(array, before[key]) for key, array in again.state_dict().items()}
+        found[name] = all(same.values()) and again.state_dict().keys() == before.keys()
+    return found
+
+
+def test_fully_sharded_layers(ranks: Ranks, tmp_path: Path) -> None:
+    for found in ranks(save_sharded, tmp_path):
+        assert found == dict.fromkeys(layers(), True)
+    kinds = {name: peek_checkpoint(tmp_path / name).block for name in layers()}
+    assert kinds == {name: name for name in layers()} | {"Mine": "MuMoE"}
+    assert Mine.load(tmp_path / "Mine").__class__ is Mine
+    # to the byte what one process writes
+    for name, layer in layers().items():
+        layer.save(tmp_path / "alone")
+        assert (tmp_path / "alone").read_bytes() == (tmp_path / name).read_bytes()
+
+
+def save_between_shards(rank: int, folder: Path) -> bool:
+    """In a model, with parameters that are still gathered from the last call."""
+    layer = layers()["MuMoE"].eval()
+    model = nn.Sequential(nn.Linear(6, 6), layer)
+    before = values(layer)
+    fully_shard(model, reshard_after_forward=False)
+    model(torch.ones(2, 6))
+    layer.save(folder / "layer")
+    again = MuMoE.load(folder / "layer").state_dict()
+    return all(torch.equal(array, before[name]) for name, array in again.items())
+
+
+def test_layers_inside_of_sharded_models(ranks: Ranks, tmp_path: Path) -> None:
+    assert ranks(save_between_shards, tmp_path) == [True, True]
+
+
+def save_distributed(rank: int, folder: Path) -> dict[str, bool]:
+    """Some parameters on one mesh, some on another, some in every process."""
+    found = {}
+    line = init_device_mesh("cpu", (2,))
+    for shape in ((1, 2), (2, 1)):
+        layer = layers()["MuMoE"]
+        before = values(layer)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "model"))
+        for name, placements in (
+            ("input", (Shard(0), Shard(1))),
+            ("output", (Replicate(), Shard(0))),
+        ):
+            spread = distribute_tensor(layer.factors[name].detach(), mesh, placements)
+            layer.factors[name] = nn.Parameter(spread)
+        spread = distribute_tensor(layer.gate.projection_0.detach(), line, [Shard(1)])
+        layer.gate.projection_0 = nn.Parameter(spread)
+        layer.save(folder / "layer")
+        again = MuMoE.load(folder / "layer").state_dict()
+        found[str(shape)] = all(torch.equal(again[name], before[name]) for name in before)
+    return found
+
+
+def test_distributed_tensors_on_several_meshes(ranks: Ranks, tmp_path: Path) -> None:
+    for found in ranks(save_distributed, tmp_path):
+        assert found == {"(1, 2)": True, "(2, 1)": True}
+
+
+def save_nowhere(rank: int, folder: Path) -> str:
+    layer = distribute_module(layers()["MuMoE"], init_device_mesh("cpu", (2,)))
+    # only the first process is to write, so only there is the folder missing
+    try:
+        layer.save(folder / "missing" / "layer" if rank == 0 else folder / "layer")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "saved"
+
+
+def test_an_error_of_one_process_is_an_error_of_all(ranks: Ranks, tmp_path: Path) -> None:
+    first, second = ranks(save_nowhere, tmp_path)
+    assert first.startswith("CheckpointError: the folder of a checkpoint must exist")
+    assert second == first
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_class_of_the_users_saves_and_loads(tmp_path: Path) -> None:
+    layer = layers()["Mine"]
+    layer.save(tmp_path / "layer")
+    for kind in (Mine, MuMoE):
+        again = kind.load(tmp_path / "layer")
+        assert type(again) is kind
+        assert torch.equal(again(torch.ones(2, 6)), layer(torch.ones(2, 6)))
+    with pytest.raises(Exception, match="must hold a MuMoEEmbedding; got a MuMoE"):
+        MuMoEEmbedding.load(tmp_path / "layer")
