@@ -46,7 +46,7 @@ Arrays = dict[str, Array]
 def trained(name: str, experts: int) -> tuple[LayerConfig, Arrays, Any]:
     """A layer within the budget whose gate tells inputs apart, as after training, and its rank."""
     bonds = None if name == "cp" else (4, 4, None)
-    rank = select_rank(name, FEATURES, FEATURES, experts, budget="linear", bonds=bonds)
+    rank = select_rank(name, FEATURES, FEATURES, experts, bonds=bonds)
     spec = LayerSpec(FEATURES, FEATURES, experts, resolve_factorization(name, rank))
     config = LayerConfig(spec, Gate())
     parameters = initialize(config, jax.random.key(0))

@@ -85,7 +85,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     for name, bonds in (("cp", None), ("tensor_ring", (4, 4, None))):
         for experts in (128, 1024):
-            rank = select_rank(name, FEATURES, FEATURES, experts, budget="linear", bonds=bonds)
+            rank = select_rank(name, FEATURES, FEATURES, experts, bonds=bonds)
             layer = MuMoE(FEATURES, FEATURES, experts, name, rank=rank, seed=0)
             assert isinstance(layer.spec, LayerSpec)
             projection = layer.parameters["gate.projection_0"]

@@ -102,7 +102,7 @@ def trained(name: str, experts: int) -> tuple[MuMoE, Any] | None:
     """A layer within the budget whose gate tells inputs apart, as after training, and its rank."""
     bonds = None if name == "cp" else (4, 4, None)
     try:
-        rank = select_rank(name, FEATURES, FEATURES, experts, budget="linear", bonds=bonds)
+        rank = select_rank(name, FEATURES, FEATURES, experts, bonds=bonds)
     except BudgetError:
         return None
     layer = MuMoE(FEATURES, FEATURES, experts, name, rank=rank)

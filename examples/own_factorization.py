@@ -80,7 +80,7 @@ def prove() -> None:
 
 def choose_and_save(folder: Path) -> None:
     """The rank by a budget, from nothing and from experts; the file in other libraries."""
-    rank = select_rank("mixtures", 96, 64, 500, budget=60_000)
+    rank = select_rank("mixtures", 96, 64, 500, budget=60_000, gate=None)
     layer = MuMoE(96, 64, 500, "mixtures", budget=60_000, gate=None, seed=0)
     print(
         f"\nA budget of 60,000 parameters buys rank {rank}, {layer.spec.num_parameters:,} of them."

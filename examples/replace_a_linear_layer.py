@@ -1,4 +1,4 @@
-"""Replace a linear layer by 256 experts at its price: choose, build, prove, train, save.
+"""Replace a linear layer by 256 experts at its price, gate on top: choose, build, train, save.
 
     python examples/replace_a_linear_layer.py
 
@@ -20,8 +20,8 @@ PIXELS, CLASSES, EXPERTS = 64, 10, 256
 
 
 def main() -> None:
-    # choose: what rank do the parameters of 64 → 64 buy, and what is it worth?
-    rank = select_rank("tensor_ring", PIXELS, PIXELS, EXPERTS, budget="linear", bonds=(2, 2, None))
+    # choose: what rank do the parameters of 64 → 64 buy, with the gate on top?
+    rank = select_rank("tensor_ring", PIXELS, PIXELS, EXPERTS, bonds=(2, 2, None))
     assert isinstance(rank, tuple)
     spec = LayerSpec(PIXELS, PIXELS, EXPERTS, TensorRing(rank))
     linear = PIXELS * PIXELS + PIXELS

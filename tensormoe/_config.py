@@ -17,7 +17,7 @@ from tensormoe.factorizations import (
     resolve_factorization,
 )
 from tensormoe.gates import Gate
-from tensormoe.planning import Budget, Regimes, Routing, plan_regimes, select_rank
+from tensormoe.planning import Budget, Regimes, Routing, plan_regimes, select_block, select_rank
 
 __all__ = ["ACTIVATIONS", "BlockConfig", "LayerConfig", "resolve_block", "resolve_config"]
 
@@ -83,9 +83,14 @@ class LayerConfig:
     @property
     def num_parameters(self) -> int:
         """Trainable entries, the gate's included."""
+        return self.spec.num_parameters + self.gate_parameters
+
+    @property
+    def gate_parameters(self) -> int:
+        """Trainable entries of the gate alone."""
         gate = self.gate
         rows = 0 if gate is None else self.spec.in_features + gate.bias
-        return self.spec.num_parameters + rows * sum(self.spec.experts)
+        return rows * sum(self.spec.experts)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration in plain values, as checkpoints store it."""
@@ -238,8 +243,9 @@ def resolve_config(
 ) -> LayerConfig:
     """A layer's configuration from the arguments that every framework's layer takes.
 
-    ``rank`` and ``budget`` exclude one another; without either, the layer gets the parameters of
-    the linear layer of its size (for factorizations with a rank to choose).
+    ``rank`` and ``budget`` exclude one another. A budget covers the gate; without either, the
+    factors get the parameters of the linear layer of their size (for factorizations with a rank to
+    choose), and the gate comes on top.
 
     Raises:
         SpecError: sizes, names or options that cannot be.
@@ -247,10 +253,7 @@ def resolve_config(
         BudgetError: an impossible budget; the message names the smallest feasible one.
     """
     if budget is not None and (rank is not None or isinstance(factorization, Factorization)):
-        given = f"rank={rank!r}" if rank is not None else repr(factorization)
-        raise RankError(
-            f"rank and budget exclude one another; got {given} and budget={budget!r}. Drop one."
-        )
+        raise _twice(factorization, rank, budget)
     if not isinstance(factorization, Factorization) and rank is None:
         sizes = positive_ints(experts, "experts", "level")
         if budget is not None or rank_pattern(factorization, len(sizes)):
@@ -259,8 +262,10 @@ def resolve_config(
                 in_features,
                 out_features,
                 sizes,
-                budget="linear" if budget is None else budget,
+                budget=budget,
                 bias=bias,
+                gate=gate,
+                indexed_input=indexed_input,
             )
     spec = LayerSpec(
         in_features, out_features, experts, resolve_factorization(factorization, rank), bias
@@ -274,6 +279,13 @@ def resolve_config(
                     f"for level {level} of {count}. Lower k."
                 )
     return LayerConfig(spec, parsed, indexed_input)
+
+
+def _twice(factorization: object, rank: object, budget: object) -> RankError:
+    given = f"rank={rank!r}" if rank is not None else repr(factorization)
+    return RankError(
+        f"rank and budget exclude one another; got {given} and budget={budget!r}. Drop one."
+    )
 
 
 def resolve_block(
@@ -294,7 +306,8 @@ def resolve_block(
     """A block's configuration from the arguments that every framework's block takes.
 
     Hidden and output size are the input's unless given; the first layer of a ``gated`` block has
-    twice the hidden size as outputs. ``rank`` and ``budget`` hold for each of the two layers.
+    twice the hidden size as outputs. ``rank`` holds for each of the two layers, and ``budget``
+    covers both together with their gate.
 
     Raises:
         SpecError, RankError, BudgetError: as :func:`resolve_config`.
@@ -309,10 +322,19 @@ def resolve_block(
             f"factorization must be one, or one a layer; got {len(pair)}: {factorization!r}."
         )
     wide = 2 * positive_int(hidden, "hidden_features") if flag(gated, "gated") else hidden
-    first = resolve_config(
-        in_features, wide, experts, pair[0], rank=rank, budget=budget, bias=bias, gate=gate
-    )
-    second = resolve_config(
-        hidden, out, experts, pair[1], rank=rank, budget=budget, bias=bias, gate=None
+    kinds: tuple[FactorizationLike, ...] = pair
+    if budget is not None:
+        one, two = pair
+        if rank is not None or isinstance(one, Factorization) or isinstance(two, Factorization):
+            raise _twice(factorization, rank, budget)
+        sizes = (in_features, hidden, out)
+        options: dict[str, Any] = {"bias": bias, "gate": gate, "gated": gated}
+        chosen = select_block((one, two), *sizes, experts, budget=budget, **options)
+        kinds = tuple(each.factorization for each in chosen)
+    first, second = (
+        resolve_config(rows, columns, experts, kind, rank=rank, budget=None, bias=bias, gate=own)
+        for rows, columns, kind, own in zip(
+            (in_features, hidden), (wide, out), kinds, (gate, None), strict=True
+        )
     )
     return BlockConfig(first, second, act_layer, float(drop), gated)

@@ -8,10 +8,13 @@ derive from the built-in that callers would catch anyway.
 Traceback (most recent call last):
     ...
 tensormoe.errors.SpecError: experts must be positive integers; got 0 for level 1. Give one size \
-a level.
+per level.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
 
 __all__ = [
     "BackendError",
@@ -32,6 +35,14 @@ class TensormoeError(Exception):
     """Base class of every error that tensormoe raises on purpose."""
 
 
+def located(error: TensormoeError, place: str) -> TensormoeError:
+    """The same error with the place where it happened before its message."""
+    made = type(error)(f"{place}: {error}")
+    # with the data that an error carries besides
+    made.__dict__.update(error.__dict__)
+    return made
+
+
 class SpecError(TensormoeError, ValueError):
     """A layer description that cannot be: sizes, levels, names, options."""
 
@@ -41,7 +52,38 @@ class RankError(SpecError):
 
 
 class BudgetError(TensormoeError, ValueError):
-    """A budget that cannot be met; the message names the smallest feasible one."""
+    """A budget that cannot be met; the message names the smallest feasible one.
+
+    Args:
+        message: the rule, the value, and what to do.
+        needed: for each limit that is too low, by name, the least with which something fits; empty
+            for a budget that makes no sense at all.
+        given: the same limits as they were asked for.
+
+    Attributes:
+        needed: as given.
+        given: as given.
+
+    >>> from tensormoe import select_rank
+    >>> try:
+    ...     select_rank("cp", 8, 8, 4, budget=10, gate=None)
+    ... except BudgetError as error:
+    ...     print(dict(error.needed), dict(error.given))
+    {'parameters': 21} {'parameters': 10}
+    """
+
+    needed: Mapping[str, float]
+    given: Mapping[str, float]
+
+    def __init__(
+        self,
+        message: str = "",
+        needed: Mapping[str, float] = MappingProxyType({}),
+        given: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        super().__init__(message)
+        # plain dictionaries, so that the error can be pickled
+        self.needed, self.given = dict(needed), dict(given)
 
 
 class ShapeError(TensormoeError, ValueError):

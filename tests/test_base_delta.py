@@ -101,7 +101,7 @@ def test_coefficients_that_do_not_sum_to_one(kind: Any, sizes: tuple[int, int]) 
 
 def test_selection_takes_the_largest_rank() -> None:
     for name, kind in (("base_delta", BaseDelta), ("shared_delta", SharedDelta)):
-        rank = select_rank(name, 96, 64, 8, budget=30_000)
+        rank = select_rank(name, 96, 64, 8, budget=30_000, gate=None)
         assert isinstance(rank, int)
         assert LayerSpec(96, 64, 8, kind(rank)).num_parameters <= 30_000
         assert LayerSpec(96, 64, 8, kind(rank + 1)).num_parameters > 30_000

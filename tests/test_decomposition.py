@@ -193,7 +193,7 @@ def test_more_starts_are_no_worse(stack: np.ndarray) -> None:
         ({"rank": 19}, RankError, "at most 15 in bond 'r'.*got 19"),
         ({"factorization": Tucker((4, 2, 2)), "rank": None}, RankError, "at most 3.*got 4"),
         ({"factorization": TensorTrain((2, 6)), "rank": None}, RankError, "at most 5.*got 6"),
-        ({"factorization": SharedBasis((2, 16)), "rank": None}, RankError, "at most 15.*got 16"),
+        ({"factorization": SharedBasis((2, 16)), "rank": None}, RankError, "at most 12.*got 16"),
         ({"factorization": "base_delta", "rank": 6}, RankError, "at most 5.*got 6"),
         ({"factorization": "cpp"}, SpecError, "cpp"),
         ({"bias": np.ones((3, 4))}, ShapeError, "bias must have shape"),

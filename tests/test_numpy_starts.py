@@ -36,7 +36,10 @@ def test_a_layer_is_as_large_as_the_linear_layer_by_default(name: str) -> None:
     layer = MuMoE(128, 96, 64, name)
     linear = 128 * 96 + 96
     assert 0.9 * linear <= layer.spec.num_parameters <= linear
-    assert MuMoE(128, 96, 64, name, budget=5000).spec.num_parameters <= 5000
+    assert layer.num_parameters == layer.spec.num_parameters + 128 * 64
+    within = MuMoE(128, 96, 64, name, budget="linear")
+    assert 0.9 * linear <= within.num_parameters <= linear
+    assert MuMoE(128, 96, 64, name, budget=9000).num_parameters <= 9000
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

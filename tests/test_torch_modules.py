@@ -297,7 +297,10 @@ def test_a_layer_is_as_large_as_the_linear_layer_by_default(name: str) -> None:
     layer, linear = MuMoE(128, 96, 64, name, device="meta"), nn.Linear(128, 96, device="meta")
     size = sum(each.numel() for each in linear.parameters())
     assert 0.9 * size <= layer.spec.num_parameters <= size
-    assert MuMoE(128, 96, 64, name, budget=5000, device="meta").spec.num_parameters <= 5000
+    assert layer.num_parameters == layer.spec.num_parameters + 128 * 64
+    within = MuMoE(128, 96, 64, name, budget="linear", device="meta")
+    assert 0.9 * size <= within.num_parameters <= size
+    assert MuMoE(128, 96, 64, name, budget=9000, device="meta").num_parameters <= 9000
 
 
 class TestBatchNorm:

@@ -260,7 +260,7 @@ def test_the_report_counts_what_the_planner_counts() -> None:
     assert surgery.after.parameters == count(model)
     assert surgery.after.flops == first.after.flops + second.after.flops
     assert surgery.after.peak_memory == max(first.after.peak_memory, second.after.peak_memory)
-    assert model[0].spec.num_parameters <= 2000
+    assert 1800 <= model[0].num_parameters <= 2000
     assert first.fit is not None
     assert 0 < first.fit.error < 1
     with pytest.raises(AttributeError):

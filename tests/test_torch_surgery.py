@@ -182,7 +182,7 @@ def test_modes_gates_and_budgets() -> None:
     assert 0 < fit.error < 1
     assert "expert rank" in str(fit)
     smaller, small = from_linear(linear, 16, "tensor_ring", budget=1500)
-    assert smaller.spec.num_parameters <= 1500
+    assert 1300 <= smaller.num_parameters <= 1500
     assert small.error > fit.error
     kept = from_linear(nn.Linear(4, 4).train(), 2, CP(4))[0]
     assert kept.training

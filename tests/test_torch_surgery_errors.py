@@ -93,7 +93,7 @@ def test_selections(select: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"budget": 15}, BudgetError, r"at 'out': parameters must be at least 18 .*; got 15"),
+        ({"budget": 15}, BudgetError, r"at 'out': parameters must be at least 58 .*; got 15"),
         ({"budget": 0}, BudgetError, "at 'out': parameters of a budget must be a positive integer"),
         ({"budget": "linea"}, BudgetError, "budget must be one of 'linear'; got 'linea'"),
         ({"budget": Budget(flops=10)}, BudgetError, "at 'out': flops must be at least"),
@@ -132,8 +132,12 @@ def test_the_smallest_feasible_budget_is_feasible() -> None:
     smallest = int(found.group(1))
     with pytest.raises(BudgetError):
         replace(model, "blocks.0.mlp", experts=4, budget=smallest - 1)
-    first, _ = from_linear(nn.Linear(8, 16), 4, budget=smallest, gate=None)
-    assert first.spec.num_parameters == smallest
+    assert (caught.value.needed, caught.value.given) == (
+        {"parameters": smallest},
+        {"parameters": 5},
+    )
+    replace(model, "blocks.0.mlp", experts=4, budget=smallest)
+    assert model.blocks[0].mlp.num_parameters == smallest
 
 
 def test_arguments_of_blocks() -> None:

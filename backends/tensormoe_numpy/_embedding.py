@@ -29,7 +29,8 @@ class MuMoEEmbedding(Layer):
         experts: N, or one size a level of hierarchy.
         factorization: a value such as ``CP(rank=64)``, or its name.
         rank: bond sizes, with a name.
-        budget: what the rank may cost instead; by default the parameters of one table.
+        budget: upper limits instead; ``"linear"``, the default, stands for the parameters of one
+            table.
         init: ``"variance"`` or ``"paper"``.
         dtype: ``"float16"``, ``"float32"`` or ``"float64"``.
         seed: of the first values; a NumPy generator is drawn from.

@@ -51,10 +51,13 @@ class MuMoEMLP(nn.Module):
             2020): ``second(act(g) * u)``, where ``g`` and ``u`` are the first and the second half
             of the ``2 * hidden_features`` outputs of the first layer.
         experts: N, or one size a level of hierarchy.
-        factorization: a value used for both layers, a pair of one a layer, or a name.
+        factorization: a value or a name for both layers, or a pair of them.
         rank: bond sizes of both layers, with a name.
-        budget: what each rank may cost instead; by default every layer gets the parameters of the
-            linear layer that it replaces.
+        budget: upper limits for the block instead, both layers and the gate together;
+            ``"linear"`` stands for the parameters of the linear layers that it replaces, and
+            ``Budget(…, gate=False)`` leaves the gate out. Layers share a budget as the linear ones
+            would. Without rank or budget the factors of each layer get the parameters of its
+            linear layer, and the gate comes on top.
         gate: how inputs become coefficients, or None for a block that is always given them.
         init: ``"variance"`` or ``"paper"``.
         device: of the parameters.

@@ -61,9 +61,9 @@ def _factorization(
     variant: Variant, rows: int, columns: int, experts: int, budget: int, paid: int
 ) -> Factorization:
     assert variant.factorization is not None
-    rank = select_rank(
-        variant.factorization, rows, columns, experts, budget=budget - paid, bonds=variant.bonds
-    )
+    sizes = (rows, columns, experts)
+    bonds = variant.bonds
+    rank = select_rank(variant.factorization, *sizes, budget=budget - paid, bonds=bonds, gate=None)
     return resolve_factorization(variant.factorization, rank)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tensormoe.cli._profile import resolve_device
-from tensormoe.cli._values import parse_experts, parse_size
+from tensormoe.cli._values import parse_budget, parse_experts, parse_size
 from tensormoe.gates import Gate
-from tensormoe.planning import Roofline
+from tensormoe.planning import Budget, Cost, Roofline, gate_cost
 
 __all__ = ["LayerArguments"]
 
@@ -24,7 +24,8 @@ class LayerArguments:
         experts: one size a level.
         bias: whether every expert has a bias.
         batch: inputs of a call.
-        gate: counted along if given.
+        gate: of the layer; None for one that is given its coefficients.
+        gate_in_budget: whether a budget covers the gate.
         top_k: experts a token, if any are asked for.
         device: whose times are predicted.
     """
@@ -35,12 +36,17 @@ class LayerArguments:
     bias: bool
     batch: int
     gate: Gate | None
+    gate_in_budget: bool
     top_k: int | None
     device: Roofline
 
     @classmethod
-    def parse(cls, arguments: argparse.Namespace) -> LayerArguments:
+    def parse(cls, arguments: argparse.Namespace, gate: str = "entmax") -> LayerArguments:
         """Check the words of a command.
+
+        Args:
+            arguments: as the parser left them.
+            gate: the one that is taken if none is named.
 
         Raises:
             SpecError: a size that can't be, or an unknown device.
@@ -48,17 +54,18 @@ class LayerArguments:
         """
         top_k = None if arguments.top_k is None else parse_size(arguments.top_k, "--top-k")
         experts = parse_experts(arguments.experts)
-        gate = None
-        if arguments.gate not in (None, "none"):
-            name = arguments.gate.replace("-", "_")
-            gate = Gate(name, k=min(top_k or 2, *experts)) if name == "top_k" else Gate(name)
+        name = (arguments.gate or gate).replace("-", "_")
+        found = None
+        if name != "none":
+            found = Gate(name, k=min(top_k or 2, *experts)) if name == "top_k" else Gate(name)
         return cls(
             parse_size(arguments.in_features, "in_features"),
             parse_size(arguments.out_features, "out_features"),
             experts,
             arguments.bias,
             parse_size(arguments.batch, "--batch"),
-            gate,
+            found,
+            not arguments.gate_on_top,
             top_k,
             resolve_device(arguments.device),
         )
@@ -72,8 +79,27 @@ class LayerArguments:
             "bias": self.bias,
             "batch": self.batch,
             "gate": None if self.gate is None else self.gate.to_dict(),
+            "gate_in_budget": self.gate_in_budget,
             "device": self.device.to_dict(),
         }
+
+    @property
+    def gate_cost(self) -> Cost:
+        """The cost of the gate alone."""
+        return gate_cost(self.gate, self.in_features, self.experts, self.batch)
+
+    def budget(self, text: str | None, hidden: int) -> Budget:
+        """The budget that ``--budget`` stands for, with the gate or without.
+
+        Raises:
+            BudgetError: words that cannot be read.
+        """
+        sizes = (self.in_features, hidden, self.out_features)
+        if text is None:
+            # as layers without one: the linear layer's parameters, and the gate on top
+            return replace(Budget.parse(None, *sizes[::2], self.bias), batch=self.batch)
+        found = parse_budget(text, *sizes, self.bias, self.batch, self.device)
+        return replace(found, gate=self.gate_in_budget)
 
     @property
     def num_experts(self) -> str:

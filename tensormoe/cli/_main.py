@@ -137,10 +137,10 @@ def _add_rank(commands: argparse._SubParsersAction[_Parser]) -> None:
     option = parser.add_argument
     option(
         "--budget",
-        default="linear",
         metavar="BUDGET",
-        help="linear, mlp, a number of parameters (590k), or limits on a forward call: "
-        "parameters=590k,flops=2G,memory=64MiB,time=2ms (default: linear)",
+        help="for the layer with its gate: linear, mlp, a number of parameters (590k), or limits "
+        "on a forward call: parameters=590k,flops=2G,memory=64MiB,time=2ms (default: linear, with "
+        "the gate on top)",
     )
     option("--factorization", metavar="NAMES", help="only these, with commas between")
     option(
@@ -158,7 +158,7 @@ def _add_rank(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     option("--hidden", metavar="N", help="hidden size of the MLP (default: 4 × IN)")
     option("--top-k", metavar="K", default="2", help="experts a token of the sparse MoE (2)")
-    _add_gate(parser, "counted in every figure and against the budget (default: none)")
+    _add_gate(parser, "counted in every figure")
     _add_common(parser)
 
 
@@ -173,12 +173,12 @@ def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
     option = parser.add_argument
     option("--factorization", default="cp", metavar="NAME", help="how 𝒲 is stored (default: cp)")
     option("--rank", metavar="RANK", help="one size for all bonds, or one a bond: 4,4,94")
-    option("--budget", metavar="BUDGET", help="what to choose the rank by instead (linear)")
+    option("--budget", metavar="BUDGET", help="what to choose the rank by instead, as for rank")
     option("--training", action="store_true", help="forward and backward")
     option("--top-k", metavar="K", help="coefficients come as K values and indices a level")
     option("--prepared", action="store_true", help="weight-only steps have run beforehand")
     option("--memory-limit", metavar="BYTES", help="cut the batch into chunks that keep to 64MiB")
-    _add_gate(parser, "counted along (default: none)")
+    _add_gate(parser, "counted in every figure; with --top-k, none is")
     _add_common(parser)
 
 
@@ -252,7 +252,15 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
 
 def _add_gate(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument(
-        "--gate", metavar="NAME", help=f"entmax, sparsemax, softmax or top_k: {text}"
+        "--gate",
+        metavar="NAME",
+        help="entmax (the default), sparsemax, softmax or top_k, or none for a layer that is given "
+        f"its coefficients: {text}",
+    )
+    parser.add_argument(
+        "--gate-on-top",
+        action="store_true",
+        help="the budget is for experts alone, and the gate comes on top",
     )
 
 

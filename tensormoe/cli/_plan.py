@@ -20,7 +20,7 @@ from tensormoe.cli._figures import cost_dict
 from tensormoe.cli._files import check_picture
 from tensormoe.cli._layer_arguments import LayerArguments
 from tensormoe.cli._network_text import Role, draw_network, terms_of
-from tensormoe.cli._values import parse_budget, parse_bytes, parse_rank
+from tensormoe.cli._values import parse_bytes, parse_rank
 from tensormoe.errors import PlanError, RankError
 from tensormoe.factorizations import rank_pattern, resolve_factorization
 from tensormoe.planning import Cost, Plan, Routing, plan_layer, select_rank
@@ -42,7 +42,7 @@ _STYLES: dict[Role, str] = {
 def run_plan(arguments: argparse.Namespace) -> None:
     """Plan a layer and show it."""
     path = check_picture(arguments.plot)
-    given = LayerArguments.parse(arguments)
+    given = LayerArguments.parse(arguments, "entmax" if arguments.top_k is None else "none")
     spec = _spec(arguments, given)
     limit = parse_bytes(arguments.memory_limit, "--memory-limit")
     if limit is not None and arguments.training:
@@ -86,16 +86,8 @@ def _spec(arguments: argparse.Namespace, given: LayerArguments) -> LayerSpec:
     sizes = (given.in_features, given.out_features, given.experts)
     free = not rank_pattern(name, len(given.experts))
     if arguments.budget is not None or (rank is None and not free):
-        budget = parse_budget(
-            arguments.budget or "linear",
-            given.in_features,
-            4 * given.in_features,
-            given.out_features,
-            given.bias,
-            given.batch,
-            given.device,
-        )
-        rank = select_rank(name, *sizes, budget=budget, bias=given.bias)
+        budget = given.budget(arguments.budget, 4 * given.in_features)
+        rank = select_rank(name, *sizes, budget=budget, bias=given.bias, gate=given.gate)
     return LayerSpec(*sizes, resolve_factorization(name, rank), given.bias)
 
 
@@ -210,7 +202,7 @@ def _show(
         facts.add_row(Text(name, style="bold"), value)
     console.print(facts)
     _, dense_flops = _dense(spec, max(plan.batch, 1))
-    if dense_flops < cost.flops and not arguments.training and given.gate is None:
+    if dense_flops < plan.cost(itemsize=_ITEMSIZE).flops and not arguments.training:
         console.print()
         console.print(
             "Factorized is not worth it here: the dense experts need fewer FLOPs.", style="yellow"
@@ -247,10 +239,15 @@ def _facts(
             f"{format_memory(_ITEMSIZE * largest)}{kept if arguments.training else ''}",
         ),
         ("time", f"{format_time(given.device.time(cost))} predicted for {given.device.name}"),
-        ("parameters", f"{cost.parameters:,}"),
+        ("parameters", f"{cost.parameters:,}{_share(cost, given)}"),
         ("capacity", f"expert rank {spec.expert_rank:,}, expert span {spec.expert_span:,}"),
         ("dense 𝒲", f"{entries:,} parameters, {format_short(flops)} FLOPs forward"),
     ]
+
+
+def _share(cost: Cost, given: LayerArguments) -> str:
+    paid = given.gate_cost.parameters
+    return f", {paid:,} of them ({paid / cost.parameters:.0%}) the gate's" if paid else ""
 
 
 def _as_dict(
@@ -276,6 +273,7 @@ def _as_dict(
         "legs": dict(spec.network.sizes),
         "steps": [asdict(row) for row in rows],
         **cost_dict(cost),
+        "gate_parameters": given.gate_cost.parameters,
         "saved_memory": cost.saved_memory,
         "time": given.device.time(cost),
         "expert_rank": spec.expert_rank,

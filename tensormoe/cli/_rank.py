@@ -17,12 +17,12 @@ from tensormoe.cli._console import (
     make_table,
     print_json,
 )
-from tensormoe.cli._figures import COLUMNS, Figures
+from tensormoe.cli._figures import COLUMNS, Figures, cost_dict
 from tensormoe.cli._files import check_picture
 from tensormoe.cli._layer_arguments import LayerArguments
-from tensormoe.cli._values import parse_bonds, parse_budget, parse_names, parse_size
+from tensormoe.cli._values import parse_bonds, parse_names, parse_size
 from tensormoe.errors import BudgetError, SpecError
-from tensormoe.factorizations import Dense, rank_pattern, resolve_factorization
+from tensormoe.factorizations import Dense, resolve_factorization
 from tensormoe.planning import (
     OBJECTIVES,
     Budget,
@@ -124,15 +124,7 @@ def _question(arguments: argparse.Namespace) -> _Question:
     hidden = 4 * layer.in_features
     if arguments.hidden is not None:
         hidden = parse_size(arguments.hidden, "--hidden")
-    budget = parse_budget(
-        arguments.budget,
-        layer.in_features,
-        hidden,
-        layer.out_features,
-        layer.bias,
-        layer.batch,
-        layer.device,
-    )
+    budget = layer.budget(arguments.budget, hidden)
     objective = choice(arguments.objective, OBJECTIVES, "--objective", SpecError)
     # a sparse mixture has no more experts to pick than there are
     top_k = min(layer.top_k or 2, prod(layer.experts))
@@ -148,18 +140,13 @@ def _answer(asked: _Question, name: str) -> _Answer:
         "bonds": bonds,
         "gate": layer.gate,
     }
-    smallest = _smallest(asked, name, bonds)
-    if smallest:
-        return _Answer(name, None, (), smallest)
     try:
         rank = select_rank(name, *asked.sizes, objective=asked.objective, **common)
         front = rank_front(name, *asked.sizes, **common)
-    except BudgetError:
-        # the smallest bonds fit, so it was not the budget that made no sense
-        smallest = _smallest(asked, name, bonds)
-        if not smallest:
+    except BudgetError as error:
+        if not error.needed:
             raise
-        return _Answer(name, None, (), smallest)
+        return _Answer(name, None, (), dict(error.needed))
     spec = LayerSpec(*asked.sizes, resolve_factorization(name, rank), layer.bias)
     figures = Figures.of(
         name,
@@ -170,20 +157,6 @@ def _answer(asked: _Question, name: str) -> _Answer:
         expert_span=spec.expert_span,
     )
     return _Answer(name, figures, front, {})
-
-
-def _smallest(asked: _Question, name: str, bonds: Bonds | None) -> dict[str, float]:
-    """What the smallest bonds take of the limits that they exceed; empty if they fit."""
-    rank: int | tuple[int, ...] | None = 1
-    if not rank_pattern(name, len(asked.layer.experts)):
-        rank = None
-    elif bonds is not None:
-        rank = tuple(bond if isinstance(bond, int) else 1 for bond in bonds)
-    spec = LayerSpec(*asked.sizes, resolve_factorization(name, rank), asked.layer.bias)
-    cost = spec.cost(asked.layer.batch, gate=asked.layer.gate)
-    limits = asked.budget.limits
-    spent = asked.budget.spent(cost)
-    return {limit: value for limit, value in spent.items() if value > limits[limit]}
 
 
 def _baselines(asked: _Question) -> list[Figures]:
@@ -233,7 +206,8 @@ def _amount(limit: str, value: float) -> str:
 
 
 def _budget(budget: Budget) -> str:
-    return " and ".join(_amount(limit, value) for limit, value in budget.limits.items())
+    shown = " and ".join(_amount(limit, value) for limit, value in budget.limits.items())
+    return shown if budget.gate else f"{shown}, the gate on top"
 
 
 def _show(
@@ -260,6 +234,11 @@ def _show(
         star = each.name == best
         table.add_row(f"{name} *" if star else name, *cells, style="bold green" if star else "")
     table.add_section()
+    if layer.gate is not None:
+        # its share of every row above
+        gate = Figures.of("gate", layer.gate_cost, layer.device)
+        table.add_row(*gate.cells(), style="dim")
+        table.add_section()
     for row in baselines:
         table.add_row(*row.cells(), style="cyan")
     console.print()
@@ -291,13 +270,13 @@ def _notes(asked: _Question, answers: list[_Answer], best: str | None) -> list[s
         "experts an input."
     )
     if layer.gate is None:
-        rows = layer.in_features * sum(layer.experts)
-        notes.append(
-            f"Gates are not counted, but for the router of the sparse MoE: an entmax gate takes "
-            f"{rows:,} parameters more (--gate entmax counts it)."
-        )
+        notes.append("No gate is counted, but for the router of the sparse MoE (--gate entmax).")
     else:
-        notes.append(f"The {layer.gate.activation} gate is counted in every row of experts.")
+        spent = "the budget covers it" if asked.budget.gate else "it comes on top of the budget"
+        notes.append(
+            f"Every row above has the {layer.gate.activation} gate in it, whose own figures are in "
+            f"the row gate; {spent}."
+        )
     hint = " (tensormoe calibrate measures this machine)" if layer.device.name == "cpu" else ""
     notes.append(f"time: predicted for {layer.device.name}, float32{hint}.")
     return notes
@@ -306,14 +285,16 @@ def _notes(asked: _Question, answers: list[_Answer], best: str | None) -> list[s
 def _as_dict(
     asked: _Question, answers: list[_Answer], baselines: list[Figures], best: str | None
 ) -> dict[str, Any]:
+    layer = asked.layer
     return {
         "command": "rank",
-        **asked.layer.to_dict(),
+        **layer.to_dict(),
         "budget": dict(asked.budget.limits),
         "objective": asked.objective,
         "hidden": asked.hidden,
         "top_k": asked.top_k,
         "best": best,
+        "gate_cost": None if layer.gate is None else cost_dict(layer.gate_cost),
         "factorizations": [
             {"factorization": each.name, "feasible": False, "smallest_budget": each.smallest}
             if each.figures is None
@@ -327,6 +308,7 @@ def _as_dict(
                         "expert_rank": point.expert_rank,
                         "expert_span": point.expert_span,
                         "parameters": point.parameters,
+                        "gate_parameters": point.gate_parameters,
                     }
                     for point in each.front
                 ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from math import isfinite
 
 from tensormoe.errors import BudgetError, RankError, SpecError
@@ -208,12 +207,14 @@ def parse_budget(
             raise BudgetError(f"a budget must limit {name} once; got {text!r}. Drop one.")
         limits[name] = value
     counts = {name: int(value) for name, value in limits.items() if name != "time"}
-    budget = Budget(
-        **counts,
+    return Budget(
+        parameters=counts.get("parameters"),
+        flops=counts.get("flops"),
+        memory=counts.get("memory"),
         time=limits.get("time"),
+        batch=batch,
         roofline=roofline if "time" in limits else None,
     )
-    return replace(budget, batch=batch)
 
 
 def _whole(text: str) -> int | None:

@@ -8,9 +8,9 @@ from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array, Backend
 from tensormoe.decomposition._source import Source
 from tensormoe.errors import BackendError, RankError, ShapeError
-from tensormoe.factorizations import INPUT, OUTPUT, Leg
+from tensormoe.planning import excess
 
-__all__ = ["checked_bias", "checked_bonds", "checked_samples", "checked_weights", "excess"]
+__all__ = ["checked_bias", "checked_bonds", "checked_samples", "checked_weights"]
 
 
 def checked_weights(weights: Array, backend: Backend) -> None:
@@ -82,29 +82,6 @@ def checked_bonds(spec: LayerSpec) -> None:
             f"shape {(*spec.experts, spec.in_features, spec.out_features)}; got "
             f"{spec.network.sizes[leg]}. More has nothing to stand for; lower it, or give a budget."
         )
-
-
-def excess(spec: LayerSpec) -> dict[Leg, int]:
-    """Bonds that are larger than any tensor of a shape can need, and what it can.
-
-    That is the tensor's entries over its longest mode; and if a bond is a factor's only one, what
-    that factor has besides it and does not share with the bond's other end.
-    """
-    network = spec.network
-    sizes = {**network.sizes, INPUT: spec.in_features + spec.bias}
-    modes = {*network.expert_legs, INPUT, OUTPUT}
-    found = {}
-    for term in network.terms:
-        for leg in sorted(term.legs - modes):
-            holders = [set(factor.legs) for factor in term.factors if leg in factor.legs]
-            most = prod(sizes[mode] for mode in modes) // max(sizes[mode] for mode in modes)
-            if len(holders) == 2:
-                shared = set.intersection(*holders)
-                ends = [legs for legs in holders if legs - modes == {leg}]
-                most = min([most, *(prod(sizes[each] for each in end - shared) for end in ends)])
-            if sizes[leg] > most:
-                found[leg] = most
-    return found
 
 
 def checked_samples(

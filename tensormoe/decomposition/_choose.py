@@ -8,7 +8,6 @@ from math import isfinite
 from typing import Any
 
 from tensormoe._spec import LayerSpec
-from tensormoe.decomposition._checks import excess
 from tensormoe.errors import BudgetError, RankError, SpecError
 from tensormoe.factorizations import (
     Factorization,
@@ -16,7 +15,7 @@ from tensormoe.factorizations import (
     rank_pattern,
     resolve_factorization,
 )
-from tensormoe.planning import Budget, rank_front, select_rank
+from tensormoe.planning import Budget, excess, rank_front, select_rank
 
 __all__ = ["Sizes", "candidates", "checked_tolerance", "smallest"]
 
@@ -54,10 +53,11 @@ def candidates(
         BudgetError: nothing fits.
     """
     in_features, out_features, experts = sizes
+    # weights alone are decomposed: their gate is what the model has already
+    options: dict[str, Any] = {"budget": budget, "bias": bias, "gate": None}
     if not rank_pattern(kind, len(experts)):
-        select_rank(kind, in_features, out_features, experts, budget=budget, bias=bias)
+        select_rank(kind, in_features, out_features, experts, **options)
         return [resolve_factorization(kind, None)]
-    options: dict[str, Any] = {"budget": budget, "bias": bias}
     best = select_rank(kind, in_features, out_features, experts, **options)
     front = rank_front(kind, in_features, out_features, experts, **options)
     ranks = [each.rank for each in front]

@@ -64,10 +64,10 @@ def decompose(
         weights: (experts…, in, out), of any library, dtype and device; they are not changed.
         factorization: a value such as ``CP(64)``, or a name with one of the three below.
         rank: bond sizes, with a name.
-        budget: what the factors may cost: a :class:`tensormoe.Budget`, a number of parameters, or
-            as a float in (0, 1] a share of the weights' own. Of a few ranks that no other one of
-            the cost beats in expert rank and span, the one with the smallest error is taken;
-            of more than 2²⁴ weights, the one with the most capacity.
+        budget: upper limits for the factors alone, without a gate: a :class:`tensormoe.Budget`, a
+            number of parameters, or as a float in (0, 1] a share of the weights' own. Of a few
+            ranks that no other one of the cost beats in expert rank and span, the one with the
+            smallest error is taken; of more than 2²⁴ weights, the one with the most capacity.
         tolerance: the relative error that is to be reached with as few parameters as can be, within
             a few percent: of weights and biases together, as one tensor; if ``weighted``, of the
             outputs, as far as second moments tell.

@@ -11,6 +11,7 @@ from tensormoe.planning._budget import mlp_budgets as mlp_budgets
 from tensormoe.planning._cost import Cost as Cost
 from tensormoe.planning._cost import StepCost as StepCost
 from tensormoe.planning._draft import Routing as Routing
+from tensormoe.planning._layer_cost import gate_cost as gate_cost
 from tensormoe.planning._plan import Plan as Plan
 from tensormoe.planning._plan import plan_layer as plan_layer
 from tensormoe.planning._program import Operand as Operand
@@ -26,6 +27,8 @@ from tensormoe.planning._select import OBJECTIVES as OBJECTIVES
 from tensormoe.planning._select import RankChoice as RankChoice
 from tensormoe.planning._select import rank_front as rank_front
 from tensormoe.planning._select import select_rank as select_rank
+from tensormoe.planning._select_block import select_block as select_block
+from tensormoe.planning._useful import excess as excess
 from tensormoe.planning._weight_programs import contraction as contraction
 from tensormoe.planning._weight_programs import weight_program as weight_program
 
@@ -46,6 +49,8 @@ __all__ = [
     "StepCost",
     "contraction",
     "dense_moe_cost",
+    "excess",
+    "gate_cost",
     "linear_cost",
     "mlp_budgets",
     "mlp_cost",
@@ -53,6 +58,7 @@ __all__ = [
     "plan_regimes",
     "rank_front",
     "reverse",
+    "select_block",
     "select_rank",
     "sparse_moe_cost",
     "weight_program",

@@ -1,10 +1,11 @@
-"""What a layer may cost at most."""
+"""Upper limits on the cost of a layer or a block."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
+from typing import Any
 
 from tensormoe._validation import choice, positive_int
 from tensormoe.errors import BudgetError
@@ -16,7 +17,9 @@ __all__ = ["Budget", "mlp_budgets"]
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper limits on the cost of one layer; all that are given must hold.
+    """Upper limits on the cost of what is built: a layer, or a block, with its gate.
+
+    All limits that are given must hold. A block's budget covers both layers together.
 
     Args:
         parameters: stored entries.
@@ -26,7 +29,9 @@ class Budget:
         batch: number of inputs of that call, all leading axes multiplied.
         roofline: the device that ``time`` is predicted for, as a value or the name of a published
             one; "cpu" if none is given.
-        itemsize: bytes an entry: 4 for float32.
+        itemsize: bytes per entry: 4 for float32.
+        gate: whether the limits cover the gate too, as the paper counts; with False they are for
+            experts alone, and the gate comes on top.
 
     Raises:
         BudgetError: no limit is given, or one is not positive.
@@ -35,6 +40,8 @@ class Budget:
     Budget(parameters=590592)
     >>> Budget(time=1e-3, batch=64).roofline.name
     'cpu'
+    >>> Budget(parameters=590_592, gate=False)
+    Budget(parameters=590592, gate=False)
     """
 
     parameters: int | None = None
@@ -44,6 +51,7 @@ class Budget:
     batch: int = 1024
     roofline: Roofline | str | None = None
     itemsize: int = 4
+    gate: bool = True
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -53,6 +61,11 @@ class Budget:
                 put(self, name, positive_int(value, f"{name} of a budget", BudgetError))
         put(self, "batch", positive_int(self.batch, "batch of a budget", BudgetError))
         put(self, "itemsize", positive_int(self.itemsize, "itemsize of a budget", BudgetError))
+        if not isinstance(self.gate, bool):
+            raise BudgetError(
+                f"gate of a budget must be True or False, whether it is covered; got "
+                f"{self.gate!r}. Which gate there is, layers and select_rank are told."
+            )
         if self.time is not None:
             number = isinstance(self.time, (int, float)) and not isinstance(self.time, bool)
             if not number or not isfinite(self.time) or self.time <= 0:
@@ -79,6 +92,8 @@ class Budget:
             shown.append(f"roofline={self.roofline!r}")
         if self.itemsize != 4:
             shown.append(f"itemsize={self.itemsize}")
+        if not self.gate:
+            shown.append("gate=False")
         return f"Budget({', '.join(shown)})"
 
     @property
@@ -114,44 +129,121 @@ class Budget:
         limits = self.limits
         return all(value <= limits[name] for name, value in self.spent(cost).items())
 
+    def with_limits(self, limits: Mapping[str, float]) -> Budget:
+        """The budget with other limits, whole ones rounded down, for the same call and device.
+
+        >>> Budget(flops=10**6, batch=64).with_limits({"flops": 1e5})
+        Budget(flops=100000, batch=64)
+        """
+        parameters, flops, memory = (
+            int(limits[name]) if name in limits else None
+            for name in ("parameters", "flops", "memory")
+        )
+        time = limits.get("time")
+        return replace(self, parameters=parameters, flops=flops, memory=memory, time=time)
+
+    def exceeded(self, cost: Cost) -> Mapping[str, float]:
+        """Amounts that ``cost`` takes of the limits that are too low for it.
+
+        >>> from tensormoe import CP, LayerSpec
+        >>> cost = LayerSpec(6, 5, experts=4, factorization=CP(rank=3)).cost(32)
+        >>> Budget(parameters=40, memory=4096).exceeded(cost)
+        {'parameters': 48}
+        """
+        limits = self.limits
+        return {name: value for name, value in self.spent(cost).items() if value > limits[name]}
+
     @classmethod
-    def like_linear(cls, in_features: int, out_features: int, bias: bool = True) -> Budget:
+    def like_linear(
+        cls, in_features: int, out_features: int, bias: bool = True, gate: bool = True
+    ) -> Budget:
         """The parameters of a linear layer: I·O, and O more with a bias.
 
         >>> Budget.like_linear(768, 768)
         Budget(parameters=590592)
         """
         rows = positive_int(in_features, "in_features", BudgetError) + bool(bias)
-        return cls(parameters=rows * positive_int(out_features, "out_features", BudgetError))
+        columns = positive_int(out_features, "out_features", BudgetError)
+        return cls(parameters=rows * columns, gate=gate)
 
     @classmethod
     def like_mlp(
-        cls, in_features: int, hidden_features: int, out_features: int, bias: bool = True
+        cls,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        bias: bool = True,
+        gate: bool = True,
+        gated: bool = False,
     ) -> Budget:
         """The parameters of two linear layers: I·H + H·O, and H + O more with a bias.
+
+        A gated MLP has three: 2·I·H + H·O, and 2·H + O more with a bias.
 
         >>> Budget.like_mlp(768, 3072, 768)
         Budget(parameters=4722432)
         """
-        first, second = mlp_budgets(in_features, hidden_features, out_features, bias)
+        hidden = positive_int(hidden_features, "hidden_features", BudgetError)
+        first = cls.like_linear(in_features, 2 * hidden if gated else hidden, bias)
+        second = cls.like_linear(hidden, out_features, bias)
         assert first.parameters is not None
         assert second.parameters is not None
-        return cls(parameters=first.parameters + second.parameters)
+        return cls(parameters=first.parameters + second.parameters, gate=gate)
 
     @classmethod
     def parse(
-        cls, value: Budget | int | str, in_features: int, out_features: int, bias: bool = True
+        cls,
+        value: Budget | int | str | None,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
     ) -> Budget:
-        """A budget as it is, one of so many parameters, or "linear": that of the layer replaced.
+        """A budget from what layers are given as one.
+
+        Args:
+            value: a budget, which stays as it is; a number of parameters; "linear", the parameters
+                of the linear layer that is replaced; or None, for these with the gate on top.
+            in_features: I.
+            out_features: O.
+            bias: whether the linear layer has a bias.
+
+        Raises:
+            BudgetError: something else.
 
         >>> Budget.parse("linear", 768, 768) == Budget.parse(590592, 768, 768)
         True
+        >>> Budget.parse(None, 768, 768)
+        Budget(parameters=590592, gate=False)
         """
+        return cls._parse(value, cls.like_linear(in_features, out_features, bias))
+
+    @classmethod
+    def parse_block(
+        cls,
+        value: Budget | int | str,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        bias: bool = True,
+        gated: bool = False,
+    ) -> Budget:
+        """The same for a block, whose "linear" is the linear layers that it replaces.
+
+        >>> Budget.parse_block("linear", 768, 3072, 768)
+        Budget(parameters=4722432)
+        """
+        sizes = (in_features, hidden_features, out_features)
+        return cls._parse(value, cls.like_mlp(*sizes, bias, gated=gated))
+
+    @classmethod
+    def _parse(cls, value: Any, linear: Budget) -> Budget:
         if isinstance(value, Budget):
             return value
+        if value is None:
+            return replace(linear, gate=False)
         if isinstance(value, str):
             choice(value, ("linear",), "budget", BudgetError)
-            return cls.like_linear(in_features, out_features, bias)
+            return linear
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise BudgetError(
                 f"budget must be a Budget, a number of parameters or 'linear'; got {value!r}. "
@@ -163,7 +255,7 @@ class Budget:
 def mlp_budgets(
     in_features: int, hidden_features: int, out_features: int, bias: bool = True
 ) -> tuple[Budget, Budget]:
-    """One budget for each layer of an MLP block: the parameters of the linear layer it replaces.
+    """One budget for each layer of an MLP: the parameters of that linear layer.
 
     >>> mlp_budgets(768, 3072, 768)
     (Budget(parameters=2362368), Budget(parameters=2360064))

@@ -9,24 +9,25 @@ prefer among them, and the rank that is chosen is planned in full.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
+from tensormoe._spec import LayerSpec
 from tensormoe.factorizations import BATCH, OUTPUT, Leg
 from tensormoe.gates import Gate
 from tensormoe.planning._budget import Budget
 from tensormoe.planning._cost import Cost, StepCost, live_memory, program_cost
-from tensormoe.planning._draft import DENSE, WRITE_WEIGHT, Draft
+from tensormoe.planning._draft import WRITE_WEIGHT, Draft, Routing
 from tensormoe.planning._family import INNER, Choice, Family, largest
-from tensormoe.planning._layer_cost import layer_cost
+from tensormoe.planning._layer_cost import gate_cost
 from tensormoe.planning._polynomial import Polynomial, evaluate, undominated
 from tensormoe.planning._program import Program
 from tensormoe.planning._regimes import Trees, best_candidate, build_program
 from tensormoe.planning._roofline import Roofline
 from tensormoe.planning._tree import tree_cost
 
-__all__ = ["Estimator", "Slice"]
+__all__ = ["Around", "Estimator", "Slice"]
 
 Total = tuple[tuple[Polynomial, ...], ...]
 """A cost: a sum over maxima of polynomials."""
@@ -50,6 +51,29 @@ class _Model:
         return True
 
 
+_NOTHING = Cost(0, (), 0)
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a budget covers besides the layer whose rank is chosen.
+
+    Args:
+        gate: the layer's own, which makes its coefficients.
+        cost: of the rest of a block.
+        held: bytes of a block that are live all the while the layer runs.
+    """
+
+    gate: Gate | None = None
+    cost: Cost = _NOTHING
+    held: int = 0
+
+    def join(self, layer: Cost) -> Cost:
+        """The cost of a layer, its gate included, and of what is around it."""
+        peak = self.held + layer.peak_memory
+        return self.cost.then(replace(layer, peak_memory=peak))
+
+
 @dataclass
 class Estimator:
     """Tells which ranks of a family keep to a budget.
@@ -57,27 +81,23 @@ class Estimator:
     Args:
         family: the layers.
         budget: what they may cost.
-        gate: counted along if given.
+        around: what else counts against it.
+        indexed_input: whether inputs are integer ids.
         known: ranks that were planned in full, and whether they keep to the budget.
     """
 
     family: Family
     budget: Budget
-    gate: Gate | None
+    around: Around
+    indexed_input: bool = False
     known: dict[Choice, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         given = self.family.sizes
         nothing = Program((), (), (), ())
-        self._gate = layer_cost(
-            nothing,
-            0,
-            given.in_features,
-            given.experts,
-            self.budget.batch,
-            gate=self.gate,
-            itemsize=self.budget.itemsize,
-        )
+        around, batch, itemsize = self.around, self.budget.batch, self.budget.itemsize
+        gate = gate_cost(around.gate, given.in_features, given.experts, batch, itemsize)
+        self._besides = around.cost.then(gate)
         self.planned = set(self.budget.limits) != {"parameters"}
         self._explored: set[Choice] = set()
         self.models: dict[object, _Model | None] = {}
@@ -86,11 +106,16 @@ class Estimator:
         self.explore((1, 1))
 
     def cost(self, sizes: Choice) -> Cost:
-        """What a layer with this rank costs."""
-        spec = self.family.spec(sizes)
+        """The cost of the layer with this rank, and of what is around it."""
+        return self.cost_of(self.family.spec(sizes))
+
+    def cost_of(self, spec: LayerSpec) -> Cost:
+        """The cost of a layer of the family's sizes, and of what is around it."""
+        budget = self.budget
         if not self.planned:
-            return Cost(spec.num_parameters + self._gate.parameters, (), 0)
-        return spec.cost(self.budget.batch, gate=self.gate, itemsize=self.budget.itemsize)
+            return Cost(spec.num_parameters + self._besides.parameters, (), 0)
+        plan = spec.plan(budget.batch, indexed_input=self.indexed_input)
+        return self.around.join(plan.cost(self.around.gate, itemsize=budget.itemsize))
 
     def verify(self, sizes: Choice) -> bool:
         """Whether a rank keeps to the budget, by its own plan."""
@@ -103,7 +128,7 @@ class Estimator:
         if not self.planned or sizes in self._explored:
             return False
         self._explored.add(sizes)
-        draft = Draft(self.family.spec(sizes), DENSE)
+        draft = Draft(self.family.spec(sizes), Routing(None, self.indexed_input))
         path = best_candidate([draft], self.budget.batch)
         # the same trees at other sizes are the same path
         if path.trees in self.models:
@@ -136,17 +161,17 @@ class Estimator:
         return size
 
     def _model(self, program: Program, priority: Polynomial) -> _Model:
-        budget, gate = self.budget, self._gate
+        budget, besides = self.budget, self._besides
         sizes = {**dict(program.size_items), **self.family.legs, BATCH: budget.batch}
         symbolic = cast(Mapping[Leg, int], sizes)
         steps = program_cost(program, symbolic, budget.itemsize) if self.planned else ()
         totals: dict[str, Total] = {
-            "parameters": ((self.family.parameters + gate.parameters,),),
-            "flops": ((_sum(gate.flops, *map(_flops, steps)),),),
+            "parameters": ((self.family.parameters + besides.parameters,),),
+            "flops": ((_sum(besides.flops, *map(_flops, steps)),),),
             "memory": (self._moments(program, symbolic),),
         }
         if isinstance(budget.roofline, Roofline):
-            totals["time"] = _time(steps, budget.roofline, budget.roofline.time(gate))
+            totals["time"] = _time(steps, budget.roofline, budget.roofline.time(besides))
         limits = budget.limits
         # sums of seconds round in another order here: what is chosen is checked against the limit
         slack = {"time": 1 + 1e-9}
@@ -159,11 +184,12 @@ class Estimator:
         owned = [
             slot
             for slot, operand in enumerate(program.operands)
-            if self.gate is not None and operand.name.startswith(("coefficients_", "indices_"))
+            if self.around.gate is not None
+            and operand.name.startswith(("coefficients_", "indices_"))
         ]
-        moments = [Polynomial.constant(self._gate.peak_memory)]
+        moments = [Polynomial.constant(self._besides.peak_memory)]
         live = live_memory(program, sizes, self.budget.itemsize, owned=owned)
-        return undominated([*moments, *map(_sum, live)])
+        return undominated([*moments, *(_sum(each, self.around.held) for each in live)])
 
 
 class Slice:
@@ -260,9 +286,9 @@ def _flops(step: StepCost) -> Any:
     return step.matmul_flops + step.elementwise_flops
 
 
-def _time(steps: tuple[StepCost, ...], roofline: Roofline, gate: float) -> Total:
+def _time(steps: tuple[StepCost, ...], roofline: Roofline, besides: float) -> Total:
     """A roofline's time: for every step the larger of arithmetic and memory, and overhead."""
-    always = Polynomial.constant(gate + roofline.overhead * len(steps))
+    always = Polynomial.constant(besides + roofline.overhead * len(steps))
     groups = []
     for step in steps:
         arithmetic = step.matmul_flops * (1 / roofline.matmul_rate)

@@ -60,21 +60,25 @@ class Family:
         # sizes are checked as every spec's are, before there is a rank
         sizes = LayerSpec(in_features, out_features, experts, Dense(), bias)
         self.sizes = sizes
+        self._given = factorization
         # with_rank makes the ranks from a value of the factorization; its own rank is not used
         self._kind = sample(kind)
         self.name = kind.name
         pattern = self._kind.rank_pattern(sizes.levels)
-        self._bonds = pattern if bonds is None else _checked_bonds(bonds, pattern, kind.name)
-        free = [bond for bond in self._bonds if not isinstance(bond, int)]
+        self.by_pattern = bonds is None
+        self.bonds = pattern if bonds is None else _checked_bonds(bonds, pattern, kind.name)
+        free = [bond for bond in self.bonds if not isinstance(bond, int)]
         symbols = list(dict.fromkeys(free))
         if len(symbols) > 2:
             raise BudgetError(
-                f"bonds must vary by at most two symbols; got {len(symbols)} in {self._bonds!r}. "
+                f"bonds must vary by at most two symbols; got {len(symbols)} in {self.bonds!r}. "
                 "Fix the sizes of some bonds, or give bonds the same symbol."
             )
         self._places = {name: INNER - k for k, name in enumerate(reversed(symbols))}
         self.symbols = len(symbols)
-        self.legs = self._symbolic_sizes()
+        self.place_of: dict[Leg, int] = {}
+        """The place in the rank of every bond that follows it."""
+        self.legs = self._symbolic_sizes(self.place_of)
         network = self.spec((1, 1)).network
         self.parameters = _symbolic(network, self.legs).num_parameters
         modes = {INPUT, OUTPUT}
@@ -86,10 +90,22 @@ class Family:
             )
         )
 
+    def with_bonds(self, bonds: Sequence[int | str | None]) -> Family:
+        """The layers of these sizes with other bonds fixed."""
+        given = self.sizes
+        return Family(
+            self._given, given.in_features, given.out_features, given.experts, given.bias, bonds
+        )
+
+    def with_experts(self, experts: tuple[int, ...]) -> Family:
+        """The layers with as many experts in other levels; only where no bonds were given."""
+        given = self.sizes
+        return Family(self._given, given.in_features, given.out_features, experts, given.bias, None)
+
     def rank(self, sizes: Choice) -> tuple[int, ...]:
         """One size a bond."""
         return tuple(
-            bond if isinstance(bond, int) else sizes[self._places[bond]] for bond in self._bonds
+            bond if isinstance(bond, int) else sizes[self._places[bond]] for bond in self.bonds
         )
 
     def spec(self, sizes: Choice) -> LayerSpec:
@@ -116,9 +132,9 @@ class Family:
                     size = _reaching(term, symbol, bound, size)
         return size
 
-    def _symbolic_sizes(self) -> Mapping[Leg, Polynomial]:
-        """The size of every leg as a polynomial in the symbols."""
-        count = len(self._bonds)
+    def _symbolic_sizes(self, places: dict[Leg, int]) -> Mapping[Leg, Polynomial]:
+        """The size of every leg as a polynomial in the symbols; says what follows the rank."""
+        count = len(self.bonds)
         given = self.sizes
         # two ranks without a number in common, which tell what each leg's size follows
         probes = [self._kind.with_rank(tuple(range(k + 1, k + 1 + count))) for k in (0, count)]
@@ -136,7 +152,8 @@ class Family:
                     f"always the same, for a rank to be chosen; got another size for leg {leg!r}. "
                     "Give rank=…."
                 )
-            bond = self._bonds[number - 1]
+            places[leg] = number - 1
+            bond = self.bonds[number - 1]
             if not isinstance(bond, int):
                 legs[leg] = Polynomial.symbol(self._places[bond])
             else:

@@ -20,7 +20,7 @@ from tensormoe.planning._cost import (
 from tensormoe.planning._program import Program
 from tensormoe.planning._reverse import reverse
 
-__all__ = ["GATE_ITEMSIZE", "gate_parameters", "gate_steps", "layer_cost"]
+__all__ = ["GATE_ITEMSIZE", "gate_cost", "gate_parameters", "gate_steps", "layer_cost"]
 
 GATE_ITEMSIZE = 4
 """Logits and coefficients are float32 at least."""
@@ -29,6 +29,18 @@ GATE_ITEMSIZE = 4
 def gate_parameters(gate: Gate, in_features: int, experts: tuple[int, ...]) -> int:
     """Entries of a gate's projections: in·ΣN_e, and ΣN_e more with a bias."""
     return (in_features + gate.bias) * sum(experts)
+
+
+def gate_cost(
+    gate: Gate | None, in_features: int, experts: tuple[int, ...], batch: int, itemsize: int = 4
+) -> Cost:
+    """The cost of a gate alone, in a forward call; nothing for None.
+
+    >>> gate_cost(Gate(), 768, (16, 32), batch=64).parameters == 768 * (16 + 32)
+    True
+    """
+    nothing = Program((), (), (), ())
+    return layer_cost(nothing, 0, in_features, experts, batch, gate=gate, itemsize=itemsize)
 
 
 def activation_flops(gate: Gate, experts: int) -> int:

@@ -41,7 +41,7 @@ CASES: dict[str, Case] = {
     "an impossible number of parameters": (
         lambda: select_rank("cp", 8, 4, 3, budget=15),
         BudgetError,
-        "parameters must be at least 16 for cp.*; got 15. Raise the budget",
+        "parameters must be at least 40 for cp.*; got 15. Raise the budget",
     ),
     "an impossible number of FLOPs": (
         lambda: select_rank("tensor_ring", 8, 4, 3, budget=Budget(flops=3, batch=1)),
@@ -61,7 +61,7 @@ CASES: dict[str, Case] = {
     "a budget below a factorization without rank": (
         lambda: MuMoE(8, 4, 3, "hadamard", budget=3),
         BudgetError,
-        "parameters must be at least 48 for hadamard.*; got 3. Raise",
+        "parameters must be at least 72 for hadamard.*; got 3. Raise",
     ),
     "a front of an unknown factorization": (
         lambda: rank_front("cpd", 8, 4, 3, budget=100),

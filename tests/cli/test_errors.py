@@ -35,7 +35,7 @@ from tests._command import LAYER, run
         (["rank", *LAYER, "--device", "tpu"], "--device must be one of this"),
         (["rank", *LAYER, "--gate", "relu"], "activation must be one of entmax"),
         (["rank", *LAYER, "--batch", "many"], "--batch must be a positive integer"),
-        (["rank", *LAYER, "--bonds", "4,4"], "rank must have 3 bonds"),
+        (["rank", *LAYER, "--bonds", "4,4"], "bonds must have 3 entries"),
         (["rank", *LAYER, "--bonds", "4,-4,free"], "got '-4' for bond 1"),
         (["rank", *LAYER, "--bonds", "a,b,c"], "at most two symbols"),
         (["rank", *LAYER, "--bonds", "svd=4"], "--bonds must be for one of"),

@@ -27,6 +27,7 @@ from tests._command import ask, check_not_blank
 
 def test_plan_is_that_of_the_library(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--factorization", "tensor_ring", "--rank", "4,4,97", "--batch", "64")
+    words += ("--gate", "none")
     found = ask(capsys, "plan", "768", "768", "512", *words)
     spec = LayerSpec(768, 768, 512, TensorRing((4, 4, 97)))
     cost = spec.cost(64)
@@ -44,9 +45,10 @@ def test_plan_of_gate_training_top_k_and_prepared(capsys: pytest.CaptureFixture[
     layer = ("plan", "64", "64", "16", "--factorization", "tucker", "--rank", "4,8,8")
     spec = LayerSpec(64, 64, 16, Tucker((4, 8, 8)))
     plain = ask(capsys, *layer)
-    assert ask(capsys, *layer, "--gate", "entmax")["flops"] == spec.cost(1024, gate="entmax").flops
+    for words in ([], ["--gate", "entmax"]):
+        assert ask(capsys, *layer, *words)["flops"] == spec.cost(1024, gate="entmax").flops
     training = ask(capsys, *layer, "--training")
-    assert training["flops"] == spec.cost(1024, training=True).flops
+    assert training["flops"] == spec.cost(1024, gate="entmax", training=True).flops
     assert training["saved_memory"] > 0 == plain["saved_memory"]
     assert "gather" in ask(capsys, *layer, "--top-k", "2")["steps"][0]["label"]
     assert ask(capsys, *layer, "--prepared")["prepared"] is True
@@ -63,8 +65,12 @@ def test_plan_under_a_memory_limit_adds_the_chunks_up(capsys: pytest.CaptureFixt
 
 
 def test_plan_chooses_a_rank_by_budget(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ([], ["--budget", "linear"]):
+    # the gate comes on top without a budget, and counts against one
+    for words, rank in (([], 288), (["--budget", "linear"], 96)):
         found = ask(capsys, "plan", "768", "768", "512", *words)
+        assert found["spec"]["rank"] == rank
+    for words in (["--gate-on-top"], ["--gate", "none"]):
+        found = ask(capsys, "plan", "768", "768", "512", "--budget", "linear", *words)
         assert found["spec"]["rank"] == 288
     found = ask(capsys, "plan", "768", "768", "16x8", "--factorization", "hadamard")
     assert found["spec"]["rank"] is None
@@ -78,7 +84,7 @@ def test_plan_shows_the_network_and_every_step(capsys: pytest.CaptureFixture[str
     assert "coefficients_0 ──●" in text
     for label in ("gate 0: softmax", "linear (b r2 r0) × (o r2 r0) → (b o)", "expert span 16"):
         assert label in text
-    shares = [int(share) for share in re.findall(r"(\d+)%", text)]
+    shares = [int(share) for share in re.findall(r"(\d+)%", text.split("parameters")[0])]
     assert abs(sum(shares) - 100) <= len(shares)
 
 

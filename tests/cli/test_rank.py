@@ -38,7 +38,8 @@ def test_rank_answers_with_the_ranks_that_the_library_selects(
             continue
         rank = select_rank(each["factorization"], 768, 768, 512)
         assert each["rank"] == (list(rank) if isinstance(rank, tuple) else rank)
-        assert each["parameters"] <= 590_592
+        # without a budget the gate comes on top
+        assert each["parameters"] - 768 * 512 <= 590_592
         front = rank_front(each["factorization"], 768, 768, 512)
         figures = [(point["expert_rank"], point["expert_span"]) for point in each["front"]]
         assert figures == [(point.expert_rank, point.expert_span) for point in front]
@@ -60,7 +61,8 @@ def test_rank_shows_the_layers_of_the_same_size(capsys: pytest.CaptureFixture[st
     assert rows["linear"]["memory"] == linear.peak_memory
     assert rows["linear"]["time"] == PUBLISHED_ROOFLINES["cpu"].time(linear)
     assert rows["MLP"]["parameters"] == 65 * 100 + 101 * 32
-    assert rows["dense MoE"]["parameters"] == 8 * 65 * 32
+    assert rows["dense MoE"]["parameters"] == 8 * 65 * 32 + 64 * 8
+    assert found["gate_cost"]["parameters"] == 64 * 8
     assert rows["sparse MoE"]["matmul_flops"] < rows["dense MoE"]["matmul_flops"]
 
 
@@ -83,7 +85,7 @@ def test_rank_shows_the_layers_of_the_same_size(capsys: pytest.CaptureFixture[st
 def test_no_row_exceeds_the_budget(
     capsys: pytest.CaptureFixture[str], budget: str, limit: str, value: float
 ) -> None:
-    for gate in ([], ["--gate", "softmax"]):
+    for gate in ([], ["--gate", "softmax"], ["--gate", "none"]):
         found = ask(capsys, "rank", "64", "64", "16", "--budget", budget, *gate)
         assert found["budget"] == {limit: pytest.approx(value)}
         feasible = [each for each in found["factorizations"] if each["feasible"]]
@@ -107,8 +109,8 @@ def test_an_impossible_budget_is_a_row_with_the_smallest_feasible_one(
     assert main(["rank", "64", "64", "512", "--budget", "100"]) == 2
     text = capsys.readouterr()
     assert "No factorization fits the budget." in text.out
-    assert "cp is too large: it needs at least 641 parameters." in text.out
-    assert "cp needs parameters at least 641. Raise the budget" in text.err
+    assert "cp is too large: it needs at least 33,409 parameters." in text.out
+    assert "cp needs parameters at least 33409. Raise the budget" in text.err
 
 
 def test_several_limits_hold_at_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +163,30 @@ def test_the_table_fits_eighty_columns_and_names_the_budget() -> None:
     assert "590,592 parameters" in done.stdout
     assert "No factorization exceeds the budget." in done.stdout
     row = next(line for line in done.stdout.splitlines() if line.startswith("tensor_ring"))
-    assert row.split()[1:3] == ["16,16,18", "573,728"]
+    # the best of all, with a star: 22² directions of rank 220
+    assert row.split()[1:4] == [
+        "*",
+        "22,22,10",
+        f"{512 * 22**2 + 22 * 10 * (769 + 768) + 393_216:,}",
+    ]
+    gate = next(line for line in done.stdout.splitlines() if line.startswith("gate"))
+    assert gate.split()[2] == "393,216"
+
+
+@pytest.mark.parametrize("gate", ["entmax", "top-k", "none"])
+@pytest.mark.parametrize("experts", ["64", "8x8"])
+def test_rank_and_plan_mean_the_same_by_a_budget(
+    capsys: pytest.CaptureFixture[str], experts: str, gate: str
+) -> None:
+    layer = ("96", "64", experts, "--gate", gate, "--factorization", "cp", "--budget", "9k")
+    paid = {"none": 0}.get(gate, 96 * (64 if experts == "64" else 16))
+    for extra, left in (((), 9_000 - paid), (("--gate-on-top",), 9_000)):
+        rank = ask(capsys, "rank", *layer, *extra)["factorizations"][0]
+        plan = ask(capsys, "plan", *layer, *extra)
+        assert rank["rank"] == plan["spec"]["rank"]
+        assert rank["parameters"] == plan["parameters"]
+        assert plan["gate_parameters"] == paid
+        assert 0.9 * left < plan["parameters"] - paid <= left
 
 
 def test_colour_follows_the_environment() -> None:

@@ -185,7 +185,9 @@ def test_front_is_undominated_and_complete(case: Case, data: st.DataObject) -> N
     for choice in front:
         assert case.spent(choice.spec) <= limit
         assert choice.spec == case.spec(choice.rank)
-        assert choice.parameters == choice.spec.num_parameters
+        paid = sum(case.experts) * (case.in_features + case.gate.bias) if case.gate else 0
+        assert choice.gate_parameters == paid
+        assert choice.parameters == choice.spec.num_parameters + paid
         assert figures[front.index(choice)] == (choice.spec.expert_rank, choice.spec.expert_span)
 
 
@@ -199,11 +201,12 @@ def test_parameter_budgets_give_the_closed_forms_rounded_down(
     budget = in_features * out_features + out_features
     left = budget - (in_features * experts if gate else 0)
     sizes = (in_features, out_features, experts)
-    assert select_rank("cp", *sizes, gate=gate) == left // (
+    assert select_rank("cp", *sizes, budget="linear", gate=gate) == left // (
         in_features + 1 + out_features + experts
     )
     third = (left - 16 * experts) // (4 * (in_features + 1) + 4 * out_features)
-    ring = select_rank("tensor_ring", *sizes, bonds=(4, 4, None), gate=gate)
+    bonds = (4, 4, None)
+    ring = select_rank("tensor_ring", *sizes, budget="linear", bonds=bonds, gate=gate)
     assert ring == (4, 4, third)
 
 
@@ -212,7 +215,7 @@ def test_three_spellings_of_a_budget_are_one() -> None:
         select_rank("cp", 96, 64, 16, budget=budget)
         for budget in ("linear", 97 * 64, Budget(parameters=97 * 64), Budget.like_linear(96, 64))
     }
-    assert ranks == {97 * 64 // (96 + 1 + 64 + 16)}
+    assert ranks == {(97 * 64 - 96 * 16) // (96 + 1 + 64 + 16)}
     assert Budget.like_linear(96, 64, bias=False) == Budget(parameters=96 * 64)
     assert mlp_budgets(96, 384, 64) == (Budget(parameters=97 * 384), Budget(parameters=385 * 64))
     assert Budget.like_mlp(96, 384, 64) == Budget(parameters=97 * 384 + 385 * 64)
@@ -265,7 +268,7 @@ def test_impossible_budget_names_the_smallest(name: str, kind: str) -> None:
     limit = float(least) if kind == "time" else int(least)
     value = Hadamard() if name == "hadamard" else Dense() if name == "dense" else None
     value = value or FACTORIZATIONS[name](1)  # type: ignore[call-arg]
-    case = Case(name, 48, 40, (6, 5), True, None, 1024, kind)
+    case = Case(name, 48, 40, (6, 5), True, Gate(), 1024, kind)
     assert limit == case.spent(LayerSpec(48, 40, (6, 5), value))
     # and that one is enough
     select_rank(name, 48, 40, (6, 5), budget=Budget(**{kind: limit}))

@@ -34,9 +34,11 @@ class MuMoE(Mixture):
         experts: N, or one size a level of hierarchy.
         factorization: a value such as ``CP(rank=64)``, or its name.
         rank: bond sizes, with a name.
-        budget: what the rank may cost instead (:class:`tensormoe.Budget`, a number of parameters,
-            or ``"linear"``); the default is ``"linear"``, the parameters of the linear layer of
-            the same size, gate not counted.
+        budget: upper limits for the layer with its gate instead (:class:`tensormoe.Budget`, a
+            number of parameters, or ``"linear"``, those of the linear layer of the same size);
+            ``Budget(…, gate=False)`` leaves the gate out. Without rank or budget the factors get
+            the linear layer's parameters, and the gate comes on top: ``num_parameters`` counts
+            both, ``spec.num_parameters`` the factors alone.
         bias: whether every expert has a bias.
         gate: how inputs become coefficients: a :class:`tensormoe.Gate` or the name of its
             activation; None for a layer that is always given coefficients. One with batch norm

@@ -64,7 +64,7 @@ def compress(
             three below.
         rank: bond sizes, with a name.
         budget: of each projection: a :class:`tensormoe.Budget`, a number of parameters, or as a
-            float in (0, 1] a share of the weights' own.
+            float in (0, 1] a share of the weights' own; of weights alone, as the router stays.
         tolerance: the relative error of the weights that each projection is to reach with as few
             parameters as can be.
         select: which experts: patterns, a class, or a function of name and module, as for

@@ -72,7 +72,9 @@ def from_linear(
         experts: N, or one size a level of hierarchy.
         factorization: a value such as ``CP(rank=64)``, or its name.
         rank: bond sizes, with a name.
-        budget: what the rank may cost instead; by default the parameters of ``linear``.
+        budget: upper limits for the layer with its gate instead, as for :class:`MuMoE`;
+            ``"linear"`` stands for the parameters of ``linear``. Without rank or budget the factors
+            get these, and the gate comes on top.
         gate: how inputs become coefficients, or None.
         noise: how far experts start from the linear layer, relative to its weights. Experts that
             are all equal get equal gradients, and their gate gets none but rounding: a layer that
@@ -125,10 +127,11 @@ def from_mlp(
             (gate, act, up, down), where ``act`` is a name, a module or a function. An activation
             without a name in :class:`MuMoEMLP` must be a module here, and the block holds a copy.
         experts: N, or one size a level of hierarchy.
-        factorization: a value for both layers, a pair, or a name.
+        factorization: a value or a name for both layers, or a pair of them.
         rank: bond sizes of both layers, with a name.
-        budget: what each layer's rank may cost instead; by default the parameters of the linear
-            layer that it stands for.
+        budget: upper limits for the block with its gate instead, as for :class:`MuMoEMLP`;
+            ``"linear"`` stands for the parameters of the MLP. Without rank or budget the factors of
+            each layer get those of the linear layer that it stands for, and the gate comes on top.
         gate: how inputs become coefficients, or None.
         noise: how far experts start from the given weights, relative to them.
         drop: share of entries dropped in training behind the activation and behind the second

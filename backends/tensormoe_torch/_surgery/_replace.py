@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tensormoe._validation import choice, positive_int
-from tensormoe.errors import BudgetError, SpecError, TensormoeError
+from tensormoe.errors import BudgetError, SpecError, TensormoeError, located
 from tensormoe.factorizations import INITIALIZATIONS, FactorizationLike
 from tensormoe.functional import BlockConfig, Fit, LayerConfig, checked_noise
 from tensormoe.gates import Gate
@@ -71,10 +71,11 @@ def replace(
             or a function of name and module. All that it selects must be linear layers or MLPs as
             :func:`from_linear` and :func:`from_mlp` take them, none inside another.
         experts: N, or one size a level of hierarchy.
-        factorization: a value such as ``CP(rank=64)``, a name, or, for blocks, a pair of values.
+        factorization: a value such as ``CP(rank=64)``, a name, or, for blocks, a pair of them.
         rank: bond sizes, with a name.
-        budget: what the rank of each layer may cost instead; by default the parameters of the
-            linear layer that it replaces, gate not counted.
+        budget: upper limits for each layer or block with its gate instead, as for
+            :class:`MuMoE` and :class:`MuMoEMLP`; ``"linear"`` stands for the parameters of what is
+            replaced. Without rank or budget the factors get those, and the gate comes on top.
         gate: how inputs become coefficients.
         noise: how far experts start from the old weights, relative to them. It sums to zero over
             the experts, so that outputs with a fresh gate stay those of the old layer; without any,
@@ -175,7 +176,7 @@ def at(name: str) -> Iterator[None]:
     try:
         yield
     except TensormoeError as error:
-        raise type(error)(f"at {name!r}: {error}") from error
+        raise located(error, f"at {name!r}") from error
 
 
 def _config(

@@ -158,7 +158,7 @@ def tell(
 def _entries(experts: tuple[int, ...]) -> list[Entry]:
     """CP and tensor ring at the budget of the linear layer, and two linear layers."""
     pixels = _digits.PIXELS
-    budget = Budget.like_linear(pixels, HIDDEN)
+    budget = Budget.like_linear(pixels, HIDDEN, gate=False)
     gate = gate_parameters(_GATE, pixels, experts)
     entries = []
     for name, shown in _FACTORIZATIONS.items():

@@ -17,7 +17,7 @@ from tensormoe.decomposition.checkpoints._groups import Group, find_groups
 from tensormoe.decomposition.checkpoints._settings import Compression
 from tensormoe.decomposition.checkpoints._shards import Model, open_model
 from tensormoe.decomposition.checkpoints._values import working_dtype
-from tensormoe.errors import BudgetError, RankError, TensormoeError
+from tensormoe.errors import BudgetError, RankError, TensormoeError, located
 from tensormoe.factorizations import Factorization, resolve_factorization
 from tensormoe.planning import PUBLISHED_ROOFLINES, Roofline
 
@@ -167,7 +167,7 @@ def _planned(
         specs = tuple(LayerSpec(*sizes, kind, bias=False) for kind in kinds)
         _check_smaller(specs[0], group)
     except TensormoeError as error:
-        raise type(error)(f"{group.name!r}: {error}") from None
+        raise located(error, repr(group.name)) from None
     itemsize = ArrayInfo(working_dtype(group.dtype), ()).nbytes
     memory = max(memory_needed(spec, itemsize, settings.compare) for spec in specs)
     seconds = seconds_needed(specs, itemsize, settings.compare, roofline)
