@@ -65,6 +65,7 @@ class BudgetError(TensormoeError, ValueError):
         given: as given.
 
     >>> from tensormoe import select_rank
+    >>> from tensormoe.errors import BudgetError
     >>> try:
     ...     select_rank("cp", 8, 8, 4, budget=10, gate=None)
     ... except BudgetError as error:
