@@ -34,7 +34,8 @@ class JaxBackend:
         return "JaxBackend()"
 
     def owns(self, array: Any, /) -> bool:
-        return isinstance(array, Array)
+        # keys of random numbers are arrays, but not of numbers
+        return isinstance(array, Array) and isinstance(array.dtype, np.dtype)
 
     def matmul(self, left: Array, right: Array, /) -> Array:
         if left.ndim > 2 < right.ndim and jax.default_backend() == "cpu":

@@ -11,47 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from tensormoe import LayerSpec, functional
-from tensormoe._validation import brief
 from tensormoe.errors import BackendError, ShapeError, SpecError
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.planning import Cost, Plan
 from tensormoe_torch._adapter import BACKEND, EAGER
 from tensormoe_torch._checks import Given, merged
+from tensormoe_torch._dtypes import FLOATS, checked_device, checked_dtype
 from tensormoe_torch._factors import Factors, with_lead
 from tensormoe_torch._gate import ExpertGate
 from tensormoe_torch._saving import save_module
 from tensormoe_torch._sharded import gathered, put, stored
 
-__all__ = ["Mixture", "check_init", "checked_device", "checked_dtype", "filled", "holding"]
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def checked_dtype(dtype: torch.dtype | None) -> torch.dtype:
-    """``dtype`` if a layer can be stored in it; PyTorch's default one for None.
-
-    Raises:
-        SpecError: not a floating-point type.
-    """
-    found = torch.get_default_dtype() if dtype is None else dtype
-    if not isinstance(found, torch.dtype) or found not in _FLOATS:
-        names = ", ".join(str(each) for each in _FLOATS)
-        raise SpecError(f"dtype must be one of {names}; got {brief(dtype)}.")
-    return found
-
-
-def checked_device(device: torch.device | str | None) -> torch.device | None:
-    """``device`` as PyTorch's value; None for the default one.
-
-    Raises:
-        SpecError: no device of this PyTorch's.
-    """
-    try:
-        return None if device is None else torch.device(device)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise SpecError(
-            f"device must be a torch.device or its name, such as 'cpu' or 'cuda:0'; got {device!r}."
-        ) from error
+__all__ = ["Mixture", "check_init", "filled", "holding"]
 
 
 def check_init(kind: type, library: type) -> None:
@@ -113,7 +84,7 @@ def holding(
         BackendError, CheckpointError, ShapeError: as ``functional.check_arrays``; and tensors on
             several devices.
     """
-    functional.check_arrays(config, arrays, BACKEND, _FLOATS)
+    functional.check_arrays(config, arrays, BACKEND, FLOATS)
     first, *others = arrays
     for name in others:
         if arrays[name].device != arrays[first].device:

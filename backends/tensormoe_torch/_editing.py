@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from math import isfinite
 from operator import index as as_index
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tensormoe import functional
+from tensormoe._validation import brief
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.factorizations import expert_axes, expert_carriers, has_common_part
 from tensormoe_torch._adapter import BACKEND
@@ -275,21 +277,24 @@ def _indices(mixture: Mixture, indices: Iterable[int], level: int) -> list[int]:
     experts = mixture.spec.experts
     if not _lies_in(level, len(experts)):
         raise ShapeError(
-            f"level must lie in [0, {len(experts)}), the layer's levels; got {level!r}."
+            f"level must lie in [0, {len(experts)}), the layer's levels; got {brief(level)}."
         )
     listed = [*indices]
     for place in listed:
         if not _lies_in(place, experts[level]):
             raise ShapeError(
-                f"expert index must lie in [0, {experts[level]}) at level {level}; got {place!r}."
+                f"expert index must lie in [0, {experts[level]}) at level {level}; got "
+                f"{brief(place)}."
             )
     return [as_index(place) for place in listed]
 
 
-def _lies_in(value: object, count: int) -> bool:
-    return (
-        not isinstance(value, bool) and hasattr(value, "__index__") and 0 <= as_index(value) < count
-    )
+def _lies_in(value: Any, count: int) -> bool:
+    try:
+        return not isinstance(value, bool) and 0 <= as_index(value) < count
+    except (TypeError, RuntimeError):
+        # not an integer, or a tensor whose value is not known
+        return False
 
 
 def _check_given(mixture: Mixture, weight: Tensor, bias: Tensor | None, level: int) -> None:

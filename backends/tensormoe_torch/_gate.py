@@ -9,10 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tensormoe import functional
+from tensormoe.errors import SpecError
 from tensormoe.functional import LayerConfig
 from tensormoe.gates import Across, Gate, Statistics
 from tensormoe_torch._autograd import no_autocast, route
 from tensormoe_torch._checks import check_input
+from tensormoe_torch._dtypes import checked_device, checked_dtype
 from tensormoe_torch._sharded import stored
 
 __all__ = ["ExpertGate"]
@@ -51,7 +54,10 @@ class ExpertGate(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        assert config.gate is not None
+        dtype, device = checked_dtype(dtype), checked_device(device)
+        functional.check_config(config, "MuMoE")
+        if config.gate is None:
+            raise SpecError("config must have a gate; got None for it. Give LayerConfig one.")
         self.config = config
         self.synchronized = False
         self.process_group: dist.ProcessGroup | None = None

@@ -19,8 +19,9 @@ from tensormoe.gates import Gate
 from tensormoe.planning import Budget, Cost, Plan
 from tensormoe_torch._activations import ACTIVATIONS, Act, own_activation, read_activation
 from tensormoe_torch._adapter import BACKEND, EAGER
-from tensormoe_torch._base import check_init, checked_dtype, filled, holding
+from tensormoe_torch._base import check_init, filled, holding
 from tensormoe_torch._checks import Given
+from tensormoe_torch._dtypes import checked_dtype
 from tensormoe_torch._gate import ExpertGate
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._saving import save_module

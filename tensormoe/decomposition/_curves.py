@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from tensormoe._validation import brief
 from tensormoe.backend import Array
 from tensormoe.decomposition._controls import Control, spectra
 from tensormoe.decomposition._decompose import decompose
@@ -13,7 +14,7 @@ from tensormoe.decomposition._host import source_of
 from tensormoe.decomposition._report import Decomposition, Report
 from tensormoe.decomposition._search import Search
 from tensormoe.decomposition._watch import Callback
-from tensormoe.errors import BudgetError
+from tensormoe.errors import BudgetError, SpecError
 from tensormoe.factorizations import (
     FACTORIZATIONS,
     Dense,
@@ -165,6 +166,10 @@ def error_curves(
     >>> errors == sorted(errors, reverse=True)
     True
     """
+    for given, name in ((factorizations, "factorizations"), (budgets, "budgets")):
+        left_out = given is None and name == "factorizations"
+        if not left_out and (isinstance(given, str) or not isinstance(given, Sequence)):
+            raise SpecError(f"{name} must be a list; got {brief(given)}. Put one into a list.")
     if factorizations is None:
         factorizations = [name for name in FACTORIZATIONS if name != Dense.name]
     for budget in budgets:

@@ -8,6 +8,7 @@ from math import prod
 from tensormoe._extras import missing
 from tensormoe._registry import backend_of
 from tensormoe._spec import LayerSpec
+from tensormoe._validation import instance
 from tensormoe.backend import Array, Backend
 from tensormoe.decomposition._checks import (
     checked_bias,
@@ -104,7 +105,8 @@ def decompose(
     """
     if absent := missing("decompose", ("numpy",), "numpy"):
         raise absent
-    search = search or Search()
+    search = Search() if search is None else search
+    instance(search, Search, "search", "a Search or None", SpecError)
     watch = Watch(search.seconds, callback)
     if isinstance(weights, (list, tuple)):
         raise ShapeError(

@@ -57,7 +57,7 @@ class Runs:
     watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
-        non_negative_int(self.seed, "seed")
+        object.__setattr__(self, "seed", non_negative_int(self.seed, "seed"))
 
     def run(self, kind: Factorization, search: Search | None = None) -> Found:
         """Factors, the error after every sweep, and why the search ended.

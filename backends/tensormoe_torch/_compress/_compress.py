@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tensormoe import LayerSpec
+from tensormoe._validation import flag
 from tensormoe.decomposition import Decomposition, Progress, Search, decompose
 from tensormoe.errors import RankError, SpecError
 from tensormoe.factorizations import Factorization, FactorizationLike, resolve_factorization
@@ -104,6 +105,7 @@ def compress(
     """
     if not isinstance(model, nn.Module):
         raise SpecError(f"model must be an nn.Module; got {type(model).__name__}.")
+    flag(weighted, "weighted")
     if weighted and inputs is None:
         raise SpecError("weighted compression needs inputs; got none. Pass inputs=….")
     chosen = find_experts(model, select)

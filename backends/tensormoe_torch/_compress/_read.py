@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe_torch._compress._dense import ROLES, DenseExperts, Stack
 from tensormoe_torch._compress._find import is_stacked, linears_by_role
 from tensormoe_torch._compress._recognize import own_activation, recognized
+from tensormoe_torch._dtypes import FLOATS
 from tensormoe_torch._surgery._linears import Linear, read_linear
 
 __all__ = ["read_experts"]
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_experts(module: nn.Module, name: str) -> DenseExperts:
@@ -127,7 +125,7 @@ def _check_held(held: Mapping[str, Tensor], known: set[str], name: str) -> None:
 def _check_values(parameter: Tensor, name: str) -> None:
     if parameter.device.type == "meta":
         raise SpecError(f"{name} must hold values; it is on the meta device. Load it first.")
-    if parameter.dtype not in _FLOATS:
+    if parameter.dtype not in FLOATS:
         raise SpecError(
             f"{name} must have floating-point weights; got {parameter.dtype}. Dequantize them."
         )

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tensormoe.errors import SpecError
+from tensormoe_torch._dtypes import FLOATS
 
 __all__ = ["Linear", "is_linear", "read_linear"]
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +72,7 @@ def read_linear(module: object, name: str, values: bool = True) -> Linear:
     if is_lazy(weight):
         raise SpecError(f"{name} must know its sizes; got a lazy layer. Run the model once first.")
     table = weight.detach().t() if isinstance(module, nn.Linear) else weight.detach()
-    if table.dtype not in _FLOATS:
+    if table.dtype not in FLOATS:
         raise SpecError(
             f"{name} must have floating-point weights; got {table.dtype}. Dequantize them first."
         )

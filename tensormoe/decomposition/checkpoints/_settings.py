@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tensormoe._validation import choice, non_negative_int, positive_int, positive_ints
+from tensormoe._validation import brief, choice, non_negative_int, positive_int, positive_ints
 from tensormoe.decomposition._choose import checked_tolerance
 from tensormoe.decomposition._search import checked_seconds
 from tensormoe.decomposition.checkpoints._patterns import LAYOUTS, PRESETS, Pattern
@@ -94,8 +94,9 @@ class Compression:
         if self.tolerance is not None:
             put(self, "tolerance", checked_tolerance(self.tolerance))
         patterns: Any = self.experts
-        if isinstance(patterns, str) or not all(isinstance(each, str) for each in patterns):
-            raise SpecError(f"experts must be a tuple of patterns; got {patterns!r}.")
+        listed = isinstance(patterns, tuple | list)
+        if not listed or not all(isinstance(each, str) for each in patterns):
+            raise SpecError(f"experts must be a tuple of patterns; got {brief(patterns)}.")
         put(self, "experts", tuple(Pattern(each).text for each in patterns))
         if (self.preset is None) == (not self.experts):
             raise SpecError(
