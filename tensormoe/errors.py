@@ -64,12 +64,8 @@ class BudgetError(TensormoeError, ValueError):
         needed: as given.
         given: as given.
 
-    >>> from tensormoe import select_rank
-    >>> try:
-    ...     select_rank("cp", 8, 8, 4, budget=10, gate=None)
-    ... except BudgetError as error:
-    ...     print(dict(error.needed), dict(error.given))
-    {'parameters': 21} {'parameters': 10}
+    >>> BudgetError("too little.", needed={"parameters": 21}, given={"parameters": 10}).needed
+    {'parameters': 21}
     """
 
     needed: Mapping[str, float]
