@@ -17,7 +17,11 @@ import numpy as np
 import pytest
 
 from tensormoe._checkpoint_files import PARTIAL_SUFFIX
-from tensormoe.decomposition.checkpoints import Compression, compress_checkpoint
+from tensormoe.decomposition.checkpoints import (
+    Compression,
+    CompressionProgress,
+    compress_checkpoint,
+)
 from tensormoe.errors import CheckpointError
 from tests._compress_models import PATTERN, content, experts, save_shards
 
