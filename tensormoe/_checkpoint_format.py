@@ -52,6 +52,8 @@ class CheckpointHeader:
         config: the values that rebuild the block, as JSON knows them.
         arrays: dtype and shape of each array by name.
         version: schema version of the file.
+        prefix: what stands before every name in the file, so that the arrays of several blocks
+            have different names for other programs.
 
     Raises:
         CheckpointError: a block, a config or a name that no checkpoint can have.
@@ -61,6 +63,7 @@ class CheckpointHeader:
     config: Mapping[str, Any]
     arrays: Mapping[str, ArrayInfo]
     version: int = SCHEMA_VERSION
+    prefix: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.block, str) or not self.block.isidentifier():
@@ -73,6 +76,8 @@ class CheckpointHeader:
                 "Pass what to_dict() gives."
             )
         _check_plain(dict(self.config), "config", 0)
+        if not _is_text(self.prefix):
+            raise CheckpointError(f"prefix must be valid Unicode; got {brief(self.prefix)}.")
         for name in self.arrays:
             if not _is_text(name) or name in ("", METADATA):
                 raise CheckpointError(
@@ -94,13 +99,14 @@ def encode_header(header: CheckpointHeader) -> bytes:
             "version": str(header.version),
             "block": header.block,
             "config": config,
+            **({"prefix": header.prefix} if header.prefix else {}),
         }
     }
     begin = 0
     for name in file_order(header.arrays):
         info = header.arrays[name]
         end = begin + info.nbytes
-        entries[name] = {
+        entries[header.prefix + name] = {
             "dtype": code_of(info.dtype),
             "shape": list(info.shape),
             "data_offsets": [begin, end],
@@ -144,9 +150,10 @@ def parse_header(text: bytes, data_bytes: int) -> CheckpointHeader:
         raise CheckpointError(
             f"metadata must have 'block' and 'config'; {missing[0]!r} is missing. {DAMAGED}"
         )
-    arrays = _parse_arrays(entries, data_bytes)
+    prefix = metadata.get("prefix", "")
+    arrays = _parse_arrays(entries, data_bytes, prefix)
     config = parse_json(metadata["config"].encode("utf-8", "surrogatepass"), "config")
-    return CheckpointHeader(metadata["block"], config, arrays, version)
+    return CheckpointHeader(metadata["block"], config, arrays, version, prefix)
 
 
 def _parse_version(text: str | None) -> int:
@@ -163,12 +170,17 @@ def _parse_version(text: str | None) -> int:
     return version
 
 
-def _parse_arrays(entries: Mapping[str, Any], data_bytes: int) -> dict[str, ArrayInfo]:
+def _parse_arrays(entries: Mapping[str, Any], data_bytes: int, prefix: str) -> dict[str, ArrayInfo]:
     found: dict[str, ArrayInfo] = {}
     for each in parse_placed(entries, data_bytes):
         if each.info is None:
             raise unknown_dtype(each.name, each.code)
-        found[each.name] = each.info
+        if not each.name.startswith(prefix):
+            raise CheckpointError(
+                f"names must start with the prefix {brief(prefix)}; got {brief(each.name)}. "
+                f"{DAMAGED}"
+            )
+        found[each.name.removeprefix(prefix)] = each.info
     return found
 
 

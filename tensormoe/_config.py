@@ -143,8 +143,7 @@ class BlockConfig:
     def __post_init__(self) -> None:
         if self.act_layer is not None:
             choice(self.act_layer, ACTIVATIONS, "act_layer", SpecError)
-        if not isinstance(self.gated, bool):
-            raise SpecError(f"gated must be True or False; got {self.gated!r}.")
+        flag(self.gated, "gated")
         first, second = self.first.spec, self.second.spec
         wanted = 2 * self.hidden_features if self.gated else self.hidden_features
         if first.out_features != wanted or first.experts != second.experts or self.second.gate:
@@ -309,9 +308,7 @@ def resolve_block(
         raise SpecError(
             f"factorization must be one, or one a layer; got {len(pair)}: {factorization!r}."
         )
-    if not isinstance(gated, bool):
-        raise SpecError(f"gated must be True or False; got {gated!r}.")
-    wide = 2 * positive_int(hidden, "hidden_features") if gated else hidden
+    wide = 2 * positive_int(hidden, "hidden_features") if flag(gated, "gated") else hidden
     first = resolve_config(
         in_features, wide, experts, pair[0], rank=rank, budget=budget, bias=bias, gate=gate
     )

@@ -4,14 +4,15 @@ A checkpoint is a `safetensors <https://github.com/huggingface/safetensors>`_ fi
 that reads those can read its arrays; nothing in it is ever executed. Its metadata say how to
 rebuild the block:
 
-==========  ========================================================================
+==========  ==================================================================================
 key         value
-==========  ========================================================================
+==========  ==================================================================================
 format      ``tensormoe``
 version     schema version of the file, an integer
 block       class of the block, e.g. ``MuMoE``
 config      JSON of the block's spec, gate and options
-==========  ========================================================================
+prefix      what stands before every name, in files that a model is made of; none otherwise
+==========  ==================================================================================
 
 Blocks save and load themselves with the functions below, which know neither blocks nor names.
 

@@ -13,10 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import tensormoe_torch.huggingface  # noqa: F401
 from tensormoe import functional
 from tensormoe.decomposition.checkpoints import Compression, compress_checkpoint
 from tensormoe.testing import reconstruct
-from tensormoe_torch import MuMoE
+from tensormoe_torch import FactorizedExperts, MuMoE
 from tests._compress_models import FAMILIES, content, fused, logits, save, save_family
 
 NAMES = ("tensor_ring", "cp", "tucker", "tensor_train")
@@ -34,7 +35,7 @@ def rebuilt(output: Path) -> dict[str, np.ndarray]:
             {"spec": spec, "gate": None, "indexed_input": False}
         ).spec.factorization
         factors = {
-            name.removeprefix("factors."): array.double().numpy()
+            name.rpartition("factors.")[2]: array.double().numpy()
             for name, array in load_file(path).items()
         }
         found[group["name"]] = reconstruct(kind, factors)
@@ -83,6 +84,17 @@ def test_the_loader_takes_rebuilt_experts(name: str, place: int, tmp_path: Path)
     )
     assert not any(info.values()), info
 
+    # so does what is left as factors, and saved again it is the same to the last bit
+    opened, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "factors", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert any(isinstance(each, FactorizedExperts) for each in opened.modules())
+    torch.testing.assert_close(logits(opened), logits(loaded.eval()), atol=2e-4, rtol=1e-3)
+    opened.save_pretrained(tmp_path / "again", max_shard_size="12KB")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again), logits(opened))
+
     tensors = rebuilt(tmp_path / "factors")
     originals = [fused(model, k).down_proj.detach().clone() for k in _sparse(model)]
     replace(model, tensors, transposed=name != "gpt_oss")
@@ -123,12 +135,12 @@ def test_everything_else_stays_byte_for_byte(name: str, tmp_path: Path) -> None:
     old, new = content(tmp_path / "model"), content(tmp_path / "dense")
     assert set(new) == {*old, "tensormoe.json"}
     rest = content(tmp_path / "factors")
-    index = json.loads(rest["rest/model.safetensors.index.json"])["weight_map"]
+    index = json.loads(rest["model.safetensors.index.json"])["weight_map"]
     for file in old:
         if not file.endswith(".safetensors"):
             assert new[file] == old[file]
-            if "index" not in file:
-                assert rest[f"rest/{file}"] == old[file]
+            if file not in ("config.json", "model.safetensors.index.json"):
+                assert rest[file] == old[file]
             continue
         before, dense = load_file(tmp_path / "model" / file), load_file(tmp_path / "dense" / file)
         assert list(before) == list(dense)
@@ -139,9 +151,9 @@ def test_everything_else_stays_byte_for_byte(name: str, tmp_path: Path) -> None:
             assert torch.equal(dense[key], array) != expert
             assert (key in index) != expert
         wanted_keys = [key for key in before if key in index]
-        assert (f"rest/{file}" in rest) == bool(wanted_keys)
+        assert (file in rest) == bool(wanted_keys)
         if wanted_keys:
-            kept = load_file(tmp_path / "factors" / "rest" / file)
+            kept = load_file(tmp_path / "factors" / file)
             assert list(kept) == wanted_keys
             assert all(torch.equal(kept[key], before[key]) for key in kept)
             assert {index[key] for key in kept} == {file}

@@ -139,7 +139,7 @@ def stored(output: Path, file: str | None) -> np.ndarray:
     with safe_open(output / file, "pt") as opened:
         config = functional.LayerConfig.from_dict(json.loads(opened.metadata()["config"]))
     factors = {
-        name.removeprefix("factors."): array.double().numpy()
+        name.rpartition("factors.")[2]: array.double().numpy()
         for name, array in load_file(output / file).items()
     }
     return reconstruct(config.spec.factorization, factors)

@@ -95,7 +95,7 @@ def test_names_are_stable_and_states_load() -> None:
     first, second = models
     state = first.state_dict()
     assert {key for key in state if key.startswith(NAMES[0])} == {
-        f"{NAMES[0]}.{role}.factors.{part}"
+        f"{NAMES[0]}.projections.{role}.factors.{part}"
         for role in ("gate_proj", "up_proj", "down_proj")
         for part in ("expert_0", "input", "output")
     }

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from tensormoe import CP, Gate, Hadamard, Roofline
 from tensormoe.planning import PUBLISHED_ROOFLINES, linear_cost
@@ -42,6 +49,18 @@ def vit() -> tuple[nn.Module, dict[str, Tensor]]:
         num_labels=5,
     )
     return ViTForImageClassification(config), {"pixel_values": torch.randn(3, 3, 16, 16)}
+
+
+def bert() -> tuple[nn.Module, dict[str, Tensor]]:
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        num_labels=5,
+    )
+    return BertForSequenceClassification(config), {"input_ids": torch.randint(3, 50, (3, 7))}
 
 
 def mixer() -> tuple[nn.Module, dict[str, Tensor]]:
@@ -81,6 +100,12 @@ CASES = {
         lambda name, module: name.endswith("o_proj") or name == "classifier",
         {"factorization": "tucker", "rank": 17},
         [15, 15, 3],
+    ),
+    "bert": (
+        bert,
+        ["**.intermediate.dense", "bert.encoder.layer.*.output.dense"],
+        {"rank": 17},
+        [21, 21, 21, 21],
     ),
     "mixer": (mixer, ["*.tokens", "*.channels"], {"rank": 13}, [48, 36, 48, 36]),
 }

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tensormoe._validation import choice
+from tensormoe._validation import brief, choice
 from tensormoe.errors import SpecError
 
 __all__ = ["ACTIVATIONS", "Act", "activation_name", "own_activation"]
@@ -70,6 +70,6 @@ def own_activation(name: str | None, act_layer: Act | None) -> Callable[[Array],
     if act_layer is None or activation_name(act_layer) != name:
         raise SpecError(
             f"act must be the activation of a block whose configuration names none; got "
-            f"{act_layer!r} for {name!r}."
+            f"{brief(act_layer)} for {name!r}."
         )
     return None

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tensormoe import functional
-from tensormoe._validation import flag
+from tensormoe._validation import brief, flag
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.gates import TopK
@@ -231,7 +231,7 @@ def mix_block(
     if (act is None) == (config.act_layer is None):
         raise SpecError(
             "a block has one activation, by name in its configuration or given as act=…; got "
-            f"{config.act_layer!r} and {act!r}."
+            f"{config.act_layer!r} and {brief(act)}."
         )
     function = ACTIVATIONS[config.act_layer] if config.act_layer is not None else act
     assert function is not None

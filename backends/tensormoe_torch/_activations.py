@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensormoe._validation import choice
+from tensormoe._validation import brief, choice
 from tensormoe.errors import SpecError
 from tensormoe_torch._hooks import has_hooks
 
@@ -79,7 +79,7 @@ def read_activation(act: Any, name: str = "act_layer") -> tuple[str | None, Act 
     if not callable(act) or (isinstance(act, type) and not issubclass(act, nn.Module)):
         raise SpecError(
             f"{name} must be one of {known}, or a module, a class of modules or a function of "
-            f"tensors; got {act!r}."
+            f"tensors; got {brief(act)}."
         )
     function = _made(act, name) if isinstance(act, type) else act
     if isinstance(function, nn.Module) and (
@@ -93,12 +93,13 @@ def read_activation(act: Any, name: str = "act_layer") -> tuple[str | None, Act 
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             results = function(values.clone())
     except TypeError as error:
-        raise SpecError(f"{name} must be called with one tensor; {act!r}: {error}.") from error
+        raise SpecError(f"{name} must be called with one tensor; {brief(act)}: {error}.") from error
     except Exception:
         # one that is made for other shapes or devices
         return None, act
     if not isinstance(results, Tensor):
-        raise SpecError(f"{name} must give a tensor; {act!r} gave {type(results).__name__}.")
+        kind = type(results).__name__
+        raise SpecError(f"{name} must give a tensor; {brief(act)} gave {kind}.")
     found = match(values, results)
     return (None, act) if found is None else (found, None)
 
@@ -114,13 +115,13 @@ def own_activation(
     if (name is None) == (act is None):
         raise SpecError(
             "a block has one activation, by name in its configuration or given as act=…; got "
-            f"{name!r} and {act!r}."
+            f"{name!r} and {brief(act)}."
         )
     if isinstance(act, type):
         return _made(act, "act_layer").to(device=device, dtype=dtype)
     if act is None or not isinstance(act, str):
         return act
-    raise SpecError(f"act must be a module or a function; got {act!r}.")
+    raise SpecError(f"act must be a module or a function; got {brief(act)}.")
 
 
 def _made(kind: type[nn.Module], name: str) -> nn.Module:

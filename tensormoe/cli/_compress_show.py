@@ -148,7 +148,7 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
     what = (
         "the model with rebuilt experts"
         if settings.dense
-        else "factors in experts/, all else in rest/"
+        else "experts in factors; README.md says how to open it"
     )
     console.print(f"{result.output}: {what}", soft_wrap=True)
 

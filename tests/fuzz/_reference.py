@@ -12,7 +12,7 @@ import numpy as np
 from scipy.special import erf, expit
 
 from tensormoe import Gate, TopK
-from tensormoe.functional import LayerConfig
+from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.testing import reconstruct_by_einsum, reference_output
 from tests._everywhere import Config
 
@@ -35,12 +35,27 @@ def reference(config: Config, arrays: Arrays, x: np.ndarray, made: Any, training
         return _experts(config, doubles, "", x, given)
     given = _coefficients(config.first, doubles, x, made, training)
     hidden = _experts(config.first, doubles, "first.", x, given)
-    if config.gated:
-        half = hidden.shape[-1] // 2
-        hidden = _ACTIVATIONS[config.act_layer](hidden[..., :half]) * hidden[..., half:]
-    else:
-        hidden = _ACTIVATIONS[config.act_layer](hidden)
-    return _experts(config.second, doubles, "second.", hidden, given)
+    return _experts(config.second, doubles, "second.", _activated(config, hidden), given)
+
+
+def is_at_kink(config: Config, arrays: Arrays, x: np.ndarray, made: Any) -> bool:
+    """Whether an input of ReLU is zero, as where a row has no coefficients: there, the second
+    derivative is what a library takes it for.
+    """
+    if not isinstance(config, BlockConfig) or config.act_layer != "relu":
+        return False
+    doubles = {name: np.asarray(array, "float64") for name, array in arrays.items()}
+    given = _coefficients(config.first, doubles, x, made, training=True)
+    hidden = _experts(config.first, doubles, "first.", x, given)
+    return bool(np.any(np.abs(hidden) < 1e-12))
+
+
+def _activated(config: BlockConfig, hidden: np.ndarray) -> Any:
+    act = _ACTIVATIONS[config.act_layer]
+    if not config.gated:
+        return act(hidden)
+    half = hidden.shape[-1] // 2
+    return act(hidden[..., :half]) * hidden[..., half:]
 
 
 def _experts(config: LayerConfig, arrays: Arrays, part: str, x: Any, given: list[Any]) -> Any:

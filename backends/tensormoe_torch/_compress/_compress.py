@@ -23,6 +23,7 @@ from tensormoe_torch._compress._report import (
     CompressionReport,
 )
 from tensormoe_torch._compress._samples import Batch, Samples, collect, output_error
+from tensormoe_torch._hub import mark
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._surgery._replace import at, num_parameters, swap
 from tensormoe_torch._surgery._select import Select
@@ -156,6 +157,7 @@ def compress(
         )
     for name, old in chosen.items():
         swap(model, name, old, made[id(old)])
+    mark(model)
     return CompressionReport(tuple(modules), (count, num_parameters(model)))
 
 

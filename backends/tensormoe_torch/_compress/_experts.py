@@ -12,7 +12,10 @@ from tensormoe.errors import ShapeError
 from tensormoe.gates import TopK
 from tensormoe_torch._layer import MuMoE
 
-__all__ = ["Activation", "FactorizedExperts", "gated"]
+__all__ = ["PROJECTIONS", "Activation", "FactorizedExperts", "gated"]
+
+PROJECTIONS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+"""Roles of an expert's layers: gate and up projection are one layer or two."""
 
 Activation = Callable[[Tensor], Tensor]
 """What lies between the projections: a module without parameters, or a function."""
@@ -46,13 +49,15 @@ class FactorizedExperts(nn.Module):
 
     Args:
         layers: :class:`MuMoE` layers without gates by role: ``"up_proj"``, ``"down_proj"`` and, of
-            gated experts, ``"gate_proj"``.
-        act: the activation: a module without parameters, or a function.
+            gated experts, ``"gate_proj"``; or ``"gate_up_proj"``, which makes both at once, and
+            ``"down_proj"``.
+        act: the activation: a module without parameters, or a function; behind ``"gate_up_proj"``
+            the function of both, (..., 2 · hidden) → (..., hidden).
+        biases: (experts, out) by role, added to a projection's outputs, for layers without a bias
+            of their own.
 
     Attributes:
-        gate_proj: the layer (in → hidden) whose outputs the activation takes; None without one.
-        up_proj: the layer (in → hidden) whose outputs are gated.
-        down_proj: the layer (hidden → out).
+        projections: the layers by role; their parameters are ``projections.<role>.factors.<name>``.
         act_fn: the activation.
         num_experts: N.
 
@@ -66,17 +71,47 @@ class FactorizedExperts(nn.Module):
     (torch.Size([3, 6]), torch.Size([5, 6]))
     """
 
-    gate_proj: MuMoE | None
-    up_proj: MuMoE
-    down_proj: MuMoE
-
-    def __init__(self, layers: Mapping[str, MuMoE], act: Activation) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, MuMoE],
+        act: Activation,
+        biases: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.gate_proj = layers.get("gate_proj")
-        self.up_proj = layers["up_proj"]
-        self.down_proj = layers["down_proj"]
+        # in a folder of their own: whatever transformers finds at `experts.down_proj`, it splits
+        # and renames as if it were a stack of matrices when it saves a model
+        self.projections = nn.ModuleDict(
+            {role: layers[role] for role in PROJECTIONS if role in layers}
+        )
+        for role, bias in (biases or {}).items():
+            self.register_parameter(f"{role}_bias", nn.Parameter(bias))
         self.act_fn = act
-        self.num_experts: int = self.up_proj.spec.experts[0]
+        self.num_experts: int = layers["down_proj"].spec.experts[0]
+
+    @property
+    def gate_proj(self) -> MuMoE | None:
+        """The layer (in → hidden) whose outputs the activation takes; None without one."""
+        return self._layer("gate_proj")
+
+    @property
+    def up_proj(self) -> MuMoE | None:
+        """The layer (in → hidden) whose outputs are gated; None where one makes both."""
+        return self._layer("up_proj")
+
+    @property
+    def gate_up_proj(self) -> MuMoE | None:
+        """The layer (in → 2 · hidden) that makes gates and what they gate; None where two do."""
+        return self._layer("gate_up_proj")
+
+    @property
+    def down_proj(self) -> MuMoE:
+        """The layer (hidden → out)."""
+        layer: MuMoE = self.projections["down_proj"]  # type: ignore[assignment]
+        return layer
+
+    def _layer(self, role: str) -> MuMoE | None:
+        found: MuMoE | None = dict(self.projections.items()).get(role)  # type: ignore[assignment]
+        return found
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The experts' outputs, weighted by the router.
@@ -115,13 +150,17 @@ class FactorizedExperts(nn.Module):
             (..., out).
         """
         only = index.unsqueeze(-1)
-        chosen = TopK(only, torch.ones_like(only, dtype=self.up_proj.dtype))
+        chosen = TopK(only, torch.ones_like(only, dtype=self.down_proj.dtype))
 
         def project(role: str, rows: Tensor) -> Tensor:
-            found: Tensor = getattr(self, role)(rows, chosen)
-            return found
+            found: Tensor = self.projections[role](rows, chosen)
+            bias: Tensor | None = self._parameters.get(f"{role}_bias")
+            return found if bias is None else found + bias[index]
 
-        hidden = gated(project, self.act_fn, self.gate_proj is not None, x)
+        if "gate_up_proj" in self.projections:
+            hidden = self.act_fn(project("gate_up_proj", x))
+        else:
+            hidden = gated(project, self.act_fn, "gate_proj" in self.projections, x)
         return project("down_proj", hidden)
 
     def __len__(self) -> int:

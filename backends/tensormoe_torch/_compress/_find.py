@@ -7,17 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from tensormoe._model_config import PROJECTION_NAMES
 from tensormoe.errors import SpecError
 from tensormoe_torch._surgery._linears import is_linear
 from tensormoe_torch._surgery._select import Select, nearby, select_modules
 
 __all__ = ["find_experts", "is_stacked", "linears_by_role"]
-
-_NAMES = {
-    "gate_proj": ("gate_proj", "w1", "gate", "linear_gate"),
-    "up_proj": ("up_proj", "w3", "up", "linear_up"),
-    "down_proj": ("down_proj", "w2", "down", "linear_down"),
-}
 
 
 def is_stacked(module: nn.Module) -> bool:
@@ -34,7 +29,10 @@ def linears_by_role(expert: nn.Module) -> dict[str, nn.Module]:
     """
     children = {name: each for name, each in expert.named_children() if is_linear(each)}
     found = {
-        role: children[name] for role, names in _NAMES.items() for name in names if name in children
+        role: children[name]
+        for role, names in PROJECTION_NAMES.items()
+        for name in names
+        if name in children
     }
     complete = {"up_proj", "down_proj"} <= found.keys() and len(found) == len(children)
     return found if complete else {}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensormoe._validation import brief
 from tensormoe.errors import SpecError
 from tensormoe_torch._activations import ACTIVATIONS, match, own_activation, read_activation
 from tensormoe_torch._surgery._linears import Linear, is_linear, read_linear
@@ -87,7 +88,7 @@ def read_block(block: Any, name: str, values: bool = True) -> Block:
     else:
         raise SpecError(
             f"{name} must be a module with two linear layers (three if it is gated), or the tuple "
-            f"(fc1, act, fc2) or (gate, act, up, down); got {block!r}."
+            f"(fc1, act, fc2) or (gate, act, up, down); got {brief(block)}."
         )
     _check_fit(found, name)
     return found
@@ -97,7 +98,7 @@ def _read_parts(parts: tuple[Any, ...], name: str, values: bool) -> Block:
     if len(parts) not in (3, 4):
         raise SpecError(
             f"{name} must have three parts, (fc1, act, fc2), or four, (gate, act, up, down); got "
-            f"{len(parts)}: {parts!r}."
+            f"{len(parts)}: {brief(parts)}."
         )
     titles = ("fc1", "fc2") if len(parts) == 3 else ("gate", "up", "down")
     first, *up, second = (

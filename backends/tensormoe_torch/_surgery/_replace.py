@@ -16,6 +16,7 @@ from tensormoe.functional import BlockConfig, Fit, LayerConfig, checked_noise
 from tensormoe.gates import Gate
 from tensormoe.planning import PUBLISHED_ROOFLINES, Budget, Cost, Roofline, linear_cost
 from tensormoe_torch._hooks import move_hooks
+from tensormoe_torch._hub import mark
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._surgery._block import Block, read_block
@@ -145,6 +146,7 @@ def replace(
         leave_fused_paths(model, chosen)
         if example is not None:
             try_out(model, example)
+    mark(model)
     return Surgery(tuple(replacements), (count, num_parameters(model)), device, bool(training))
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from tensormoe._validation import brief
 from tensormoe.errors import SpecError
 
 __all__ = ["Select", "nearby", "select_modules"]
@@ -67,16 +68,21 @@ def _chosen(named: Mapping[str, nn.Module], select: Any) -> dict[str, nn.Module]
         for place, pattern in enumerate(select):
             if not isinstance(pattern, str):
                 raise SpecError(
-                    f"patterns of select must be strings; got {pattern!r} at place {place}."
+                    f"patterns of select must be strings; got {brief(pattern)} at place {place}."
                 )
         return _matching(named, list(select))
     elif callable(select) and not isinstance(select, (type, nn.Module)):
-        found = {name: module for name, module in named.items() if select(name, module)}
+        try:
+            found = {name: module for name, module in named.items() if select(name, module)}
+        except TypeError as error:
+            raise SpecError(
+                f"select must be called with a name and a module; {brief(select)}: {error}."
+            ) from error
         what = "for which select is true"
     else:
         raise SpecError(
             "select must be a pattern on names, patterns, a class of modules, or a function of "
-            f"name and module; got {select!r}. Write '**.mlp', for instance."
+            f"name and module; got {brief(select)}. Write '**.mlp', for instance."
         )
     if not found:
         kinds = sorted({type(module).__name__ for name, module in named.items() if name})

@@ -92,7 +92,7 @@ def _explain(failed: _NotRun, model: nn.Module, names: Sequence[str]) -> str:
             inside = inside or name
         elif summary.name not in ("_call_impl", "_wrapped_call_impl"):
             where = f"in {name!r} " if name else "in the model "
-            where += f"({type(module).__name__}.{summary.name}), at `{summary.line}`"
+            where += f"({type(module).__name__}.{summary.name}), at `{(summary.line or '')[:100]}`"
     read = getattr(error, "obj", None)
     wanted = ""
     if isinstance(error, AttributeError) and id(read) in inner:
@@ -103,6 +103,7 @@ def _explain(failed: _NotRun, model: nn.Module, names: Sequence[str]) -> str:
         blame += f" The new layer at {inside!r} was running."
     return (
         f"the model must run the example with the new layers in place of {listed}; "
-        f"{type(error).__name__}: {error}.{blame} Everything was taken back. Leave such modules "
-        "out of the selection, or select the whole block that reads them, if it is an MLP."
+        f"{type(error).__name__}: {str(error).rstrip('.')}.{blame} Everything was taken back. "
+        "Leave such modules out of the selection, or select the whole block that reads them, if it "
+        "is an MLP."
     )

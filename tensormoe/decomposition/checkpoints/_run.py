@@ -11,11 +11,20 @@ from typing import Any, TypeAlias
 
 from tensormoe import __version__
 from tensormoe._checkpoint_files import checkpoint_path, write_whole
+from tensormoe.checkpoint import peek_checkpoint
 from tensormoe.decomposition._controls import Control
 from tensormoe.decomposition._decompose import decompose
 from tensormoe.decomposition._gauge import robust
 from tensormoe.decomposition._search import Search
 from tensormoe.decomposition._watch import Callback, Progress
+from tensormoe.decomposition.checkpoints._folder import (
+    CONFIG,
+    README,
+    config_bytes,
+    place_of,
+    readme,
+    whole_model,
+)
 from tensormoe.decomposition.checkpoints._measure import GroupReport, stored_errors
 from tensormoe.decomposition.checkpoints._plan import (
     CompressionPlan,
@@ -24,9 +33,12 @@ from tensormoe.decomposition.checkpoints._plan import (
 )
 from tensormoe.decomposition.checkpoints._resume import Work, open_work
 from tensormoe.decomposition.checkpoints._settings import Compression
+from tensormoe.decomposition.checkpoints._shards import INDEX_SUFFIX
 from tensormoe.decomposition.checkpoints._values import read_stack, rounded, working_dtype
 from tensormoe.decomposition.checkpoints._write import (
     Rebuilt,
+    copy_index,
+    kept_name,
     side_files,
     write_dense,
     write_factors,
@@ -37,7 +49,7 @@ from tensormoe.errors import CheckpointError, PlanError, TensormoeError
 
 __all__ = ["CompressionCallback", "CompressionProgress", "CompressionResult", "compress_checkpoint"]
 
-EXPERTS, REST = "experts", "rest"
+EXPERTS = "experts"
 
 
 @dataclass(frozen=True)
@@ -103,9 +115,11 @@ def compress_checkpoint(
     Args:
         model: a ``.safetensors`` file, an index, or a folder with one of either kind.
         output: a folder that does not exist yet, or is empty. By default it gets ``experts/``, one
-            checkpoint for each group that every framework's ``MuMoE.load`` opens, ``rest/``, the
-            model without its experts, byte for byte, and ``tensormoe.json``, which says what came
-            from where. With ``dense`` it gets the files of the model, with rebuilt experts.
+            checkpoint for each group that every framework's ``MuMoE.load`` opens; the model without
+            its experts, byte for byte; an index and a ``config.json`` with which
+            ``from_pretrained`` opens all of it after ``import tensormoe_torch.huggingface``;
+            ``README.md``, and ``tensormoe.json``, which says what came from where. With ``dense``
+            it gets the files of the model, with rebuilt experts.
         settings: what is wanted.
         max_memory: bytes that the process may take, the interpreter included.
         callback: called with a :class:`CompressionProgress` whenever there is some; True after a
@@ -237,7 +251,8 @@ def _compress(
         best = robust(config.spec.network, best)
     factors = {f"factors.{name}": rounded(array, stored) for name, array in best.items()}
     error, errors = stored_errors(stack, config, factors, group.dtype, settings.dense)
-    write_factors(path, config, factors, stored)
+    place = None if settings.dense else place_of(group)
+    write_factors(path, config, factors, stored, "" if place is None else place.prefix)
     return GroupReport(
         group.name,
         None if settings.dense else f"{EXPERTS}/{os.path.basename(path)}",
@@ -259,7 +274,6 @@ def _compress(
 def _write(plan: CompressionPlan, work: Work, files: Mapping[str, str], tell: _Teller) -> None:
     """Every shard that is not there yet, and what belongs to the model besides."""
     model, dense = plan.model, plan.settings.dense
-    where = () if dense else (REST,)
     dropped = frozenset() if dense else plan.expert_keys
     groups = {
         key: (work.path(EXPERTS, files[each.group.name]), each.group)
@@ -272,7 +286,7 @@ def _write(plan: CompressionPlan, work: Work, files: Mapping[str, str], tell: _T
     done = 0
     for shard in model.shards:
         sizes = [k.end - k.begin for key, k in shard.entries.items() if key not in dropped]
-        path = work.path(*where, shard.name)
+        path = work.path(shard.name if dense else kept_name(shard.name))
         start = done
 
         def report(count: int, name: str = shard.name) -> None:
@@ -289,11 +303,42 @@ def _write(plan: CompressionPlan, work: Work, files: Mapping[str, str], tell: _T
                 write_rest(shard, dropped, path, report)
         done = start + sum(sizes)
     tell("files", "", total, total)
-    if model.index is not None:
-        write_index(model, dropped, work.path(*where, model.index))
+    if not dense:
+        _describe(plan, work, files)
+    elif model.index is not None:
+        copy_index(model, work.path(model.index))
     for name in side_files(model):
         assert model.folder is not None
-        _copy(os.path.join(model.folder, name), work.path(*where, name))
+        if dense or name not in (CONFIG, README):
+            _copy(os.path.join(model.folder, name), work.path(name))
+
+
+def _describe(plan: CompressionPlan, work: Work, files: Mapping[str, str]) -> None:
+    """What loaders and readers must know of a model in factors: index, config, README."""
+    model = plan.model
+    headers = {
+        f"{EXPERTS}/{files[each.group.name]}": peek_checkpoint(
+            work.path(EXPERTS, files[each.group.name])
+        )
+        for each in plan.groups
+    }
+    configs = [
+        (each.group, header.config)
+        for each, header in zip(plan.groups, headers.values(), strict=True)
+    ]
+    whole = whole_model(model, configs, plan.expert_keys)
+    added = {} if whole.config is None else headers
+    index = model.index or f"model{INDEX_SUFFIX}"
+    write_index(model, plan.expert_keys, added, work.path(index))
+    if whole.config is not None:
+        write_whole(work.path(CONFIG), (config_bytes(whole.config),))
+    before = plan.dense_entries
+    after = sum(work.done[each.group.name]["parameters"] for each in plan.groups)
+    summary = (
+        f"Its experts are stored as factors ({plan.settings.factorization}): {after:,} parameters "
+        f"in place of {before:,}."
+    )
+    write_whole(work.path(README), (readme(model, whole, summary).encode(),))
 
 
 def _copy(source: str, target: str) -> None:

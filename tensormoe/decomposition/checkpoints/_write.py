@@ -26,7 +26,16 @@ from tensormoe.decomposition.checkpoints._shards import (
 from tensormoe.decomposition.checkpoints._values import pieces
 from tensormoe.functional import expert_weight
 
-__all__ = ["Rebuilt", "side_files", "write_dense", "write_factors", "write_index", "write_rest"]
+__all__ = [
+    "Rebuilt",
+    "copy_index",
+    "kept_name",
+    "side_files",
+    "write_dense",
+    "write_factors",
+    "write_index",
+    "write_rest",
+]
 
 # weights in other formats, which would hold the experts a second time
 _OTHER_WEIGHTS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth")
@@ -34,7 +43,9 @@ _OTHER_WEIGHTS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", "
 Report = Callable[[int], None]
 
 
-def write_factors(path: str, config: LayerConfig, factors: Mapping[str, Any], dtype: str) -> None:
+def write_factors(
+    path: str, config: LayerConfig, factors: Mapping[str, Any], dtype: str, prefix: str
+) -> None:
     """A checkpoint of a layer, as every framework's layer loads it.
 
     Args:
@@ -42,9 +53,10 @@ def write_factors(path: str, config: LayerConfig, factors: Mapping[str, Any], dt
         config: of the layer.
         factors: NumPy arrays by canonical name, in the working dtype.
         dtype: that they are stored in.
+        prefix: of their names in a model.
     """
     infos = {name: ArrayInfo(dtype, array.shape) for name, array in factors.items()}
-    head = encode_header(CheckpointHeader("MuMoE", config.to_dict(), infos))
+    head = encode_header(CheckpointHeader("MuMoE", config.to_dict(), infos, prefix=prefix))
 
     def parts() -> Iterator[bytes]:
         yield head
@@ -140,19 +152,40 @@ def write_dense(shard: Shard, rebuilt: Rebuilt, path: str, report: Report) -> No
     write_whole(path, parts())
 
 
-def write_index(model: Model, dropped: Collection[str], path: str) -> None:
-    """The model's index, without some keys."""
+def copy_index(model: Model, path: str) -> None:
+    """The model's index, as it is."""
     assert model.folder is not None
     assert model.index is not None
     with open_regular(os.path.join(model.folder, model.index)) as (file, _):
-        text = file.read()
-    if dropped:
-        index = json.loads(text)
-        places = {key: name for key, name in index["weight_map"].items() if key not in dropped}
-        kept = [model.places[key][1] for key in places]
-        metadata = {"total_size": sum(each.end - each.begin for each in kept)}
-        text = json.dumps({"metadata": metadata, "weight_map": places}, indent=2).encode() + b"\n"
-    write_whole(path, (text,))
+        write_whole(path, (file.read(),))
+
+
+def write_index(
+    model: Model, dropped: Collection[str], added: Mapping[str, CheckpointHeader], path: str
+) -> None:
+    """An index of the tensors that are kept, and of those of new files.
+
+    Args:
+        model: as it was.
+        dropped: keys that are not kept.
+        added: headers of the new files, by their path from the index.
+        path: of the index.
+    """
+    places = {
+        key: kept_name(shard.name) for key, (shard, _) in model.places.items() if key not in dropped
+    }
+    kept = [model.places[key][1] for key in places]
+    size = sum(each.end - each.begin for each in kept)
+    for name, header in added.items():
+        places |= {header.prefix + key: name for key in header.arrays}
+        size += sum(each.nbytes for each in header.arrays.values())
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    write_whole(path, (json.dumps(index, indent=2).encode() + b"\n",))
+
+
+def kept_name(name: str) -> str:
+    """The name of a shard without experts; loaders take ``model.safetensors`` for all there is."""
+    return f"model-rest{WEIGHTS_SUFFIX}" if name == f"model{WEIGHTS_SUFFIX}" else name
 
 
 def side_files(model: Model) -> list[str]:

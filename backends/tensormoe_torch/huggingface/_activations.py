@@ -1,0 +1,115 @@
+"""Activations by name, so that a file can say which one a layer has, and nothing of it is code."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from tensormoe.errors import SpecError
+from tensormoe_torch._activations import ACTIVATIONS
+from tensormoe_torch._compress._experts import Activation
+from tensormoe_torch._compress._recognize import own_activation
+
+__all__ = ["Own", "act_of", "activation_of", "name_of", "takes_routing"]
+
+
+class Own(nn.Module):
+    """What experts of transformers do between projections: (..., 2 · hidden) → (..., hidden).
+
+    Args:
+        experts: as transformers makes them; their weights are not kept.
+    """
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        apply: Any = getattr(experts, "_apply_gate", None)
+        if apply is None:
+            raise SpecError(
+                f"experts whose gate and up projection are one must say how they are gated; "
+                f"{type(experts).__name__} does not."
+            )
+        for name in [*experts._parameters]:
+            experts.register_parameter(name, None)
+        # no part of the model: it would be given initial values
+        self._experts = (experts,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate what is gated."""
+        found: Tensor = self._experts[0]._apply_gate(x)  # type: ignore[operator]
+        return found
+
+
+def name_of(act: Activation) -> str | None:
+    """The name of an activation; None for the one that experts of transformers have of their own.
+
+    Raises:
+        SpecError: it has no name.
+    """
+    if isinstance(act, Own):
+        return None
+    for name, function in ACTIVATIONS.items():
+        if act is function:
+            return name
+    if isinstance(act, nn.Module) and not [*act.parameters(), *act.buffers()]:
+        values = torch.cat([torch.linspace(-8.0, 8.0, 257), torch.tensor([-512.0, 512.0])])
+        for name, kind in dict.items(ACT2FN):
+            if type(act) is (kind[0] if isinstance(kind, tuple) else kind) and torch.equal(
+                act(values), ACT2FN[name](values)
+            ):
+                return str(name)
+    raise SpecError(
+        "the activation must be one of those of tensormoe_torch.MuMoEMLP or of "
+        f"transformers.activations.ACT2FN to be saved by name; got {act!r:.80}. Save the model's "
+        "state_dict() instead."
+    )
+
+
+def activation_of(name: object, old: nn.Module, fused: bool) -> Activation:
+    """The activation of experts.
+
+    Args:
+        name: its name; None for the one of the experts that are replaced.
+        old: those experts, as transformers makes them.
+        fused: whether gate and up projection are one.
+
+    Raises:
+        SpecError: an unknown name, or experts without an activation that can be found.
+    """
+    if fused:
+        if name is not None:
+            raise SpecError(
+                "experts whose gate and up projection are one are gated as their model does it; "
+                f"act must be null; got {name!r:.80}."
+            )
+        return Own(old)
+    if name is None:
+        first = next(old.children(), old) if isinstance(old, nn.ModuleList) else old
+        found = own_activation(first)
+        if found is None:
+            raise SpecError(f"{type(first).__name__} must have an activation; it shows none.")
+        return found
+    return act_of(name)
+
+
+def act_of(name: object) -> Activation:
+    """The activation of a name that :func:`name_of` gives.
+
+    Raises:
+        SpecError: an unknown name, or one of an activation with parameters.
+    """
+    if isinstance(name, str) and name in ACTIVATIONS:
+        return ACTIVATIONS[name]
+    if isinstance(name, str) and name in dict.keys(ACT2FN):
+        act: nn.Module = ACT2FN[name]
+        if not [*act.parameters()]:
+            return act
+    raise SpecError(f"act must be the name of an activation; got {name!r:.80}.")
+
+
+def takes_routing(module: nn.Module) -> bool:
+    """Whether experts are called together, with tokens, indices and weights."""
+    return len(inspect.signature(type(module).forward).parameters) == 4

@@ -1,0 +1,112 @@
+"""What transformers calls when it loads a model with factorized layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from tensormoe._model_config import METHOD
+from tensormoe.errors import BackendError, CheckpointError, SpecError
+from tensormoe_torch.huggingface._build import install
+from tensormoe_torch.huggingface._config import TensormoeConfig
+
+__all__ = ["TensormoeQuantizer"]
+
+
+@register_quantizer(METHOD)
+class TensormoeQuantizer(HfQuantizer):
+    """Puts factorized layers into a model before its weights are loaded.
+
+    transformers makes one for every folder whose ``config.json`` names the method. A loaded model
+    is a plain one afterwards: it trains, changes its dtype and is saved like any other.
+    """
+
+    quantization_config: TensormoeConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to factorize while loading.
+
+        Raises:
+            SpecError: the model on disk is dense.
+        """
+        if not self.pre_quantized:
+            raise SpecError(
+                "a dense model can't be factorized while it is loaded. Load it without "
+                "quantization_config, and call tensormoe_torch.compress or replace."
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        made = install(model, self.quantization_config.modules, checkpoint_files)
+        self._shapes = {
+            id(module): {key: array.shape for key, array in module.state_dict().items()}
+            for module in made
+        }
+        return model
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        _check_loaded(model, self._shapes)
+        # nothing of this method is needed any more: factors are weights like others, and what
+        # transformers keeps quantized models from (casts, training, given state_dicts) is fine
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
+                del module.config._is_quantized
+        del model.hf_quantizer, model.quantization_method
+        model.is_quantized = False
+        model.config.quantization_config = TensormoeConfig.of(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Whether such models can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether such models can be trained."""
+        return True
+
+
+def _check_loaded(model: nn.Module, shapes: Mapping[int, Mapping[str, torch.Size]]) -> None:
+    """Refuse layers whose weights were in no file: transformers leaves them as memory was.
+
+    Args:
+        model: that was loaded.
+        shapes: of the weights of each layer, by its identity.
+
+    Raises:
+        CheckpointError: there are some.
+        BackendError: weights that accelerate would fetch for modules of its own choice.
+    """
+    arrays = [
+        (f"{name}.{key}", array, shapes[id(module)].get(key))
+        for name, module in model.named_modules()
+        if id(module) in shapes
+        for key, array in module.state_dict(keep_vars=True).items()
+    ]
+    offloaded = [name for name, array, _ in arrays if array.device.type == "meta"]
+    if offloaded:
+        raise BackendError(
+            f"factorized layers can't be offloaded; {offloaded[0]!r} and {len(offloaded) - 1} more "
+            "are. Give a device_map that keeps them on a device."
+        )
+    # there are releases that take any shape from a quantized model's files
+    missing = [
+        name
+        for name, array, shape in arrays
+        if array.shape != shape or not getattr(array, "_is_hf_initialized", False)
+    ]
+    if missing:
+        raise CheckpointError(
+            f"the files must hold every weight of the factorized layers; {missing[0]!r} and "
+            f"{len(missing) - 1} more are missing, or of other shapes. The folder is damaged or "
+            "incomplete: copy it anew."
+        )

@@ -1,0 +1,39 @@
+"""How the ``config.json`` of a model describes layers in factors, whoever writes or reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+__all__ = ["IMPORT", "METHOD", "PROJECTION_NAMES", "SCHEMA_VERSION", "model_config"]
+
+METHOD = "tensormoe"
+"""Value of ``quant_method``."""
+SCHEMA_VERSION = 1
+IMPORT = "tensormoe_torch.huggingface"
+"""The module that has to be imported before such a model is loaded."""
+
+PROJECTION_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "gate_proj": ("gate_proj", "w1", "gate", "linear_gate"),
+        "up_proj": ("up_proj", "w3", "up", "linear_up"),
+        "down_proj": ("down_proj", "w2", "down", "linear_down"),
+    }
+)
+"""How models name the projections of an expert, by role."""
+
+
+def model_config(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The value of ``quantization_config``.
+
+    Args:
+        modules: for each layer by its name in the model its kind and configuration, as plain
+            values.
+    """
+    return {
+        "quant_method": METHOD,
+        "version": SCHEMA_VERSION,
+        "import": IMPORT,
+        "modules": {name: dict(values) for name, values in modules.items()},
+    }
