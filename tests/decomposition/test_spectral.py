@@ -157,10 +157,10 @@ def test_float32_gets_as_far_as_float64(rng: np.random.Generator) -> None:
 
 
 def test_a_core_has_no_fewer_directions_than_a_bond(rng: np.random.Generator) -> None:
-    weights = decaying(rng, (4, 96, 384), 0.35).astype("float32")
+    weights = decaying(rng, (4, 192, 1152), 0.35).astype("float32")
     source = Source(weights, backend_of(weights))
-    for kind, least in ((Tucker((4, 60, 60)), (60, 60)), (TensorTrain((3, 60)), (96, 60))):
-        structure = structure_of(LayerSpec(96, 384, 4, kind, bias=False))
+    for kind, least in ((Tucker((4, 120, 120)), (120, 120)), (TensorTrain((3, 120)), (192, 120))):
+        structure = structure_of(LayerSpec(192, 1152, 4, kind, bias=False))
         core = _fit.compress(structure, source, source.squared_norm(), rng)
         assert all(a >= b for a, b in zip(core.source.shape[1:], least, strict=True))
 
