@@ -63,7 +63,11 @@ def start(structure: Structure, source: Source, place: int, rng: Any) -> Factors
         if found is not None:
             return fixed | found
     # in the tensor's scale after the first sweep
-    drawn = {f.name: rng.standard_normal(structure.shape(f)) for f in structure.wanted}
+    dtype = to_host(source.like, source.backend).dtype
+    drawn = {
+        factor.name: rng.standard_normal(structure.shape(factor)).astype(dtype, copy=False)
+        for factor in structure.wanted
+    }
     if not place % 2:
         drawn = _around(drawn, structure, source, rng)
     return fixed | {k: from_host(v, source.like, source.backend) for k, v in drawn.items()}
@@ -96,7 +100,7 @@ def _around(
     for factor in structure.wanted:
         center: Any = 1.0
         if modes[factor.name]:
-            array = to_host(found[factor.name], source.backend).astype("float64")
+            array = to_host(found[factor.name], source.backend)
             size = float(np.sqrt(np.mean(array**2)))
             shape = [n if x in modes[factor.name] else 1 for x, n in _sized(factor, structure)]
             center = array.reshape(shape) / (size or 1.0)

@@ -110,6 +110,14 @@ def test_a_search_that_does_not_follow_its_claims_is_stalled(
     assert found.ended == "converged"
 
 
+def test_after_a_surprise_what_is_sure_goes_on_with_care(monkeypatch: pytest.MonkeyPatch) -> None:
+    lies = [(0.6 - 0.1 * turn, 2.0) for turn in range(5)]
+    found, problem = search(monkeypatch, [0.9, 0.85, 0.8, 0.7, 0.65, *lies, 0.6, 0.5])
+    # five sweeps that are true, five that are not, and then from the fifth
+    assert problem.seen[10] == (0.65, pytest.approx(1e-4))
+    assert found.errors == (0.9, 0.85, 0.8, 0.7, 0.65, 0.6, 0.5)
+
+
 def test_the_last_factors_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = search(monkeypatch, [0.9, (0.8, 0.95)])
     assert found.factors == {"a": 0.95}

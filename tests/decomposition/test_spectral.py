@@ -157,12 +157,34 @@ def test_float32_gets_as_far_as_float64(rng: np.random.Generator) -> None:
 
 
 def test_a_core_has_no_fewer_directions_than_a_bond(rng: np.random.Generator) -> None:
-    weights = decaying(rng, (4, 96, 384), 0.35).astype("float32")
+    weights = decaying(rng, (4, 192, 1152), 0.35).astype("float32")
     source = Source(weights, backend_of(weights))
-    for kind, least in ((Tucker((4, 60, 60)), (60, 60)), (TensorTrain((3, 60)), (96, 60))):
-        structure = structure_of(LayerSpec(96, 384, 4, kind, bias=False))
+    for kind, least in ((Tucker((4, 120, 120)), (120, 120)), (TensorTrain((3, 120)), (192, 120))):
+        structure = structure_of(LayerSpec(192, 1152, 4, kind, bias=False))
         core = _fit.compress(structure, source, source.squared_norm(), rng)
         assert all(a >= b for a, b in zip(core.source.shape[1:], least, strict=True))
+
+
+@pytest.mark.parametrize("kind", [CP(6), Tucker((3, 8, 8))], ids=str)
+def test_errors_on_a_core_are_those_of_the_tensor(
+    kind: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the core lacks is counted; sweeps on the tensor that end above it are not kept."""
+    known = []
+    real = _fit.advance
+
+    def seen(*given: Any, **options: Any) -> Any:
+        known.append(given)
+        return real(*given, **options)
+
+    monkeypatch.setattr(_fit, "advance", seen)
+    weights = decaying(rng, (4, 60, 80), 0.35)
+    few = decompose(weights, kind, search=Search(polish=0, starts=1), compare=False).report
+    assert few.history[-1] == pytest.approx(few.error, rel=1e-6)
+    report = decompose(weights, kind, search=Search(polish=1, starts=1), compare=False).report
+    *_, bound = known[-1]
+    assert bound == pytest.approx(few.error, rel=2e-3)
+    assert bound > few.error > report.error
 
 
 def test_one_start_is_enough_for_the_best_there_is(

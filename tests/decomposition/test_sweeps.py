@@ -182,3 +182,21 @@ def test_components_that_are_rounding_are_not_followed() -> None:
     gram = np.diag(sizes**2 + np.float32(1e-38))
     step = inverse(gram) @ (sizes * 1e-7)
     assert abs(step[1]) < 1.0
+
+
+def test_elimination_that_ends_at_a_zero_is_tried_with_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The ridge doubles until there is an inverse."""
+    added, real = [], np.linalg.inv
+
+    def failing(matrix: Any) -> Any:
+        added.append(float(matrix[0, 0]) - 1.0)
+        if len(added) < 4:
+            raise np.linalg.LinAlgError
+        return real(matrix)
+
+    monkeypatch.setattr(np.linalg, "inv", failing)
+    found = inverse(np.eye(3), 1e-3)
+    assert added == pytest.approx([1e-3, 2e-3, 4e-3, 8e-3])
+    np.testing.assert_allclose(found, np.eye(3) / (1.0 + added[-1]))
