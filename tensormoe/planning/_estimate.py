@@ -17,14 +17,14 @@ from tensormoe.factorizations import BATCH, OUTPUT, Leg
 from tensormoe.gates import Gate
 from tensormoe.planning._budget import Budget
 from tensormoe.planning._cost import Cost, StepCost, live_memory, program_cost
-from tensormoe.planning._draft import DENSE, WRITE_WEIGHT, Draft
+from tensormoe.planning._draft import DENSE, Draft
 from tensormoe.planning._family import INNER, Choice, Family, largest
 from tensormoe.planning._layer_cost import layer_cost
+from tensormoe.planning._path import WRITE_WEIGHT, tree_cost
 from tensormoe.planning._polynomial import Polynomial, evaluate, undominated
 from tensormoe.planning._program import Program
 from tensormoe.planning._regimes import Trees, best_candidate, build_program
 from tensormoe.planning._roofline import Roofline
-from tensormoe.planning._tree import tree_cost
 
 __all__ = ["Estimator", "Slice"]
 
