@@ -119,6 +119,8 @@ class Mixture(nn.Module):
         dtype, device = checked_dtype(dtype), checked_device(device)
         config.spec.initializers(init)  # an unknown scheme fails before anything is allocated
         self.config = config
+        # no compiler has to follow the planner
+        config.plan_ahead()
         self.init = init
         self.factors = Factors(
             config,

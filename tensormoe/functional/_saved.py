@@ -67,7 +67,7 @@ def check_arrays(
     backend: Backend,
     dtypes: Collection[object],
 ) -> None:
-    """Refuse arrays that do not make a layer or a block.
+    """Refuse arrays that do not make a layer or a block; plan for those that do.
 
     Args:
         config: the layer or block.
@@ -95,3 +95,4 @@ def check_arrays(
                 f"parameters must have one dtype of {', '.join(map(str, dtypes))}; got {found} "
                 f"for {name!r} and {dtype} for the first. Cast them."
             )
+    config.plan_ahead()
