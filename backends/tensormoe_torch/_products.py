@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["product"]
+__all__ = ["copies_transposed", "product"]
 
 # below, starting oneDNN costs more than it saves
 _LEAST_ROWS = 8
@@ -33,6 +33,12 @@ def _linear() -> Callable[..., Tensor] | None:
 
 
 _LINEAR = _linear()
+
+
+def copies_transposed(dtype: torch.dtype) -> bool:
+    """Whether a transposed first operand of a large product is copied: oneDNN wants it by rows."""
+    enabled: bool = torch.backends.mkldnn.enabled  # type: ignore[assignment]
+    return _LINEAR is not None and dtype is torch.float32 and enabled
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

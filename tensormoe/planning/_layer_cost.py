@@ -101,6 +101,7 @@ def layer_cost(
     itemsize: int = 4,
     row_block_bytes: int | None = None,
     picks_entries: bool = True,
+    copies_transposed: bool = False,
 ) -> Cost:
     """The cost of one call of a layer.
 
@@ -115,6 +116,7 @@ def layer_cost(
         itemsize: bytes an entry.
         row_block_bytes: the backend's, for the temporaries of the gate.
         picks_entries: the backend's, for the same.
+        copies_transposed: whether the library copies a transposed first operand of large products.
     """
     sizes = batch_sizes(program, batch)
     steps = program_cost(program, sizes, itemsize)
@@ -133,7 +135,7 @@ def layer_cost(
     if gate is not None:
         parameters += gate_parameters(gate, in_features, experts)
         steps = gate_steps(gate, in_features, experts, batch, itemsize) + steps
-        peak_gate = _gate_peak(
+        peak_gate = gate_peak(
             gate,
             in_features,
             experts,
@@ -151,7 +153,9 @@ def layer_cost(
     steps += program_cost(back.program, back_sizes, itemsize, "backward ")
     kept = [slot for slot in back.saved if slot >= len(program.operands)]
     forward = program_peak(program, sizes, itemsize, kept=kept)
-    saved, backward = reverse_peak(back, program, sizes, itemsize)
+    saved, backward = reverse_peak(
+        back, program, sizes, itemsize, copies_transposed=copies_transposed
+    )
     result = itemsize * batch * sizes[OUTPUT]
     held, after = routing, 0
     if gate is not None:
@@ -163,7 +167,7 @@ def layer_cost(
             itemsize * _volume(back.program, slot, back_sizes) for slot in back.program.outputs
         )
         after = saved + gradients
-        after += _gate_vjp_peak(gate, in_features, experts, batch, itemsize, row_block_bytes)
+        after += gate_vjp_peak(gate, in_features, experts, batch, itemsize, row_block_bytes)
     peak = max(peak_gate, held + forward, held + result + max(backward, after))
     return Cost(parameters, steps, peak, saved + held)
 
@@ -175,7 +179,7 @@ def _volume(program: Program, slot: int, sizes: dict[str, int]) -> int:
     return volume
 
 
-def _gate_peak(
+def gate_peak(
     gate: Gate,
     in_features: int,
     experts: tuple[int, ...],
@@ -200,7 +204,7 @@ def _gate_peak(
     return peak
 
 
-def _gate_vjp_peak(
+def gate_vjp_peak(
     gate: Gate,
     in_features: int,
     experts: tuple[int, ...],

@@ -62,7 +62,7 @@ def test_as_many_levels_as_there_may_be(kind: Any) -> None:
     start = process_time()
     spec = LayerSpec(64, 48, (2,) * 32, kind)
     spec.cost(64, training=True)
-    assert process_time() - start < 2.0
+    assert process_time() - start < 4.0
 
 
 def test_more_levels_are_refused() -> None:
