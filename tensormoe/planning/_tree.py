@@ -16,6 +16,9 @@ __all__ = ["Builder"]
 # a batch size at which copies are weighed against one another; only ratios matter
 _TYPICAL_BATCH = 256
 
+# reading an operand matrix by matrix whose entries lie far apart, in copies of the operand
+_STRIDED = 2.0
+
 # leg orders of an intermediate that are pursued; more find nothing better and cost planning time
 _MOST_ORDERS = 8
 
@@ -146,7 +149,11 @@ class Builder:
                         cost = base + self._copy(left_order, pair[0])
                         cost += self._copy(right_order, pair[1])
                         self._add_choices(found, node, pair, (left_order, right_order), cost)
-            if found:
+            least = min((each.cost for each in found.values()), default=float("inf"))
+            # beyond ties, nothing is copied and nothing read in a bad order
+            if least < 1.0 + min(each.cost for each in left.values()) + min(
+                each.cost for each in right.values()
+            ):
                 break
         if not found:
             raise PlanError(f"no matrix product gives {sorted(node.legs)} from its operands.")
@@ -165,11 +172,18 @@ class Builder:
             # a tie goes to fewer, larger products, and to views that move no axis
             moved = sum(view.axes is not None for view in lowered.views)
             total = cost + 1e-3 * lowered.loops + 1e-4 * moved
+            running = reversed(pair) if lowered.swapped else pair
+            for order, strided in zip(running, lowered.strided, strict=True):
+                # many small matrices with far-apart entries are slower than a copy in order
+                total += _STRIDED * self._volume(order) if strided else 0.0
             if lowered.legs not in found or total < found[lowered.legs].cost:
                 found[lowered.legs] = _Choice(total, lowered, pair, sources)
 
     def _copy(self, stored: tuple[Leg, ...], wanted: tuple[Leg, ...]) -> float:
-        return 0.0 if stored == wanted else float(volume(stored, self.sizes, _TYPICAL_BATCH))
+        return 0.0 if stored == wanted else self._volume(stored)
+
+    def _volume(self, stored: tuple[Leg, ...]) -> float:
+        return float(volume(stored, self.sizes, _TYPICAL_BATCH))
 
     def finish(self, *outputs: int) -> Program:
         """The program whose results are ``outputs``."""
