@@ -261,13 +261,15 @@ def _flops(step: StepCost) -> Any:
 
 
 def _time(steps: tuple[StepCost, ...], roofline: Roofline, gate: float) -> Total:
-    """A roofline's time: for every step the larger of arithmetic and memory, and overhead."""
+    """A roofline's time: for every step the larger of arithmetic and memory, and what it adds."""
     always = Polynomial.constant(gate + roofline.overhead * len(steps))
     groups = []
     for step in steps:
         arithmetic = step.matmul_flops * (1 / roofline.matmul_rate)
         arithmetic += step.elementwise_flops * (1 / roofline.elementwise_rate)
         memory = (step.bytes_read + step.bytes_written) * (1 / roofline.bandwidth)
+        if roofline.fresh_bandwidth is not None:
+            always += step.bytes_written * (1 / roofline.fresh_bandwidth)
         needed = undominated((_sum(arithmetic), _sum(memory)))
         if len(needed) == 1:
             always += needed[0]
