@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from math import sqrt
 from mmap import mmap
 from time import perf_counter
 from typing import Any
@@ -67,7 +66,9 @@ def run_calibrate(arguments: argparse.Namespace) -> None:
     table.add_row("reading", f"{format_memory(roofline.bandwidth)}/s")
     assert roofline.fresh_bandwidth is not None
     table.add_row("results in new memory", f"{format_memory(roofline.fresh_bandwidth)}/s")
-    table.add_row("starting an operation", format_time(roofline.overhead))
+    assert roofline.backward_overhead is not None
+    table.add_row("starting a step", format_time(roofline.overhead))
+    table.add_row("starting one of a backward pass", format_time(roofline.backward_overhead))
     console.print()
     console.print(table)
     console.print()
@@ -120,13 +121,11 @@ def measure_roofline(
     x, cotangent = bench.array(1, _SMALLEST[0]), bench.array(1, _SMALLEST[1])
     calls = bench.forward(layer, x), bench.train(layer, x, cotangent)
     costs = layer.cost(1), layer.cost(1, training=True)
-    overheads = [
-        best(call, 10) / len(cost.steps) for call, cost in zip(calls, costs, strict=True)
-    ]
-    # in between: what a step costs beyond its work depends on the call that it is a part of
-    return Roofline(
-        THIS_MACHINE, matmul, elementwise, reading, sqrt(overheads[0] * overheads[1]), fresh
-    )
+    forward, training = (best(call, 10) for call in calls)
+    steps = [len(cost.steps) for cost in costs]
+    overhead = forward / steps[0]
+    backward = max((training - forward) / (steps[1] - steps[0]), overhead)
+    return Roofline(THIS_MACHINE, matmul, elementwise, reading, overhead, fresh, backward)
 
 
 class _NumpyBench:

@@ -172,4 +172,4 @@ def _middle_backward_steps(
 ) -> tuple[StepCost, ...]:
     work = ACTIVATION_FLOPS * after + (2 * after if gated else 0)
     read = itemsize * (before + after)
-    return (StepCost("activation, backward", 0, work, read, itemsize * before),)
+    return (StepCost("activation, backward", 0, work, read, itemsize * before, backward=True),)

@@ -50,6 +50,7 @@ class StepCost:
         elementwise_flops: of everything else.
         bytes_read: operands.
         bytes_written: results.
+        backward: whether it is of the backward pass, where starting a step takes longer.
     """
 
     label: str
@@ -57,6 +58,7 @@ class StepCost:
     elementwise_flops: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
+    backward: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,10 @@ def program_cost(
         program: what is run.
         sizes: the size of every leg, the batch included; may be another layer's of like structure.
         itemsize: bytes an entry.
-        prefix: put before every label.
+        prefix: put before every label of a backward pass.
     """
-    return tuple(_step_cost(program, step, sizes, itemsize, prefix) for step in program.steps)
+    steps = [_step_cost(program, step, sizes, itemsize, prefix) for step in program.steps]
+    return tuple(replace(step, backward=True) for step in steps) if prefix else tuple(steps)
 
 
 def _step_cost(

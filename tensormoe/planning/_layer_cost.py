@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import log2
 
 from tensormoe.factorizations import BATCH, INPUT, OUTPUT, expert_leg
@@ -86,7 +87,7 @@ def gate_backward_steps(
         entries = batch * in_features
         label = f"gate {level}: add to the input's gradient"
         steps.append(StepCost(label, 0, entries, 2 * itemsize * entries, itemsize * entries))
-    return tuple(steps)
+    return tuple(replace(step, backward=True) for step in steps)
 
 
 def layer_cost(

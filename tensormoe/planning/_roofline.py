@@ -22,9 +22,11 @@ class Roofline:
         matmul_rate: FLOP/s of large matrix products.
         elementwise_rate: FLOP/s of elementwise work, most of it that of gates.
         bandwidth: bytes/s between memory and the processor.
-        overhead: seconds that starting one operation takes.
+        overhead: seconds that starting one step takes.
         fresh_bandwidth: bytes/s at which results get new memory, where the system clears it page by
             page; None where the library keeps a pool of memory, as on GPUs.
+        backward_overhead: seconds that starting one step of a backward pass takes, with what training
+            adds to the forward steps; None for as many.
 
     Raises:
         PlanError: a number is not positive.
@@ -41,11 +43,13 @@ class Roofline:
     bandwidth: float
     overhead: float
     fresh_bandwidth: float | None = None
+    backward_overhead: float | None = None
 
     def __post_init__(self) -> None:
-        for key in ("matmul_rate", "elementwise_rate", "bandwidth", "overhead", "fresh_bandwidth"):
+        optional = ("fresh_bandwidth", "backward_overhead")
+        for key in ("matmul_rate", "elementwise_rate", "bandwidth", "overhead", *optional):
             value = getattr(self, key)
-            if key == "fresh_bandwidth" and value is None:
+            if key in optional and value is None:
                 continue
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not 0 < value < float("inf"):
@@ -59,11 +63,13 @@ class Roofline:
         """
         total = 0.0
         fresh = 0.0 if self.fresh_bandwidth is None else 1 / self.fresh_bandwidth
+        backward = self.backward_overhead or self.overhead
         for step in cost.steps:
             arithmetic = step.matmul_flops / self.matmul_rate
             arithmetic += step.elementwise_flops / self.elementwise_rate
             memory = (step.bytes_read + step.bytes_written) / self.bandwidth
-            total += max(arithmetic, memory) + step.bytes_written * fresh + self.overhead
+            total += max(arithmetic, memory) + step.bytes_written * fresh
+            total += backward if step.backward else self.overhead
         return total
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,7 +107,7 @@ PUBLISHED_ROOFLINES: Mapping[str, Roofline] = MappingProxyType(
         "h100": _published("h100", 494.0, 67.0, 3350),
         "h200": _published("h200", 494.0, 67.0, 4800),
         # one current server core pair: what a laptop or a CI machine has
-        "cpu": Roofline("cpu", 1.5e11, 3e10, 5e10, 8e-6, 4e9),
+        "cpu": Roofline("cpu", 1.5e11, 1.5e10, 5e10, 5e-6, 3e9, 1e-5),
     }
 )
 """Peaks that makers publish, by device; ``cpu`` is a rough two-core machine. Measure your own with
