@@ -54,4 +54,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
         and torch._C._len_torch_dispatch_stack() == 0
     ):
         return _LINEAR(left, right.t(), None, "none", [], "")
+    if left.ndim == 2 and right.ndim == 3:
+        # PyTorch would make one product of them, and copy the operand or the result into order
+        return torch.bmm(left.expand(right.shape[0], *left.shape), right)
     return torch.matmul(left, right)

@@ -220,6 +220,7 @@ def block_cost(
         layer_plan(config.first, batch),
         layer_plan(config.second, batch),
         config.first.gate,
+        gated=config.gated,
         drop=config.drop,
         keeps_input=keeps_input,
         frees=frees,
