@@ -12,7 +12,6 @@ import torch
 import tensormoe_torch
 from tensormoe import (
     BaseDelta,
-    Dense,
     LayerSpec,
     SharedDelta,
     TopK,

@@ -8,6 +8,7 @@ from mmap import mmap
 from time import perf_counter
 from typing import Any
 
+from tensormoe._validation import choice
 from tensormoe.cli._console import (
     format_memory,
     format_short,
@@ -17,7 +18,6 @@ from tensormoe.cli._console import (
     print_json,
 )
 from tensormoe.cli._extras import require
-from tensormoe._validation import choice
 from tensormoe.cli._profile import THIS_MACHINE, save_profile
 from tensormoe.errors import SpecError
 from tensormoe.gates import Gate, activate

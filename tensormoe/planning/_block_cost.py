@@ -130,7 +130,8 @@ def block_cost(
         stages = (rest + saved_first + around, rest + saved_first - two, rest - two)
     else:
         rest = whole + second_gradients
-        stages = (rest + two, rest, rest)
+        # the derivative of the activation, or the gradients of both halves before they are joined
+        stages = (rest + (2 * two if gated else two), rest, rest)
     moments = [
         peak_gate,
         held + peaks[0],

@@ -22,6 +22,7 @@ from tensormoe.planning._tree import Builder
 
 __all__ = ["DENSE", "Draft", "Part", "Routing"]
 
+
 @dataclass(frozen=True)
 class Routing:
     """What the data operands of a layer look like to the planner.

@@ -207,7 +207,9 @@ def _total(node: Node, sizes: Mapping[Leg, int]) -> int:
 def _own(node: Node, sizes: Mapping[Leg, int]) -> int:
     """The cost of a node's own contraction."""
     touched = node.children[0].legs | node.children[1].legs
-    return prod(sizes[leg] for leg in touched) + WRITE_WEIGHT * prod(sizes[leg] for leg in node.legs)
+    return prod(sizes[leg] for leg in touched) + WRITE_WEIGHT * prod(
+        sizes[leg] for leg in node.legs
+    )
 
 
 def _tree_of(legs: Sequence[Sequence[Leg]], path: _Path, output: Sequence[Leg]) -> Node:

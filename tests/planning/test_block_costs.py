@@ -35,10 +35,15 @@ def test_peak_memory_is_tracemallocs(
     kind: Any, experts: Any, sizes: tuple[int, ...], act: str, drop: float
 ) -> None:
     """Within 10 %; the hidden array and the activation are most of it."""
-    block = make_block(*sizes, act_layer=act, drop=drop, experts=experts, factorization=kind)
+    options = {"act_layer": act, "drop": drop}
+    assert_memory(make_block(*sizes, experts=experts, factorization=kind, **options))
+
+
+def assert_memory(block: MuMoEMLP) -> None:
+    """Predicted within 10 %, for inference and for training."""
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((800, sizes[0]), dtype="float32")
-    cotangent = np.ones((800, sizes[2]), "float32")
+    x = rng.standard_normal((800, block.in_features), dtype="float32")
+    cotangent = np.ones((800, block.out_features), "float32")
 
     def train() -> object:
         output, pull = block.vjp(x)
@@ -49,12 +54,17 @@ def test_peak_memory_is_tracemallocs(
         assert abs(got - want) <= 0.1 * want, f"training={training}: {got / want:.3f}"
 
 
+@pytest.mark.parametrize("drop", [0.0, 0.25])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_peak_memory_of_gated_blocks(sizes: tuple[int, ...], drop: float) -> None:
+    options = {"act_layer": "silu", "gated": True, "drop": drop}
+    assert_memory(make_block(*sizes, experts=64, factorization=CP(64), **options))
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_work_is_that_of_both_layers_and_the_activation(training: bool) -> None:
     block = MuMoEMLP(48, 96, 40, experts=(6, 5), factorization=Tucker(4), seed=0)
-    layers = [
-        each.cost(50, training=training).matmul_flops for each in (block.first, block.second)
-    ]
+    layers = [each.cost(50, training=training).matmul_flops for each in (block.first, block.second)]
     cost = block.cost(50, training=training)
     assert cost.matmul_flops == sum(layers)
     assert cost.parameters == block.num_parameters

@@ -62,6 +62,13 @@ def test_of_blocks(sizes: tuple[int, int, int], act: str, drop: float) -> None:
     check(randomize(block), sizes[0], sizes[2])
 
 
+@pytest.mark.parametrize("drop", [0.0, 0.25])
+def test_of_gated_blocks(drop: float) -> None:
+    options = {"act_layer": "silu", "gated": True, "drop": drop}
+    block = MuMoEMLP(128, 256, 192, experts=64, factorization=CP(64), **options)
+    check(randomize(block), 128, 192)
+
+
 @pytest.mark.parametrize("kind", [TensorRing((4, 4, 16)), Hadamard()], ids=str)
 def test_of_blocks_of_other_kinds(kind: Any) -> None:
     check(randomize(MuMoEMLP(256, 512, 256, experts=32, factorization=kind)), 256, 256)
