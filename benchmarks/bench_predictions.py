@@ -30,9 +30,9 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")  # before a library reads it
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # PyTorch's profiler says when it begins
 
-from _predictions import Row, build, fastest, peak_memory, prepared, rows
+from _predictions import Row, build, fastest, peak_memory, prepared, rows  # noqa: E402
 
-from tensormoe.cli._calibrate import measure_roofline
+from tensormoe.cli._calibrate import measure_roofline  # noqa: E402
 
 NOISE = 8 * 1024
 Found = dict[str, Any]

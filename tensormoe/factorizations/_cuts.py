@@ -50,8 +50,8 @@ def cut_sizes(
         factor = f"factor {number}"
         domain[factor] = (0, 1)
         for leg in sorted({*legs}.intersection(domain)):
-            fits = {(side, s): (one,) for side in (0, 1) for s in (side, _CUT)}
-            tables.append(((factor, leg), fits))
+            fits = [(side, s) for side in (0, 1) for s in (side, _CUT)]
+            tables.append(((factor, leg), dict.fromkeys(fits, (one,))))
     while domain:
         neighbors: dict[str, set[str]] = {name: set() for name in domain}
         for names, _ in tables:

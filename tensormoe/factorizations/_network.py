@@ -144,7 +144,8 @@ class Network:
         (a minimum cut); those of the terms add up, as far as the unfolding has room. Open legs in
         neither set are held at one index.
         """
-        return self.generic_ranks(rows, columns, 1, lambda sums: (min(sums),))[0]
+        rank: int = self.generic_ranks(rows, columns, 1, lambda sums: (min(sums),))[0]
+        return rank
 
     def generic_ranks(
         self,

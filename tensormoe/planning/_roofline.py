@@ -25,8 +25,8 @@ class Roofline:
         overhead: seconds that starting one step takes.
         fresh_bandwidth: bytes/s at which results get new memory, where the system clears it page by
             page; None where the library keeps a pool of memory, as on GPUs.
-        backward_overhead: seconds that starting one step of a backward pass takes, with what training
-            adds to the forward steps; None for as many.
+        backward_overhead: seconds that starting one step of a backward pass takes, with what
+            training adds to the forward steps; None for as many.
 
     Raises:
         PlanError: a number is not positive.
