@@ -143,7 +143,7 @@ class _NumpyBench:
     def array(self, *shape: int) -> Any:
         return self._rng.standard_normal(shape, dtype="float32")
 
-    def layer(self, *sizes: int, **options: Any) -> Any:
+    def layer(self, *sizes: Any, **options: Any) -> Any:
         return self._layers(*sizes, **options, seed=0)
 
     def forward(self, layer: Any, x: Any) -> Callable[[], object]:
@@ -173,7 +173,7 @@ class _TorchBench:
     def array(self, *shape: int) -> Any:
         return self._torch.randn(shape, generator=self._generator)
 
-    def layer(self, *sizes: int, **options: Any) -> Any:
+    def layer(self, *sizes: Any, **options: Any) -> Any:
         return self._layers(*sizes, **options)
 
     def forward(self, layer: Any, x: Any) -> Callable[[], object]:

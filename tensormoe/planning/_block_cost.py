@@ -79,7 +79,8 @@ def block_cost(
     middle = _middle_steps(before, after, gated, itemsize)
     parameters = sum(spec.num_parameters for spec in specs)
     width = max(itemsize, GATE_ITEMSIZE)
-    coefficients, gate_forward, peak_gate = 0, (), 0
+    coefficients, peak_gate = 0, 0
+    gate_forward: tuple[StepCost, ...] = ()
     gate_options = (in_features, experts, batch, itemsize)
     if gate is not None:
         parameters += gate_parameters(gate, in_features, experts)
@@ -91,8 +92,8 @@ def block_cost(
     between = itemsize * (before + after + (after if gated else 0))
     if not training:
         peaks = [program_peak(*each, itemsize) for each in zip(programs, sizes, strict=True)]
-        moments = (peaks[0], between, itemsize * after + peaks[1])
-        return Cost(parameters, steps, max(peak_gate, coefficients + max(moments)))
+        most = max(peaks[0], between, itemsize * after + peaks[1])
+        return Cost(parameters, steps, max(peak_gate, coefficients + most))
 
     backs = [reverse(program) for program in programs]
     kept = [
