@@ -20,6 +20,7 @@ __all__ = ["copies_transposed", "product"]
 # below, starting oneDNN costs more than it saves
 _LEAST_ROWS = 8
 _LEAST_WORK = 2**20
+_LEAST_COLUMNS = 32
 
 
 def _linear() -> Callable[..., Tensor] | None:
@@ -54,7 +55,8 @@ def product(left: Tensor, right: Tensor) -> Tensor:
         and torch._C._len_torch_dispatch_stack() == 0
     ):
         return _LINEAR(left, right.t(), None, "none", [], "")
-    if left.ndim == 2 and right.ndim == 3:
-        # PyTorch would make one product of them, and copy the operand or the result into order
+    if left.ndim == 2 and right.ndim == 3 and right.shape[2] >= _LEAST_COLUMNS:
+        # PyTorch would make one product of them, and copy the operand or the result into order;
+        # that pays where the many matrices are narrow
         return torch.bmm(left.expand(right.shape[0], *left.shape), right)
     return torch.matmul(left, right)
