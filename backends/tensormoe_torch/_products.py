@@ -55,8 +55,10 @@ def product(left: Tensor, right: Tensor) -> Tensor:
         and torch._C._len_torch_dispatch_stack() == 0
     ):
         return _LINEAR(left, right.t(), None, "none", [], "")
-    if left.ndim == 2 and right.ndim == 3 and right.shape[2] >= _LEAST_COLUMNS:
-        # PyTorch would make one product of them, and copy the operand or the result into order;
-        # that pays where the many matrices are narrow
-        return torch.bmm(left.expand(right.shape[0], *left.shape), right)
+    if left.ndim == 2 and right.ndim == 3:
+        # PyTorch would make one product of them, and copy the operand or the result into order
+        if right.shape[2] >= _LEAST_COLUMNS:
+            return torch.bmm(left.expand(right.shape[0], *left.shape), right)
+        # products with few columns are several times as slow as those with few rows
+        return torch.matmul(right.mT, left.mT).mT
     return torch.matmul(left, right)
