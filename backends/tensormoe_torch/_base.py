@@ -190,6 +190,7 @@ class Mixture(nn.Module):
             EAGER,
             self.dtype.itemsize,
             copies_transposed=copies_transposed(self.dtype),
+            frees=True,
             training=training,
         )
 

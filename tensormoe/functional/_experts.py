@@ -171,6 +171,7 @@ def layer_cost(
     itemsize: int,
     *,
     copies_transposed: bool = False,
+    frees: bool = False,
     training: bool = False,
 ) -> Cost:
     """What one call of a layer costs on a library, its gate included if it has one.
@@ -181,6 +182,7 @@ def layer_cost(
         backend: adapter of the library, which says how gates walk over rows there.
         itemsize: bytes of an entry of the layer's dtype.
         copies_transposed: whether the library copies a transposed first operand of large products.
+        frees: whether the backward pass lets go of what it does not need any more.
         training: forward and backward, instead of forward alone.
     """
     return layer_plan(config, batch).cost(
@@ -190,6 +192,7 @@ def layer_cost(
         row_block_bytes=backend.row_block_bytes,
         picks_entries=backend.picks_entries,
         copies_transposed=copies_transposed,
+        frees=frees,
     )
 
 

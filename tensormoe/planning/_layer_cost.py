@@ -103,6 +103,7 @@ def layer_cost(
     row_block_bytes: int | None = None,
     picks_entries: bool = True,
     copies_transposed: bool = False,
+    frees: bool = False,
 ) -> Cost:
     """The cost of one call of a layer.
 
@@ -118,6 +119,7 @@ def layer_cost(
         row_block_bytes: the backend's, for the temporaries of the gate.
         picks_entries: the backend's, for the same.
         copies_transposed: whether the library copies a transposed first operand of large products.
+        frees: whether the backward pass lets go of what it does not need any more.
     """
     sizes = batch_sizes(program, batch)
     steps = program_cost(program, sizes, itemsize)
@@ -167,7 +169,7 @@ def layer_cost(
         gradients = sum(
             itemsize * _volume(back.program, slot, back_sizes) for slot in back.program.outputs
         )
-        after = saved + gradients
+        after = (0 if frees else saved) + gradients
         after += gate_vjp_peak(gate, in_features, experts, batch, itemsize, row_block_bytes)
     peak = max(peak_gate, held + forward, held + result + max(backward, after))
     return Cost(parameters, steps, peak, saved + held)

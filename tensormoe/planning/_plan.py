@@ -53,6 +53,7 @@ class Plan:
         row_block_bytes: int | None = None,
         picks_entries: bool = True,
         copies_transposed: bool = False,
+        frees: bool = False,
     ) -> Cost:
         """What one call costs.
 
@@ -64,6 +65,7 @@ class Plan:
             picks_entries: the backend's, for the same.
             copies_transposed: whether the library copies a transposed first operand of large
                 products.
+            frees: whether the backward pass lets go of what it does not need any more.
         """
         gate = None if gate is None else Gate.parse(gate)
         positive_int(itemsize, "itemsize", PlanError)
@@ -82,6 +84,7 @@ class Plan:
                 row_block_bytes=row_block_bytes,
                 picks_entries=picks_entries,
                 copies_transposed=copies_transposed,
+                frees=frees,
             )
 
         if self.chunk >= self.batch:
