@@ -272,8 +272,10 @@ class MuMoEMLP:
         if not training or drop == 0.0:
             return None
         # drawn on the host, as first values are: a seed means one thing in every library
-        kept = self.backend.from_host(self._generator.random(shape) >= drop)
-        return (kept / (1.0 - drop)).astype(self.dtype)
+        drawn = self.backend.from_host(self._generator.random(shape) >= drop)
+        kept: Array = drawn.astype(self.dtype)
+        kept /= 1.0 - drop
+        return kept
 
     def _bend(self, before: Array) -> tuple[Array, Callable[[Array], Array]]:
         """What happens between the layers, with its pullback."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any, cast
 
 from tensormoe.factorizations import BATCH, Leg
 
@@ -78,7 +79,9 @@ def _exact(
 
     cap = _total(known, sizes)
     search = DynamicProgramming(minimize=f"combo-{WRITE_WEIGHT}", cost_cap=cap + cap // 10**6 + 1)
-    path = search([frozenset(each) for each in legs], frozenset(output), dict(sizes))
+    # in order, not as sets: of equally cheap paths every process finds the same one
+    ordered: Any = [tuple(each) for each in legs]
+    path = search(ordered, cast(Any, tuple(output)), dict(sizes))
     return _tree_of(legs, tuple(tuple(pair) for pair in path), output)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tensormoe import CP, Hadamard, TensorRing, Tucker
+from tensormoe import CP, Hadamard, TensorRing
 from tensormoe_torch import MuMoE, MuMoEMLP
 from tests._torch_helpers import randomize
 
@@ -79,7 +79,6 @@ def test_of_blocks_of_other_kinds(kind: Any) -> None:
     [
         (CP(256), 32),
         (TensorRing((4, 4, 64)), 32),
-        (Tucker((16, 64, 64)), 512),
         (Hadamard(), 32),
         (CP(256), (16, 32)),
         (TensorRing((4, 4, 4, 64)), (16, 32)),
