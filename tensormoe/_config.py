@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from types import NoneType
 from typing import Any
 
@@ -38,15 +39,24 @@ class LayerConfig:
     spec: LayerSpec
     gate: Gate | None
     indexed_input: bool = False
-    regimes: Regimes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         instance(self.spec, LayerSpec, "spec", "a LayerSpec", SpecError)
         instance(self.gate, (Gate, NoneType), "gate", "a Gate or None", SpecError)
         flag(self.indexed_input, "indexed_input")
-        # planned here, so that a forward call only looks programs up
-        regimes = plan_regimes(self.spec, Routing(None, self.indexed_input))
-        object.__setattr__(self, "regimes", regimes)
+
+    @cached_property
+    def regimes(self) -> Regimes:
+        """The programs for every batch size; planned when they are first asked for."""
+        return plan_regimes(self.spec, Routing(None, self.indexed_input))
+
+    def plan_ahead(self) -> None:
+        """Plan now, so that a forward call only looks programs up.
+
+        Layers do so when they are made. A configuration by itself does not: one that was read from
+        a file is compared with the arrays of the file first.
+        """
+        _ = self.regimes
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every trainable array by canonical name, as checkpoints use them.
@@ -185,6 +195,11 @@ class BlockConfig:
         """The shape of every array that is kept but not trained."""
         return self.first.buffer_shapes()
 
+    def plan_ahead(self) -> None:
+        """Plan both layers now, as :meth:`LayerConfig.plan_ahead`."""
+        self.first.plan_ahead()
+        self.second.plan_ahead()
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration in plain values, as checkpoints store it.
 
@@ -278,7 +293,9 @@ def resolve_config(
                     f"k of a top-k gate must be at most the experts of each level; got {parsed.k} "
                     f"for level {level} of {count}. Lower k."
                 )
-    return LayerConfig(spec, parsed, indexed_input)
+    config = LayerConfig(spec, parsed, indexed_input)
+    config.plan_ahead()
+    return config
 
 
 def _twice(factorization: object, rank: object, budget: object) -> RankError:

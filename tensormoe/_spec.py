@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from tensormoe.gates import Gate
     from tensormoe.planning import Cost, Plan
 
-__all__ = ["LayerSpec"]
+__all__ = ["MAX_LEVELS", "LayerSpec"]
+
+MAX_LEVELS = 32
+"""Levels of experts that a layer may have; arrays of some libraries have 64 axes at most."""
 
 
 @dataclass(frozen=True, init=False)
@@ -37,7 +40,8 @@ class LayerSpec:
     Args:
         in_features: I, the size of an input.
         out_features: O, the size of an output.
-        experts: N, or one size a level of hierarchy, (N₁, …, N_E); stored as a tuple.
+        experts: N, or one size per level of hierarchy, (N₁, …, N_E), of 32 levels at most; stored
+            as a tuple.
         factorization: a value such as ``CP(rank=64)``, or a name or class that needs no rank.
         bias: whether every expert has a bias, stored as one small array over the bonds.
 
@@ -70,6 +74,11 @@ class LayerSpec:
         put(self, "in_features", positive_int(in_features, "in_features"))
         put(self, "out_features", positive_int(out_features, "out_features"))
         put(self, "experts", positive_ints(experts, "experts", "level"))
+        if self.levels > MAX_LEVELS:
+            raise SpecError(
+                f"experts must have at most {MAX_LEVELS} levels; got {self.levels}. Give fewer and "
+                "larger levels."
+            )
         put(self, "factorization", resolve_factorization(factorization))
         put(self, "bias", bias)
         _check_bonds(self.factorization, self.levels)

@@ -190,12 +190,10 @@ class Block(_Named):
         return self.first.materialize(), self.second.materialize()
 
     def cost(self, batch: int, *, training: bool = False) -> Cost:
-        """What one call costs for ``batch`` inputs; the activation between is not counted."""
-        first, second = (
-            functional.layer_cost(each, batch, BACKEND, self.dtype.itemsize, training=training)
-            for each in (self.config.first, self.config.second)
+        """What one call costs for ``batch`` inputs: both layers, gate and activation."""
+        return functional.block_cost(
+            self.config, batch, BACKEND, self.dtype.itemsize, training=training
         )
-        return first.then(second)
 
     def _describe(self, drop: float) -> str:
         first, second = self.config.first.spec, self.config.second.spec

@@ -17,19 +17,40 @@ Pair = tuple[Callable[[Array], Array], Callable[[Array], Array]]
 __all__ = ["ACTIVATIONS", "activations"]
 
 
+# of an array, entries that are worked on at a time: they and some temporaries stay in cache
+_BLOCK = 2**13
+
+
 @cache
 def activations(backend: NumpyLikeBackend) -> Mapping[str, Pair]:
     """Function and derivative by name, on the arrays of a library."""
     xp = backend.module
-    return MappingProxyType(
-        {
-            "gelu": _gelu(xp, backend.special.erf),
-            "gelu_tanh": _gelu_tanh(xp),
-            "relu": (lambda x: xp.maximum(x, 0), lambda x: (x > 0).astype(x.dtype)),
-            "silu": _silu(backend.special.expit),
-            "tanh": (xp.tanh, lambda x: 1.0 - xp.tanh(x) ** 2),
-        }
-    )
+    pairs: dict[str, Pair] = {
+        "gelu": _gelu(xp, backend.special.erf),
+        "gelu_tanh": _gelu_tanh(xp),
+        "relu": (lambda x: xp.maximum(x, 0), lambda x: (x > 0).astype(x.dtype)),
+        "silu": _silu(backend.special.expit),
+        "tanh": (xp.tanh, lambda x: 1.0 - xp.tanh(x) ** 2),
+    }
+    if backend.row_block_bytes is not None:
+        pairs = {name: (_by_rows(f, xp), _by_rows(slope, xp)) for name, (f, slope) in pairs.items()}
+    return MappingProxyType(pairs)
+
+
+def _by_rows(function: Callable[[Array], Array], xp: Any) -> Callable[[Array], Array]:
+    """The same elementwise function, on some rows at a time, so that temporaries stay small."""
+
+    def run(x: Array) -> Array:
+        if x.size <= _BLOCK:
+            return function(x)
+        rows = x.reshape(-1, x.shape[-1])
+        result = xp.empty(rows.shape, dtype=x.dtype)
+        step = max(1, _BLOCK // rows.shape[1])
+        for start in range(0, len(rows), step):
+            result[start : start + step] = function(rows[start : start + step])
+        return result.reshape(x.shape)
+
+    return run
 
 
 def _gelu(xp: Any, erf: Callable[[Array], Array]) -> Pair:

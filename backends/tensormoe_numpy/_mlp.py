@@ -208,9 +208,10 @@ class MuMoEMLP:
         return self.first.materialize(), self.second.materialize()
 
     def cost(self, batch: int, *, training: bool = False) -> Cost:
-        """What one call costs for ``batch`` inputs; the activation between is not counted."""
-        first = self.first.cost(batch, training=training)
-        return first.then(self.second.cost(batch, training=training))
+        """What one call costs for ``batch`` inputs: both layers, gate and activation."""
+        return functional.block_cost(
+            self.config, batch, self.backend, self.dtype.itemsize, frees=False, training=training
+        )
 
     def coefficients(self, x: Array) -> tuple[Array, ...]:
         """The coefficients (..., N_e) a level that both layers share."""
@@ -245,14 +246,15 @@ class MuMoEMLP:
         before, pull_first = self.first.vjp(x, given)
         middle, pull_middle = self._bend(before)
         keep = self._keep(middle.shape, training)
-        result, pull_second = self.second.vjp(middle * keep, given)
+        middle = _kept(middle, keep)
+        result, pull_second = self.second.vjp(middle, given)
         keep_out = self._keep(result.shape, training)
 
         def pullback(cotangent: Array) -> Gradients:
             check_cotangent(cotangent, result.shape, result.dtype, self.backend)
-            second = pull_second(cotangent * keep_out)
+            second = pull_second(_kept(cotangent, keep_out))
             assert second.input is not None
-            first = pull_first(pull_middle(second.input * keep))
+            first = pull_first(pull_middle(_kept(second.input, keep)))
             by_level = tuple(
                 a + b for a, b in zip(first.coefficients, second.coefficients, strict=True)
             )
@@ -260,18 +262,23 @@ class MuMoEMLP:
             if pull_gate is None:
                 return Gradients(first.input, named, by_level)
             through_gate, gate = pull_gate(by_level)
-            return Gradients(first.input + through_gate, named | gate)
+            by_input = first.input
+            assert by_input is not None
+            by_input += through_gate
+            return Gradients(by_input, named | gate)
 
-        return result * keep_out, pullback
+        return _kept(result, keep_out), pullback
 
-    def _keep(self, shape: tuple[int, ...], training: bool) -> Array | float:
-        """What entries are multiplied by: 0 where dropped, more than 1 elsewhere."""
+    def _keep(self, shape: tuple[int, ...], training: bool) -> Array | None:
+        """What entries are multiplied by: 0 where dropped, more than 1 elsewhere; None for 1."""
         drop = self.config.drop
         if not training or drop == 0.0:
-            return 1.0
+            return None
         # drawn on the host, as first values are: a seed means one thing in every library
-        kept = self.backend.from_host(self._generator.random(shape) >= drop)
-        return (kept / (1.0 - drop)).astype(self.dtype)
+        drawn = self.backend.from_host(self._generator.random(shape) >= drop)
+        kept: Array = drawn.astype(self.dtype)
+        kept /= 1.0 - drop
+        return kept
 
     def _bend(self, before: Array) -> tuple[Array, Callable[[Array], Array]]:
         """What happens between the layers, with its pullback."""
@@ -346,3 +353,8 @@ class MuMoEMLP:
         block.second = cls._layer.restore(config.second, named["second."])
         block._generator = np.random.default_rng()
         return block
+
+
+def _kept(array: Array, keep: Array | None) -> Array:
+    """``array`` after some of its entries were dropped; itself where none are."""
+    return array if keep is None else array * keep

@@ -19,6 +19,7 @@ from tensormoe_torch._checks import Given, merged
 from tensormoe_torch._dtypes import FLOATS, checked_device, checked_dtype
 from tensormoe_torch._factors import Factors, with_lead
 from tensormoe_torch._gate import ExpertGate
+from tensormoe_torch._products import copies_transposed
 from tensormoe_torch._saving import save_module
 from tensormoe_torch._sharded import gathered, put, stored
 
@@ -127,6 +128,8 @@ class Mixture(nn.Module):
         dtype, device = checked_dtype(dtype), checked_device(device)
         config.spec.initializers(init)  # an unknown scheme fails before anything is allocated
         self.config = config
+        # no compiler has to follow the planner
+        config.plan_ahead()
         self.init = init
         self.factors = Factors(
             config,
@@ -190,7 +193,13 @@ class Mixture(nn.Module):
     def cost(self, batch: int, *, training: bool = False) -> Cost:
         """What one call costs for ``batch`` inputs on the CPU, the gate included."""
         return functional.layer_cost(
-            self.config, batch, EAGER, self.dtype.itemsize, training=training
+            self.config,
+            batch,
+            EAGER,
+            self.dtype.itemsize,
+            copies_transposed=copies_transposed(self.dtype),
+            frees=True,
+            training=training,
         )
 
     def expert(self, *index: int) -> tuple[Tensor, Tensor | None]:

@@ -24,6 +24,7 @@ from tensormoe_torch._checks import Given
 from tensormoe_torch._dtypes import checked_dtype
 from tensormoe_torch._gate import ExpertGate
 from tensormoe_torch._layer import MuMoE
+from tensormoe_torch._products import copies_transposed
 from tensormoe_torch._saving import save_module
 
 __all__ = ["MuMoEMLP"]
@@ -232,11 +233,16 @@ class MuMoEMLP(nn.Module):
         return self.first.materialize(), self.second.materialize()
 
     def cost(self, batch: int, *, training: bool = False) -> Cost:
-        """What one call costs for ``batch`` inputs; the activation between is not counted."""
-        first = functional.layer_cost(
-            self.config.first, batch, EAGER, self.dtype.itemsize, training=training
+        """What one call costs for ``batch`` inputs on the CPU: both layers, gate and activation."""
+        return functional.block_cost(
+            self.config,
+            batch,
+            EAGER,
+            self.dtype.itemsize,
+            keeps_input=self.config.act_layer not in ("relu", "tanh"),
+            copies_transposed=copies_transposed(self.dtype),
+            training=training,
         )
-        return first.then(self.second.cost(batch, training=training))
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, ...]:
         """The coefficients (..., N_e) a level that both layers share."""

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["product"]
+__all__ = ["copies_transposed", "product"]
 
 # below, starting oneDNN costs more than it saves
 _LEAST_ROWS = 8
 _LEAST_WORK = 2**20
+_LEAST_COLUMNS = 32
 
 
 def _linear() -> Callable[..., Tensor] | None:
@@ -35,6 +36,12 @@ def _linear() -> Callable[..., Tensor] | None:
 _LINEAR = _linear()
 
 
+def copies_transposed(dtype: torch.dtype) -> bool:
+    """Whether a transposed first operand of a large product is copied: oneDNN wants it by rows."""
+    enabled: bool = torch.backends.mkldnn.enabled  # type: ignore[assignment]
+    return _LINEAR is not None and dtype is torch.float32 and enabled
+
+
 def product(left: Tensor, right: Tensor) -> Tensor:
     """The product of tensors that no autograd follows; any shapes that ``torch.matmul`` takes."""
     if (
@@ -48,4 +55,13 @@ def product(left: Tensor, right: Tensor) -> Tensor:
         and torch._C._len_torch_dispatch_stack() == 0
     ):
         return _LINEAR(left, right.t(), None, "none", [], "")
+    if left.ndim == 2 and right.ndim > 3:
+        many = product(left, right.reshape(-1, *right.shape[-2:]))
+        return many.reshape(*right.shape[:-2], *many.shape[-2:])
+    if left.ndim == 2 and right.ndim == 3:
+        # PyTorch would make one product of them, and copy the operand or the result into order
+        if right.shape[2] >= _LEAST_COLUMNS:
+            return torch.bmm(left.expand(right.shape[0], *left.shape), right)
+        # products with few columns are several times as slow as those with few rows
+        return torch.matmul(right.mT, left.mT).mT
     return torch.matmul(left, right)

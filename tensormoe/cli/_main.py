@@ -185,8 +185,11 @@ def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
 def _add_calibrate(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser(
         "calibrate",
-        description="Measure this machine's roofline with NumPy and keep it in the user's config "
-        "folder, where rank and plan find it.",
+        description="Measure this machine's roofline with a library and keep it in the user's "
+        "config folder, where rank and plan find it.",
+    )
+    parser.add_argument(
+        "--backend", default="numpy", metavar="NAME", help="numpy or torch (default: numpy)"
     )
     parser.add_argument("--dry-run", action="store_true", help="measure and print, keep nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -15,8 +15,7 @@ from functools import lru_cache
 from tensormoe.factorizations import Factor, Leg, Network
 from tensormoe.planning import Operand, Program, contraction
 from tensormoe.planning._cost import program_cost
-from tensormoe.planning._regimes import WRITE_WEIGHT
-from tensormoe.planning._tree import Builder, contract_path
+from tensormoe.planning._tree import Builder
 
 __all__ = [
     "SOURCE",
@@ -196,8 +195,7 @@ def _moment_program(
     theirs = {leg for each in others for leg in each.legs}
     met = [leg for leg in source if leg in theirs]
     legs = (*met, *(leg for leg in output if leg in theirs and leg not in met))
-    path = contract_path([each.legs for each in others], legs, sizes, WRITE_WEIGHT)
-    joined = builder.network(range(1, len(operands)), path, legs)
+    joined = builder.network(range(1, len(operands)), legs)
     whole = builder.finish(builder.contract(0, joined, frozenset(output), output))
     work = [
         sum(c.matmul_flops + c.elementwise_flops for c in program_cost(p, sizes))

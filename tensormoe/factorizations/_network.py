@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import product
+from functools import cached_property
 from math import prod
+from typing import Any
+
+from tensormoe.factorizations._cuts import cut_sizes
 
 __all__ = ["BATCH", "INPUT", "OUTPUT", "Factor", "Leg", "Network", "Term", "expert_leg"]
 
@@ -142,46 +144,34 @@ class Network:
         (a minimum cut); those of the terms add up, as far as the unfolding has room. Open legs in
         neither set are held at one index.
         """
-        sums = self.minimal_cuts(rows, columns)
-        return min(sum(prod(self.sizes[leg] for leg in cut) for cut in cuts) for cuts in sums)
+        rank: int = self.generic_ranks(rows, columns, 1, lambda sums: (min(sums),))[0]
+        return rank
 
-    def minimal_cuts(
-        self, rows: Iterable[Leg], columns: Iterable[Leg]
-    ) -> tuple[tuple[tuple[Leg, ...], ...], ...]:
-        """The sets of legs that separate the open legs ``rows`` from ``columns``.
+    def generic_ranks(
+        self,
+        rows: Iterable[Leg],
+        columns: Iterable[Leg],
+        one: Any,
+        keep: Callable[[Iterable[Any]], tuple[Any, ...]],
+    ) -> tuple[Any, ...]:
+        """What :meth:`generic_rank` takes the smallest of, for sizes that are no numbers.
 
-        They depend on the structure alone. Each entry has one cut for every term of the network, or
-        a single one, which is of the open legs themselves; the sums of the products of their sizes
-        are what :meth:`generic_rank` takes the smallest of, for any sizes: its closed form
-        min(∏, ∏ + ∏, …). Cuts of a term that contain another of its cuts are left out.
+        Given polynomials as sizes, these are the terms of the closed form min(∏, ∏ + ∏, …).
+
+        Args:
+            rows: open legs.
+            columns: other open legs.
+            one: the size of the empty product.
+            keep: the part of some products or sums of products that the smallest can come from.
         """
         sides = frozenset(rows), frozenset(columns)
-        by_term = [
-            _minimal_cuts(tuple(factor.legs for factor in term.factors), *sides)
-            for term in self.terms
-        ]
-        if len(by_term) == 1:
-            return tuple((cut,) for cut in by_term[0])
-        return (*((tuple(sorted(side)),) for side in sides), *product(*by_term))
-
-
-@lru_cache(maxsize=256)
-def _minimal_cuts(
-    structure: tuple[tuple[Leg, ...], ...], rows: frozenset[Leg], columns: frozenset[Leg]
-) -> tuple[tuple[Leg, ...], ...]:
-    """The cuts that no other cut is a part of: the terms of a closed form min(∏, ∏, …)."""
-    closed = rows | columns
-    held = {leg for legs in structure for leg in legs if leg[0] in "ion" and leg not in closed}
-    edges = {leg for legs in structure for leg in legs} - held
-    cuts = set()
-    for sides in product((False, True), repeat=len(structure)):
-        cut = set()
-        for leg in edges:
-            ends = {side for legs, side in zip(structure, sides, strict=True) if leg in legs}
-            ends |= {False} if leg in rows else set()
-            ends |= {True} if leg in columns else set()
-            if len(ends) > 1:
-                cut.add(leg)
-        cuts.add(frozenset(cut))
-    minimal = [cut for cut in cuts if not any(other < cut for other in cuts)]
-    return tuple(sorted(tuple(sorted(cut)) for cut in minimal))
+        total: tuple[Any, ...] = ()
+        for term in self.terms:
+            structure = tuple(factor.legs for factor in term.factors)
+            found = cut_sizes(structure, *sides, self.sizes, one, keep)
+            total = keep(a + b for a in total for b in found) if total else found
+        if len(self.terms) > 1:
+            # the sum has no more room than its open legs give it
+            rooms = (prod((self.sizes[leg] for leg in side), start=one) for side in sides)
+            total = keep((*rooms, *total))
+        return total

@@ -19,6 +19,7 @@ from tensormoe.functional._checks import check_input as check_input
 from tensormoe.functional._checks import merged_coefficients as merged_coefficients
 from tensormoe.functional._experts import Residuals as Residuals
 from tensormoe.functional._experts import apply_experts as apply_experts
+from tensormoe.functional._experts import block_cost as block_cost
 from tensormoe.functional._experts import chunk_size as chunk_size
 from tensormoe.functional._experts import experts_backward as experts_backward
 from tensormoe.functional._experts import experts_forward as experts_forward
@@ -47,6 +48,7 @@ __all__ = [
     "Residuals",
     "Routed",
     "apply_experts",
+    "block_cost",
     "check_array",
     "check_arrays",
     "check_coefficients",

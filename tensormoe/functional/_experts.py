@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from tensormoe._config import LayerConfig
+from tensormoe import planning
+from tensormoe._config import BlockConfig, LayerConfig
 from tensormoe._validation import positive_int
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import PlanError, ShapeError
@@ -27,6 +28,7 @@ from tensormoe.planning import (
 __all__ = [
     "Residuals",
     "apply_experts",
+    "block_cost",
     "chunk_size",
     "experts_backward",
     "experts_forward",
@@ -163,7 +165,14 @@ def layer_plan(config: LayerConfig, batch: int) -> Plan:
 
 
 def layer_cost(
-    config: LayerConfig, batch: int, backend: Backend, itemsize: int, *, training: bool = False
+    config: LayerConfig,
+    batch: int,
+    backend: Backend,
+    itemsize: int,
+    *,
+    copies_transposed: bool = False,
+    frees: bool = False,
+    training: bool = False,
 ) -> Cost:
     """What one call of a layer costs on a library, its gate included if it has one.
 
@@ -172,6 +181,8 @@ def layer_cost(
         batch: number of inputs.
         backend: adapter of the library, which says how gates walk over rows there.
         itemsize: bytes of an entry of the layer's dtype.
+        copies_transposed: whether the library copies a transposed first operand of large products.
+        frees: whether the backward pass lets go of what it does not need any more.
         training: forward and backward, instead of forward alone.
     """
     return layer_plan(config, batch).cost(
@@ -180,6 +191,47 @@ def layer_cost(
         itemsize=itemsize,
         row_block_bytes=backend.row_block_bytes,
         picks_entries=backend.picks_entries,
+        copies_transposed=copies_transposed,
+        frees=frees,
+    )
+
+
+def block_cost(
+    config: BlockConfig,
+    batch: int,
+    backend: Backend,
+    itemsize: int,
+    *,
+    keeps_input: bool = True,
+    frees: bool = True,
+    copies_transposed: bool = False,
+    training: bool = False,
+) -> Cost:
+    """What one call of a block costs on a library: both layers, gate and activation.
+
+    Args:
+        config: the block.
+        batch: number of inputs.
+        backend: adapter of the library, which says how gates walk over rows there.
+        itemsize: bytes of an entry of the block's dtype.
+        keeps_input: whether the derivative of the activation is made of its input.
+        frees: whether the backward pass lets go of what it does not need any more.
+        copies_transposed: whether the library copies a transposed first operand of large products.
+        training: forward and backward, instead of forward alone.
+    """
+    return planning.block_cost(
+        layer_plan(config.first, batch),
+        layer_plan(config.second, batch),
+        config.first.gate,
+        gated=config.gated,
+        drop=config.drop,
+        keeps_input=keeps_input,
+        frees=frees,
+        training=training,
+        itemsize=itemsize,
+        row_block_bytes=backend.row_block_bytes,
+        picks_entries=backend.picks_entries,
+        copies_transposed=copies_transposed,
     )
 
 

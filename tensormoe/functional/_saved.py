@@ -67,7 +67,7 @@ def check_arrays(
     backend: Backend,
     dtypes: Collection[object],
 ) -> None:
-    """Refuse arrays that do not make a layer or a block.
+    """Refuse arrays that do not make a layer or a block; plan for those that do.
 
     Args:
         config: the layer or block.
@@ -101,6 +101,7 @@ def check_arrays(
                 f"for {name!r} and {dtype} for the first. Cast them: only a gate may be in float32 "
                 "beside factors of 16 bits."
             )
+    config.plan_ahead()
 
 
 def _widens(dtype: object, other: object, backend: Backend) -> bool:

@@ -6,6 +6,7 @@ from tensormoe.planning._baselines import dense_moe_cost as dense_moe_cost
 from tensormoe.planning._baselines import linear_cost as linear_cost
 from tensormoe.planning._baselines import mlp_cost as mlp_cost
 from tensormoe.planning._baselines import sparse_moe_cost as sparse_moe_cost
+from tensormoe.planning._block_cost import block_cost as block_cost
 from tensormoe.planning._budget import Budget as Budget
 from tensormoe.planning._budget import mlp_budgets as mlp_budgets
 from tensormoe.planning._cost import Cost as Cost
@@ -47,6 +48,7 @@ __all__ = [
     "Routing",
     "Step",
     "StepCost",
+    "block_cost",
     "contraction",
     "dense_moe_cost",
     "excess",

@@ -50,6 +50,7 @@ class StepCost:
         elementwise_flops: of everything else.
         bytes_read: operands.
         bytes_written: results.
+        backward: whether it is of the backward pass, where starting a step takes longer.
     """
 
     label: str
@@ -57,6 +58,7 @@ class StepCost:
     elementwise_flops: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
+    backward: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,10 @@ def program_cost(
         program: what is run.
         sizes: the size of every leg, the batch included; may be another layer's of like structure.
         itemsize: bytes an entry.
-        prefix: put before every label.
+        prefix: put before every label of a backward pass.
     """
-    return tuple(_step_cost(program, step, sizes, itemsize, prefix) for step in program.steps)
+    steps = [_step_cost(program, step, sizes, itemsize, prefix) for step in program.steps]
+    return tuple(replace(step, backward=True) for step in steps) if prefix else tuple(steps)
 
 
 def _step_cost(
@@ -182,6 +185,7 @@ def program_peak(
     *,
     owned: Iterable[int] = (),
     kept: Collection[int] = (),
+    copies_transposed: bool = False,
 ) -> int:
     """Bytes live at the worst moment of a program.
 
@@ -191,8 +195,26 @@ def program_peak(
         itemsize: bytes an entry.
         owned: operands that count as live until their last use; the others belong to the caller.
         kept: slots that stay live to the end, for a reverse program.
+        copies_transposed: whether the library copies a transposed first operand of large products.
     """
-    return max(live_memory(program, sizes, itemsize, owned=owned, kept=kept))
+    moments = live_memory(program, sizes, itemsize, owned=owned, kept=kept)
+    if copies_transposed:
+        # the first moment is before the first step
+        copied = [itemsize * _transposed(step, sizes) for step in program.steps]
+        moments += [now + more for now, more in zip(moments[1:], copied, strict=True)]
+    return max(moments)
+
+
+# products of fewer multiply-adds are left to libraries that copy nothing
+_LEAST_COPIED = 2**20
+
+
+def _transposed(step: Step, sizes: Mapping[Leg, int]) -> int:
+    """Entries of the first operand of a large product of two matrices, if it is transposed."""
+    if step.kind not in _PRODUCTS or step.views[0].axes != (1, 0):
+        return 0
+    work = prod(sizes[leg] for leg in {*step.input_legs[0], *step.input_legs[1]})
+    return prod(sizes[leg] for leg in step.input_legs[0]) if work >= _LEAST_COPIED else 0
 
 
 def live_memory(
@@ -230,7 +252,12 @@ def live_memory(
 
 
 def reverse_peak(
-    reverse: Reverse, program: Program, sizes: Mapping[Leg, int], itemsize: int = 4
+    reverse: Reverse,
+    program: Program,
+    sizes: Mapping[Leg, int],
+    itemsize: int = 4,
+    *,
+    copies_transposed: bool = False,
 ) -> tuple[int, int]:
     """Bytes of saved intermediates, and bytes live at the worst moment of the way back.
 
@@ -243,7 +270,8 @@ def reverse_peak(
         for slot in reverse.saved
         if slot >= len(program.operands)
     )
-    return saved, saved + program_peak(reverse.program, sizes, itemsize)
+    back = program_peak(reverse.program, sizes, itemsize, copies_transposed=copies_transposed)
+    return saved, saved + back
 
 
 def batch_sizes(program: Program, batch: int) -> dict[Leg, int]:

@@ -16,14 +16,11 @@ from tensormoe._validation import positive_int
 from tensormoe.errors import PlanError
 from tensormoe.factorizations import BATCH, INPUT, Leg, Term
 from tensormoe.planning._lowering import volume
+from tensormoe.planning._path import WRITE_WEIGHT
 from tensormoe.planning._program import Operand
 from tensormoe.planning._tree import Builder
 
-__all__ = ["DENSE", "WRITE_WEIGHT", "Draft", "Part", "Routing"]
-
-WRITE_WEIGHT = 32
-"""Multiply-adds that writing one entry is worth when paths are compared: the ratio of arithmetic
-to memory speed on current CPUs and GPUs is a few tens of operations an entry."""
+__all__ = ["DENSE", "Draft", "Part", "Routing"]
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ from tensormoe.factorizations import BATCH, OUTPUT, Leg
 from tensormoe.gates import Gate
 from tensormoe.planning._budget import Budget
 from tensormoe.planning._cost import Cost, StepCost, live_memory, program_cost
-from tensormoe.planning._draft import WRITE_WEIGHT, Draft, Routing
+from tensormoe.planning._draft import Draft, Routing
 from tensormoe.planning._family import INNER, Choice, Family, largest
 from tensormoe.planning._layer_cost import gate_cost
+from tensormoe.planning._path import WRITE_WEIGHT, tree_cost
 from tensormoe.planning._polynomial import Polynomial, evaluate, undominated
 from tensormoe.planning._program import Program
 from tensormoe.planning._regimes import Trees, best_candidate, build_program
 from tensormoe.planning._roofline import Roofline
-from tensormoe.planning._tree import tree_cost
 
 __all__ = ["Around", "Estimator", "Slice"]
 
@@ -287,13 +287,15 @@ def _flops(step: StepCost) -> Any:
 
 
 def _time(steps: tuple[StepCost, ...], roofline: Roofline, besides: float) -> Total:
-    """A roofline's time: for every step the larger of arithmetic and memory, and overhead."""
+    """A roofline's time: for every step the larger of arithmetic and memory, and what it adds."""
     always = Polynomial.constant(besides + roofline.overhead * len(steps))
     groups = []
     for step in steps:
         arithmetic = step.matmul_flops * (1 / roofline.matmul_rate)
         arithmetic += step.elementwise_flops * (1 / roofline.elementwise_rate)
         memory = (step.bytes_read + step.bytes_written) * (1 / roofline.bandwidth)
+        if roofline.fresh_bandwidth is not None:
+            always += step.bytes_written * (1 / roofline.fresh_bandwidth)
         needed = undominated((_sum(arithmetic), _sum(memory)))
         if len(needed) == 1:
             always += needed[0]

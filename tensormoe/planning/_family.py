@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import reduce
-from math import prod
-from operator import add
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from tensormoe._spec import LayerSpec
@@ -80,14 +77,11 @@ class Family:
         """The place in the rank of every bond that follows it."""
         self.legs = self._symbolic_sizes(self.place_of)
         network = self.spec((1, 1)).network
-        self.parameters = _symbolic(network, self.legs).num_parameters
-        modes = {INPUT, OUTPUT}
-        self._figures = tuple(
-            least(_polynomial(self.legs, cuts) for cuts in sums)
-            for sums in (
-                network.minimal_cuts({INPUT}, {OUTPUT}),
-                network.minimal_cuts(network.expert_legs, modes),
-            )
+        symbolic = _symbolic(network, self.legs)
+        self.parameters = symbolic.num_parameters
+        unfoldings = (({INPUT}, {OUTPUT}), (network.expert_legs, {INPUT, OUTPUT}))
+        self._figures: tuple[tuple[Polynomial, ...], ...] = tuple(
+            symbolic.generic_ranks(*sides, Polynomial.constant(1), least) for sides in unfoldings
         )
 
     def with_bonds(self, bonds: Sequence[int | str | None]) -> Family:
@@ -191,12 +185,6 @@ def _checked_bonds(
 def _symbolic(network: Network, legs: Mapping[Leg, Polynomial]) -> Any:
     # counting multiplies and adds sizes, and polynomials can be multiplied and added
     return Network(network.factors, cast(Any, tuple(legs.items())), network.biases)
-
-
-def _polynomial(legs: Mapping[Leg, Polynomial], cuts: Iterable[Iterable[Leg]]) -> Polynomial:
-    """The sum of the products of the sizes of legs."""
-    one = Polynomial.constant(1)
-    return reduce(add, (prod((legs[leg] for leg in cut), start=one) for cut in cuts))
 
 
 def _reaching(term: Polynomial, symbol: int, bound: float, low: int) -> int:

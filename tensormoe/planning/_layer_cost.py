@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import log2
 
 from tensormoe.factorizations import BATCH, INPUT, OUTPUT, expert_leg
@@ -98,7 +99,7 @@ def gate_backward_steps(
         entries = batch * in_features
         label = f"gate {level}: add to the input's gradient"
         steps.append(StepCost(label, 0, entries, 2 * itemsize * entries, itemsize * entries))
-    return tuple(steps)
+    return tuple(replace(step, backward=True) for step in steps)
 
 
 def layer_cost(
@@ -113,6 +114,8 @@ def layer_cost(
     itemsize: int = 4,
     row_block_bytes: int | None = None,
     picks_entries: bool = True,
+    copies_transposed: bool = False,
+    frees: bool = False,
 ) -> Cost:
     """The cost of one call of a layer.
 
@@ -127,6 +130,8 @@ def layer_cost(
         itemsize: bytes an entry.
         row_block_bytes: the backend's, for the temporaries of the gate.
         picks_entries: the backend's, for the same.
+        copies_transposed: whether the library copies a transposed first operand of large products.
+        frees: whether the backward pass lets go of what it does not need any more.
     """
     sizes = batch_sizes(program, batch)
     steps = program_cost(program, sizes, itemsize)
@@ -145,7 +150,7 @@ def layer_cost(
     if gate is not None:
         parameters += gate_parameters(gate, in_features, experts)
         steps = gate_steps(gate, in_features, experts, batch, itemsize) + steps
-        peak_gate = _gate_peak(
+        peak_gate = gate_peak(
             gate,
             in_features,
             experts,
@@ -163,7 +168,9 @@ def layer_cost(
     steps += program_cost(back.program, back_sizes, itemsize, "backward ")
     kept = [slot for slot in back.saved if slot >= len(program.operands)]
     forward = program_peak(program, sizes, itemsize, kept=kept)
-    saved, backward = reverse_peak(back, program, sizes, itemsize)
+    saved, backward = reverse_peak(
+        back, program, sizes, itemsize, copies_transposed=copies_transposed
+    )
     result = itemsize * batch * sizes[OUTPUT]
     held, after = routing, 0
     if gate is not None:
@@ -174,8 +181,8 @@ def layer_cost(
         gradients = sum(
             itemsize * _volume(back.program, slot, back_sizes) for slot in back.program.outputs
         )
-        after = saved + gradients
-        after += _gate_vjp_peak(gate, in_features, experts, batch, itemsize, row_block_bytes)
+        after = (0 if frees else saved) + gradients
+        after += gate_vjp_peak(gate, in_features, experts, batch, itemsize, row_block_bytes)
     peak = max(peak_gate, held + forward, held + result + max(backward, after))
     return Cost(parameters, steps, peak, saved + held)
 
@@ -187,7 +194,7 @@ def _volume(program: Program, slot: int, sizes: dict[str, int]) -> int:
     return volume
 
 
-def _gate_peak(
+def gate_peak(
     gate: Gate,
     in_features: int,
     experts: tuple[int, ...],
@@ -212,7 +219,7 @@ def _gate_peak(
     return peak
 
 
-def _gate_vjp_peak(
+def gate_vjp_peak(
     gate: Gate,
     in_features: int,
     experts: tuple[int, ...],

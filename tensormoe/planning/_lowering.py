@@ -31,6 +31,8 @@ class Lowered:
         views: how the operands, in running order, are looked at.
         shape: reshape of the result, if any.
         loops: how many matrices a product with rows in several places is cut into.
+        strided: for the operands in running order, whether the fastest axis is looped over, so that
+            the entries of one matrix lie far apart.
     """
 
     kind: Kind
@@ -39,6 +41,7 @@ class Lowered:
     views: tuple[View, View]
     shape: tuple[int, ...] | None
     loops: int = 1
+    strided: tuple[bool, bool] = (False, False)
 
 
 def dims(groups: Sequence[Order], sizes: Mapping[Leg, int]) -> tuple[int, ...]:
@@ -121,12 +124,13 @@ def _lower_matmul(
         kind: Kind = "linear" if flat and one_side else "matmul"
         legs = (*loops, *rows, *columns)
         shape = _result_shape([(leg,) for leg in loops], rows, columns, sizes)
-        yield Lowered(kind, legs, False, (first, second), shape, extra)
+        strided = left[-1] in loops, right[-1] in loops
+        yield Lowered(kind, legs, False, (first, second), shape, extra, strided)
         first = _matrix_view(right, loops, columns, middle, sizes)
         second = _matrix_view(left, loops, middle, rows, sizes)
         legs = (*loops, *columns, *rows)
         shape = _result_shape([(leg,) for leg in loops], columns, rows, sizes)
-        yield Lowered(kind, legs, True, (first, second), shape, extra)
+        yield Lowered(kind, legs, True, (first, second), shape, extra, strided[::-1])
 
 
 def _runs(order: Order, summed: frozenset[Leg], looped: Order) -> list[Order]:

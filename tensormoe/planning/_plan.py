@@ -52,6 +52,8 @@ class Plan:
         itemsize: int = 4,
         row_block_bytes: int | None = None,
         picks_entries: bool = True,
+        copies_transposed: bool = False,
+        frees: bool = False,
     ) -> Cost:
         """What one call costs.
 
@@ -61,6 +63,9 @@ class Plan:
             itemsize: bytes an entry: 4 for float32.
             row_block_bytes: the backend's, for the temporaries of the gate.
             picks_entries: the backend's, for the same.
+            copies_transposed: whether the library copies a transposed first operand of large
+                products.
+            frees: whether the backward pass lets go of what it does not need any more.
         """
         gate = None if gate is None else Gate.parse(gate)
         positive_int(itemsize, "itemsize", PlanError)
@@ -78,6 +83,8 @@ class Plan:
                 itemsize=itemsize,
                 row_block_bytes=row_block_bytes,
                 picks_entries=picks_entries,
+                copies_transposed=copies_transposed,
+                frees=frees,
             )
 
         if self.chunk >= self.batch:

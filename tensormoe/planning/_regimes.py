@@ -13,9 +13,10 @@ from functools import lru_cache
 
 from tensormoe._spec import LayerSpec
 from tensormoe.factorizations import BATCH, OUTPUT, Leg
-from tensormoe.planning._draft import DENSE, WRITE_WEIGHT, Draft, Part, Routing
+from tensormoe.planning._draft import DENSE, Draft, Part, Routing
+from tensormoe.planning._path import WRITE_WEIGHT, Node, search_tree, tree_cost
 from tensormoe.planning._program import Program
-from tensormoe.planning._tree import Builder, Node, contract_path, tree_cost, tree_of
+from tensormoe.planning._tree import Builder
 
 __all__ = [
     "MAX_BATCH",
@@ -158,10 +159,7 @@ def _best_trees(
     rest = [slot for slot in slots if slot not in (draft.x, carrier)]
     legs = frozenset((BATCH, *builder.legs[bias]))
     inner = Node(legs, children=(_leaf(builder, draft.x), _leaf(builder, carrier)))
-    path = contract_path(
-        [*(builder.legs[slot] for slot in rest), tuple(legs)], output, sizes, WRITE_WEIGHT
-    )
-    joined = tree_of([*(builder.legs[slot] for slot in rest), tuple(legs)], path, output)
+    joined = search_tree([*(builder.legs[slot] for slot in rest), tuple(legs)], output, sizes)
     fused = _renamed(joined, [*rest, inner], builder)
     together = Trees(fused), *tree_cost(fused, sizes, WRITE_WEIGHT)
     alone = _search(builder, [*rest, bias], output, sizes)
@@ -174,9 +172,8 @@ def _best_trees(
 def _search(
     builder: Builder, slots: Sequence[int], output: tuple[Leg, ...], sizes: Mapping[Leg, int]
 ) -> Node:
-    legs = [builder.legs[slot] for slot in slots]
-    path = contract_path(legs, output, sizes, WRITE_WEIGHT)
-    return _renamed(tree_of(legs, path, output), slots, builder)
+    tree = search_tree([builder.legs[slot] for slot in slots], output, sizes)
+    return _renamed(tree, slots, builder)
 
 
 def _leaf(builder: Builder, slot: int | None) -> Node:

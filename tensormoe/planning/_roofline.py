@@ -1,4 +1,4 @@
-"""From cost to predicted time: each step at the speed of what limits it."""
+"""From cost to predicted time: every step at the speed of what limits it, and its own cost."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ __all__ = ["PUBLISHED_ROOFLINES", "Roofline"]
 
 @dataclass(frozen=True)
 class Roofline:
-    """A device in four numbers (Williams et al. 2009, extended by a cost per operation).
+    """A device in a few numbers (Williams et al. 2009, extended by what calls and new memory cost).
 
     Args:
         name: of the device.
         matmul_rate: FLOP/s of large matrix products.
-        elementwise_rate: FLOP/s of elementwise work on data in cache.
+        elementwise_rate: FLOP/s of elementwise work, most of it that of gates.
         bandwidth: bytes/s between memory and the processor.
-        overhead: seconds that starting one operation takes.
+        overhead: seconds that starting one step takes.
+        fresh_bandwidth: bytes/s at which results get new memory, where the system clears it page by
+            page; None where the library keeps a pool of memory, as on GPUs.
+        backward_overhead: seconds that starting one step of a backward pass takes, with what
+            training adds to the forward steps; None for as many.
 
     Raises:
         PlanError: a number is not positive.
@@ -38,22 +42,34 @@ class Roofline:
     elementwise_rate: float
     bandwidth: float
     overhead: float
+    fresh_bandwidth: float | None = None
+    backward_overhead: float | None = None
 
     def __post_init__(self) -> None:
-        for key in ("matmul_rate", "elementwise_rate", "bandwidth", "overhead"):
+        optional = ("fresh_bandwidth", "backward_overhead")
+        for key in ("matmul_rate", "elementwise_rate", "bandwidth", "overhead", *optional):
             value = getattr(self, key)
+            if key in optional and value is None:
+                continue
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not 0 < value < float("inf"):
                 raise PlanError(f"{key} of a roofline must be a positive number; got {value!r}.")
 
     def time(self, cost: Cost) -> float:
-        """Predicted seconds: for every step the slowest of arithmetic and memory, and overhead."""
+        """Predicted seconds.
+
+        For every step, the slower of arithmetic and memory traffic, the new memory of its result,
+        and the overhead.
+        """
         total = 0.0
+        fresh = 0.0 if self.fresh_bandwidth is None else 1 / self.fresh_bandwidth
+        backward = self.backward_overhead or self.overhead
         for step in cost.steps:
             arithmetic = step.matmul_flops / self.matmul_rate
             arithmetic += step.elementwise_flops / self.elementwise_rate
             memory = (step.bytes_read + step.bytes_written) / self.bandwidth
-            total += max(arithmetic, memory) + self.overhead
+            total += max(arithmetic, memory) + step.bytes_written * fresh
+            total += backward if step.backward else self.overhead
         return total
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,7 +107,7 @@ PUBLISHED_ROOFLINES: Mapping[str, Roofline] = MappingProxyType(
         "h100": _published("h100", 494.0, 67.0, 3350),
         "h200": _published("h200", 494.0, 67.0, 4800),
         # one current server core pair: what a laptop or a CI machine has
-        "cpu": Roofline("cpu", 1.5e11, 4e9, 2e10, 2e-6),
+        "cpu": Roofline("cpu", 1.5e11, 1.5e10, 5e10, 5e-6, 3e9, 1e-5),
     }
 )
 """Peaks that makers publish, by device; ``cpu`` is a rough two-core machine. Measure your own with

@@ -1,111 +1,26 @@
-"""From a contraction path to steps: which orders the intermediates are stored in, and when."""
+"""From a contraction tree to steps: which orders the intermediates are stored in, and when."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 
 from tensormoe.errors import PlanError
 from tensormoe.factorizations import BATCH, Leg
 from tensormoe.planning._lowering import Lowered, dims, lower, volume
+from tensormoe.planning._path import Node, search_tree
 from tensormoe.planning._program import Operand, Program, Step, View
 
-__all__ = ["Builder", "Node", "Path", "contract_path", "tree_cost", "tree_of"]
-
-Path = tuple[tuple[int, ...], ...]
-"""Pairs of positions in a shrinking list of operands, as opt_einsum gives them."""
+__all__ = ["Builder"]
 
 # a batch size at which copies are weighed against one another; only ratios matter
 _TYPICAL_BATCH = 256
 
+# reading an operand matrix by matrix whose entries lie far apart, in copies of the operand
+_STRIDED = 2.0
+
 # leg orders of an intermediate that are pursued; more find nothing better and cost planning time
 _MOST_ORDERS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """A contraction of two nodes, or (without children) an operand."""
-
-    legs: frozenset[Leg]
-    slot: int = -1
-    children: tuple[Node, ...] = ()
-
-
-def contract_path(
-    operands: Sequence[Sequence[Leg]], output: Sequence[Leg], sizes: Mapping[Leg, int], weight: int
-) -> Path:
-    """The path that minimizes multiply-adds + ``weight`` × entries written, by opt_einsum.
-
-    Args:
-        operands: the legs of each operand.
-        output: the legs to keep.
-        sizes: the size of every leg, the batch included.
-        weight: multiply-adds that writing one entry is worth.
-    """
-    # opt_einsum loads NumPy where it is installed, so it is not imported with the core
-    from opt_einsum.paths import DynamicProgramming
-
-    if len(operands) == 1:
-        return ()
-    # a search that starts from the cost of a sensible path is several times as fast
-    sensible = tree_of(operands, _sensible_path(operands), output)
-    const, slope = tree_cost(sensible, sizes, weight)
-    cap = const + slope * sizes.get(BATCH, 1)
-    search = DynamicProgramming(minimize=f"combo-{weight}", cost_cap=cap + cap // 10**6 + 1)
-    path = search([frozenset(legs) for legs in operands], frozenset(output), dict(sizes))
-    return tuple(tuple(pair) for pair in path)
-
-
-def _sensible_path(operands: Sequence[Sequence[Leg]]) -> Path:
-    """Contract each operand with the next one that shares a bond with it, data first."""
-    items = [(frozenset(legs) - {BATCH}, BATCH in legs) for legs in operands]
-    path = []
-    while len(items) > 1:
-        first = next((k for k, (_, batched) in enumerate(items) if batched), 0)
-        # the newest result last, so that every data operand meets a factor of its own first
-        others = [k for k in range(len(items)) if k != first]
-        linked = [k for k in others if items[k][0] & items[first][0]] or others
-        second = next((k for k in linked if not items[k][1]), linked[0])
-        joined = (items[first][0] ^ items[second][0], True)
-        path.append((first, second))
-        items = [item for k, item in enumerate(items) if k not in (first, second)]
-        items.append(joined)
-    return tuple(path)
-
-
-def tree_cost(node: Node, sizes: Mapping[Leg, int], weight: int) -> tuple[int, int]:
-    """Constant and slope, over the batch, of a tree's multiply-adds and weighted writes."""
-    if not node.children:
-        return 0, 0
-    const = slope = 0
-    for child in node.children:
-        below = tree_cost(child, sizes, weight)
-        const, slope = const + below[0], slope + below[1]
-    touched = node.children[0].legs | node.children[1].legs
-    for legs, factor in ((touched, 1), (node.legs, weight)):
-        work = factor * prod(sizes[leg] for leg in legs if leg != BATCH)
-        if BATCH in legs:
-            slope += work
-        else:
-            const += work
-    return const, slope
-
-
-def tree_of(legs: Sequence[Sequence[Leg]], path: Path, output: Sequence[Leg]) -> Node:
-    """The binary tree that ``path`` describes over operands with ``legs``."""
-    nodes = [Node(frozenset(each), slot) for slot, each in enumerate(legs)]
-    for positions in path:
-        picked = [nodes[position] for position in positions]
-        nodes = [node for k, node in enumerate(nodes) if k not in positions]
-        joined = picked[0]
-        for number, other in enumerate(picked[1:], start=2):
-            wanted = frozenset(output).union(
-                *(node.legs for node in nodes), *(node.legs for node in picked[number:])
-            )
-            joined = Node((joined.legs | other.legs) & wanted, children=(joined, other))
-        nodes.append(joined)
-    return nodes[0]
 
 
 @dataclass(slots=True)
@@ -185,15 +100,15 @@ class Builder:
         leaves = [Node(frozenset(self.legs[slot]), slot) for slot in (left, right)]
         return self.emit(Node(kept, children=(leaves[0], leaves[1])), order)
 
-    def network(self, slots: Sequence[int], path: Path, output: tuple[Leg, ...]) -> int:
-        """Contract slots along ``path`` into the leg order ``output``."""
+    def network(self, slots: Sequence[int], output: tuple[Leg, ...]) -> int:
+        """Contract slots along the cheapest path into the leg order ``output``."""
         counts: dict[Leg, int] = {}
         for slot in slots:
             for leg in self.legs[slot]:
                 counts[leg] = counts.get(leg, 0) + 1
         shared = frozenset(output) | {leg for leg, count in counts.items() if count > 1}
         reduced = [self.reduce(slot, shared) for slot in slots]
-        root = tree_of([self.legs[slot] for slot in reduced], path, output)
+        root = search_tree([self.legs[slot] for slot in reduced], output, self.sizes)
         return self.emit(_with_slots(root, reduced), output)
 
     def emit(self, node: Node, order: tuple[Leg, ...] | None = None) -> int:
@@ -234,7 +149,11 @@ class Builder:
                         cost = base + self._copy(left_order, pair[0])
                         cost += self._copy(right_order, pair[1])
                         self._add_choices(found, node, pair, (left_order, right_order), cost)
-            if found:
+            least = min((each.cost for each in found.values()), default=float("inf"))
+            # beyond ties, nothing is copied and nothing read in a bad order
+            if least < 1.0 + min(each.cost for each in left.values()) + min(
+                each.cost for each in right.values()
+            ):
                 break
         if not found:
             raise PlanError(f"no matrix product gives {sorted(node.legs)} from its operands.")
@@ -253,11 +172,18 @@ class Builder:
             # a tie goes to fewer, larger products, and to views that move no axis
             moved = sum(view.axes is not None for view in lowered.views)
             total = cost + 1e-3 * lowered.loops + 1e-4 * moved
+            running = reversed(pair) if lowered.swapped else pair
+            for order, strided in zip(running, lowered.strided, strict=True):
+                # many small matrices with far-apart entries are slower than a copy in order
+                total += _STRIDED * self._volume(order) if strided else 0.0
             if lowered.legs not in found or total < found[lowered.legs].cost:
                 found[lowered.legs] = _Choice(total, lowered, pair, sources)
 
     def _copy(self, stored: tuple[Leg, ...], wanted: tuple[Leg, ...]) -> float:
-        return 0.0 if stored == wanted else float(volume(stored, self.sizes, _TYPICAL_BATCH))
+        return 0.0 if stored == wanted else self._volume(stored)
+
+    def _volume(self, stored: tuple[Leg, ...]) -> float:
+        return float(volume(stored, self.sizes, _TYPICAL_BATCH))
 
     def finish(self, *outputs: int) -> Program:
         """The program whose results are ``outputs``."""

@@ -7,9 +7,8 @@ from functools import lru_cache
 
 from tensormoe._spec import LayerSpec
 from tensormoe.factorizations import INPUT, OUTPUT, Leg, expert_leg
-from tensormoe.planning._draft import WRITE_WEIGHT
 from tensormoe.planning._program import Operand, Program
-from tensormoe.planning._tree import Builder, contract_path
+from tensormoe.planning._tree import Builder
 
 __all__ = ["contraction", "weight_program"]
 
@@ -67,6 +66,4 @@ def contraction(
 
 def _contracted(builder: Builder, slots: Sequence[int], output: tuple[Leg, ...]) -> int:
     """The slot of a contraction of others."""
-    legs = [builder.legs[slot] for slot in slots]
-    path = contract_path(legs, output, builder.sizes, WRITE_WEIGHT)
-    return builder.network(slots, path, output)
+    return builder.network(slots, output)
