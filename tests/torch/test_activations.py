@@ -50,6 +50,11 @@ OWN: list[Any] = [
 ]
 
 
+def shown(value: Any) -> str:
+    """The name of a class or function: their text may hold an address."""
+    return getattr(value, "__name__", str(value))
+
+
 def block_of(act: Any, gated: bool = False, **options: Any) -> MuMoEMLP:
     made: MuMoEMLP = MuMoEMLP(
         6, 7, 5, act, experts=(3, 2), factorization=CP(4), gated=gated, **options
@@ -61,7 +66,7 @@ def test_the_names_are_those_of_the_core() -> None:
     assert tuple(ACTIVATIONS) == NAMES
 
 
-@pytest.mark.parametrize(("act", "name"), NAMED, ids=str)
+@pytest.mark.parametrize(("act", "name"), NAMED, ids=shown)
 def test_one_with_a_name_is_saved_by_it(act: Any, name: str, tmp_path: Path) -> None:
     block = block_of(act)
     assert (block.config.act_layer, block.act) == (name, None)
@@ -70,7 +75,7 @@ def test_one_with_a_name_is_saved_by_it(act: Any, name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("act", OWN, ids=str)
+@pytest.mark.parametrize("act", OWN, ids=shown)
 def test_another_one_is_kept_and_trained(act: Any, gated: bool, tmp_path: Path) -> None:
     block: MuMoEMLP = randomize(block_of(act, gated))
     function: Callable[[Tensor], Tensor] = block.act  # type: ignore[assignment]
@@ -126,7 +131,7 @@ def test_compiled(gated: bool) -> None:
     torch.testing.assert_close(compiled(x), block(x))
 
 
-@pytest.mark.parametrize("act", [nn.ReLU6(), ACT2FN["gelu_10"], nn.PReLU(init=0.0)], ids=str)
+@pytest.mark.parametrize("act", [nn.ReLU6(), ACT2FN["gelu_10"], nn.PReLU(init=0.0)], ids=shown)
 def test_surgery_takes_the_module_itself(act: nn.Module) -> None:
     """Near zero, these are what others are everywhere."""
     mlp = nn.Sequential(nn.Linear(6, 8), act, nn.Linear(8, 5))
