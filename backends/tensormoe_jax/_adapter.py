@@ -69,9 +69,11 @@ class JaxBackend:
         return jnp.sum(array * array, axis=-1, keepdims=True)
 
     def repeat(self, step: Step, state: State, rounds: int, enough: float, /) -> State:
-        # all the rounds: whether they are enough would be a question to all devices in each of them
         rule, given = (step.rule, step.given) if isinstance(step, Round) else (step, ())
-        found: State = _repeated(rule, given, state, rounds)
+        # whether rounds are enough would be a question to all devices in each of them: where there
+        # are several, all rounds are done
+        last = enough if jax.device_count() == 1 else None
+        found: State = _repeated(rule, given, state, rounds, last)
         return found
 
     def take(self, array: Array, indices: Array, axis: int, /) -> Array:
@@ -129,15 +131,31 @@ def _gathered(array: Array, indices: Array, axis: int) -> PartitionSpec | None:
     return PartitionSpec(*whole)  # type: ignore[no-untyped-call]
 
 
-@partial(jax.jit, static_argnums=(0, 3), inline=True)
-def _repeated(rule: Step, given: State, state: State, rounds: int) -> State:
+@partial(jax.jit, static_argnums=(0, 3, 4), inline=True)
+def _repeated(rule: Step, given: State, state: State, rounds: int, enough: float | None) -> State:
     """A loop that compiles once, as a rule is equal to others that do the same."""
+    far = jnp.bool(True)
     # what starts alike on all devices does not stay so: types that know where an array varies or
     # how it is sharded take that from the rows by this, and XLA drops it
     for each in given[:1]:
         rows = each[:, :1] == 0
         state = tuple(jnp.where(rows, start, start) for start in state)
-    found: State = jax.lax.fori_loop(0, rounds, lambda _, inner: rule(*given, *inner)[0], state)
+        far = far | jnp.any(rows)
+    found: State
+    if enough is None:
+        found = jax.lax.fori_loop(0, rounds, lambda _, inner: rule(*given, *inner)[0], state)
+        return found
+
+    def busy(carried: tuple[Array, Array, State]) -> Array:
+        count, far, _ = carried
+        return (count < rounds) & far
+
+    def again(carried: tuple[Array, Array, State]) -> tuple[Array, Array, State]:
+        count, _, inner = carried
+        inner, way = rule(*given, *inner)
+        return count + 1, jnp.any(way > enough), inner
+
+    found = jax.lax.while_loop(busy, again, (jnp.int32(0), far, state))[2]
     return found
 
 

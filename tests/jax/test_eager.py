@@ -101,3 +101,14 @@ def test_results_are_committed_where_inputs_are() -> None:
     assert not apply(config, parameters, X).committed
     there = jax.device_put(X, jax.devices()[0])
     assert apply(config, parameters, there).committed
+
+
+@pytest.mark.skipif(jax.device_count() != 1, reason="of several devices none asks the others")
+@pytest.mark.parametrize("gate", [Gate(), Gate("sparsemax"), Gate(alpha=3.0)], ids=str)
+def test_a_single_device_ends_its_search_early(gate: Gate) -> None:
+    config = LayerConfig(LayerSpec(7, 3, 5, CP(2)), gate)
+    parameters = initialize(config, jax.random.key(0))
+    loops = str(jax.make_jaxpr(lambda x: apply(config, parameters, x))(X))
+    # a loop of all its rounds would be a scan
+    assert "while[" in loops
+    assert "reduce_or" in loops
