@@ -42,10 +42,11 @@ def select_block(
 ) -> tuple[LayerSpec, LayerSpec]:
     """The layers of a block with the most capacity that a budget for all of it allows.
 
-    The budget covers both layers and their gate, and is never exceeded. What gate and activation
-    leave of it is split as the two linear layers that are replaced would take it, but no layer gets
-    less than its smallest rank takes. What the first layer leaves of its share is the second's, and
-    what both leave is the first's again. Memory is not split, since one layer runs after the other.
+    The budget covers both layers and their gate, and is never exceeded by what
+    :func:`tensormoe.planning.block_cost` counts. What gate and activation leave of it is split as
+    the two linear layers that are replaced would take it, but no layer gets less than its smallest
+    rank takes. What the first layer leaves of its share is the second's, and what both leave is the
+    first's again. Memory is not split, since one layer runs after the other.
 
     Args:
         factorization: a name as for :func:`tensormoe.select_rank`, or one for each layer.

@@ -27,11 +27,13 @@ def make_budget(limits: Mapping[str, float], **options: Any) -> Budget:
     return Budget(**limits, **{"batch": 64, **options})
 
 
-def cost_of(pair: tuple[LayerSpec, LayerSpec], budget: Budget, gated: bool) -> Cost:
+def cost_of(
+    pair: tuple[LayerSpec, LayerSpec], budget: Budget, gated: bool, gate: Gate | None = GATE
+) -> Cost:
     """The cost of a block in the call that a budget is about."""
-    plans = [spec.plan(budget.batch) for spec in pair]
-    gate = GATE if budget.gate else None
-    return block_cost(*plans, gate, gated=gated, itemsize=budget.itemsize)
+    first, second = (spec.plan(budget.batch) for spec in pair)
+    counted = gate if budget.gate else None
+    return block_cost(first, second, counted, gated=gated, itemsize=budget.itemsize)
 
 
 OPTIONS: list[dict[str, Any]] = [{}, {"gate": False}, {"itemsize": 2}, {"itemsize": 8, "batch": 24}]
@@ -46,7 +48,6 @@ def test_what_selection_checks_is_what_the_block_costs(
     name: str, kind: Any, options: dict[str, Any], gated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = LIMITS if name == "all" else {name: LIMITS[name]}
-    # of wider entries fewer fit into as many bytes, and as few inputs take little work
     budget = make_budget(limits, **options)
     seen = []
     allows = Budget.allows
@@ -86,14 +87,28 @@ def test_the_smallest_budget_is_what_the_smallest_block_costs(
         select(needed[name] * (1 - 1e-9) if name == "time" else needed[name] - 1)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("gate", [False, True])
-@pytest.mark.parametrize("name", ["parameters", "flops", "time"])
-def test_nothing_is_left_for_another_rank(name: str, gate: bool, gated: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "limit", "sizes", "gated"),
+    [
+        *(
+            (name, LIMITS[name], (IN, HIDDEN, OUT), gated)
+            for name in ("parameters", "flops", "time")
+            for gated in (False, True)
+        ),
+        # where neither layer has all the bonds that it can use, of many ranks and of few
+        ("memory", 188_000, (300, 300, 300), False),
+        ("memory", 72_000, (200, 50, 200), True),
+    ],
+)
+@pytest.mark.parametrize("gate", [GATE, None], ids=["gate", "none"])
+def test_nothing_is_left_for_another_rank(
+    name: str, limit: float, sizes: tuple[int, int, int], gated: bool, gate: Gate | None
+) -> None:
     """A search that counted more than blocks cost would stop too early."""
-    budget = make_budget({name: LIMITS[name]}, gate=gate)
-    pair = select_block("cp", IN, HIDDEN, OUT, 16, budget=budget, gate=GATE, gated=gated)
+    budget = make_budget({name: limit})
+    pair = select_block("cp", *sizes, 16, budget=budget, gate=gate or False, gated=gated)
+    assert budget.allows(cost_of(pair, budget, gated, gate))
     for place, spec in enumerate(pair):
         more = list(pair)
         more[place] = replace(spec, factorization=CP(spec.factorization.rank + 1))
-        assert not budget.allows(cost_of((more[0], more[1]), budget, gated))
+        assert not budget.allows(cost_of((more[0], more[1]), budget, gated, gate))
