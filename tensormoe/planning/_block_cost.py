@@ -24,7 +24,7 @@ from tensormoe.planning._plan import Plan
 from tensormoe.planning._program import Program
 from tensormoe.planning._reverse import reverse
 
-__all__ = ["block_cost"]
+__all__ = ["block_cost", "block_held"]
 
 ACTIVATION_FLOPS = 8
 """Elementwise operations that one entry of an activation counts as, a nominal figure between those
@@ -79,12 +79,14 @@ def block_cost(
     middle = _middle_steps(before, after, gated, itemsize)
     parameters = sum(spec.num_parameters for spec in specs)
     width = max(itemsize, GATE_ITEMSIZE)
-    coefficients, peak_gate = 0, 0
+    coefficients, before_second = block_held(
+        gate, experts, second.spec.in_features, batch, itemsize
+    )
+    peak_gate = 0
     gate_forward: tuple[StepCost, ...] = ()
     gate_options = (in_features, experts, batch, itemsize)
     if gate is not None:
         parameters += gate_parameters(gate, in_features, experts)
-        coefficients = width * batch * sum(experts)
         gate_forward = gate_steps(gate, *gate_options)
         peak_gate = gate_peak(gate, *gate_options, row_block_bytes, picks_entries, training)
     steps = (*gate_forward, *forwards[0], *middle, *forwards[1])
@@ -92,8 +94,8 @@ def block_cost(
     between = itemsize * (before + after + (after if gated else 0))
     if not training:
         peaks = [program_peak(*each, itemsize) for each in zip(programs, sizes, strict=True)]
-        most = max(peaks[0], between, itemsize * after + peaks[1])
-        return Cost(parameters, steps, max(peak_gate, coefficients + most))
+        most = max(coefficients + max(peaks[0], between), before_second + peaks[1])
+        return Cost(parameters, steps, max(peak_gate, most))
 
     backs = [reverse(program) for program in programs]
     kept = [
@@ -154,6 +156,18 @@ def block_cost(
         # gradients by coefficients are those of both layers, added
         moments.append(stages[2] + first_gradients + coefficients + through)
     return Cost(parameters, steps, max(moments), whole - output)
+
+
+def block_held(
+    gate: Gate | None, experts: tuple[int, ...], hidden: int, batch: int, itemsize: int
+) -> tuple[int, int]:
+    """Bytes of a block that are live all the while each of its layers runs, in a forward call.
+
+    They are the coefficients for the first layer, and for the second its input besides.
+    """
+    width = max(itemsize, GATE_ITEMSIZE)
+    coefficients = 0 if gate is None else width * batch * sum(experts)
+    return coefficients, coefficients + itemsize * batch * hidden
 
 
 def _entries(program: Program, slot: int, batch: int) -> int:

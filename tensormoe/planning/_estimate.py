@@ -8,8 +8,8 @@ prefer among them, and the rank that is chosen is planned in full.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -60,18 +60,15 @@ class Around:
 
     Args:
         gate: the layer's own, which makes its coefficients.
-        cost: of the rest of a block.
-        held: bytes of a block that are live all the while the layer runs.
+        cost: of the rest of a block, for the estimate.
+        held: bytes of a block that are live all the while the layer runs, for the estimate.
+        block: the cost of the block with a layer in it, which is what counts in the end.
     """
 
     gate: Gate | None = None
     cost: Cost = _NOTHING
     held: int = 0
-
-    def join(self, layer: Cost) -> Cost:
-        """The cost of a layer, its gate included, and of what is around it."""
-        peak = self.held + layer.peak_memory
-        return self.cost.then(replace(layer, peak_memory=peak))
+    block: Callable[[LayerSpec], Cost] | None = None
 
 
 @dataclass
@@ -111,11 +108,13 @@ class Estimator:
 
     def cost_of(self, spec: LayerSpec) -> Cost:
         """The cost of a layer of the family's sizes, and of what is around it."""
-        budget = self.budget
+        budget, around = self.budget, self.around
+        if around.block is not None:
+            return around.block(spec)
         if not self.planned:
             return Cost(spec.num_parameters + self._besides.parameters, (), 0)
         plan = spec.plan(budget.batch, indexed_input=self.indexed_input)
-        return self.around.join(plan.cost(self.around.gate, itemsize=budget.itemsize))
+        return plan.cost(around.gate, itemsize=budget.itemsize)
 
     def verify(self, sizes: Choice) -> bool:
         """Whether a rank keeps to the budget, by its own plan."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tensormoe._spec import LayerSpec
@@ -11,12 +11,15 @@ from tensormoe.errors import BudgetError, SpecError
 from tensormoe.factorizations import Factorization
 from tensormoe.gates import Gate
 from tensormoe.planning._baselines import linear_cost
+from tensormoe.planning._block_cost import block_cost, block_held
 from tensormoe.planning._budget import Budget
-from tensormoe.planning._cost import Cost, StepCost
+from tensormoe.planning._cost import Cost
+from tensormoe.planning._draft import DENSE
 from tensormoe.planning._estimate import Around
 from tensormoe.planning._family import Family
 from tensormoe.planning._infeasible import levels_of, refusal
-from tensormoe.planning._layer_cost import GATE_ITEMSIZE, gate_cost
+from tensormoe.planning._plan import Plan
+from tensormoe.planning._program import Program
 from tensormoe.planning._select import best_spec, measure_of
 
 __all__ = ["select_block"]
@@ -39,10 +42,11 @@ def select_block(
 ) -> tuple[LayerSpec, LayerSpec]:
     """The layers of a block with the most capacity that a budget for all of it allows.
 
-    The budget covers both layers and their gate, and is never exceeded. What gate and activation
-    leave of it is split as the two linear layers that are replaced would take it, but no layer gets
-    less than its smallest rank takes. What the first layer leaves of its share is the second's, and
-    what both leave is the first's again. Memory is not split, since one layer runs after the other.
+    The budget covers both layers and their gate, and is never exceeded by what
+    :func:`tensormoe.planning.block_cost` counts. What gate and activation leave of it is split as
+    the two linear layers that are replaced would take it, but no layer gets less than its smallest
+    rank takes. What the first layer leaves of its share is the second's, and what both leave is the
+    first's again. Memory is not split, since one layer runs after the other.
 
     Args:
         factorization: a name as for :func:`tensormoe.select_rank`, or one for each layer.
@@ -83,12 +87,12 @@ def select_block(
     sizes = (in_features, hidden, out_features)
     limits = Budget.parse_block(budget, *sizes, bias, gated)
     built = None if gate is None or gate is False else Gate.parse(gate)
-    block = _Block(first, second, limits, built if limits.gate else None)
+    block = _Block(first, second, limits, built if limits.gate else None, gated)
     smallest = (first.spec((1, 1)), second.spec((1, 1)))
     if limits.exceeded(block.cost(*smallest)):
         raise _refused(block)
+    one = best_spec(first, block.share(*smallest), block.around_first(smallest[1]), measure)
     # a share that rounding makes too small for any rank leaves the smallest one
-    one = best_spec(first, block.share(*smallest), block.around_first(None), measure)
     one = one or smallest[0]
     two = best_spec(second, limits, block.around_second(one), measure) or smallest[1]
     return best_spec(first, limits, block.around_first(two), measure) or one, two
@@ -103,51 +107,40 @@ class _Block:
         second: the layer behind it.
         budget: upper limits for the whole block.
         gate: of both layers, if it counts.
+        gated: whether half of the first layer's outputs multiply the other half.
     """
 
     first: Family
     second: Family
     budget: Budget
     gate: Gate | None
-
-    @property
-    def planned(self) -> bool:
-        """Whether anything but parameters is limited."""
-        return set(self.budget.limits) != {"parameters"}
-
-    @property
-    def routing(self) -> int:
-        """Bytes of the coefficients, which are there until the second layer has run."""
-        width = max(self.budget.itemsize, GATE_ITEMSIZE)
-        entries = self.budget.batch * sum(self.first.sizes.experts)
-        return 0 if self.gate is None else width * entries
-
-    @property
-    def hidden(self) -> int:
-        """Bytes of the array between the layers."""
-        return self.budget.itemsize * self.budget.batch * self.second.sizes.in_features
+    gated: bool
 
     def cost(self, one: LayerSpec, two: LayerSpec) -> Cost:
         """The cost of a forward call of the whole block."""
-        return self.around_second(one).join(self._layer(two))
+        return self._cost(self._plan(one), self._plan(two))
 
-    def around_first(self, two: LayerSpec | None) -> Around:
-        """The gate, the activation, and the second layer if there is one yet."""
-        cost = self._rest()
-        if two is not None:
-            cost = Around(cost=cost, held=self.routing + self.hidden).join(self._layer(two))
-        return Around(cost=cost, held=self.routing)
+    def around_first(self, two: LayerSpec) -> Around:
+        """All but the first layer."""
+        rest = self._cost(None, self._plan(two))
+        return Around(cost=rest, held=self._held[0], block=lambda one: self.cost(one, two))
 
     def around_second(self, one: LayerSpec) -> Around:
-        """The gate, the activation and the first layer."""
-        cost = Around(cost=self._rest(), held=self.routing).join(self._layer(one))
-        return Around(cost=cost, held=self.routing + self.hidden)
+        """All but the second layer."""
+        rest = self._cost(self._plan(one), None)
+        return Around(cost=rest, held=self._held[1], block=lambda two: self.cost(one, two))
 
     def share(self, one: LayerSpec, two: LayerSpec) -> Budget:
-        """The budget of the first layer, gate and activation; given are the smallest layers."""
+        """The budget of all but what the second layer takes beyond its smallest rank.
+
+        Args:
+            one: the smallest first layer.
+            two: the smallest second layer.
+        """
         budget = self.budget
-        rest, least, reserved = (
-            budget.spent(cost) for cost in (self._rest(), self._layer(one), self._layer(two))
+        least, besides, rest = (
+            budget.spent(cost)
+            for cost in (self.cost(one, two), self.around_first(two).cost, self._cost(None, None))
         )
         linear = [
             budget.spent(
@@ -163,32 +156,43 @@ class _Block:
         ]
         limits: dict[str, float] = {}
         for name, limit in budget.limits.items():
-            left = limit - rest[name]
-            part = left * linear[0][name] / (linear[0][name] + linear[1][name])
-            part = max(min(part, left - reserved[name]), least[name])
-            limits[name] = limit if name == "memory" else rest[name] + part
+            part = linear[0][name] / (linear[0][name] + linear[1][name])
+            share = besides[name] + part * (limit - rest[name])
+            limits[name] = limit if name == "memory" else max(min(share, limit), least[name])
         return budget.with_limits(limits)
 
-    def _layer(self, spec: LayerSpec) -> Cost:
-        if not self.planned:
-            return Cost(spec.num_parameters, (), 0)
-        return spec.cost(self.budget.batch, itemsize=self.budget.itemsize)
+    @property
+    def _held(self) -> tuple[int, int]:
+        sizes, budget = self.second.sizes, self.budget
+        return block_held(
+            self.gate, sizes.experts, sizes.in_features, budget.batch, budget.itemsize
+        )
 
-    def _rest(self) -> Cost:
-        """The gate and the activation."""
-        sizes, budget = self.first.sizes, self.budget
-        gate = gate_cost(self.gate, sizes.in_features, sizes.experts, budget.batch, budget.itemsize)
-        entries = budget.batch * sizes.out_features
-        read = budget.itemsize * entries
-        step = StepCost("activation", 0, entries, read, self.hidden)
-        return gate.then(Cost(0, (step,), self.routing + read + self.hidden))
+    def _cost(self, one: Plan | None, two: Plan | None) -> Cost:
+        """The cost of a block; None for a layer that is not counted."""
+        budget, layers = self.budget, ((self.first.sizes, one), (self.second.sizes, two))
+        first, second = (plan or _idle(sizes, budget.batch) for sizes, plan in layers)
+        cost = block_cost(first, second, self.gate, gated=self.gated, itemsize=budget.itemsize)
+        left_out = sum(sizes.num_parameters for sizes, plan in layers if plan is None)
+        return replace(cost, parameters=cost.parameters - left_out)
+
+    def _plan(self, spec: LayerSpec) -> Plan:
+        if set(self.budget.limits) == {"parameters"}:
+            # parameters are known without a plan, which takes milliseconds
+            return _idle(spec, self.budget.batch)
+        return spec.plan(self.budget.batch)
+
+
+def _idle(spec: LayerSpec, batch: int) -> Plan:
+    """A plan of which nothing runs."""
+    return Plan(spec, DENSE, batch, Program((), (), (), ()), 1, None, batch)
 
 
 def _refused(block: _Block) -> BudgetError:
     first, second, budget = block.first, block.second, block.budget
 
     def smallest(one: Family, two: Family, gate: Gate | None) -> Cost:
-        return _Block(one, two, budget, gate).cost(one.spec((1, 1)), two.spec((1, 1)))
+        return _Block(one, two, budget, gate, block.gated).cost(one.spec((1, 1)), two.spec((1, 1)))
 
     def split(experts: tuple[int, ...]) -> Cost:
         return smallest(first.with_experts(experts), second.with_experts(experts), block.gate)
