@@ -184,7 +184,7 @@ class LayerSpec:
         # the planner stands on specs, so it is imported when the first plan is asked for
         from tensormoe.planning import Routing, plan_layer
 
-        # looked at here, since the cache behind takes 1.0 and True for 1
+        # checked here, since the cache below takes 1.0 and True for 1
         batch = non_negative_int(batch, "batch", PlanError)
         flag(prepared, "prepared", PlanError)
         flag(indexed_input, "indexed_input", PlanError)

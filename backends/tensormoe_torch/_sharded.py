@@ -1,6 +1,6 @@
 """Parameters of which every process holds a part: PyTorch's DTensors, as ``fully_shard`` makes.
 
-Whatever looks at such a parameter as a whole is a collective call: every process makes it.
+Whatever reads such a parameter as a whole is a collective call: every process makes it.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def bars(console: Console | None) -> Iterator[Callable[[CompressionProgress], No
 
 
 def _state(now: CompressionProgress) -> str:
-    """What a stage is at."""
+    """Current state of a stage, in words."""
     if now.search is None:
         return now.name
     rank = format_rank(now.search.factorization.rank)

@@ -1,4 +1,4 @@
-"""What factors lack, expert by expert, a block of experts at a time."""
+"""Errors of factors, expert by expert, a block of experts at a time."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _norms(source: Source, left: Source) -> tuple[list[float], list[float]]:
 def _left(
     spec: LayerSpec, factors: Mapping[str, Array], source: Source, only_bias: bool = False
 ) -> Source:
-    """What a layer's factors leave of a tensor.
+    """Residual of a tensor after subtracting a layer's factors.
 
     Args:
         spec: of the layer.

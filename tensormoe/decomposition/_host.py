@@ -56,7 +56,7 @@ class Workplace:
         return convert(widened(array, self.owner), "numpy")
 
     def lend(self, weights: Array) -> Array:
-        """What a :class:`Source` reads the weights from, in the same memory.
+        """Return the array that a :class:`Source` reads the weights from, in the same memory.
 
         Of a dtype that NumPy lacks, such as bfloat16, no more is widened at a time than is read.
         """
@@ -68,7 +68,7 @@ class Workplace:
             return _Widened(weights, self.owner)
 
     def give(self, array: Array, like: Array) -> Array:
-        """What the work made, in the library, dtype and device of ``like``."""
+        """Convert a result of the work to the library, dtype and device of ``like``."""
         if self.backend is not self.owner:
             array = from_host(array, widened(like[(slice(0, 0),)], self.owner), self.owner)
         return cast(array, like.dtype, self.owner)

@@ -276,7 +276,7 @@ def _looked(problem: Problem, claimed: _Point, checked: _Point) -> tuple[_Point,
 
 
 def _settled(problem: Problem, claimed: _Point, checked: _Point) -> tuple[Factors, list[float]]:
-    """What a search returns that ends here, with errors of the tensor."""
+    """Return factors and errors of the tensor for a search that ends here."""
     if len(claimed.errors) > len(checked.errors):
         _, checked, _ = _looked(problem, claimed, checked)
     return checked.factors, [problem.felt(error) for error in checked.errors]

@@ -24,7 +24,7 @@ from tensormoe.factorizations import Factor, Leg
 __all__ = ["Cuts", "Step", "cuts", "spectral"]
 
 # a mode of no more than so many times the directions that are wanted, and one that is small
-# anyway, is looked at as a whole; others are compressed first
+# anyway, is decomposed as a whole; others are compressed first
 _RATIO, _SMALL = 4, 1024
 # entries of a tensor that may be copied, whatever its own size
 _COPIED = 2**22

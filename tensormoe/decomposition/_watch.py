@@ -118,7 +118,7 @@ class Watch:
 
 @dataclass(frozen=True, eq=False)
 class Follower:
-    """What a search on a part of a tensor, or on its core, tells the watch.
+    """Link from a search on a part of a tensor, or on its core, to the watch.
 
     Args:
         watch: of the decomposition.

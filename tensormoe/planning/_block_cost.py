@@ -126,7 +126,7 @@ def block_cost(
         for back in backs
     )
     if frees:
-        # each part of the way back lets go of what it was made of
+        # each part of the backward pass lets go of what it was made of
         rest = held + output + second_gradients
         stages = (rest + saved_first + around, rest + saved_first - two, rest - two)
     else:

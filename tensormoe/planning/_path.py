@@ -154,7 +154,7 @@ def _cut(node: Node, leaves: Mapping[Node, Node]) -> Node:
 
 
 def _grown(node: Node, parts: Sequence[Node]) -> Node:
-    """``node`` with the trees ``parts`` in the place of its operands."""
+    """``node`` with the trees ``parts`` in place of its operands."""
     if not node.children:
         return parts[node.slot]
     left, right = (_grown(child, parts) for child in node.children)

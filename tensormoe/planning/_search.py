@@ -11,11 +11,11 @@ from tensormoe.planning._family import INNER, OUTER, Choice, Family, largest
 __all__ = ["Figures", "best", "front"]
 
 Figures = tuple[int, int]
-"""What is maximized, and what tells equal ones apart."""
+"""The figure that is maximized, and the tie-breaker."""
 
-# ranks of a family that are all looked at before one is settled; of more, few
+# families of up to so many ranks are searched in full; of larger ones, few ranks are checked
 _FEW = 256
-# outer sizes on both sides of the best one that are looked at, of many
+# outer sizes that are checked on both sides of the best one, where there are many
 _NEAR = 3
 
 
@@ -57,7 +57,7 @@ def _settled(
     search: Callable[[], list[Choice]],
     rivals: Callable[[list[Choice]], Iterable[Choice]],
 ) -> list[Choice]:
-    """What ``search`` finds once no rank that matters has a path that was not seen."""
+    """Repeat ``search`` until every rank that matters has all its paths explored."""
     while True:
         found = search()
         # ranks that would be better if they fitted: the estimate was right if their best
@@ -123,7 +123,7 @@ class _Reach:
             if outer > self.last:
                 return
             least = 1 + largest(lambda size: not wanted(start, (outer, size)), 0, bound)  # noqa: B023
-            # no larger outer size leaves room for an inner one that has no room here
+            # an inner size that does not fit here fits with no larger outer size
             if self._estimator.fits_any(outer, least):
                 inner, bound = self(outer)
                 if inner > 0:

@@ -62,7 +62,7 @@ def select_block(
 
     Raises:
         BudgetError: nothing fits; the message names the smallest budget that something fits.
-        SpecError: sizes that make no layer, or an unknown factorization.
+        SpecError: sizes that are not those of a layer, or an unknown factorization.
 
     >>> first, second = select_block("cp", 768, 3072, 768, 128)
     >>> first.factorization, second.factorization

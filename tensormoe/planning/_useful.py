@@ -36,7 +36,7 @@ def excess(spec: LayerSpec) -> dict[Leg, int]:
 
 
 def beyond_use(family: Family, spec: LayerSpec) -> dict[int, int]:
-    """The free bonds of a layer that are too large, by place, with the size that is of use."""
+    """The free bonds of a layer that are too large, by index, with the largest useful size."""
     places, found = family.place_of, excess(spec)
     over = {places[leg]: most for leg, most in found.items() if leg in places}
     return {place: most for place, most in over.items() if not isinstance(family.bonds[place], int)}
@@ -67,7 +67,7 @@ def without_waste(family: Family, rest: Family, spec: LayerSpec) -> Family | Non
 
 
 def with_bonds(spec: LayerSpec, changed: dict[int, int]) -> LayerSpec:
-    """A layer with other sizes of some bonds, by place."""
+    """A layer with other sizes of some bonds, by index."""
     sizes = spec.factorization.bonds(spec.levels)
     rank = tuple(changed.get(place, size) for place, size in enumerate(sizes))
     value = spec.factorization.with_rank(rank)

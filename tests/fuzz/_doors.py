@@ -25,7 +25,7 @@ SECONDS = 30
 
 @dataclass(frozen=True, eq=False)
 class Door:
-    """What users call.
+    """A public function or method.
 
     Args:
         name: for messages.

@@ -30,7 +30,7 @@ def _stop(*_: Any) -> None:
 
 
 def judge(index: int) -> str | None:
-    """What is wrong with the call of a number, or None."""
+    """Make the call of a number; return what is wrong, or None."""
     door, name, value = at(index)
     arguments = door.arguments()
     arguments[name] = value

@@ -21,7 +21,7 @@ from tests._hugging_models import load, run_python
 
 
 def compress(model: Path, output: Path, **options: Any) -> dict[str, Any]:
-    """What ``tensormoe compress`` does; the manifest."""
+    """Run ``tensormoe compress``; return the manifest."""
     wanted = {"preset": "mixtral", **options}
     compress_checkpoint(model, output, Compression("cp", rank=2, compare=False, **wanted))
     manifest: dict[str, Any] = json.loads((output / "tensormoe.json").read_text())

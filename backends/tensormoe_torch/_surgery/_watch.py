@@ -1,4 +1,4 @@
-"""A block of linear layers run on made-up values, and what was seen meanwhile."""
+"""A block of linear layers run on made-up values, and a record of the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Watch", "call_order", "watch"]
 
 @dataclass(eq=False)
 class Watch:
-    """What was seen while a block ran.
+    """Arrays and modules recorded while a block ran.
 
     Args:
         returned: what the first linear layers were made to return; the halves of one array if one

@@ -18,7 +18,7 @@ __all__ = ["Own", "act_of", "activation_of", "name_of", "takes_routing"]
 
 
 class Own(nn.Module):
-    """What experts of transformers do between projections: (..., 2 · hidden) → (..., hidden).
+    """Activation of transformers' experts, between projections: (..., 2 · hidden) → (..., hidden).
 
     Args:
         experts: as transformers makes them; their weights are not kept.

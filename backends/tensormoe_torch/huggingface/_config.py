@@ -1,4 +1,4 @@
-"""What a model's ``config.json`` says of its factorized layers."""
+"""Description in a model's ``config.json`` of its factorized layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What transformers calls when it loads a model with factorized layers."""
+"""Quantizer that transformers calls when it loads a model with factorized layers."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Place:
 
     @property
     def prefix(self) -> str:
-        """What stands before the names of the layer's arrays."""
+        """Prefix of the names of the layer's arrays."""
         return f"{self.module}.projections.{self.role}."
 
 
@@ -140,7 +140,7 @@ def _read_config(model: Model) -> dict[str, Any]:
 
 
 def readme(model: Model, whole: Whole, summary: str) -> str:
-    """What a reader of the folder must know, before what the model's own README says.
+    """README of the folder: a section about the factors, then the model's own README.
 
     Args:
         model: as it was.

@@ -184,7 +184,7 @@ def _made(plan: CompressionPlan, work: Work, tell: _Teller) -> tuple[GroupReport
 
 
 def _resumed(plan: CompressionPlan, work: Work) -> str:
-    """What a compression that was interrupted says."""
+    """Message of a compression that was interrupted."""
     if not work.done:
         return "nothing is done yet"
     return (
@@ -314,7 +314,7 @@ def _write(plan: CompressionPlan, work: Work, files: Mapping[str, str], tell: _T
 
 
 def _describe(plan: CompressionPlan, work: Work, files: Mapping[str, str]) -> None:
-    """What loaders and readers must know of a model in factors: index, config, README."""
+    """Write the files that describe a factorized model: index, config, README."""
     model = plan.model
     headers = {
         f"{EXPERTS}/{files[each.group.name]}": peek_checkpoint(
