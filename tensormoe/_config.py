@@ -47,7 +47,7 @@ class LayerConfig:
 
     @cached_property
     def regimes(self) -> Regimes:
-        """The programs for every batch size; planned when they are first asked for."""
+        """The programs for every batch size; planned on first use."""
         return plan_regimes(self.spec, Routing(None, self.indexed_input))
 
     def plan_ahead(self) -> None:

@@ -71,5 +71,5 @@ def load_entry_point(point: EntryPoint, kind: str, error: type[TensormoeError]) 
 
 
 def origin(point: EntryPoint) -> str:
-    """Who registered it, for messages: the distribution, and the object it names."""
+    """Origin of an entry point, for messages: the distribution, and the object it names."""
     return f"{point.dist.name if point.dist else 'an unknown distribution'} ({point.value})"

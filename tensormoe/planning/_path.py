@@ -1,4 +1,4 @@
-"""Path search: in which order the operands of a network are contracted, as a binary tree."""
+"""Path search: the order in which the operands of a network are contracted, as a binary tree."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class _Improvement:
         return _grown(found, parts) if next(costs) < next(costs) else node
 
     def _parts(self, node: Node) -> list[Node]:
-        """The nodes below ``node`` that its part of the tree ends at, the dearest opened first."""
+        """The nodes below ``node`` that its part of the tree ends at, the costliest opened first."""
         parts = [node]
         while len(parts) < self.part:
             inner = [part for part in parts if part.children]

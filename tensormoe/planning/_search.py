@@ -1,4 +1,4 @@
-"""The search through a family for the ranks that keep to a budget and that nothing beats."""
+"""Search of a family for the undominated ranks within a budget."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _settled(
 
 
 def _last(family: Family) -> int:
-    """The largest outer size that is of use."""
+    """The largest useful outer size."""
     return family.saturation(OUTER) if family.symbols == 2 else 1
 
 
@@ -92,7 +92,7 @@ def _dominated(figures: Figures, others: Iterable[Figures]) -> bool:
 
 
 class _Reach:
-    """How far the inner size goes at an outer one, by the estimate as it stands."""
+    """The largest inner size at an outer one, by the current estimate."""
 
     def __init__(self, estimator: Estimator) -> None:
         family = estimator.family
@@ -142,7 +142,7 @@ class _Reach:
 
 
 def _best(estimator: Estimator, figures: Callable[[Choice], Figures]) -> list[Choice]:
-    """The rank that the estimate has for the best; the first of equals."""
+    """The best rank by the estimate; the first of equals."""
     best: list[Choice] = []
     goal: Figures = (0, 0)
 
@@ -170,7 +170,7 @@ def _best(estimator: Estimator, figures: Callable[[Choice], Figures]) -> list[Ch
 
 
 def _front(estimator: Estimator) -> list[Choice]:
-    """The ranks that the estimate has for undominated, by rising expert rank."""
+    """The undominated ranks by the estimate, in order of expert rank."""
     figures = estimator.family.figures
     found: dict[Figures, Choice] = {}
 

@@ -1,4 +1,4 @@
-"""The ranks that a budget buys for the two layers of a block, which share one gate."""
+"""Ranks within a budget for the two layers of a block, which share one gate."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def beyond_use(family: Family, spec: LayerSpec) -> dict[int, int]:
 
 
 def without_waste(family: Family, rest: Family, spec: LayerSpec) -> Family | None:
-    """The family in which bonds beyond use are fixed at what is of use; None if there are none.
+    """The family with bonds capped at the largest useful size; None if there are none to cap.
 
     Where the bond between input and output is one of them, the others stay as they are: they are
     the smallest that reach the same figures.

@@ -1,4 +1,4 @@
-"""A block of linear layers run on made-up values, and a record of the run."""
+"""Run a block of linear layers on generated values, and record the run."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def call_order(
 
 
 def watch(module: nn.Module, linears: Sequence[nn.Module], sizes: Sequence[Linear]) -> Watch:
-    """Run a block and see whether nothing but an activation happens between its linear layers.
+    """Run a block and check that there is only an activation between its linear layers.
 
     Args:
         module: the block; it runs without its hooks.

@@ -1,4 +1,4 @@
-"""Activations by name, so that a file can say which one a layer has, and nothing of it is code."""
+"""Activations by name, so that files can store them without code."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Own(nn.Module):
         self._experts = (experts,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Gate what is gated."""
+        """Apply the activation to the gates, and multiply."""
         found: Tensor = self._experts[0]._apply_gate(x)  # type: ignore[operator]
         return found
 

@@ -112,7 +112,7 @@ def _spec(config: object) -> LayerSpec:
 
 
 def _place(name: str, model: PreTrainedModel) -> str | None:
-    """Where a described layer stands in a model; None if that is in a part that it lacks.
+    """Name of a described layer's module in a model; None if the model lacks that part.
 
     Files may have the names that transformers gave modules in earlier versions, a prefix that
     the model lacks, or lack one that the model has.

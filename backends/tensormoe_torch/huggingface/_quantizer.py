@@ -76,7 +76,7 @@ class TensormoeQuantizer(HfQuantizer):
 
 
 def _check_loaded(model: nn.Module, shapes: Mapping[int, Mapping[str, torch.Size]]) -> None:
-    """Refuse layers whose weights were in no file: transformers leaves them as memory was.
+    """Refuse layers whose weights are missing: transformers leaves them uninitialized.
 
     Args:
         model: that was loaded.

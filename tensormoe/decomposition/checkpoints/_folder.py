@@ -47,7 +47,7 @@ _COMPLETE = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where the layer of a group belongs in a model.
+    """Position of a group's layer in a model.
 
     Args:
         module: name of the module that holds the experts of a layer.
@@ -77,7 +77,7 @@ class Whole:
 
 
 def place_of(group: Group) -> Place | None:
-    """Where a group belongs; None where its name does not tell."""
+    """Position of a group in a model; None if its name does not determine it."""
     stem, _, last = group.name.removesuffix(".weight").rpartition(".")
     if group.stacked:
         role, inside = _STACKS.get(last, ("", ""))

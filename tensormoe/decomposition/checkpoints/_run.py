@@ -54,7 +54,7 @@ EXPERTS = "experts"
 
 @dataclass(frozen=True)
 class CompressionProgress:
-    """How far a compression is.
+    """Progress of a compression.
 
     Args:
         stage: ``"experts"``, which are decomposed first, or ``"files"``, which are written then.
@@ -194,7 +194,7 @@ def _resumed(plan: CompressionPlan, work: Work) -> str:
 
 
 class _Teller:
-    """Progress to whoever wants to know."""
+    """Report progress to the callback."""
 
     def __init__(self, callback: CompressionCallback | None) -> None:
         self._callback = callback
