@@ -133,7 +133,7 @@ class _Improvement:
         return _grown(found, parts) if next(costs) < next(costs) else node
 
     def _parts(self, node: Node) -> list[Node]:
-        """The nodes below ``node`` that its part of the tree ends at, the costliest opened first."""
+        """The leaves of the part of the tree below ``node``, the most expensive opened first."""
         parts = [node]
         while len(parts) < self.part:
             inner = [part for part in parts if part.children]
