@@ -95,7 +95,7 @@ class _Improvement:
     def __init__(self, sizes: Mapping[Leg, int]) -> None:
         self.sizes = sizes
         self.part = _PART
-        # parts that are known to be as cheap as can be
+        # parts that are known to be optimal
         self.done: set[tuple[frozenset[Leg], ...]] = set()
 
     def run(self, tree: Node) -> Node:

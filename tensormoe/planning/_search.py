@@ -149,7 +149,7 @@ def _best(estimator: Estimator, figures: Callable[[Choice], Figures]) -> list[Ch
     def propose(sizes: Choice) -> None:
         nonlocal best, goal
         reached = figures(sizes)
-        # of equals the one with the smaller outer size, whenever it was come upon
+        # of equals the one with the smaller outer size, in whatever order they were found
         if reached > goal or (reached == goal and bool(best) and sizes[0] < best[0][0]):
             best, goal = [sizes], reached
 

@@ -1,4 +1,4 @@
-"""The pace of a search, and why it ends: sweeps that say what they are told to say."""
+"""The pace of a search, and why it ends: sweeps that return scripted errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of compressed models on disk: what lies in them, and who can open them."""
+"""Folders of compressed models: their contents, and loaders that open them."""
 
 from __future__ import annotations
 

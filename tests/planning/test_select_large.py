@@ -91,7 +91,7 @@ def bests(fitting: Mapping[Sizes, Pair], objective: str) -> Sizes:
     return max(fitting, key=lambda sizes: (measure(*fitting[sizes]), -sizes[0], sizes[1]))
 
 
-# at least 2000 ranks each within the largest budgets that are asked for
+# at least 2000 ranks each within the largest budgets tested
 MANY = [
     Many("cp", 2100, 2200, (40,), 1, 2500),
     Many("tensor_ring", 60, 48, (900,), 34, 72),

@@ -68,7 +68,7 @@ def call_order(
                 try:
                     module(torch.ones(1, 4, width, device=like.device, dtype=like.dtype))
                 except Exception:
-                    # any code may run here; what is wrong shows again where it is watched
+                    # any code may run here; errors appear again in the recorded run
                     continue
     finally:
         for handle in handles:

@@ -34,7 +34,7 @@ class Own(nn.Module):
             )
         for name in [*experts._parameters]:
             experts.register_parameter(name, None)
-        # no part of the model: it would be given initial values
+        # not a submodule: it would be given initial values
         self._experts = (experts,)
 
     def forward(self, x: Tensor) -> Tensor:

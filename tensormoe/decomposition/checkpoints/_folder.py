@@ -30,7 +30,7 @@ CONFIG, README = "config.json", "README.md"
 
 _MAX_BYTES = 64 * 2**20
 _ROLES = {name: role for role, names in PROJECTION_NAMES.items() for name in names}
-# of stacks: what a tensor makes, and what stands between it and the module that has the experts
+# of stacks: roles of a tensor, and the name between it and the module that has the experts
 _STACKS = {
     "gate_up_proj": ("gate_up_proj", ""),
     "up_proj": ("up_proj", ""),
@@ -148,7 +148,7 @@ def readme(model: Model, whole: Whole, summary: str) -> str:
         summary: a sentence on what was done.
     """
     before = _own_readme(model)
-    # the hub reads what stands between these lines
+    # the hub reads the text between these lines
     front, rest = "", before
     if before.startswith("---\n") and "\n---\n" in before[3:]:
         end = before.index("\n---\n", 3) + 5
