@@ -41,7 +41,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """What the row is called in a file of results."""
+        """Name of the row in a file of results."""
         way = "training" if self.training else "forward"
         return f"{self.backend} {self.kind!r} {self.experts} {self.batch} {way}"
 

@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def measure(row: Row, layer: Any, roofline: Any, seconds: float) -> Found:
-    """What a row takes, and what was predicted."""
+    """Measured and predicted time of a row."""
     call = prepared(row, layer)
     cost = layer.cost(row.batch, training=row.training)
     return {

@@ -129,7 +129,7 @@ def _new_partial(folder: str, name: str) -> Iterator[IO[bytes]]:
 
 
 def _remove_partials(folder: str, name: str) -> None:
-    """Remove what saves of ``name`` left behind whose process is dead."""
+    """Remove partial files of saves of ``name`` whose process is dead."""
     stem = _partial_stem(name)
     pattern = re.compile(f"{re.escape(stem)}[0-9a-f]{{16}}{re.escape(PARTIAL_SUFFIX)}")
     for entry in filter(pattern.fullmatch, os.listdir(folder)):

@@ -47,11 +47,11 @@ class LayerConfig:
 
     @cached_property
     def regimes(self) -> Regimes:
-        """The programs for every batch size; planned when they are first asked for."""
+        """The programs for every batch size; planned on first use."""
         return plan_regimes(self.spec, Routing(None, self.indexed_input))
 
     def plan_ahead(self) -> None:
-        """Plan now, so that a forward call only looks programs up.
+        """Plan now, so that a forward call only looks up programs.
 
         Layers do so when they are made. A configuration by itself does not: one that was read from
         a file is compared with the arrays of the file first.

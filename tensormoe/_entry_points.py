@@ -1,4 +1,4 @@
-"""What other distributions add by entry points: found by name, and loaded when it is asked for.
+"""Entry points of other distributions: found by name, and loaded on demand.
 
 What an entry point brings is other people's code, so each way in which it can be wrong is an error
 that names the distribution, and one that nobody asks for stops nobody.
@@ -71,5 +71,5 @@ def load_entry_point(point: EntryPoint, kind: str, error: type[TensormoeError]) 
 
 
 def origin(point: EntryPoint) -> str:
-    """Who registered it, for messages: the distribution, and the object it names."""
+    """Origin of an entry point, for messages: the distribution, and the object it names."""
     return f"{point.dist.name if point.dist else 'an unknown distribution'} ({point.value})"

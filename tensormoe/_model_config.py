@@ -1,4 +1,4 @@
-"""How the ``config.json`` of a model describes layers in factors, whoever writes or reads it."""
+"""Format in which the ``config.json`` of a model describes factorized layers."""
 
 from __future__ import annotations
 

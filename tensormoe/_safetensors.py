@@ -131,7 +131,7 @@ def parse_entries(text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     Raises:
         CheckpointError: no JSON object, a name that stands twice, or metadata that are no strings.
     """
-    # the package of that name lets white space stand before it
+    # the package of that name allows white space before it
     if not text.lstrip(b" \t\r\n").startswith(b"{"):
         raise CheckpointError(f"a header must begin with '{{'; got {brief(text)}. {DAMAGED}")
     entries = parse_json(text, "the header")

@@ -184,7 +184,7 @@ class LayerSpec:
         # the planner stands on specs, so it is imported when the first plan is asked for
         from tensormoe.planning import Routing, plan_layer
 
-        # looked at here, since the cache behind takes 1.0 and True for 1
+        # checked here, since the cache below takes 1.0 and True for 1
         batch = non_negative_int(batch, "batch", PlanError)
         flag(prepared, "prepared", PlanError)
         flag(indexed_input, "indexed_input", PlanError)
@@ -258,7 +258,7 @@ class LayerSpec:
 
 
 def _check_bonds(factorization: Factorization, levels: int) -> None:
-    """Refuse here, not later, a rank of another length, or of values that the class let pass."""
+    """Refuse a rank of the wrong length, or with values that the class did not check."""
     bonds = factorization.bonds(levels)
     pattern = rank_pattern(factorization, levels)
     if bonds:
@@ -271,7 +271,7 @@ def _check_bonds(factorization: Factorization, levels: int) -> None:
 
 
 def _saved_rank(factorization: Factorization) -> int | list[int] | None:
-    """The rank in plain values, if it and the name are all that there is to the factorization."""
+    """The rank in plain values, if name and rank determine the factorization."""
     given, name = factorization.rank, factorization.name
     rank = None
     if given is not None:

@@ -20,7 +20,7 @@ __all__ = [
     "positive_ints",
 ]
 
-# of levels and bonds; no generator goes on for ever
+# of levels and bonds; an endless generator is cut off
 _MOST = 64
 # what array libraries index with
 _LARGEST = 2**63 - 1

@@ -36,7 +36,7 @@ class TensormoeError(Exception):
 
 
 def located(error: TensormoeError, place: str) -> TensormoeError:
-    """The same error with the place where it happened before its message."""
+    """The same error, its message prefixed with where it happened."""
     made = type(error)(f"{place}: {error}")
     # with the data that an error carries besides
     made.__dict__.update(error.__dict__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -41,11 +42,16 @@ def planted(name: str, seed: int) -> tuple[LayerSpec, np.ndarray]:
     def ranks(count: int) -> tuple[int, ...]:
         return tuple(int(size) for size in rng.integers(1, 4, count))
 
+    def tucker() -> Tucker:
+        sizes = ranks(levels + 2)
+        # of a bond larger than all others together, the rest has nothing to stand for
+        return Tucker(tuple(min(size, prod(sizes) // size) for size in sizes))
+
     kinds: dict[str, Any] = {
         "cp": lambda: CP(int(rng.integers(1, 6))),
         "tensor_ring": lambda: TensorRing(ranks(levels + 2)),
         "tensor_train": lambda: TensorTrain(ranks(levels + 1)),
-        "tucker": lambda: Tucker(ranks(levels + 2)),
+        "tucker": tucker,
         "hadamard": Hadamard,
         "shared_basis": lambda: SharedBasis(ranks(2)),
         "base_delta": lambda: BaseDelta(*ranks(1)),

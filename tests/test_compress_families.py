@@ -84,7 +84,7 @@ def test_the_loader_takes_rebuilt_experts(name: str, place: int, tmp_path: Path)
     )
     assert not any(info.values()), info
 
-    # so does what is left as factors, and saved again it is the same to the last bit
+    # the factorized folder opens too; saved again, it is bitwise equal
     opened, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "factors", output_loading_info=True
     )

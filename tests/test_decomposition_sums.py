@@ -375,7 +375,7 @@ def of_file(path: Path) -> tuple[LayerSpec, np.ndarray]:
     with safe_open(path, "pt") as opened:
         config = LayerConfig.from_dict(json.loads(opened.metadata()["config"]))
     factors = {
-        name.removeprefix("factors."): array.double().numpy()
+        name.rpartition("factors.")[2]: array.double().numpy()
         for name, array in load_file(path).items()
     }
     return config.spec, reconstruct(config.spec.factorization, factors)

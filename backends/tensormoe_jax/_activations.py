@@ -60,7 +60,7 @@ def activation_name(act_layer: Act) -> str | None:
 
 
 def own_activation(name: str | None, act_layer: Act | None) -> Callable[[Array], Array] | None:
-    """What a block must hold as its activation: None if its configuration names one.
+    """Return the activation that a block must hold: None if its configuration names one.
 
     Raises:
         SpecError: neither or both, where they are not the same.

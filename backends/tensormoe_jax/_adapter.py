@@ -70,8 +70,8 @@ class JaxBackend:
 
     def repeat(self, step: Step, state: State, rounds: int, enough: float, /) -> State:
         rule, given = (step.rule, step.given) if isinstance(step, Round) else (step, ())
-        # whether rounds are enough would be a question to all devices in each of them: where there
-        # are several, all rounds are done
+        # a convergence test would need communication in every round: with several devices, all
+        # rounds are run
         last = enough if jax.device_count() == 1 else None
         found: State = _repeated(rule, given, state, rounds, last)
         return found

@@ -190,7 +190,7 @@ class Block(_Named):
         return self.first.materialize(), self.second.materialize()
 
     def cost(self, batch: int, *, training: bool = False) -> Cost:
-        """What one call costs for ``batch`` inputs: both layers, gate and activation."""
+        """Cost of one call for ``batch`` inputs: both layers, gate and activation."""
         return functional.block_cost(
             self.config, batch, BACKEND, self.dtype.itemsize, training=training
         )

@@ -208,7 +208,7 @@ class MuMoEMLP:
         return self.first.materialize(), self.second.materialize()
 
     def cost(self, batch: int, *, training: bool = False) -> Cost:
-        """What one call costs for ``batch`` inputs: both layers, gate and activation."""
+        """Cost of one call for ``batch`` inputs: both layers, gate and activation."""
         return functional.block_cost(
             self.config, batch, self.backend, self.dtype.itemsize, frees=False, training=training
         )
@@ -270,18 +270,18 @@ class MuMoEMLP:
         return _kept(result, keep_out), pullback
 
     def _keep(self, shape: tuple[int, ...], training: bool) -> Array | None:
-        """What entries are multiplied by: 0 where dropped, more than 1 elsewhere; None for 1."""
+        """Dropout mask: 0 where dropped, more than 1 elsewhere; None if nothing is dropped."""
         drop = self.config.drop
         if not training or drop == 0.0:
             return None
-        # drawn on the host, as first values are: a seed means one thing in every library
+        # drawn on the host, as initial values are: a seed means one thing in every library
         drawn = self.backend.from_host(self._generator.random(shape) >= drop)
         kept: Array = drawn.astype(self.dtype)
         kept /= 1.0 - drop
         return kept
 
     def _bend(self, before: Array) -> tuple[Array, Callable[[Array], Array]]:
-        """What happens between the layers, with its pullback."""
+        """Apply the activation, gated or not; return the result and its pullback."""
         function, slope = activations(self.backend)[self.config.act_layer or ""]
         if not self.config.gated:
             return function(before), lambda cotangent: cotangent * slope(before)

@@ -62,7 +62,7 @@ def match(values: Tensor, results: Tensor) -> str | None:
 
 
 def read_activation(act: Any, name: str = "act_layer") -> tuple[str | None, Act | None]:
-    """What a user gives as an activation: a known name, or the activation itself.
+    """Read an activation given by a user: return a known name, or the activation itself.
 
     A module with parameters, buffers or hooks stays itself, whatever it computes now.
 
@@ -107,7 +107,7 @@ def read_activation(act: Any, name: str = "act_layer") -> tuple[str | None, Act 
 def own_activation(
     name: str | None, act: Act | None, device: torch.device | str | None, dtype: torch.dtype
 ) -> Callable[[Tensor], Tensor] | None:
-    """What a block must hold as its activation: None if its configuration names one.
+    """Return the activation that a block must hold: None if its configuration names one.
 
     Raises:
         SpecError: both or neither.

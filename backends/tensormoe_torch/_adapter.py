@@ -120,7 +120,7 @@ class TorchBackend:
                 "initialize it first: to_empty(device=…), then reset_parameters()."
             )
         if type(array).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            # the memory of a tensor that stands for others holds anything at all
+            # the memory of a wrapper subclass is undefined
             raise BackendError(
                 "a tensor must have values of its own in this process to be written; got a "
                 f"{type(array).__qualname__}. Gather it first, as full_tensor() does a DTensor."
@@ -144,7 +144,7 @@ class TorchBackend:
             )
         functions = torch._C._are_functorch_transforms_active()
         if functions or type(array) not in (Tensor, torch.nn.Parameter):
-            # the memory of a tensor that stands for others holds anything at all
+            # the memory of a wrapper subclass is undefined
             raise BackendError(
                 "a tensor must have values of its own before other libraries get it; got "
                 f"{'one inside a transformation' if functions else type(array).__qualname__}. "

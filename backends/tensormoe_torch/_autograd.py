@@ -46,7 +46,7 @@ def route(
     training: bool,
     across: Across | None = None,
 ) -> tuple[Sequence[Tensor], list[Statistics] | None]:
-    """Coefficients (*lead, N_e) a level of inputs (batch, in), and batch norm's new statistics."""
+    """Coefficients (*lead, N_e) per level of inputs (batch, in); batch norm's new statistics."""
     options: dict[str, Any] = {"buffers": buffers, "training": training, "across": across}
     if is_traced(x):
         routed = functional.route(config, parameters, x, BACKEND, **options)

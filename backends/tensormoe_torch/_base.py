@@ -103,7 +103,9 @@ def _with_gate_of(module: M, arrays: Mapping[str, Tensor]) -> M:
     """A module whose gate is in the dtype of the one that is stored: float32 beside 16 bits."""
     gate = getattr(module, "gate", None)
     if isinstance(gate, ExpertGate):
-        gate.to(arrays["gate.projection_0"].dtype)
+        # statistics are float32 at least anyhow
+        for parameter in gate.parameters():
+            parameter.data = parameter.data.to(arrays["gate.projection_0"].dtype)
     return module
 
 

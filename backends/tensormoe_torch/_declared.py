@@ -27,7 +27,7 @@ _OPEN = {
 
 
 class _Declared(Tensor):
-    """A tensor that says what it would be, and refuses whatever needs its values."""
+    """A tensor with a shape, dtype and device; whatever needs its values is refused."""
 
     said: str
 

@@ -1,4 +1,4 @@
-"""In which dtypes, and on which devices, a layer may be stored."""
+"""Dtypes and devices in which a layer may be stored."""
 
 from __future__ import annotations
 

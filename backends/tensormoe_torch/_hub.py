@@ -1,4 +1,4 @@
-"""Models of Hugging Face transformers, told that their layers were replaced."""
+"""Mark models of Hugging Face transformers whose layers were replaced."""
 
 from __future__ import annotations
 

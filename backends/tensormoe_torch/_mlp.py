@@ -233,7 +233,7 @@ class MuMoEMLP(nn.Module):
         return self.first.materialize(), self.second.materialize()
 
     def cost(self, batch: int, *, training: bool = False) -> Cost:
-        """What one call costs for ``batch`` inputs on the CPU: both layers, gate and activation."""
+        """Cost of one call for ``batch`` inputs on the CPU: both layers, gate and activation."""
         return functional.block_cost(
             self.config,
             batch,

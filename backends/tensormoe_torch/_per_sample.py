@@ -1,4 +1,4 @@
-"""Gradients of single samples, for engines that clip them one by one."""
+"""Per-sample gradients, for engines that clip them one by one."""
 
 from __future__ import annotations
 

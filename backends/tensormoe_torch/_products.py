@@ -56,7 +56,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     ):
         return _LINEAR(left, right.t(), None, "none", [], "")
     if left.ndim == 2 and right.ndim > 3:
-        many = product(left, right.reshape(-1, *right.shape[-2:]))
+        many = product(left, right.flatten(0, -3))
         return many.reshape(*right.shape[:-2], *many.shape[-2:])
     if left.ndim == 2 and right.ndim == 3:
         # PyTorch would make one product of them, and copy the operand or the result into order

@@ -1,4 +1,4 @@
-"""What of a module goes into a checkpoint."""
+"""Parameters of a module that go into a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Parameters of which every process holds a part: PyTorch's DTensors, as ``fully_shard`` makes.
+"""Parameters that are sharded over processes: PyTorch's DTensors, as ``fully_shard`` makes.
 
-Whatever looks at such a parameter as a whole is a collective call: every process makes it.
+Whatever reads such a parameter as a whole is a collective call: every process makes it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def gathered(array: Tensor) -> Tensor:
     if not is_sharded(array):
         return array
     held: Any = array
-    # shards that wait on the host are gathered where the processes can talk
+    # offloaded shards are gathered on the mesh's device, where the processes communicate
     found: Tensor = held.to(held.device_mesh.device_type).full_tensor()
     return found
 

@@ -202,7 +202,7 @@ LIBRARIES = tuple(_BENCHES)
 
 
 def _checks(roofline: Roofline, library: str) -> list[dict[str, Any]]:
-    """What the profile predicts for real layers, next to what they take."""
+    """Predicted and measured times of real layers."""
     found = []
     bench = _BENCHES[library]()
     for name, label in (("cp", "CP"), ("tensor_ring", "tensor ring")):

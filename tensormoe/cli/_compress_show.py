@@ -36,7 +36,7 @@ _STAGES = {"experts": "decomposing", "files": "writing"}
 
 @contextmanager
 def bars(console: Console | None) -> Iterator[Callable[[CompressionProgress], None] | None]:
-    """A bar for each stage, and what it is at, sweep by sweep; nothing without a console."""
+    """A bar for each stage with its state, sweep by sweep; nothing without a console."""
     if console is None:
         yield None
         return
@@ -69,7 +69,7 @@ def bars(console: Console | None) -> Iterator[Callable[[CompressionProgress], No
 
 
 def _state(now: CompressionProgress) -> str:
-    """What a stage is at."""
+    """Current state of a stage, in words."""
     if now.search is None:
         return now.name
     rank = format_rank(now.search.factorization.rank)

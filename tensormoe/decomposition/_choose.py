@@ -53,7 +53,7 @@ def candidates(
         BudgetError: nothing fits.
     """
     in_features, out_features, experts = sizes
-    # weights alone are decomposed: their gate is what the model has already
+    # only weights are decomposed: the model already has a gate
     options: dict[str, Any] = {"budget": budget, "bias": bias, "gate": None}
     if not rank_pattern(kind, len(experts)):
         select_rank(kind, in_features, out_features, experts, **options)

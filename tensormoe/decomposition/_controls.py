@@ -33,7 +33,7 @@ __all__ = [
 
 EACH = "each expert"
 ROWS, COLUMNS, EXPERTS = UNFOLDINGS = ("N·in × out", "in × N·out", "N × in·out")
-"""All experts as one matrix: below one another, side by side, and an expert a row."""
+"""All experts as one matrix: stacked, side by side, and one row per expert."""
 
 EXACT = 2048
 """The largest side of which all singular values are computed beyond those of the experts' matrices.
@@ -122,7 +122,7 @@ class _Spectrum:
 
     def control(self, unfolding: str, parameters: int) -> Control:
         rank = min(parameters // self.cost, len(self.squares))
-        # what is left is summed itself where it is known: differences would round
+        # the rest is summed directly where it is known: a difference would lose digits
         rest = self.squares[rank:].sum() if self.exact else self.total - self.squares[:rank].sum()
         error = sqrt(max(float(rest), 0.0) / self.total) if self.total else 0.0
         return Control(unfolding, rank, rank * self.cost, error, self.exact)

@@ -1,4 +1,4 @@
-"""What factors lack, expert by expert, a block of experts at a time."""
+"""Errors of factors, expert by expert, a block of experts at a time."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["bias_error", "output_error", "shares", "total_error", "weight_errors
 
 
 def shares(missing: Sequence[float], whole: Sequence[float]) -> tuple[float, tuple[float, ...]]:
-    """Norms of what is missing relative to norms of what was given: of all together, and of each.
+    """Residual norms relative to the norms of the experts: of all together, and of each.
 
-    What stands for an expert of zeros is relative to the root mean square of all experts' norms.
+    The error of an expert of zeros is relative to the root mean square of all experts' norms.
     """
     total = hypot(*whole)
     if total == 0.0:
@@ -35,7 +35,7 @@ def weight_errors(
 ) -> tuple[float, tuple[float, ...]]:
     """Relative error of all experts together, and of each; biases are a row of a source with them.
 
-    Norms are of each expert by itself, so that experts of any scale stand beside one another.
+    Norms are computed per expert, so that experts may have any scales.
     """
     return shares(*_norms(source, _left(spec, factors, source)))
 
@@ -83,7 +83,7 @@ def bias_error(
 ) -> float:
     """Relative error of the experts' biases, (experts…, 1, out) as a tensor.
 
-    Where all biases are zeros, what stands for them is relative to the weights.
+    Where all biases are zeros, their error is relative to the weights.
     """
     missing, whole = _norms(bias, _left(spec, factors, bias, only_bias=True))
     if not any(whole):
@@ -100,7 +100,7 @@ def total_error(error: float, bias_error: float, weights: Source, bias: Source) 
 
 
 def _norms(source: Source, left: Source) -> tuple[list[float], list[float]]:
-    """The norms of experts' matrices, of what is left of them and of what was given."""
+    """Norms of the experts' residuals, and of the experts' matrices."""
     missing: list[float] = []
     whole: list[float] = []
     for start, stop in source.blocks():
@@ -112,7 +112,7 @@ def _norms(source: Source, left: Source) -> tuple[list[float], list[float]]:
 def _left(
     spec: LayerSpec, factors: Mapping[str, Array], source: Source, only_bias: bool = False
 ) -> Source:
-    """What a layer's factors leave of a tensor.
+    """Residual of a tensor after subtracting a layer's factors.
 
     Args:
         spec: of the layer.

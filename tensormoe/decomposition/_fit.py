@@ -141,12 +141,12 @@ def _fit_term(
 
 
 def _on_core(small: Problem, core: Core, search: Search, rng: Any) -> Found:
-    """The best of a few starts, searched on."""
+    """Continue the search from the best of a few starts."""
     count, tolerance = min(_TRIAL, search.sweeps), search.tolerance
     tries = starts(core.structure, core.source, search.starts or _affordable(core), rng)
     trials = [advance(small, each, count, tolerance) for each in tries]
     trials.sort(key=lambda trial: trial.errors[-1] if trial.errors else inf)
-    # nobody else holds the factors that a search starts from
+    # only the search holds the factors that it starts from
     del trials[1:]
     trial = trials.pop()
     known = trial.errors[-1] if trial.errors else inf

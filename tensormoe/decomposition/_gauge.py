@@ -90,7 +90,7 @@ def stretched(network: Network, factors: Mapping[str, Any], scale: float) -> dic
         for place, factor in enumerate(term.factors):
             part = 2.0 ** (exponent * (place + 1) // count - exponent * place // count)
             found[factor.name] = found[factor.name] * part
-            # it stands where the input's factor does
+            # the bias takes the place of the input's factor
             if term.bias is not None and factor == term.input_factor:
                 found[term.bias.name] = found[term.bias.name] * part
     return found

@@ -1,4 +1,4 @@
-"""Where the work is done: on NumPy for everything in host memory, which is lent, not copied.
+"""The library that does the work: NumPy for all arrays in host memory, shared without copies.
 
 A search is hundreds of small products with a host solve after each. Libraries that are made for
 large ones take twice NumPy's time for that, and lending costs microseconds.
@@ -22,7 +22,7 @@ __all__ = ["Workplace", "source_of"]
 
 @dataclass(frozen=True, eq=False)
 class Workplace:
-    """The library that a decomposition runs on, and the way there and back.
+    """The library that a decomposition runs on, and conversions to and from it.
 
     Args:
         owner: adapter of the library that the weights are of.
@@ -34,7 +34,7 @@ class Workplace:
 
     @classmethod
     def of(cls, weights: Array, owner: Backend) -> Workplace:
-        """NumPy for weights that it can read where they are; else their own library.
+        """NumPy for weights that it can read without a copy; otherwise their own library.
 
         Args:
             weights: cut off from differentiation.
@@ -56,7 +56,7 @@ class Workplace:
         return convert(widened(array, self.owner), "numpy")
 
     def lend(self, weights: Array) -> Array:
-        """What a :class:`Source` reads the weights from, in the same memory.
+        """Return the array that a :class:`Source` reads the weights from, in the same memory.
 
         Of a dtype that NumPy lacks, such as bfloat16, no more is widened at a time than is read.
         """
@@ -68,7 +68,7 @@ class Workplace:
             return _Widened(weights, self.owner)
 
     def give(self, array: Array, like: Array) -> Array:
-        """What the work made, in the library, dtype and device of ``like``."""
+        """Convert a result of the work to the library, dtype and device of ``like``."""
         if self.backend is not self.owner:
             array = from_host(array, widened(like[(slice(0, 0),)], self.owner), self.owner)
         return cast(array, like.dtype, self.owner)

@@ -132,7 +132,7 @@ class Runs:
         return int(budget * self._dense)
 
     def _checked(self, kind: Factorization) -> tuple[Factorization, Found]:
-        """A run for a rank that was given."""
+        """A run for a given rank."""
         rows, columns, experts = self.sizes
         checked_bonds(LayerSpec(rows, columns, experts, kind, bias=self.bias))
         return kind, self.run(kind)
@@ -140,7 +140,7 @@ class Runs:
     def _best(
         self, name: str | type[Factorization], budget: Budget | int
     ) -> tuple[Factorization, Found | None]:
-        """The candidate within a budget whose short search ends lowest, and what that found.
+        """The candidate within a budget with the lowest error of a short search, and its result.
 
         Candidates that a stopped search did not get to are left out.
         """

@@ -152,13 +152,13 @@ class Found:
 
 
 def worst(*ended: str) -> str:
-    """The reason to name for searches that follow one another."""
+    """The reason to report for consecutive searches."""
     return max(ended, key=ENDED.index)
 
 
 @dataclass(frozen=True, eq=False)
 class _Point:
-    """Factors on the way, their error, and the errors after the sweeps that led there."""
+    """Intermediate factors, their error, and the errors after the sweeps so far."""
 
     factors: Factors
     error: float
@@ -188,17 +188,17 @@ class _Pace:
         return {k: each + self.reach * (each - last[k]) for k, each in factors.items()}
 
     def faster(self, previous: Factors | None) -> _Pace:
-        """The pace after a sweep that was kept."""
+        """The pace after a sweep that was accepted."""
         return _Pace(previous, min(1.1 * self.reach, _MOST_REACH), self.damping / 3.0)
 
     def slower(self) -> _Pace:
-        """The pace after a sweep that was taken back."""
+        """The pace after a sweep that was rejected."""
         if self.previous is not None:
             return _Pace(None, self.reach / 1.5, self.damping)
         return replace(self, damping=max(10.0 * self.damping, _LEAST_DAMPING))
 
     def careful(self) -> _Pace:
-        """The pace after errors turned out to be another than was claimed."""
+        """The pace after true errors differed from claimed ones."""
         return _Pace(None, self.reach, max(10.0 * self.damping, _STRONG_DAMPING))
 
 
@@ -276,7 +276,7 @@ def _looked(problem: Problem, claimed: _Point, checked: _Point) -> tuple[_Point,
 
 
 def _settled(problem: Problem, claimed: _Point, checked: _Point) -> tuple[Factors, list[float]]:
-    """What a search returns that ends here, with errors of the tensor."""
+    """Return factors and errors of the tensor for a search that ends here."""
     if len(claimed.errors) > len(checked.errors):
         _, checked, _ = _looked(problem, claimed, checked)
     return checked.factors, [problem.felt(error) for error in checked.errors]

@@ -24,7 +24,7 @@ from tensormoe.factorizations import Factor, Leg
 __all__ = ["Cuts", "Step", "cuts", "spectral"]
 
 # a mode of no more than so many times the directions that are wanted, and one that is small
-# anyway, is looked at as a whole; others are compressed first
+# anyway, is decomposed as a whole; others are compressed first
 _RATIO, _SMALL = 4, 1024
 # entries of a tensor that may be copied, whatever its own size
 _COPIED = 2**22
@@ -53,7 +53,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Cuts:
-    """How a network without cycles is taken apart.
+    """The order in which a network without cycles is decomposed.
 
     Args:
         steps: one after the other.
@@ -71,11 +71,11 @@ class Cuts:
 
     @property
     def exact(self) -> bool:
-        """Whether the result is the best there is."""
+        """Whether the result is optimal."""
         return len(self.steps) <= 1
 
     def direct(self, structure: Structure, source: Source) -> bool:
-        """Whether the best there is comes from the tensor itself, without a core."""
+        """Whether the optimum is computed from the tensor itself, without a core."""
         if not self.exact or not _readable(self, structure, source):
             return False
         sizes = structure.sizes
@@ -87,7 +87,7 @@ class Cuts:
 
 @lru_cache(maxsize=256)
 def cuts(structure: Structure) -> Cuts | None:
-    """How a network is taken apart; None where it can't be."""
+    """The order in which a network is decomposed; None where it can't be."""
     if structure.given:
         return None
     sizes, seen = structure.sizes, set(structure.open_legs)
@@ -103,7 +103,7 @@ def cuts(structure: Structure) -> Cuts | None:
         if inside is not None:
             ones.append(inside)
             del left[inside]
-            # bonds that led to it alone stand for one direction
+            # bonds that led to it alone have one direction
             left = {
                 k: {leg for leg in legs if leg in seen or _held(leg, left) > 1}
                 for k, legs in left.items()
@@ -237,7 +237,7 @@ def _stored(
     array = backend.reshape(array, held)
     if held == shape:
         return array
-    # a bond may be larger than what it has to stand for
+    # a bond may be larger than the number of its directions
     more = [(0, size - has) for size, has in zip(shape, held, strict=True)]
     return from_host(np.pad(to_host(array, backend), more), like, backend)
 
@@ -281,7 +281,7 @@ class _Parts:
         return self.source.backend.reshape(part, (count, size, prod(part.shape[ends:])))
 
     def leading(self, count: int) -> Any:
-        """Orthonormal columns (batch, size, count) of what is largest, on the host."""
+        """Leading orthonormal columns (batch, size, count), on the host."""
         import numpy as np
 
         backend = self.source.backend

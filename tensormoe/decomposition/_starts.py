@@ -76,7 +76,7 @@ def start(structure: Structure, source: Source, place: int, rng: Any) -> Factors
 def _around(
     drawn: Mapping[str, Any], structure: Structure, source: Source, rng: Any
 ) -> dict[str, Any]:
-    """Random factors around those of the best tensor of rank one, by how much that explains.
+    """Random factors around the best rank-one tensor, weighted by how much that explains.
 
     Where most of a tensor is one outer product, as where all factors are positive, factors that are
     random around zero have to find that first, and end in local minima.

@@ -21,7 +21,7 @@ __all__ = ["Callback", "Follower", "Progress", "Stopped", "Watch"]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a search is, after a sweep.
+    """Progress of a search, after a sweep.
 
     Args:
         name: of what is decomposed, such as a projection of a model; ``""`` from ``decompose``.
@@ -48,7 +48,7 @@ Snapshot: TypeAlias = Callable[[], tuple[Factors, Sequence[float]]]
 
 
 class Stopped(Exception):
-    """The end of a search before its time.
+    """The early end of a search.
 
     Args:
         why: ``"time"`` or ``"stopped"``.
@@ -95,7 +95,7 @@ class Watch:
             self.best, self._error = snapshot, error
 
     def tell(self) -> None:
-        """Report a sweep, and end the search if it is to end.
+        """Report a sweep, and end the search if requested.
 
         Raises:
             Stopped: the time is over, or the callback says so.
@@ -118,7 +118,7 @@ class Watch:
 
 @dataclass(frozen=True, eq=False)
 class Follower:
-    """What a search on a part of a tensor, or on its core, tells the watch.
+    """Link from a search on a part of a tensor, or on its core, to the watch.
 
     Args:
         watch: of the decomposition.
@@ -144,7 +144,7 @@ class Follower:
         return replace(self, whole=made, scale=self.scale * scale)
 
     def after(self, errors: Sequence[float]) -> Follower:
-        """For a search that goes on where one with these errors ended."""
+        """A follower for a search that continues where one with these errors ended."""
         return replace(self, before=tuple(errors))
 
     def keep(self, error: float, snapshot: Snapshot, anyway: bool = False) -> None:

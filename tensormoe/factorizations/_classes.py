@@ -1,4 +1,4 @@
-"""What a class of factorizations must be, so that a name or the class can stand for its values."""
+"""Checks of a class of factorizations, so that its name or the class can stand for its values."""
 
 from __future__ import annotations
 

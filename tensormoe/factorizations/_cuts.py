@@ -1,4 +1,4 @@
-"""The smallest sets of legs that separate a network in two."""
+"""Minimum cuts: the smallest sets of legs that separate a network in two."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def cores_from_tensorly(cores: Sequence[Array], names: Sequence[str], xp: Any) -
 
 
 def is_array(value: Any) -> bool:
-    """Whether a value is an array, and no decomposition that is made of some."""
+    """Whether a value is an array rather than a decomposition."""
     return hasattr(value, "dtype") and hasattr(value, "ndim")
 
 

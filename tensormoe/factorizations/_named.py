@@ -197,7 +197,7 @@ class _Names(Mapping[str, type[Factorization]]):
 
 
 FACTORIZATIONS: Mapping[str, type[Factorization]] = _Names()
-"""The factorizations that have a name, by it: a view of the registry that cannot be written to."""
+"""Factorizations by name: a read-only view of the registry."""
 
 
 def _find(name: Any) -> type[Factorization] | None:

@@ -154,7 +154,7 @@ class Network:
         one: Any,
         keep: Callable[[Iterable[Any]], tuple[Any, ...]],
     ) -> tuple[Any, ...]:
-        """What :meth:`generic_rank` takes the smallest of, for sizes that are no numbers.
+        """Terms whose minimum :meth:`generic_rank` takes, for sizes that are not numbers.
 
         Given polynomials as sizes, these are the terms of the closed form min(∏, ∏ + ∏, …).
 
@@ -171,7 +171,7 @@ class Network:
             found = cut_sizes(structure, *sides, self.sizes, one, keep)
             total = keep(a + b for a in total for b in found) if total else found
         if len(self.terms) > 1:
-            # the sum has no more room than its open legs give it
+            # the rank of the sum is at most the product of its open legs
             rooms = (prod((self.sizes[leg] for leg in side), start=one) for side in sides)
             total = keep((*rooms, *total))
         return total

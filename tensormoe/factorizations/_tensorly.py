@@ -31,7 +31,7 @@ def to_tensorly(factorization: Factorization, factors: Mapping[str, Array]) -> A
 
     Raises:
         LayoutError: TensorLy has no such decomposition.
-        ShapeError: factors that are missing, or whose names, shapes or dtypes are no layer's.
+        ShapeError: factors that are missing, or whose names, shapes or dtypes are not a layer's.
         BackendError: arrays of an unknown library, or of several.
         TypeError: no value of a factorization.
 
@@ -136,7 +136,7 @@ def _check_dtypes(arrays: list[Array], xp: Any) -> None:
 
 
 def _check_shapes(factorization: Factorization, arrays: Mapping[str, Array]) -> tuple[str, ...]:
-    """Refuse arrays that are no layer's factors of this factorization, and give their order.
+    """Refuse arrays that are not a layer's factors of this factorization; return their order.
 
     Raises:
         ShapeError: a name or a shape that does not fit the others, or the rank.

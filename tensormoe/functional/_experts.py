@@ -207,7 +207,7 @@ def block_cost(
     copies_transposed: bool = False,
     training: bool = False,
 ) -> Cost:
-    """What one call of a block costs on a library: both layers, gate and activation.
+    """Cost of one call of a block on a library: both layers, gate and activation.
 
     Args:
         config: the block.

@@ -153,7 +153,7 @@ class _SumStep:
         margin = z - tau
         support = self.backend.row_sums(xp.astype(margin > 0.0, z.dtype))
         move = (self.backend.row_sums(xp.maximum(margin, zero)) - 1.0) / support
-        # rounding must not take τ back, or the search goes round in a circle
+        # rounding must not decrease τ, or the search cycles
         move = xp.maximum(move, zero)
         return (tau + move,), move
 

@@ -116,8 +116,8 @@ def block_cost(
         # logits, and coefficients once more where the experts take them in a narrower type
         held += (width + (itemsize if itemsize < width else 0)) * batch * sum(experts)
     one, two, output = (itemsize * entries for entries in (before, after, result))
-    # besides the second layer's input: what the derivative of the activation is made of, and by
-    # what entries were multiplied
+    # besides the second layer's input: what the derivative of the activation needs, and the
+    # dropout mask
     around = one if keeps_input or gated else two if drop else 0
     around += (two if gated else 0) + (two if drop else 0)
     whole = held + saved_first + around + two + saved_second + output * (2 if drop else 1)
@@ -128,7 +128,7 @@ def block_cost(
         for back in backs
     )
     if frees:
-        # each part of the way back lets go of what it was made of
+        # each part of the backward pass frees the arrays that it was computed from
         rest = held + output + second_gradients
         stages = (rest + saved_first + around, rest + saved_first - two, rest - two)
     else:

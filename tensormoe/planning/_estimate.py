@@ -56,7 +56,7 @@ _NOTHING = Cost(0, (), 0)
 
 @dataclass(frozen=True)
 class Around:
-    """What a budget covers besides the layer whose rank is chosen.
+    """Costs that a budget covers besides the layer whose rank is chosen.
 
     Args:
         gate: the layer's own, which makes its coefficients.

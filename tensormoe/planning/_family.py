@@ -74,7 +74,7 @@ class Family:
         self._places = {name: INNER - k for k, name in enumerate(reversed(symbols))}
         self.symbols = len(symbols)
         self.place_of: dict[Leg, int] = {}
-        """The place in the rank of every bond that follows it."""
+        """Index in the rank of every bond that follows it."""
         self.legs = self._symbolic_sizes(self.place_of)
         network = self.spec((1, 1)).network
         symbolic = _symbolic(network, self.legs)

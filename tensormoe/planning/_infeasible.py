@@ -1,4 +1,4 @@
-"""The error for a budget that nothing fits: the smallest that something does, and the remedy."""
+"""The error for an infeasible budget: the smallest feasible one, and remedies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MOST_LEVELS, _MOST_TRIED = 3, 10_000
 def infeasible(
     family: Family, budget: Budget, gate: Gate | None, indexed_input: bool = False
 ) -> BudgetError:
-    """The error for a layer that no rank brings within a budget.
+    """The error for a layer that exceeds a budget at every rank.
 
     Args:
         family: the layers, of which the one with bonds of 1 is the smallest.
@@ -107,7 +107,7 @@ def _best_split(
 
 
 def levels_of(experts: Sequence[int]) -> Iterable[tuple[int, ...]]:
-    """As many experts in more levels, of sizes as equal as can be.
+    """As many experts in more levels, of sizes as equal as possible.
 
     >>> list(levels_of((512,)))
     [(16, 32), (8, 8, 8)]
@@ -122,7 +122,7 @@ def levels_of(experts: Sequence[int]) -> Iterable[tuple[int, ...]]:
 
 
 def _split(number: int, count: int) -> tuple[int, ...]:
-    """Factors of a number, as many as ``count``, in rising order and as equal as can be."""
+    """Factors of a number, as many as ``count``, in ascending order and as equal as possible."""
     if count == 1:
         return (number,)
     root = isqrt(number) if count == 2 else int(number ** (1 / count) + 1e-9)

@@ -1,4 +1,4 @@
-"""Path search: in which order the operands of a network are contracted, as a binary tree."""
+"""Path search: the order in which the operands of a network are contracted, as a binary tree."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class _Improvement:
     def __init__(self, sizes: Mapping[Leg, int]) -> None:
         self.sizes = sizes
         self.part = _PART
-        # parts that are known to be as cheap as can be
+        # parts that are known to be optimal
         self.done: set[tuple[frozenset[Leg], ...]] = set()
 
     def run(self, tree: Node) -> Node:
@@ -133,7 +133,7 @@ class _Improvement:
         return _grown(found, parts) if next(costs) < next(costs) else node
 
     def _parts(self, node: Node) -> list[Node]:
-        """The nodes below ``node`` that its part of the tree ends at, the dearest opened first."""
+        """The leaves of the part of the tree below ``node``, the most expensive opened first."""
         parts = [node]
         while len(parts) < self.part:
             inner = [part for part in parts if part.children]
@@ -154,7 +154,7 @@ def _cut(node: Node, leaves: Mapping[Node, Node]) -> Node:
 
 
 def _grown(node: Node, parts: Sequence[Node]) -> Node:
-    """``node`` with the trees ``parts`` in the place of its operands."""
+    """``node`` with the trees ``parts`` in place of its operands."""
     if not node.children:
         return parts[node.slot]
     left, right = (_grown(child, parts) for child in node.children)

@@ -109,7 +109,7 @@ class Program:
     sizes: Mapping[Leg, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # now, not when they are asked for: a cached property locks, and compilers trace no lock
+        # now, not on first use: a cached property locks, and compilers trace no lock
         object.__setattr__(self, "sizes", dict(self.size_items))
 
     @cached_property

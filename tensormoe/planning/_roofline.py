@@ -1,4 +1,4 @@
-"""From cost to predicted time: every step at the speed of what limits it, and its own cost."""
+"""Predicted time from cost: for every step its bottleneck, and an overhead."""
 
 from __future__ import annotations
 

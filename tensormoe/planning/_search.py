@@ -1,4 +1,4 @@
-"""The search through a family for the ranks that keep to a budget and that nothing beats."""
+"""Search of a family for the undominated ranks within a budget."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tensormoe.planning._family import INNER, OUTER, Choice, Family, largest
 __all__ = ["Figures", "best", "front"]
 
 Figures = tuple[int, int]
-"""What is maximized, and what tells equal ones apart."""
+"""The figure that is maximized, and the tie-breaker."""
 
-# ranks of a family that are all looked at before one is settled; of more, few
+# families of up to so many ranks are searched in full; of larger ones, few ranks are checked
 _FEW = 256
-# outer sizes on both sides of the best one that are looked at, of many
+# outer sizes that are checked on both sides of the best one, where there are many
 _NEAR = 3
 
 
@@ -57,7 +57,7 @@ def _settled(
     search: Callable[[], list[Choice]],
     rivals: Callable[[list[Choice]], Iterable[Choice]],
 ) -> list[Choice]:
-    """What ``search`` finds once no rank that matters has a path that was not seen."""
+    """Repeat ``search`` until every rank that matters has all its paths explored."""
     while True:
         found = search()
         # ranks that would be better if they fitted: the estimate was right if their best
@@ -77,7 +77,7 @@ def _settled(
 
 
 def _last(family: Family) -> int:
-    """The largest outer size that is of use."""
+    """The largest useful outer size."""
     return family.saturation(OUTER) if family.symbols == 2 else 1
 
 
@@ -92,7 +92,7 @@ def _dominated(figures: Figures, others: Iterable[Figures]) -> bool:
 
 
 class _Reach:
-    """How far the inner size goes at an outer one, by the estimate as it stands."""
+    """The largest inner size at an outer one, by the current estimate."""
 
     def __init__(self, estimator: Estimator) -> None:
         family = estimator.family
@@ -123,7 +123,7 @@ class _Reach:
             if outer > self.last:
                 return
             least = 1 + largest(lambda size: not wanted(start, (outer, size)), 0, bound)  # noqa: B023
-            # no larger outer size leaves room for an inner one that has no room here
+            # an inner size that does not fit here fits with no larger outer size
             if self._estimator.fits_any(outer, least):
                 inner, bound = self(outer)
                 if inner > 0:
@@ -142,14 +142,14 @@ class _Reach:
 
 
 def _best(estimator: Estimator, figures: Callable[[Choice], Figures]) -> list[Choice]:
-    """The rank that the estimate has for the best; the first of equals."""
+    """The best rank by the estimate; the first of equals."""
     best: list[Choice] = []
     goal: Figures = (0, 0)
 
     def propose(sizes: Choice) -> None:
         nonlocal best, goal
         reached = figures(sizes)
-        # of equals the one with the smaller outer size, whenever it was come upon
+        # of equals the one with the smaller outer size, in whatever order they were found
         if reached > goal or (reached == goal and bool(best) and sizes[0] < best[0][0]):
             best, goal = [sizes], reached
 
@@ -170,7 +170,7 @@ def _best(estimator: Estimator, figures: Callable[[Choice], Figures]) -> list[Ch
 
 
 def _front(estimator: Estimator) -> list[Choice]:
-    """The ranks that the estimate has for undominated, by rising expert rank."""
+    """The undominated ranks by the estimate, in order of expert rank."""
     figures = estimator.family.figures
     found: dict[Figures, Choice] = {}
 

@@ -93,7 +93,7 @@ def select_rank(
         out_features: O, the size of an output.
         experts: N, or one size per level of hierarchy.
         budget: upper limits; an integer counts parameters, "linear" stands for those of a linear
-            layer of the same sizes. None stands for these too, with the gate on top, so that the
+            layer of the same sizes. None means these too, with the gate on top, so that the
             gate does not limit the number of experts.
         bias: whether every expert has a bias.
         objective: "capacity" is expert rank × expert span. Either figure alone lets the other
@@ -201,7 +201,7 @@ def best_spec(
     measure: Measure,
     indexed_input: bool = False,
 ) -> LayerSpec | None:
-    """The best layer within a budget that has no bond beyond use; None if none fits.
+    """The best layer within a budget without bonds larger than useful; None if none fits.
 
     Args:
         family: the layers to choose from.

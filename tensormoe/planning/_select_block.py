@@ -1,4 +1,4 @@
-"""The ranks that a budget buys for the two layers of a block, which share one gate."""
+"""Ranks within a budget for the two layers of a block, which share one gate."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def select_block(
 
     Raises:
         BudgetError: nothing fits; the message names the smallest budget that something fits.
-        SpecError: sizes that make no layer, or an unknown factorization.
+        SpecError: sizes that are not those of a layer, or an unknown factorization.
 
     >>> first, second = select_block("cp", 768, 3072, 768, 128)
     >>> first.factorization, second.factorization

@@ -1,4 +1,4 @@
-"""From a contraction tree to steps: which orders the intermediates are stored in, and when."""
+"""Lowering of a contraction tree to steps: leg orders of the intermediates, and their sequence."""
 
 from __future__ import annotations
 

@@ -36,14 +36,14 @@ def excess(spec: LayerSpec) -> dict[Leg, int]:
 
 
 def beyond_use(family: Family, spec: LayerSpec) -> dict[int, int]:
-    """The free bonds of a layer that are too large, by place, with the size that is of use."""
+    """The free bonds of a layer that are too large, by index, with the largest useful size."""
     places, found = family.place_of, excess(spec)
     over = {places[leg]: most for leg, most in found.items() if leg in places}
     return {place: most for place, most in over.items() if not isinstance(family.bonds[place], int)}
 
 
 def without_waste(family: Family, rest: Family, spec: LayerSpec) -> Family | None:
-    """The family in which bonds beyond use are fixed at what is of use; None if there are none.
+    """The family with bonds capped at the largest useful size; None if there are none to cap.
 
     Where the bond between input and output is one of them, the others stay as they are: they are
     the smallest that reach the same figures.
@@ -67,7 +67,7 @@ def without_waste(family: Family, rest: Family, spec: LayerSpec) -> Family | Non
 
 
 def with_bonds(spec: LayerSpec, changed: dict[int, int]) -> LayerSpec:
-    """A layer with other sizes of some bonds, by place."""
+    """A layer with other sizes of some bonds, by index."""
     sizes = spec.factorization.bonds(spec.levels)
     rank = tuple(changed.get(place, size) for place, size in enumerate(sizes))
     value = spec.factorization.with_rank(rank)

@@ -1,4 +1,4 @@
-"""Every door that takes a budget, given junk: a clear error or a layer, never a crash or a hang."""
+"""Invalid budgets in every public function that takes one: a clear error, no crash, no hang."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ JUNK: tuple[Any, ...] = (
     CP(2), np.float64(500), np.array(500), np.array([500, 600]), np.bool_(True), Decimal(500),
     torch.tensor(500.0), Fraction(1000, 2), range(5), slice(5), "∞",
 )  # fmt: skip
-"""Values that are no budget, or hardly one."""
+"""Values that are not a valid budget, and edge cases."""
 
 
 def _model() -> nn.ModuleDict:

@@ -41,7 +41,7 @@ def cuts(term: Term, rows: set[str], columns: set[str]) -> Iterable[set[str]]:
 
 
 def listed_rank(network: Network, rows: set[str], columns: set[str]) -> int:
-    """The smallest sum of cuts, one a term, or what the open legs have room for."""
+    """The smallest sum of cuts, one per term, or the product of the open legs if smaller."""
     size = network.sizes
     total = sum(
         min(prod(size[leg] for leg in cut) for cut in cuts(term, rows, columns))

@@ -1,4 +1,4 @@
-"""Truncated SVDs that reports stand beside: against numpy.linalg.svd of the matrices themselves."""
+"""Truncated SVDs in reports, compared with numpy.linalg.svd of the matrices themselves."""
 
 from __future__ import annotations
 

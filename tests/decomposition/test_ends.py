@@ -93,7 +93,7 @@ def test_factors_of_a_search_that_is_so_long(stack: np.ndarray) -> None:
 
 
 def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that is a second further at each look."""
+    """A clock that advances by a second at each reading."""
     ticks = count()
     monkeypatch.setattr(_watch, "perf_counter", lambda: float(next(ticks)))
 
@@ -104,7 +104,7 @@ def test_a_time_limit_is_kept_to_within_one_sweep(
 ) -> None:
     seen: list[Progress] = []
     search = Search(seconds=seconds, tolerance=0.0)
-    # the clock stands at 0 where the search starts, and is looked at once a sweep
+    # the clock stands at 0 where the search starts, and is read once per sweep
     ticking(monkeypatch)
     found = decompose(stack, CP(9), search=search, callback=lambda each: seen.append(each))
     assert found.report.ended == "time"

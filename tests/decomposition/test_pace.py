@@ -1,4 +1,4 @@
-"""The pace of a search, and why it ends: sweeps that say what they are told to say."""
+"""The pace of a search, and why it ends: sweeps that return scripted errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GIVEN = {"a": 1.0}
 def search(
     monkeypatch: pytest.MonkeyPatch, said: Any, count: int | None = None, **options: Any
 ) -> tuple[Any, Any]:
-    """What a search finds by sweeps that claim these errors, or (claimed, true) ones."""
+    """Run a search whose sweeps claim these errors, or (claimed, true) ones."""
     pairs = tuple(each if isinstance(each, tuple) else (each, each) for each in said)
     problem: Any = Claims(pairs)
     monkeypatch.setattr(_search, "sweep", problem.sweep)
@@ -86,7 +86,7 @@ def test_what_rounding_hides_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_errors_close_to_rounding_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a sweep claims there is worth nothing."""
+    """The error that a sweep claims there is worth nothing."""
     found, _ = search(monkeypatch, [(0.0, 0.5), (0.0, 0.4)])
     assert found.errors == (0.5, 0.4)
 

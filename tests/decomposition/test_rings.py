@@ -38,7 +38,7 @@ def test_large_rings_are_recovered(positive: bool) -> None:
 
 @pytest.mark.parametrize("positive", [True, False])
 def test_bonds_beyond_the_modes_end_no_higher_than_by_tensorly(positive: bool) -> None:
-    """Where products of bonds exceed modes, nobody finds the ring from random factors.
+    """Where products of bonds exceed modes, random starts do not find the ring.
 
     TensorLy's alternation starts from the very factors that its own random ring of the same seed
     has; another seed leaves it where random factors lead.

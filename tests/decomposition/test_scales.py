@@ -26,7 +26,7 @@ QUICK = Search(starts=1, sweeps=20, polish=3)
 
 
 def wide(factors: Any, scale: float, count: int) -> dict[str, Any]:
-    """Factors in long double, which has room for any scale, for a tensor near one."""
+    """Factors in long double, whose range holds any scale, for a tensor near one."""
     part = np.longdouble(scale) ** (np.longdouble(-1) / count)
     return {name: np.asarray(array, np.longdouble) * part for name, array in factors.items()}
 

@@ -169,7 +169,7 @@ def test_a_core_has_no_fewer_directions_than_a_bond(rng: np.random.Generator) ->
 def test_errors_on_a_core_are_those_of_the_tensor(
     kind: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the core lacks is counted; sweeps on the tensor that end above it are not kept."""
+    """The part outside the core counts; sweeps on the tensor that end above it are not kept."""
     known = []
     real = _fit.advance
 

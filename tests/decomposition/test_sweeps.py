@@ -131,7 +131,7 @@ def test_each_factor_is_a_least_squares_solution(kind: Any, rng: np.random.Gener
 
 @pytest.mark.parametrize("kind", KINDS[:5], ids=str)
 def test_equations_are_solved_for_the_change(kind: Any, rng: np.random.Generator) -> None:
-    """What damping hides of a factor stays as it is, and is not taken to be zero."""
+    """Damped directions of a factor stay as they are, and are not set to zero."""
     _, (term,), source, factors = setting(kind, rng)
     for factor in term.wanted:
         found, _ = solve_factor(term, factor.name, source, factors, 1e12)
@@ -177,7 +177,7 @@ def test_an_inverse_of_singular_matrices_is_finite(dtype: str, rng: np.random.Ge
 
 
 def test_components_that_are_rounding_are_not_followed() -> None:
-    """What is left of a tensor to rounding, over next to nothing, would be huge."""
+    """A residual of rounding errors, divided by almost zero, would be huge."""
     sizes = np.array([1.0, 1e-20], "float32")
     gram = np.diag(sizes**2 + np.float32(1e-38))
     step = inverse(gram) @ (sizes * 1e-7)

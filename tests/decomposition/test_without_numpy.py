@@ -1,4 +1,4 @@
-"""What is said where NumPy is not installed."""
+"""Error messages where NumPy is not installed."""
 
 from __future__ import annotations
 

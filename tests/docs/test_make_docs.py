@@ -22,7 +22,7 @@ def build(folder: Path, page: str) -> subprocess.CompletedProcess[str]:
     shutil.copy(ROOT / "Makefile", folder)
     environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
     return subprocess.run(
-        # the environment is there already, and is not to be made anew
+        # the environment exists already, and is not rebuilt
         ["make", "-o", f"{sys.prefix}/.ready-dev", f"VENV={sys.prefix}", "docs"],
         cwd=folder,
         env=environment,

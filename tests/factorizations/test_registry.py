@@ -308,7 +308,7 @@ def test_a_wrong_entry_point_is_named(case: str, tmp_path: Path) -> None:
     (tmp_path / "own_package.py").write_text(module)
     distribution(tmp_path, {"own": "own_package:Own"})
     with installed(tmp_path):
-        # a wrong one stops nobody who doesn't use it
+        # a broken one does not affect those who don't use it
         assert "own" in FACTORIZATIONS
         assert factorization_class("cp") is CP
         with pytest.raises(error, match=message) as caught:

@@ -1,1 +1,1 @@
-"""Random cases by the ten thousand, and every public door with junk: `make fuzz`."""
+"""Many random cases, and invalid arguments for every public function: `make fuzz`."""

@@ -1,4 +1,4 @@
-"""Every public door with one argument replaced by junk: clear errors, no crash, no hang.
+"""Public functions with one invalid argument: clear errors, no crash, no hang.
 
 A call runs in a process of its own kind, which is started anew where it ends or hangs.
 """
@@ -25,7 +25,7 @@ SECONDS = 30
 
 @dataclass(frozen=True, eq=False)
 class Door:
-    """What users call.
+    """A public function or method.
 
     Args:
         name: for messages.
@@ -40,7 +40,7 @@ class Door:
 
 @cache
 def table() -> tuple[tuple[Door, str, str], ...]:
-    """A row for each call: the door, which argument is replaced, and by which junk."""
+    """One row per call: the function, the argument that is replaced, and the invalid value."""
     from tests.fuzz._doors_core import doors as core
     from tests.fuzz._doors_frameworks import doors as frameworks
 
@@ -58,7 +58,7 @@ def count() -> int:
 
 
 def at(index: int) -> tuple[Door, str, Any]:
-    """The call of a number: the door, the argument's name and its value."""
+    """The call of a number: the function, the argument's name and its value."""
     door, argument, junk = table()[index]
     return door, argument, JUNK[junk]()
 

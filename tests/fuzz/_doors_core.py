@@ -1,4 +1,4 @@
-"""The doors of the core: values, planning, gates, decomposition, files."""
+"""Public functions of the core: values, planning, gates, decomposition, files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The doors of the layers, in every framework, and of what works on PyTorch's models."""
+"""Public functions of layers in every framework, and of tools for PyTorch models."""
 
 from __future__ import annotations
 

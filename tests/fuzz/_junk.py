@@ -1,4 +1,4 @@
-"""Values that hardly any argument is: 80 kinds, made anew for each call."""
+"""Values that are invalid for nearly every argument: 80 kinds, created for each call."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Number(enum.IntEnum):
 
 
 class Unindexed:
-    """Says that it is an integer, and fails."""
+    """Claims to be an integer, and fails."""
 
     def __index__(self) -> int:
         raise TypeError("no integer after all")
 
 
 class Untrue:
-    """Has no truth."""
+    """Has no truth value."""
 
     def __bool__(self) -> bool:
         raise ValueError("neither true nor false")
@@ -182,4 +182,4 @@ JUNK: dict[str, Callable[[], Any]] = {
     "a spec": lambda: LayerSpec(8, 4, 3, CP(2)),
     "coefficients by index": lambda: TopK(np.zeros((3, 1), int), np.ones((3, 1), "float32")),
 }
-"""By name: how each is made."""
+"""Factory of each value, by name."""

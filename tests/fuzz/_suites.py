@@ -1,4 +1,4 @@
-"""What is compared of each case: outputs, gradients and second derivatives, with the reference."""
+"""Checks of each case: outputs, gradients and second derivatives against the reference."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Suite:
     one_shape: bool
 
     def run(self, index: int) -> bool:
-        """Check the case of a number; False where there is nothing to look at."""
+        """Check the case of a number; False where there is nothing to check."""
         case = draw_case(index, self.per_layer, one_shape=self.one_shape)
         return case is not None and self.check(case)
 

@@ -1,4 +1,4 @@
-"""Call doors with junk, a number on a line at a time; says of each call what is wrong with it."""
+"""Call functions with invalid arguments, one number per line; report what is wrong with each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SECONDS = 5
 
 
 class _TooLongError(BaseException):
-    """A call takes longer than any may; nobody catches it."""
+    """A call exceeds the time limit; the library does not catch it."""
 
 
 def _stop(*_: Any) -> None:
@@ -30,7 +30,7 @@ def _stop(*_: Any) -> None:
 
 
 def judge(index: int) -> str | None:
-    """What is wrong with the call of a number, or None."""
+    """Make the call of a number; return what is wrong, or None."""
     door, name, value = at(index)
     arguments = door.arguments()
     arguments[name] = value

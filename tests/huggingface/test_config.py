@@ -58,7 +58,7 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     "biases of others": (put(*HERE, "biases", ["gate_up_proj"]), "biases"),
     "no spec": (put(*SPEC, None), "layer spec"),
     "more experts": (put(*SPEC, "experts", [5]), "4 experts"),
-    "many levels": (put(*SPEC, "experts", [2] * 50), "factors"),
+    "many levels": (put(*SPEC, "experts", [2] * 50), "at most 32 levels; got 50"),
     "another size": (put(*SPEC, "in_features", 7), "fit"),
     "a huge rank": (put(*SPEC, "rank", 10**9), "entries"),
     "a huge size": (put(*SPEC, "experts", [10**15]), "entries"),

@@ -1,4 +1,4 @@
-"""Folders of compressed models on disk: what lies in them, and who can open them."""
+"""Folders of compressed models: their contents, and loaders that open them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests._hugging_models import load, run_python
 
 
 def compress(model: Path, output: Path, **options: Any) -> dict[str, Any]:
-    """What ``tensormoe compress`` does; the manifest."""
+    """Run ``tensormoe compress``; return the manifest."""
     wanted = {"preset": "mixtral", **options}
     compress_checkpoint(model, output, Compression("cp", rank=2, compare=False, **wanted))
     manifest: dict[str, Any] = json.loads((output / "tensormoe.json").read_text())

@@ -1,4 +1,4 @@
-"""What a model says of itself, and when it can't."""
+"""Descriptions of factorized layers in a model's configuration, and models without one."""
 
 from __future__ import annotations
 

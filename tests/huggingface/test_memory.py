@@ -1,4 +1,4 @@
-"""What loading takes: the model as it is, never its dense experts."""
+"""Peak memory of loading: the factorized model, never its dense experts."""
 
 from __future__ import annotations
 

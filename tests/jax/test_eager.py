@@ -44,7 +44,7 @@ X = jnp.linspace(-1.0, 1.0, 35).reshape(5, 7)
 
 @pytest.fixture
 def compiled() -> Iterator[list[str]]:
-    """What is compiled while the test runs."""
+    """Compilation events while the test runs."""
     found: list[str] = []
 
     def listen(event: str, _: float, **__: Any) -> None:
@@ -78,7 +78,7 @@ def test_a_second_call_compiles_nothing(name: str, compiled: list[str]) -> None:
     call = layers()[name]
     first, *others = (factor * X for factor in (1.0, 3.0, 4.0))
     jax.block_until_ready(call(first))
-    # what is seen is what is compiled
+    # compilation is recorded
     jax.jit(lambda x: x + len(name))(X)
     assert compiled
     compiled.clear()

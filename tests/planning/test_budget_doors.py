@@ -1,4 +1,4 @@
-"""One meaning of a budget at every door: it covers what is built, the gate included."""
+"""A budget means the same everywhere: it covers all that is built, the gate included."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _quick() -> dict[str, Callable[[str], Build]]:
 
 
 def _traced() -> dict[str, Callable[[str], Build]]:
-    """JAX's layers by shapes alone, as nobody compiles what draws their arrays."""
+    """JAX layers by shapes alone, without compiling the code that draws their arrays."""
 
     def of(package: Any, source: Callable[[], dict[str, Any]]) -> Callable[[str], Build]:
         def build(name: str) -> Build:

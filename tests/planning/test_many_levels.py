@@ -132,7 +132,7 @@ def test_files_are_checked_before_anything_is_planned(tmp_path: Path, levels: in
 
 
 def test_layers_plan_when_they_are_made() -> None:
-    """A forward call only looks programs up, and a compiler has no planner to follow."""
+    """A forward call only looks up programs, and a compiler has no planner to trace."""
     layer = tensormoe_numpy.MuMoE(7, 5, (3, 2), CP(3))
     assert "regimes" in vars(layer.config)
     again = tensormoe_numpy.MuMoE.restore(layer.config, layer.arrays)

@@ -86,12 +86,12 @@ def parameters(many: Many, sizes: Sizes) -> int:
 
 
 def bests(fitting: Mapping[Sizes, Pair], objective: str) -> Sizes:
-    """What wins: the objective, the other figure, the smaller outer size, the larger inner one."""
+    """The best rank: by objective, other figure, smaller outer size, larger inner size."""
     measure = OBJECTIVES[objective]
     return max(fitting, key=lambda sizes: (measure(*fitting[sizes]), -sizes[0], sizes[1]))
 
 
-# at least 2000 ranks each within the largest budgets that are asked for
+# at least 2000 ranks each within the largest budgets tested
 MANY = [
     Many("cp", 2100, 2200, (40,), 1, 2500),
     Many("tensor_ring", 60, 48, (900,), 34, 72),
@@ -110,7 +110,7 @@ def test_no_rank_within_a_number_of_parameters_is_better(many: Many, objective: 
     assert len(taken) >= 2000
     sample = random.Random(0).sample(sorted(taken), 25)
     assert all(many.spec(many.rank(each)).num_parameters == taken[each] for each in sample)
-    # beyond this, ranks that were not looked at fit as well
+    # beyond this, ranks that were not checked fit as well
     most = min(parameters(many, (outer, many.inner + 1)) for outer in range(1, many.outer + 1)) - 1
     limits = sorted({value for value in taken.values() if value <= most})
     gate = many.in_features * sum(many.experts)

@@ -92,7 +92,7 @@ FEATURE_TABLE = Table(
             without=lacking((CONSTANT, COMPILED)),
         ),
         row("one expert, or all (`expert`, `materialize`)", _features.check_weights),
-        row("the same of a whole block", _features.check_block_weights),
+        row("the same for a whole block", _features.check_block_weights),
         row(
             "cost of a call (`cost`)", _features.check_cost, without=lacking((FUNCTIONS, ("JAX",)))
         ),

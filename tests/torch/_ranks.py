@@ -32,7 +32,7 @@ class Ranks:
         self._ends: list[Connection] = []
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What ``function(rank, *arguments)`` returns in each process.
+        """Call ``function(rank, *arguments)`` in each process; return the results.
 
         Raises:
             AssertionError: it raised in some process; says what and where.

@@ -1,4 +1,4 @@
-"""Coefficients by index in a compiled layer whose program nobody ran before."""
+"""Coefficients by index in a compiled layer whose program has not been run before."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def apart(rank: int) -> float:
     assert torch.equal(lonely(x), build()(x))
     synchronized = DistributedDataParallel(synchronize_gates(build()))
     assert not torch.allclose(synchronized(x), alone(x))
-    # evaluation asks nobody
+    # evaluation needs no communication
     if rank == 0:
         synchronized.module.eval()(x)
     return float(model.module[0].gate.running_mean_0[0])
@@ -118,7 +118,7 @@ def test_only_batch_norms_are_synchronized() -> None:
     assert model[0][0].gate.synchronized
     assert block.gate.synchronized
     assert not model[1].gate.synchronized
-    # where there are no processes, as ever
+    # without a process group, as usual
     assert torch.equal(model[0](normal(8, 6)), build()(normal(8, 6)))
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module; got list"):
         synchronize_gates([model])  # type: ignore[type-var]

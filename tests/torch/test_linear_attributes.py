@@ -1,4 +1,4 @@
-"""What callers read of ``nn.Linear``: said where it has a meaning, refused where values are."""
+"""Attributes of ``nn.Linear``: given where they have a meaning, refused where values are read."""
 
 from __future__ import annotations
 

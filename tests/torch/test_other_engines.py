@@ -1,4 +1,4 @@
-"""Layers under what PyTorch and others hang on modules: pruning, adapters, forward derivatives."""
+"""Layers under tools that hook into modules: pruning, adapters, forward-mode derivatives."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_tensors_without_values_are_not_written(tmp_path: Path) -> None:
 
 
 def test_results_are_no_views() -> None:
-    """``fully_shard`` hangs hooks on results, which a change in place would take off a view."""
+    """``fully_shard`` registers hooks on results; a change in place would drop them from a view."""
     x = normal(2, 3, 6).requires_grad_()
     layer = build(LayerSpec(6, 5, 3, CP(4)), Gate())
     for result in (layer(x), layer(x[0]), *layer.coefficients(x), layer(x, layer.gate(x))):

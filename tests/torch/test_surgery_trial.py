@@ -1,4 +1,4 @@
-"""Surgery on an example: tried, and taken back to the last bit where the model fails."""
+"""Surgery with an example: tested, and undone bit by bit if the model fails."""
 
 from __future__ import annotations
 

@@ -217,5 +217,5 @@ def _decomposed(
 def _named(
     callback: Callable[[Progress], bool | None] | None, name: str
 ) -> Callable[[Progress], bool | None] | None:
-    """A callback that is told a name."""
+    """A callback whose progress carries a name."""
     return None if callback is None else lambda each: callback(replace(each, name=name))

@@ -224,7 +224,7 @@ def _match(seen: Watch) -> _Matched | None:
         for name, function in ACTIVATIONS.items()
         if _close(seen.middle, function(values), _without(seen.returned, place))
     ]
-    # in 16 bits, several look alike
+    # in 16 bits, several give the same values
     return named[0] if len(named) == 1 else None
 
 

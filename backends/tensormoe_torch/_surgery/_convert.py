@@ -131,7 +131,7 @@ def from_mlp(
         rank: bond sizes of both layers, with a name.
         budget: upper limits for the block with its gate instead, as for :class:`MuMoEMLP`;
             ``"linear"`` stands for the parameters of the MLP. Without rank or budget the factors of
-            each layer get those of the linear layer that it stands for, and the gate comes on top.
+            each layer get those of the linear layer that it replaces, and the gate comes on top.
         gate: how inputs become coefficients, or None.
         noise: how far experts start from the given weights, relative to them.
         drop: share of entries dropped in training behind the activation and behind the second

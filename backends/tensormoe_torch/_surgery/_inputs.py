@@ -53,7 +53,7 @@ def count_inputs(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, without gradients; its modes and buffers are as before then."""
+    """The model in evaluation mode, without gradients; modes and buffers are restored after it."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, dict(module._buffers), {k: _copied(each) for k, each in module._buffers.items()})

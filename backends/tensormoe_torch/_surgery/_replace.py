@@ -62,7 +62,7 @@ def replace(
     A new layer has the dtype, the device, the mode, the hooks and the ``requires_grad`` of the one
     whose place it takes. Everything else stays as it is. Either all that is selected is replaced,
     or nothing is and an error says why. With an ``example``, the model is run afterwards as well,
-    and if it fails, everything is taken back. Make optimizers afterwards: they hold parameters.
+    and if it fails, the surgery is undone. Make optimizers afterwards: they hold parameters.
 
     Args:
         model: any module that holds the layers.

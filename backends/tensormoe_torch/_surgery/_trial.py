@@ -1,4 +1,4 @@
-"""Surgery that is taken back where it fails, and says what the model around the layers wanted."""
+"""Surgery that is undone if the model fails afterwards, with an error that says what it read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _NotRun(Exception):
 def all_or_nothing(
     model: nn.Module, chosen: Mapping[str, nn.Module], names: Sequence[str]
 ) -> Iterator[None]:
-    """Put everything back if what is done inside fails.
+    """Undo all changes if the body fails.
 
     Args:
         model: whose modules are replaced inside.

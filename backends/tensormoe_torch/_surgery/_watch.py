@@ -1,4 +1,4 @@
-"""A block of linear layers run on made-up values, and what was seen meanwhile."""
+"""Run a block of linear layers on generated values, and record the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Watch", "call_order", "watch"]
 
 @dataclass(eq=False)
 class Watch:
-    """What was seen while a block ran.
+    """Arrays and modules recorded while a block ran.
 
     Args:
         returned: what the first linear layers were made to return; the halves of one array if one
@@ -68,7 +68,7 @@ def call_order(
                 try:
                     module(torch.ones(1, 4, width, device=like.device, dtype=like.dtype))
                 except Exception:
-                    # any code may run here; what is wrong shows again where it is watched
+                    # any code may run here; errors appear again in the recorded run
                     continue
     finally:
         for handle in handles:
@@ -77,7 +77,7 @@ def call_order(
 
 
 def watch(module: nn.Module, linears: Sequence[nn.Module], sizes: Sequence[Linear]) -> Watch:
-    """Run a block and see whether nothing but an activation happens between its linear layers.
+    """Run a block and check that there is only an activation between its linear layers.
 
     Args:
         module: the block; it runs without its hooks.

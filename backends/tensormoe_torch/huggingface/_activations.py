@@ -1,4 +1,4 @@
-"""Activations by name, so that a file can say which one a layer has, and nothing of it is code."""
+"""Activations by name, so that files can store them without code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Own", "act_of", "activation_of", "name_of", "takes_routing"]
 
 
 class Own(nn.Module):
-    """What experts of transformers do between projections: (..., 2 · hidden) → (..., hidden).
+    """Activation of transformers' experts, between projections: (..., 2 · hidden) → (..., hidden).
 
     Args:
         experts: as transformers makes them; their weights are not kept.
@@ -34,11 +34,11 @@ class Own(nn.Module):
             )
         for name in [*experts._parameters]:
             experts.register_parameter(name, None)
-        # no part of the model: it would be given initial values
+        # not a submodule: it would be given initial values
         self._experts = (experts,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Gate what is gated."""
+        """Apply the activation to the gates, and multiply."""
         found: Tensor = self._experts[0]._apply_gate(x)  # type: ignore[operator]
         return found
 

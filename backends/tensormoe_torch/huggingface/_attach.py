@@ -1,4 +1,4 @@
-"""Models that know what they hold."""
+"""Models whose configuration describes their factorized layers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def attach(model: nn.Module) -> None:
     """Let ``save_pretrained`` of a model write which of its layers are factorized.
 
     :func:`tensormoe_torch.compress` and :func:`tensormoe_torch.replace` do it themselves. Call this
-    for layers that were put in by hand. From then on the model's ``config`` says what the model
-    holds at the time it is asked, so once is enough.
+    for layers that were put in by hand. From then on the model's ``config`` always
+    describes its current layers, so once is enough.
 
     Args:
         model: a model of transformers, or a module that holds some.

@@ -1,4 +1,4 @@
-"""Layers in the place of those of a fresh model, from what a file says; nothing is allocated."""
+"""Build factorized layers of a fresh model from a file's description; nothing is allocated."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def install(
     modules: Mapping[str, Mapping[str, Any]],
     files: Sequence[str] | None,
 ) -> list[nn.Module]:
-    """Put described layers in their places, on the meta device.
+    """Replace modules by the layers that are described, on the meta device.
 
     Args:
         model: as its class makes it.
@@ -48,7 +48,7 @@ def install(
         The layers.
 
     Raises:
-        SpecError: a place that the model does not have, or a layer that does not fit it.
+        SpecError: a module that the model does not have, or a layer that does not fit it.
         CheckpointError: layers that are larger than the files, or other ones than they hold.
     """
     if files is not None:
@@ -112,7 +112,7 @@ def _spec(config: object) -> LayerSpec:
 
 
 def _place(name: str, model: PreTrainedModel) -> str | None:
-    """Where a described layer stands in a model; None if that is in a part that it lacks.
+    """Name of a described layer's module in a model; None if the model lacks that part.
 
     Files may have the names that transformers gave modules in earlier versions, a prefix that
     the model lacks, or lack one that the model has.
@@ -203,7 +203,7 @@ def _dense_sizes(old: nn.Module) -> tuple[int, set[int] | None]:
     """How many experts the model's own module has, and the sizes of a down projection if it tells.
 
     Raises:
-        SpecError: it is no module of experts, or one that is called in another way.
+        SpecError: it is not a module of experts, or one that is called in another way.
     """
     if isinstance(old, nn.ModuleList):
         return len(old), None

@@ -1,4 +1,4 @@
-"""What a model's ``config.json`` says of its factorized layers."""
+"""Description in a model's ``config.json`` of its factorized layers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TensormoeConfig(QuantizationConfigMixin):
 
     @classmethod
     def of(cls, model: nn.Module) -> TensormoeConfig:
-        """A configuration that always says what a model holds, whatever is done to the model."""
+        """A configuration that always describes the current layers of a model."""
         config = cls({})
         config._model = weakref.ref(model)
         return config
@@ -82,7 +82,7 @@ class TensormoeConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON knows them.
+        """Convert to plain values, for JSON.
 
         Raises:
             SpecError: the model holds a layer that plain values can't rebuild.
@@ -91,5 +91,5 @@ class TensormoeConfig(QuantizationConfigMixin):
         return model_config(self.modules if model is None else described(model))
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy is of what the model is now: nobody knows which model it will be with
+        # a copy describes the model as it is now: it may end up with another model
         return {"quant_method": METHOD, "modules": self.to_dict()["modules"], "_model": None}

@@ -102,7 +102,7 @@ def _values(module: nn.Module) -> dict[str, Any]:
 
 
 def _block_values(block: MuMoEMLP) -> dict[str, Any]:
-    """A block, whose activation may be one that transformers alone has a name for."""
+    """A block, whose activation may be one that is named only in transformers."""
     if block.act is None:
         return {"act": None, "config": block.config.to_dict()}
     config = replace(block.config, act_layer=next(iter(ACTIVATIONS))).to_dict()
@@ -125,7 +125,7 @@ def block_config(values: Mapping[str, Any]) -> tuple[BlockConfig, Activation | N
 
 
 def _kind(module: nn.Module) -> str:
-    """The name of the library's class that a module is of.
+    """The name of a module's class in the library.
 
     Raises:
         SpecError: it is of a class of somebody else's, which a file can't name.

@@ -1,4 +1,4 @@
-"""What transformers calls when it loads a model with factorized layers."""
+"""Quantizer that transformers calls when it loads a model with factorized layers."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class TensormoeQuantizer(HfQuantizer):
 
 
 def _check_loaded(model: nn.Module, shapes: Mapping[int, Mapping[str, torch.Size]]) -> None:
-    """Refuse layers whose weights were in no file: transformers leaves them as memory was.
+    """Refuse layers whose weights are missing: transformers leaves them uninitialized.
 
     Args:
         model: that was loaded.

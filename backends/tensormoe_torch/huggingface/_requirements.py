@@ -1,4 +1,4 @@
-"""Whether transformers is there, and new enough."""
+"""Check that transformers is installed, and new enough."""
 
 from __future__ import annotations
 

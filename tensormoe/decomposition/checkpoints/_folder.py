@@ -30,7 +30,7 @@ CONFIG, README = "config.json", "README.md"
 
 _MAX_BYTES = 64 * 2**20
 _ROLES = {name: role for role, names in PROJECTION_NAMES.items() for name in names}
-# of stacks: what a tensor makes, and what stands between it and the module that has the experts
+# of stacks: roles of a tensor, and the name between it and the module that has the experts
 _STACKS = {
     "gate_up_proj": ("gate_up_proj", ""),
     "up_proj": ("up_proj", ""),
@@ -47,7 +47,7 @@ _COMPLETE = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where the layer of a group belongs in a model.
+    """Position of a group's layer in a model.
 
     Args:
         module: name of the module that holds the experts of a layer.
@@ -59,7 +59,7 @@ class Place:
 
     @property
     def prefix(self) -> str:
-        """What stands before the names of the layer's arrays."""
+        """Prefix of the names of the layer's arrays."""
         return f"{self.module}.projections.{self.role}."
 
 
@@ -77,7 +77,7 @@ class Whole:
 
 
 def place_of(group: Group) -> Place | None:
-    """Where a group belongs; None where its name does not tell."""
+    """Position of a group in a model; None if its name does not determine it."""
     stem, _, last = group.name.removesuffix(".weight").rpartition(".")
     if group.stacked:
         role, inside = _STACKS.get(last, ("", ""))
@@ -140,7 +140,7 @@ def _read_config(model: Model) -> dict[str, Any]:
 
 
 def readme(model: Model, whole: Whole, summary: str) -> str:
-    """What a reader of the folder must know, before what the model's own README says.
+    """README of the folder: a section about the factors, then the model's own README.
 
     Args:
         model: as it was.
@@ -148,7 +148,7 @@ def readme(model: Model, whole: Whole, summary: str) -> str:
         summary: a sentence on what was done.
     """
     before = _own_readme(model)
-    # the hub reads what stands between these lines
+    # the hub reads the text between these lines
     front, rest = "", before
     if before.startswith("---\n") and "\n---\n" in before[3:]:
         end = before.index("\n---\n", 3) + 5

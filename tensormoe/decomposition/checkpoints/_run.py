@@ -54,7 +54,7 @@ EXPERTS = "experts"
 
 @dataclass(frozen=True)
 class CompressionProgress:
-    """How far a compression is.
+    """Progress of a compression.
 
     Args:
         stage: ``"experts"``, which are decomposed first, or ``"files"``, which are written then.
@@ -184,7 +184,7 @@ def _made(plan: CompressionPlan, work: Work, tell: _Teller) -> tuple[GroupReport
 
 
 def _resumed(plan: CompressionPlan, work: Work) -> str:
-    """What a compression that was interrupted says."""
+    """Message of a compression that was interrupted."""
     if not work.done:
         return "nothing is done yet"
     return (
@@ -194,7 +194,7 @@ def _resumed(plan: CompressionPlan, work: Work) -> str:
 
 
 class _Teller:
-    """Progress to whoever wants to know."""
+    """Report progress to the callback."""
 
     def __init__(self, callback: CompressionCallback | None) -> None:
         self._callback = callback
@@ -314,7 +314,7 @@ def _write(plan: CompressionPlan, work: Work, files: Mapping[str, str], tell: _T
 
 
 def _describe(plan: CompressionPlan, work: Work, files: Mapping[str, str]) -> None:
-    """What loaders and readers must know of a model in factors: index, config, README."""
+    """Write the files that describe a factorized model: index, config, README."""
     model = plan.model
     headers = {
         f"{EXPERTS}/{files[each.group.name]}": peek_checkpoint(

@@ -184,7 +184,7 @@ def write_index(
 
 
 def kept_name(name: str) -> str:
-    """The name of a shard without experts; loaders take ``model.safetensors`` for all there is."""
+    """The name of a shard without experts; loaders take ``model.safetensors`` for all of it."""
     return f"model-rest{WEIGHTS_SUFFIX}" if name == f"model{WEIGHTS_SUFFIX}" else name
 
 
