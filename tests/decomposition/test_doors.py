@@ -35,7 +35,7 @@ def test_weights_that_are_not_plain_arrays(weights: Any, message: str) -> None:
 
 
 def test_a_list() -> None:
-    with pytest.raises(ShapeError, match="weights must be one array .*; got a list of 1. Stack"):
+    with pytest.raises(ShapeError, match=r"weights must be one array .*; got a list of 1. Stack"):
         decompose([[[1.0]]], "cp", rank=2)
 
 
