@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tensormoe._validation import flag
+from tensormoe.errors import PlanError
 from tensormoe.gates import Gate
 from tensormoe.planning._cost import (
     Cost,
@@ -68,6 +70,7 @@ def block_cost(
         picks_entries: the backend's, for the same.
         copies_transposed: whether the library copies a transposed first operand of large products.
     """
+    flag(training, "training", PlanError)
     specs, batch = (first.spec, second.spec), first.batch
     in_features, experts = first.spec.in_features, first.spec.experts
     programs = first.program, second.program

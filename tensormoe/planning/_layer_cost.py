@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from math import log2
 
+from tensormoe._validation import flag
+from tensormoe.errors import PlanError
 from tensormoe.factorizations import BATCH, INPUT, OUTPUT, expert_leg
 from tensormoe.gates import Gate, activation_workspace
 from tensormoe.gates._rows import block_rows
@@ -133,6 +135,7 @@ def layer_cost(
         copies_transposed: whether the library copies a transposed first operand of large products.
         frees: whether the backward pass lets go of what it does not need any more.
     """
+    flag(training, "training", PlanError)
     sizes = batch_sizes(program, batch)
     steps = program_cost(program, sizes, itemsize)
     width = max(itemsize, GATE_ITEMSIZE)

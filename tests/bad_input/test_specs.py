@@ -204,6 +204,16 @@ CASES: dict[str, Case] = {
         PlanError,
         "prepared must be True or False; got array",
     ),
+    "costs of neither way": (
+        lambda: spec().cost(4, training=np.ones(2)),  # type: ignore[arg-type]
+        PlanError,
+        "training must be True or False; got array",
+    ),
+    "costs of a block of neither way": (
+        lambda: MuMoEMLP(8, experts=3, rank=2).cost(4, training=np.ones(2)),  # type: ignore[arg-type]
+        PlanError,
+        "training must be True or False; got array",
+    ),
     # seeds
     **{
         f"seed {seed!r}": (

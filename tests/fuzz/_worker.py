@@ -13,6 +13,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from tensormoe.errors import TensormoeError
 from tests.fuzz._doors import at
 
@@ -52,6 +54,9 @@ def judge(index: int) -> str | None:
 
 def _is_ours(error: Exception) -> bool:
     """Whether a TypeError or ValueError says something that was meant for the caller."""
+    if isinstance(error, jax.errors.JAXTypeError):
+        # what JAX says of arrays that are still traced is about them, wherever it comes up
+        return True
     if type(error) not in (TypeError, ValueError) or not str(error).strip():
         return False
     # what is raised by our own code, or by Python where names or numbers of arguments are wrong
