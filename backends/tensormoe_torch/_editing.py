@@ -88,7 +88,8 @@ def silence_experts(layer: Editable, indices: int | Iterable[int], level: int = 
         TypeError, ShapeError, SpecError: as :func:`scale_experts`.
     """
     mixtures = _mixtures(layer)
-    listed = [*indices] if isinstance(indices, Iterable) else [indices]
+    several = isinstance(indices, Iterable) and getattr(indices, "ndim", 1) > 0
+    listed: list[Any] = [*indices] if several else [indices]  # type: ignore[misc]
     places = _indices(mixtures[0], listed, level)
     with _opened(mixtures, _carriers(mixtures, level)) as carriers:
         for array, axis in carriers:

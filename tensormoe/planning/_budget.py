@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
-from tensormoe._validation import choice, positive_int
+from tensormoe._validation import choice, flag, positive_int
 from tensormoe.errors import BudgetError
 from tensormoe.planning._cost import Cost
 from tensormoe.planning._roofline import PUBLISHED_ROOFLINES, Roofline
@@ -162,7 +162,8 @@ class Budget:
         >>> Budget.like_linear(768, 768)
         Budget(parameters=590592)
         """
-        rows = positive_int(in_features, "in_features", BudgetError) + bool(bias)
+        rows = positive_int(in_features, "in_features", BudgetError)
+        rows += flag(bias, "bias", BudgetError)
         columns = positive_int(out_features, "out_features", BudgetError)
         return cls(parameters=rows * columns, gate=gate)
 
