@@ -252,7 +252,7 @@ import numpy as np
 from tensormoe import TensorRing
 from tensormoe.decomposition import Search, decompose
 
-weights = np.random.default_rng(0).standard_normal((16, 192, 256), dtype="float32")
+weights = np.random.default_rng(0).standard_normal((48, 256, 384), dtype="float32")
 search = Search(starts=1, sweeps=10**6, tolerance=0.0)
 shown = lambda each: print(each.sweep, f"{each.error:.4f}", flush=True)
 found = decompose(weights, TensorRing((4, 4, 16)), search=search, callback=shown)
