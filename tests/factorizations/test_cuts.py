@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import product
 from math import prod
-from time import perf_counter
+from time import process_time
 
 import pytest
 from hypothesis import given
@@ -67,11 +67,11 @@ def test_the_smallest_of_all_cuts_is_found(spec: LayerSpec, data: st.DataObject)
 )
 def test_many_levels_take_no_time(kind: object) -> None:
     """There are 2^34 ways to part the factors of a ring with 32 levels."""
-    start = perf_counter()
+    start = process_time()
     spec = LayerSpec(40, 30, (2,) * 32, kind)  # type: ignore[arg-type]
     assert spec.expert_rank <= 30
     assert spec.expert_span >= 2
-    assert perf_counter() - start < 2
+    assert process_time() - start < 2
 
 
 def test_closed_forms_of_many_levels() -> None:
