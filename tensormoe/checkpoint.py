@@ -33,7 +33,7 @@ np.float64(6.0)
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -45,7 +45,7 @@ from tensormoe._checkpoint_format import encode_header, file_order, parse_header
 from tensormoe._registry import backend_of, check_array
 from tensormoe._safetensors import ArrayInfo as ArrayInfo
 from tensormoe._safetensors import read_frame
-from tensormoe._validation import flag, instance
+from tensormoe._validation import brief, flag, instance
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import BackendError, CheckpointError
 
@@ -241,6 +241,9 @@ def match_arrays(
     for name, shape in expected.items():
         instance(shape, (tuple, list), f"the shape of {name!r}", "a tuple", CheckpointError)
     wanted = {name: tuple(shape) for name, shape in expected.items()}
+    for name, array in arrays.items():
+        if not isinstance(getattr(array, "shape", None), Iterable):
+            raise CheckpointError(f"array {name!r} must have a shape; got {brief(array)}.")
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     match = ArrayMatch(
         arrays={name: arrays[name] for name in wanted if shapes.get(name) == wanted[name]},

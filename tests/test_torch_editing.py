@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from tensormoe import (
 from tensormoe.errors import BackendError, ShapeError, SpecError
 from tensormoe.testing import specs
 from tensormoe_torch import (
+    MuMoE,
     MuMoEEmbedding,
     MuMoEMLP,
     PreNormed,
@@ -269,3 +271,9 @@ def test_computed_factors_are_refused() -> None:
     ):
         with pytest.raises(SpecError, match="got a computed 'expert_0'"):
             edit()
+
+
+def test_indices_without_end_are_refused() -> None:
+    layer = MuMoE(6, 5, 4, CP(3))
+    with pytest.raises(ShapeError, match=r"expert index must lie in \[0, 4\) at level 0; got 4"):
+        silence_experts(layer, itertools.count())

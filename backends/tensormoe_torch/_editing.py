@@ -89,7 +89,7 @@ def silence_experts(layer: Editable, indices: int | Iterable[int], level: int = 
     """
     mixtures = _mixtures(layer)
     several = isinstance(indices, Iterable) and getattr(indices, "ndim", 1) > 0
-    listed: list[Any] = [*indices] if several else [indices]  # type: ignore[misc]
+    listed: Iterable[Any] = indices if several else [indices]  # type: ignore[assignment]
     places = _indices(mixtures[0], listed, level)
     with _opened(mixtures, _carriers(mixtures, level)) as carriers:
         for array, axis in carriers:
@@ -280,14 +280,16 @@ def _indices(mixture: Mixture, indices: Iterable[int], level: int) -> list[int]:
         raise ShapeError(
             f"level must lie in [0, {len(experts)}), the layer's levels; got {brief(level)}."
         )
-    listed = [*indices]
-    for place in listed:
+    found = []
+    for place in indices:
+        # one by one: there may be no end to them
         if not _lies_in(place, experts[level]):
             raise ShapeError(
                 f"expert index must lie in [0, {experts[level]}) at level {level}; got "
                 f"{brief(place)}."
             )
-    return [as_index(place) for place in listed]
+        found.append(as_index(place))
+    return found
 
 
 def _lies_in(value: Any, count: int) -> bool:

@@ -46,3 +46,8 @@ def test_match_before_loading(tmp_path: Path) -> None:
     header = peek_checkpoint(tmp_path / "a")
     shapes = {name: array.shape for name, array in some_arrays().items()}
     assert match_arrays(shapes, header.arrays).exact
+
+
+def test_arrays_without_a_shape_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="array 'x' must have a shape; got 1"):
+        match_arrays({"x": (1,)}, {"x": 1})
