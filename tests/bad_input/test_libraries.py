@@ -77,29 +77,6 @@ def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
         loaded_backend.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["hypothesis", "tensorly", "pytest"])
-def test_missing_extras_of_the_test_suite(name: str) -> None:
-    code = f"""
-import sys
-sys.modules[{name!r}] = None
-try:
-    import tensormoe.testing
-except ImportError as error:
-    print(type(error).__name__, error)
-"""
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PYTHONPATH": f"{root}:{root / 'backends'}", "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.startswith("MissingDependencyError")
-    assert name in done.stdout
-    assert "pip install 'tensormoe[testing]'" in done.stdout
-
-
 @pytest.mark.parametrize(
     ("package", "library", "extra"),
     [
@@ -110,6 +87,9 @@ except ImportError as error:
         ("tensormoe_jax.nnx", "flax", "flax"),
         ("tensormoe_jax.equinox", "equinox", "equinox"),
         ("tensormoe_cupy", "cupy", "cupy"),
+        ("tensormoe.testing", "hypothesis", "testing"),
+        ("tensormoe.testing", "tensorly", "testing"),
+        ("tensormoe.testing", "pytest", "testing"),
     ],
 )
 def test_packages_without_their_library(package: str, library: str, extra: str) -> None:

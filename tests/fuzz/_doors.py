@@ -5,6 +5,7 @@ A call runs in a process of its own kind, which is started anew where it ends or
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import select
@@ -101,10 +102,16 @@ class _Worker:
         if answer:
             found: str | None = json.loads(answer)
             return found
-        process.kill()
-        process.communicate()
-        self._process = None
+        self.close()
         return f"the interpreter ended ({process.returncode})" if ready else "hangs"
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
 
 
 _WORKER = _Worker()
+atexit.register(_WORKER.close)
