@@ -58,8 +58,10 @@ typecheck: $(VENV)/.ready-dev ## mypy --strict
 .PHONY: unit
 unit: $(VENV)/.ready-dev ## tests, doctests, and the code in README.md and docs/
 	@echo "== unit"
-	@# JAX compiles each operation for each shape: quickly is better than well
-	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 XLA_FLAGS=--xla_llvm_disable_expensive_passes=true \
+	@# JAX compiles each operation for each shape: quickly is better than well. Random examples are
+	@# the same in every run; HYPOTHESIS_PROFILE=dev draws others, and make fuzz many of them
+	@HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} \
+	    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 XLA_FLAGS=--xla_llvm_disable_expensive_passes=true \
 	    $(BIN)/python -m pytest $(PYTEST_FLAGS) tests tensormoe backends
 	@# the blocks of a document build on one another: they stay in one process
 	@$(BIN)/python -m pytest -q README.md docs
