@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from _peers_measure import Measured
 from _peers_report import MIB, Line
 
-from tensormoe.cli._picture import COLOURS, INK, MUTED, picture, tidy
+from tensormoe.plotting._figure import COLOURS, INK, MUTED, picture, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -33,7 +33,7 @@ from _stockfish.positions import Samples, see
 from _stockfish.report import draw, show_evaluations, show_experts, show_layer
 from _stockfish.study import Evaluation, Study, best, evaluate, expert_outputs, study
 
-from tensormoe.cli._files import make_folder
+from tensormoe._files import make_folder
 from tensormoe.decomposition import Search
 
 # what the engine's table leaves out: half of its last digit, and a division that drops the rest

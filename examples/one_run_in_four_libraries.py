@@ -24,9 +24,9 @@ import numpy as np
 from _four_libraries import on_equinox, on_nnx, on_numpy, on_torch
 from _four_libraries.task import PIXELS, Result, Task, make_task
 
+from tensormoe._files import make_folder
 from tensormoe.cli._console import make_console, make_table
-from tensormoe.cli._files import make_folder
-from tensormoe.cli._picture import COLOURS, MUTED, picture, tidy
+from tensormoe.plotting._figure import COLOURS, MUTED, picture, tidy
 from tensormoe_numpy import MuMoE
 
 EXPERTS = 256

@@ -13,8 +13,6 @@ pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
 
 from tensormoe import CP, LayerSpec, Tucker
-from tensormoe.cli import draw_errors
-from tensormoe.cli._error_picture import plot_errors
 from tensormoe.decomposition import (
     Control,
     ErrorCurve,
@@ -27,6 +25,7 @@ from tensormoe.decomposition import (
 )
 from tensormoe.errors import BudgetError, RankError, SpecError
 from tensormoe.factorizations import FACTORIZATIONS
+from tensormoe.plotting import draw_errors, plot_errors
 
 
 def _report(parameters: int, error: float, output_error: float | None = None) -> Report:

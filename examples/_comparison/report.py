@@ -13,9 +13,9 @@ import numpy as np
 
 from _comparison.outcome import Outcome, Task
 from _comparison.training import Recipe, Run
+from tensormoe._files import make_folder, write_file
 from tensormoe.cli._console import make_console, make_table
-from tensormoe.cli._files import make_folder, write_file
-from tensormoe.cli._picture import COLOURS, picture, tidy
+from tensormoe.plotting._figure import COLOURS, picture, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

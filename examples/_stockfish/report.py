@@ -12,9 +12,9 @@ from matplotlib.ticker import PercentFormatter
 from _stockfish.network import EXPERTS
 from _stockfish.study import Evaluation, Study, best
 from tensormoe.cli._console import make_console, make_table
-from tensormoe.cli._error_picture import plot_errors
-from tensormoe.cli._picture import COLOURS, INK, MUTED, picture, tidy
 from tensormoe.decomposition import ErrorCurve
+from tensormoe.plotting._errors import plot_errors
+from tensormoe.plotting._figure import COLOURS, INK, MUTED, picture, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,6 +8,8 @@ from math import prod
 from typing import Any
 
 from tensormoe import LayerSpec
+from tensormoe._drawing._text import Role, draw_network, terms_of
+from tensormoe._files import check_picture
 from tensormoe.cli._console import (
     format_memory,
     format_short,
@@ -17,9 +19,7 @@ from tensormoe.cli._console import (
     print_json,
 )
 from tensormoe.cli._figures import cost_dict
-from tensormoe.cli._files import check_picture
 from tensormoe.cli._layer_arguments import LayerArguments
-from tensormoe.cli._network_text import Role, draw_network, terms_of
 from tensormoe.cli._values import parse_bytes, parse_rank
 from tensormoe.errors import PlanError, RankError
 from tensormoe.factorizations import rank_pattern, resolve_factorization
@@ -66,7 +66,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
     else:
         _show(plan, cost, rows, given, arguments)
     if path is not None:
-        from tensormoe.cli._network_picture import draw_network_picture
+        from tensormoe._drawing._network import draw_network_picture
 
         draw_network_picture(
             path, repr(spec.factorization), _sizes(spec), terms_of(spec), spec.network.sizes

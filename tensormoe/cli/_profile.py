@@ -6,8 +6,8 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
+from tensormoe._files import make_folder, write_file
 from tensormoe.cli._extras import require
-from tensormoe.cli._files import make_folder, write_file
 from tensormoe.errors import PlanError, SpecError
 from tensormoe.planning import PUBLISHED_ROOFLINES, Roofline
 

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from tensormoe import LayerSpec
+from tensormoe._files import check_picture
 from tensormoe._validation import choice
 from tensormoe.cli._console import (
     format_memory,
@@ -18,7 +19,6 @@ from tensormoe.cli._console import (
     print_json,
 )
 from tensormoe.cli._figures import COLUMNS, Figures, cost_dict
-from tensormoe.cli._files import check_picture
 from tensormoe.cli._layer_arguments import LayerArguments
 from tensormoe.cli._values import parse_bonds, parse_names, parse_size
 from tensormoe.errors import BudgetError, SpecError
@@ -96,7 +96,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     else:
         _show(asked, answers, baselines, star)
     if path is not None:
-        from tensormoe.cli._front_picture import draw_front
+        from tensormoe.plotting._fronts import draw_front
 
         fronts = {
             each.name: (each.figures, each.front) for each in answers if each.figures is not None

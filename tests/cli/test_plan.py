@@ -20,8 +20,8 @@ from tensormoe import (
     TensorTrain,
     Tucker,
 )
+from tensormoe._drawing._text import draw_network, terms_of
 from tensormoe.cli import main
-from tensormoe.cli._network_text import draw_network, terms_of
 from tests._command import ask, check_not_blank
 
 

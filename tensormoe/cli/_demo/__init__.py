@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from tensormoe._files import make_folder
 from tensormoe.cli._console import make_console
 from tensormoe.cli._extras import require
-from tensormoe.cli._files import make_folder
 from tensormoe.cli._values import parse_experts, parse_size
 from tensormoe.errors import SpecError
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensormoe.cli._demo._training import History
-from tensormoe.cli._picture import COLOURS, MUTED, picture, tidy
+from tensormoe.plotting._figure import COLOURS, MUTED, picture, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,9 +7,9 @@ from math import cos, hypot, pi, sin
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensormoe.cli._network_text import Array, Role, is_core
-from tensormoe.cli._picture import INK, MUTED, picture
+from tensormoe._drawing._text import Array, Role, is_core
 from tensormoe.factorizations import OUTPUT, Leg
+from tensormoe.plotting._figure import INK, MUTED, picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

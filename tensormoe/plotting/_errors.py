@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tensormoe.cli._files import PICTURE_SUFFIXES
-from tensormoe.cli._picture import COLOURS, INK, picture, tidy
+from tensormoe._files import PICTURE_SUFFIXES
 from tensormoe.decomposition import ErrorCurve, ErrorPoint, control_curves
 from tensormoe.errors import SpecError
 from tensormoe.factorizations import FACTORIZATIONS
+from tensormoe.plotting._figure import COLOURS, INK, picture, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

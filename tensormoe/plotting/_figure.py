@@ -7,8 +7,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tensormoe._files import write_file
 from tensormoe.cli._extras import require
-from tensormoe.cli._files import write_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

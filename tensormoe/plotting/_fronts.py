@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tensormoe.cli._console import format_rank
 from tensormoe.cli._figures import Figures
-from tensormoe.cli._picture import COLOURS, MUTED, picture, tidy
 from tensormoe.planning import RankChoice
+from tensormoe.plotting._figure import COLOURS, MUTED, picture, tidy
 
 __all__ = ["draw_front"]
 
