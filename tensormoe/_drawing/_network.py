@@ -1,259 +1,372 @@
-"""A tensor network as a picture: arrays are nodes, legs are edges."""
+"""Tensor networks as pictures: factors are boxes in a row, bonds join them, open legs hang down."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import cos, hypot, pi, sin
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from statistics import mean
 
-from tensormoe._drawing._text import Array, Role, is_core
-from tensormoe.factorizations import OUTPUT, Leg
-from tensormoe.plotting._figure import INK, MUTED, picture
+from tensormoe._drawing._shapes import (
+    BOND,
+    FACTOR,
+    OPEN,
+    RESULT,
+    Box,
+    Dot,
+    Drawing,
+    Group,
+    Line,
+    Point,
+    Text,
+    text_width,
+)
+from tensormoe.factorizations import INPUT, OUTPUT, Factor, Leg, Network, Term
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+__all__ = ["draw_network", "layered", "pill"]
 
-__all__ = ["draw_network_picture"]
-
-Point = tuple[float, float]
-
-_FILL: Mapping[Role, str] = {"data": "#cfe3f3", "factor": "#fde3c8", "result": "#d3efe2"}
-_EDGE: Mapping[Role, str] = {"data": "#0072b2", "factor": "#d55e00", "result": "#009e73"}
-_MEANING: Mapping[Role, str] = {"data": "data", "factor": "factors", "result": "result"}
-
-# distances: neighbours on a chain, a factor to its data, and the terms of a sum
-_PITCH, _REACH, _GAP = 2.1, 1.55, 2.4
+# distances in pixels: around the picture, between factors, to the labels of open legs, and from
+# the row to what is drawn above it, level by level
+_MARGIN, _GAP, _REACH, _RISE = 24.0, 36.0, 36.0, 58.0
+_LINE, _PILL = 19.0, 22.0
+# half the height of a box without a bias
+_HALF = 7.0 + _LINE
 
 
-def draw_network_picture(
-    path: Path,
-    title: str,
-    subtitle: str,
-    terms: Sequence[Sequence[Array]],
-    sizes: Mapping[Leg, int],
-) -> None:
-    """Write the picture of a network.
+def draw_network(network: Network, title: str, subtitle: str) -> Drawing:
+    """A picture of a tensor network.
+
+    Every factor is a box in a row, every bond an edge with its size. Legs of three ends or more
+    meet in a dot. Open legs are coloured. Factors without an open leg stand above the row, and the
+    terms of a sum side by side.
 
     Args:
-        path: of the picture.
-        title: the layer.
-        subtitle: what else there is to say.
-        terms: nodes with their legs, for every term of a sum.
-        sizes: of the legs.
+        network: to draw.
+        title: in bold above it.
+        subtitle: below the title.
     """
-    placed: list[dict[str, Point]] = []
-    signs: list[float] = []
-    for arrays in terms:
-        places = _places(arrays)
-        if placed:
-            end = max(x for x, _ in placed[-1].values())
-            shift = end + _GAP - min(x for x, _ in places.values())
-            signs.append(end + _GAP / 2)
-            places = {name: (x + shift, y) for name, (x, y) in places.items()}
-        placed.append(places)
-    dotted = [_hyperedges(*pair) for pair in zip(terms, placed, strict=True)]
-    points = [point for each in (*placed, *dotted) for point in each.values()]
-    left, right = (pick(x for x, _ in points) for pick in (min, max))
-    low, high = (pick(y for _, y in points) for pick in (min, max))
-    width, height = right - left + 2.6, high - low + 1.7
-    scale = min(1.0, 15.0 / width)
-    with picture(path, max(width * scale, 6.0), height * scale + 1.1) as figure:
-        axes = figure.add_subplot()
-        axes.set_aspect("equal")
-        axes.set_axis_off()
-        axes.set_xlim(left - 1.3, right + 1.3)
-        axes.set_ylim(low - 0.85, high + 0.85)
-        for arrays, places, dots in zip(terms, placed, dotted, strict=True):
-            _draw_edges(axes, arrays, sizes, places, dots)
-            for array in arrays:
-                _draw_node(axes, array, places[array.name])
-        for sign in signs:
-            axes.text(sign, 0.0, "+", ha="center", va="center", fontsize=20, color=INK)
-        figure.suptitle(title, fontsize=13, fontweight="bold", color=INK)
-        axes.set_title(subtitle, fontsize=9.5, fontweight="normal", color=MUTED)
-        _legend(figure, any(dotted))
-
-
-def _places(arrays: Sequence[Array]) -> dict[str, Point]:
-    """Factors on a line or around a circle, and data and result outside of them."""
-    factors = [each for each in arrays if each.role == "factor"]
-    around = [each for each in factors if not is_core(each.legs)]
-    places: dict[str, Point] = {}
-    outward: dict[str, Point] = {}
-    if _is_chain(around) and len(around) == len(factors):
-        for k, each in enumerate(around):
-            places[each.name], outward[each.name] = (k * _PITCH, 0.0), (0.0, -1.0)
-    else:
-        count = len(around)
-        radius = 0.0 if len(factors) == 1 else max(1.45, 0.62 * _PITCH / sin(pi / max(count, 3)))
-        for k, each in enumerate(around):
-            angle = pi / 2 - 2 * pi * k / count + (pi / 4 if count == 2 else 0.0)
-            outward[each.name] = (cos(angle), sin(angle))
-            places[each.name] = (radius * cos(angle), radius * sin(angle))
-        places |= {each.name: (0.0, 0.0) for each in factors if is_core(each.legs)}
-    holders = {
-        each.name: [factor for factor in around if each.legs[0] in factor.legs]
-        for each in arrays
-        if each.role != "factor"
-    }
-    taken: list[Point] = []
-    alone = [name for name, found in holders.items() if not found]
-    start = min((x for x, _ in places.values()), default=0.0)
-    for name, found in holders.items():
-        if not found:
-            # summed, and only then a part of the product
-            height = alone.index(name) - (len(alone) - 1) / 2
-            places[name] = (start - 1.3 * _PITCH, 1.1 * height)
-            continue
-        if len(found) > 1:
-            # a hyperedge: what it leads to goes where there is room
-            best = _widest_gap([*outward.values(), *taken])
-            taken.append(best)
-            homes = [places[factor.name] for factor in found]
-            x, y = (sum(values) / len(homes) for values in zip(*homes, strict=True))
-            places[name] = (x + _REACH * best[0], y + _REACH * best[1])
-            continue
-        home, direction = places[found[0].name], outward[found[0].name]
-        mates = [other for other, its in holders.items() if its == found]
-        if len(mates) > 1:
-            angle = pi / 2 - 2 * pi * mates.index(name) / len(mates)
-            direction = (cos(angle), sin(angle))
-        reach = _REACH * (1.3 if abs(direction[0]) > 0.5 else 1.0)
-        places[name] = (home[0] + reach * direction[0], home[1] + reach * direction[1])
-    return places
-
-
-def _is_chain(factors: Sequence[Array]) -> bool:
-    """Whether bonds join each factor to the next one, and nothing else."""
-    shared = [
-        (j, k)
-        for k, right in enumerate(factors)
-        for j, left in enumerate(factors[:k])
-        for leg in left.legs
-        if leg in right.legs
-    ]
-    return len(factors) > 1 and shared == [(k - 1, k) for k in range(1, len(factors))]
-
-
-def _widest_gap(units: Sequence[Point]) -> Point:
-    """The direction that is farthest from all of ``units``."""
-    turns = [(cos(2 * pi * k / 48), sin(2 * pi * k / 48)) for k in range(48)]
-    return max(turns, key=lambda c: min(hypot(c[0] - u[0], c[1] - u[1]) for u in units))
-
-
-def _hyperedges(arrays: Sequence[Array], places: Mapping[str, Point]) -> dict[Leg, Point]:
-    """A dot for every leg of three arrays or more, amid the factors that it joins."""
-    dots: dict[Leg, Point] = {}
-    for leg in dict.fromkeys(leg for array in arrays for leg in array.legs):
-        ends = [array for array in arrays if leg in array.legs]
-        if len(ends) > 2:
-            inner = [places[each.name] for each in ends if each.role == "factor"]
-            x, y = (sum(values) / len(inner) for values in zip(*inner, strict=True))
-            outer = [places[each.name] for each in ends if each.role != "factor"]
-            if len(inner) == 2 and outer:
-                # off the line between the two, where other legs may run
-                x, y = (0.62 * x + 0.38 * outer[0][0], 0.62 * y + 0.38 * outer[0][1])
-            dots[leg] = (x, y)
-    return dots
-
-
-def _draw_edges(
-    axes: Axes,
-    arrays: Sequence[Array],
-    sizes: Mapping[Leg, int],
-    places: Mapping[str, Point],
-    dots: Mapping[Leg, Point],
-) -> None:
-    for leg in dict.fromkeys(leg for array in arrays for leg in array.legs):
-        ends = [places[array.name] for array in arrays if leg in array.legs]
-        label = f"{leg}  {sizes[leg]}"
-        colour = "#009e73" if leg == OUTPUT else MUTED
-        if len(ends) == 1:
-            # the leg of an array that is summed over it
-            ((x, y),) = ends
-            axes.plot([x, x + 0.45 * _PITCH], [y, y], color=colour, linewidth=1.8, zorder=1)
-            _label(axes, (x + 0.5 * _PITCH, y + 0.3), f"Σ {label}")
-            continue
-        if leg not in dots:
-            (x0, y0), (x1, y1) = ends
-            axes.plot([x0, x1], [y0, y1], color=colour, linewidth=1.8, zorder=1)
-            _label(axes, ((x0 + x1) / 2, (y0 + y1) / 2), label)
-            continue
-        x, y = dots[leg]
-        for x0, y0 in ends:
-            axes.plot([x0, x], [y0, y], color=colour, linewidth=1.8, zorder=1)
-        axes.scatter([x], [y], s=42, color=INK, zorder=3)
-        _label(axes, _beside((x, y), ends), label)
-
-
-def _beside(dot: Point, ends: Sequence[Point]) -> Point:
-    """A place next to a dot, in the widest gap between the edges that leave it."""
-    directions = [(x - dot[0], y - dot[1]) for x, y in ends]
-    units = [(x / hypot(x, y), y / hypot(x, y)) for x, y in directions if hypot(x, y) > 0]
-    best = _widest_gap(units)
-    return dot[0] + 0.55 * best[0], dot[1] + 0.33 * best[1]
-
-
-def _label(axes: Axes, place: Point, text: str) -> None:
-    axes.text(
-        *place,
-        text,
-        ha="center",
-        va="center",
-        fontsize=9,
-        color=INK,
-        zorder=4,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+    parts = [_Part(network, term) for term in network.terms]
+    rise, fall = max(part.rise for part in parts), max(part.fall for part in parts)
+    head = 2.9 * _LINE
+    row = _MARGIN + head + rise
+    groups, x = [], _MARGIN
+    for place, part in enumerate(parts):
+        if place:
+            groups.append(Group("sum", "+", (Text((x + 24, row), "+", size=26.0),)))
+            x += 48
+        groups += part.groups(x, row)
+        x += part.width
+    words = [text_width(title, 16.0), text_width(subtitle)]
+    width, height = max(x, _MARGIN + max(words)) + _MARGIN, row + fall + _MARGIN
+    lines = (
+        Text((_MARGIN, _MARGIN + 4), title, size=16.0, bold=True, anchor="start"),
+        Text((_MARGIN, _MARGIN + 4 + 1.25 * _LINE), subtitle, anchor="start"),
     )
+    return Drawing(title, width, height, (Group("title", title, lines), *groups))
 
 
-def _draw_node(axes: Axes, array: Array, place: Point) -> None:
-    if array.role == "result":
-        # an open leg: the network is not contracted there
-        plain = {"facecolor": "white", "edgecolor": "none", "pad": 3.0}
-        bold: dict[str, Any] = {"fontsize": 11, "fontweight": "bold", "color": _EDGE["result"]}
-        axes.text(*place, array.name, ha="center", va="center", zorder=5, bbox=plain, **bold)
-        return
-    axes.text(
-        *place,
-        array.name.replace("coefficients_", "coefficients\nof level "),
-        ha="center",
-        va="center",
-        fontsize=9.5,
-        color=INK,
-        zorder=5,
-        bbox={
-            "boxstyle": "round,pad=0.45,rounding_size=0.35",
-            "facecolor": _FILL[array.role],
-            "edgecolor": _EDGE[array.role],
-            "linewidth": 1.4,
-        },
-    )
+@dataclass
+class _Node:
+    """A factor on its place.
+
+    Args:
+        factor: that is drawn.
+        bias: the factor that takes its place for the constant input 1, if any.
+        lines: name and shape, of the bias too.
+        legs: open legs that hang from it.
+        width: of the box.
+        x: of its middle.
+        y: of the middle of its name and shape.
+        ports: middles of what its upper edges lead to.
+    """
+
+    factor: Factor
+    bias: Factor | None
+    lines: list[str]
+    legs: list[Leg]
+    width: float
+    x: float = 0.0
+    y: float = 0.0
+    ports: dict[Leg, float] = field(default_factory=dict)
+
+    @property
+    def height(self) -> float:
+        return 14.0 + _LINE * len(self.lines)
+
+    @property
+    def top(self) -> float:
+        return self.y - _HALF
+
+    @property
+    def bottom(self) -> float:
+        return self.top + self.height
+
+    def port(self, leg: Leg) -> float:
+        """Where the edge of a leg leaves the upper side, in the order of where edges lead."""
+        order = sorted(self.ports, key=lambda each: self.ports[each])
+        return self.x + self.width * ((order.index(leg) + 1) / (len(order) + 1) - 0.5)
 
 
-def _legend(figure: object, hyperedges: bool) -> None:
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
+class _Part:
+    """One term of a network, laid out around the origin of its row."""
 
-    assert isinstance(figure, Figure)
-    handles = [
-        Line2D(
-            [],
-            [],
-            linestyle="",
-            marker="s",
-            markersize=9,
-            markerfacecolor=_FILL[role],
-            markeredgecolor=_EDGE[role],
-            label=meaning,
+    def __init__(self, network: Network, term: Term) -> None:
+        self.sizes, self._experts = network.sizes, network.expert_legs
+        ends: dict[Leg, list[Factor]] = {}
+        for factor in term.factors:
+            for leg in factor.legs:
+                ends.setdefault(leg, []).append(factor)
+        opened = {*self._experts, INPUT, OUTPUT}
+        # an open leg of several factors ends in a dot as well
+        self.hubs = [leg for leg, met in ends.items() if len(met) + (leg in opened) > 2]
+        own = {leg for leg, met in ends.items() if len(met) == 1 and leg in opened}
+        nodes = []
+        for factor in term.factors:
+            bias = term.bias if factor == term.input_factor else None
+            nodes.append(self._node(factor, bias, [leg for leg in factor.legs if leg in own]))
+        cores = [
+            node
+            for node in nodes
+            if len(node.factor.legs) > 2 and not opened.intersection(node.factor.legs)
+        ]
+        self.row = [node for node in nodes if node not in cores]
+        if not self.row:
+            self.row, cores = nodes, []
+        self.cores = cores
+        bonds = {
+            leg: [node for node in nodes if leg in node.factor.legs]
+            for leg, met in ends.items()
+            if len(met) == 2 and leg not in self.hubs
+        }
+        self._place_row(bonds)
+        self._place_above(bonds)
+        self.absent = [leg for leg in self._experts if leg not in ends]
+        self.depth = max(node.bottom for node in self.row) + _REACH
+        self.fall = self.depth + _PILL / 2 + (1.4 * _LINE if self.absent else 0.0)
+
+    def _node(self, factor: Factor, bias: Factor | None, legs: list[Leg]) -> _Node:
+        lines = []
+        for each in (factor, bias):
+            if each is not None:
+                shape = " × ".join(str(self.sizes[leg]) for leg in each.legs)
+                lines += [each.name, shape or "1"]
+        pills = [text_width(self._label(leg)) + 26 for leg in legs]
+        words = [text_width(line, 14.0) + 26 for line in lines]
+        return _Node(factor, bias, lines, legs, max(84.0, sum(pills), *words))
+
+    def _label(self, leg: Leg) -> str:
+        size = f"{leg}  {self.sizes[leg]:,}"
+        names = {INPUT: "in", OUTPUT: "out"} | dict.fromkeys(self._experts, "experts")
+        return f"{size} {names[leg]}" if leg in names else size
+
+    def _place_row(self, bonds: Mapping[Leg, Sequence[_Node]]) -> None:
+        """Nodes from left to right, and which bonds run straight between neighbours."""
+        self.straight: dict[Leg, tuple[_Node, _Node]] = {}
+        x = 0.0
+        for place, node in enumerate(self.row):
+            if place:
+                before = self.row[place - 1]
+                shared = [leg for leg, ends in bonds.items() if ends == [before, node]]
+                gap = _GAP
+                if shared:
+                    self.straight[shared[0]] = before, node
+                    gap = max(gap, text_width(self._label(shared[0])) + 44)
+                x += gap
+            node.x = x + node.width / 2
+            x += node.width
+        self.width = x
+
+    def _place_above(self, bonds: Mapping[Leg, Sequence[_Node]]) -> None:
+        """Arcs over the row, and above them dots and cores."""
+        others = {leg: ends for leg, ends in bonds.items() if leg not in self.straight}
+        self.joined = {leg: ends for leg, ends in others.items() if _any_in(ends, self.cores)}
+        arcs = [leg for leg in others if leg not in self.joined]
+        spans = sorted(arcs, key=lambda leg: abs(others[leg][0].x - others[leg][1].x))
+        self.arcs = {
+            leg: (others[leg], _HALF + 0.7 * _RISE * (k + 1)) for k, leg in enumerate(spans)
+        }
+        for leg, (ends, _) in self.arcs.items():
+            for node, other in (ends, ends[::-1]):
+                node.ports[leg] = other.x
+        level = _HALF + 0.7 * _RISE * len(self.arcs) + _RISE
+        ends_of = {
+            leg: [node for node in (*self.row, *self.cores) if leg in node.factor.legs]
+            for leg in self.hubs
+        }
+        above: list[tuple[Leg | _Node, float, float]] = []
+        for leg, met in ends_of.items():
+            places = [node.x for node in met if node not in self.cores]
+            above.append((leg, mean(places or [self.width / 2]), text_width(self._label(leg)) + 30))
+        for core in self.cores:
+            places = [
+                node.x
+                for ends in self.joined.values()
+                if core in ends
+                for node in ends
+                if node not in self.cores
+            ]
+            above.append((core, mean(places or [self.width / 2]), core.width + _GAP))
+        self.dots: dict[Leg, Point] = {}
+        for (thing, _, _), x in zip(above, layered([each[1:] for each in above]), strict=True):
+            if isinstance(thing, _Node):
+                thing.x, thing.y = x, -level - thing.height + _HALF
+            else:
+                self.dots[thing] = x, -level
+        for leg, met in ends_of.items():
+            for node in met:
+                node.ports[leg] = self.dots[leg][0]
+        for leg, ends in self.joined.items():
+            for node, other in (ends, ends[::-1]):
+                node.ports[leg] = other.x
+        heights = [_HALF, *(height + _PILL / 2 for _, height in self.arcs.values())]
+        heights += [level + _REACH + _PILL / 2 for _ in self.dots]
+        heights += [level + core.height for core in self.cores]
+        self.rise = max(heights)
+
+    def groups(self, left: float, row: float) -> list[Group]:
+        """What is drawn, edges first, with the row's left end and middle at a place."""
+        for node in (*self.row, *self.cores):
+            node.x, node.y = node.x + left, node.y + row
+            node.ports = {leg: x + left for leg, x in node.ports.items()}
+        self.dots = {leg: (x + left, y + row) for leg, (x, y) in self.dots.items()}
+        found = [self._straight(leg, *ends, row) for leg, ends in self.straight.items()]
+        found += [self._arc(leg, *ends, row - height) for leg, (ends, height) in self.arcs.items()]
+        found += [self._joint(leg, *ends) for leg, ends in self.joined.items()]
+        found += [self._hub(leg, dot) for leg, dot in self.dots.items()]
+        found += [group for node in self.row for group in self._open_legs(node, row + self.depth)]
+        for node in (*self.row, *self.cores):
+            found += _boxes(node)
+        if self.absent:
+            place = (left + self.width / 2, row + self.fall - 0.4 * _LINE)
+            said = Text(place, "the same for all experts")
+            if len(self.absent) < len(self._experts):
+                said = Text(place, f"the same for all of {', '.join(self.absent)}")
+            found.append(Group("note", "absent", (said,)))
+        return found
+
+    def _straight(self, leg: Leg, one: _Node, two: _Node, row: float) -> Group:
+        start, end = one.x + one.width / 2, two.x - two.width / 2
+        line = Line(((start, row), (end, row)))
+        return Group("bond", leg, (line, *pill(((start + end) / 2, row), self._label(leg))))
+
+    def _arc(self, leg: Leg, one: _Node, two: _Node, y: float) -> Group:
+        (x0, y0), (x1, y1) = ((node.port(leg), node.top) for node in (one, two))
+        turn = 10.0 if x0 < x1 else -10.0
+        lines = (
+            Line(((x0, y0), (x0, y + 10))),
+            Line(((x0, y + 10), (x0, y + 3), (x0 + 0.3 * turn, y), (x0 + turn, y)), curved=True),
+            Line(((x0 + turn, y), (x1 - turn, y))),
+            Line(((x1 - turn, y), (x1 - 0.3 * turn, y), (x1, y + 3), (x1, y + 10)), curved=True),
+            Line(((x1, y + 10), (x1, y1))),
         )
-        for role, meaning in _MEANING.items()
-        if role != "result"
+        return Group("bond", leg, (*lines, *pill(((x0 + x1) / 2, y), self._label(leg))))
+
+    def _joint(self, leg: Leg, one: _Node, two: _Node) -> Group:
+        """A bond of a core, with its label near the row."""
+        upper, lower = sorted((one, two), key=lambda node: node.y)
+        if lower in self.cores:
+            left, right = sorted((one, two), key=lambda node: node.x)
+            return self._straight(leg, left, right, left.y)
+        below = (lower.port(leg), lower.top)
+        above = (upper.port(leg), upper.bottom)
+        label = (below[0], below[1] - 0.42 * _RISE)
+        line = Line(
+            (above, (above[0], above[1] + 22), (below[0], label[1] - 30), label), curved=True
+        )
+        return Group("bond", leg, (line, Line((label, below)), *pill(label, self._label(leg))))
+
+    def _hub(self, leg: Leg, dot: Point) -> Group:
+        x, y = dot
+        is_open = leg in (*self._experts, INPUT, OUTPUT)
+        colour = _colour(leg) if is_open else BOND
+        shapes: list[Line | Box | Dot | Text] = []
+        for node in (*self.row, *self.cores):
+            if leg not in node.factor.legs:
+                continue
+            if node in self.cores:
+                side = node.x - node.width / 2 if node.x > x else node.x + node.width / 2
+                shapes.append(Line((dot, (side, node.y)), colour))
+                continue
+            end = (node.port(leg), node.top)
+            half = (y + end[1]) / 2
+            shapes.append(Line((dot, (x, half), (end[0], half), end), colour, curved=True))
+        label = (x, y - (_REACH if is_open else 0.5 * _REACH))
+        if is_open:
+            shapes.append(Line((dot, label), colour))
+        shapes += [Dot(dot, 5.5, colour), *pill(label, self._label(leg), colour)]
+        return Group("open bond" if is_open else "bond", leg, tuple(shapes))
+
+    def _open_legs(self, node: _Node, y: float) -> list[Group]:
+        """The legs that hang from a node, each with its label, at one height."""
+        widths = [text_width(self._label(leg)) + 26 for leg in node.legs]
+        x, groups = node.x - sum(widths) / 2, []
+        for leg, width in zip(node.legs, widths, strict=True):
+            middle = x + width / 2
+            line = Line(((middle, node.bottom), (middle, y)), _colour(leg))
+            label = pill((middle, y), self._label(leg), _colour(leg))
+            groups.append(Group("open", leg, (line, *label)))
+            x += width
+        return groups
+
+
+def layered(wanted: Sequence[tuple[float, float]]) -> list[float]:
+    """Middles of things side by side that do not overlap, near where they are wanted.
+
+    Args:
+        wanted: a middle and a width for each.
+
+    >>> layered([(10.0, 4.0), (10.0, 4.0), (30.0, 4.0)])
+    [8.0, 12.0, 30.0]
+    """
+    order = sorted(range(len(wanted)), key=lambda k: wanted[k][0])
+    clusters: list[list[int]] = []
+
+    def middle(cluster: Sequence[int]) -> float:
+        return mean(wanted[k][0] for k in cluster)
+
+    def width(cluster: Sequence[int]) -> float:
+        return sum(wanted[k][1] for k in cluster)
+
+    for k in order:
+        clusters.append([k])
+        while len(clusters) > 1:
+            left, right = clusters[-2:]
+            if middle(right) - middle(left) >= (width(left) + width(right)) / 2:
+                break
+            clusters[-2:] = [left + right]
+    found = [0.0] * len(wanted)
+    for cluster in clusters:
+        x = middle(cluster) - width(cluster) / 2
+        for k in cluster:
+            found[k] = x + wanted[k][1] / 2
+            x += wanted[k][1]
+    return found
+
+
+def pill(middle: Point, label: str, colour: str = BOND) -> tuple[Box, Text]:
+    """A label on a ground of its own, which an edge may run behind."""
+    box = Box(middle, text_width(label, 12.5) + 16, _PILL, colour, _PILL / 2)
+    return box, Text(middle, label, "#ffffff", 12.5)
+
+
+def _boxes(node: _Node) -> list[Group]:
+    """A factor, and below a rule the bias that takes its place."""
+    top = node.top
+    box = Box((node.x, (top + node.bottom) / 2), node.width, node.height, FACTOR)
+    lines = [
+        Text((node.x, top + 7 + _LINE * (k + 0.5)), line, "#ffffff", 13.0 - k % 2, not k % 2)
+        for k, line in enumerate(node.lines)
     ]
-    handles.append(Line2D([], [], color="#009e73", linewidth=1.8, label="open leg: the output"))
-    if hyperedges:
-        handles.append(
-            Line2D([], [], linestyle="", marker="o", color=INK, label="leg of three arrays or more")
-        )
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
+    groups = [Group("factor", node.factor.name, (box, *lines[:2]))]
+    if node.bias is not None:
+        x, y = node.width / 2 - 10, top + 7 + 2 * _LINE
+        rule = Line(((node.x - x, y), (node.x + x, y)), "#ffffff", dashed=True, width=1.0)
+        groups.append(Group("bias", node.bias.name, (rule, *lines[2:])))
+    return groups
+
+
+def _colour(leg: Leg) -> str:
+    return RESULT if leg in (INPUT, OUTPUT) else OPEN
+
+
+def _any_in(nodes: Sequence[_Node], others: Sequence[_Node]) -> bool:
+    return any(node is other for node in nodes for other in others)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tensormoe.cli._extras import require
+from tensormoe._extras import require
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +31,7 @@ _PIPE_WIDTH = 160
 
 def make_console(quiet: bool = False) -> Console:
     """Where results go, if anywhere. Colour follows the terminal, NO_COLOR and FORCE_COLOR."""
-    require("rich", "cli", "the command line")
+    require("the command line", ("rich",), "cli")
     from rich.console import Console
 
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ

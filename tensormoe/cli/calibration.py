@@ -8,6 +8,7 @@ from mmap import mmap
 from time import perf_counter
 from typing import Any
 
+from tensormoe._extras import require
 from tensormoe._validation import choice
 from tensormoe.cli._console import (
     format_memory,
@@ -17,7 +18,6 @@ from tensormoe.cli._console import (
     make_table,
     print_json,
 )
-from tensormoe.cli._extras import require
 from tensormoe.cli._profile import THIS_MACHINE, save_profile
 from tensormoe.errors import SpecError
 from tensormoe.gates import Gate, activate
@@ -42,7 +42,7 @@ Clock = Callable[[], float]
 def run_calibrate(arguments: argparse.Namespace) -> None:
     """Measure, show, and keep the profile unless told otherwise."""
     library = choice(arguments.backend, LIBRARIES, "--backend", SpecError)
-    require(library, library, "tensormoe calibrate")
+    require("tensormoe calibrate", (library,), library)
     if not arguments.json:
         make_console()  # before seconds of work, not after
     roofline = measure_roofline(library)
