@@ -18,7 +18,8 @@ from tensormoe.factorizations import (
     resolve_factorization,
 )
 from tensormoe.gates import Gate
-from tensormoe.planning import Budget, Regimes, Routing, plan_regimes, select_block, select_rank
+from tensormoe.planning import Regimes, Routing, plan_regimes
+from tensormoe.selection import Budget, select_block, select_rank
 
 __all__ = ["ACTIVATIONS", "BlockConfig", "LayerConfig", "resolve_block", "resolve_config"]
 

@@ -23,7 +23,8 @@ from tensormoe.cli._network_text import Role, draw_network, terms_of
 from tensormoe.cli._values import parse_bytes, parse_rank
 from tensormoe.errors import PlanError, RankError
 from tensormoe.factorizations import rank_pattern, resolve_factorization
-from tensormoe.planning import Cost, Plan, Routing, plan_layer, select_rank
+from tensormoe.planning import Cost, Plan, Routing, plan_layer
+from tensormoe.selection import select_rank
 
 __all__ = ["run_plan"]
 

@@ -11,12 +11,7 @@ from hypothesis import strategies as st
 from tensormoe import LayerSpec
 from tensormoe.errors import SpecError
 from tensormoe.gates import Gate
-from tensormoe.planning import (
-    dense_moe_cost,
-    linear_cost,
-    mlp_cost,
-    sparse_moe_cost,
-)
+from tensormoe.selection import dense_moe_cost, linear_cost, mlp_cost, sparse_moe_cost
 
 sizes = st.integers(1, 40)
 

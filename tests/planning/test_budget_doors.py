@@ -17,7 +17,8 @@ import tensormoe_numpy
 import tensormoe_torch
 from tensormoe import Budget, Gate, select_rank
 from tensormoe.functional import resolve_config
-from tensormoe.planning import gate_cost, linear_cost
+from tensormoe.planning import gate_cost
+from tensormoe.selection import linear_cost
 from tensormoe_torch import from_linear, from_mlp, replace
 
 Build = Callable[..., Any]

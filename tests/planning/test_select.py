@@ -19,13 +19,8 @@ from tensormoe import CP, LayerSpec
 from tensormoe.errors import BudgetError, RankError, SpecError, TensormoeError
 from tensormoe.factorizations import FACTORIZATIONS, Dense, Hadamard
 from tensormoe.gates import Gate
-from tensormoe.planning import (
-    PUBLISHED_ROOFLINES,
-    Budget,
-    mlp_budgets,
-    rank_front,
-    select_rank,
-)
+from tensormoe.planning import PUBLISHED_ROOFLINES
+from tensormoe.selection import Budget, mlp_budgets, rank_front, select_rank
 
 KINDS = ("parameters", "flops", "memory", "time")
 SEARCHED = ("cp", "tensor_ring", "tensor_train", "tucker")

@@ -10,7 +10,8 @@ import pytest
 
 from tensormoe import CP, Budget, Cost, Gate, LayerSpec
 from tensormoe.errors import BudgetError
-from tensormoe.planning import block_cost, select_block
+from tensormoe.planning import block_cost
+from tensormoe.selection import select_block
 
 IN, HIDDEN, OUT = 48, 96, 40
 LIMITS: Mapping[str, float] = {

@@ -13,7 +13,8 @@ import pytest
 
 from tensormoe import Budget, Gate, LayerSpec, rank_front, select_rank
 from tensormoe.factorizations import FACTORIZATIONS
-from tensormoe.planning import PUBLISHED_ROOFLINES, excess
+from tensormoe.planning import PUBLISHED_ROOFLINES
+from tensormoe.selection import excess
 
 CPU = PUBLISHED_ROOFLINES["cpu"]
 Sizes = tuple[int, int]
