@@ -45,10 +45,11 @@ test: lint typecheck unit test-core docs build-check examples ## all the checks 
 	@echo "== all checks passed"
 
 .PHONY: lint
-lint: $(VENV)/.ready-dev ## ruff: rules and format
+lint: $(VENV)/.ready-dev ## ruff: rules and format; which package may import which
 	@echo "== lint"
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --check --quiet || { echo "Run: make format"; exit 1; }
+	@$(BIN)/lint-imports --no-cache > /dev/null || $(BIN)/lint-imports --no-cache
 
 .PHONY: typecheck
 typecheck: $(VENV)/.ready-dev ## mypy --strict

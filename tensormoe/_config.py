@@ -49,7 +49,7 @@ class LayerConfig:
     @cached_property
     def regimes(self) -> Regimes:
         """The programs for every batch size; planned on first use."""
-        return plan_regimes(self.spec, Routing(None, self.indexed_input))
+        return plan_regimes(self.spec.network, Routing(None, self.indexed_input))
 
     def plan_ahead(self) -> None:
         """Plan now, so that a forward call only looks up programs.

@@ -127,7 +127,7 @@ class Estimator:
         if not self.planned or sizes in self._explored:
             return False
         self._explored.add(sizes)
-        draft = Draft(self.family.spec(sizes), Routing(None, self.indexed_input))
+        draft = Draft(self.family.spec(sizes).network, Routing(None, self.indexed_input))
         path = best_candidate([draft], self.budget.batch)
         # the same trees at other sizes are the same path
         if path.trees in self.models:

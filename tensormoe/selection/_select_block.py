@@ -185,7 +185,7 @@ class _Block:
 
 def _idle(spec: LayerSpec, batch: int) -> Plan:
     """A plan of which nothing runs."""
-    return Plan(spec, DENSE, batch, Program((), (), (), ()), 1, None, batch)
+    return Plan(spec.network, "", DENSE, batch, Program((), (), (), ()), 1, None, batch)
 
 
 def _refused(block: _Block) -> BudgetError:

@@ -120,7 +120,7 @@ def test_ranks_of_terms_add_up() -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_whole_tensors_are_built_without_a_copy_of_the_base_for_each_expert(kind: Any) -> None:
-    program = weight_program(LayerSpec(7, 5, (3, 2), kind), single=False, bias=False)
+    program = weight_program(LayerSpec(7, 5, (3, 2), kind).network, single=False, bias=False)
     last = program.steps[-1]
     assert (last.kind, last.in_place) == ("add", True)
     assert last.input_legs == (("n0", "n1", "i", "o"), ("i", "o"))

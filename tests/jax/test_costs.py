@@ -60,7 +60,7 @@ def test_flops(kind: Any, experts: tuple[int, ...], bias: bool, batch: int) -> N
     """Of products and elementwise work, as lowered, before XLA rewrites anything."""
     config, parameters, x, made = case(kind, experts, bias, batch, None)
     lowered = jax.jit(apply, static_argnums=0).lower(config, parameters, x, made)
-    plan = plan_layer(config.spec, batch, Routing())
+    plan = plan_layer(config.spec.network, batch, Routing())
     # a sum of n numbers takes n operations here, and n - 1 there
     sums = batch * sum(step.kind == "reduce" for step in plan.program.steps)
     assert lowered.cost_analysis()["flops"] == plan.cost().flops - sums
@@ -74,7 +74,7 @@ def test_memory(kind: Any, experts: tuple[int, ...], gate: Gate | None) -> None:
     batch = 128
     config, parameters, x, made = case(kind, experts, True, batch, gate, size=64)
     compiled = jax.jit(apply, static_argnums=0).lower(config, parameters, x, made).compile()
-    cost = plan_layer(config.spec, batch, Routing()).cost(gate)
+    cost = plan_layer(config.spec.network, batch, Routing()).cost(gate)
     largest = max(step.bytes_written for step in cost.steps)
     assert max(written(compiled.as_text())) <= largest // 4
     # one copy more than planned: operands of a batched product are laid out anew on the CPU

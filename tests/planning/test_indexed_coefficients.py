@@ -40,7 +40,7 @@ FLOATS = 4
 
 def ways(spec: LayerSpec, k: int, batch: int, indexed: bool = False) -> tuple[Program, Program]:
     """The cheapest program that gathers, and the cheapest that spreads."""
-    drafts = [Draft(spec, Routing(k, indexed), spread=spread) for spread in (False, True)]
+    drafts = [Draft(spec.network, Routing(k, indexed), spread=spread) for spread in (False, True)]
     gathered, spread = (build_program(best_candidate([draft], batch)) for draft in drafts)
     assert "eye" not in kinds(gathered)
     assert "eye" in kinds(spread)
@@ -115,7 +115,7 @@ def test_a_single_row_reads_its_own_experts_alone(factorization: Any) -> None:
 @pytest.mark.parametrize("factorization", [Dense(), CP(64), Hadamard(), Tucker(16)], ids=str)
 def test_few_of_very_many_experts_are_gathered_at_any_batch(factorization: Any) -> None:
     spec = LayerSpec(96, 64, 4096, factorization)
-    assert all("eye" not in kinds(each) for each in plan_regimes(spec, Routing(2)).programs)
+    assert all("eye" not in kinds(each) for each in plan_regimes(spec.network, Routing(2)).programs)
 
 
 SPECS = [
@@ -135,7 +135,7 @@ SPECS = [
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_every_batch_gets_the_cheaper_way(spec: LayerSpec, k: int) -> None:
-    regimes = plan_regimes(spec, Routing(k))
+    regimes = plan_regimes(spec.network, Routing(k))
     starts = {start + step for start in regimes.starts[1:] for step in (-1, 0)}
     for batch in sorted({1, 2, 3, 5, 10, 30, 100, 1000, 10**6} | starts):
         chosen = selected_work(regimes.program(batch), batch)
@@ -144,7 +144,10 @@ def test_every_batch_gets_the_cheaper_way(spec: LayerSpec, k: int) -> None:
 
 def test_both_ways_are_taken() -> None:
     """Otherwise the test above would see nothing."""
-    found = [{"eye" in kinds(each) for each in plan_regimes(s, Routing(1)).programs} for s in SPECS]
+    found = [
+        {"eye" in kinds(each) for each in plan_regimes(s.network, Routing(1)).programs}
+        for s in SPECS
+    ]
     assert sum(each == {False, True} for each in found) >= 5
 
 

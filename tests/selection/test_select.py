@@ -330,7 +330,7 @@ import sys
 for name in ("cupy", "jax", "numpy", "scipy", "torch"):
     sys.modules[name] = None
 
-from tensormoe.planning import Budget, select_rank
+from tensormoe.selection import Budget, select_rank
 
 print(select_rank("tucker", 64, 64, (8, 4), budget=Budget(time=1e-3)))
 """
