@@ -160,7 +160,7 @@ class _Part:
 
     def _place_row(self, bonds: Mapping[Leg, Sequence[_Node]]) -> None:
         """Nodes from left to right, and which bonds run straight between neighbours."""
-        self.straight: dict[Leg, tuple[_Node, _Node]] = {}
+        self.straight: dict[Leg, Sequence[_Node]] = {}
         x = 0.0
         for place, node in enumerate(self.row):
             if place:
@@ -228,9 +228,9 @@ class _Part:
             node.x, node.y = node.x + left, node.y + row
             node.ports = {leg: x + left for leg, x in node.ports.items()}
         self.dots = {leg: (x + left, y + row) for leg, (x, y) in self.dots.items()}
-        found = [self._straight(leg, *ends, row) for leg, ends in self.straight.items()]
-        found += [self._arc(leg, *ends, row - height) for leg, (ends, height) in self.arcs.items()]
-        found += [self._joint(leg, *ends) for leg, ends in self.joined.items()]
+        found = [self._straight(leg, ends, row) for leg, ends in self.straight.items()]
+        found += [self._arc(leg, ends, row - height) for leg, (ends, height) in self.arcs.items()]
+        found += [self._joint(leg, ends) for leg, ends in self.joined.items()]
         found += [self._hub(leg, dot) for leg, dot in self.dots.items()]
         found += [group for node in self.row for group in self._open_legs(node, row + self.depth)]
         for node in (*self.row, *self.cores):
@@ -243,14 +243,17 @@ class _Part:
             found.append(Group("note", "absent", (said,)))
         return found
 
-    def _straight(self, leg: Leg, one: _Node, two: _Node, row: float) -> Group:
+    def _straight(self, leg: Leg, ends: Sequence[_Node], row: float) -> Group:
+        one, two = ends
         start, end = one.x + one.width / 2, two.x - two.width / 2
         line = Line(((start, row), (end, row)))
         return Group("bond", leg, (line, *pill(((start + end) / 2, row), self._label(leg))))
 
-    def _arc(self, leg: Leg, one: _Node, two: _Node, y: float) -> Group:
-        (x0, y0), (x1, y1) = ((node.port(leg), node.top) for node in (one, two))
-        turn = 10.0 if x0 < x1 else -10.0
+    def _arc(self, leg: Leg, ends: Sequence[_Node], y: float) -> Group:
+        (x0, y0), (x1, y1) = (
+            (node.port(leg), node.top) for node in sorted(ends, key=lambda node: node.x)
+        )
+        turn = 10.0
         lines = (
             Line(((x0, y0), (x0, y + 10))),
             Line(((x0, y + 10), (x0, y + 3), (x0 + 0.3 * turn, y), (x0 + turn, y)), curved=True),
@@ -260,12 +263,11 @@ class _Part:
         )
         return Group("bond", leg, (*lines, *pill(((x0 + x1) / 2, y), self._label(leg))))
 
-    def _joint(self, leg: Leg, one: _Node, two: _Node) -> Group:
+    def _joint(self, leg: Leg, ends: Sequence[_Node]) -> Group:
         """A bond of a core, with its label near the row."""
-        upper, lower = sorted((one, two), key=lambda node: node.y)
+        upper, lower = sorted(ends, key=lambda node: node.y)
         if lower in self.cores:
-            left, right = sorted((one, two), key=lambda node: node.x)
-            return self._straight(leg, left, right, left.y)
+            return self._straight(leg, sorted(ends, key=lambda node: node.x), lower.y)
         below = (lower.port(leg), lower.top)
         above = (upper.port(leg), upper.bottom)
         label = (below[0], below[1] - 0.42 * _RISE)

@@ -5,25 +5,20 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from tensormoe import LayerSpec
 from tensormoe._files import check_picture
+from tensormoe._format import format_bytes, format_count, format_time
 from tensormoe._validation import choice
-from tensormoe.cli._console import (
-    format_memory,
-    format_short,
-    format_time,
-    make_console,
-    make_table,
-    print_json,
-)
+from tensormoe.cli._console import make_console, make_table, print_json
 from tensormoe.cli._figures import COLUMNS, Figures, cost_dict
 from tensormoe.cli._layer_arguments import LayerArguments
 from tensormoe.cli._values import parse_bonds, parse_names, parse_size
 from tensormoe.errors import BudgetError, SpecError
 from tensormoe.factorizations import Dense, resolve_factorization
-from tensormoe.planning import (
+from tensormoe.selection import (
     OBJECTIVES,
     Budget,
     RankChoice,
@@ -85,7 +80,7 @@ class _Answer:
 
 def run_rank(arguments: argparse.Namespace) -> None:
     """Choose ranks and show them."""
-    path = check_picture(arguments.plot)
+    path = None if arguments.plot is None else check_picture(arguments.plot, "--plot")
     asked = _question(arguments)
     answers = [_answer(asked, name) for name in asked.names]
     baselines = _baselines(asked)
@@ -96,12 +91,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     else:
         _show(asked, answers, baselines, star)
     if path is not None:
-        from tensormoe.plotting._fronts import draw_front
-
-        fronts = {
-            each.name: (each.figures, each.front) for each in answers if each.figures is not None
-        }
-        draw_front(path, _title(asked), f"within {_budget(asked.budget)}", fronts)
+        _plot(path, asked, answers)
         if not arguments.json:
             make_console().print(f"drawn in {path}")
     if star is None:
@@ -197,9 +187,9 @@ def _amount(limit: str, value: float) -> str:
     if limit == "parameters":
         text = f"{round(value):,}"
     elif limit == "flops":
-        text = format_short(value)
+        text = format_count(value)
     elif limit == "memory":
-        text = format_memory(value)
+        text = format_bytes(value)
     else:
         text = format_time(value)
     return f"{text} {_SHOWN[limit]}".strip()
@@ -247,6 +237,24 @@ def _show(
     for line in _notes(asked, answers, best):
         console.print(line)
     console.print()
+
+
+def _plot(path: Path, asked: _Question, answers: list[_Answer]) -> None:
+    from tensormoe.plotting import MUTED, figure, plot_fronts
+
+    fronts = {each.name: each.front for each in answers if each.figures is not None}
+    chosen = {
+        each.name: point
+        for each in answers
+        for point in each.front
+        if each.figures is not None and point.rank == each.figures.rank
+    }
+    with figure(path, 8.0, 5.4) as drawn:
+        axes = drawn.add_subplot()
+        plot_fronts(axes, fronts, chosen)
+        axes.set_title(f"What a budget buys: {_title(asked)}\n", loc="left", fontsize=12.5)
+        said = f"within {_budget(asked.budget)}; large marks are the ranks chosen"
+        axes.text(0.0, 1.02, said, transform=axes.transAxes, fontsize=9.5, color=MUTED)
 
 
 def _notes(asked: _Question, answers: list[_Answer], best: str | None) -> list[str]:

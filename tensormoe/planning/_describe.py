@@ -7,11 +7,11 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from tensormoe._format import align, format_bytes, format_count, format_experts, format_time
+from tensormoe.factorizations import Network
 from tensormoe.planning._cost import Cost, StepCost, batch_sizes
 from tensormoe.planning._roofline import Roofline
 
 if TYPE_CHECKING:
-    from tensormoe._spec import LayerSpec
     from tensormoe.gates import Gate
     from tensormoe.planning._plan import Plan
 
@@ -79,7 +79,6 @@ def describe_plan(
         training: whether the cost is that of forward and backward.
         roofline: the device that times are predicted for, if any.
     """
-    spec = plan.spec
     rows = step_rows(cost, roofline)
     table = [["step", "FLOPs", "bytes"]]
     table += [_cells(row.cost, row.count) for row in rows[:_STEPS_SHOWN]]
@@ -99,7 +98,7 @@ def describe_plan(
     facts = _facts(plan, cost, itemsize, gate, training, roofline)
     width = max(len(name) for name, _ in facts) + 2
     said = [
-        f"{spec.factorization!r}: {layer_sizes(spec)}",
+        f"{plan.title}: {layer_sizes(plan.network)}",
         f"y[b o] = {_equation(plan)}",
         plan_regime(plan),
         "",
@@ -113,11 +112,11 @@ def describe_plan(
     return "\n".join(said)
 
 
-def layer_sizes(spec: LayerSpec) -> str:
+def layer_sizes(network: Network) -> str:
     """A layer's sizes in words."""
-    bias = "with" if spec.bias else "without"
-    experts = format_experts(spec.experts)
-    return f"{experts} experts of {spec.in_features} → {spec.out_features}, {bias} bias"
+    bias = "with" if network.biases else "without"
+    experts = format_experts(network.experts)
+    return f"{experts} experts of {network.in_features} → {network.out_features}, {bias} bias"
 
 
 def plan_regime(plan: Plan) -> str:
@@ -133,22 +132,22 @@ def plan_regime(plan: Plan) -> str:
 
 def dense_size(plan: Plan) -> tuple[int, int]:
     """Parameters of the dense experts, and FLOPs of a forward call through all of them."""
-    spec = plan.spec
-    matrix = spec.num_experts * spec.in_features * spec.out_features
-    bias = spec.num_experts * spec.out_features if spec.bias else 0
-    return matrix + bias, 2 * max(plan.batch, 1) * matrix
+    network = plan.network
+    columns = prod(network.experts) * network.out_features
+    flops = 2 * max(plan.batch, 1) * columns * network.in_features
+    return columns * (network.in_features + bool(network.biases)), flops
 
 
 def _equation(plan: Plan) -> str:
-    spec = plan.spec
+    network = plan.network
     written = {each.name: f"{each.name}[{' '.join(each.legs)}]" for each in plan.program.operands}
     data = [written[each.name] for each in plan.program.operands if each.role != "factor"]
-    factors = {each.name: f"{each.name}[{' '.join(each.legs)}]" for each in spec.network.factors}
+    factors = {each.name: f"{each.name}[{' '.join(each.legs)}]" for each in network.factors}
     equation = " + ".join(
         " · ".join([*data, *(factors[each.name] for each in term.factors)])
-        for term in spec.network.terms
+        for term in network.terms
     )
-    return f"{equation}, bias added to the input mode" if spec.bias else equation
+    return f"{equation}, bias added to the input mode" if network.biases else equation
 
 
 def _facts(
@@ -160,11 +159,11 @@ def _facts(
     roofline: Roofline | None,
 ) -> list[tuple[str, str]]:
     """Totals by name, in the order in which they are read."""
-    spec, program = plan.spec, plan.program
+    network, program = plan.network, plan.program
     sizes = batch_sizes(program, plan.chunk)
     largest = max((prod(sizes[leg] for leg in step.legs) for step in program.steps), default=0)
     kept = f", {format_bytes(cost.saved_memory)} kept for the backward pass"
-    paid = cost.parameters - spec.num_parameters
+    paid = cost.parameters - network.num_parameters
     counted = "forward and backward" if training else "forward"
     entries, flops = dense_size(plan)
     facts = [
@@ -185,10 +184,10 @@ def _facts(
             f"{cost.parameters:,}"
             + (f", {paid:,} of them ({paid / cost.parameters:.0%}) the gate's" if paid else ""),
         ),
-        ("capacity", f"expert rank {spec.expert_rank:,}, expert span {spec.expert_span:,}"),
+        ("capacity", f"expert rank {network.expert_rank:,}, expert span {network.expert_span:,}"),
         (
             "dense 𝒲",
-            f"{entries:,} parameters ({_times(entries, spec.num_parameters)} these), "
+            f"{entries:,} parameters ({_times(entries, network.num_parameters)} these), "
             f"{format_count(flops)} FLOPs ({_times(flops, plan.cost().flops)} this plan, forward "
             "without a gate)",
         ),

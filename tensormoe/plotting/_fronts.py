@@ -1,69 +1,72 @@
-"""The fronts of expert rank against expert span as a picture."""
+"""Fronts of expert rank against expert span."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from tensormoe.cli._console import format_rank
-from tensormoe.cli._figures import Figures
-from tensormoe.planning import RankChoice
-from tensormoe.plotting._figure import COLOURS, MUTED, picture, tidy
+from tensormoe._format import format_rank
+from tensormoe.plotting._figure import COLOURS, tidy
 
-__all__ = ["draw_front"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from tensormoe.selection import RankChoice
+
+__all__ = ["plot_fronts"]
 
 _MARKERS = "osD^vP"
 
 
-def draw_front(
-    path: Path,
-    title: str,
-    subtitle: str,
-    fronts: Mapping[str, tuple[Figures | None, Sequence[RankChoice]]],
+def plot_fronts(
+    axes: Axes,
+    fronts: Mapping[str, Sequence[RankChoice]],
+    chosen: Mapping[str, RankChoice] | None = None,
 ) -> None:
-    """Write the picture of what a budget buys.
+    """Plot what a budget buys: how much one expert can do against how different experts can be.
 
     Args:
-        path: of the picture.
-        title: the layer.
-        subtitle: the budget.
-        fronts: by factorization, the rank that was chosen and the front it lies on.
+        axes: of matplotlib.
+        fronts: by factorization, as :func:`tensormoe.rank_front` returns them.
+        chosen: the rank that is taken of each, marked and named in the legend.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from tensormoe import rank_front
+    >>> from tensormoe.plotting import figure
+    >>> fronts = {name: rank_front(name, 64, 64, 32) for name in ("cp", "tensor_ring")}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with figure(Path(folder, "fronts.png")) as drawn:
+    ...         plot_fronts(drawn.add_subplot(), fronts)
     """
-    with picture(path, 8.0, 5.4) as figure:
-        axes = figure.add_subplot()
-        tidy(axes)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
-        for place, (name, (chosen, front)) in enumerate(fronts.items()):
-            colour, marker = COLOURS[place % len(COLOURS)], _MARKERS[place % len(_MARKERS)]
-            x, y = [each.expert_rank for each in front], [each.expert_span for each in front]
-            label = name if chosen is None else f"{name}, rank {format_rank(chosen.rank)}"
-            if chosen is not None and chosen.rank is None:
-                label = name
-            axes.plot(x, y, color=colour, marker=marker, markersize=3.5, linewidth=1.3, alpha=0.75)
-            if chosen is None or chosen.expert_rank is None or chosen.expert_span is None:
-                continue
+    tidy(axes)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    for place, (name, front) in enumerate(fronts.items()):
+        colour, marker = COLOURS[place % len(COLOURS)], _MARKERS[place % len(_MARKERS)]
+        taken = (chosen or {}).get(name)
+        x, y = [each.expert_rank for each in front], [each.expert_span for each in front]
+        label = name if chosen is None else None
+        look: dict[str, Any] = {"color": colour, "marker": marker}
+        axes.plot(x, y, **look, markersize=3.5, linewidth=1.3, alpha=0.75, label=label)
+        if taken is not None:
             axes.plot(
-                [chosen.expert_rank],
-                [chosen.expert_span],
-                color=colour,
-                marker=marker,
+                [taken.expert_rank],
+                [taken.expert_span],
+                **look,
                 markersize=11,
                 markeredgecolor="white",
                 markeredgewidth=1.5,
                 linestyle="",
-                label=label,
+                label=name if taken.rank is None else f"{name}, rank {format_rank(taken.rank)}",
                 zorder=3,
             )
-        axes.set_title(f"What a budget buys: {title}\n", loc="left", fontsize=12.5)
-        said = f"{subtitle}; large marks are the ranks chosen"
-        axes.text(0.0, 1.02, said, transform=axes.transAxes, fontsize=9.5, color=MUTED)
-        axes.set_xlabel("expert rank: how much one expert can do")
-        axes.set_ylabel("expert span: how different experts can be")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter("{x:g}")
-        axes.margins(0.08)
-        if fronts:
-            axes.legend(loc="best", fontsize=9)
-        else:
-            axes.text(0.5, 0.5, "nothing fits", transform=axes.transAxes, ha="center")
+    axes.set_xlabel("expert rank: how much one expert can do")
+    axes.set_ylabel("expert span: how different experts can be")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    axes.margins(0.08)
+    if fronts:
+        axes.legend(loc="best", fontsize=9)
+    else:
+        axes.text(0.5, 0.5, "nothing fits", transform=axes.transAxes, ha="center")

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tensormoe import LayerSpec
-from tensormoe.cli._console import format_rank, make_table, print_json
+from tensormoe._format import format_rank
+from tensormoe.cli._console import make_table, print_json
 from tensormoe.cli._demo import _digits
 from tensormoe.cli._demo._picture import draw
 from tensormoe.cli._demo._proof import largest_error, routing
@@ -22,8 +23,9 @@ from tensormoe.cli._profile import resolve_device
 from tensormoe.errors import CheckpointError
 from tensormoe.factorizations import resolve_factorization
 from tensormoe.gates import Gate
-from tensormoe.planning import Budget, Roofline, dense_moe_cost, linear_cost, select_rank
+from tensormoe.planning import Roofline
 from tensormoe.planning._layer_cost import gate_parameters
+from tensormoe.selection import Budget, dense_moe_cost, linear_cost, select_rank
 from tensormoe_numpy import MuMoE
 
 if TYPE_CHECKING:
