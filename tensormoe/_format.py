@@ -7,6 +7,7 @@ from collections.abc import Sequence
 __all__ = [
     "Cell",
     "align",
+    "align_totals",
     "format_bytes",
     "format_count",
     "format_experts",
@@ -117,6 +118,13 @@ def align(rows: Sequence[Sequence[Cell]]) -> list[str]:
         width = max(map(len, texts))
         columns.append([f"{text:{'>' if place else '<'}{width}}" for text in texts])
     return ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
+
+
+def align_totals(rows: Sequence[Sequence[Cell]]) -> list[str]:
+    """The same, with rules below the heads and above the last row, which holds totals."""
+    first, *lines, last = align(rows)
+    rule = "-" * max(map(len, (first, *lines, last)))
+    return [first, rule, *lines, rule, last]
 
 
 def _three(value: float) -> str:

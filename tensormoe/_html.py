@@ -60,9 +60,10 @@ def text_html(title: str, text: str, drawing: Drawing | None = None) -> str:
     return _page(title, [block], {} if drawing is None else {"picture": drawing})
 
 
-def spec_html(spec: LayerSpec) -> str:
+def spec_html(spec: LayerSpec, more: Mapping[str, object] | None = None) -> str:
     """A layer's sizes, and its network."""
-    return facts_html(repr(spec.factorization), _spec_facts(spec), {"network": spec.draw()})
+    facts = _spec_facts(spec) | dict(more or {})
+    return facts_html(repr(spec.factorization), facts, {"network": spec.draw()})
 
 
 def layer_html(layer: Any) -> str:

@@ -62,7 +62,8 @@ def _artist(shape: Any) -> Any:
         )
     anchors = {"start": "left", "middle": "center", "end": "right"}
     return Text(
-        *shape.place,
+        shape.place[0],
+        shape.place[1],
         shape.text,
         color=shape.colour,
         fontsize=0.92 * shape.size,

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
-from tensormoe._format import align, format_bytes, format_count, format_experts, format_time
+from tensormoe._format import Cell, align, format_bytes, format_count, format_experts, format_time
+from tensormoe._html import table_html
 from tensormoe.factorizations import Network
 from tensormoe.planning._cost import Cost, StepCost, batch_sizes
 from tensormoe.planning._roofline import Roofline
@@ -15,7 +16,15 @@ if TYPE_CHECKING:
     from tensormoe.gates import Gate
     from tensormoe.planning._plan import Plan
 
-__all__ = ["StepRow", "dense_size", "describe_plan", "layer_sizes", "plan_regime", "step_rows"]
+__all__ = [
+    "StepRow",
+    "cost_html",
+    "dense_size",
+    "describe_plan",
+    "layer_sizes",
+    "plan_regime",
+    "step_rows",
+]
 
 _STEPS_SHOWN, _BAR = 60, 12
 
@@ -80,7 +89,7 @@ def describe_plan(
         roofline: the device that times are predicted for, if any.
     """
     rows = step_rows(cost, roofline)
-    table = [["step", "FLOPs", "bytes"]]
+    table: list[list[Cell]] = [["step", "FLOPs", "bytes"]]
     table += [_cells(row.cost, row.count) for row in rows[:_STEPS_SHOWN]]
     table.append(["all", format_count(cost.flops), _moved(cost)])
     if roofline is not None:
@@ -110,6 +119,18 @@ def describe_plan(
     if dense_size(plan)[1] < plan.cost(itemsize=itemsize).flops:
         said.append("Factorized is not worth it here: the dense experts need fewer FLOPs.")
     return "\n".join(said)
+
+
+def cost_html(cost: Cost) -> str:
+    """The steps of a cost as a table."""
+    rows = step_rows(cost)
+    table: list[list[Cell]] = [["step", "FLOPs", "bytes"]]
+    table += [_cells(row.cost, row.count) for row in rows[:_STEPS_SHOWN]]
+    if len(rows) > _STEPS_SHOWN:
+        table.append([f"… and {len(rows) - _STEPS_SHOWN} more", "", ""])
+    table.append(["all", format_count(cost.flops), _moved(cost)])
+    note = f"{cost.parameters:,} parameters, {format_bytes(cost.peak_memory)} at the peak"
+    return table_html("Cost", table, [note])
 
 
 def layer_sizes(network: Network) -> str:
@@ -198,7 +219,7 @@ def _facts(
     return facts
 
 
-def _cells(step: StepCost, count: int) -> list[str]:
+def _cells(step: StepCost, count: int) -> list[Cell]:
     label = step.label if count == 1 else f"{count} × {step.label}"
     moved = step.bytes_read + step.bytes_written
     return [label, format_count(_flops(step)), format_bytes(moved)]
