@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -61,13 +62,13 @@ class _Answer:
         name: of the factorization.
         figures: None where the budget is impossible.
         front: ranks that no other beats in expert rank and expert span.
-        smallest: limits that have to be raised, and to what.
+        error: why nothing fits, if nothing does.
     """
 
     name: str
     figures: Figures | None
     front: tuple[RankChoice, ...]
-    smallest: dict[str, float]
+    error: BudgetError | None = None
 
     def score(self, objective: str) -> tuple[int, int]:
         """What the best row has most of."""
@@ -95,16 +96,20 @@ def run_rank(arguments: argparse.Namespace) -> None:
         if not arguments.json:
             make_console().print(f"drawn in {path}")
     if star is None:
-        raise BudgetError(_nothing_fits(asked, answers))
+        raise _nothing_fits(asked, answers)
 
 
-def _nothing_fits(asked: _Question, answers: list[_Answer]) -> str:
-    """What to raise, so that at least one factorization fits."""
-    least = min(answers, key=lambda each: sum(each.smallest.values()))
-    needed = " and ".join(f"{limit} at least {value}" for limit, value in least.smallest.items())
-    return (
-        f"no factorization fits the budget of {_budget(asked.budget)}; {least.name} needs "
-        f"{needed}. Raise the budget or use fewer experts."
+def _nothing_fits(asked: _Question, answers: list[_Answer]) -> BudgetError:
+    """The error of the factorization that needs the least."""
+    errors = {each.name: each.error for each in answers if each.error is not None}
+    name, error = min(errors.items(), key=lambda item: sum(item[1].needed.values()))
+    needed = " and ".join(f"{limit} at least {value}" for limit, value in error.needed.items())
+    return BudgetError(
+        f"no factorization fits the budget of {_budget(asked.budget)}; {name} needs {needed}. "
+        "Raise the budget or use fewer experts.",
+        error.needed,
+        error.given,
+        error.alternatives,
     )
 
 
@@ -136,7 +141,7 @@ def _answer(asked: _Question, name: str) -> _Answer:
     except BudgetError as error:
         if not error.needed:
             raise
-        return _Answer(name, None, (), dict(error.needed))
+        return _Answer(name, None, (), error)
     spec = LayerSpec(*asked.sizes, resolve_factorization(name, rank), layer.bias)
     figures = Figures.of(
         name,
@@ -146,7 +151,7 @@ def _answer(asked: _Question, name: str) -> _Answer:
         expert_rank=spec.expert_rank,
         expert_span=spec.expert_span,
     )
-    return _Answer(name, figures, front, {})
+    return _Answer(name, figures, front)
 
 
 def _baselines(asked: _Question) -> list[Figures]:
@@ -195,8 +200,12 @@ def _amount(limit: str, value: float) -> str:
     return f"{text} {_SHOWN[limit]}".strip()
 
 
+def _amounts(limits: Mapping[str, float]) -> str:
+    return " and ".join(_amount(*item) for item in limits.items())
+
+
 def _budget(budget: Budget) -> str:
-    shown = " and ".join(_amount(limit, value) for limit, value in budget.limits.items())
+    shown = _amounts(budget.limits)
     return shown if budget.gate else f"{shown}, the gate on top"
 
 
@@ -239,6 +248,11 @@ def _show(
     console.print()
 
 
+def _word(name: str, value: Any) -> str:
+    """A changed argument as this command takes it."""
+    return "x".join(map(str, value)) if name == "experts" else "--gate-on-top"
+
+
 def _plot(path: Path, asked: _Question, answers: list[_Answer]) -> None:
     from tensormoe.plotting import MUTED, figure, plot_fronts
 
@@ -269,10 +283,13 @@ def _notes(asked: _Question, answers: list[_Answer], best: str | None) -> list[s
     else:
         notes.append("No factorization fits the budget.")
     for each in answers:
-        if each.smallest:
-            needed = " and ".join(_amount(*item) for item in each.smallest.items())
+        if each.error is not None:
             what = "with these bonds " if each.name in asked.bonds else ""
+            needed = _amounts(each.error.needed)
             notes.append(f"{each.name} is too large: {what}it needs at least {needed}.")
+            for other in each.error.alternatives:
+                change = " ".join(_word(*item) for item in other.change.items())
+                notes.append(f"  {_amounts(other.needed)} with {change}.")
     notes.append(
         f"The MLP has {asked.hidden:,} hidden features; the sparse MoE runs {asked.top_k} of its "
         "experts an input."
@@ -304,12 +321,20 @@ def _as_dict(
         "best": best,
         "gate_cost": None if layer.gate is None else cost_dict(layer.gate_cost),
         "factorizations": [
-            {"factorization": each.name, "feasible": False, "smallest_budget": each.smallest}
-            if each.figures is None
+            {
+                "factorization": each.name,
+                "feasible": False,
+                "smallest_budget": dict(each.error.needed),
+                "alternatives": [
+                    {**other.change, "smallest_budget": dict(other.needed)}
+                    for other in each.error.alternatives
+                ],
+            }
+            if each.error is not None
             else {
                 "factorization": each.name,
                 "feasible": True,
-                **each.figures.to_dict(),
+                **(each.figures.to_dict() if each.figures is not None else {}),
                 "front": [
                     {
                         "rank": list(point.rank) if isinstance(point.rank, tuple) else point.rank,

@@ -20,7 +20,7 @@ from tensormoe import (
     TensorTrain,
     Tucker,
 )
-from tensormoe._drawing._text import draw_network, terms_of
+from tensormoe._drawing import network_lines
 from tensormoe.cli import main
 from tests._command import ask, check_not_blank
 
@@ -116,10 +116,9 @@ def test_every_network_can_be_drawn(
 ) -> None:
     spec = LayerSpec(768, 384, experts, factorization)
     sizes: dict[str, int] = {}
-    for term, arrays in zip(spec.network.terms, terms_of(spec), strict=True):
-        lines = [
-            "".join(part for part, _ in line) for line in draw_network(arrays, spec.network.sizes)
-        ]
+    drawn = network_lines(spec.network)
+    for term, wires in zip(spec.network.terms, drawn, strict=True):
+        lines = ["".join(part for part, _ in line) for line in wires]
         # a dot for every leg of every array, and nothing but the batch left out
         dots = sum(len(factor.legs) for factor in term.factors)
         assert "".join(lines).count("●") == dots + len(experts) + 2
