@@ -146,7 +146,7 @@ class Drawing:
     >>> from tensormoe import CP, LayerSpec
     >>> drawing = LayerSpec(768, 768, 512, CP(64)).draw()
     >>> drawing
-    Drawing('CP(rank=64)', 414 × 264)
+    Drawing('CP(rank=64)', 440 × 345)
     >>> drawing.svg[:4]
     '<svg'
     """

@@ -6,7 +6,6 @@
 
 >>> from tensormoe import CP, LayerSpec
 >>> draw_network(LayerSpec(768, 768, experts=(16, 8), factorization=CP(rank=64)))
-... # doctest: +ELLIPSIS
 Drawing('CP(rank=64)', ...)
 """
 
