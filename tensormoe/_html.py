@@ -31,7 +31,8 @@ def facts_html(
         drawings: shown when they are opened, by what they are called.
     """
     rows = (
-        f'<tr><th style="{_CELL}; white-space: nowrap">{_text(name)}</th><td style="{_CELL}">{_text(value)}</td></tr>'
+        f'<tr><th style="{_CELL}; white-space: nowrap">{_text(name)}</th>'
+        f'<td style="{_CELL}">{_text(value)}</td></tr>'
         for name, value in facts.items()
     )
     return _page(title, [_TABLE, *rows, "</table>"], drawings or {})

@@ -17,6 +17,7 @@ __all__ = [
     "FACTOR",
     "INK",
     "OPEN",
+    "PILL",
     "RESULT",
     "Box",
     "Dot",
@@ -25,6 +26,7 @@ __all__ = [
     "Line",
     "Point",
     "Text",
+    "pill",
     "text_width",
 ]
 
@@ -32,6 +34,9 @@ __all__ = [
 # a picture does not know what it is shown on.
 FACTOR, DATA, RESULT = "#1f6fb2", "#b4540a", "#0f7a5c"
 OPEN, BOND, INK = DATA, "#66717e", "#75808d"
+
+PILL = 22.0
+"""Height of a label on a ground of its own."""
 
 _FONT = "system-ui, 'Segoe UI', Helvetica, Arial, 'DejaVu Sans', sans-serif"
 _NARROW = frozenset("ijlrtfI.,:;'|()[] ")
@@ -200,6 +205,12 @@ class Drawing:
         """The shapes of all groups."""
         for group in self.groups:
             yield from group.shapes
+
+
+def pill(middle: Point, label: str, colour: str = BOND) -> tuple[Box, Text]:
+    """A label on a ground of its own, which an edge may run behind."""
+    box = Box(middle, text_width(label, 12.5) + 16, PILL, colour, PILL / 2)
+    return box, Text(middle, label, "#ffffff", 12.5)
 
 
 def text_width(text: str, size: float = 13.0) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from typing import Any
 
 from tensormoe import LayerSpec
@@ -118,8 +117,16 @@ def _as_dict(
     entries, flops = dense_size(plan)
     cost = plan.cost(given.gate, training=arguments.training, itemsize=_ITEMSIZE)
     steps = [
-        asdict(row.cost) | {"count": row.count, "time": row.time}
-        for row in step_rows(cost, given.device)
+        {
+            "label": label,
+            "count": len(row.steps),
+            "matmul_flops": row.matmul_flops,
+            "elementwise_flops": row.elementwise_flops,
+            "bytes_read": row.bytes_read,
+            "bytes_written": row.bytes_written,
+            "time": given.device.time(row),
+        }
+        for label, row in step_rows(cost).items()
     ]
     return {
         "command": "plan",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from tensormoe.planning._plan import Plan
 
 __all__ = [
-    "StepRow",
     "cost_html",
     "dense_size",
     "describe_plan",
@@ -26,48 +24,15 @@ __all__ = [
     "step_rows",
 ]
 
-_STEPS_SHOWN, _BAR = 60, 12
+_BAR = 12
 
 
-@dataclass(frozen=True)
-class StepRow:
-    """A step with all its repetitions, where a memory limit cuts the batch into chunks.
-
-    Args:
-        cost: of all repetitions together.
-        count: of them.
-        time: predicted seconds of all together; None without a device.
-    """
-
-    cost: StepCost
-    count: int
-    time: float | None
-
-
-def step_rows(cost: Cost, roofline: Roofline | None = None) -> list[StepRow]:
-    """The steps of a cost in order, equal ones joined.
-
-    Args:
-        cost: of a call.
-        roofline: the device that times are predicted for.
-    """
-    rows: dict[str, StepRow] = {}
+def step_rows(cost: Cost) -> dict[str, Cost]:
+    """The steps of a cost by label, in order; chunks of a batch repeat them."""
+    found: dict[str, list[StepCost]] = {}
     for step in cost.steps:
-        time = None if roofline is None else roofline.time(Cost(0, (step,), 0))
-        before = rows.get(step.label)
-        if before is None:
-            rows[step.label] = StepRow(step, 1, time)
-            continue
-        joined = replace(
-            before.cost,
-            matmul_flops=before.cost.matmul_flops + step.matmul_flops,
-            elementwise_flops=before.cost.elementwise_flops + step.elementwise_flops,
-            bytes_read=before.cost.bytes_read + step.bytes_read,
-            bytes_written=before.cost.bytes_written + step.bytes_written,
-        )
-        total = None if time is None or before.time is None else before.time + time
-        rows[step.label] = StepRow(joined, before.count + 1, total)
-    return list(rows.values())
+        found.setdefault(step.label, []).append(step)
+    return {label: Cost(0, tuple(steps), 0) for label, steps in found.items()}
 
 
 def describe_plan(
@@ -88,22 +53,14 @@ def describe_plan(
         training: whether the cost is that of forward and backward.
         roofline: the device that times are predicted for, if any.
     """
-    rows = step_rows(cost, roofline)
-    table: list[list[Cell]] = [["step", "FLOPs", "bytes"]]
-    table += [_cells(row.cost, row.count) for row in rows[:_STEPS_SHOWN]]
-    table.append(["all", format_count(cost.flops), _moved(cost)])
+    table = _table(cost)
     if roofline is not None:
         total = roofline.time(cost)
-        times = [row.time or 0.0 for row in rows[:_STEPS_SHOWN]]
-        bars = [f"{_bar(time / total)} {time / total:4.0%}" for time in times]
-        columns = (
-            ["time", *map(format_time, times), format_time(total)],
-            [f"{'share of time':<{_BAR + 5}}", *bars, ""],
-        )
-        table = [[*line, *more] for line, *more in zip(table, *columns, strict=True)]
+        times = [roofline.time(row) for row in step_rows(cost).values()]
+        cells = [[format_time(time), f"{_bar(time / total)} {time / total:4.0%}"] for time in times]
+        heads = [["time", f"{'share of time':<{_BAR + 5}}"], *cells, [format_time(total), ""]]
+        table = [[*line, *more] for line, more in zip(table, heads, strict=True)]
     lines = align(table)
-    if len(rows) > _STEPS_SHOWN:
-        lines.insert(-1, f"… and {len(rows) - _STEPS_SHOWN} more")
     facts = _facts(plan, cost, itemsize, gate, training, roofline)
     width = max(len(name) for name, _ in facts) + 2
     said = [
@@ -123,14 +80,8 @@ def describe_plan(
 
 def cost_html(cost: Cost) -> str:
     """The steps of a cost as a table."""
-    rows = step_rows(cost)
-    table: list[list[Cell]] = [["step", "FLOPs", "bytes"]]
-    table += [_cells(row.cost, row.count) for row in rows[:_STEPS_SHOWN]]
-    if len(rows) > _STEPS_SHOWN:
-        table.append([f"… and {len(rows) - _STEPS_SHOWN} more", "", ""])
-    table.append(["all", format_count(cost.flops), _moved(cost)])
     note = f"{cost.parameters:,} parameters, {format_bytes(cost.peak_memory)} at the peak"
-    return table_html("Cost", table, [note])
+    return table_html("Cost", _table(cost), [note])
 
 
 def layer_sizes(network: Network) -> str:
@@ -219,14 +170,14 @@ def _facts(
     return facts
 
 
-def _cells(step: StepCost, count: int) -> list[Cell]:
-    label = step.label if count == 1 else f"{count} × {step.label}"
-    moved = step.bytes_read + step.bytes_written
-    return [label, format_count(_flops(step)), format_bytes(moved)]
-
-
-def _flops(step: StepCost) -> int:
-    return step.matmul_flops + step.elementwise_flops
+def _table(cost: Cost) -> list[list[Cell]]:
+    """Heads, a line for each step, and totals."""
+    rows: list[list[Cell]] = [["step", "FLOPs", "bytes"]]
+    for label, row in step_rows(cost).items():
+        count = len(row.steps)
+        named = label if count == 1 else f"{count} × {label}"
+        rows.append([named, format_count(row.flops), _moved(row)])
+    return [*rows, ["all", format_count(cost.flops), _moved(cost)]]
 
 
 def _moved(cost: Cost) -> str:

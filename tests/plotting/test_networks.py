@@ -175,13 +175,14 @@ def test_names_are_escaped() -> None:
 
 
 def test_networks_of_other_shapes() -> None:
-    # two bonds between the same factors, a core in a core's place, and a factor without any mode
-    legs = {"n0": 3, INPUT: 4, OUTPUT: 5, "a": 2, "b": 2, "c": 2, "d": 2, "e": 2, "f": 2}
+    # two bonds between the same factors, a core, a factor without any mode, and a leg that one
+    # factor alone has, and that is summed
+    legs = {"n0": 3, INPUT: 4, OUTPUT: 5, "a": 2, "b": 2, "c": 2, "d": 2, "e": 2, "f": 2, "s": 7}
     network = Network(
         (
             Factor("x", ("n0", "a", "b", "c")),
             Factor("y", (INPUT, "a", "b", "d")),
-            Factor("z", (OUTPUT, "e")),
+            Factor("z", (OUTPUT, "e", "s")),
             Factor("k", ("c", "d", "f")),
             Factor("l", ("f", "e")),
         ),
@@ -190,6 +191,7 @@ def test_networks_of_other_shapes() -> None:
     found = groups(drawn(network, "own", ""))
     assert Counter(names(found["bond"])) == Counter("abcdef")
     assert len(found["factor"]) == 5
+    assert [texts(group) for group in found["summed"]] == [["Σ s  7"]]
     alone = Network((Factor("w", ("n0", INPUT, OUTPUT)),), tuple(legs.items())[:3])
     assert names(groups(drawn(alone, "dense", ""))["open"]) == ["n0", INPUT, OUTPUT]
 
