@@ -24,6 +24,8 @@ def check_picture(path: str | os.PathLike[str], name: str = "path") -> Path:
         SpecError: an extension that no picture is written in, or a folder that can't be written.
     """
     target = Path(path)
+    if "\0" in str(path):
+        raise SpecError(f"{name} must not hold a null character; got {str(path)!r}.")
     if target.suffix.lower() not in PICTURE_SUFFIXES:
         listed = ", ".join(PICTURE_SUFFIXES)
         raise SpecError(f"{name} must end in one of {listed}; got {str(path)!r}. Rename the file.")

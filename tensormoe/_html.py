@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from tensormoe._format import Cell, format_experts, format_parameters
@@ -116,4 +115,7 @@ def _page(title: str, lines: Iterable[str], drawings: Mapping[str, Drawing]) -> 
 
 
 def _text(value: object) -> str:
+    # not at the top: `import tensormoe` loads this module, and html has a table of all entities
+    from html import escape
+
     return escape(str(value))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import NoneType
 from typing import TYPE_CHECKING
 
-from tensormoe._validation import non_negative_int, positive_int
+from tensormoe._validation import flag, instance, non_negative_int, positive_int
 from tensormoe.errors import PlanError
 from tensormoe.factorizations import Network
 from tensormoe.gates import Gate
@@ -114,6 +115,9 @@ class Plan:
             itemsize: bytes per entry: 4 for float32.
             roofline: the device that the time of every step is predicted for, if any.
 
+        Raises:
+            PlanError, GateError: an argument that cannot be.
+
         >>> from tensormoe import CP, LayerSpec
         >>> print(LayerSpec(6, 5, experts=4, factorization=CP(rank=3)).plan(32).describe())
         ... # doctest: +ELLIPSIS
@@ -121,6 +125,8 @@ class Plan:
         y[b o] = coefficients_0[b n0] · x[b i] · expert_0[n0 r] · input[i r] · output[o r], ...
         """
         gate = None if gate is None else Gate.parse(gate)
+        flag(training, "training", PlanError)
+        instance(roofline, (Roofline, NoneType), "roofline", "a Roofline or None", PlanError)
         cost = self.cost(gate, training=training, itemsize=itemsize)
         return describe_plan(self, cost, itemsize, gate, training, roofline)
 
@@ -130,9 +136,11 @@ class Plan:
         Args:
             itemsize: bytes per entry: 4 for float32.
 
+        Raises:
+            PlanError: an itemsize that is not a positive integer.
+
         >>> from tensormoe import CP, LayerSpec
         >>> LayerSpec(6, 5, experts=4, factorization=CP(rank=3)).plan(32).draw()
-        ... # doctest: +ELLIPSIS
         Drawing('CP(rank=3): 4 experts of 6 → 5, with bias', ...)
         """
         from tensormoe._drawing import draw_program

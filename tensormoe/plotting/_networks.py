@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tensormoe._drawing import Drawing, network_lines
 from tensormoe._spec import LayerSpec
+from tensormoe._validation import instance
+from tensormoe.errors import PlanError, SpecError
 from tensormoe.planning import Plan
 
 __all__ = ["draw_network", "draw_plan", "network_text"]
@@ -19,7 +21,11 @@ def draw_network(spec: LayerSpec) -> Drawing:
 
     Args:
         spec: of the layer.
+
+    Raises:
+        SpecError: not a spec.
     """
+    instance(spec, LayerSpec, "spec", "a LayerSpec", SpecError)
     return spec.draw()
 
 
@@ -29,7 +35,11 @@ def draw_plan(plan: Plan, *, itemsize: int = 4) -> Drawing:
     Args:
         plan: of a layer.
         itemsize: bytes per entry: 4 for float32.
+
+    Raises:
+        PlanError: not a plan, or an itemsize that is not a positive integer.
     """
+    instance(plan, Plan, "plan", "a Plan", PlanError)
     return plan.draw(itemsize=itemsize)
 
 
@@ -38,6 +48,9 @@ def network_text(spec: LayerSpec) -> str:
 
     Args:
         spec: of the layer.
+
+    Raises:
+        SpecError: not a spec.
 
     >>> from tensormoe import CP
     >>> print(network_text(LayerSpec(8, 6, experts=4, factorization=CP(rank=3))))
@@ -55,6 +68,7 @@ def network_text(spec: LayerSpec) -> str:
                                       │
       y              ─────────────────●
     """
+    instance(spec, LayerSpec, "spec", "a LayerSpec", SpecError)
     terms = network_lines(spec.network)
     texts = [["".join(part for part, _ in line).rstrip() for line in term] for term in terms]
     return "\n\n  plus\n\n".join("\n".join(lines) for lines in texts)

@@ -24,7 +24,7 @@ from tensormoe import (
 )
 from tensormoe._drawing import draw_network as drawn
 from tensormoe._drawing._shapes import Box, Drawing, Text
-from tensormoe.errors import SpecError
+from tensormoe.errors import PlanError, SpecError
 from tensormoe.factorizations import INPUT, OUTPUT, Factor, Network
 from tensormoe.plotting import draw_network, draw_plan, network_text
 
@@ -261,8 +261,26 @@ def test_drawings_are_saved(tmp_path: Path, suffix: str) -> None:
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
     if suffix == ".svg":
         assert path.read_text("utf-8") == drawing.svg == drawing._repr_svg_()
-    with pytest.raises(SpecError, match="path must end in one of"):
-        drawing.save(tmp_path / "network.txt")
+    for name, said in (
+        ("network.txt", "path must end in one of"),
+        ("a\0.svg", "path must not hold a null"),
+        ("missing/network.svg", "the folder of path must exist"),
+    ):
+        with pytest.raises(SpecError, match=said):
+            drawing.save(tmp_path / name)
+
+
+def test_what_is_not_drawn() -> None:
+    for call in (draw_network, network_text):
+        with pytest.raises(SpecError, match="spec must be a LayerSpec; got"):
+            call(CP(2))  # type: ignore[operator]
+    with pytest.raises(PlanError, match="plan must be a Plan; got"):
+        draw_plan(CP(2))  # type: ignore[arg-type]
+    plan = LayerSpec(8, 6, 4, CP(2)).plan(3)
+    with pytest.raises(PlanError, match="itemsize must be a positive integer"):
+        plan.draw(itemsize=0)
+    with pytest.raises(PlanError, match="roofline must be a Roofline or None"):
+        plan.describe(roofline="cpu")  # type: ignore[arg-type]
 
 
 def test_pictures_of_pixels_have_what_the_text_has(tmp_path: Path) -> None:
