@@ -34,7 +34,7 @@ __all__ = ["run_rank"]
 
 Bonds = tuple[int | str | None, ...]
 
-_SHOWN = {"parameters": "parameters", "flops": "FLOPs", "memory": "of memory", "time": ""}
+_SHOWN = {"flops": "FLOPs", "memory": "of memory", "time": ""}
 
 
 @dataclass(frozen=True)
@@ -190,14 +190,9 @@ def _title(asked: _Question) -> str:
 
 def _amount(limit: str, value: float) -> str:
     if limit == "parameters":
-        text = f"{round(value):,}"
-    elif limit == "flops":
-        text = format_count(value)
-    elif limit == "memory":
-        text = format_bytes(value)
-    else:
-        text = format_time(value)
-    return f"{text} {_SHOWN[limit]}".strip()
+        return f"{round(value):,} parameters"
+    formats = {"flops": format_count, "memory": format_bytes, "time": format_time}
+    return f"{formats[limit](value)} {_SHOWN[limit]}".strip()
 
 
 def _amounts(limits: Mapping[str, float]) -> str:
