@@ -13,8 +13,9 @@ from jax.sharding import AxisType, PartitionSpec
 
 from tensormoe.backend import Round, State, Step
 from tensormoe.errors import BackendError
+from tensormoe.planning import Library
 
-__all__ = ["BACKEND", "JaxBackend"]
+__all__ = ["BACKEND", "LIBRARY", "JaxBackend"]
 
 
 class JaxBackend:
@@ -180,3 +181,4 @@ def _no_wrap(indices: Array, size: int) -> Array:
 
 
 BACKEND = JaxBackend()
+LIBRARY = Library(picks_entries=False, frees_saved=True)

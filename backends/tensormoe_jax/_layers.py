@@ -16,7 +16,7 @@ from tensormoe._html import layer_html
 from tensormoe.checkpoint import check_arrays
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.planning import Cost, Plan
-from tensormoe_jax._adapter import BACKEND
+from tensormoe_jax._adapter import BACKEND, LIBRARY
 from tensormoe_jax._dtypes import FLOATS
 from tensormoe_jax._initialize import initial_buffers, initialize
 
@@ -110,7 +110,7 @@ class Layer(_Named):
     def cost(self, batch: int, *, training: bool = False) -> Cost:
         """What one call costs for ``batch`` inputs, the gate included, before XLA fuses it."""
         return functional.layer_cost(
-            self.config, batch, BACKEND, self.dtype.itemsize, training=training
+            self.config, batch, self.dtype.itemsize, LIBRARY, training=training
         )
 
     def expert(self, *index: int) -> tuple[Array, Array | None]:
@@ -196,7 +196,7 @@ class Block(_Named):
     def cost(self, batch: int, *, training: bool = False) -> Cost:
         """Cost of one call for ``batch`` inputs: both layers, gate and activation."""
         return functional.block_cost(
-            self.config, batch, BACKEND, self.dtype.itemsize, training=training
+            self.config, batch, self.dtype.itemsize, LIBRARY, training=training
         )
 
     def _describe(self, drop: float) -> str:

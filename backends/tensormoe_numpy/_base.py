@@ -100,7 +100,7 @@ class Layer:
         less for its coefficients.
         """
         return functional.layer_cost(
-            self.config, batch, self.backend, self.dtype.itemsize, training=training
+            self.config, batch, self.dtype.itemsize, self.backend.library, training=training
         )
 
     def expert(self, *index: int) -> tuple[Array, Array | None]:

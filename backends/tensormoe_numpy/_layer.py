@@ -147,7 +147,7 @@ class MuMoE(Layer):
             result = self._forward(rows, given)
         else:
             size = functional.chunk_size(
-                self.config, len(rows), memory_limit, self.backend, self.dtype.itemsize
+                self.config, len(rows), memory_limit, self.dtype.itemsize, self.backend.library
             )
             result = self.backend.namespace.concat(
                 [

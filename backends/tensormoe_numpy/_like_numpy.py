@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensormoe.backend import Array, State, Step
+from tensormoe.planning import Library
 
 __all__ = ["NumpyLikeBackend"]
 
@@ -44,6 +45,11 @@ class NumpyLikeBackend:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+    @property
+    def library(self) -> Library:
+        """What the memory of a call depends on."""
+        return Library(self.row_block_bytes, self.picks_entries)
 
     def check_device(self) -> None:
         """Refuse to go on where the library has nothing to run on."""

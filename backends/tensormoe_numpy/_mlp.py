@@ -214,7 +214,7 @@ class MuMoEMLP:
     def cost(self, batch: int, *, training: bool = False) -> Cost:
         """Cost of one call for ``batch`` inputs: both layers, gate and activation."""
         return functional.block_cost(
-            self.config, batch, self.backend, self.dtype.itemsize, frees=False, training=training
+            self.config, batch, self.dtype.itemsize, self.backend.library, training=training
         )
 
     def coefficients(self, x: Array) -> tuple[Array, ...]:

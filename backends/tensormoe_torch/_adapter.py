@@ -16,11 +16,12 @@ from torch.utils.dlpack import from_dlpack
 
 from tensormoe.backend import State, Step
 from tensormoe.errors import BackendError
+from tensormoe.planning import Library
 from tensormoe_torch import _namespace
-from tensormoe_torch._products import product
+from tensormoe_torch._products import copies_transposed, product
 from tensormoe_torch._tracing import is_traced
 
-__all__ = ["BACKEND", "EAGER", "TorchBackend"]
+__all__ = ["BACKEND", "EAGER", "TorchBackend", "library"]
 
 
 class TorchBackend:
@@ -159,6 +160,17 @@ class TorchBackend:
         except AssertionError as error:
             # what an installation without CUDA says of arrays that are there
             raise BufferError(str(error)) from error
+
+
+def library(dtype: torch.dtype, *, keeps_input: bool = True) -> Library:
+    """What the memory of an eager call on the CPU depends on."""
+    return Library(
+        EAGER.row_block_bytes,
+        EAGER.picks_entries,
+        copies_transposed=copies_transposed(dtype),
+        frees_saved=True,
+        keeps_input=keeps_input,
+    )
 
 
 BACKEND = TorchBackend()

@@ -16,12 +16,11 @@ from tensormoe.checkpoint import check_arrays, read_block
 from tensormoe.errors import BackendError, ShapeError, SpecError
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.planning import Cost, Plan
-from tensormoe_torch._adapter import BACKEND, EAGER
+from tensormoe_torch._adapter import BACKEND, library
 from tensormoe_torch._checks import Given, merged
 from tensormoe_torch._dtypes import FLOATS, checked_device, checked_dtype
 from tensormoe_torch._factors import Factors, with_lead
 from tensormoe_torch._gate import ExpertGate
-from tensormoe_torch._products import copies_transposed
 from tensormoe_torch._saving import save_module
 from tensormoe_torch._sharded import gathered, put, stored
 
@@ -198,13 +197,7 @@ class Mixture(nn.Module):
     def cost(self, batch: int, *, training: bool = False) -> Cost:
         """What one call costs for ``batch`` inputs on the CPU, the gate included."""
         return functional.layer_cost(
-            self.config,
-            batch,
-            EAGER,
-            self.dtype.itemsize,
-            copies_transposed=copies_transposed(self.dtype),
-            frees=True,
-            training=training,
+            self.config, batch, self.dtype.itemsize, library(self.dtype), training=training
         )
 
     def expert(self, *index: int) -> tuple[Tensor, Tensor | None]:

@@ -21,13 +21,12 @@ from tensormoe.gates import Gate
 from tensormoe.planning import Cost, Plan
 from tensormoe.selection import Budget
 from tensormoe_torch._activations import ACTIVATIONS, Act, own_activation, read_activation
-from tensormoe_torch._adapter import BACKEND, EAGER
+from tensormoe_torch._adapter import BACKEND, library
 from tensormoe_torch._base import check_init, filled, holding
 from tensormoe_torch._checks import Given
 from tensormoe_torch._dtypes import checked_dtype
 from tensormoe_torch._gate import ExpertGate
 from tensormoe_torch._layer import MuMoE
-from tensormoe_torch._products import copies_transposed
 from tensormoe_torch._saving import save_module
 
 __all__ = ["MuMoEMLP"]
@@ -242,10 +241,8 @@ class MuMoEMLP(nn.Module):
         return functional.block_cost(
             self.config,
             batch,
-            EAGER,
             self.dtype.itemsize,
-            keeps_input=self.config.act_layer not in ("relu", "tanh"),
-            copies_transposed=copies_transposed(self.dtype),
+            library(self.dtype, keeps_input=self.config.act_layer not in ("relu", "tanh")),
             training=training,
         )
 

@@ -16,6 +16,7 @@ from tensormoe.functional._dtypes import cast
 from tensormoe.gates import TopK
 from tensormoe.planning import (
     Cost,
+    Library,
     Plan,
     Program,
     Reverse,
@@ -167,11 +168,9 @@ def layer_plan(config: LayerConfig, batch: int) -> Plan:
 def layer_cost(
     config: LayerConfig,
     batch: int,
-    backend: Backend,
     itemsize: int,
+    library: Library,
     *,
-    copies_transposed: bool = False,
-    frees: bool = False,
     training: bool = False,
 ) -> Cost:
     """What one call of a layer costs on a library, its gate included if it has one.
@@ -179,32 +178,21 @@ def layer_cost(
     Args:
         config: the layer.
         batch: number of inputs.
-        backend: adapter of the library, which says how gates walk over rows there.
         itemsize: bytes of an entry of the layer's dtype.
-        copies_transposed: whether the library copies a transposed first operand of large products.
-        frees: whether the backward pass lets go of what it does not need any more.
+        library: how the array library runs a layer.
         training: forward and backward, instead of forward alone.
     """
     return layer_plan(config, batch).cost(
-        config.gate,
-        training=training,
-        itemsize=itemsize,
-        row_block_bytes=backend.row_block_bytes,
-        picks_entries=backend.picks_entries,
-        copies_transposed=copies_transposed,
-        frees=frees,
+        config.gate, training=training, itemsize=itemsize, library=library
     )
 
 
 def block_cost(
     config: BlockConfig,
     batch: int,
-    backend: Backend,
     itemsize: int,
+    library: Library,
     *,
-    keeps_input: bool = True,
-    frees: bool = True,
-    copies_transposed: bool = False,
     training: bool = False,
 ) -> Cost:
     """Cost of one call of a block on a library: both layers, gate and activation.
@@ -212,11 +200,8 @@ def block_cost(
     Args:
         config: the block.
         batch: number of inputs.
-        backend: adapter of the library, which says how gates walk over rows there.
         itemsize: bytes of an entry of the block's dtype.
-        keeps_input: whether the derivative of the activation is made of its input.
-        frees: whether the backward pass lets go of what it does not need any more.
-        copies_transposed: whether the library copies a transposed first operand of large products.
+        library: how the array library runs a layer.
         training: forward and backward, instead of forward alone.
     """
     return planning.block_cost(
@@ -225,18 +210,14 @@ def block_cost(
         config.first.gate,
         gated=config.gated,
         drop=config.drop,
-        keeps_input=keeps_input,
-        frees=frees,
         training=training,
         itemsize=itemsize,
-        row_block_bytes=backend.row_block_bytes,
-        picks_entries=backend.picks_entries,
-        copies_transposed=copies_transposed,
+        library=library,
     )
 
 
 def chunk_size(
-    config: LayerConfig, batch: int, memory_limit: int, backend: Backend, itemsize: int
+    config: LayerConfig, batch: int, memory_limit: int, itemsize: int, library: Library
 ) -> int:
     """How many inputs may run at a time within ``memory_limit`` bytes, the gate included.
 
@@ -250,8 +231,7 @@ def chunk_size(
         memory_limit=memory_limit,
         gate=config.gate,
         itemsize=itemsize,
-        row_block_bytes=backend.row_block_bytes,
-        picks_entries=backend.picks_entries,
+        library=library,
         title=repr(config.spec.factorization),
     )
     return plan.chunk

@@ -21,6 +21,7 @@ from tensormoe.planning._layer_cost import (
     gate_steps,
     gate_vjp_peak,
 )
+from tensormoe.planning._library import DEFAULT, Library
 from tensormoe.planning._lowering import volume
 from tensormoe.planning._plan import Plan
 from tensormoe.planning._program import Program
@@ -40,13 +41,9 @@ def block_cost(
     *,
     gated: bool = False,
     drop: float = 0.0,
-    keeps_input: bool = True,
-    frees: bool = False,
     training: bool = False,
     itemsize: int = 4,
-    row_block_bytes: int | None = None,
-    picks_entries: bool = True,
-    copies_transposed: bool = False,
+    library: Library = DEFAULT,
 ) -> Cost:
     """The cost of one call of a block.
 
@@ -60,15 +57,9 @@ def block_cost(
         gated: whether the activation is that of one half of what the first layer returns, times
             the other half.
         drop: share of entries dropped in training, behind the activation and the second layer.
-        keeps_input: whether the derivative of the activation is made of its input, and not of its
-            result, as a library may do for relu and tanh.
-        frees: whether the backward pass lets go of what it does not need any more, as that of
-            libraries with automatic differentiation does.
         training: forward and backward with all gradients, instead of forward alone.
         itemsize: bytes per entry: 4 for float32.
-        row_block_bytes: the backend's, for the temporaries of the gate.
-        picks_entries: the backend's, for the same.
-        copies_transposed: whether the library copies a transposed first operand of large products.
+        library: how the array library runs a layer.
     """
     flag(training, "training", PlanError)
     networks, batch = (first.network, second.network), first.batch
@@ -91,7 +82,7 @@ def block_cost(
     if gate is not None:
         parameters += gate_parameters(gate, in_features, experts)
         gate_forward = gate_steps(gate, *gate_options)
-        peak_gate = gate_peak(gate, *gate_options, row_block_bytes, picks_entries, training)
+        peak_gate = gate_peak(gate, *gate_options, library, training)
     steps = (*gate_forward, *forwards[0], *middle, *forwards[1])
     # one more array while a gated activation is multiplied
     between = itemsize * (before + after + (after if gated else 0))
@@ -110,7 +101,7 @@ def block_cost(
         for program, each, slots in zip(programs, sizes, kept, strict=True)
     ]
     ways = [
-        reverse_peak(back, program, each, itemsize, copies_transposed=copies_transposed)
+        reverse_peak(back, program, each, itemsize, library)
         for back, program, each in zip(backs, programs, sizes, strict=True)
     ]
     (saved_first, way_first), (saved_second, way_second) = ways
@@ -121,16 +112,16 @@ def block_cost(
     one, two, output = (itemsize * entries for entries in (before, after, result))
     # besides the second layer's input: what the derivative of the activation needs, and the
     # dropout mask
-    around = one if keeps_input or gated else two if drop else 0
+    around = one if library.keeps_input or gated else two if drop else 0
     around += (two if gated else 0) + (two if drop else 0)
     whole = held + saved_first + around + two + saved_second + output * (2 if drop else 1)
     # what was returned before entries were dropped
-    whole += output if drop and not frees else 0
+    whole += output if drop and not library.frees_saved else 0
     first_gradients, second_gradients = (
         itemsize * sum(_entries(back.program, slot, batch) for slot in back.program.outputs)
         for back in backs
     )
-    if frees:
+    if library.frees_saved:
         # each part of the backward pass frees the arrays that it was computed from
         rest = held + output + second_gradients
         stages = (rest + saved_first + around, rest + saved_first - two, rest - two)
@@ -143,7 +134,7 @@ def block_cost(
         held + peaks[0],
         held + saved_first + between + (2 * two if drop else 0),
         held + saved_first + around + two + peaks[1],
-        whole + (output if drop and not frees else 0) + way_second - saved_second,
+        whole + (output if drop and not library.frees_saved else 0) + way_second - saved_second,
         stages[0] + one,
         stages[1] + one + way_first - saved_first,
     ]
@@ -155,7 +146,7 @@ def block_cost(
     steps = (*steps, *back_steps[1], *way, *back_steps[0])
     if gate is not None:
         steps += gate_backward_steps(gate, *gate_options)
-        through = gate_vjp_peak(gate, *gate_options, row_block_bytes)
+        through = gate_vjp_peak(gate, *gate_options, library)
         # gradients by coefficients are those of both layers, added
         moments.append(stages[2] + first_gradients + coefficients + through)
     return Cost(parameters, steps, max(moments), whole - output)

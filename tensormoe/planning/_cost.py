@@ -18,6 +18,7 @@ from functools import cached_property
 from math import prod
 
 from tensormoe.factorizations import BATCH, Leg
+from tensormoe.planning._library import DEFAULT, Library
 from tensormoe.planning._program import Program, Role, Step
 from tensormoe.planning._reverse import Reverse
 
@@ -261,8 +262,7 @@ def reverse_peak(
     program: Program,
     sizes: Mapping[Leg, int],
     itemsize: int = 4,
-    *,
-    copies_transposed: bool = False,
+    library: Library = DEFAULT,
 ) -> tuple[int, int]:
     """Bytes of saved intermediates, and bytes live at the worst moment of the way back.
 
@@ -275,7 +275,9 @@ def reverse_peak(
         for slot in reverse.saved
         if slot >= len(program.operands)
     )
-    back = program_peak(reverse.program, sizes, itemsize, copies_transposed=copies_transposed)
+    back = program_peak(
+        reverse.program, sizes, itemsize, copies_transposed=library.copies_transposed
+    )
     return saved, saved + back
 
 

@@ -20,6 +20,7 @@ from tensormoe.planning._cost import (
     program_peak,
     reverse_peak,
 )
+from tensormoe.planning._library import DEFAULT, Library
 from tensormoe.planning._program import Program
 from tensormoe.planning._reverse import reverse
 
@@ -114,10 +115,7 @@ def layer_cost(
     gate: Gate | None = None,
     training: bool = False,
     itemsize: int = 4,
-    row_block_bytes: int | None = None,
-    picks_entries: bool = True,
-    copies_transposed: bool = False,
-    frees: bool = False,
+    library: Library = DEFAULT,
 ) -> Cost:
     """The cost of one call of a layer.
 
@@ -130,10 +128,7 @@ def layer_cost(
         gate: counted along if given; without one, coefficients belong to the caller.
         training: forward and backward with all gradients, instead of forward alone.
         itemsize: bytes an entry.
-        row_block_bytes: the backend's, for the temporaries of the gate.
-        picks_entries: the backend's, for the same.
-        copies_transposed: whether the library copies a transposed first operand of large products.
-        frees: whether the backward pass lets go of what it does not need any more.
+        library: how the array library runs a layer.
     """
     flag(training, "training", PlanError)
     sizes = batch_sizes(program, batch)
@@ -153,16 +148,7 @@ def layer_cost(
     if gate is not None:
         parameters += gate_parameters(gate, in_features, experts)
         steps = gate_steps(gate, in_features, experts, batch, itemsize) + steps
-        peak_gate = gate_peak(
-            gate,
-            in_features,
-            experts,
-            batch,
-            itemsize,
-            row_block_bytes,
-            picks_entries,
-            training,
-        )
+        peak_gate = gate_peak(gate, in_features, experts, batch, itemsize, library, training)
     if not training:
         peak = program_peak(program, sizes, itemsize, owned=owned)
         return Cost(parameters, steps, max(peak_gate, peak))
@@ -171,9 +157,7 @@ def layer_cost(
     steps += program_cost(back.program, back_sizes, itemsize, "backward ")
     kept = [slot for slot in back.saved if slot >= len(program.operands)]
     forward = program_peak(program, sizes, itemsize, kept=kept)
-    saved, backward = reverse_peak(
-        back, program, sizes, itemsize, copies_transposed=copies_transposed
-    )
+    saved, backward = reverse_peak(back, program, sizes, itemsize, library)
     result = itemsize * batch * sizes[OUTPUT]
     held, after = routing, 0
     if gate is not None:
@@ -184,8 +168,8 @@ def layer_cost(
         gradients = sum(
             itemsize * _volume(back.program, slot, back_sizes) for slot in back.program.outputs
         )
-        after = (0 if frees else saved) + gradients
-        after += gate_vjp_peak(gate, in_features, experts, batch, itemsize, row_block_bytes)
+        after = (0 if library.frees_saved else saved) + gradients
+        after += gate_vjp_peak(gate, in_features, experts, batch, itemsize, library)
     peak = max(peak_gate, held + forward, held + result + max(backward, after))
     return Cost(parameters, steps, peak, saved + held)
 
@@ -203,8 +187,7 @@ def gate_peak(
     experts: tuple[int, ...],
     batch: int,
     itemsize: int,
-    row_block_bytes: int | None,
-    picks_entries: bool,
+    library: Library,
     training: bool,
 ) -> int:
     """Bytes live at the worst moment while coefficients are made, level by level."""
@@ -214,7 +197,9 @@ def gate_peak(
     peak, done = 0, extra * batch * in_features
     for count in experts:
         logits = width * batch * count
-        workspace = activation_workspace(gate, batch, count, width, row_block_bytes, picks_entries)
+        workspace = activation_workspace(
+            gate, batch, count, width, library.row_block_bytes, library.picks_entries
+        )
         peak = max(peak, done + logits + workspace + extra * in_features * count)
         done += width * batch * count
         # training keeps the logits for the way back
@@ -228,7 +213,7 @@ def gate_vjp_peak(
     experts: tuple[int, ...],
     batch: int,
     itemsize: int,
-    row_block_bytes: int | None,
+    library: Library,
 ) -> int:
     """Bytes live at the worst moment of the way back through the gate, level by level."""
     width = max(itemsize, GATE_ITEMSIZE)
@@ -237,7 +222,7 @@ def gate_vjp_peak(
     peak, done = 0, extra * batch * in_features
     for level, count in enumerate(experts):
         inner = width * batch * count
-        workspace = _activation_vjp_workspace(gate, batch, count, width, row_block_bytes)
+        workspace = _activation_vjp_workspace(gate, batch, count, width, library.row_block_bytes)
         # before and after the projection's gradient is made
         before = workspace + extra * batch * count
         table = (itemsize + 2 * extra) * in_features * count

@@ -16,6 +16,7 @@ from tensormoe.planning._cost import INDEX_BYTES, Cost, batch_sizes, program_cos
 from tensormoe.planning._describe import describe_plan, layer_sizes, plan_regime
 from tensormoe.planning._draft import DENSE, Routing
 from tensormoe.planning._layer_cost import layer_cost
+from tensormoe.planning._library import DEFAULT, Library
 from tensormoe.planning._program import Program
 from tensormoe.planning._regimes import Regimes, plan_regimes
 from tensormoe.planning._roofline import Roofline
@@ -58,10 +59,7 @@ class Plan:
         *,
         training: bool = False,
         itemsize: int = 4,
-        row_block_bytes: int | None = None,
-        picks_entries: bool = True,
-        copies_transposed: bool = False,
-        frees: bool = False,
+        library: Library = DEFAULT,
     ) -> Cost:
         """What one call costs.
 
@@ -69,11 +67,7 @@ class Plan:
             gate: counted along if given.
             training: forward and backward with all gradients, instead of forward alone.
             itemsize: bytes an entry: 4 for float32.
-            row_block_bytes: the backend's, for the temporaries of the gate.
-            picks_entries: the backend's, for the same.
-            copies_transposed: whether the library copies a transposed first operand of large
-                products.
-            frees: whether the backward pass lets go of what it does not need any more.
+            library: how the array library runs a layer.
         """
         gate = None if gate is None else Gate.parse(gate)
         positive_int(itemsize, "itemsize", PlanError)
@@ -89,10 +83,7 @@ class Plan:
                 gate=gate,
                 training=training,
                 itemsize=itemsize,
-                row_block_bytes=row_block_bytes,
-                picks_entries=picks_entries,
-                copies_transposed=copies_transposed,
-                frees=frees,
+                library=library,
             )
 
         if self.chunk >= self.batch:
@@ -180,8 +171,7 @@ def plan_layer(
     memory_limit: int | None = None,
     gate: Gate | None = None,
     itemsize: int = 4,
-    row_block_bytes: int | None = None,
-    picks_entries: bool = True,
+    library: Library = DEFAULT,
     title: str = "a network",
 ) -> Plan:
     """The plan of a layer for a batch; the answer is cached.
@@ -195,8 +185,7 @@ def plan_layer(
             is cut into chunks that keep to it.
         gate: counted against the limit if given.
         itemsize: bytes an entry.
-        row_block_bytes: the backend's, for the temporaries of the gate.
-        picks_entries: the backend's, for the same.
+        library: how the array library runs a layer.
         title: what the layer is called in reports.
 
     Raises:
@@ -216,12 +205,7 @@ def plan_layer(
 
     def peak(chunk: int) -> int:
         cut = replace(plan, chunk=chunk)
-        return cut.cost(
-            gate,
-            itemsize=itemsize,
-            row_block_bytes=row_block_bytes,
-            picks_entries=picks_entries,
-        ).peak_memory
+        return cut.cost(gate, itemsize=itemsize, library=library).peak_memory
 
     if peak(max(batch, 1)) <= limit:
         return plan

@@ -1,0 +1,34 @@
+"""Properties of an array library that decide on the memory of a call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["DEFAULT", "Library"]
+
+
+@dataclass(frozen=True)
+class Library:
+    """How an array library runs a layer, as far as peak memory depends on it.
+
+    The defaults are those of NumPy, but for the row blocks.
+
+    Args:
+        row_block_bytes: largest slice of rows that a gate works on at once, of the backend; None
+            for all rows at once.
+        picks_entries: whether a gate gathers the few entries that matter, of the backend.
+        copies_transposed: whether a transposed first operand of a large product is copied.
+        frees_saved: whether the backward pass frees saved arrays after their last use, as that of
+            libraries with automatic differentiation does.
+        keeps_input: whether the derivative of a block's activation is computed from its input, and
+            not from its result, as a library may do for relu and tanh.
+    """
+
+    row_block_bytes: int | None = None
+    picks_entries: bool = True
+    copies_transposed: bool = False
+    frees_saved: bool = False
+    keeps_input: bool = True
+
+
+DEFAULT = Library()
