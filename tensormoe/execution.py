@@ -20,7 +20,7 @@ def execute(
     """Run a program.
 
     Args:
-        program: what to run.
+        program: the steps to run.
         arrays: the operands in slot order, data with their leading axes merged into one. The
             list is emptied, so that an array nobody else holds is freed at its last use.
         backend: the adapter of the arrays' library.
@@ -34,11 +34,11 @@ def execute(
     kept = {slot: slots[slot] for slot in keep if slot in slots}
     for step in program.steps:
         operands = [slots[slot] for slot in step.inputs]
-        for place, view in enumerate(step.views):
+        for k, view in enumerate(step.views):
             if view.shape is not None:
-                operands[place] = backend.reshape(operands[place], view.shape)
+                operands[k] = backend.reshape(operands[k], view.shape)
             if view.axes is not None:
-                operands[place] = backend.permute(operands[place], view.axes)
+                operands[k] = backend.permute(operands[k], view.axes)
         if step.in_place and step.inputs[0] not in kept:
             result = plus(operands[0], operands[1], backend)
         else:
@@ -55,9 +55,9 @@ def execute(
 
 
 def plus(own: Array, other: Array, backend: Backend) -> Array:
-    """The sum, in the place of ``own``, which nobody else holds, where the library runs eagerly.
+    """The sum, in the memory of ``own``, which nobody else holds, where the library runs eagerly.
 
-    Transformations of a traced library may know nothing of an array being written to.
+    Transformations of a traced library may not see writes into an array.
     """
     if not backend.eager:
         return own + other

@@ -33,7 +33,6 @@ class CupyBackend(NumpyLikeBackend):
     row_block_bytes = None
     eager = False
     checks_values = False
-    picks_entries = False
     # DLPack's numbers of the memory of CUDA's devices, of CUDA's managed memory, and of ROCm's
     devices = frozenset({2, 10, 13})
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 
-from tensormoe.backend import Round, State, Step
+from tensormoe.backend import LoopStep, State, Step
 from tensormoe.errors import BackendError
 from tensormoe.planning import Library
 
@@ -28,7 +28,6 @@ class JaxBackend:
     eager = False
     # NaN propagates, as everywhere in JAX
     checks_values = False
-    picks_entries = False
     keeps_constants = True
     # an array is where its memory is
     devices = None
@@ -60,21 +59,20 @@ class JaxBackend:
     def sum(self, array: Array, axes: tuple[int, ...], /) -> Array:
         return jnp.sum(array, axis=axes, dtype=array.dtype)
 
-    def excess(self, array: Array, threshold: Array, /, out: Array | None = None) -> Array:
-        return jax.nn.relu(array - threshold)
-
     def row_sums(self, array: Array, /) -> Array:
         return jnp.sum(array, axis=-1, keepdims=True)
 
     def square_sums(self, array: Array, /) -> Array:
         return jnp.sum(array * array, axis=-1, keepdims=True)
 
-    def repeat(self, step: Step, state: State, rounds: int, enough: float, /) -> State:
-        rule, given = (step.rule, step.given) if isinstance(step, Round) else (step, ())
-        # a convergence test would need communication in every round: with several devices, all
-        # rounds are run
-        last = enough if jax.device_count() == 1 else None
-        found: State = _repeated(rule, given, state, rounds, last)
+    def while_loop(self, step: Step, state: State, max_steps: int, tolerance: float, /) -> State:
+        function, constants = step, ()
+        if isinstance(step, LoopStep):
+            function, constants = step.function, step.constants
+        # a convergence test would need communication in every step: with several devices, all
+        # steps are run
+        last = tolerance if jax.device_count() == 1 else None
+        found: State = _while_loop(function, constants, state, max_steps, last)
         return found
 
     def take(self, array: Array, indices: Array, axis: int, /) -> Array:
@@ -133,30 +131,34 @@ def _gathered(array: Array, indices: Array, axis: int) -> PartitionSpec | None:
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4), inline=True)
-def _repeated(rule: Step, given: State, state: State, rounds: int, enough: float | None) -> State:
-    """A loop that compiles once, as a rule is equal to others that do the same."""
-    far = jnp.bool(True)
+def _while_loop(
+    function: Step, constants: State, state: State, max_steps: int, tolerance: float | None
+) -> State:
+    """A loop that compiles once for equal functions."""
+    busy = jnp.bool(True)
     # what starts alike on all devices does not stay so: types that know where an array varies or
     # how it is sharded take that from the rows by this, and XLA drops it
-    for each in given[:1]:
+    for each in constants[:1]:
         rows = each[:, :1] == 0
         state = tuple(jnp.where(rows, start, start) for start in state)
-        far = far | jnp.any(rows)
+        busy = busy | jnp.any(rows)
     found: State
-    if enough is None:
-        found = jax.lax.fori_loop(0, rounds, lambda _, inner: rule(*given, *inner)[0], state)
+    if tolerance is None:
+        found = jax.lax.fori_loop(
+            0, max_steps, lambda _, inner: function(*constants, *inner)[0], state
+        )
         return found
 
-    def busy(carried: tuple[Array, Array, State]) -> Array:
-        count, far, _ = carried
-        return (count < rounds) & far
+    def goes_on(carried: tuple[Array, Array, State]) -> Array:
+        count, busy, _ = carried
+        return (count < max_steps) & busy
 
-    def again(carried: tuple[Array, Array, State]) -> tuple[Array, Array, State]:
+    def body(carried: tuple[Array, Array, State]) -> tuple[Array, Array, State]:
         count, _, inner = carried
-        inner, way = rule(*given, *inner)
-        return count + 1, jnp.any(way > enough), inner
+        inner, change = function(*constants, *inner)
+        return count + 1, jnp.any(change > tolerance), inner
 
-    found = jax.lax.while_loop(busy, again, (jnp.int32(0), far, state))[2]
+    found = jax.lax.while_loop(goes_on, body, (jnp.int32(0), busy, state))[2]
     return found
 
 
@@ -181,4 +183,4 @@ def _no_wrap(indices: Array, size: int) -> Array:
 
 
 BACKEND = JaxBackend()
-LIBRARY = Library(picks_entries=False, frees_saved=True)
+LIBRARY = Library(frees_saved=True)

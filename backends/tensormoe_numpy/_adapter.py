@@ -22,7 +22,6 @@ class NumpyBackend(NumpyLikeBackend):
     row_block_bytes = 1024 * 1024
     eager = True
     checks_values = True
-    picks_entries = True
     keeps_constants = True
     # DLPack's numbers of the host's memory, and of what CUDA has pinned there
     devices = frozenset({1, 3})
@@ -59,10 +58,10 @@ class NumpyBackend(NumpyLikeBackend):
         sums = total + np.vecdot(rest, rest)[:, None]
         return sums
 
-    def repeat(self, step: Step, state: State, rounds: int, enough: float, /) -> State:
-        for _ in range(rounds):
-            state, way = step(*state)
-            if np.max(way, initial=0.0) <= enough:
+    def while_loop(self, step: Step, state: State, max_steps: int, tolerance: float, /) -> State:
+        for _ in range(max_steps):
+            state, change = step(*state)
+            if np.max(change, initial=0.0) <= tolerance:
                 break
         return state
 

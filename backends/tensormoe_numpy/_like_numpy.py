@@ -1,4 +1,4 @@
-"""What NumPy and the libraries that copy its interface have in common."""
+"""The primitives of NumPy and of libraries that copy its interface."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ class NumpyLikeBackend:
     row_block_bytes: int | None = None
     eager: bool = False
     checks_values: bool = False
-    picks_entries: bool = False
     keeps_constants: bool = False
     devices: frozenset[int] | None = None
 
@@ -48,8 +47,8 @@ class NumpyLikeBackend:
 
     @property
     def library(self) -> Library:
-        """What the memory of a call depends on."""
-        return Library(self.row_block_bytes, self.picks_entries)
+        """Properties that the memory of a call depends on."""
+        return Library(self.row_block_bytes)
 
     def check_device(self) -> None:
         """Refuse to go on where the library has nothing to run on."""
@@ -81,19 +80,15 @@ class NumpyLikeBackend:
     def sum(self, array: Array, axes: tuple[int, ...], /) -> Array:
         return self.module.sum(array, axis=axes)
 
-    def excess(self, array: Array, threshold: Array | float, /, out: Array | None = None) -> Array:
-        difference = self.module.subtract(array, threshold, out=out)
-        return self.module.maximum(difference, 0, out=difference)
-
     def row_sums(self, array: Array, /) -> Array:
         return self.module.sum(array, axis=-1, keepdims=True)
 
     def square_sums(self, array: Array, /) -> Array:
         return self.module.sum(array * array, axis=-1, keepdims=True)
 
-    def repeat(self, step: Step, state: State, rounds: int, enough: float, /) -> State:
-        # no look at how far a round went: reading a value waits for the device
-        for _ in range(rounds):
+    def while_loop(self, step: Step, state: State, max_steps: int, tolerance: float, /) -> State:
+        # step sizes are not tested: reading a value waits for the device
+        for _ in range(max_steps):
             state, _ = step(*state)
         return state
 
@@ -103,8 +98,8 @@ class NumpyLikeBackend:
     def scatter_add(self, values: Array, indices: Array, axis: int, size: int, /) -> Array:
         before, after = values.shape[:axis], values.shape[axis + indices.ndim :]
         total = self.module.zeros((*before, size, *after), dtype=values.dtype)
-        place: Any = (slice(None),) * axis + (indices,)
-        self.module.add.at(total, place, values)
+        index: Any = (slice(None),) * axis + (indices,)
+        self.module.add.at(total, index, values)
         return total
 
     def floats(self, array: Array, /) -> list[float]:

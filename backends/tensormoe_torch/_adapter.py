@@ -36,7 +36,6 @@ class TorchBackend:
     namespace = _namespace
     # NaN propagates, as everywhere in PyTorch: a scaler of gradients skips such a step
     checks_values = False
-    picks_entries = False
     keeps_constants = False
     # a tensor is where its memory is
     devices = None
@@ -72,13 +71,6 @@ class TorchBackend:
     def sum(self, array: Tensor, axes: tuple[int, ...], /) -> Tensor:
         return torch.sum(array, dim=axes, dtype=array.dtype)
 
-    def excess(
-        self, array: Tensor, threshold: Tensor | float, /, out: Tensor | None = None
-    ) -> Tensor:
-        if not self.eager:
-            return torch.relu(array - threshold)
-        return torch.sub(array, threshold, out=out).relu_()
-
     def row_sums(self, array: Tensor, /) -> Tensor:
         return torch.sum(array, dim=-1, keepdim=True)
 
@@ -89,10 +81,10 @@ class TorchBackend:
             return norm * norm
         return torch.sum(array * array, dim=-1, keepdim=True)
 
-    def repeat(self, step: Step, state: State, rounds: int, enough: float, /) -> State:
-        for _ in range(rounds):
-            state, way = step(*state)
-            if self.eager and way.numel() and float(torch.max(way)) <= enough:
+    def while_loop(self, step: Step, state: State, max_steps: int, tolerance: float, /) -> State:
+        for _ in range(max_steps):
+            state, change = step(*state)
+            if self.eager and change.numel() and float(torch.max(change)) <= tolerance:
                 break
         return state
 
@@ -163,10 +155,9 @@ class TorchBackend:
 
 
 def library(dtype: torch.dtype, *, keeps_input: bool = True) -> Library:
-    """What the memory of an eager call on the CPU depends on."""
+    """Properties that the memory of an eager call on the CPU depends on."""
     return Library(
         EAGER.row_block_bytes,
-        EAGER.picks_entries,
         copies_transposed=copies_transposed(dtype),
         frees_saved=True,
         keeps_input=keeps_input,

@@ -1,4 +1,4 @@
-"""What an array library must offer, and which adapter serves which arrays.
+"""Primitives that an array library must offer, and the adapters that provide them.
 
 An adapter implements :class:`Backend` and is registered as an entry point in the group
 ``tensormoe.backends`` under the name of the array library's root module (``numpy`` for
@@ -14,7 +14,7 @@ from tensormoe.backend._integers import default_integer as default_integer
 from tensormoe.backend._protocol import Array as Array
 from tensormoe.backend._protocol import Backend as Backend
 from tensormoe.backend._protocol import Exchange as Exchange
-from tensormoe.backend._protocol import Round as Round
+from tensormoe.backend._protocol import LoopStep as LoopStep
 from tensormoe.backend._protocol import State as State
 from tensormoe.backend._protocol import Step as Step
 from tensormoe.backend._registry import available_backends as available_backends
@@ -29,7 +29,7 @@ __all__ = [
     "Array",
     "Backend",
     "Exchange",
-    "Round",
+    "LoopStep",
     "State",
     "Step",
     "available_backends",

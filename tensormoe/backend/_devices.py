@@ -1,4 +1,4 @@
-"""Where new arrays go: beside those that they will meet."""
+"""The device of new arrays: that of the arrays they will meet."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["device_of"]
 
 
 def device_of(array: Array) -> Any:
-    """What a namespace takes as ``device`` to put a new array beside ``array``.
+    """The ``device`` argument that puts a new array beside ``array``.
 
     ``None``, the library's own choice, for arrays that have no device, although the standard says
     so: JAX's while they are traced or lie on several devices, and all of Dask's; and for JAX's that

@@ -6,34 +6,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-__all__ = ["Array", "Backend", "Exchange", "Round", "State", "Step"]
+__all__ = ["Array", "Backend", "Exchange", "LoopStep", "State", "Step"]
 
 Array: TypeAlias = Any
 """An array of any library; the core has no array type of its own."""
 
 State: TypeAlias = tuple[Array, ...]
-"""What a loop carries from one round to the next."""
+"""The arrays that a loop carries from one step to the next."""
 
 Step: TypeAlias = Callable[..., tuple[State, Array]]
-"""One round: from the arrays of a state to the next state, and how far it went, at least 0."""
+"""One step of a loop: from the arrays of a state to the next state, and how large the step was."""
 
 
 @dataclass(frozen=True, eq=False)
-class Round:
-    """A step of a gate's search as what it does and what it does it to; called, it is a step.
+class LoopStep:
+    """A step as a function and constants: a library can compile a loop once for equal functions.
 
     Attributes:
-        rule: from ``given`` and the arrays of a state to the next state and how far it went. It
-            holds no arrays and can be hashed: rules are equal where they do the same.
-        given: arrays that every round reads.
+        function: from ``constants`` and the arrays of a state to the next state and the size of
+            the step. It holds no arrays and can be hashed: functions that do the same are equal.
+        constants: arrays that every step reads.
     """
 
-    rule: Step
-    given: tuple[Array, ...]
+    function: Step
+    constants: tuple[Array, ...]
 
     def __call__(self, *state: Array) -> tuple[State, Array]:
-        """The next state, and how far it went."""
-        return self.rule(*self.given, *state)
+        """The next state, and the size of the step."""
+        return self.function(*self.constants, *state)
 
 
 @runtime_checkable
@@ -73,15 +73,10 @@ class Backend(Protocol):
 
     @property
     def checks_values(self) -> bool:
-        """Whether values that make no sense (NaN logits, ids out of range) are looked for.
+        """Whether invalid values (NaN logits, ids out of range) are errors.
 
-        They are errors then. Elsewhere they propagate, as users of the library expect.
+        Elsewhere they propagate, as users of the library expect.
         """
-        ...
-
-    @property
-    def picks_entries(self) -> bool:
-        """Whether gathering a few scattered entries is cheaper than a few passes over all."""
         ...
 
     def owns(self, array: Array, /) -> bool:
@@ -112,13 +107,6 @@ class Backend(Protocol):
         """Sum over ``axes`` and drop them, in the array's own dtype."""
         ...
 
-    def excess(self, array: Array, threshold: Array, /, out: Array | None = None) -> Array:
-        """max(array - threshold, 0): with the two sums below, the work of a gate's root search.
-
-        Written to ``out``, an array that nobody needs any more, where the library can do so.
-        """
-        ...
-
     def row_sums(self, array: Array, /) -> Array:
         """Sums of the rows of a floating-point matrix, (rows, 1), for rows of any length."""
         ...
@@ -127,13 +115,13 @@ class Backend(Protocol):
         """Sums of the squares of each row of a floating-point matrix, (rows, 1)."""
         ...
 
-    def repeat(self, step: Step, state: State, rounds: int, enough: float, /) -> State:
-        """Apply ``step`` to ``state``, ``rounds`` times at most: the root search of a gate.
+    def while_loop(self, step: Step, state: State, max_steps: int, tolerance: float, /) -> State:
+        """Apply ``step`` to ``state`` until it changes little: the root search of a gate.
 
-        It may end once no entry of what ``step`` says of its way is above ``enough``; a library
-        that cannot look at values, or loses time by it, does all the rounds. Rows know nothing of
-        one another, so that each may end for itself. Nobody differentiates through it. A gate's
-        ``step`` is a :class:`Round`, which lets a library compile the loop once.
+        The loop may end once no entry of the step size is above ``tolerance``, and ends after
+        ``max_steps``, which always suffice for a gate; a library that cannot read values, or loses
+        time by it, does them all. Rows are independent, so that each may end by itself. The loop
+        is never differentiated. A gate's ``step`` is a :class:`LoopStep`.
         """
         ...
 
@@ -150,7 +138,7 @@ class Backend(Protocol):
         ...
 
     def stop_gradient(self, array: Array, /) -> Array:
-        """The same values, constant to differentiation: the root search inside a gate."""
+        """The same values, constant to differentiation: used by the root search of a gate."""
         ...
 
     def to_bytes(self, array: Array, /) -> tuple[str, tuple[int, ...], bytes]:
@@ -164,10 +152,10 @@ class Backend(Protocol):
 
 @runtime_checkable
 class Exchange(Protocol):
-    """What an adapter may have besides, for :func:`tensormoe.convert`.
+    """Optional members of an adapter, for :func:`tensormoe.convert`.
 
-    Without it, arrays lend their memory by their own ``__dlpack__``, and the namespace's
-    ``from_dlpack`` takes what others lend. Here belongs what a library does otherwise.
+    Without them, arrays lend their memory by their own ``__dlpack__``, and the namespace's
+    ``from_dlpack`` takes the memory of others.
     """
 
     @property
@@ -182,12 +170,12 @@ class Exchange(Protocol):
     def devices(self) -> frozenset[int] | None:
         """DLPack's numbers of the only kinds of device that its arrays are on; None for many.
 
-        For such a library an array from elsewhere is brought over.
+        Arrays from other devices are copied for such a library.
         """
         ...
 
     def to_dlpack(self, array: Array, /, *, copy: bool) -> tuple[Array, bool]:
-        """What has ``__dlpack__``, and whether others may write to it; a copy if one is wanted.
+        """An object with ``__dlpack__``, and whether others may write to it; a copy if wanted.
 
         Raises:
             BackendError: an array that cannot be lent, since it is traced or differentiated.

@@ -16,7 +16,7 @@ from tensormoe.cli._profile import THIS_MACHINE, save_profile
 from tensormoe.errors import SpecError
 from tensormoe.gates import Gate, activate
 from tensormoe.planning import Roofline
-from tensormoe.planning._layer_cost import activation_flops
+from tensormoe.planning._gate_cost import activation_flops
 
 __all__ = ["LIBRARIES", "measure_roofline", "run_calibrate"]
 

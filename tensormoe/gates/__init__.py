@@ -5,12 +5,10 @@ One implementation on the Array-API standard serves all backends. Nothing here k
 
 from __future__ import annotations
 
-from tensormoe.gates._activate import BLOCK_ARRAYS as BLOCK_ARRAYS
 from tensormoe.gates._activate import Activation as Activation
 from tensormoe.gates._activate import Statistics as Statistics
 from tensormoe.gates._activate import activate as activate
 from tensormoe.gates._activate import activate_vjp as activate_vjp
-from tensormoe.gates._activate import activation_workspace as activation_workspace
 from tensormoe.gates._functions import entmax as entmax
 from tensormoe.gates._functions import softmax as softmax
 from tensormoe.gates._functions import sparsemax as sparsemax
@@ -26,9 +24,9 @@ from tensormoe.gates._top_k import TopK as TopK
 from tensormoe.gates._top_k import top_k as top_k
 from tensormoe.gates._top_k import top_k_indices as top_k_indices
 from tensormoe.gates._top_k import top_k_indices_vjp as top_k_indices_vjp
+from tensormoe.gates._workspace import workspace as workspace
 
 __all__ = [
-    "BLOCK_ARRAYS",
     "Across",
     "Activation",
     "Gate",
@@ -36,7 +34,6 @@ __all__ = [
     "TopK",
     "activate",
     "activate_vjp",
-    "activation_workspace",
     "entmax",
     "entropy",
     "entropy_loss",
@@ -49,4 +46,5 @@ __all__ = [
     "top_k",
     "top_k_indices",
     "top_k_indices_vjp",
+    "workspace",
 ]

@@ -1,12 +1,11 @@
-"""From logits to coefficients as a gate says, and back."""
+"""From logits to coefficients, and the gradient of that."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import GateError
-from tensormoe.gates._candidates import candidate_bytes, worth_it
 from tensormoe.gates._functions import activation_vjp, entmax_block
 from tensormoe.gates._gate import Gate
 from tensormoe.gates._normalization import (
@@ -15,10 +14,9 @@ from tensormoe.gates._normalization import (
     LayerNorm,
     Standardize,
     batch_moments,
-    standardize_vjp,
+    layer_norm_vjp,
 )
-from tensormoe.gates._passes import layer_norm_vjp
-from tensormoe.gates._rows import Rows, as_rows, block_rows, blocks, map_rows
+from tensormoe.gates._rows import Rows, as_rows, blocks, map_rows
 from tensormoe.gates._top_k import check_k, top_k_block
 
 
@@ -37,7 +35,7 @@ class Statistics:
 
 @dataclass(frozen=True, eq=False)
 class Activation:
-    """What a gate made of logits.
+    """Coefficients of logits.
 
     Attributes:
         coefficients: the logits' shape, non-negative, summing to one over the last axis.
@@ -61,7 +59,7 @@ def activate(
     """Normalize logits and apply the gate's activation.
 
     It works on blocks of rows of ``backend.row_block_bytes``, so at its peak holds, besides its
-    arguments, the coefficients and temporaries that :func:`activation_workspace` counts.
+    arguments, the coefficients and temporaries that :func:`workspace` counts.
 
     Args:
         gate: normalization and activation.
@@ -98,7 +96,7 @@ def activate(
         alpha = gate.effective_alpha
         weights = map_rows(rows, lambda x, m, first: entmax_block(backend, x, m, first, how, alpha))
     if across is not None and isinstance(how, Affine) and rows.values.shape[0] == 0:
-        # no row is here, but the others wait for this one's part in the gradients
+        # this part of the batch has no rows, but the others wait for its part in the gradients
         weights = weights + how.mean + how.scale
     return Activation(rows.restore(weights), updated)
 
@@ -120,7 +118,7 @@ def _standardize(
         for name, array in (("mean", statistics.mean), ("variance", statistics.variance)):
             if tuple(array.shape) != (experts,):
                 raise GateError(
-                    f"statistics.{name} must have one entry an expert, shape {(experts,)}; got "
+                    f"statistics.{name} must have one entry per expert, shape {(experts,)}; got "
                     f"{tuple(array.shape)}. Pass the statistics of this gate."
                 )
     if not training:
@@ -186,16 +184,16 @@ def activate_vjp(
     Args:
         gate: as in the forward call, like ``logits``, ``mask``, ``statistics`` and ``training``.
         logits: (..., experts).
-        coefficients: what the forward call returned for them.
+        coefficients: the result of the forward call.
         cotangent: the derivative with respect to the coefficients, of their shape.
         mask: as in the forward call.
         statistics: the running statistics that were passed in, not those that came out.
         training: as in the forward call.
         backend: as in the forward call.
-        across: as in the forward call; a gradient of what all of them make of the whole batch.
+        across: as in the forward call; the gradient then includes all parts of the batch.
 
     Returns:
-        (..., experts), in the coefficients' dtype; zero where experts have no say.
+        (..., experts), in the coefficients' dtype; zero for experts that are not usable.
 
     Raises:
         GateError: the shapes differ, or the forward call would have raised it.
@@ -226,14 +224,9 @@ def activate_vjp(
     def gradient(values: Array, some: Array | None, first: int) -> Array:
         stop = first + values.shape[0]
         some_weights, some_cotangent = weights[first:stop, :], cotangent[first:stop, :]
-        usual = some is None and backend.eager and gate.normalization == "layer"
-        if usual and alpha in (1.0, 1.5):
-            found = layer_norm_vjp(backend, values, some_weights, some_cotangent, alpha, gate.eps)
-            if found is not None:
-                return found
         inner = activation_vjp(backend, some_weights, some_cotangent, alpha)
         if gate.normalization == "layer":
-            return standardize_vjp(backend, values, some, first, gate.eps, inner)
+            return layer_norm_vjp(backend, values, some, first, gate.eps, inner)
         return xp.where(xp.isinf(values), xp.zeros_like(inner), inner)
 
     result = map_rows(rows, gradient)
@@ -282,52 +275,3 @@ def _batch_vjp(
         return xp.where(live, block, xp.zeros_like(block))
 
     return map_rows(rows, gradient)
-
-
-def activation_workspace(
-    gate: Gate,
-    rows: int,
-    experts: int,
-    itemsize: int,
-    row_block_bytes: int | None,
-    picks_entries: bool = True,
-) -> int:
-    """Bytes that :func:`activate` holds at its peak, the coefficients included, arguments not.
-
-    It counts unmasked, finite, roughly normal logits on a library that runs eagerly: the
-    coefficients, once more than one block is needed, and the temporaries of one block
-    (:data:`BLOCK_ARRAYS`). Vectors with one entry a row or an expert are left out.
-
-    Args:
-        gate: the gate, whose activation decides on the temporaries.
-        rows: tokens, all leading axes multiplied.
-        experts: logits a token.
-        itemsize: bytes of one logit in at least float32, hence 4 or 8.
-        row_block_bytes: the backend's.
-        picks_entries: the backend's.
-
-    Example:
-        >>> activation_workspace(Gate("softmax"), 1024, 1024, 4, 256 * 1024) / (1024 * 1024 * 4)
-        1.1875
-    """
-    block = block_rows(rows, experts, itemsize, row_block_bytes)
-    special = gate.activation != "entmax" or gate.alpha in (1.0, 1.5, 2.0)
-    arrays, flags = BLOCK_ARRAYS[gate.activation if special else "entmax of any α"]
-    output = rows * experts * itemsize if block < rows else 0
-    usual = gate == replace(gate, activation="entmax", alpha=1.5, normalization="layer", k=None)
-    if usual and not picks_entries:
-        return output + itemsize * block * experts
-    if usual and worth_it(block, experts):
-        each = itemsize + candidate_bytes(experts, itemsize)
-        return output + round(each * block * experts)
-    return output + (arrays * itemsize + flags) * block * experts
-
-
-BLOCK_ARRAYS = {
-    "entmax": (3, 0),
-    "entmax of any α": (7, 2),
-    "sparsemax": (3, 2),
-    "softmax": (3, 0),
-    "top_k": (4, 1),
-}
-"""(block rows, experts) arrays alive at once inside a block: floating-point ones, and booleans."""

@@ -6,12 +6,10 @@ from math import isfinite
 
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import GateError
-from tensormoe.gates._candidates import entmax15_of_candidates, worth_it
 from tensormoe.gates._normalization import LayerNorm, Shifted, Standardize, keep_nan, shift
 from tensormoe.gates._passes import entmax15_of_one_row, entmax15_of_rows
 from tensormoe.gates._rows import as_rows, map_rows
 from tensormoe.gates._threshold import entmax as _entmax
-from tensormoe.gates._threshold import entmax15 as _entmax15
 
 
 def check_alpha(alpha: object) -> float:
@@ -37,51 +35,22 @@ def entmax_block(
     """Standardize a (rows, experts) block and apply entmax; softmax for ``alpha`` = 1."""
     if values.shape[0] == 0:
         return values
-    usual = isinstance(how, LayerNorm) and alpha == 1.5 and mask is None
-    if usual and backend.eager:
-        assert isinstance(how, LayerNorm)
-        found = _usual(backend, values, first_row, how)
-        if found is not None:
-            return found
+    if isinstance(how, LayerNorm) and alpha == 1.5 and mask is None and backend.eager:
+        usual = entmax15_of_one_row(backend, values, how.eps) if values.shape[0] == 1 else None
+        if usual is None:
+            usual = entmax15_of_rows(backend, values, how.eps)
+        if usual is not None:
+            return usual
     factor = alpha - 1.0 if alpha > 1.0 else 1.0
-    guess = alpha == 1.5 and isinstance(how, LayerNorm)
-    shifted = shift(backend, values, mask, first_row, how, factor, guess)
-    xp = backend.namespace
+    shifted = shift(backend, values, mask, first_row, how, factor)
     if alpha == 1.0:
         return keep_nan(backend, shifted, _softmax(backend, shifted))
-    if alpha == 1.5:
-        weights = _entmax15(backend, shifted.values, shifted.start)
-    else:
-        weights = _entmax(backend, shifted.values, alpha)
-    if shifted.usable is None or backend.checks_values:
-        return weights
-    # a row without experts, which could not be refused
-    weights = xp.where(shifted.usable, weights, xp.zeros_like(weights))
+    weights = _entmax(backend, shifted.values, alpha)
+    if shifted.usable is not None:
+        # a row without experts may not have been refused
+        xp = backend.namespace
+        weights = xp.where(shifted.usable, weights, xp.zeros_like(weights))
     return keep_nan(backend, shifted, weights)
-
-
-def _usual(backend: Backend, values: Array, first_row: int, how: LayerNorm) -> Array | None:
-    """The usual gate in few passes; ``None`` for blocks of another kind."""
-    rows, experts = values.shape
-    if rows == 1:
-        found = entmax15_of_one_row(backend, values, how)
-        if found is not None:
-            return found
-    if not backend.picks_entries:
-        return entmax15_of_rows(backend, values, how)
-    if not worth_it(rows, experts):
-        return None
-    picked = entmax15_of_candidates(backend, values, how)
-    if picked is None:
-        return None
-    weights, left_out = picked
-    xp = backend.namespace
-    if left_out is not None and bool(xp.any(left_out)):
-        # their threshold lies below the bound, so that candidates may be missing
-        some = xp.nonzero(left_out)[0]
-        shifted = shift(backend, xp.take(values, some, axis=0), None, first_row, how, 0.5, True)
-        weights[some, :] = _entmax15(backend, shifted.values, shifted.start)
-    return weights
 
 
 def _softmax(backend: Backend, shifted: Shifted) -> Array:
@@ -185,4 +154,6 @@ def activation_vjp(backend: Backend, weights: Array, cotangent: Array, alpha: fl
     total = backend.row_sums(slope)
     # a row of zeros, where no error could be raised, has derivative zero
     total = xp.where(total > 0.0, total, xp.ones_like(total))
-    return slope * (cotangent - xp.vecdot(slope, cotangent)[:, None] / total)
+    gradient = slope * cotangent
+    gradient -= slope * (backend.row_sums(gradient) / total)
+    return gradient

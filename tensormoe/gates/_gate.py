@@ -1,4 +1,4 @@
-"""How a layer turns logits into coefficients, as a value."""
+"""Normalization and activation of a layer's coefficients, as a value."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Gate:
 
     Attributes:
         activation: "entmax", "sparsemax", "softmax" or "top_k".
-        alpha: the α of entmax, at least 1; 1.5 unless given. Other activations have no use for it.
+        alpha: the α of entmax, at least 1; 1.5 unless given. Other activations do not use it.
         normalization: "layer", "batch" or ``None``.
-        k: experts a token for "top_k", ``None`` for the others.
+        k: experts per token for "top_k", ``None`` for the others.
         bias: whether the projection has a bias. The paper's has none.
         eps: added to the variance by both normalizations; positive.
         momentum: weight of a new batch in batch norm's running statistics, in (0, 1].

@@ -1,21 +1,20 @@
-"""What happens to logits before the activation: layer norm, batch norm or nothing, no affine.
+"""Standardization of logits before the activation: layer norm, batch norm or none, no affine part.
 
-Everything here also shifts each row so that its largest entry is 0, which changes no coefficient
-and lets the entries near the top, the ones that get coefficients, keep their precision.
+Rows are also shifted so that their largest entry is 0, which changes no coefficient and keeps the
+precision of the entries near the top, the only ones that get coefficients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, reduce
-from math import erfc, exp, pi, sqrt
+from functools import reduce
 from operator import add
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import GateError
-from tensormoe.gates._rows import Rows, all_finite, blocks, finite
+from tensormoe.gates._rows import Rows, blocks, check_logits, is_finite
 from tensormoe.gates._threshold import OUTSIDE
 
 
@@ -28,7 +27,7 @@ class LayerNorm:
 
 @dataclass(frozen=True)
 class Affine:
-    """(x - mean) · scale with a mean and a scale an expert: batch norm, once these are known."""
+    """(x - mean) · scale with one mean and scale per expert: batch norm, once these are known."""
 
     mean: Array
     scale: Array
@@ -48,14 +47,12 @@ class Shifted:
     Attributes:
         values: (rows, experts).
         usable: where experts may get a coefficient, or ``None`` for everywhere.
-        start: (rows, 1), where the threshold of an entmax-1.5 is probably found, or ``None``.
         lost: (rows, 1) booleans, rows with a NaN among the logits of usable experts; ``None`` where
             there is none.
     """
 
     values: Array
-    usable: Array | None
-    start: Array | None = None
+    usable: Array | None = None
     lost: Array | None = None
 
 
@@ -66,71 +63,85 @@ def shift(
     first_row: int,
     how: Standardize,
     factor: float,
-    guess: bool = False,
 ) -> Shifted:
-    """Standardize one block of rows, multiply by ``factor`` and bring each row's top to 0."""
-    if backend.eager and mask is None:
-        plain = _shift_plain(backend, values, how, factor, guess)
-        if plain is not None:
-            return plain
-    if mask is None and not backend.checks_values and not isinstance(how, Affine):
-        return _shift_traced(backend, values, how, factor)
-    return _shift_careful(backend, values, mask, first_row, how, factor)
+    """Standardize one block of rows, multiply by ``factor`` and bring each row's top to 0.
 
-
-def _shift_plain(
-    backend: Backend, values: Array, how: Standardize, factor: float, guess: bool
-) -> Shifted | None:
-    """The short way, for blocks that turn out to hold no NaN and no infinity that matters."""
-    xp = backend.namespace
-    if isinstance(how, Affine):
-        values = (values - how.mean) * how.scale
-    top = backend.stop_gradient(xp.max(values, axis=-1, keepdims=True))
-    if not all_finite(xp, top):
-        return None
-    values = values - top
-    if not isinstance(how, LayerNorm):
-        return Shifted(_times(xp, values, factor), None)
-    moments = _row_moments(backend, values, None)
-    if moments is None:
-        return None
-    mean, variance = moments
-    scale = factor / xp.sqrt(variance + how.eps)
-    start = None
-    if guess:
-        experts = values.shape[-1]
-        # τ is at most -1/√N, which it reaches where all entries tie
-        start = backend.stop_gradient(mean * scale + usual_threshold(experts))
-        start = xp.minimum(start, xp.full_like(start, -(experts**-0.5)))
-        start = xp.maximum(start, xp.full_like(start, -1.0))
-    return Shifted(values * scale, None, start)
-
-
-def _shift_traced(backend: Backend, values: Array, how: LayerNorm | None, factor: float) -> Shifted:
-    """For libraries that look at no values: four sums over a row at most, infinities included.
-
-    Where a logit is +inf, it and its like share the row; those of -inf stand aside.
+    Where a row has logits of +inf, these share it and the others stand aside, like those of -inf.
+    Entries that do not count are replaced before they are computed with, so that neither values
+    nor derivatives become NaN.
     """
     xp = backend.namespace
-    inf = float("inf")
-    top = backend.stop_gradient(xp.max(values, axis=-1, keepdims=True))
-    crowned = top == inf
-    # zero where a row has no finite top to be measured from
-    level = xp.where(crowned | (top == -inf), xp.zeros_like(top), top)
-    infinite = values == inf
-    outside = (values == -inf) | (crowned & ~infinite)
-    zeros = xp.zeros_like(values)
-    values = xp.where(infinite | outside, zeros, values - level)
-    if how is not None:
-        count = backend.row_sums(xp.astype(~outside, values.dtype))
-        count = xp.maximum(count, xp.ones_like(count))
-        mean = backend.row_sums(values) / count
-        centred = xp.where(outside, zeros, values - mean)
-        variance = backend.square_sums(centred) / count
+    shifted = _to_zero(backend, values, mask, first_row, how)
+    values, usable = shifted.values, shifted.usable
+    if isinstance(how, LayerNorm):
+        _, variance, _ = _row_moments(backend, values, usable, first_row)
+        # subtracting the mean would change no coefficient
         values = values * (factor / xp.sqrt(variance + how.eps))
-        factor = 1.0
-    values = xp.where(outside, zeros + OUTSIDE, _times(xp, values, factor))
-    return Shifted(values, ~outside, lost=xp.isnan(top))
+    elif factor != 1.0:
+        if factor > 1.0:  # nothing below OUTSIDE matters, and the product must not overflow
+            values = xp.maximum(values, xp.full_like(values[:, :1], OUTSIDE))
+        values = values * factor
+    if usable is not None:
+        values = xp.where(usable, values, xp.full_like(values[:, :1], OUTSIDE))
+    return Shifted(values, usable, shifted.lost)
+
+
+def _to_zero(
+    backend: Backend, values: Array, mask: Array | None, first_row: int, how: Standardize
+) -> Shifted:
+    """Rows minus their largest usable entry, with 0 where experts are not usable."""
+    xp = backend.namespace
+    inf = float("inf")
+    if mask is not None:
+        values = xp.where(mask, values, xp.full_like(values[:, :1], -inf))
+    logits = values
+    if isinstance(how, Affine):
+        live = None if backend.eager else ~xp.isinf(values)
+        if live is not None:  # an infinite logit would make derivatives NaN
+            values = xp.where(live, values, xp.zeros_like(values[:, :1]))
+        values = (values - how.mean) * how.scale
+        values = values if live is None else xp.where(live, values, logits)
+    top = backend.stop_gradient(xp.max(values, axis=-1, keepdims=True))
+    if backend.eager and mask is None and is_finite(xp, values, top):
+        return Shifted(values - top)
+    if backend.checks_values:
+        check_logits(backend, logits, first_row)
+    crowned = top == inf
+    infinite = values == inf
+    usable = xp.where(crowned, infinite, values != -inf)
+    zeros = xp.zeros_like(values[:, :1])
+    # zero where a row has no finite top to be measured from
+    level = xp.where(crowned | (top == -inf), zeros, top)
+    values = xp.where(usable & ~infinite, values - level, zeros)
+    return Shifted(values, usable, xp.isnan(top))
+
+
+def _row_moments(
+    backend: Backend, values: Array, usable: Array | None, first_row: int
+) -> tuple[Array, Array, Array | float]:
+    """Entries minus their mean, biased variance, and count of each row's usable entries.
+
+    No entry is above 0, and those that are not usable are 0.
+    """
+    xp = backend.namespace
+    rows, experts = values.shape
+    widest = float((xp.finfo(values.dtype).max / experts) ** 0.5)
+    if backend.checks_values and not -float(xp.min(values)) < widest:
+        raise GateError(
+            "logits must lie close enough together for their variance to be representable; "
+            f"got more in rows {first_row} to {first_row + rows - 1}. Exclude experts with "
+            "mask=... or -inf, not with a large negative number."
+        )
+    if usable is None:
+        count: Array | float = float(experts)
+    else:
+        count = backend.row_sums(xp.astype(usable, values.dtype))
+        count = xp.maximum(count, xp.ones_like(count))
+    mean = backend.row_sums(values) / count
+    centred = values - mean
+    if usable is not None:
+        centred = xp.where(usable, centred, xp.zeros_like(mean))
+    return centred, backend.square_sums(centred) / count, count
 
 
 def keep_nan(backend: Backend, shifted: Shifted, weights: Array) -> Array:
@@ -150,121 +161,34 @@ def keep_nan(backend: Backend, shifted: Shifted, weights: Array) -> Array:
     return xp.where(lost, values * spoiled, weights)
 
 
-def _times(xp: Any, values: Array, factor: float) -> Array:
-    if factor == 1.0:
-        return values
-    if factor > 1.0:  # nothing below OUTSIDE matters, and the product must not overflow
-        values = xp.maximum(values, xp.full_like(values[:, :1], OUTSIDE))
-    return values * factor
-
-
-def _shift_careful(
+def layer_norm_vjp(
     backend: Backend,
     values: Array,
     mask: Array | None,
     first_row: int,
-    how: Standardize,
-    factor: float,
-) -> Shifted:
-    xp = backend.namespace
-    split = finite(backend, values, mask, first_row)
-    values, usable = split.values, split.usable
-    zeros = xp.zeros_like(values)
-    if isinstance(how, Affine):
-        values = xp.where(split.live, (values - how.mean) * how.scale, zeros)
-    lost = None
-    if not backend.checks_values:
-        lost = xp.isnan(_top(backend, values, split.live))
-        # an infinite logit does not have such a row to itself
-        usable = xp.where(lost, split.live, usable)
-    if isinstance(how, LayerNorm):
-        values = values - _top(backend, values, split.live)
-        values = xp.where(split.live, values, zeros)
-        moments = _row_moments(backend, values, split.live)
-        if moments is None:
-            raise GateError(
-                "logits must lie close enough together for their variance to be representable; "
-                f"got more in rows {first_row} to {first_row + values.shape[0] - 1}. Exclude "
-                "experts with mask=... or -inf, not with a large negative number."
-            )
-        mean, variance = moments
-        values = (values - mean) / xp.sqrt(variance + how.eps)
-    # infinite logits stand level with each other and alone in their row
-    values = xp.where(split.infinite, zeros, values)
-    values = values - _top(backend, values, usable)
-    values = xp.where(usable, values, zeros)
-    values = xp.where(usable, _times(xp, values, factor), zeros + OUTSIDE)
-    return Shifted(values, usable, lost=lost)
+    eps: float,
+    cotangent: Array,
+) -> Array:
+    """The transpose of layer norm's derivative at ``values``, applied to ``cotangent``.
 
-
-def _top(backend: Backend, values: Array, where: Array) -> Array:
-    xp = backend.namespace
-    lowest = xp.full_like(values, -float("inf"))
-    top = xp.max(xp.where(where, values, lowest), axis=-1, keepdims=True)
-    some = xp.any(where, axis=-1, keepdims=True)
-    return backend.stop_gradient(xp.where(some, top, xp.zeros_like(top)))
-
-
-def _row_moments(backend: Backend, values: Array, live: Array | None) -> tuple[Array, Array] | None:
-    """Mean and biased variance of each row, (rows, 1).
-
-    Args:
-        backend: the adapter of ``values``.
-        values: (rows, experts), none above 0; 0 where not ``live``.
-        live: the experts that count, or ``None`` for all.
-
-    Returns:
-        ``None`` where a square might overflow with ``live`` ``None``, or, on a backend that checks
-        values, is seen to.
+    Both are (rows, experts) blocks, and ``cotangent`` is overwritten. The activation's own
+    derivative already makes it sum to zero over each row, up to rounding, which spares the term of
+    the mean: it is (g - unit ⟨unit, g⟩ / N) / √(variance + eps).
     """
     xp = backend.namespace
-    experts = values.shape[-1]
-    widest = float((xp.finfo(values.dtype).max / experts) ** 0.5)
-    if live is None:
-        mean = backend.row_sums(values) * (1.0 / experts)
-        # no entry is above 0, so none lies further down than the sum; NaN fails the test too
-        if not -float(xp.min(backend.stop_gradient(mean))) * experts < widest:
-            return None
-        centred = values - mean
-        return mean, backend.square_sums(centred) * (1.0 / experts)
-    if backend.checks_values and not -float(xp.min(values)) < widest:
-        return None
-    count = backend.row_sums(xp.astype(live, values.dtype))
-    count = xp.maximum(count, xp.ones_like(count))
-    mean = backend.row_sums(values) / count
-    centred = xp.where(live, values - mean, xp.zeros_like(values))
-    return mean, backend.square_sums(centred) / count
-
-
-# mean² up to this many variances costs the variance no more than two digits
-_OFF_CENTRE = 16.0
-
-
-def off_centre(mean: Array, variance: Array) -> Array:
-    """Where E[x²] - E[x]² is no good variance: logits far off center."""
-    return mean * mean > _OFF_CENTRE * variance
-
-
-@lru_cache(maxsize=64)
-def usual_threshold(experts: int) -> float:
-    """The entmax-1.5 threshold, relative to the mean, of many standard normal logits.
-
-    It solves N E[max(g/2 - τ, 0)²] = 1 for a normal g. Layer norm makes it the threshold of most
-    rows, nearly; as a start of Newton's method it needs not be right, and saves a third of it.
-
-    >>> round(usual_threshold(1024), 3)
-    1.065
-    """
-    high = sqrt(float(experts))
-    low = -high
-    for _ in range(60):
-        middle = (low + high) / 2.0
-        u = 2.0 * middle
-        tail = 0.5 * erfc(u / sqrt(2.0))
-        density = exp(-u * u / 2.0) / sqrt(2.0 * pi)
-        above = experts * 0.25 * ((1.0 + u * u) * tail - u * density) > 1.0
-        low, high = (middle, high) if above else (low, middle)
-    return low
+    shifted = _to_zero(backend, values, mask, first_row, LayerNorm(eps))
+    usable = shifted.usable
+    unit, variance, count = _row_moments(backend, shifted.values, usable, first_row)
+    spread = 1.0 / xp.sqrt(variance + eps)
+    unit *= spread
+    if usable is not None:
+        usable = usable & ~xp.isinf(values)
+        unit = xp.where(usable, unit, xp.zeros_like(spread))
+        cotangent = xp.where(usable, cotangent, xp.zeros_like(spread))
+    unit *= xp.vecdot(unit, cotangent)[:, None] / count
+    cotangent -= unit
+    cotangent *= spread
+    return cotangent
 
 
 def batch_moments(rows: Rows, across: Across | None = None) -> tuple[Array, Array, Array]:
@@ -273,85 +197,41 @@ def batch_moments(rows: Rows, across: Across | None = None) -> tuple[Array, Arra
     Masked and infinite logits do not count.
 
     Args:
-        rows: the logits that are here.
+        rows: the logits of this part of the batch.
         across: makes sums over all parts of the batch of sums over these rows.
     """
     backend, xp = rows.backend, rows.backend.namespace
-
-    def none() -> Array:
-        return backend.sum(rows.values[:0, :], (0,))[None, :]
+    none = backend.sum(rows.values[:0, :], (0,))[None, :]
+    plain = backend.eager and rows.mask is None and rows.values.shape[0] > 0
+    plain = plain and is_finite(xp, rows.values, rows.values)
 
     def total(function: Callable[[Array, Array | None], Array]) -> Array:
-        totals = []
+        totals = [none]  # zeros, for a part without rows
         for start, stop in blocks(rows):
-            block = rows.values[start:stop, :]
-            mask = None if rows.mask is None else rows.mask[start:stop, :]
-            split = None if plain else finite(backend, block, mask, start)
-            live = None if split is None else split.live
-            block = block if split is None else split.values
-            totals.append(backend.sum(function(block, live), (0,))[None, :])
-        # zeros, where no row is here
-        return reduce(add, totals) if totals else none()
+            values, live = rows.values[start:stop, :], None
+            if not plain:
+                live = ~xp.isinf(values)
+                live = live if rows.mask is None else live & rows.mask[start:stop, :]
+                values = xp.where(live, values, xp.zeros_like(values[:, :1]))
+            totals.append(backend.sum(function(values, live), (0,))[None, :])
+        return reduce(add, totals)
 
-    # the plain sum shows whether anything is infinite, if it may be looked at
-    plain = backend.eager and rows.mask is None
     if plain:
-        tops = xp.max(xp.abs(backend.stop_gradient(rows.values)), axis=-1)
-        plain = all_finite(xp, tops)
-    if plain:
-        count = xp.full_like(none(), float(rows.values.shape[0]))
+        count = xp.full_like(none, float(rows.values.shape[0]))
     else:
-        count = total(lambda block, live: xp.astype(live, block.dtype))
-    whole = total(lambda block, live: block)
+        count = total(lambda values, live: xp.astype(live, values.dtype))
+    whole = total(lambda values, live: values)
     if across is not None:
         both = across(xp.concat((count, whole), axis=0))
         count, whole = both[:1, :], both[1:, :]
     divisor = xp.maximum(count, xp.ones_like(count))
     mean = whole / divisor
 
-    def squares(block: Array, live: Array | None) -> Array:
-        centred = block - mean
-        centred = centred * centred
-        return centred if live is None else xp.where(live, centred, xp.zeros_like(centred))
+    def squares(values: Array, live: Array | None) -> Array:
+        centred = values - mean
+        if live is not None:
+            centred = xp.where(live, centred, xp.zeros_like(values[:, :1]))
+        return centred * centred
 
     spread = total(squares)
     return mean, (spread if across is None else across(spread)) / divisor, count
-
-
-def standardize_vjp(
-    backend: Backend, values: Array, mask: Array | None, first: int, eps: float, cotangent: Array
-) -> Array:
-    """The transpose of layer norm's derivative at ``values``, applied to ``cotangent``.
-
-    Both are (rows, experts) blocks. The activation's own derivative already makes ``cotangent``
-    sum to zero over each row, up to rounding, which spares the mean's term.
-    """
-    xp = backend.namespace
-    live = None
-    top = xp.max(values, axis=-1, keepdims=True)
-    moments = None
-    if backend.eager and mask is None and all_finite(xp, top):
-        shifted = values - top
-        moments = _row_moments(backend, shifted, None)
-    if moments is None:
-        split = finite(backend, values, mask, first)
-        live = split.live
-        shifted = split.values - _top(backend, split.values, live)
-        shifted = xp.where(live, shifted, xp.zeros_like(shifted))
-        moments = _row_moments(backend, shifted, live)
-        if moments is None:
-            raise GateError(
-                "logits must be those of the forward pass; got some whose variance overflows, "
-                "which the forward pass refuses. Pass the same logits."
-            )
-    mean, variance = moments
-    spread = 1.0 / xp.sqrt(variance + eps)
-    unit = (shifted - mean) * spread
-    if live is not None:
-        unit = xp.where(live, unit, xp.zeros_like(unit))
-        cotangent = xp.where(live, cotangent, xp.zeros_like(cotangent))
-        count = xp.sum(xp.astype(live, values.dtype), axis=-1, keepdims=True)
-        count = xp.maximum(count, xp.ones_like(count))
-    else:
-        count = xp.full_like(mean, float(values.shape[-1]))
-    return (cotangent - unit * (xp.vecdot(unit, cotangent)[:, None] / count)) * spread

@@ -1,10 +1,10 @@
-"""How the gates walk over an array: checks, dtype, axis, row blocks, masks and infinities."""
+"""Logits as rows: checks, dtype, axis, mask, and blocks of rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import prod
 from typing import Any
 
 from tensormoe.backend import Array, Backend, backend_of
@@ -13,7 +13,7 @@ from tensormoe.errors import GateError
 
 @dataclass(frozen=True)
 class Rows:
-    """Logits as a matrix whose rows are tokens, with what is needed to go back.
+    """Logits as a matrix whose rows are tokens, with the caller's layout.
 
     Attributes:
         values: (rows, experts), floating point of at least 32 bits.
@@ -39,7 +39,7 @@ def as_rows(
 ) -> Rows:
     """Check ``logits`` and ``mask`` at the public door and flatten them to rows.
 
-    ``backend`` is that of the arrays, for callers that know it; it is looked up otherwise.
+    ``backend`` is that of the arrays, for callers that know it; found from the arrays otherwise.
     """
     if backend is None:
         backend = backend_of(logits) if mask is None else backend_of(logits, mask)
@@ -60,7 +60,7 @@ def as_rows(
     if logits.shape[axis] == 0:
         raise GateError(
             f"logits must have at least one expert; got shape {tuple(logits.shape)} with 0 at axis "
-            f"{axis}. Give one logit an expert."
+            f"{axis}. Give one logit per expert."
         )
     if mask is not None:
         mask = _full_mask(xp, mask, tuple(logits.shape))
@@ -126,55 +126,15 @@ def map_rows(rows: Rows, function: Callable[[Array, Array | None, int], Array]) 
     return joined
 
 
-@dataclass(frozen=True)
-class Finite:
-    """A block whose values are finite everywhere, and where its infinities and gaps were.
+def check_logits(backend: Backend, values: Array, first_row: int) -> None:
+    """Refuse NaN and rows without any expert.
 
-    Attributes:
-        values: the logits, 0 where ``live`` is false.
-        live: finite logits of experts that the mask allows.
-        infinite: +inf logits of experts that the mask allows; they share their row equally.
-    """
-
-    values: Array
-    live: Array
-    infinite: Array
-    crowned: Array
-
-    @property
-    def usable(self) -> Any:
-        """Experts that can get a coefficient: the infinite ones of a row, else the live ones."""
-        return (self.crowned & self.infinite) | (~self.crowned & self.live)
-
-
-def finite(backend: Backend, values: Array, mask: Array | None, first_row: int) -> Finite:
-    """Split infinities and masked experts off, so that arithmetic and its derivative stay finite.
-
-    NaN and rows without any expert are errors where values can be inspected; elsewhere NaN
-    propagates and such rows get coefficients of zero.
+    Args:
+        backend: an adapter whose values may be inspected.
+        values: (rows, experts), -inf where masked.
+        first_row: number of the first row, for messages.
     """
     xp = backend.namespace
-    inf = float("inf")
-    infinite = values == inf
-    live = ~infinite & (values != -inf)
-    if mask is not None:
-        infinite = infinite & mask
-        live = live & mask
-    values = xp.where(live, values, xp.zeros_like(values))
-    crowned = xp.any(infinite, axis=-1, keepdims=True)
-    if backend.checks_values:
-        _refuse_nan(xp, values, first_row)
-        dead = ~(crowned[:, 0] | xp.any(live, axis=-1))
-        if bool(xp.any(dead)):
-            raise GateError(
-                "every token must have at least one expert; got none in row "
-                f"{first_row + int(xp.argmax(xp.astype(dead, xp.int32)))}, where all logits are "
-                "masked or -inf. Leave each token one expert."
-            )
-    return Finite(values, live, infinite, crowned)
-
-
-def _refuse_nan(xp: Any, values: Array, first_row: int) -> None:
     bad = xp.isnan(values)
     if bool(xp.any(bad)):
         row, expert = divmod(int(xp.argmax(xp.astype(bad, xp.int32))), values.shape[1])
@@ -182,8 +142,15 @@ def _refuse_nan(xp: Any, values: Array, first_row: int) -> None:
             f"logits must not be NaN; got NaN in row {first_row + row}, expert {expert}. Look for "
             "an overflow in the layers before the gate."
         )
+    dead = xp.max(values, axis=-1) == -float("inf")
+    if bool(xp.any(dead)):
+        raise GateError(
+            "every token must have at least one expert; got none in row "
+            f"{first_row + int(xp.argmax(xp.astype(dead, xp.int32)))}, where all logits are "
+            "masked or -inf. Leave each token one expert."
+        )
 
 
-def all_finite(xp: Any, row_statistic: Array) -> bool:
-    """Whether a statistic with one entry a row is finite everywhere: one cheap look a block."""
-    return isfinite(float(xp.sum(row_statistic)))
+def is_finite(xp: Any, values: Array, top: Array) -> bool:
+    """Whether all entries are finite, given the largest ones; comparisons are false for NaN."""
+    return bool(float(xp.max(top)) < float("inf") and float(xp.min(values)) > -float("inf"))

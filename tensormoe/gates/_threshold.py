@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from math import ceil, log, log2
 from typing import Any
 
-from tensormoe.backend import Array, Backend, Round, State
+from tensormoe.backend import Array, Backend, LoopStep, State
 
 LIVE_STEPS = 2
 """Newton steps on differentiated values: each makes one more order of derivatives exact."""
@@ -30,8 +30,8 @@ OUTSIDE = -2.0
 """A shifted logit that no threshold in [-1, 0) reaches: what masked experts get."""
 
 
-def newton_rounds(experts: int, epsilon: float, power: float) -> int:
-    """Newton steps that suffice from τ = -1, for libraries that cannot look whether they do.
+def newton_steps(experts: int, epsilon: float, power: float) -> int:
+    """Newton steps that suffice from τ = -1, for libraries that cannot test whether they do.
 
     For a convex decreasing φ, Newton's iterates from the left obey φₖ₊₁ φ'ₖ₊₁ ≤ φₖ φ'ₖ / 4: with
     s = φₖ₊₁/φₖ and r = φ'ₖ₊₁/φ'ₖ, convexity gives s + r ≤ 1, hence s·r ≤ 1/4. As φ starts at most
@@ -40,54 +40,33 @@ def newton_rounds(experts: int, epsilon: float, power: float) -> int:
     """
     largest = experts ** (1.0 / power)
     area = max(largest * (largest - 1.0), 1e-30)
-    return max(1, ceil(log(area / enough_of(experts, epsilon, power), 4.0)))
+    return max(1, ceil(log(area / step_tolerance(experts, epsilon, power), 4.0)))
 
 
-def enough_of(experts: int, epsilon: float, power: float) -> float:
-    """The largest last step, in units of τ, that leaves no error to be seen."""
+def step_tolerance(experts: int, epsilon: float, power: float) -> float:
+    """The largest last step, in units of τ, whose error is lost in rounding."""
     # A last step δ leaves an error in h of about (p δ)² N for p ≥ 2. Below that, an expert which
     # leaves the support may cost its whole share of the step, pδ.
     return float((epsilon / experts) ** (0.5 if power >= 2.0 else 1.0) / power)
 
 
-def bracket_rounds(experts: int, epsilon: float, power: float) -> int:
+def bracket_steps(experts: int, epsilon: float, power: float) -> int:
     """Halvings, in the logarithm of -τ, that take its range [N^(-1/p), 1] down to rounding."""
     return ceil(log2(max(log(max(experts, 2)) / power, 1.0) / epsilon)) + 1
 
 
-def entmax15(backend: Backend, z: Array, start: Array | None = None) -> Array:
-    """Coefficients for α = 1.5, the square of max(z - τ, 0).
-
-    Args:
-        backend: the adapter of ``z``.
-        z: (rows, experts), half the logits minus half their row's largest.
-        start: (rows, 1), a guess of τ below 0; τ = -1 by default.
-    """
-    return entmax15_root(backend, z, z.shape[-1], start)[0]
-
-
-def entmax15_root(
-    backend: Backend, z: Array, experts: int, start: Array | None
-) -> tuple[Array, Array]:
-    """Coefficients for α = 1.5, and the τ (rows, 1) that they were computed from.
-
-    Args:
-        backend: the adapter of ``z``.
-        z: (rows, candidates), as for :func:`entmax15`; entries may be missing, or -inf.
-        experts: how many logits a row had at first.
-        start: (rows, 1), a guess of τ below 0; τ = -1 by default.
-    """
+def _entmax15(backend: Backend, z: Array) -> Array:
+    """Coefficients for α = 1.5, the square of max(z - τ, 0)."""
     xp = backend.namespace
+    experts = z.shape[-1]
     epsilon = float(xp.finfo(z.dtype).eps)
     constant = backend.stop_gradient(z)
     lowest = xp.full_like(constant[:, :1], -1.0)
-    enough = enough_of(experts, epsilon, 2.0)
-    rounds = newton_rounds(experts, epsilon, 2.0) + (start is not None)
-    first = lowest if start is None else start
-    # the sums at the last τ that was looked at serve the last step too
-    state = (first, lowest, lowest, lowest)
-    step = Round(_NormStep(backend), (constant, lowest))
-    _, tau, total, square = backend.repeat(step, state, rounds + 1, enough)
+    # the sums at the last τ but one serve the last step too
+    state = (lowest, lowest, lowest, lowest)
+    step = LoopStep(_NormStep(backend), (constant,))
+    most, tolerance = newton_steps(experts, epsilon, 2.0), step_tolerance(experts, epsilon, 2.0)
+    _, tau, total, square = backend.while_loop(step, state, most + 1, tolerance)
     zero = xp.zeros_like(lowest)
     excess = z - tau
     if constant is z:
@@ -97,32 +76,31 @@ def entmax15_root(
             square = backend.square_sums(xp.maximum(excess, zero))
             excess = excess - (square - 1.0) / (2.0 * total)
     excess = xp.maximum(excess, zero)
-    return excess * excess, tau
+    return excess * excess
 
 
 @dataclass(frozen=True)
 class _NormStep:
     """Newton's step on √h - 1 for α = 1.5.
 
-    Rules hold no arrays, and are equal where they do the same: a library that compiles a loop
-    knows it again.
+    Steps hold no arrays, and equal each other where they do the same: a library compiles the loop
+    once.
     """
 
     backend: Backend
 
-    def __call__(self, z: Array, lowest: Array, guess: Array, *_: Array) -> tuple[State, Array]:
+    def __call__(self, z: Array, tau: Array, *_: Array) -> tuple[State, Array]:
         xp = self.backend.namespace
-        excess = xp.maximum(z, guess)
-        excess -= guess
+        excess = xp.maximum(z, tau)
+        excess -= tau
         total = self.backend.row_sums(excess)
         square = self.backend.square_sums(excess)
         # (√h - 1) √h / Σ, the step on the norm
         move = (square - xp.sqrt(square)) / total
-        following = xp.maximum(guess + move, lowest)
-        return (following, guess, total, square), xp.abs(move)
+        return (tau + move, tau, total, square), xp.abs(move)
 
 
-def sparsemax(backend: Backend, z: Array) -> Array:
+def _sparsemax(backend: Backend, z: Array) -> Array:
     """Coefficients for α = 2, max(z - τ, 0): p = 1, where Newton's method ends by itself."""
     xp = backend.namespace
     experts = z.shape[-1]
@@ -130,9 +108,9 @@ def sparsemax(backend: Backend, z: Array) -> Array:
     constant = backend.stop_gradient(z)
     lowest = xp.full_like(constant[:, :1], -1.0)
     zero = xp.zeros_like(lowest)
-    rounds = newton_rounds(experts, epsilon, 1.0)
-    step = Round(_SumStep(backend), (constant,))
-    (tau,) = backend.repeat(step, (lowest,), rounds, epsilon)
+    most = newton_steps(experts, epsilon, 1.0)
+    step = LoopStep(_SumStep(backend), (constant,))
+    (tau,) = backend.while_loop(step, (lowest,), most, epsilon)
     margin = z - tau
     inside = margin > 0.0
     support = backend.row_sums(xp.astype(inside, z.dtype))
@@ -166,9 +144,9 @@ def entmax(backend: Backend, z: Array, alpha: float) -> Array:
     α > 2 the precision of τ near 0 counts, and t = z - τ.
     """
     if alpha == 1.5:
-        return entmax15(backend, z)
+        return _entmax15(backend, z)
     if alpha == 2.0:
-        return sparsemax(backend, z)
+        return _sparsemax(backend, z)
     xp = backend.namespace
     power = 1.0 / (alpha - 1.0)
     constant = backend.stop_gradient(z)
@@ -212,10 +190,11 @@ def _newton(backend: Backend, z: Array, power: float) -> Array:
     experts = z.shape[-1]
     epsilon = float(xp.finfo(z.dtype).eps)
     sigma = xp.zeros_like(z[:, :1])
-    # for p < 2 the tolerance that bounds the rounds is below what rounding lets one see
-    enough = enough_of(experts, epsilon, power) if power >= 2.0 else epsilon
-    rounds = newton_rounds(experts, epsilon, power)
-    return backend.repeat(Round(_PowerStep(backend, power), (z,)), (sigma,), rounds, enough)[0]
+    # for p < 2 the tolerance that bounds the number of steps is below rounding
+    tolerance = step_tolerance(experts, epsilon, power) if power >= 2.0 else epsilon
+    most = newton_steps(experts, epsilon, power)
+    step = LoopStep(_PowerStep(backend, power), (z,))
+    return backend.while_loop(step, (sigma,), most, tolerance)[0]
 
 
 @dataclass(frozen=True)
@@ -235,8 +214,8 @@ class _PowerStep:
 def _bracket(backend: Backend, z: Array, power: float) -> Array:
     """τ for α > 2, where t^p has an infinite slope at the edge of the support.
 
-    Newton's step is taken where it stays inside the bracket, and every other round halves the
-    bracket in the logarithm of -τ, which bounds the number of rounds.
+    Newton's step is taken where it stays inside the bracket, and every other step halves the
+    bracket in the logarithm of -τ, which bounds the number of steps.
     """
     xp = backend.namespace
     experts = z.shape[-1]
@@ -245,9 +224,9 @@ def _bracket(backend: Backend, z: Array, power: float) -> Array:
     low = xp.full_like(z[:, :1], -1.0)
     # the largest t^p is at least 1/N
     high = xp.full_like(low, -max(float(experts) ** (-1.0 / power), float(info.smallest_normal)))
-    rounds = bracket_rounds(experts, epsilon, power)
-    step = Round(_BracketStep(backend, power, epsilon), (z,))
-    return backend.repeat(step, (low, high, low), rounds, 0.0)[0]
+    most = bracket_steps(experts, epsilon, power)
+    step = LoopStep(_BracketStep(backend, power, epsilon), (z,))
+    return backend.while_loop(step, (low, high, low), most, 0.0)[0]
 
 
 @dataclass(frozen=True)

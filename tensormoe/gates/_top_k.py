@@ -17,7 +17,7 @@ _PASSES = 8
 
 @dataclass(frozen=True, eq=False)
 class TopK:
-    """Coefficients of k experts a token, the others being zero.
+    """Coefficients of k experts per token, the others being zero.
 
     Attributes:
         indices: (..., k) integers, the largest logit first.
@@ -48,12 +48,12 @@ def largest(backend: Backend, values: Array, k: int) -> tuple[Array, Array]:
     if k > _PASSES:
         # stable in ascending order of the negatives: ties go to the lower index
         order = xp.argsort(-values, axis=-1, stable=True)
-        # where each expert comes in the order is the order's own argsort
-        places = xp.argsort(order, axis=-1, stable=True)
-        return order[:, :k], places < k
+        # the rank of each expert is the argsort of the order
+        ranks = xp.argsort(order, axis=-1, stable=True)
+        return order[:, :k], ranks < k
     # experts of logit -inf come after all others, but before those chosen already
     values = xp.maximum(values, xp.full_like(values[:, :1], float(xp.finfo(values.dtype).min)))
-    found = []
+    indices = []
     chosen = xp.zeros_like(values, dtype=xp.bool)
     lowest = xp.full_like(values[:, :1], -float("inf"))
     for _ in range(k):
@@ -61,8 +61,8 @@ def largest(backend: Backend, values: Array, k: int) -> tuple[Array, Array]:
         here = columns == index
         chosen = chosen | here
         values = xp.where(here, lowest, values)
-        found.append(index)
-    return xp.concat(found, axis=-1), chosen
+        indices.append(index)
+    return xp.concat(indices, axis=-1), chosen
 
 
 def top_k_block(
@@ -94,7 +94,7 @@ def top_k(logits: Array, k: int, axis: int = -1, mask: Array | None = None) -> A
 
     Args:
         logits: any shape, real floating point, as in :func:`entmax`.
-        k: experts a token, from 1 to their number.
+        k: experts per token, from 1 to their number.
         axis: the axis of the experts.
         mask: booleans that broadcast to ``logits``, true where an expert may be used.
 
@@ -117,11 +117,11 @@ def top_k(logits: Array, k: int, axis: int = -1, mask: Array | None = None) -> A
 
 
 def top_k_indices(logits: Array, k: int) -> TopK:
-    """The same coefficients in indexed form, for layers that gather k experts a token.
+    """The same coefficients in indexed form, for layers that gather k experts per token.
 
     Args:
-        logits: (..., experts), real floating point, with at least k usable experts a token.
-        k: experts a token, from 1 to their number.
+        logits: (..., experts), real floating point, with at least k usable experts per token.
+        k: experts per token, from 1 to their number.
 
     Returns:
         Indices and coefficients, (..., k) each, the largest logit first. Experts of logit -inf
@@ -161,9 +161,9 @@ def top_k_indices_vjp(chosen: TopK, cotangent: Array, experts: int) -> Array:
     """The gradient with respect to the logits of :func:`top_k_indices`.
 
     Args:
-        chosen: what :func:`top_k_indices` returned.
+        chosen: the result of :func:`top_k_indices`.
         cotangent: (..., k), the derivative with respect to ``chosen.values``.
-        experts: how many logits a token had.
+        experts: logits per token.
 
     Returns:
         (..., experts); zero for experts that were not chosen.

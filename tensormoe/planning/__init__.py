@@ -6,7 +6,7 @@ from tensormoe.planning._block_cost import block_cost as block_cost
 from tensormoe.planning._cost import Cost as Cost
 from tensormoe.planning._cost import StepCost as StepCost
 from tensormoe.planning._draft import Routing as Routing
-from tensormoe.planning._layer_cost import gate_cost as gate_cost
+from tensormoe.planning._gate_cost import gate_cost as gate_cost
 from tensormoe.planning._library import Library as Library
 from tensormoe.planning._plan import Plan as Plan
 from tensormoe.planning._plan import plan_layer as plan_layer

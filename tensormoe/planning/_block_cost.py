@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tensormoe._validation import flag
 from tensormoe.errors import PlanError
 from tensormoe.gates import Gate
-from tensormoe.planning._cost import (
-    Cost,
-    StepCost,
-    batch_sizes,
-    program_cost,
-    program_peak,
-    reverse_peak,
-)
-from tensormoe.planning._layer_cost import (
-    GATE_ITEMSIZE,
-    gate_backward_steps,
-    gate_parameters,
-    gate_peak,
-    gate_steps,
-    gate_vjp_peak,
-)
+from tensormoe.planning._cost import Cost, StepCost
+from tensormoe.planning._gate_cost import GateCall
+from tensormoe.planning._layer_cost import ProgramCall
 from tensormoe.planning._library import DEFAULT, Library
-from tensormoe.planning._lowering import volume
 from tensormoe.planning._plan import Plan
-from tensormoe.planning._program import Program
-from tensormoe.planning._reverse import reverse
 
 __all__ = ["block_cost", "block_held"]
 
@@ -47,139 +33,164 @@ def block_cost(
 ) -> Cost:
     """The cost of one call of a block.
 
-    The coefficients are live until the second layer has run, and so is what the first layer
-    returns until the activation has; in training both arrays around the activation are kept.
+    The coefficients are live until the second layer has run, and so is the result of the first
+    layer until the activation has; in training both arrays around the activation are kept.
 
     Args:
         first: how the first layer runs a batch.
         second: how the second one runs the same batch.
-        gate: what makes the coefficients of both; without one, they belong to the caller.
-        gated: whether the activation is that of one half of what the first layer returns, times
-            the other half.
+        gate: makes the coefficients of both; without one, they belong to the caller.
+        gated: whether one half of the first layer's result goes through the activation, and is
+            multiplied with the other half.
         drop: share of entries dropped in training, behind the activation and the second layer.
         training: forward and backward with all gradients, instead of forward alone.
         itemsize: bytes per entry: 4 for float32.
         library: how the array library runs a layer.
     """
     flag(training, "training", PlanError)
-    networks, batch = (first.network, second.network), first.batch
-    in_features, experts = first.network.in_features, first.network.experts
-    programs = first.program, second.program
-    sizes = [batch_sizes(program, batch) for program in programs]
-    forwards = [program_cost(*each, itemsize) for each in zip(programs, sizes, strict=True)]
-    before = batch * first.network.out_features
-    after = batch * second.network.in_features
-    result = batch * second.network.out_features
-    middle = _middle_steps(before, after, gated, itemsize)
-    parameters = sum(network.num_parameters for network in networks)
-    width = max(itemsize, GATE_ITEMSIZE)
-    coefficients, before_second = block_held(
-        gate, experts, second.network.in_features, batch, itemsize
+    network, batch = first.network, first.batch
+    block = _Block(
+        ProgramCall(first.program, batch, itemsize, library),
+        ProgramCall(second.program, batch, itemsize, library),
+        GateCall(gate, network.in_features, network.experts, batch, itemsize, library),
+        inner=itemsize * batch * network.out_features,
+        hidden=itemsize * batch * second.network.in_features,
+        output=itemsize * batch * second.network.out_features,
+        gated=gated,
+        drop=drop > 0,
     )
-    peak_gate = 0
-    gate_forward: tuple[StepCost, ...] = ()
-    gate_options = (in_features, experts, batch, itemsize)
-    if gate is not None:
-        parameters += gate_parameters(gate, in_features, experts)
-        gate_forward = gate_steps(gate, *gate_options)
-        peak_gate = gate_peak(gate, *gate_options, library, training)
-    steps = (*gate_forward, *forwards[0], *middle, *forwards[1])
-    # one more array while a gated activation is multiplied
-    between = itemsize * (before + after + (after if gated else 0))
+    parameters = network.num_parameters + second.network.num_parameters + block.gate.parameters
     if not training:
-        peaks = [program_peak(*each, itemsize) for each in zip(programs, sizes, strict=True)]
-        most = max(coefficients + max(peaks[0], between), before_second + peaks[1])
-        return Cost(parameters, steps, max(peak_gate, most))
-
-    backs = [reverse(program) for program in programs]
-    kept = [
-        [slot for slot in back.saved if slot >= len(program.operands)]
-        for back, program in zip(backs, programs, strict=True)
-    ]
-    peaks = [
-        program_peak(program, each, itemsize, kept=slots)
-        for program, each, slots in zip(programs, sizes, kept, strict=True)
-    ]
-    ways = [
-        reverse_peak(back, program, each, itemsize, library)
-        for back, program, each in zip(backs, programs, sizes, strict=True)
-    ]
-    (saved_first, way_first), (saved_second, way_second) = ways
-    held = coefficients
-    if gate is not None:
-        # logits, and coefficients once more where the experts take them in a narrower type
-        held += (width + (itemsize if itemsize < width else 0)) * batch * sum(experts)
-    one, two, output = (itemsize * entries for entries in (before, after, result))
-    # besides the second layer's input: what the derivative of the activation needs, and the
-    # dropout mask
-    around = one if library.keeps_input or gated else two if drop else 0
-    around += (two if gated else 0) + (two if drop else 0)
-    whole = held + saved_first + around + two + saved_second + output * (2 if drop else 1)
-    # what was returned before entries were dropped
-    whole += output if drop and not library.frees_saved else 0
-    first_gradients, second_gradients = (
-        itemsize * sum(_entries(back.program, slot, batch) for slot in back.program.outputs)
-        for back in backs
-    )
-    if library.frees_saved:
-        # each part of the backward pass frees the arrays that it was computed from
-        rest = held + output + second_gradients
-        stages = (rest + saved_first + around, rest + saved_first - two, rest - two)
-    else:
-        rest = whole + second_gradients
-        # the derivative of the activation, or the gradients of both halves before they are joined
-        stages = (rest + (2 * two if gated else two), rest, rest)
-    moments = [
-        peak_gate,
-        held + peaks[0],
-        held + saved_first + between + (2 * two if drop else 0),
-        held + saved_first + around + two + peaks[1],
-        whole + (output if drop and not library.frees_saved else 0) + way_second - saved_second,
-        stages[0] + one,
-        stages[1] + one + way_first - saved_first,
-    ]
-    back_steps = [
-        program_cost(back.program, batch_sizes(back.program, batch), itemsize, "backward ")
-        for back in backs
-    ]
-    way = _middle_backward_steps(before, after, gated, itemsize)
-    steps = (*steps, *back_steps[1], *way, *back_steps[0])
-    if gate is not None:
-        steps += gate_backward_steps(gate, *gate_options)
-        through = gate_vjp_peak(gate, *gate_options, library)
-        # gradients by coefficients are those of both layers, added
-        moments.append(stages[2] + first_gradients + coefficients + through)
-    return Cost(parameters, steps, max(moments), whole - output)
+        return Cost(parameters, block.steps(), block.peak())
+    steps = block.steps() + block.backward_steps()
+    return Cost(parameters, steps, block.training_peak(), block.saved - block.output)
 
 
 def block_held(
     gate: Gate | None, experts: tuple[int, ...], hidden: int, batch: int, itemsize: int
 ) -> tuple[int, int]:
-    """Bytes of a block that are live all the while each of its layers runs, in a forward call.
+    """Bytes of a block that are live while each of its layers runs, in a forward call.
 
     They are the coefficients for the first layer, and for the second its input besides.
     """
-    width = max(itemsize, GATE_ITEMSIZE)
-    coefficients = 0 if gate is None else width * batch * sum(experts)
+    coefficients = GateCall(gate, hidden, experts, batch, itemsize).coefficients
     return coefficients, coefficients + itemsize * batch * hidden
 
 
-def _entries(program: Program, slot: int, batch: int) -> int:
-    return volume(program.legs[slot], program.sizes, batch)
+@dataclass(frozen=True)
+class _Block:
+    """One call of a block.
 
+    Args:
+        first: call of the first layer.
+        second: call of the second one.
+        gate: call of the gate.
+        inner: bytes of the first layer's result.
+        hidden: bytes of the second layer's input.
+        output: bytes of the second layer's result.
+        gated: whether the activation's result is multiplied with the other half.
+        drop: whether entries are dropped in training.
+    """
 
-def _middle_steps(before: int, after: int, gated: bool, itemsize: int) -> tuple[StepCost, ...]:
-    """The work between the layers."""
-    read, written = itemsize * after, itemsize * after
-    act = StepCost("activation", 0, ACTIVATION_FLOPS * after, read, written)
-    if not gated:
-        return (act,)
-    return act, StepCost("gated: multiply", 0, after, 2 * read, written)
+    first: ProgramCall
+    second: ProgramCall
+    gate: GateCall
+    inner: int
+    hidden: int
+    output: int
+    gated: bool
+    drop: bool
 
+    def steps(self) -> tuple[StepCost, ...]:
+        """Work of a forward call."""
+        entries = self.hidden // self.first.itemsize
+        work = ACTIVATION_FLOPS * entries
+        between = [StepCost("activation", 0, work, self.hidden, self.hidden)]
+        if self.gated:
+            read = 2 * self.hidden
+            between.append(StepCost("gated: multiply", 0, entries, read, self.hidden))
+        return (*self.gate.steps(), *self.first.steps(), *between, *self.second.steps())
 
-def _middle_backward_steps(
-    before: int, after: int, gated: bool, itemsize: int
-) -> tuple[StepCost, ...]:
-    work = ACTIVATION_FLOPS * after + (2 * after if gated else 0)
-    read = itemsize * (before + after)
-    return (StepCost("activation, backward", 0, work, read, itemsize * before, backward=True),)
+    def backward_steps(self) -> tuple[StepCost, ...]:
+        """Work of a backward pass."""
+        work = (ACTIVATION_FLOPS + 2 * self.gated) * (self.hidden // self.first.itemsize)
+        read = self.inner + self.hidden
+        middle = StepCost("activation, backward", 0, work, read, self.inner, backward=True)
+        first, second = self.first.backward_steps(), self.second.backward_steps()
+        return (*second, middle, *first, *self.gate.backward_steps())
+
+    def peak(self) -> int:
+        """Bytes live at the peak of a forward call."""
+        first = max(self.first.peak(), self._activation)
+        second = self.hidden + self.second.peak()
+        return max(self.gate.peak(), self.gate.coefficients + max(first, second))
+
+    def training_peak(self) -> int:
+        """Bytes live at the peak of forward and backward."""
+        return max(self.gate.peak(training=True), self._forward_peak(), self._backward_peak())
+
+    @property
+    def saved(self) -> int:
+        """Bytes live between forward and backward, the result included."""
+        layers = self.first.saved + self._around + self.hidden + self.second.saved
+        # the dropout mask, and the result before entries were dropped
+        output = self.output * (1 + self.drop + (self.drop and not self._frees))
+        return self._held + layers + output
+
+    @property
+    def _frees(self) -> bool:
+        return self.first.library.frees_saved
+
+    @property
+    def _held(self) -> int:
+        """Bytes that the gate keeps throughout training."""
+        return self.gate.coefficients + self.gate.saved
+
+    @property
+    def _activation(self) -> int:
+        """Bytes around the activation; one more array while the halves are multiplied."""
+        return self.inner + self.hidden * (1 + self.gated)
+
+    @property
+    def _around(self) -> int:
+        """Bytes that are saved besides the second layer's input.
+
+        They are what the derivative of the activation needs, and the dropout mask.
+        """
+        if self.first.library.keeps_input or self.gated:
+            kept = self.inner
+        else:
+            kept = self.hidden if self.drop else 0
+        return kept + self.hidden * (self.gated + self.drop)
+
+    def _forward_peak(self) -> int:
+        held = self._held
+        saved = held + self.first.saved
+        return max(
+            held + self.first.peak(training=True),
+            saved + self._activation + (2 * self.hidden if self.drop else 0),
+            saved + self._around + self.hidden + self.second.peak(training=True),
+        )
+
+    def _backward_peak(self) -> int:
+        dropped = self.output if self.drop and not self._frees else 0
+        # live in the backward pass of the activation, of the first layer, and of the gate
+        if self._frees:
+            # each part frees the arrays that it was computed from
+            gate = self._held + self.output + self.second.gradients - self.hidden
+            first = gate + self.first.saved
+            middle = first + self.hidden + self._around
+        else:
+            gate = first = self.saved + self.second.gradients
+            # the derivative, or the gradients of both halves before they are joined
+            middle = first + self.hidden * (1 + self.gated)
+        peaks = [
+            self.saved + dropped + self.second.backward_peak(),
+            middle + self.inner,
+            first + self.inner + self.first.backward_peak(),
+        ]
+        if self.gate.gate is not None:
+            # gradients by coefficients are those of both layers, added
+            through = self.gate.coefficients + self.gate.backward_peak()
+            peaks.append(gate + self.first.gradients + through)
+        return max(peaks)

@@ -1,4 +1,4 @@
-"""What a program costs: counted from its steps, never measured.
+"""The cost of a program: counted from its steps, never measured.
 
 Conventions, tested against independent counters:
 
@@ -7,7 +7,7 @@ Conventions, tested against independent counters:
 - a gather, a scatter's zeros, an identity matrix, a view and a copy are 0 FLOPs; every step reads
   its operands once and writes its result once;
 - memory is that of live arrays beyond the layer's input and parameters: results, intermediates,
-  coefficients, and in training what is saved for the way back and the gradients.
+  coefficients, and in training what is saved for the backward pass and the gradients.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from functools import cached_property
 from math import prod
 
 from tensormoe.factorizations import BATCH, Leg
-from tensormoe.planning._library import DEFAULT, Library
 from tensormoe.planning._program import Program, Role, Step
-from tensormoe.planning._reverse import Reverse
 
 __all__ = [
     "INDEX_BYTES",
@@ -31,7 +29,6 @@ __all__ = [
     "live_memory",
     "program_cost",
     "program_peak",
-    "reverse_peak",
 ]
 
 INDEX_BYTES = 8
@@ -46,8 +43,8 @@ class StepCost:
     """The work of one step.
 
     Args:
-        label: what the step is, for tables.
-        matmul_flops: of matrix products, 2 a multiply-add.
+        label: name of the step, for tables.
+        matmul_flops: of matrix products, 2 per multiply-add.
         elementwise_flops: of everything else.
         bytes_read: operands.
         bytes_written: results.
@@ -69,7 +66,7 @@ class Cost:
     Args:
         parameters: stored entries.
         steps: the work, step by step.
-        peak_memory: bytes live at the worst moment, beyond input and parameters.
+        peak_memory: bytes live at the peak, beyond input and parameters.
         saved_memory: bytes of them kept from forward to backward; 0 for inference.
     """
 
@@ -149,9 +146,9 @@ def program_cost(
     """The cost of every step of a program.
 
     Args:
-        program: what is run.
+        program: the program that runs.
         sizes: the size of every leg, the batch included; may be another layer's of like structure.
-        itemsize: bytes an entry.
+        itemsize: bytes per entry.
         prefix: put before every label of a backward pass.
     """
     steps = [_step_cost(program, step, sizes, itemsize, prefix) for step in program.steps]
@@ -193,12 +190,12 @@ def program_peak(
     kept: Collection[int] = (),
     copies_transposed: bool = False,
 ) -> int:
-    """Bytes live at the worst moment of a program.
+    """Bytes live at the peak of a program.
 
     Args:
-        program: what is run.
+        program: the program that runs.
         sizes: the size of every leg, the batch included.
-        itemsize: bytes an entry.
+        itemsize: bytes per entry.
         owned: operands that count as live until their last use; the others belong to the caller.
         kept: slots that stay live to the end, for a reverse program.
         copies_transposed: whether the library copies a transposed first operand of large products.
@@ -234,9 +231,9 @@ def live_memory(
     """Bytes live before the first step of a program, and while each of its steps runs.
 
     Args:
-        program: what is run.
+        program: the program that runs.
         sizes: the size of every leg, the batch included; polynomials give polynomials.
-        itemsize: bytes an entry.
+        itemsize: bytes per entry.
         owned: operands that count as live until their last use; the others belong to the caller.
         kept: slots that stay live to the end, for a reverse program.
     """
@@ -255,30 +252,6 @@ def live_memory(
             if slot not in kept:
                 now = now - live.pop(slot, 0)
     return moments
-
-
-def reverse_peak(
-    reverse: Reverse,
-    program: Program,
-    sizes: Mapping[Leg, int],
-    itemsize: int = 4,
-    library: Library = DEFAULT,
-) -> tuple[int, int]:
-    """Bytes of saved intermediates, and bytes live at the worst moment of the way back.
-
-    Saved slots stay live throughout; gradients count as they are made. Operands of the forward
-    program are not counted: the caller holds them.
-    """
-    legs = program.legs
-    saved = sum(
-        itemsize * prod(sizes[leg] for leg in legs[slot])
-        for slot in reverse.saved
-        if slot >= len(program.operands)
-    )
-    back = program_peak(
-        reverse.program, sizes, itemsize, copies_transposed=library.copies_transposed
-    )
-    return saved, saved + back
 
 
 def batch_sizes(program: Program, batch: int) -> dict[Leg, int]:

@@ -16,7 +16,6 @@ class Library:
     Args:
         row_block_bytes: largest slice of rows that a gate works on at once, of the backend; None
             for all rows at once.
-        picks_entries: whether a gate gathers the few entries that matter, of the backend.
         copies_transposed: whether a transposed first operand of a large product is copied.
         frees_saved: whether the backward pass frees saved arrays after their last use, as that of
             libraries with automatic differentiation does.
@@ -25,7 +24,6 @@ class Library:
     """
 
     row_block_bytes: int | None = None
-    picks_entries: bool = True
     copies_transposed: bool = False
     frees_saved: bool = False
     keeps_input: bool = True

@@ -33,10 +33,10 @@ class Plan:
 
     Args:
         network: of the layer.
-        title: what the layer is called in reports.
-        routing: what its data operands look like.
+        title: name of the layer in reports.
+        routing: form of its data operands.
         batch: number of inputs planned for.
-        program: what runs; shared by all batches of the regime.
+        program: the steps; shared by all batches of the regime.
         first_batch: the smallest batch of the regime.
         last_batch: the largest, or None if it has no end.
         chunk: inputs that run at a time; smaller than ``batch`` only under a memory limit.
@@ -61,12 +61,12 @@ class Plan:
         itemsize: int = 4,
         library: Library = DEFAULT,
     ) -> Cost:
-        """What one call costs.
+        """Cost of one call.
 
         Args:
-            gate: counted along if given.
+            gate: included in the count if given.
             training: forward and backward with all gradients, instead of forward alone.
-            itemsize: bytes an entry: 4 for float32.
+            itemsize: bytes per entry: 4 for float32.
             library: how the array library runs a layer.
         """
         gate = None if gate is None else Gate.parse(gate)
@@ -179,14 +179,14 @@ def plan_layer(
     Args:
         network: of the layer.
         batch: number of inputs; 0 is planned like 1.
-        routing: what the data operands look like.
+        routing: form of the data operands.
         prepared: plan for weight-only steps that have run beforehand.
         memory_limit: bytes that a forward call may take beyond input and parameters; the batch
             is cut into chunks that keep to it.
         gate: counted against the limit if given.
-        itemsize: bytes an entry.
+        itemsize: bytes per entry.
         library: how the array library runs a layer.
-        title: what the layer is called in reports.
+        title: name of the layer in reports.
 
     Raises:
         PlanError: a batch that is no size, or a limit that not even single inputs keep to; the

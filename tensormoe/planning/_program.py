@@ -14,7 +14,7 @@ __all__ = ["IDENTITY", "Kind", "Operand", "Program", "Role", "Step", "View"]
 Kind = Literal[
     "linear", "matmul", "multiply", "add", "gather", "scatter", "reduce", "expand", "permute", "eye"
 ]
-"""What a step does.
+"""Kind of a step.
 
 ``linear`` is one matrix product of an operand over the batch with one that is not; ``matmul`` any
 other, batched or between weights; ``multiply`` and ``add`` are elementwise with broadcasting;
@@ -24,7 +24,7 @@ matrix in the dtype and on the device of its operand, of which it takes nothing 
 """
 
 Role = Literal["factor", "data", "indices"]
-"""What an operand is: a weight, a dense array over the batch, or integer indices."""
+"""Role of an operand: a weight, a dense array over the batch, or integer indices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """How a step looks at an operand: a reshape, then an axis order; None where nothing changes."""
+    """View of an operand: a reshape, then an axis order; None where nothing changes."""
 
     shape: tuple[int, ...] | None = None
     axes: tuple[int, ...] | None = None
@@ -57,7 +57,7 @@ class Step:
         output: slot of its result.
         input_legs: legs of each operand, in storage order.
         legs: legs of the result, in storage order.
-        views: how each operand is looked at before the operation.
+        views: of each operand, before the operation.
         shape: reshape of the result, if any; -1 stands for the batch.
         axis: first axis of the legs that gather or scatter works on.
         free: slots that no later step needs.
@@ -172,15 +172,15 @@ class Program:
 def _renumber(program: Program, inputs: list[int]) -> Program:
     """``program`` with ``inputs`` as its first slots and its steps' results after them."""
     order = [*inputs, *(step.output for step in program.steps)]
-    place = {slot: k for k, slot in enumerate(order)}
+    index = {slot: k for k, slot in enumerate(order)}
     steps = tuple(
         replace(
             step,
-            inputs=tuple(place[slot] for slot in step.inputs),
-            output=place[step.output],
+            inputs=tuple(index[slot] for slot in step.inputs),
+            output=index[step.output],
             free=(),
             in_place=False,
         )
         for step in program.steps
     )
-    return replace(program, steps=steps, outputs=tuple(place[slot] for slot in program.outputs))
+    return replace(program, steps=steps, outputs=tuple(index[slot] for slot in program.outputs))

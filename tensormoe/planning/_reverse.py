@@ -56,10 +56,10 @@ def reverse(program: Program, wanted: tuple[str, ...] | None = None) -> Reverse:
         if step.output not in gradients or step.output not in live:
             continue
         cotangent = gradients.pop(step.output)
-        for place, slot in enumerate(step.inputs):
+        for position, slot in enumerate(step.inputs):
             if slot not in live:
                 continue
-            gradient = _transpose(builder, step, place, cotangent, slots)
+            gradient = _transpose(builder, step, position, cotangent, slots)
             if slot in gradients:
                 gradient = builder.plus(gradients[slot], gradient)
             gradients[slot] = gradient
@@ -99,10 +99,10 @@ def _saved_operand(program: Program, slot: int) -> Operand:
 
 
 def _transpose(
-    builder: Builder, step: Step, place: int, cotangent: int, slots: dict[int, int]
+    builder: Builder, step: Step, position: int, cotangent: int, slots: dict[int, int]
 ) -> int:
     """The gradient that one operand of a step gets from the cotangent of its result."""
-    legs: tuple[Leg, ...] = step.input_legs[place]
+    legs: tuple[Leg, ...] = step.input_legs[position]
     if step.kind == "add":
         return builder.permute(builder.reduce(cotangent, frozenset(legs)), legs)
     if step.kind == "permute":
@@ -112,5 +112,5 @@ def _transpose(
     if step.kind == "gather":
         indices = tuple(slots[slot] for slot in step.inputs[1:])
         return builder.add("scatter", (cotangent, *indices), legs, axis=step.axis)
-    other = slots[step.inputs[1 - place]]
+    other = slots[step.inputs[1 - position]]
     return builder.contract(cotangent, other, frozenset(legs), legs)

@@ -10,7 +10,8 @@ from tensormoe.errors import SpecError
 from tensormoe.factorizations import BATCH, INPUT, OUTPUT, Dense
 from tensormoe.gates import Gate
 from tensormoe.planning._cost import INDEX_BYTES, Cost, StepCost, contraction_cost
-from tensormoe.planning._layer_cost import GATE_ITEMSIZE, gate_parameters, layer_cost
+from tensormoe.planning._gate_cost import GATE_ITEMSIZE, gate_parameters
+from tensormoe.planning._layer_cost import layer_cost
 from tensormoe.planning._program import Operand, Program
 from tensormoe.planning._tree import Builder
 

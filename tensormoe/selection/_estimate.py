@@ -18,7 +18,7 @@ from tensormoe.factorizations import BATCH, OUTPUT, Leg
 from tensormoe.gates import Gate
 from tensormoe.planning._cost import Cost, StepCost, live_memory, program_cost
 from tensormoe.planning._draft import Draft, Routing
-from tensormoe.planning._layer_cost import gate_cost
+from tensormoe.planning._gate_cost import gate_cost
 from tensormoe.planning._path import WRITE_WEIGHT, tree_cost
 from tensormoe.planning._program import Program
 from tensormoe.planning._regimes import Trees, best_candidate, build_program

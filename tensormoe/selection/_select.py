@@ -12,7 +12,7 @@ from tensormoe._validation import choice
 from tensormoe.errors import BudgetError
 from tensormoe.factorizations import Factorization
 from tensormoe.gates import Gate
-from tensormoe.planning._layer_cost import gate_parameters
+from tensormoe.planning._gate_cost import gate_parameters
 from tensormoe.selection._budget import Budget
 from tensormoe.selection._estimate import Around, Estimator
 from tensormoe.selection._family import Choice, Family

@@ -166,10 +166,10 @@ class BackendContract(LayerChecks):
 
     @CHECKS
     @given(data=st.data())
-    def test_repeat_goes_on_until_it_is_enough(self, data: st.DataObject) -> None:
+    def test_while_loop_ends_below_its_tolerance(self, data: st.DataObject) -> None:
         rows, dtype = data.draw(st.integers(1, 6)), data.draw(dtypes(self.dtypes))
-        rounds = data.draw(st.integers(0, 9), "rounds")
-        enough = data.draw(st.sampled_from([0.0, 0.01]), "enough")
+        most = data.draw(st.integers(0, 9), "max steps")
+        bound = data.draw(st.sampled_from([0.0, 0.01]), "tolerance")
         rng = np.random.default_rng(data.draw(seeds()))
         squares = rng.uniform(0.5, 4.0, (rows, 1)).astype(dtype)
         given, first = self.from_numpy(squares), self.from_numpy(np.full_like(squares, 2.0))
@@ -178,19 +178,19 @@ class BackendContract(LayerChecks):
             following = (root + given / root) * 0.5
             return (following, root), self.backend.namespace.abs(following - root)
 
-        found = self.backend.repeat(step, (first, first), rounds, enough)
+        found = self.backend.while_loop(step, (first, first), most, bound)
         root, last = self.all_to_numpy(found)
         assert (root.dtype.name, root.shape) == (last.dtype.name, last.shape) == (dtype, (rows, 1))
         want = [np.full_like(squares, 2.0)]
-        while len(want) <= rounds:
+        while len(want) <= most:
             want.append((want[-1] + squares / want[-1]) * want[-1].dtype.type(0.5))
         tolerance = {"float32": 1e-5, "float64": 1e-12}.get(dtype, 1e-2)
         for row in range(rows):
-            # rows know nothing of one another, so that each may end for itself
+            # rows are independent, so that each may end by itself
             values = [float(each[row, 0]) for each in want]
-            ways = [abs(after - before) for before, after in pairwise(values)]
-            least = next((k for k, way in enumerate(ways, start=1) if way <= enough), rounds)
-            ends = [(values[k], values[max(k - 1, 0)]) for k in range(least, rounds + 1)]
+            changes = [abs(after - before) for before, after in pairwise(values)]
+            least = next((k for k, change in enumerate(changes, start=1) if change <= bound), most)
+            ends = [(values[k], values[max(k - 1, 0)]) for k in range(least, most + 1)]
             got = (float(root[row, 0]), float(last[row, 0]))
             assert any(np.allclose(got, end, rtol=0, atol=tolerance) for end in ends), (got, ends)
 

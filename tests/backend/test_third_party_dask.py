@@ -125,7 +125,7 @@ def test_a_search_is_one_task_a_chunk(rng: np.random.Generator) -> None:
     # without a bound on its exponent, this one has the most rounds
     logits = rng.standard_normal((6, 1000))
     found = entmax(da.from_array(logits, chunks=(3, 1000)), alpha=3.0)
-    assert len([key for key in found.dask if str(key[0]).startswith("repeat")]) == 2
+    assert len([key for key in found.dask if str(key[0]).startswith("while-loop")]) == 2
     assert len(found.dask) < 500
     np.testing.assert_allclose(found.compute(), entmax(logits, alpha=3.0), rtol=0, atol=1e-12)
 
@@ -145,7 +145,7 @@ def shortened(value: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "tasks"), [(halved, 2), (reversed_rows, 0), (shortened, 0)], ids=lambda it: it
 )
-def test_rounds_that_mix_chunks_are_recorded_one_by_one(
+def test_steps_that_mix_chunks_are_recorded_one_by_one(
     change: Callable[[Any], Any], tasks: int
 ) -> None:
     start = np.arange(4.0)[:, None]
@@ -154,8 +154,8 @@ def test_rounds_that_mix_chunks_are_recorded_one_by_one(
         following = change(value)
         return (following,), abs(following) + 1.0
 
-    [found] = get_backend("dask").repeat(step, (da.from_array(start, chunks=(2, 1)),), 3, 0.0)
-    assert len([key for key in found.dask if str(key[0]).startswith("repeat")]) == tasks
+    [found] = get_backend("dask").while_loop(step, (da.from_array(start, chunks=(2, 1)),), 3, 0.0)
+    assert len([key for key in found.dask if str(key[0]).startswith("while-loop")]) == tasks
     want = start[::-1] if change is reversed_rows else start
     np.testing.assert_array_equal(found.compute(), want * 0.125)
 

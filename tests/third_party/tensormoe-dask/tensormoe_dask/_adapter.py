@@ -25,7 +25,6 @@ class DaskBackend:
     # looking at a value would run the graph that leads to it
     eager = False
     checks_values = False
-    picks_entries = False
 
     def __repr__(self) -> str:
         return "DaskBackend()"
@@ -56,17 +55,14 @@ class DaskBackend:
     def sum(self, array: da.Array, axes: tuple[int, ...], /) -> da.Array:
         return da.sum(array, axis=axes, dtype=array.dtype)
 
-    def excess(self, array: da.Array, threshold: Any, /, out: Any = None) -> da.Array:
-        return da.maximum(array - threshold, 0)
-
     def row_sums(self, array: da.Array, /) -> da.Array:
         return da.sum(array, axis=-1, keepdims=True)
 
     def square_sums(self, array: da.Array, /) -> da.Array:
         return da.sum(array * array, axis=-1, keepdims=True)
 
-    def repeat(self, step: Step, state: State, rounds: int, enough: float, /) -> State:
-        return _loop.repeat(step, state, rounds, enough)
+    def while_loop(self, step: Step, state: State, max_steps: int, tolerance: float, /) -> State:
+        return _loop.while_loop(step, state, max_steps, tolerance)
 
     def take(self, array: da.Array, indices: da.Array, axis: int, /) -> da.Array:
         legs = list(range(array.ndim))

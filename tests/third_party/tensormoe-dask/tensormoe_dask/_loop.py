@@ -1,4 +1,4 @@
-"""A loop as one task for each chunk, so that graphs don't grow with its rounds."""
+"""A loop as one task for each chunk, so that graphs don't grow with its steps."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from dask.highlevelgraph import HighLevelGraph
 
 from tensormoe.backend import State, Step
 
-__all__ = ["repeat"]
+__all__ = ["while_loop"]
 
 Key = Hashable
 Keys = list[Key]
 
 
-def repeat(step: Step, state: State, rounds: int, enough: float) -> State:
-    """One round is recorded, and its tasks run again and again inside a task.
+def while_loop(step: Step, state: State, max_steps: int, tolerance: float) -> State:
+    """One step is recorded, and its tasks run again and again inside a task.
 
-    They may look at values there, and end early. A round that does not work on each chunk by
-    itself is recorded as often as it runs.
+    They may read values there, and end early. A step that does not work on each chunk by itself is
+    recorded as often as it runs.
     """
     first, chunks = state[0], state[0].chunks
     holes = [_hole(each, f"hole-{k}-{first.name}") for k, each in enumerate(state)]
-    after, way = step(*holes)
-    ends = (*after, way)
+    after, change = step(*holes)
+    ends = (*after, change)
     layers = HighLevelGraph.merge(*(each.dask for each in (*state, *ends)))
     graph = dict(layers)
     loops = None
     if all(each.chunks == chunks for each in (*state, *ends)):
-        loops = _loops(graph, holes, ends, rounds, enough)
+        loops = _loops(graph, holes, ends, max_steps, tolerance)
     if loops is None:
-        for _ in range(rounds):
+        for _ in range(max_steps):
             state, _ = step(*state)
         return state
-    name = "repeat-" + tokenize(*(each.name for each in (*state, *ends)), rounds, enough)
+    name = "while-loop-" + tokenize(*(each.name for each in (*state, *ends)), max_steps, tolerance)
     tasks = {
         (name, *place): (loop, [(each.name, *place) for each in state], loop.outside)
         for place, loop in loops.items()
@@ -63,21 +63,21 @@ def repeat(step: Step, state: State, rounds: int, enough: float) -> State:
 
 @dataclass(frozen=True)
 class _Loop:
-    """The tasks of a round for one chunk, and the keys by which they are wired."""
+    """The tasks of a step for one chunk, and the keys by which they are wired."""
 
     tasks: Mapping[Key, Any]
     starts: Keys
     ends: Keys
     outside: Keys
-    rounds: int
-    enough: float
+    max_steps: int
+    tolerance: float
 
     def __call__(self, state: list[np.ndarray], given: list[np.ndarray]) -> list[np.ndarray]:
         known = {**self.tasks, **dict(zip(self.outside, given, strict=True))}
-        for _ in range(self.rounds):
+        for _ in range(self.max_steps):
             wired = {**known, **dict(zip(self.starts, state, strict=True))}
-            *state, way = dask.get(wired, self.ends)
-            if np.max(way, initial=0.0) <= self.enough:
+            *state, change = dask.get(wired, self.ends)
+            if np.max(change, initial=0.0) <= self.tolerance:
                 break
         return state
 
@@ -86,8 +86,8 @@ def _loops(
     graph: Mapping[Key, Any],
     holes: Iterable[da.Array],
     ends: Iterable[da.Array],
-    rounds: int,
-    enough: float,
+    max_steps: int,
+    tolerance: float,
 ) -> dict[tuple[int, ...], _Loop] | None:
     """A loop for every chunk; ``None`` where one needs the state of another."""
     needs = {key: get_dependencies(graph, key) for key in graph}
@@ -107,7 +107,7 @@ def _loops(
         used = {each for key in inside for each in needs[key]} | set(last)
         outside = [key for key in used - set(inside) if not reach[key]]
         tasks = {key: graph[key] for key in inside}
-        loops[place] = _Loop(tasks, starts[place], last, outside, rounds, enough)
+        loops[place] = _Loop(tasks, starts[place], last, outside, max_steps, tolerance)
     return loops
 
 
@@ -117,7 +117,7 @@ def _inside(
     reach: Mapping[Key, Collection[Any]],
     starts: Keys,
 ) -> Keys:
-    """The tasks between the state of a round and that of the next."""
+    """The tasks between one state and the next."""
     found: dict[Key, None] = {}
     left = [*last]
     while left:
@@ -129,7 +129,7 @@ def _inside(
 
 
 def _hole(like: da.Array, name: str) -> da.Array:
-    """An array without values, in whose place the state of a round comes."""
+    """An array without values, in whose place the state of a step comes."""
     tasks = {(name, *key[1:]): None for key in dask.core.flatten(like.__dask_keys__())}
     layers = HighLevelGraph.from_collections(name, tasks, dependencies=[])
     return da.Array(layers, name, like.chunks, meta=like._meta)
