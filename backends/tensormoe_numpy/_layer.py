@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensormoe import functional
+from tensormoe._layers import LinearSizes
 from tensormoe._validation import flag
 from tensormoe.backend import Array
 from tensormoe.errors import ShapeError
@@ -24,7 +25,7 @@ from tensormoe_numpy._random import checked_dtype, draw
 __all__ = ["MuMoE", "Prepared"]
 
 
-class MuMoE(Layer):
+class MuMoE(Layer, LinearSizes):
     """A multilinear mixture of linear experts (Oldfield et al. 2024), on NumPy.
 
     ``y = Σ_n a_n(x) (W_nᵀ x + b_n)``, with all W_n stored as one tensor network that is never
@@ -80,31 +81,9 @@ class MuMoE(Layer):
         dtype: npt.DTypeLike = "float32",
         seed: int | np.random.Generator | None = None,
     ) -> None:
-        self.config = functional.resolve_config(
-            in_features,
-            out_features,
-            experts,
-            factorization,
-            rank=rank,
-            budget=budget,
-            bias=bias,
-            gate=gate,
-        )
-        self._adopt(draw(self.config, checked_dtype(dtype), seed, init, self.backend))
-
-    def __repr__(self) -> str:
-        spec = self.config.spec
-        return f"MuMoE({spec.in_features}, {spec.out_features}, {self._arguments()})"
-
-    @property
-    def in_features(self) -> int:
-        """Size of an input."""
-        return self.config.spec.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Size of an output."""
-        return self.config.spec.out_features
+        options = functional.Options(experts, factorization, rank, budget, bias, gate)
+        config = options.layer(in_features, out_features)
+        self._hold(config, draw(config, checked_dtype(dtype), seed, init, self.backend))
 
     def coefficients(self, x: Array) -> tuple[Array, ...]:
         """The coefficients of inputs (..., in): one array (..., N_e) a level, rows summing to one.
@@ -146,9 +125,12 @@ class MuMoE(Layer):
         if memory_limit is None:
             result = self._forward(rows, given)
         else:
-            size = functional.chunk_size(
-                self.config, len(rows), memory_limit, self.backend, self.dtype.itemsize
-            )
+            size = self.config.plan(
+                len(rows),
+                memory_limit=memory_limit,
+                backend=self.backend,
+                itemsize=self.dtype.itemsize,
+            ).chunk
             result = self.backend.namespace.concat(
                 [
                     self._forward(rows[k : k + size], _slice(given, k, k + size))
@@ -272,7 +254,7 @@ class MuMoE(Layer):
     def _forward(self, rows: Array, given: list[Any] | None) -> Array:
         weights = self._route(rows).coefficients if given is None else given
         result: Array = functional.apply_experts(
-            self.config, self.parameters, rows, weights, self.backend
+            self.config, self.parameters, rows, weights, self.backend, consume=True
         )
         return result
 
