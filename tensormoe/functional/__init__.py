@@ -29,7 +29,7 @@ from tensormoe.functional._routing import Routed as Routed
 from tensormoe.functional._routing import gate_vjp as gate_vjp
 from tensormoe.functional._routing import route as route
 from tensormoe.functional._upcycling import checked_noise as checked_noise
-from tensormoe.functional._upcycling import shared_experts as shared_experts
+from tensormoe.functional._upcycling import upcycle as upcycle
 from tensormoe.functional._weights import expert_weight as expert_weight
 from tensormoe.functional._weights import materialize as materialize
 
@@ -58,5 +58,5 @@ __all__ = [
     "own_gate",
     "prepare",
     "route",
-    "shared_experts",
+    "upcycle",
 ]

@@ -18,7 +18,7 @@ from tensormoe.functional import (
     LayerConfig,
     Options,
     checked_noise,
-    shared_experts,
+    upcycle,
 )
 from tensormoe.gates import Gate
 from tensormoe.selection import Budget
@@ -215,7 +215,7 @@ def _fit(layer: MuMoE, config: LayerConfig, linear: Linear, noise: float, before
     """Fill a layer's factors from a linear layer; ``config`` counts the gate that runs it."""
     like = linear.weight
     wide = torch.float32 if like.dtype.itemsize < 4 else like.dtype
-    arrays, error, norm = shared_experts(
+    arrays, error, norm = upcycle(
         replace(config, gate=None),
         like,
         linear.bias,
