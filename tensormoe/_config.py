@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import NoneType
-from typing import Any, TypedDict
+from typing import Any
 
 from tensormoe._names import block_names
 from tensormoe._spec import LayerSpec
@@ -93,7 +93,8 @@ class LayerConfig:
             gate=self.gate,
             itemsize=itemsize,
             title=repr(self.spec.factorization),
-            **_rows(backend),
+            row_block_bytes=None if backend is None else backend.row_block_bytes,
+            picks_entries=backend is None or backend.picks_entries,
         )
 
     def cost(
@@ -128,7 +129,8 @@ class LayerConfig:
             itemsize=itemsize,
             copies_transposed=copies_transposed,
             frees=frees,
-            **_rows(backend),
+            row_block_bytes=None if backend is None else backend.row_block_bytes,
+            picks_entries=backend is None or backend.picks_entries,
         )
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -296,7 +298,8 @@ class BlockConfig:
             training=training,
             itemsize=itemsize,
             copies_transposed=copies_transposed,
-            **_rows(backend),
+            row_block_bytes=None if backend is None else backend.row_block_bytes,
+            picks_entries=backend is None or backend.picks_entries,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -345,16 +348,3 @@ def _check_names(
     if not isinstance(values, Mapping) or {*values} | optional != expected:
         found = sorted(values) if isinstance(values, Mapping) else values
         raise SpecError(f"a {kind}'s config must have exactly {sorted(expected)}; got {found!r}.")
-
-
-class _Rows(TypedDict, total=False):
-    """How gates walk over rows."""
-
-    row_block_bytes: int | None
-    picks_entries: bool
-
-
-def _rows(backend: Backend | None) -> _Rows:
-    if backend is None:
-        return {}
-    return {"row_block_bytes": backend.row_block_bytes, "picks_entries": backend.picks_entries}

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeAlias
+from math import prod
+from typing import Any, ClassVar, Self, TypeAlias, TypeVar
 
 import numpy as np
 
 from tensormoe import functional
-from tensormoe._layers import LayerCosts, LayerMethods
+from tensormoe._layers import BlockCosts, LayerMethods, Methods
 from tensormoe._names import split_names
 from tensormoe.backend import Array
 from tensormoe.errors import ShapeError
-from tensormoe.functional import LayerConfig
+from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.gates import Gate, TopK
 from tensormoe_numpy._adapter import BACKEND
 from tensormoe_numpy._like_numpy import NumpyLikeBackend
 from tensormoe_numpy._random import FLOATS
 
-__all__ = ["Given", "Gradients", "Layer", "check_cotangent"]
+__all__ = ["Given", "Gradients", "Held", "Layer", "check_cotangent"]
+
+C = TypeVar("C", bound=LayerConfig | BlockConfig)
 
 Given: TypeAlias = Array | TopK | Sequence[Array | TopK]
 
@@ -40,24 +43,14 @@ class Gradients:
     coefficients: tuple[Array, ...] = ()
 
 
-class Layer(LayerMethods[Array]):
-    """Layers of one mixture: parameters by canonical name, and experts of given coefficients."""
+class Held(Methods[Array, C]):
+    """Layers and blocks with parameters and buffers in dictionaries by canonical name."""
 
     _dtypes = FLOATS
 
     backend: ClassVar[NumpyLikeBackend] = BACKEND
     parameters: dict[str, Array]
     buffers: dict[str, Array]
-
-    @property
-    def gate(self) -> Gate | None:
-        """How inputs become coefficients."""
-        return self.config.gate
-
-    @property
-    def factors(self) -> dict[str, Array]:
-        """The factors and the bias by their short names, as TensorLy's layouts take them."""
-        return split_names(self.parameters)["factors"]
 
     @property
     def arrays(self) -> dict[str, Array]:
@@ -70,6 +63,32 @@ class Layer(LayerMethods[Array]):
         dtype: np.dtype[Any] = next(iter(self.parameters.values())).dtype
         return dtype
 
+    def _weights(self) -> dict[str, Array]:
+        return self.parameters
+
+    def _saved_arrays(self) -> dict[str, Array]:
+        return self.arrays
+
+    def _costs(self) -> BlockCosts:
+        return {"backend": self.backend, "itemsize": self.dtype.itemsize}
+
+    def _dtype_text(self) -> str:
+        return f"dtype={self.dtype.name!r}"
+
+
+class Layer(Held[LayerConfig], LayerMethods[Array]):
+    """Layers of one mixture."""
+
+    @property
+    def gate(self) -> Gate | None:
+        """How inputs become coefficients."""
+        return self.config.gate
+
+    @property
+    def factors(self) -> dict[str, Array]:
+        """The factors and the bias by their short names, as TensorLy's layouts take them."""
+        return split_names(self.parameters)["factors"]
+
     @classmethod
     def _of_arrays(cls, config: LayerConfig, arrays: Mapping[str, Array]) -> Self:
         layer = cls.__new__(cls)
@@ -81,17 +100,11 @@ class Layer(LayerMethods[Array]):
         self.parameters = {name: arrays[name] for name in config.parameter_shapes()}
         self.buffers = {name: arrays[name] for name in config.buffer_shapes()}
 
-    def _weights(self) -> dict[str, Array]:
-        return self.parameters
-
-    def _saved_arrays(self) -> dict[str, Array]:
-        return self.arrays
-
-    def _costs(self) -> LayerCosts:
-        return {"backend": self.backend, "itemsize": self.dtype.itemsize}
-
-    def _dtype_text(self) -> str:
-        return f"dtype={self.dtype.name!r}"
+    def _rows(self, x: Array) -> tuple[tuple[int, ...], Array]:
+        """The leading shape of a checked input, and its rows."""
+        features = self.config.spec.in_features
+        lead = functional.check_input(x, features, self.dtype, self.backend)
+        return lead, x.reshape(prod(lead), features)
 
     def _merged(self, coefficients: Given, lead: tuple[int, ...]) -> list[Array | TopK]:
         """Ready-made coefficients with their leading axes merged into one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -91,8 +90,8 @@ class MuMoE(Layer, LinearSizes):
         Raises:
             ShapeError: the input does not fit, or the layer has no gate.
         """
-        lead = functional.check_input(x, self.spec.in_features, self.dtype, self.backend)
-        routed = self._route(x.reshape(-1, self.spec.in_features))
+        lead, rows = self._rows(x)
+        routed = self._route(rows)
         return tuple(weights.reshape(*lead, weights.shape[-1]) for weights in routed.coefficients)
 
     def __call__(
@@ -119,8 +118,7 @@ class MuMoE(Layer, LinearSizes):
             PlanError: a limit that not even single inputs keep to.
             GateError: logits are NaN.
         """
-        lead = functional.check_input(x, self.spec.in_features, self.dtype, self.backend)
-        rows = x.reshape(prod(lead), self.spec.in_features)
+        lead, rows = self._rows(x)
         given = None if coefficients is None else self._merged(coefficients, lead)
         if memory_limit is None:
             result = self._forward(rows, given)
@@ -155,8 +153,7 @@ class MuMoE(Layer, LinearSizes):
             :class:`Gradients`.
         """
         flag(training, "training")
-        lead = functional.check_input(x, self.spec.in_features, self.dtype, self.backend)
-        rows = x.reshape(prod(lead), self.spec.in_features)
+        lead, rows = self._rows(x)
         pull_gate = None
         if coefficients is None:
             given, pull_gate = self._route_vjp(rows, training)
@@ -196,8 +193,8 @@ class MuMoE(Layer, LinearSizes):
             the gate's parameters by canonical name.
         """
         flag(training, "training")
-        lead = functional.check_input(x, self.spec.in_features, self.dtype, self.backend)
-        weights, pull = self._route_vjp(x.reshape(prod(lead), x.shape[-1]), training)
+        lead, rows = self._rows(x)
+        weights, pull = self._route_vjp(rows, training)
 
         def pullback(cotangents: Sequence[Array]) -> tuple[Array, dict[str, Array]]:
             for level, each in enumerate(cotangents):
@@ -279,8 +276,7 @@ class Prepared:
     def __call__(self, x: Array, coefficients: Given | None = None) -> Array:
         """The layer's output (..., out) for (..., in); coefficients must be dense."""
         layer = self._layer
-        lead = functional.check_input(x, layer.spec.in_features, layer.dtype, layer.backend)
-        rows = x.reshape(prod(lead), layer.spec.in_features)
+        lead, rows = layer._rows(x)
         if coefficients is None:
             weights: list[Any] = functional.route(
                 layer.config, self._gate, rows, layer.backend, buffers=self._buffers

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensormoe import functional
-from tensormoe._layers import BlockCosts, BlockMethods
+from tensormoe._layers import BlockMethods
 from tensormoe._names import block_names, split_names
 from tensormoe._validation import choice
 from tensormoe.backend import Array
@@ -19,11 +19,9 @@ from tensormoe.functional import BlockConfig
 from tensormoe.gates import Gate
 from tensormoe.selection import Budget
 from tensormoe_numpy._activations import ACTIVATIONS, activations
-from tensormoe_numpy._adapter import BACKEND
-from tensormoe_numpy._base import Given, Gradients, check_cotangent
+from tensormoe_numpy._base import Given, Gradients, Held, check_cotangent
 from tensormoe_numpy._layer import MuMoE
-from tensormoe_numpy._like_numpy import NumpyLikeBackend
-from tensormoe_numpy._random import FLOATS, checked_dtype, checked_generator, draw
+from tensormoe_numpy._random import checked_dtype, checked_generator, draw
 
 __all__ = ["MuMoEMLP"]
 
@@ -40,7 +38,7 @@ def _checked_name(act_layer: Any) -> str:
         ) from None
 
 
-class MuMoEMLP(BlockMethods[Array]):
+class MuMoEMLP(Held[BlockConfig], BlockMethods[Array]):
     """A μMoE block in place of an MLP (Oldfield et al. 2024, section 3): two mixtures, one gate.
 
     The coefficients are computed once, from the block's input, and mix the experts of both layers.
@@ -84,9 +82,6 @@ class MuMoEMLP(BlockMethods[Array]):
     """
 
     _kind = "MuMoEMLP"
-    _dtypes = FLOATS
-
-    backend: ClassVar[NumpyLikeBackend] = BACKEND
     _layer: ClassVar[type[MuMoE]] = MuMoE
 
     def __init__(
@@ -121,24 +116,14 @@ class MuMoEMLP(BlockMethods[Array]):
         )
 
     @property
-    def dtype(self) -> np.dtype[Any]:
-        """The dtype of the parameters; inputs must have it."""
-        return self.first.dtype
-
-    @property
-    def parameters(self) -> dict[str, Array]:
+    def parameters(self) -> dict[str, Array]:  # type: ignore[override]
         """The trainable arrays by canonical name; update them in place."""
         return block_names(self.first.parameters, self.second.parameters)
 
     @property
-    def buffers(self) -> dict[str, Array]:
+    def buffers(self) -> dict[str, Array]:  # type: ignore[override]
         """Batch norm's running statistics by canonical name."""
         return self.first.buffers
-
-    @property
-    def arrays(self) -> dict[str, Array]:
-        """Parameters and buffers by canonical name: all that :meth:`restore` needs."""
-        return {**self.parameters, **self.buffers}
 
     def coefficients(self, x: Array) -> tuple[Array, ...]:
         """The coefficients (..., N_e) a level that both layers share."""
@@ -240,15 +225,6 @@ class MuMoEMLP(BlockMethods[Array]):
 
     def _layers(self) -> tuple[MuMoE, MuMoE]:
         return self.first, self.second
-
-    def _saved_arrays(self) -> dict[str, Array]:
-        return self.arrays
-
-    def _costs(self) -> BlockCosts:
-        return {"backend": self.backend, "itemsize": self.dtype.itemsize}
-
-    def _dtype_text(self) -> str:
-        return f"dtype={self.dtype.name!r}"
 
 
 def _kept(array: Array, keep: Array | None) -> Array:
