@@ -12,6 +12,7 @@ from typing import ClassVar, Generic, Self, TypedDict, TypeVar
 
 from tensormoe import functional
 from tensormoe._config import BlockConfig, LayerConfig
+from tensormoe._html import layer_html
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Backend
 from tensormoe.checkpoint import check_arrays, check_config, read_block, save_checkpoint
@@ -54,6 +55,8 @@ class Configured:
     _kind: ClassVar[str]
 
     config: LayerConfig | BlockConfig
+
+    _repr_html_ = layer_html
 
     @property
     def num_parameters(self) -> int:
