@@ -226,14 +226,5 @@ class MuMoEMLP(Pair, Gated[BlockConfig], StatefulLayer):
             SpecError: no activation, or two.
         """
         cls._check(config, arrays)
-        return cls._of_arrays(config, arrays, axis_name, act)
-
-    @classmethod
-    def _of_arrays(
-        cls,
-        config: BlockConfig,
-        arrays: Mapping[str, Array],
-        axis_name: Hashable = None,
-        act: Act | None = None,
-    ) -> Self:
-        return built(cls, Pair, config, arrays, config.act_layer if act is None else act, axis_name)
+        named = config.act_layer if act is None else act
+        return built(cls, Pair, config, arrays, named, axis_name)
