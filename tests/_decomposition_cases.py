@@ -19,17 +19,9 @@ from tensormoe import (
     Tucker,
 )
 from tensormoe.testing import reconstruct_by_einsum
+from tests._kinds import KINDS
 
-KINDS = [
-    "cp",
-    "tensor_ring",
-    "tensor_train",
-    "tucker",
-    "hadamard",
-    "shared_basis",
-    "base_delta",
-    "shared_delta",
-]
+NAMES = [kind.name for kind in KINDS if kind.name != "dense"]
 
 
 def planted(name: str, seed: int) -> tuple[LayerSpec, np.ndarray]:

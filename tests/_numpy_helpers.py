@@ -7,32 +7,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from tensormoe import (
-    CP,
-    BaseDelta,
-    Dense,
-    Gate,
-    Hadamard,
-    LayerSpec,
-    SharedBasis,
-    SharedDelta,
-    TensorRing,
-    TensorTrain,
-    Tucker,
-)
+from tensormoe import Gate, LayerSpec
 from tensormoe_numpy import MuMoE
-
-KINDS = [
-    CP(3),
-    TensorRing(3),
-    TensorTrain((2, 3, 4)),
-    Tucker(2),
-    SharedBasis((2, 3)),
-    BaseDelta(2),
-    SharedDelta(2),
-    Hadamard(),
-    Dense(),
-]
 
 
 def randomize(layer: Any, seed: int = 0) -> Any:

@@ -11,44 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tensormoe import (
-    CP,
-    BaseDelta,
-    Dense,
-    Gate,
-    Hadamard,
-    LayerSpec,
-    SharedBasis,
-    SharedDelta,
-    TensorRing,
-    TensorTrain,
-    Tucker,
-)
+from tensormoe import Gate, LayerSpec
 from tensormoe.testing import assert_output, reconstruct_by_einsum
 from tensormoe_torch import MuMoE
-
-KINDS = [
-    CP(3),
-    TensorRing(3),
-    TensorTrain(3),
-    Tucker(2),
-    SharedBasis((2, 3)),
-    BaseDelta(2),
-    SharedDelta(2),
-    Hadamard(),
-    Dense(),
-]
-"""One of each factorization, for any number of levels."""
-
-GATES = [
-    Gate(),
-    Gate(alpha=1.25, bias=True),
-    Gate("sparsemax", normalization=None),
-    Gate("softmax", normalization=None, bias=True),
-    Gate("top_k", k=2),
-    Gate(normalization="batch", bias=True),
-]
-"""Every activation and every normalization."""
 
 
 def numpy_of(tensor: Tensor) -> np.ndarray:

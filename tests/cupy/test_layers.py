@@ -14,19 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensormoe_numpy
-from tensormoe import (
-    CP,
-    BaseDelta,
-    Dense,
-    Gate,
-    Hadamard,
-    SharedBasis,
-    SharedDelta,
-    TensorRing,
-    TensorTrain,
-    TopK,
-    Tucker,
-)
+from tensormoe import CP, Gate, TensorRing, TopK
 from tensormoe.testing import assert_output, batch_shapes, coefficients, dtypes, gates, specs
 from tests._cupy_standin import (
     ADAPTER,
@@ -39,20 +27,10 @@ from tests._cupy_standin import (
     twin,
     waits,
 )
+from tests._kinds import UNEVEN
 
 tensormoe_cupy = pytest.importorskip("tensormoe_cupy")
 
-KINDS = [
-    CP(3),
-    TensorRing(3),
-    TensorTrain((2, 3, 4)),
-    Tucker(2),
-    SharedBasis((2, 3)),
-    BaseDelta(2),
-    SharedDelta(2),
-    Hadamard(),
-    Dense(),
-]
 TOLERANCES = {"float16": 2e-2, "float32": 1e-4, "float64": 1e-10}
 
 
@@ -127,7 +105,7 @@ def test_batch_norm_follows_the_batches(training: bool) -> None:
         assert_same(ours.buffers, layer.buffers)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", UNEVEN, ids=str)
 def test_gathered_coefficients(kind: Any) -> None:
     layer = randomize(tensormoe_numpy.MuMoE(5, 4, (4, 3), kind, gate=None, dtype="float64"))
     rng = np.random.default_rng(0)
@@ -143,7 +121,7 @@ def test_gathered_coefficients(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", UNEVEN, ids=str)
 def test_dtypes_are_kept(kind: Any, dtype: str) -> None:
     layer = tensormoe_cupy.MuMoE(12, 9, (4, 3), kind, dtype=dtype, seed=0)
     x = device(np.random.default_rng(0).standard_normal((5, 12)).astype(dtype))

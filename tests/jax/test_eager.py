@@ -9,36 +9,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tensormoe import (
-    CP,
-    BaseDelta,
-    Dense,
-    Factorization,
-    Gate,
-    Hadamard,
-    LayerSpec,
-    SharedBasis,
-    SharedDelta,
-    TensorRing,
-    TensorTrain,
-    Tucker,
-    entmax,
-)
+from tensormoe import CP, Factorization, Gate, LayerSpec, entmax
 from tensormoe.functional import LayerConfig
 from tensormoe.gates import top_k
 from tensormoe_jax import apply, equinox, initialize, nnx
+from tests._kinds import KINDS
 
-KINDS: list[Factorization] = [
-    CP(3),
-    TensorRing(2),
-    TensorTrain(2),
-    Tucker(2),
-    SharedBasis(2),
-    BaseDelta(2),
-    SharedDelta(2),
-    Hadamard(),
-    Dense(),
-]
 X = jnp.linspace(-1.0, 1.0, 35).reshape(5, 7)
 
 

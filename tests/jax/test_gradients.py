@@ -15,15 +15,8 @@ from flax import nnx
 import tensormoe_jax
 from tensormoe import CP, Gate, LayerSpec, TensorRing
 from tensormoe.functional import LayerConfig
-from tensormoe.gates import (
-    entropy_loss,
-    entropy_loss_vjp,
-    load_balance_loss,
-    load_balance_loss_vjp,
-)
+from tensormoe.gates import entropy_loss, entropy_loss_vjp, load_balance_loss, load_balance_loss_vjp
 from tests._jax_helpers import (
-    GATES,
-    KINDS,
     Arrays,
     assert_same,
     block_of,
@@ -36,6 +29,7 @@ from tests._jax_helpers import (
     to_jax,
     values,
 )
+from tests._kinds import GATES, KINDS
 
 BATCH_NORM = Gate(normalization="batch", bias=True)
 

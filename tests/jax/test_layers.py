@@ -26,8 +26,6 @@ from tensormoe_jax import equinox as in_equinox
 from tensormoe_jax import nnx as in_nnx
 from tests._jax_helpers import (
     FORMS,
-    GATES,
-    KINDS,
     assert_same,
     block_of,
     config_of,
@@ -41,6 +39,7 @@ from tests._jax_helpers import (
     to_jax,
     values,
 )
+from tests._kinds import GATES, KINDS
 
 BATCH_NORM = Gate(normalization="batch", bias=True)
 

@@ -10,31 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensormoe import (
-    CP,
-    BaseDelta,
-    Dense,
-    Gate,
-    Hadamard,
-    LayerSpec,
-    SharedBasis,
-    SharedDelta,
-    TensorRing,
-    TensorTrain,
-    TopK,
-    Tucker,
-)
+from tensormoe import CP, Gate, LayerSpec, TensorRing, TopK, Tucker
 from tensormoe.testing import batch_shapes, coefficients, specs
 from tensormoe_numpy import Adam, MuMoE, MuMoEEmbedding, MuMoEMLP
+from tests._kinds import ABLE, KINDS
+from tests._numpy_helpers import randomize
 
 STEP = 1e-6
-
-
-def randomize(layer: Any, seed: int = 0) -> Any:
-    rng = np.random.default_rng(seed)
-    for array in layer.parameters.values():
-        array[...] = rng.standard_normal(array.shape)
-    return layer
 
 
 def assert_gradients(
@@ -146,20 +128,7 @@ def test_gradients_by_ready_made_coefficients(data: st.DataObject) -> None:
     assert_gradients(arrays, gradients, lambda: layer(x, made), output)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        CP(4),
-        TensorRing(3),
-        Tucker(3),
-        SharedBasis(3),
-        BaseDelta(2),
-        SharedDelta(2),
-        Hadamard(),
-        Dense(),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_gradients_of_gathered_coefficients(kind: Any) -> None:
     layer = randomize(MuMoE(5, 4, (4, 3), kind, gate=None, dtype="float64"))
     rng = np.random.default_rng(0)
@@ -274,21 +243,7 @@ def test_adam_moves_the_arrays_of_the_layer() -> None:
         np.testing.assert_allclose(array, before[name] - 0.1, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        CP(12),
-        TensorRing((2, 2, 8)),
-        TensorTrain((4, 8)),
-        Tucker((4, 8, 8)),
-        SharedBasis((2, 4)),
-        BaseDelta(2),
-        SharedDelta(2),
-        Hadamard(),
-        Dense(),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("kind", ABLE, ids=str)
 @pytest.mark.parametrize("normalization", ["layer", "batch"])
 def test_training_lowers_the_loss(kind: Any, normalization: str) -> None:
     """A task that one linear layer cannot do: the sign of the first feature picks the matrix."""

@@ -17,17 +17,8 @@ from torch.func import functional_call, jvp, stack_module_state, vmap
 from tensormoe import CP, Dense, Gate, Hadamard, LayerSpec, TensorRing
 from tensormoe.testing import batch_shapes, coefficients, reference_output, specs
 from tensormoe_torch import MuMoEEmbedding, MuMoEMLP
-from tests._torch_helpers import (
-    GATES,
-    KINDS,
-    WAYS,
-    assert_mixture,
-    build,
-    gradients,
-    normal,
-    numpy_of,
-    randomize,
-)
+from tests._kinds import GATES, KINDS
+from tests._torch_helpers import WAYS, assert_mixture, build, gradients, normal, numpy_of, randomize
 
 
 class TestMLP:

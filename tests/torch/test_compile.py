@@ -11,21 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tensormoe import (
-    CP,
-    BaseDelta,
-    Dense,
-    Factorization,
-    Gate,
-    Hadamard,
-    SharedBasis,
-    SharedDelta,
-    TensorRing,
-    TensorTrain,
-    TopK,
-    Tucker,
-)
+from tensormoe import CP, Factorization, Gate, TensorRing, TopK
 from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP
+from tests._kinds import UNEVEN
 
 # PyTorch's own tracers still call what PyTorch has deprecated
 pytestmark = [
@@ -33,17 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
 ]
 
-KINDS: list[Factorization] = [
-    CP(3),
-    TensorRing((2, 3, 2, 3)),
-    TensorTrain(3),
-    Tucker(2),
-    SharedBasis((2, 3)),
-    BaseDelta(2),
-    SharedDelta(2),
-    Hadamard(),
-    Dense(),
-]
 GATES = [
     Gate(),
     Gate(alpha=1.3),
@@ -96,7 +73,7 @@ def assert_same(module: nn.Module, compiled: Any, *inputs: Any) -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", UNEVEN, ids=str)
 def test_every_factorization_is_one_graph(kind: Factorization) -> None:
     layer = randomized(MuMoE(6, 5, (3, 2), kind))
     compiled = traced(layer, dynamic=True)
@@ -177,7 +154,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", UNEVEN, ids=str)
 def test_export_is_open_to_every_batch(kind: Factorization, strict: bool) -> None:
     model = randomized(Net(kind, Gate())).eval()
     sizes = ({0: torch.export.Dim("batch", min=1, max=4096)},)

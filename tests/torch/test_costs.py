@@ -10,32 +10,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from tensormoe import (
-    CP,
-    BaseDelta,
-    Dense,
-    Gate,
-    Hadamard,
-    SharedBasis,
-    SharedDelta,
-    TensorRing,
-    TensorTrain,
-    Tucker,
-)
+from tensormoe import CP, Gate, TensorRing
 from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP
+from tests._kinds import LARGE
 from tests._torch_helpers import normal, randomize
 
-KINDS = [
-    CP(12),
-    TensorRing(4),
-    TensorTrain(4),
-    Tucker(5),
-    SharedBasis(5),
-    BaseDelta(2),
-    SharedDelta(2),
-    Hadamard(),
-    Dense(),
-]
 LEVELS = [(12,), (5, 4), (4, 3, 2)]
 
 
@@ -52,7 +31,7 @@ def backward(output: Tensor) -> None:
 @pytest.mark.parametrize("batch", [1, 5, 64])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("experts", LEVELS, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", LARGE, ids=str)
 class TestFlops:
     """To the FLOP, on the matrix products."""
 
@@ -142,7 +121,7 @@ def saved_bytes(module: nn.Module, *inputs: Any) -> int:
 
 @pytest.mark.parametrize("batch", [256, 1000])
 @pytest.mark.parametrize("experts", LEVELS, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", LARGE, ids=str)
 class TestSavedMemory:
     """What a call keeps for its way back is what the cost model says, and no more."""
 

@@ -13,17 +13,10 @@ from torch import Tensor
 
 from tensormoe import CP, Gate, LayerSpec, TensorRing, TopK
 from tensormoe.gates import Statistics, activate
-from tensormoe.testing import (
-    assert_output,
-    batch_shapes,
-    coefficients,
-    gates,
-    specs,
-)
+from tensormoe.testing import assert_output, batch_shapes, coefficients, gates, specs
 from tensormoe_torch import MuMoE
+from tests._kinds import GATES, KINDS
 from tests._torch_helpers import (
-    GATES,
-    KINDS,
     WAYS,
     assert_mixture,
     build,

@@ -15,38 +15,12 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
 import tensormoe_numpy
-from tensormoe import (
-    CP,
-    BaseDelta,
-    Dense,
-    Gate,
-    Hadamard,
-    LayerSpec,
-    SharedBasis,
-    SharedDelta,
-    TensorRing,
-    TensorTrain,
-    TopK,
-    Tucker,
-)
-from tensormoe.gates import (
-    entropy_loss,
-    entropy_loss_vjp,
-    load_balance_loss,
-    load_balance_loss_vjp,
-)
+from tensormoe import CP, Gate, LayerSpec, TensorRing, TopK
+from tensormoe.gates import entropy_loss, entropy_loss_vjp, load_balance_loss, load_balance_loss_vjp
 from tensormoe.testing import batch_shapes, coefficients, gates, specs
 from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP
-from tests._torch_helpers import (
-    GATES,
-    KINDS,
-    build,
-    gradients,
-    normal,
-    numpy_of,
-    randomize,
-    traced,
-)
+from tests._kinds import ABLE, GATES, KINDS
+from tests._torch_helpers import build, gradients, normal, numpy_of, randomize, traced
 
 
 def as_function(module: nn.Module, *data: Tensor, call: Callable[..., Any] | None = None) -> Any:
@@ -352,21 +326,7 @@ class TestLosses:
         torch.testing.assert_close(got, vjp(weights.detach(), 3.0))
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        CP(12),
-        TensorRing((2, 2, 8)),
-        TensorTrain((4, 8)),
-        Tucker((4, 8, 8)),
-        SharedBasis((2, 4)),
-        BaseDelta(2),
-        SharedDelta(2),
-        Hadamard(),
-        Dense(),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("kind", ABLE, ids=str)
 @pytest.mark.parametrize("normalization", ["layer", "batch"])
 def test_training_lowers_the_loss(kind: Any, normalization: str) -> None:
     """A task that one linear layer cannot do: the sign of the first feature picks the matrix."""

@@ -10,35 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tensormoe import (
-    CP,
-    BaseDelta,
-    Dense,
-    Factorization,
-    Gate,
-    Hadamard,
-    SharedBasis,
-    SharedDelta,
-    TensorRing,
-    TensorTrain,
-    Tucker,
-)
+from tensormoe import CP, Factorization, Gate
 from tensormoe_torch import MuMoE, MuMoEMLP
+from tests._kinds import UNEVEN
 
 # forward-mode differentiation loads what PyTorch has deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
-
-KINDS: list[Factorization] = [
-    CP(3),
-    TensorRing((2, 3, 2, 3)),
-    TensorTrain(3),
-    Tucker(2),
-    SharedBasis((2, 3)),
-    BaseDelta(2),
-    SharedDelta(2),
-    Hadamard(),
-    Dense(),
-]
 
 
 def randomized(module: nn.Module, seed: int = 0) -> Any:
@@ -54,7 +31,7 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", UNEVEN, ids=str)
 def test_autocast_narrows_the_experts_alone(kind: Factorization, dtype: torch.dtype) -> None:
     block = randomized(MuMoEMLP(6, 8, 5, experts=(3, 2), factorization=kind))
     x = torch.randn(4, 6, requires_grad=True)
@@ -79,7 +56,7 @@ def test_autocast_leaves_float64_alone() -> None:
         assert layer(torch.randn(3, 6, dtype=torch.float64)).dtype == torch.float64
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", UNEVEN, ids=str)
 def test_vmap_grad_and_functional_call(kind: Factorization) -> None:
     layer = randomized(MuMoE(6, 5, (3, 2), kind))
     # layer norm magnifies the rounding of two logits that nearly tie, so none may by chance
