@@ -9,7 +9,7 @@ import pytest
 from tensormoe import TopK, entmax
 from tensormoe.errors import BackendError, ShapeError
 from tensormoe_numpy import MuMoEMLP
-from tests._bad_input import IDS, Case, X, assert_refused, layer, shares, table, tree
+from tests.bad_input._cases import IDS, Case, X, assert_refused, layer, shares, table, tree
 
 CASES: dict[str, Case] = {
     # shapes of inputs

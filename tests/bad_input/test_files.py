@@ -11,7 +11,7 @@ import pytest
 
 from tensormoe.errors import CheckpointError
 from tensormoe_numpy import MuMoE, MuMoEMLP
-from tests._bad_input import Case, assert_refused, layer
+from tests.bad_input._cases import Case, assert_refused, layer
 
 
 def loading(folder: Path, change: Callable[[bytes], bytes]) -> Any:

@@ -10,7 +10,7 @@ import pytest
 from tensormoe import CP, LayerSpec, TensorRing, TensorTrain, Tucker
 from tensormoe.errors import PlanError, RankError, ShapeError, SpecError
 from tensormoe_numpy import MuMoE, MuMoEEmbedding, MuMoEMLP
-from tests._bad_input import Case, X, assert_refused, layer, spec
+from tests.bad_input._cases import Case, X, assert_refused, layer, spec
 
 # drawing from one would end the process
 MATRIX = np.ones((1, 2), int).view(np.matrix)

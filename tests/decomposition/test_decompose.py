@@ -22,7 +22,7 @@ from tensormoe import (
 from tensormoe.decomposition import Search, decompose
 from tensormoe.errors import BudgetError, RankError, ShapeError, SpecError
 from tensormoe_numpy import MuMoE
-from tests._decomposition_cases import NAMES, relative, weights_of
+from tests.decomposition._cases import NAMES, relative, weights_of
 
 EXPERTS = (3, 2)
 

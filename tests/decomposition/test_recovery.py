@@ -17,7 +17,7 @@ from tensormoe import (
     Tucker,
 )
 from tensormoe.decomposition import Search, decompose
-from tests._decomposition_cases import NAMES, planted, relative, weights_of, with_noise
+from tests.decomposition._cases import NAMES, planted, relative, weights_of, with_noise
 
 LONG = Search(starts=4, sweeps=1000)
 CASES = 100

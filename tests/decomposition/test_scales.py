@@ -10,8 +10,8 @@ import pytest
 from tensormoe import CP, BaseDelta, Hadamard, Tucker
 from tensormoe.decomposition import Search, decompose, error_curves
 from tensormoe.testing import reconstruct_by_einsum
-from tests._decomposition_cases import weights_of
 from tests._kinds import ONE_LEVEL
+from tests.decomposition._cases import weights_of
 
 SCALES = {"float32": (1e-35, 1e-25, 1e-12, 1e18, 1e35), "float64": (1e-300, 1e-140, 1e140, 1e300)}
 QUICK = Search(starts=1, sweeps=20, polish=3)

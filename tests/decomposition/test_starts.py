@@ -30,7 +30,7 @@ from tensormoe.decomposition._runs import Runs
 from tensormoe.decomposition._search import Problem, advance
 from tensormoe.decomposition._source import Source
 from tensormoe.factorizations import INPUT, OUTPUT
-from tests._decomposition_cases import relative, weights_of
+from tests.decomposition._cases import relative, weights_of
 
 EXPERT = "n0"
 OPEN = (EXPERT, INPUT, OUTPUT)

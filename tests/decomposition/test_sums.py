@@ -25,8 +25,8 @@ from tensormoe.testing import reconstruct, reconstruct_by_einsum
 from tensormoe_numpy import MuMoE
 from tensormoe_torch import compress
 from tests._compress_models import PATTERN, experts, save
-from tests._decomposition_cases import relative, weights_of
 from tests._torch_moe import TOKENS, rebuilt, sparse
+from tests.decomposition._cases import relative, weights_of
 
 KINDS: list[Any] = [BaseDelta(2), SharedDelta(2)]
 SIZES = {(5,): (12, 9), (3, 2): (9, 12), (2, 2, 2): (10, 10)}

@@ -16,8 +16,8 @@ from tensormoe.decomposition._solve import inverse
 from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._starts import given
 from tensormoe.factorizations import INPUT, OUTPUT
-from tests._decomposition_cases import weights_of
 from tests._kinds import ONE_LEVEL
+from tests.decomposition._cases import weights_of
 
 
 def setting(kind: Any, rng: np.random.Generator, dtype: str = "float64") -> Any:

@@ -1,8 +1,9 @@
 """JAX's functions, Flax's and Equinox's modules are the layer that NumPy and PyTorch have.
 
 Compilation takes a second for each configuration and shape, so that those are few, while values,
-who writes and who reads are any. Every form runs every case in float64; in float32 they take turns.
-That the eager libraries agree on any configuration is proved elsewhere; here they are the reference.
+who writes and who reads are any. Every form runs every case in float64, and takes its turn in
+float32. That the eager libraries agree on any configuration is proved elsewhere; here they are the
+reference.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from tensormoe.errors import MissingDependencyError, SpecError
 from tensormoe_torch import FactorizedExperts, MuMoE, MuMoEEmbedding, MuMoEMLP, PreNormed, replace
 from tensormoe_torch.huggingface import _requirements, attach
 from tests._compress_models import logits
-from tests._hugging_models import compressed, gpt2, load, run_python
+from tests.huggingface._models import compressed, gpt2, load, run_python
 
 
 def modules(model: Any) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from tensormoe.errors import (
 from tensormoe.functional import LayerConfig
 from tensormoe_jax import equinox as in_equinox
 from tensormoe_jax import nnx as in_nnx
-from tests._jax_helpers import build
+from tests.jax._helpers import build
 
 X = np.ones((2, 5), "float32")
 MADE = np.full((2, 3), 0.25, "float32")

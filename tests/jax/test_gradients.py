@@ -16,7 +16,8 @@ import tensormoe_jax
 from tensormoe import CP, Gate, LayerSpec, TensorRing
 from tensormoe.functional import LayerConfig
 from tensormoe.gates import entropy_loss, entropy_loss_vjp, load_balance_loss, load_balance_loss_vjp
-from tests._jax_helpers import (
+from tests._kinds import GATES, KINDS
+from tests.jax._helpers import (
     Arrays,
     assert_same,
     block_of,
@@ -29,7 +30,6 @@ from tests._jax_helpers import (
     to_jax,
     values,
 )
-from tests._kinds import GATES, KINDS
 
 BATCH_NORM = Gate(normalization="batch", bias=True)
 

@@ -24,7 +24,8 @@ from tensormoe.functional import LayerConfig
 from tensormoe.testing import assert_output, batch_shapes, coefficients, gates, specs
 from tensormoe_jax import equinox as in_equinox
 from tensormoe_jax import nnx as in_nnx
-from tests._jax_helpers import (
+from tests._kinds import GATES, KINDS
+from tests.jax._helpers import (
     FORMS,
     assert_same,
     block_of,
@@ -39,7 +40,6 @@ from tests._jax_helpers import (
     to_jax,
     values,
 )
-from tests._kinds import GATES, KINDS
 
 BATCH_NORM = Gate(normalization="batch", bias=True)
 

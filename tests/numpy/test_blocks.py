@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tensormoe import CP, TensorRing
 from tensormoe.testing import assert_output, batch_shapes, coefficients, reference_output, specs
 from tensormoe_numpy import MuMoEEmbedding, MuMoEMLP
-from tests._numpy_helpers import randomize
+from tests.numpy._helpers import randomize
 
 
 class TestMLP:

@@ -12,7 +12,7 @@ import pytest
 
 from tensormoe import CP, Dense, Gate, Hadamard, TensorRing, TensorTrain, Tucker
 from tensormoe_numpy import MuMoE, MuMoEEmbedding, MuMoEMLP
-from tests._numpy_helpers import randomize, same
+from tests.numpy._helpers import randomize, same
 
 
 def layers() -> list[Any]:

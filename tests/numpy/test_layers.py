@@ -16,7 +16,7 @@ from tensormoe.gates import Statistics, activate
 from tensormoe.testing import assert_output, batch_shapes, coefficients, dtypes, gates, specs
 from tensormoe_numpy import MuMoE
 from tests._kinds import KINDS
-from tests._numpy_helpers import build, draw_input
+from tests.numpy._helpers import build, draw_input
 
 
 @given(data=st.data())

@@ -10,7 +10,7 @@ import pytest
 from tensormoe import CP, TensorRing
 from tensormoe_numpy import MuMoE, MuMoEEmbedding
 from tests._kinds import KINDS
-from tests._numpy_helpers import same
+from tests.numpy._helpers import same
 
 
 def test_seeds_mean_one_thing() -> None:

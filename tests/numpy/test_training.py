@@ -14,7 +14,7 @@ from tensormoe import CP, Gate, LayerSpec, TensorRing, TopK, Tucker
 from tensormoe.testing import batch_shapes, coefficients, specs
 from tensormoe_numpy import Adam, MuMoE, MuMoEEmbedding, MuMoEMLP
 from tests._kinds import ABLE, KINDS
-from tests._numpy_helpers import randomize
+from tests.numpy._helpers import randomize
 
 STEP = 1e-6
 

@@ -18,7 +18,7 @@ from tensormoe import CP, Dense, Gate, Hadamard, LayerSpec, TensorRing
 from tensormoe.testing import batch_shapes, coefficients, reference_output, specs
 from tensormoe_torch import MuMoEEmbedding, MuMoEMLP
 from tests._kinds import GATES, KINDS
-from tests._torch_helpers import WAYS, assert_mixture, build, gradients, normal, numpy_of, randomize
+from tests.torch._helpers import WAYS, assert_mixture, build, gradients, normal, numpy_of, randomize
 
 
 class TestMLP:

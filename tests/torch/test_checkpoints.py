@@ -15,7 +15,7 @@ from tensormoe import CP, Dense, Gate, TensorRing
 from tensormoe.checkpoint import peek_checkpoint
 from tensormoe_torch import MuMoE, MuMoEEmbedding
 from tests._kinds import KINDS
-from tests._torch_helpers import numpy_of, randomize
+from tests.torch._helpers import numpy_of, randomize
 
 TOLERANCES = {"float16": 2e-2, "float32": 1e-5, "float64": 1e-12}
 BATCH = Gate(normalization="batch", bias=True, momentum=0.3)

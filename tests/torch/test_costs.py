@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tensormoe import CP, Gate, TensorRing
 from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP
 from tests._kinds import LARGE
-from tests._torch_helpers import normal, randomize
+from tests.torch._helpers import normal, randomize
 
 LEVELS = [(12,), (5, 4), (4, 3, 2)]
 

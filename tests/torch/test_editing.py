@@ -27,7 +27,7 @@ from tensormoe_torch import (
     silence_experts,
 )
 from tests._kinds import KINDS
-from tests._torch_helpers import assert_near, build, normal, pick, put, randomize, weights
+from tests.torch._helpers import assert_near, build, normal, pick, put, randomize, weights
 
 
 @given(data=st.data())

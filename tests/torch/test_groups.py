@@ -12,7 +12,7 @@ from tensormoe import CP, Gate, LayerSpec, TensorRing
 from tensormoe.errors import SpecError
 from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP, PreNormed, parameter_groups
 from tests._kinds import KINDS
-from tests._torch_helpers import build, normal
+from tests.torch._helpers import build, normal
 
 
 def names(model: nn.Module, groups: list[dict[str, Any]]) -> tuple[set[str], set[str]]:

@@ -16,7 +16,7 @@ from tensormoe.gates import Statistics, activate
 from tensormoe.testing import assert_output, batch_shapes, coefficients, gates, specs
 from tensormoe_torch import MuMoE
 from tests._kinds import GATES, KINDS
-from tests._torch_helpers import (
+from tests.torch._helpers import (
     WAYS,
     assert_mixture,
     build,

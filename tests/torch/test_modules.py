@@ -16,7 +16,7 @@ from tensormoe import CP, Dense, Gate, Hadamard, LayerSpec, TensorRing, TensorTr
 from tensormoe.gates import activate
 from tensormoe_torch import ExpertGate, MuMoE, MuMoEEmbedding, MuMoEMLP
 from tests._kinds import KINDS
-from tests._torch_helpers import build, normal, randomize
+from tests.torch._helpers import build, normal, randomize
 
 
 def layers() -> list[Any]:

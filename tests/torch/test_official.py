@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tensormoe import CP, Gate, TensorRing, TensorTrain
 from tensormoe.errors import CheckpointError, ShapeError, SpecError
 from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP, PreNormed, from_official, to_official
-from tests._torch_helpers import normal, randomize
+from tests.torch._helpers import normal, randomize
 
 IN, HIDDEN, OUT = 6, 7, 5
 EXPERTS = [(4,), (4, 3)]

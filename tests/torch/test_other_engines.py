@@ -25,7 +25,7 @@ from tensormoe_torch import (
     silence_experts,
 )
 from tests._kinds import GATES
-from tests._torch_helpers import build, normal, randomize
+from tests.torch._helpers import build, normal, randomize
 
 
 class Halved(nn.Module):

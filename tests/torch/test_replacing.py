@@ -12,7 +12,7 @@ from tensormoe import CP, BaseDelta, Dense, LayerSpec, SharedBasis, SharedDelta,
 from tensormoe.testing import reconstruct_by_einsum
 from tensormoe_torch import MuMoE, replace_expert, restored
 from tests._kinds import KINDS
-from tests._torch_helpers import assert_near, build, factors_of, normal, pick, put, weights
+from tests.torch._helpers import assert_near, build, factors_of, normal, pick, put, weights
 
 EXPERTS = [(5,), (4, 3), (2, 3, 2)]
 

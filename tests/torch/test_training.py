@@ -20,7 +20,7 @@ from tensormoe.gates import entropy_loss, entropy_loss_vjp, load_balance_loss, l
 from tensormoe.testing import batch_shapes, coefficients, gates, specs
 from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP
 from tests._kinds import ABLE, GATES, KINDS
-from tests._torch_helpers import build, gradients, normal, numpy_of, randomize, traced
+from tests.torch._helpers import build, gradients, normal, numpy_of, randomize, traced
 
 
 def as_function(module: nn.Module, *data: Tensor, call: Callable[..., Any] | None = None) -> Any:
