@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import socket
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from tensormoe import CP, Factorization, Gate
 from tensormoe_torch import MuMoE, MuMoEMLP
 from tests._kinds import UNEVEN
+from tests.torch._ranks import Ranks
 
 # forward-mode differentiation loads what PyTorch has deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
@@ -137,24 +137,16 @@ def test_checkpointing_keeps_nothing_of_the_layer() -> None:
     assert sum(kept) == x.numel(), "the input alone"
 
 
-def _worker(rank: int, port: int, queue: Any) -> None:
-    import os
-
-    import torch.distributed as distributed
+def _train(rank: int) -> dict[str, Any]:
     from torch.nn.parallel import DistributedDataParallel
 
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
     model = DistributedDataParallel(_model())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for x in _batches():
         optimizer.zero_grad()
         model(x[rank::2]).square().mean().backward()
         optimizer.step()
-    if rank == 0:
-        queue.put({name: p.detach().tolist() for name, p in model.module.named_parameters()})
-    distributed.destroy_process_group()
+    return {name: p.detach().tolist() for name, p in model.module.named_parameters()}
 
 
 def _model() -> nn.Module:
@@ -166,19 +158,8 @@ def _batches() -> list[Tensor]:
     return [torch.randn(8, 6, generator=generator) for _ in range(3)]
 
 
-def test_two_processes_train_as_one() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_worker, args=(rank, port, queue)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    found = queue.get(timeout=120)
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
+def test_two_processes_train_as_one(ranks: Ranks) -> None:
+    found, _ = ranks(_train)
     model = _model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for x in _batches():
