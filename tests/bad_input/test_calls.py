@@ -26,7 +26,7 @@ import tensormoe_torch
 from tensormoe import TopK
 from tensormoe.errors import BackendError, PlanError, ShapeError, TensormoeError
 from tests._cupy_standin import device
-from tests._everywhere import everywhere
+from tests._frameworks import everywhere
 from tests.bad_input._cases import assert_refused
 
 

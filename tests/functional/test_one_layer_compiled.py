@@ -21,9 +21,20 @@ pytest.importorskip("cupy")
 pytest.importorskip("flax")
 pytest.importorskip("equinox")
 
-from tensormoe import CP, Dense, Gate, Hadamard, LayerSpec, TensorRing, TensorTrain, Tucker
+from tensormoe import (
+    CP,
+    Dense,
+    Gate,
+    Hadamard,
+    LayerSpec,
+    SharedBasis,
+    TensorRing,
+    TensorTrain,
+    Tucker,
+)
 from tensormoe.functional import BlockConfig, LayerConfig
-from tests._everywhere import COMPILED, EAGER, FRAMEWORKS, Config, Framework, everywhere
+from tests._everywhere import COMPILED, EAGER, FRAMEWORKS
+from tests._frameworks import Config, Framework, everywhere
 from tests._one_layer import assert_one_file, assert_one_layer, call_of, values
 
 PLAIN = LayerConfig(LayerSpec(5, 4, 3, CP(4)), Gate())
@@ -37,6 +48,9 @@ WIDE = LayerConfig(
 CHOSEN = LayerConfig(LayerSpec(6, 4, (4, 3), Hadamard()), Gate("top_k", k=2))
 EVERY = LayerConfig(LayerSpec(4, 3, (2, 3), Dense()), Gate("softmax", normalization="batch"))
 STEEP = LayerConfig(LayerSpec(4, 6, 3, Tucker((2, 3, 4))), Gate(alpha=3.0))
+SOFT = LayerConfig(
+    LayerSpec(5, 4, (3, 2), SharedBasis((2, 3))), Gate("softmax", normalization=None, bias=True)
+)
 TABLE = LayerConfig(LayerSpec(9, 4, (3, 2), TensorRing(2), False), None, indexed_input=True)
 BLOCK = BlockConfig(
     LayerConfig(LayerSpec(5, 6, (3, 2), CP(3)), Gate(alpha=1.25, bias=True)),
@@ -66,6 +80,7 @@ SHAPES = [
     pytest.param(CHOSEN, "gate", (4,), id="chosen-gate"),
     pytest.param(EVERY, "gate", (4,), id="every-gate"),
     pytest.param(STEEP, "gate", (2,), id="steep-gate"),
+    pytest.param(SOFT, "gate", (3,), id="soft-gate"),
     pytest.param(TABLE, "dense", (2, 2), id="table-dense"),
     pytest.param(TABLE, "indexed", (3,), id="table-indexed"),
     pytest.param(BLOCK, "gate", (3,), id="block-gate"),

@@ -13,10 +13,9 @@ import pytest
 from flax import nnx
 
 import tensormoe_jax
-from tensormoe import CP, Gate, LayerSpec, TensorRing
-from tensormoe.functional import LayerConfig
+from tensormoe import CP, Gate, TensorRing
 from tensormoe.gates import entropy_loss, entropy_loss_vjp, load_balance_loss, load_balance_loss_vjp
-from tests._kinds import GATES, KINDS
+from tests._kinds import KINDS
 from tests.jax._helpers import (
     Arrays,
     assert_same,
@@ -67,14 +66,6 @@ def test_of_factorizations(kind: Any) -> None:
     assert_same(jax_gradients(config, arrays, x), numpys_gradients(config, arrays, x))
 
 
-@pytest.mark.parametrize("gate", GATES[1:], ids=str)
-def test_of_gates(gate: Gate) -> None:
-    """Batch norm in training: its statistics too."""
-    config = config_of(gate=gate)
-    arrays, x = values(config), normal(7, 5)
-    assert_same(jax_gradients(config, arrays, x), numpys_gradients(config, arrays, x))
-
-
 def test_of_blocks_in_every_form() -> None:
     config = block_of(BATCH_NORM)
     arrays, x = values(config), normal(7, 5)
@@ -97,20 +88,6 @@ def test_of_blocks_in_every_form() -> None:
     )
     assert_same(slopes.parameters, want[0])
     assert_same(layer.buffers(state), want[2])
-
-
-def test_of_tables_and_coefficients() -> None:
-    config = LayerConfig(LayerSpec(9, 4, (3, 2), TensorRing(2), bias=False), None, True)
-    arrays, ids = values(config), np.array([0, 8, 3, 3])
-    made = [normal(4, count, seed=count) for count in (3, 2)]
-    output, pull = numpys(config, arrays).vjp(ids, made)
-    back = pull(2 * output)
-
-    def loss(parameters: Any, made: Any) -> Any:
-        return (tensormoe_jax.apply(config, parameters, jnp.asarray(ids), made) ** 2).sum()
-
-    got = jax.jit(jax.grad(loss, argnums=(0, 1)))(to_jax(arrays), to_jax(made))
-    assert_same(got, (back.parameters, [*back.coefficients]))
 
 
 @pytest.mark.parametrize(
