@@ -45,16 +45,6 @@ def with_endless_header(content: bytes) -> bytes:
 
 
 CASES: dict[str, Case] = {
-    "no file": (
-        lambda folder: MuMoE.load(folder / "none"),
-        CheckpointError,
-        "path must name an existing checkpoint; there is none at '.*none'",
-    ),
-    "a folder that is missing": (
-        lambda folder: layer().save(folder / "none" / "layer"),
-        CheckpointError,
-        "none",
-    ),
     "an empty file": (
         lambda folder: loading(folder, lambda content: b""),
         CheckpointError,

@@ -27,6 +27,7 @@ from tests._cupy_standin import (
     waits,
 )
 from tests._kinds import UNEVEN
+from tests.numpy._helpers import layers
 
 tensormoe_cupy = pytest.importorskip("tensormoe_cupy")
 
@@ -111,19 +112,6 @@ def test_memory_limits_cut_the_batch() -> None:
     assert_same(layer(x, memory_limit=limit), host(layer(x)))
     made = layer.coefficients(x)
     assert_same(layer(x, made, memory_limit=limit), host(layer(x)))
-
-
-def layers() -> list[Any]:
-    """Layers of NumPy's, of every class, every option away from its default."""
-    gate = Gate("top_k", k=2, normalization="batch", bias=True, momentum=0.3)
-    return [
-        tensormoe_numpy.MuMoE(6, 5, 4, "cp", rank=3, seed=0),
-        tensormoe_numpy.MuMoE(6, 5, (3, 4), TensorRing(3), bias=False, gate=gate, dtype="float64"),
-        tensormoe_numpy.MuMoE(6, 5, (3, 2, 2), "hadamard", gate=None, dtype="float16"),
-        tensormoe_numpy.MuMoEMLP(6, 8, 5, experts=(3, 2), rank=2, gate=gate, seed=0),
-        tensormoe_numpy.MuMoEMLP(6, experts=3, rank=2, act_layer="silu", drop=0.5),
-        tensormoe_numpy.MuMoEEmbedding(9, 5, (3, 2), "cp", rank=2, dtype="float64"),
-    ]
 
 
 @pytest.mark.parametrize("layer", layers(), ids=lambda layer: type(layer).__name__)

@@ -63,8 +63,12 @@ def test_a_second_call_compiles_nothing(name: str, compiled: list[str]) -> None:
     assert not compiled
 
 
-@pytest.mark.parametrize("init", ["variance", "paper"])
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    ("kind", "init"),
+    # either scheme draws factors one by one, whatever network they are of
+    [*((kind, "variance") for kind in KINDS), *((kind, "paper") for kind in KINDS[::3])],
+    ids=str,
+)
 def test_initial_values_are_committed_to_no_device(kind: Factorization, init: str) -> None:
     config = LayerConfig(LayerSpec(4, 3, (5, 2), kind), Gate(bias=True))
     parameters = initialize(config, jax.random.key(0), init=init)

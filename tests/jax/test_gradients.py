@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -30,14 +29,9 @@ from tests.jax._helpers import (
     values,
 )
 
+pytestmark = pytest.mark.usefixtures("wide")
+
 BATCH_NORM = Gate(normalization="batch", bias=True)
-
-
-@pytest.fixture(autouse=True)
-def wide() -> Iterator[None]:
-    """JAX's 64-bit mode."""
-    with jax.enable_x64(True):
-        yield
 
 
 def numpys_gradients(config: Any, arrays: Arrays, x: np.ndarray) -> tuple[Any, Any, Any]:

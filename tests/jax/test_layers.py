@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +39,9 @@ from tests.jax._helpers import (
     values,
 )
 
+pytestmark = pytest.mark.usefixtures("wide")
+
 BATCH_NORM = Gate(normalization="batch", bias=True)
-
-
-@pytest.fixture(autouse=True)
-def wide() -> Iterator[None]:
-    """JAX's 64-bit mode."""
-    with jax.enable_x64(True):
-        yield
 
 
 def sparse(experts: tuple[int, ...], lead: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:

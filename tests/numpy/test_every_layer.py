@@ -12,20 +12,7 @@ import pytest
 
 from tensormoe import CP, Dense, Gate, Hadamard, TensorRing, TensorTrain, Tucker
 from tensormoe_numpy import MuMoE, MuMoEEmbedding, MuMoEMLP
-from tests.numpy._helpers import randomize, same
-
-
-def layers() -> list[Any]:
-    """Layers of every class, every option away from its default."""
-    gate = Gate("top_k", k=2, normalization="batch", bias=True, momentum=0.3)
-    return [
-        MuMoE(6, 5, 4, "cp", rank=3, seed=0),
-        MuMoE(6, 5, (3, 4), TensorRing((2, 3, 4, 5)), bias=False, gate=gate, dtype="float64"),
-        MuMoE(6, 5, (3, 2, 2), "hadamard", gate=None, dtype="float16"),
-        MuMoEMLP(6, 8, 5, experts=(3, 2), factorization="tucker", rank=2, gate=gate, seed=0),
-        MuMoEMLP(6, experts=3, factorization=(CP(2), Dense()), act_layer="silu", drop=0.5),
-        MuMoEEmbedding(9, 5, (3, 2), "tensor_train", rank=(2, 3, 4), dtype="float64"),
-    ]
+from tests.numpy._helpers import layers, randomize, same
 
 
 @pytest.mark.parametrize("layer", layers(), ids=lambda layer: type(layer).__name__)

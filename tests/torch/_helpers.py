@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tensormoe import Gate, LayerSpec
 from tensormoe.testing import assert_output, reconstruct_by_einsum
-from tensormoe_torch import MuMoE
+from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP
 
 
 def numpy_of(tensor: Tensor) -> np.ndarray:
@@ -39,6 +39,15 @@ def randomize(module: nn.Module, seed: int = 0) -> Any:
     return module
 
 
+def randomized(module: nn.Module, seed: int = 0) -> Any:
+    """Random parameters below one on the whole, the gate's included, which start at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7)
+    return module
+
+
 def build(
     spec: LayerSpec, gate: Gate | None = None, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> MuMoE:
@@ -56,6 +65,19 @@ def build(
         seed,
     )
     return layer
+
+
+def layer(experts: Any = 3, **options: Any) -> MuMoE:
+    """A small layer, 8 → 4."""
+    return MuMoE(8, 4, experts, **({"factorization": "cp", "rank": 2} | options))
+
+
+def table(**options: Any) -> MuMoEEmbedding:
+    return MuMoEEmbedding(9, 4, 3, **({"rank": 2} | options))
+
+
+def block(**options: Any) -> MuMoEMLP:
+    return MuMoEMLP(8, **({"experts": 3, "rank": 2} | options))
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

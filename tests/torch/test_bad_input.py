@@ -11,27 +11,12 @@ from torch import Tensor
 
 from tensormoe import Gate, TopK
 from tensormoe.errors import BackendError, GateError, ShapeError, TensormoeError
-from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP
+from tensormoe_torch import MuMoE
+from tests.torch._helpers import block, layer, table
 
 X = torch.ones(3, 8)
 IDS = torch.tensor([0, 4, 8])
 ONE = torch.zeros(3, 1, dtype=torch.int64)
-
-
-def layer(**options: Any) -> MuMoE:
-    return MuMoE(8, 4, 3, **({"factorization": "cp", "rank": 2} | options))
-
-
-def tree(**options: Any) -> MuMoE:
-    return MuMoE(8, 4, (3, 2), **({"factorization": "cp", "rank": 2} | options))
-
-
-def table(**options: Any) -> MuMoEEmbedding:
-    return MuMoEEmbedding(9, 4, 3, **({"rank": 2} | options))
-
-
-def block(**options: Any) -> MuMoEMLP:
-    return MuMoEMLP(8, **({"experts": 3, "rank": 2} | options))
 
 
 def shares(*shape: int, **options: Any) -> Tensor:
@@ -156,7 +141,7 @@ def test_bad_input(name: str) -> None:
 @pytest.mark.parametrize("lead", [(0,), (2, 0), (0, 3)])
 def test_empty_batches_are_handled(lead: tuple[int, ...], grad: bool) -> None:
     with torch.set_grad_enabled(grad):
-        for made in (layer(), tree(), block()):
+        for made in (layer(), layer((3, 2)), block()):
             output = made(shares(*lead, 8))
             assert output.shape == (*lead, made(X).shape[-1])
         ids = torch.zeros(lead, dtype=torch.int64)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tensormoe import CP, Factorization, Gate, TensorRing, TopK
 from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP
 from tests._kinds import UNEVEN
+from tests.torch._helpers import randomized
 
 # PyTorch's own tracers still call what PyTorch has deprecated
 pytestmark = [
@@ -37,15 +38,6 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def randomized(module: nn.Module, seed: int = 0) -> Any:
-    """Random parameters, the gate's included, which start at zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7)
-    return module
 
 
 def traced(module: nn.Module, **options: Any) -> Any:

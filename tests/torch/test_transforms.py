@@ -12,18 +12,11 @@ from torch import Tensor, nn
 from tensormoe import CP, Factorization, Gate
 from tensormoe_torch import MuMoE, MuMoEMLP
 from tests._kinds import UNEVEN
+from tests.torch._helpers import randomized
 from tests.torch._ranks import Ranks
 
 # forward-mode differentiation loads what PyTorch has deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
-
-
-def randomized(module: nn.Module, seed: int = 0) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7)
-    return module
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
