@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from tensormoe import CP, Dense, Gate, LayerSpec, TensorRing
 from tensormoe_numpy import MuMoE, MuMoEEmbedding, MuMoEMLP
-from tests._cupy_standin import randomize
+
+
+def randomize(layer: Any, seed: int = 0) -> Any:
+    """Random parameters, those of the gate included, which start at zero, and statistics."""
+    rng = np.random.default_rng(seed)
+    for array in layer.parameters.values():
+        array[...] = rng.standard_normal(array.shape)
+    for name, array in layer.buffers.items():
+        array[...] = rng.uniform(0.5, 2, array.shape) * (1 if "variance" in name else 0.1)
+    return layer
 
 
 def build(spec: LayerSpec, gate: Gate | None = None, dtype: str = "float64") -> MuMoE:
