@@ -27,7 +27,7 @@ from tests._cupy_standin import (
     waits,
 )
 from tests._kinds import UNEVEN
-from tests.numpy._helpers import layers
+from tests.numpy._helpers import build, draw_input, layers
 
 tensormoe_cupy = pytest.importorskip("tensormoe_cupy")
 
@@ -40,29 +40,11 @@ def library() -> Iterator[None]:
         yield
 
 
-def drawn(data: st.DataObject, batch_norm: bool = True) -> tuple[Any, np.ndarray, str]:
-    """A layer of NumPy's, an input, and the name of their dtype."""
-    spec = data.draw(specs(), "spec")
-    gate = data.draw(gates(spec.experts, batch_norm=batch_norm), "gate")
-    dtype = data.draw(dtypes(), "dtype")
-    layer = tensormoe_numpy.MuMoE(
-        spec.in_features,
-        spec.out_features,
-        spec.experts,
-        spec.factorization,
-        bias=spec.bias,
-        gate=gate,
-        dtype=dtype,
-    )
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), "seed"))
-    lead = data.draw(batch_shapes(), "batch shape")
-    x = rng.standard_normal((*lead, spec.in_features)).astype(dtype)
-    return randomize(layer, data.draw(st.integers(0, 99))), x, dtype
-
-
 @given(data=st.data())
 def test_prepared_layers_are_numpys(data: st.DataObject) -> None:
-    layer, x, dtype = drawn(data)
+    spec, dtype = data.draw(specs(), "spec"), data.draw(dtypes(), "dtype")
+    layer = build(spec, data.draw(gates(spec.experts, batch_norm=True), "gate"), dtype)
+    x = draw_input(data, spec.in_features, data.draw(batch_shapes(), "batch shape"), dtype)
     assert_same(twin(layer).prepare()(device(x)), layer.prepare()(x), TOLERANCES[dtype])
 
 

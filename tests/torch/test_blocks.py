@@ -17,7 +17,7 @@ from tensormoe import CP, Dense, Gate, Hadamard, LayerSpec, TensorRing
 from tensormoe.testing import batch_shapes, coefficients, specs
 from tensormoe_torch import MuMoEEmbedding, MuMoEMLP
 from tests._blocks import ACTIVATIONS, block_output
-from tests._kinds import GATES, KINDS
+from tests._kinds import GATES, UNEVEN
 from tests.torch._helpers import WAYS, assert_mixture, build, gradients, normal, numpy_of, randomize
 
 
@@ -116,7 +116,7 @@ class TestTransforms:
     """``torch.func`` follows a layer."""
 
     @pytest.mark.parametrize("gate", GATES[:5], ids=str)
-    @pytest.mark.parametrize("kind", KINDS, ids=str)
+    @pytest.mark.parametrize("kind", UNEVEN, ids=str)
     def test_vmap_and_grad(self, kind: Any, gate: Gate) -> None:
         layer = build(LayerSpec(6, 5, (3, 2), kind), gate)
         x = normal(4, 6)

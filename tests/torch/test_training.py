@@ -291,17 +291,6 @@ def test_writing_to_what_is_saved_is_noticed() -> None:
         loss.backward()
 
 
-def test_checkpointed_layers() -> None:
-    """Recomputed on the way back, a layer gives what it gave."""
-    layer = build(LayerSpec(5, 4, (3, 2), CP(3)), Gate())
-    x = normal(6, 5).requires_grad_()
-    sources = {**dict(layer.named_parameters()), "x": x}
-    want = gradients(layer(x), sources)
-    output = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
-    for name, grad in gradients(output, sources).items():
-        torch.testing.assert_close(grad, want[name])
-
-
 class TestLosses:
     @pytest.mark.parametrize("gate", GATES, ids=str)
     @pytest.mark.parametrize("loss", [load_balance_loss, entropy_loss])
