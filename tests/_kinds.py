@@ -19,7 +19,11 @@ from tensormoe import (
     Tucker,
 )
 
-_OTHERS: list[Factorization] = [BaseDelta(2), SharedDelta(2), Hadamard(), Dense()]
+DELTAS: list[Factorization] = [BaseDelta(2), SharedDelta(2)]
+"""Sums of two networks."""
+
+_OTHERS: list[Factorization] = [*DELTAS, Hadamard(), Dense()]
+
 KINDS: list[Factorization] = [
     CP(3),
     TensorRing(3),

@@ -14,9 +14,9 @@ import torch
 from tensormoe import BaseDelta, Budget, LayerSpec, SharedBasis, SharedDelta
 from tensormoe.decomposition import Search, _source, decompose
 from tensormoe.testing import reconstruct_by_einsum
+from tests._kinds import DELTAS
 from tests.decomposition._cases import relative, weights_of
 
-KINDS: list[Any] = [BaseDelta(2), SharedDelta(2)]
 SIZES = {(5,): (12, 9), (3, 2): (9, 12), (2, 2, 2): (10, 10)}
 """Sizes (in, out) of weights with that many experts: both orders, and equal ones."""
 
@@ -81,7 +81,7 @@ LIBRARIES = [
 
 
 @pytest.mark.parametrize("levels", SIZES, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", DELTAS, ids=str)
 @pytest.mark.parametrize("library", LIBRARIES, ids=str)
 def test_factors_stay_in_their_library_and_the_report_is_true(
     library: Library, kind: Any, levels: tuple[int, ...], rng: np.random.Generator
@@ -89,7 +89,7 @@ def test_factors_stay_in_their_library_and_the_report_is_true(
     _check_report(library, kind, levels, rng, Search())
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", DELTAS, ids=str)
 def test_jax_too(kind: Any, rng: np.random.Generator) -> None:
     """With few sweeps: each operation is compiled for each shape."""
     _check_report(_jax("float32"), kind, (3, 2), rng, Search(starts=1, sweeps=6, polish=2))
@@ -125,7 +125,7 @@ def _check_report(
     assert len(report.history) == report.sweeps > 0
 
 
-@pytest.mark.parametrize("kind", [*KINDS, SharedBasis((2, 3))], ids=str)
+@pytest.mark.parametrize("kind", [*DELTAS, SharedBasis((2, 3))], ids=str)
 def test_cupy_too(kind: Any, rng: np.random.Generator) -> None:
     """The stand-in refuses operands that are not on the device."""
     pytest.importorskip("cupy")
@@ -144,7 +144,7 @@ def test_cupy_too(kind: Any, rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("levels", SIZES, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", DELTAS, ids=str)
 def test_blocks_of_experts_give_the_same_factors(
     kind: Any,
     levels: tuple[int, ...],
@@ -183,7 +183,7 @@ def samples(
 @pytest.mark.parametrize("loads", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("levels", SIZES, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", DELTAS, ids=str)
 def test_weights_are_taken_back_out_of_every_term(
     kind: Any, levels: tuple[int, ...], biased: bool, loads: bool, rng: np.random.Generator
 ) -> None:
@@ -211,7 +211,7 @@ def test_weights_are_taken_back_out_of_every_term(
 @pytest.mark.parametrize("loads", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("levels", SIZES, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", DELTAS, ids=str)
 def test_weighted_sums_lower_the_error_of_outputs(
     kind: Any, levels: tuple[int, ...], biased: bool, loads: bool, rng: np.random.Generator
 ) -> None:
@@ -242,7 +242,7 @@ def test_weighted_sums_lower_the_error_of_outputs(
 
 
 @pytest.mark.parametrize("levels", SIZES, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", DELTAS, ids=str)
 def test_experts_that_are_used_more_count_more(
     kind: Any, levels: tuple[int, ...], rng: np.random.Generator
 ) -> None:
