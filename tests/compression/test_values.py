@@ -17,8 +17,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tensormoe import CP, Hadamard, LayerSpec, TensorRing, TensorTrain, Tucker, functional
-from tensormoe.compression import Compression, Pattern, compress_checkpoint, plan_compression
+from tensormoe import (
+    CP,
+    Hadamard,
+    LayerSpec,
+    TensorRing,
+    TensorTrain,
+    Tucker,
+    functional,
+)
+from tensormoe.compression import (
+    Compression,
+    Pattern,
+    compress_checkpoint,
+    plan_compression,
+)
 from tensormoe.compression._values import decoded, encoded
 from tensormoe.decomposition import decompose
 from tensormoe.decomposition._gauge import even, orthonormal
@@ -245,13 +258,7 @@ def test_patterns(pattern: str, key: str, found: int | None) -> None:
 _MEASURED = """
 import sys
 from tensormoe.compression import Compression, compress_checkpoint, plan_compression
-from tensormoe.decomposition import Search
 
-# no sweep holds more than the first ones
-few = {"sweeps": 6, "polish": 2}
-Search.__init__.__defaults__ = tuple(
-    few.get(each.name, each.default) for each in Search.__dataclass_fields__.values()
-)
 model, output, name, budget, dense = sys.argv[1:]
 wanted = Compression(name, budget=float(budget), experts=("experts.*.w",), dense=dense == "dense")
 least = plan_compression(model, wanted).memory
