@@ -18,7 +18,7 @@ from tensormoe.errors import SpecError
 from tensormoe_torch import MuMoE
 from tensormoe_torch.compression import FactorizedExperts
 from tests._compress_models import family, save_family
-from tests._hugging_models import load, run_python
+from tests.huggingface._models import load, run_python
 
 
 def compress(model: Path, output: Path, **options: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from tensormoe_torch.compression import FactorizedExperts
 from tensormoe_torch.huggingface import _requirements, attach
 from tensormoe_torch.official import PreNormed
 from tests._compress_models import logits
-from tests._hugging_models import compressed, gpt2, load, run_python
+from tests.huggingface._models import compressed, gpt2, load, run_python
 
 
 def modules(model: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from tensormoe import Gate
 from tensormoe.errors import GateError, SpecError
 from tensormoe_jax import equinox as in_equinox
 from tensormoe_jax import nnx as in_nnx
-from tests._jax_helpers import build
+from tests.jax._helpers import build
 
 X = np.ones((2, 5), "float32")
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_modul
 from tensormoe import CP, Gate, SharedDelta, TensorRing
 from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP
 from tensormoe_torch.compression import FactorizedExperts
-from tests._torch_helpers import normal, randomize
+from tests.torch._helpers import normal, randomize
 from tests.torch._ranks import Ranks
 
 BATCH = Gate(normalization="batch", bias=True)
