@@ -17,7 +17,7 @@ from tensormoe.decomposition._contractions import (
 from tensormoe.decomposition._solve import from_host, inverse, to_host
 from tensormoe.decomposition._source import Source, run
 
-__all__ = ["absorbs", "solve_factor", "sweep"]
+__all__ = ["absorbs", "along_bonds", "solve_factor", "sweep"]
 
 Factors = dict[str, Array]
 
@@ -143,16 +143,16 @@ def _solved(
     step = max(_COLUMNS, square // (_PART * prod(columns[:-1])))
     for start in range(0, flat.shape[-1], step):
         part, target = (each[..., start : start + step].astype("float64") for each in (given, flat))
-        part += _along(inverses, target - _along(grams, part, update), update)
+        part += along_bonds(inverses, target - along_bonds(grams, part, update), update)
         if explain:
             # ‖T − N‖² = ‖T‖² − 2⟨M, X⟩ + ⟨X, G X⟩
-            explained += float((part * (2.0 * target - _along(grams, part, update))).sum())
+            explained += float((part * (2.0 * target - along_bonds(grams, part, update))).sum())
         flat[..., start : start + step] = part
     del grams, inverses, given, old
     return from_host(whole.transpose(update.axes), moment, backend), explained
 
 
-def _along(matrices: Sequence[Any], array: Any, update: Update) -> Any:
+def along_bonds(matrices: Sequence[Any], array: Any, update: Update) -> Any:
     """Products with a matrix for each part of G along its bonds."""
     for matrix, gram in zip(matrices, update.grams, strict=True):
         size, count = prod(gram.bonds), len(gram.bonds)

@@ -9,6 +9,7 @@ from tensormoe._extras import missing
 from tensormoe._spec import LayerSpec
 from tensormoe._validation import instance
 from tensormoe.backend import Array, Backend, backend_of
+from tensormoe.decomposition._bias_rows import without_bias_rows
 from tensormoe.decomposition._checks import (
     checked_bias,
     checked_samples,
@@ -31,7 +32,7 @@ from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._watch import Callback, Watch
 from tensormoe.decomposition._weighted import Weighting, weigh
 from tensormoe.errors import ShapeError, SpecError
-from tensormoe.factorizations import INPUT, FactorizationLike
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.selection import Budget
 
 __all__ = ["decompose"]
@@ -145,7 +146,7 @@ def decompose(
     if owner.namespace.finfo(weights.dtype).bits == 16:
         factors = _rounded_well(spec, factors, backend)
     if bias is not None:
-        factors = _without_last_row(spec, factors)
+        factors = without_bias_rows(spec.network, factors)
     stored = {name: place.give(factors[name], weights) for name in spec.shapes}
     read = {name: place.take(array) for name, array in stored.items()}
     plain = source if bias is None else Source(lent, backend).scaled()
@@ -188,16 +189,3 @@ def _rounded_well(
     host = {name: to_host(array, backend) for name, array in factors.items()}
     found = robust(spec.network, host)
     return {name: from_host(found[name], factors[name], backend) for name in factors}
-
-
-def _without_last_row(spec: LayerSpec, factors: Mapping[str, Array]) -> dict[str, Array]:
-    """Factors whose input mode has one more row, which is the bias, as the layer's."""
-    found = dict(factors)
-    for term in spec.network.terms:
-        assert term.bias is not None
-        carrier = term.input_factor
-        axis = (slice(None),) * carrier.legs.index(INPUT)
-        whole = found[carrier.name]
-        found[carrier.name] = whole[(*axis, slice(None, -1))]
-        found[term.bias.name] = whole[(*axis, -1)]
-    return found
