@@ -19,7 +19,7 @@ from tensormoe.decomposition._contractions import (
     structures,
 )
 from tensormoe.decomposition._controls import EXACT, TURNS, estimated
-from tensormoe.decomposition._fit import ROOM
+from tensormoe.decomposition._fit import WORKSPACE
 from tensormoe.decomposition._runs import TRIAL
 from tensormoe.factorizations import INPUT, OUTPUT, Factor
 from tensormoe.planning import Cost, Program, Roofline, StepCost
@@ -63,7 +63,7 @@ def memory_needed(spec: LayerSpec, itemsize: int, compare: bool) -> int:
     # what a short search found is held during the long one
     search = max(_fit_peak(term, itemsize) for term in terms) + factors
     if len(terms) > 1:
-        together = max(_search_peak(term, _room(term), itemsize) for term in terms)
+        together = max(_search_peak(term, _workspace(term), itemsize) for term in terms)
         search = max(search, together) + _COPIES * factors + _LEFT * matrix
     errors = 2 * factors + _MATRICES * matrix
     comparison = factors + _comparison_peak(spec, matrix) if compare else 0
@@ -141,15 +141,15 @@ def _terms(spec: LayerSpec) -> tuple[Structure, ...]:
     return structures(network, (*network.expert_legs, INPUT, OUTPUT), network.sizes)
 
 
-def _room(structure: Structure) -> int:
+def _workspace(structure: Structure) -> int:
     """Entries that a search on a whole tensor may hold beside it."""
-    return round(ROOM * prod(structure.sizes[leg] for leg in structure.open_legs))
+    return round(WORKSPACE * prod(structure.sizes[leg] for leg in structure.open_legs))
 
 
 def _fit_peak(structure: Structure, itemsize: int) -> int:
     """Bytes beside the tensor: of compression, of a search on the core, or of one on the tensor."""
     copies = _COPIES * itemsize * _entries(structure)
-    whole = copies + _search_peak(structure, _room(structure), itemsize)
+    whole = copies + _search_peak(structure, _workspace(structure), itemsize)
     small = _core(structure)
     sizes, fewer = structure.sizes, small.sizes
     if fewer == sizes:
@@ -159,7 +159,7 @@ def _fit_peak(structure: Structure, itemsize: int) -> int:
     made = _BASIS * max(bases) + 2 * itemsize * sizes[INPUT] * sizes[OUTPUT]
     held = itemsize * entries + sum(bases)
     search = _COPIES * itemsize * _entries(small)
-    search += _search_peak(small, _room(structure) - entries, itemsize)
+    search += _search_peak(small, _workspace(structure) - entries, itemsize)
     return max(held + max(made, search), whole)
 
 
@@ -167,13 +167,13 @@ def _entries(structure: Structure) -> int:
     return sum(prod(structure.shape(factor)) for factor in structure.wanted)
 
 
-def _search_peak(structure: Structure, room: int, itemsize: int) -> int:
+def _search_peak(structure: Structure, workspace: int, itemsize: int) -> int:
     """Bytes of a sweep beside its tensor and factors."""
     if len(structure.factors) == 1:
         return 0
     *others, last = structure.wanted
     updates = max(_update_peak(structure, each.name, itemsize) for each in structure.wanted)
-    if not absorbs(structure, room):
+    if not absorbs(structure, workspace):
         return updates
     met = itemsize * prod(structure.sizes[leg] for leg in plan_partial(structure, last.name)[1])
     programs = [plan_update(structure, each.name, last.name).moment for each in others]

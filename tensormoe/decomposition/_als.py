@@ -31,7 +31,7 @@ def sweep(
     source: Source,
     squared_norm: float,
     found: Factors,
-    room: int,
+    workspace: int,
     damping: float = 0.0,
 ) -> tuple[Factors, float]:
     """Solve for every factor once, term by term, each for what the other terms leave of the tensor.
@@ -41,7 +41,7 @@ def sweep(
         source: the tensor.
         squared_norm: of the tensor.
         found: factors by name, which new ones take the place of.
-        room: entries that may be held beyond tensor and factors.
+        workspace: entries that may be held beyond tensor and factors.
         damping: how far directions have to be seen to be followed, see :func:`inverse`.
 
     Returns:
@@ -51,30 +51,31 @@ def sweep(
     explained, left = 0.0, source
     for term in terms:
         left = source.without([each for each in terms if each != term], found)
-        explained = _sweep_term(term, left, found, room, damping)
+        explained = _sweep_term(term, left, found, workspace, damping)
         _balance(term, found, source.backend)
     norm = left.squared_norm() if len(terms) > 1 else squared_norm
     return found, sqrt(max(norm - explained, 0.0) / squared_norm)
 
 
-def absorbs(structure: Structure, room: int) -> bool:
+def absorbs(structure: Structure, workspace: int) -> bool:
     """Whether a tensor is contracted with the last factor once for all others."""
     *others, last = structure.wanted
     _, legs = plan_partial(structure, last.name)
     # products may take it in another order of its legs, which is a copy
-    return len(others) > 1 and 2 * prod(structure.sizes[leg] for leg in legs) <= room
+    return len(others) > 1 and 2 * prod(structure.sizes[leg] for leg in legs) <= workspace
 
 
 def _sweep_term(
-    structure: Structure, source: Source, found: Factors, room: int, damping: float
+    structure: Structure, source: Source, found: Factors, workspace: int, damping: float
 ) -> float:
     """Solve for every factor of a term, the last one last, and say what the term explains then.
 
-    Where there is room for it, the tensor is contracted with the last factor once for all others,
-    so that a sweep passes over it twice; else it passes once for each factor, a block at a time.
+    Where the workspace is large enough, the tensor is contracted with the last factor once for all
+    others, so that a sweep passes over it twice; else it passes once for each factor, a block at a
+    time.
     """
     *others, last = (factor.name for factor in structure.wanted)
-    if absorbs(structure, room):
+    if absorbs(structure, workspace):
         met = source.contract(structure, lambda each: plan_partial(each, last), found, at_once=True)
         for name in others:
             update = plan_update(structure, name, last)
