@@ -92,27 +92,21 @@ def encode_header(header: CheckpointHeader) -> bytes:
     Raises:
         CheckpointError: the header is longer than readers accept.
     """
-    config = canonical_json(dict(header.config))
-    entries: dict[str, Any] = {
-        METADATA: {
-            "format": FORMAT,
-            "version": str(header.version),
-            "block": header.block,
-            "config": config,
-            **({"prefix": header.prefix} if header.prefix else {}),
-        }
+    metadata = {
+        "format": FORMAT,
+        "version": str(header.version),
+        "block": header.block,
+        "config": canonical_json(dict(header.config)),
+        **({"prefix": header.prefix} if header.prefix else {}),
     }
-    begin = 0
-    for name in file_order(header.arrays):
-        info = header.arrays[name]
-        end = begin + info.nbytes
-        entries[header.prefix + name] = {
-            "dtype": code_of(info.dtype),
-            "shape": list(info.shape),
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    frame = encode_frame(entries)
+    infos = ((name, header.arrays[name]) for name in file_order(header.arrays))
+    frame = encode_frame(
+        (
+            (header.prefix + name, code_of(info.dtype), info.shape, info.nbytes)
+            for name, info in infos
+        ),
+        metadata,
+    )
     if len(frame) - 8 > MAX_HEADER_BYTES:
         raise CheckpointError(
             f"names and config must fit in a header of {MAX_HEADER_BYTES:,} bytes; they take "

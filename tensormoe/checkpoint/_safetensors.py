@@ -1,8 +1,8 @@
 """The safetensors layout, whoever wrote the file: a header, then arrays end to end.
 
 Eight bytes of header length, a JSON header, and the arrays. It is handled here, without the package
-of that name, because its functions that need no framework take raw memory addresses (from 0.8 on)
-and give no metadata back.
+of that name: of its functions that need no array library, one takes raw memory addresses, and the
+other takes a whole file as bytes, copies every array out of it, and leaves out the metadata.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, TypeGuard
 
@@ -35,14 +35,14 @@ __all__ = [
 ]
 
 DAMAGED = "The file is damaged or no safetensors file: restore it from a copy."
-# room for more than 50,000 arrays; JSON takes some twenty times its length once it is parsed
+# enough for 50,000 arrays; JSON takes some twenty times its length once it is parsed
 MAX_HEADER_BYTES = 8 * 1024 * 1024
 METADATA = "__metadata__"
 
 _MAX_BYTES = 2**63 - 1
 _MAX_AXES = 32  # the least that any array library admits
 
-# canonical dtype name -> (safetensors code, bytes an entry); all readers of the format know these
+# canonical dtype name -> (safetensors code, bytes per entry); all readers of the format know these
 _DTYPES = {
     "bool": ("BOOL", 1),
     "uint8": ("U8", 1),
@@ -253,9 +253,22 @@ def parse_json(text: bytes, what: str) -> dict[str, Any]:
     return parsed
 
 
-def encode_frame(entries: Mapping[str, Any]) -> bytes:
-    """The first part of a file: eight bytes of length, and the header padded to eight bytes."""
-    text = canonical_json(dict(entries)).encode()
+def encode_frame(
+    arrays: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]
+) -> bytes:
+    """The first part of a file: eight bytes of length, and the header padded to eight bytes.
+
+    Args:
+        arrays: name, code of the dtype, shape and bytes of each, in the order of the file.
+        metadata: strings by name.
+    """
+    entries: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+    begin = 0
+    for name, code, shape, size in arrays:
+        offsets = [begin, begin + size]
+        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": offsets}
+        begin += size
+    text = canonical_json(entries).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 

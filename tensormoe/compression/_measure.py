@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tensormoe._config import LayerConfig
@@ -73,6 +73,26 @@ class GroupReport:
     def closer(self) -> Control | None:
         """The best truncated singular value decomposition if it beats the factors; else None."""
         return closest(self.controls, self.error)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in plain values, as JSON knows them."""
+        values = asdict(self)
+        rank = values["rank"]
+        return values | {
+            "rank": list(rank) if isinstance(rank, tuple) else rank,
+            "expert_errors": list(self.expert_errors),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GroupReport:
+        """The inverse of :meth:`to_dict`."""
+        rank = values["rank"]
+        parts = {
+            "rank": tuple(rank) if isinstance(rank, list) else rank,
+            "expert_errors": tuple(values["expert_errors"]),
+            "controls": tuple(Control(**each) for each in values["controls"]),
+        }
+        return cls(**{**values, **parts})
 
 
 def stored_errors(

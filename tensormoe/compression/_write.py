@@ -13,7 +13,7 @@ from tensormoe.backend import get_backend
 from tensormoe.checkpoint import read_checkpoint
 from tensormoe.checkpoint._files import open_regular, write_whole
 from tensormoe.checkpoint._format import CheckpointHeader, encode_header, file_order
-from tensormoe.checkpoint._safetensors import METADATA, ArrayInfo, encode_frame
+from tensormoe.checkpoint._safetensors import ArrayInfo, encode_frame
 from tensormoe.compression._groups import Group
 from tensormoe.compression._resume import MANIFEST
 from tensormoe.compression._shards import (
@@ -69,18 +69,10 @@ def write_factors(
 def write_rest(shard: Shard, dropped: Collection[str], path: str, report: Report) -> None:
     """A shard without the tensors of some keys; all others byte for byte."""
     kept = [each for key, each in shard.entries.items() if key not in dropped]
-    head, begin = shard.head, 0
+    head = shard.head
     if len(kept) < len(shard.entries):
-        entries: dict[str, Any] = {METADATA: dict(shard.metadata)} if shard.metadata else {}
-        for each in kept:
-            end = begin + each.end - each.begin
-            entries[each.name] = {
-                "dtype": each.code,
-                "shape": list(each.shape),
-                "data_offsets": [begin, end],
-            }
-            begin = end
-        head = encode_frame(entries)
+        placed = ((each.name, each.code, each.shape, each.end - each.begin) for each in kept)
+        head = encode_frame(placed, shard.metadata)
 
     def parts() -> Iterator[bytes]:
         yield head
