@@ -28,7 +28,7 @@ from tensormoe_torch._sharded import gathered, opened, stored
 __all__ = ["replace_expert", "restored", "scale_experts", "silence_experts"]
 
 Editable = Mixture | MuMoEMLP | PreNormed
-"""What has experts by number; both layers of a block are edited together."""
+"""Modules that have experts by number; both layers of a block are edited together."""
 
 
 @torch.no_grad()
@@ -160,7 +160,7 @@ def restored(module: nn.Module) -> AbstractContextManager[None]:
         module: a layer, or a model with layers anywhere inside.
 
     Raises:
-        TypeError: no module, or one without a μMoE layer.
+        TypeError: not a module, or one without a μMoE layer.
 
     >>> import torch
     >>> from tensormoe_torch import MuMoE

@@ -122,7 +122,7 @@ def file_order(arrays: Mapping[str, ArrayInfo]) -> list[str]:
 
 
 def parse_header(text: bytes, data_bytes: int) -> CheckpointHeader:
-    """What :func:`encode_header` wrote, arrays in the order of the file; trusts nothing.
+    """Parse a header of :func:`encode_header`, arrays in the order of the file; trust nothing.
 
     Args:
         text: the header without the eight bytes of its length.
@@ -179,7 +179,7 @@ def _parse_arrays(entries: Mapping[str, Any], data_bytes: int, prefix: str) -> d
 
 
 def _check_plain(value: Any, place: str, depth: int) -> None:
-    """That ``value`` comes back equal from JSON; says where it would not."""
+    """Refuse a value that does not come back equal from JSON; say where."""
     if depth > _MAX_DEPTH:
         raise CheckpointError(
             f"config must be nested at most {_MAX_DEPTH} deep; {place[:80]}... goes deeper."

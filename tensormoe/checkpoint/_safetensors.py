@@ -34,7 +34,7 @@ __all__ = [
     "unknown_dtype",
 ]
 
-DAMAGED = "The file is damaged or no safetensors file: restore it from a copy."
+DAMAGED = "The file is damaged or not a safetensors file: restore it from a copy."
 # enough for 50,000 arrays; JSON takes some twenty times its length once it is parsed
 MAX_HEADER_BYTES = 8 * 1024 * 1024
 METADATA = "__metadata__"
@@ -64,7 +64,7 @@ DTYPES = {code: name for name, (code, _) in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class ArrayInfo:
-    """What a header says of one array.
+    """Dtype and shape of one array, as a header has them.
 
     Args:
         dtype: canonical name, e.g. ``"float32"`` or ``"bfloat16"``.
@@ -129,7 +129,8 @@ def parse_entries(text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     """The entries of any safetensors header by name, as they stand there, and its metadata.
 
     Raises:
-        CheckpointError: no JSON object, a name that stands twice, or metadata that are no strings.
+        CheckpointError: not a JSON object, a name that occurs twice, or metadata other than
+            strings.
     """
     # the package of that name allows white space before it
     if not text.lstrip(b" \t\r\n").startswith(b"{"):
@@ -223,7 +224,7 @@ def _parse_entry(name: str, entry: Any) -> Placed:
 
 
 def parse_json(text: bytes, what: str) -> dict[str, Any]:
-    """A JSON object in which no name stands twice.
+    """A JSON object in which every name is unique.
 
     Raises:
         CheckpointError: anything else; the message calls it ``what``.
@@ -234,7 +235,7 @@ def parse_json(text: bytes, what: str) -> dict[str, Any]:
         if len(found) != len(pairs):
             (name, times), *_ = Counter(name for name, _ in pairs).most_common(1)
             raise CheckpointError(
-                f"names must be unique in {what}; {brief(name)} stands {times} times. {DAMAGED}"
+                f"names must be unique in {what}; {brief(name)} occurs {times} times. {DAMAGED}"
             )
         return found
 
@@ -290,7 +291,7 @@ def code_of(dtype: str) -> str:
 
 
 def unknown_dtype(name: str, code: Any) -> CheckpointError:
-    """What to raise for an array of a dtype that is not known here."""
+    """The error for an array of a dtype that is not known here."""
     return CheckpointError(
         f"dtype must be one of {', '.join(DTYPES)}; got {brief(code)} for {brief(name)}. Save the "
         "array in one of these."

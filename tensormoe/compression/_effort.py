@@ -12,12 +12,12 @@ from functools import lru_cache
 from math import prod
 
 from tensormoe._spec import LayerSpec
-from tensormoe.decomposition._als import absorbs
+from tensormoe.decomposition._als import uses_tree
 from tensormoe.decomposition._compress import PASSES, core_counts
 from tensormoe.decomposition._contractions import (
     Structure,
     Update,
-    plan_partial,
+    plan_node,
     plan_update,
     plan_whole,
     structures,
@@ -56,15 +56,20 @@ def memory_needed(spec: LayerSpec, itemsize: int, compare: bool) -> int:
         compare: whether truncated singular value decompositions are compared with.
     """
     matrix = itemsize * spec.in_features * spec.out_features
-    terms = _terms(spec)
-    held = (
-        spec.num_experts * matrix + _FACTORS * itemsize * spec.num_parameters + _MATRICES * matrix
-    )
-    search = max(_search_peak(term, itemsize) for term in terms)
+    factors = itemsize * spec.num_parameters
+    search = max(_search_peak(term, itemsize) for term in _terms(spec))
+    search += _FACTORS * factors + _MATRICES * matrix
+    spectra = factors + _spectra_peak(spec, matrix) if compare else 0
+    return BASE_MEMORY + spec.num_experts * matrix + max(search, spectra)
+
+
+def _spectra_peak(spec: LayerSpec, matrix: int) -> int:
+    """Bytes of singular values: of experts, of all along their larger side, and of them as rows."""
     narrow, wide = sorted((spec.in_features, spec.out_features))
-    side = min(EXACT, max(wide, spec.num_experts))
-    spectra = 8 * (_SQUARES * narrow**2 + 3 * side**2)
-    return BASE_MEMORY + held + max(search, spectra if compare else 0)
+    wide = wide if wide <= EXACT else 0
+    rows = min(spec.num_experts, EXACT)
+    experts = _MATRICES * matrix + 8 * (_SQUARES * narrow**2 + wide**2)
+    return max(experts, 8 * (2 * wide**2 + narrow**2), 8 * 3 * rows**2)
 
 
 def _search_peak(structure: Structure, itemsize: int) -> int:
@@ -78,11 +83,11 @@ def _search_peak(structure: Structure, itemsize: int) -> int:
     # blocks of experts are as small as they get
     first = structure.open_legs[0]
     block = replace(structure, size_items=tuple({**sizes, first: 1}.items()))
-    programs = [plan_update(block, each.name).moment for each in structure.wanted]
+    programs = [plan_update(block, each.name).mttkrp for each in structure.wanted]
     partial = 0
-    if absorbs(structure, workspace):
-        partial = prod(sizes[leg] for leg in plan_partial(structure, last.name)[1])
-        programs += [plan_update(structure, each.name, last.name).moment for each in others]
+    if uses_tree(structure, workspace):
+        partial = prod(sizes[leg] for leg in plan_node(structure, last.name)[1])
+        programs += [plan_update(structure, each.name, last.name).mttkrp for each in others]
     squares = 0
     for factor in structure.wanted:
         update = plan_update(structure, factor.name)
@@ -170,12 +175,12 @@ def _sweep(structure: Structure, itemsize: int) -> Iterator[StepCost]:
     if len(structure.factors) == 1:
         return
     *others, last = [factor.name for factor in structure.wanted]
-    absorbed = last if len(others) > 1 else None
-    programs: list[Program] = [plan_update(structure, last).moment]
-    if absorbed is not None:
-        programs.append(plan_partial(structure, last)[0])
+    contracted = last if len(others) > 1 else None
+    programs: list[Program] = [plan_update(structure, last).mttkrp]
+    if contracted is not None:
+        programs.append(plan_node(structure, last)[0])
     for name in others:
-        programs.append(plan_update(structure, name, absorbed).moment)
+        programs.append(plan_update(structure, name, contracted).mttkrp)
     for factor in structure.wanted:
         update = plan_update(structure, factor.name)
         programs.extend(gram.program for gram in update.grams)
@@ -185,7 +190,7 @@ def _sweep(structure: Structure, itemsize: int) -> Iterator[StepCost]:
 
 
 def _subtractions(terms: Sequence[Structure], itemsize: int) -> Iterator[StepCost]:
-    """What the others leave, made anew for every factor of a term, and for the error."""
+    """Residuals after the other terms: one for every factor of a term, and one for the error."""
     for term in terms:
         entries = prod(term.sizes[leg] for leg in term.open_legs)
         for other in (each for each in terms if each != term):

@@ -25,7 +25,7 @@ def check_memory(plan: CompressionPlan, max_memory: int | None) -> None:
 
 
 def check_apart(model: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
-    """That the output is not the model."""
+    """Refuse an output that is the model."""
     source, target = (os.path.realpath(checkpoint_path(path)) for path in (model, output))
     if target in (source, os.path.dirname(source) if os.path.isfile(source) else source):
         raise CheckpointError(
@@ -34,7 +34,7 @@ def check_apart(model: str | os.PathLike[str], output: str | os.PathLike[str]) -
 
 
 def check_disk(plan: CompressionPlan, work: Work) -> None:
-    """That what is still to be written fits on the disk."""
+    """Refuse an output that does not fit on the disk."""
     needed = plan.output_bytes
     if plan.settings.dense:
         needed += sum(4 * each.parameters for each in plan.groups)
@@ -48,6 +48,6 @@ def check_disk(plan: CompressionPlan, work: Work) -> None:
     free = shutil.disk_usage(work.folder).free
     if needed - there > free:
         raise CheckpointError(
-            f"the disk of {work.target!r} must have room for {needed - there:,} bytes; it has "
-            f"{free:,}. Make room or choose another output."
+            f"the disk of {work.target!r} must have space for {needed - there:,} bytes; it has "
+            f"{free:,}. Free some space or choose another output."
         )

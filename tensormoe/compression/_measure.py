@@ -1,4 +1,4 @@
-"""What a group lost in the dtype that it is stored in."""
+"""Errors of a group in the dtype that it is stored in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["GroupReport", "stored_errors"]
 
 @dataclass(frozen=True)
 class GroupReport:
-    """What became of a group of experts.
+    """Result for a group of experts.
 
     Errors are Frobenius norms of what is missing, relative to those of the experts, of the numbers
     as the file holds them in its dtype.
@@ -32,7 +32,7 @@ class GroupReport:
         in_features: size of an input.
         out_features: size of an output.
         dtype: of the weights, and of what was written.
-        rank: of the factorization, as its class takes it: an integer, or one a bond; None for a
+        rank: of the factorization, as its class takes it: an integer, or one per bond; None for a
             factorization without rank.
         dense_parameters: entries of the experts.
         parameters: entries of the factors.

@@ -79,9 +79,9 @@ def compress_checkpoint(
 
     Raises:
         TypeError: a path is neither a string nor a path.
-        CheckpointError: a model that can't be read, experts that make no tensor or aren't finite,
-            or an output that is the model's own folder or somebody else's, that another process is
-            at work on, or that can't be written.
+        CheckpointError: a model that can't be read, experts that do not make a tensor or aren't
+            finite, or an output that is the model's own folder or somebody else's, that another
+            process is at work on, or that can't be written.
         RankError, BudgetError: a rank or budget that a group cannot have; the message names it.
         SpecError: a factorization that can't be fitted.
         PlanError: ``max_memory`` is too little; nothing was read then but headers.

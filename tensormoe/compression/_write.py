@@ -89,12 +89,12 @@ class Rebuilt:
 
     Args:
         groups: file and group by key.
-        room: bytes of factors that are held.
+        limit: bytes of factors that are held.
     """
 
-    def __init__(self, groups: Mapping[str, tuple[str, Group]], room: int) -> None:
+    def __init__(self, groups: Mapping[str, tuple[str, Group]], limit: int) -> None:
         self._groups = groups
-        self._room = room
+        self._limit = limit
         self._held: OrderedDict[str, tuple[LayerConfig, Mapping[str, Any]]] = OrderedDict()
 
     def __contains__(self, key: str) -> bool:
@@ -115,7 +115,7 @@ class Rebuilt:
             self._held.move_to_end(path)
             return self._held[path]
         saved = read_checkpoint(path, get_backend("numpy"))
-        while self._held and self._bytes(saved.arrays) + self._bytes_held() > self._room:
+        while self._held and self._bytes(saved.arrays) + self._bytes_held() > self._limit:
             self._held.popitem(last=False)
         self._held[path] = LayerConfig.from_dict(saved.config), saved.arrays
         return self._held[path]

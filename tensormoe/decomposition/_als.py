@@ -11,13 +11,13 @@ from tensormoe.decomposition._contractions import (
     SOURCE,
     Structure,
     Update,
-    plan_partial,
+    plan_node,
     plan_update,
 )
 from tensormoe.decomposition._solve import from_host, inverse, to_host
 from tensormoe.decomposition._source import Source, run
 
-__all__ = ["absorbs", "along_bonds", "solve_factor", "sweep"]
+__all__ = ["along_bonds", "solve_factor", "sweep", "uses_tree"]
 
 Factors = dict[str, Array]
 
@@ -57,10 +57,10 @@ def sweep(
     return found, sqrt(max(norm - explained, 0.0) / squared_norm)
 
 
-def absorbs(structure: Structure, workspace: int) -> bool:
-    """Whether a tensor is contracted with the last factor once for all others."""
+def uses_tree(structure: Structure, workspace: int) -> bool:
+    """Whether a node of a dimension tree is kept: the tensor contracted with the last factor."""
     *others, last = structure.wanted
-    _, legs = plan_partial(structure, last.name)
+    _, legs = plan_node(structure, last.name)
     # products may take it in another order of its legs, which is a copy
     return len(others) > 1 and 2 * prod(structure.sizes[leg] for leg in legs) <= workspace
 
@@ -75,13 +75,13 @@ def _sweep_term(
     time.
     """
     *others, last = (factor.name for factor in structure.wanted)
-    if absorbs(structure, workspace):
-        met = source.contract(structure, lambda each: plan_partial(each, last), found, at_once=True)
+    if uses_tree(structure, workspace):
+        node = source.contract(structure, lambda each: plan_node(each, last), found, at_once=True)
         for name in others:
             update = plan_update(structure, name, last)
-            moment = run(update.moment, {**found, SOURCE: met}, source.backend)
-            found[name], _ = _solved(update, moment, found, source.backend, damping, False)
-        del met
+            mttkrp = run(update.mttkrp, {**found, SOURCE: node}, source.backend)
+            found[name], _ = _solved(update, mttkrp, found, source.backend, damping, False)
+        del node
     else:
         for name in others:
             found[name], _ = solve_factor(structure, name, source, found, damping, False)
@@ -108,17 +108,17 @@ def solve_factor(
         explain: whether the squared norm is wanted, which takes another product; else it is 0.
     """
 
-    def moment_of(each: Structure) -> Any:
+    def planned(each: Structure) -> Any:
         update = plan_update(each, name)
-        return update.moment, update.legs
+        return update.mttkrp, update.legs
 
-    moment = source.contract(structure, moment_of, factors)
-    return _solved(plan_update(structure, name), moment, factors, source.backend, damping, explain)
+    mttkrp = source.contract(structure, planned, factors)
+    return _solved(plan_update(structure, name), mttkrp, factors, source.backend, damping, explain)
 
 
 def _solved(
     update: Update,
-    moment: Array,
+    mttkrp: Array,
     factors: Mapping[str, Array],
     backend: Backend,
     damping: float,
@@ -136,7 +136,7 @@ def _solved(
         del found
     old = to_host(factors[update.name], backend).transpose(_inverse(update.axes))
     # the solution takes the place of what it is made of
-    whole = np.require(to_host(moment, backend), requirements=["C", "W"])
+    whole = np.require(to_host(mttkrp, backend), requirements=["C", "W"])
     columns = (*whole.shape[: update.closed], -1)
     given, flat = old.reshape(columns), whole.reshape(columns)
     explained = 0.0
@@ -150,7 +150,7 @@ def _solved(
             explained += float((part * (2.0 * target - along_bonds(grams, part, update))).sum())
         flat[..., start : start + step] = part
     del grams, inverses, given, old
-    return from_host(whole.transpose(update.axes), moment, backend), explained
+    return from_host(whole.transpose(update.axes), mttkrp, backend), explained
 
 
 def along_bonds(matrices: Sequence[Any], array: Any, update: Update) -> Any:

@@ -45,7 +45,7 @@ class ErrorPoint:
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """What factorizations of one name lost.
+    """Errors of the factorizations of one name.
 
     Args:
         name: of the factorization.

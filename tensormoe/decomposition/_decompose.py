@@ -92,8 +92,8 @@ def decompose(
         KeyboardInterrupt: Ctrl-C before the first sweep is done, or a second one.
         MissingDependencyError: without NumPy, which solves the equations of bonds on the host.
         BackendError: arrays of an unknown library, or of several.
-        ShapeError: weights that are no stack of matrices, not finite, or other shapes that do not
-            fit.
+        ShapeError: weights that are not a stack of matrices, not finite, or other shapes that do
+            not fit.
         SpecError, RankError, BudgetError: a factorization, rank, budget or tolerance that cannot
             be, a rank above what any tensor of the shape can need among them.
 

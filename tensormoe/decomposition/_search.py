@@ -34,7 +34,7 @@ _STEP, _MOST_STEP = 0.5, 2.0
 
 @dataclass(frozen=True)
 class Search:
-    """How long factors are searched for.
+    """Length of a search for factors.
 
     Args:
         starts: random starts, the best of which goes on; None for as many as take little time, one
@@ -46,8 +46,8 @@ class Search:
             are taken. The errors that are reported come on top. None for no limit.
 
     Raises:
-        SpecError: a count that is no positive integer (no natural one for ``polish``), a tolerance
-            outside [0, 1), or a time limit that is no positive number.
+        SpecError: a count that is not a positive integer (a negative one for ``polish``), a
+            tolerance outside [0, 1), or a time limit that is not a positive number.
     """
 
     starts: int | None = None
@@ -165,7 +165,7 @@ class _Point:
 
 @dataclass(frozen=True, eq=False)
 class _Pace:
-    """How the next sweep is made.
+    """Step size and damping of the next sweep.
 
     Args:
         previous: factors before the last sweep, in whose direction the next one starts; None for a

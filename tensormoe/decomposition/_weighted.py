@@ -22,7 +22,7 @@ from tensormoe.functional._dtypes import widened
 
 __all__ = ["Weighting", "weigh"]
 
-# of the mean second moment, added to all: directions that no sample shows are not free
+# of the mean second mttkrp, added to all: directions that no sample shows are not free
 _FLOOR = 1e-3
 
 

@@ -138,7 +138,7 @@ def _step(
     update = plan_update(structure, name)
     residual = target.without(terms, factors)
     right = residual.contract(
-        structure, lambda each: (plan_update(each, name).moment, update.legs), factors
+        structure, lambda each: (plan_update(each, name).mttkrp, update.legs), factors
     )
     inverses = []
     for gram in update.grams:

@@ -204,7 +204,7 @@ def test_a_disk_that_is_too_small_is_said_first(
     usage = type("Usage", (), {"free": 100})()
     monkeypatch.setattr(_run.shutil, "disk_usage", lambda _: usage)
     monkeypatch.setattr(_run, "read_stack", None)
-    with pytest.raises(CheckpointError, match=r"must have room for .* bytes; it has 100"):
+    with pytest.raises(CheckpointError, match=r"must have space for .* bytes; it has 100"):
         compress_checkpoint(model, tmp_path / "out", WANTED)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
