@@ -9,7 +9,7 @@ import pytest
 
 from tensormoe import CP, BaseDelta, LayerSpec, SharedBasis, TensorRing, TensorTrain, Tucker
 from tensormoe.backend import backend_of
-from tensormoe.decomposition._als import uses_tree, solve_factor, sweep
+from tensormoe.decomposition._als import solve_factor, sweep, uses_tree
 from tensormoe.decomposition._contractions import Structure, structures
 from tensormoe.decomposition._search import Problem
 from tensormoe.decomposition._solve import inverse
