@@ -22,13 +22,13 @@ from tensormoe.functional._dtypes import widened
 
 __all__ = ["Weighting", "weigh"]
 
-# of the mean second mttkrp, added to all: directions that no sample shows are not free
+# of the mean second moment, added to all: directions that no sample shows are not free
 _FLOOR = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class Weighting:
-    """A weighted tensor, and the way back for its factors.
+    """A weighted tensor, and how to undo that for its factors.
 
     Args:
         source: the tensor, weighted.
