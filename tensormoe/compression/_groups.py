@@ -95,9 +95,9 @@ def _group(match: Match, model: Model, transposed: bool) -> Group:
         keys = tuple(match.keys[number] for number in range(count))
     placed = [model.places[key][1] for key in keys]
     shape = _agreed(match.name, placed)
-    *lead, rows, columns = shape
+    *leading, rows, columns = shape
     sizes = (columns, rows) if transposed else (rows, columns)
-    experts = lead[0] if match.keys is None else len(keys)
+    experts = leading[0] if match.keys is None else len(keys)
     info = placed[0].info
     assert info is not None
     return Group(match.name, keys, match.keys is None, experts, *sizes, transposed, info.dtype)

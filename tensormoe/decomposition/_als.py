@@ -158,9 +158,9 @@ def along_bonds(matrices: Sequence[Any], array: Any, update: Update) -> Any:
     for matrix, gram in zip(matrices, update.grams, strict=True):
         size, count = prod(gram.bonds), len(gram.bonds)
         shape = array.shape
-        lead = shape[: update.shared]
+        batch_shape = shape[: update.shared]
         before, after = shape[update.shared : gram.axis], shape[gram.axis + count :]
-        columns = array.reshape(*lead, prod(before), size, prod(after))
+        columns = array.reshape(*batch_shape, prod(before), size, prod(after))
         array = (matrix[..., None, :, :] @ columns).reshape(shape)
     return array
 

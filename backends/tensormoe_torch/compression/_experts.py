@@ -127,15 +127,15 @@ class FactorizedExperts(nn.Module):
         Raises:
             ShapeError: indices or weights that do not fit the input.
         """
-        lead = tuple(hidden_states.shape[:-1])
-        if top_k_index.shape[:-1] != lead or top_k_weights.shape != top_k_index.shape:
+        batch_shape = tuple(hidden_states.shape[:-1])
+        if top_k_index.shape[:-1] != batch_shape or top_k_weights.shape != top_k_index.shape:
             raise ShapeError(
-                f"top_k_index and top_k_weights must both have shape {(*lead, 'k')}, one row per "
-                f"token; got {tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}. Give "
+                f"top_k_index and top_k_weights must both have shape {(*batch_shape, 'k')}, one row "
+                f"per token; got {tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}. Give "
                 "what the router gives."
             )
         count = top_k_index.shape[-1]
-        rows = hidden_states.unsqueeze(-2).expand(*lead, count, hidden_states.shape[-1])
+        rows = hidden_states.unsqueeze(-2).expand(*batch_shape, count, hidden_states.shape[-1])
         found = self.routed(rows, top_k_index) * top_k_weights.unsqueeze(-1)
         return found.sum(dim=-2).to(hidden_states.dtype)
 
