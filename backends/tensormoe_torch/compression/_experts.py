@@ -130,9 +130,9 @@ class FactorizedExperts(nn.Module):
         batch_shape = tuple(hidden_states.shape[:-1])
         if top_k_index.shape[:-1] != batch_shape or top_k_weights.shape != top_k_index.shape:
             raise ShapeError(
-                f"top_k_index and top_k_weights must both have shape {(*batch_shape, 'k')}, one row "
-                f"per token; got {tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}. Give "
-                "what the router gives."
+                f"top_k_index and top_k_weights must both have shape {(*batch_shape, 'k')}, one "
+                f"row per token; got {tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}. "
+                "Give what the router gives."
             )
         count = top_k_index.shape[-1]
         rows = hidden_states.unsqueeze(-2).expand(*batch_shape, count, hidden_states.shape[-1])
