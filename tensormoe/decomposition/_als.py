@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod, sqrt
 from typing import Any
 
@@ -127,6 +127,28 @@ def _solved(
     """A better factor: from the one that is there, as far as the equations can be trusted."""
     import numpy as np
 
+    grams, inverses = _equations(update, factors, backend, damping)
+    old = to_host(factors[update.name], backend).transpose(_inverse(update.axes))
+    # the solution takes the place of what it is made of
+    whole = np.require(to_host(mttkrp, backend), requirements=["C", "W"])
+    columns = (*whole.shape[: update.closed], -1)
+    given, flat = old.reshape(columns), whole.reshape(columns)
+    explained = 0.0
+    for span in _spans(flat.shape, max(gram.size for gram in grams)):
+        part, target = (each[..., span].astype("float64") for each in (given, flat))
+        part += along_bonds(inverses, target - along_bonds(grams, part, update), update)
+        if explain:
+            # ‖T − N‖² = ‖T‖² − 2⟨M, X⟩ + ⟨X, G X⟩
+            explained += float((part * (2.0 * target - along_bonds(grams, part, update))).sum())
+        flat[..., span] = part
+    del grams, inverses, given, old
+    return from_host(whole.transpose(update.axes), mttkrp, backend), explained
+
+
+def _equations(
+    update: Update, factors: Mapping[str, Array], backend: Backend, damping: float
+) -> tuple[list[Any], list[Any]]:
+    """The parts of G and their inverses, in float64 on the host."""
     grams, inverses = [], []
     for gram in update.grams:
         found = to_host(run(gram.program, factors, backend), backend)
@@ -134,23 +156,13 @@ def _solved(
         inverses.append(inverse(found, damping))
         grams.append(found.astype("float64"))
         del found
-    old = to_host(factors[update.name], backend).transpose(_inverse(update.axes))
-    # the solution takes the place of what it is made of
-    whole = np.require(to_host(mttkrp, backend), requirements=["C", "W"])
-    columns = (*whole.shape[: update.closed], -1)
-    given, flat = old.reshape(columns), whole.reshape(columns)
-    explained = 0.0
-    square = max(gram.size for gram in grams)
-    step = max(_COLUMNS, square // (_PART * prod(columns[:-1])))
-    for start in range(0, flat.shape[-1], step):
-        part, target = (each[..., start : start + step].astype("float64") for each in (given, flat))
-        part += along_bonds(inverses, target - along_bonds(grams, part, update), update)
-        if explain:
-            # ‖T − N‖² = ‖T‖² − 2⟨M, X⟩ + ⟨X, G X⟩
-            explained += float((part * (2.0 * target - along_bonds(grams, part, update))).sum())
-        flat[..., start : start + step] = part
-    del grams, inverses, given, old
-    return from_host(whole.transpose(update.axes), mttkrp, backend), explained
+    return grams, inverses
+
+
+def _spans(shape: tuple[int, ...], square: int) -> Iterator[slice]:
+    """Right-hand sides that are solved for at a time, for the largest matrix of the equations."""
+    step = max(_COLUMNS, square // (_PART * prod(shape[:-1])))
+    return (slice(start, start + step) for start in range(0, shape[-1], step))
 
 
 def along_bonds(matrices: Sequence[Any], array: Any, update: Update) -> Any:
