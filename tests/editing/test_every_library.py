@@ -18,7 +18,7 @@ from tensormoe.editing import replace_expert, scale_experts, silence_experts
 from tensormoe.errors import BackendError, ShapeError, SpecError
 from tensormoe.functional import BlockConfig, LayerConfig
 from tests._cupy_standin import device, host, installed
-from tests._torch_helpers import KINDS
+from tests._kinds import KINDS
 
 Arrays = dict[str, Any]
 
