@@ -23,8 +23,7 @@ __all__ = [
     "Candidate",
     "Regimes",
     "Trees",
-    "best_candidate",
-    "build_program",
+    "batch_program",
     "plan_regimes",
 ]
 
@@ -132,6 +131,11 @@ def _crossings(
 def best_candidate(drafts: Sequence[Draft], batch: int) -> Candidate:
     """The cheapest candidate at one batch size; of equals, one of the first draft."""
     return min((_candidate(draft, batch) for draft in drafts), key=lambda each: each.cost(batch))
+
+
+def batch_program(network: Network, batch: int, routing: Routing = DENSE) -> Program:
+    """The cheapest program for one batch size, sought for it alone; for dense coefficients."""
+    return build_program(_candidate(Draft(network, routing), batch))
 
 
 def _candidate(draft: Draft, batch: int) -> Candidate:
