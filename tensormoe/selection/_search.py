@@ -1,8 +1,8 @@
 """Search of a family for the undominated ranks within a budget.
 
-Figures grow with both sizes of a rank, and so does the number of parameters. FLOPs, memory and time
-nearly always do, and large families are searched as if they did: the ranks that fit are then those
-below a staircase, and the ranks that are worth anything those above another one.
+Figures grow with both sizes of a rank, and so does the number of parameters: the ranks that fit are
+those below a staircase, and the ranks that are worth anything those above another one. FLOPs,
+memory and time fall now and then, where a larger rank runs by another path, but by little.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ Test = Callable[[Choice], bool]
 
 # families of up to so many ranks are planned rank by rank, the best first, until one fits
 _FEW = 256
+
+# in larger ones, a rank that takes so much of a limit rules out those that are larger
+_BEYOND = 1.005
 
 
 def best(family: Family, spending: Spending, measure: Measure) -> Choice | None:
@@ -80,7 +83,9 @@ class _Ranks:
         self.last = family.saturation(OUTER) if family.symbols == 2 else 1
         self._planned = not spending.budget.counts_parameters_alone
         self._few = self._planned and self.last * family.saturation(INNER) <= _FEW
-        self._fits = self._test()
+        self._share = self._shares()
+        beyond = _BEYOND if self._planned else 1.0
+        self._near = _monotone(lambda sizes: self._share(sizes) <= beyond)
         self._end = self._ceiling()
 
     def search(
@@ -102,21 +107,23 @@ class _Ranks:
         if self._few:
             found = self._from_the_best(measure, wants)
         else:
-            found = _staircase(outers, self._end, wants, self._fits)
+            found = _staircase(outers, self._end, wants, self._near, self._fits)
         for sizes in found:
             # of paths that are equal to the planner, a layer may run by another one
             if self._spending.allows(family.spec(sizes)):
                 yield sizes
 
-    def _test(self) -> Test:
-        """Whether a rank keeps to the budget, from as few plans as can be."""
+    def _shares(self) -> Callable[[Choice], float]:
+        """The largest share of a limit that a rank takes."""
         family, spending = self._family, self._spending
         if self._planned:
-            fits = cache(lambda sizes: spending.seems_to_allow(family.spec(sizes)))
-            return fits if self._few else _monotone(fits)
+            return cache(lambda sizes: spending.share(family.spec(sizes)))
         besides = spending.of(family.spec((1, 1))).parameters - family.parameters(1, 1)
-        limit = spending.budget.limits["parameters"] - besides
-        return lambda sizes: family.parameters(*sizes) <= limit
+        limit = spending.budget.limits["parameters"]
+        return lambda sizes: (family.parameters(*sizes) + besides) / limit
+
+    def _fits(self, sizes: Choice) -> bool:
+        return self._share(sizes) <= 1
 
     def _ceiling(self) -> int:
         """An inner size that is out of reach, or larger than useful."""
@@ -146,22 +153,32 @@ class _Ranks:
         return _first(lambda size: not self._fits((outer, size)), inner + 1, self._end) - 1
 
 
-def _staircase(outers: Sequence[int], end: int, wants: Test, fits: Test) -> Iterable[Choice]:
-    """The largest wanted inner size that fits, for every outer size that has one."""
+def _staircase(
+    outers: Sequence[int], end: int, wants: Test, near: Test, fits: Test
+) -> Iterable[Choice]:
+    """The largest inner size that fits, for every outer size at which it is wanted.
+
+    Args:
+        outers: outer sizes in ascending order.
+        end: the largest inner size that is looked at.
+        wants: a test that larger ranks pass if smaller ones do.
+        near: a test that smaller ranks pass if larger ones do, and all that fit.
+        fits: whether a rank keeps to the budget.
+    """
     place, bound = 0, end
     while bound > 0:
-        # both tests are monotone: no rank at the outer sizes before is wanted, ...
         place = _first(lambda k: wants((outers[k], bound)), place, len(outers) - 1)  # noqa: B023
         if place == len(outers):
             return
         outer = outers[place]
         least = _first(lambda size: wants((outer, size)), 1, bound)  # noqa: B023
-        if fits((outer, least)):
-            bound = _first(lambda size: not fits((outer, size)), least + 1, bound) - 1  # noqa: B023
-            yield outer, bound
+        if near((outer, least)):
+            bound = _first(lambda size: not near((outer, size)), least + 1, bound) - 1  # noqa: B023
+            inner = next((k for k in range(bound, least - 1, -1) if fits((outer, k))), None)
+            if inner is not None:
+                yield outer, inner
             place += 1
         else:
-            # ... and no inner size from here on fits at those behind
             bound = least - 1
 
 
@@ -171,7 +188,7 @@ def _first(passes: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def _monotone(fits: Test) -> Test:
-    """A test that smaller ranks pass and larger ones fail, asked no more than needed."""
+    """``fits`` for ranks of which smaller ones pass and larger ones fail, asked where needed."""
     passed: list[Choice] = []
     failed: list[Choice] = []
 

@@ -71,13 +71,13 @@ def select_rank(
 
     The budget covers the layer with its gate; ``Budget(…, gate=False)`` leaves the gate out. It is
     never exceeded, and no other rank of the same family within it has a higher objective. For
-    parameters and in families of up to 256 ranks there are no exceptions. Larger families are
-    searched as if FLOPs, memory and time grew with every bond, as they nearly always do: where a
-    larger rank runs by another path that costs less, a better one can be missed. The family is one
-    size for every symbol of the factorization's pattern: the bonds of a tensor ring next to an
-    expert mode are equally large and the one between input and output is free. Equal objectives are
-    told apart by the other figure, then by smaller bonds around the expert modes, then by the
-    larger bond between input and output.
+    parameters and in families of up to 256 ranks there are no exceptions. In larger families, a
+    rank that exceeds a limit on FLOPs, memory or time by 0.5 % rules out all larger ones: where one
+    of them runs by another path that costs so much less, it can be missed. The family is one size
+    for every symbol of the factorization's pattern: the bonds of a tensor ring next to an expert
+    mode are equally large and the one between input and output is free. Equal objectives are told
+    apart by the other figure, then by smaller bonds around the expert modes, then by the larger
+    bond between input and output.
 
     Bonds stop where no tensor of the layer's shape could use more, whatever is left of the budget;
     where one of several equal ones stops, the others share what it leaves. Where a budget limits
