@@ -16,7 +16,7 @@ __all__ = ["CP", "DENSE", "TENSOR_RING", "VARIANTS", "Variant", "flops", "make_m
 
 @dataclass(frozen=True)
 class Variant:
-    """What takes the place of every MLP of a model.
+    """A replacement for every MLP of a model.
 
     Args:
         name: for people.
