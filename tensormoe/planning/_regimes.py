@@ -38,7 +38,7 @@ class Regimes:
 
     Args:
         starts: smallest batch of each regime, ascending; the first is 0.
-        programs: one a regime.
+        programs: one per regime.
     """
 
     starts: tuple[int, ...]
@@ -72,7 +72,7 @@ class Trees:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to run a layer: a draft, contraction trees, one pair a term, and their cost line."""
+    """A way to run a layer: a draft, contraction trees, one pair per term, and their cost line."""
 
     draft: Draft
     trees: tuple[Trees, ...]

@@ -39,7 +39,7 @@ class Family:
         factorization: a name or a class.
         in_features: I.
         out_features: O.
-        experts: N, or one size a level.
+        experts: N, or one size per level.
         bias: whether every expert has a bias.
         bonds: for every bond a size that is fixed, a symbol, or None, which is a symbol like any
             other; by default the factorization's own pattern.
@@ -98,7 +98,7 @@ class Family:
         return Family(self._given, given.in_features, given.out_features, experts, given.bias, None)
 
     def rank(self, sizes: Choice) -> tuple[int, ...]:
-        """One size a bond."""
+        """One size per bond."""
         return tuple(
             bond if isinstance(bond, int) else sizes[self._places[bond]] for bond in self.bonds
         )

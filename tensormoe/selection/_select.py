@@ -101,7 +101,7 @@ def select_rank(
             collapse: the tensor ring of the highest expert rank has r₁ = r₂ = 1 and experts that
             are multiples of one another. "expert_rank" and "expert_span" are there for those who
             fix the other one by ``bonds``.
-        bonds: one entry a bond: a size that is fixed, or None for bonds that vary together. Names
+        bonds: one entry per bond: a size that is fixed, or None for bonds that vary together. Names
             instead of None make several such groups, two at most.
         gate: the gate that the layer will have, by default that of layers; None or False for a
             layer that is given its coefficients.
