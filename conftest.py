@@ -5,9 +5,10 @@ A ``text`` block directly behind a Python block is what that block prints, and i
 
 from __future__ import annotations
 
-from contextlib import redirect_stdout
+from contextlib import ExitStack, chdir, redirect_stdout
 from importlib.util import find_spec
 from io import StringIO
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from sybil import Example, Sybil
@@ -37,6 +38,9 @@ def _setup(namespace: dict[str, Any]) -> None:
     from tensormoe.factorizations import _named
 
     namespace["__registered__"] = dict(_named._registered)
+    # files that a document writes go to a folder of its own
+    namespace["__folders__"] = folders = ExitStack()
+    folders.enter_context(chdir(folders.enter_context(TemporaryDirectory())))
 
 
 def _teardown(namespace: dict[str, Any]) -> None:
@@ -45,6 +49,7 @@ def _teardown(namespace: dict[str, Any]) -> None:
 
     _named._registered.clear()
     _named._registered.update(namespace["__registered__"])
+    namespace["__folders__"].close()
 
 
 pytest_collect_file = Sybil(
