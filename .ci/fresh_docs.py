@@ -1,11 +1,11 @@
-"""Follow README.md and the tutorial in fresh environments: install what they say, run what they show.
+"""Follow README.md and the tutorial in fresh environments: install, run, compare.
 
     python .ci/fresh_docs.py                  # both
     python .ci/fresh_docs.py README.md
 
 For each page: a clone of the last commit, a new environment, the first ``pip install`` line of the
-page, then its Python blocks, in order and away from the checkout. A ``text`` block directly behind a
-Python block is what that block prints. The blocks of a page must end within a minute, the
+page, then its Python blocks, in order and away from the checkout. A ``text`` block directly behind
+a Python block is what that block prints. The blocks of a page must end within a minute, the
 installation not counted.
 """
 

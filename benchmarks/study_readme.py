@@ -10,8 +10,8 @@ starts equal. Each kind of block gets the learning rate that is best for it on h
 images, from the same four. Then the test images are looked at once.
 
 Runs are written to ``out/readme.jsonl`` as they end; a second call goes on from there. The images
-are Fashion-MNIST (Debian's package dataset-fashion-mnist, or ``--data FOLDER``), else scikit-learn's
-digits. The full study takes about ten minutes on one core, ``--quick`` some seconds.
+are Fashion-MNIST (Debian's package dataset-fashion-mnist, or ``--data FOLDER``), else the digits of
+scikit-learn. The full study takes about ten minutes on one core, ``--quick`` some seconds.
 
 Needs PyTorch and scikit-learn.
 """
@@ -162,7 +162,9 @@ class Runs:
         lines = path.read_text("utf-8").splitlines() if path.exists() else []
         self.known = {tuple(key): value for key, value in map(json.loads, lines)}
 
-    def get(self, kind: Kind, images: Images, part: str, rate: float, seed: int, steps: int) -> float:
+    def get(
+        self, kind: Kind, images: Images, part: str, rate: float, seed: int, steps: int
+    ) -> float:
         key = (kind.name, images.name, len(images.train), part, rate, seed, steps)
         if key not in self.known:
             self.known[key] = run(kind, images, rate, seed, steps)
@@ -223,7 +225,10 @@ def main() -> None:
 
     print(f"{tested.name}: {len(tested.train)} images, {steps} steps of {BATCH}, {seeds} seeds")
     print(f"times: {INPUTS} inputs, float32, one thread, PyTorch {torch.__version__}")
-    print("| block | experts | parameters | FLOPs per input | forward, ms | training step, ms |", end="")
+    print(
+        "| block | experts | parameters | FLOPs per input | forward, ms | training step, ms |",
+        end="",
+    )
     print(" test accuracy, % (lowest – highest) | difference to MLP at the same seed | rate |")
     print("| --- |" + " ---: |" * 8)
     base: list[float] = []

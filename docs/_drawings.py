@@ -41,6 +41,8 @@ class Drawing:
     lines: list[str] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)
     places: dict[str, tuple[float, float]] = field(default_factory=dict)
+    dots: set[str] = field(default_factory=set)
+    ends: list[list[tuple[float, float]]] = field(default_factory=list)
 
     def node(self, key: str, x: float, y: float, name: str, colour: str = FACTOR) -> None:
         self.places[key] = (x, y)
@@ -56,12 +58,13 @@ class Drawing:
 
     def dot(self, key: str, x: float, y: float) -> None:
         self.places[key] = (x, y)
+        self.dots.add(key)
         self.shapes.append(f'<circle cx="{x:g}" cy="{y:g}" r="5" fill="{LINE}"/>')
 
     def bond(self, first: str, second: str, name: str = "", side: float = 14) -> None:
         """A line between two nodes; its name stands ``side`` pixels to its right."""
         (x1, y1), (x2, y2) = self.places[first], self.places[second]
-        self.lines.append(f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}"/>')
+        self._line((x1, y1), (x2, y2))
         if name:
             length = ((x2 - x1) ** 2 + (y2 - y1) ** 2) ** 0.5
             right = (-(y2 - y1) / length, (x2 - x1) / length)
@@ -71,12 +74,17 @@ class Drawing:
         """An open line, named at its end."""
         x, y = self.places[key]
         length = (dx * dx + dy * dy) ** 0.5
-        self.lines.append(f'<line x1="{x:g}" y1="{y:g}" x2="{x + dx:g}" y2="{y + dy:g}"/>')
+        self._line((x, y), (x + dx, y + dy))
         self.text(x + dx * (1 + 12 / length), y + dy * (1 + 12 / length), name, "leg")
 
     def cut(self, path: str, x: float, y: float, name: str) -> None:
         self.shapes.append(f'<path class="cut" d="{path}"/>')
         self.text(x, y, name, "cutname")
+
+    def _line(self, start: tuple[float, float], end: tuple[float, float]) -> None:
+        (x1, y1), (x2, y2) = start, end
+        self.ends.append([start, end])
+        self.lines.append(f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}"/>')
 
     def text(self, x: float, y: float, words: str, kind: str) -> None:
         self.shapes.append(f'<text class="{kind}" x="{x:g}" y="{y:g}">{escape(words)}</text>')
@@ -224,9 +232,7 @@ def base_delta() -> Drawing:
     return new
 
 
-def _three(
-    new: Drawing, x1: float, y1: float, x2: float, y2: float, x3: float, y3: float
-) -> None:
+def _three(new: Drawing, x1: float, y1: float, x2: float, y2: float, x3: float, y3: float) -> None:
     """Expert factor above, input factor at the left, output factor at the right."""
     new.node("n", x1, y1, "", EXPERT)
     new.node("i", x2, y2, "")
@@ -239,7 +245,10 @@ def _three(
 def capacity() -> Drawing:
     """Both capacities of a ring as cuts."""
     new = Drawing(760, 270, "Expert rank and expert span of a tensor ring as minimum cuts")
-    for shift, title in ((0, "expert rank: between I and O"), (380, "expert span: between N and the rest")):
+    for shift, title in (
+        (0, "expert rank: between I and O"),
+        (380, "expert span: between N and the rest"),
+    ):
         new.text(190 + shift, 18, title, "title")
         x = 190 + shift
         new.node(f"n{shift}", x, 92, "", EXPERT)
