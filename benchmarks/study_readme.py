@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from time import process_time
 
 import torch
 import torch.nn.functional as F
@@ -175,7 +176,7 @@ class Runs:
 
 
 def times(blocks: list[nn.Module], seconds: float) -> list[tuple[float, float]]:
-    """Seconds of a forward call and of a training step of every block, measured in turns."""
+    """Processor seconds of a forward call and of a training step of every block, in turns."""
     x = torch.randn(INPUTS, WIDTH, generator=torch.Generator().manual_seed(0))
     given = x.clone().requires_grad_()
 
@@ -189,7 +190,9 @@ def times(blocks: list[nn.Module], seconds: float) -> list[tuple[float, float]]:
     def step(block: nn.Module) -> Callable[[], object]:
         return lambda: block(given).square().mean().backward()
 
-    found = [interleaved([make(b) for b in blocks], seconds) for make in (forward, step)]
+    found = [
+        interleaved([make(b) for b in blocks], seconds, process_time) for make in (forward, step)
+    ]
     return list(zip(*found, strict=True))
 
 
@@ -224,7 +227,7 @@ def main() -> None:
     clocks = times([*blocks, mlp(HIDDEN, OneDNNLinear)], 0.1 if words.quick else 20.0)
 
     print(f"{tested.name}: {len(tested.train)} images, {steps} steps of {BATCH}, {seeds} seeds")
-    print(f"times: {INPUTS} inputs, float32, one thread, PyTorch {torch.__version__}")
+    print(f"processor time: {INPUTS} inputs, float32, one thread, PyTorch {torch.__version__}")
     print(
         "| block | experts | parameters | FLOPs per input | forward, ms | training step, ms |",
         end="",

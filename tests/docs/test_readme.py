@@ -9,7 +9,7 @@ import pytest
 
 from tensormoe import Gate, LayerSpec, TensorRing, select_rank
 from tensormoe.functional import LayerConfig
-from tensormoe.planning import linear_cost
+from tensormoe.selection import linear_cost
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
