@@ -5,14 +5,15 @@
 
 For each page: a clone of the last commit, a new environment, the first ``pip install`` line of the
 page, then its Python blocks, in order and away from the checkout. A ``text`` block directly behind
-a Python block is what that block prints. The blocks of a page must end within a minute, the
-installation not counted.
+a Python block is what that block prints. The blocks of a page must end within a minute of processor
+time, the installation not counted.
 """
 
 from __future__ import annotations
 
 import io
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -20,7 +21,6 @@ import tempfile
 import venv
 from contextlib import redirect_stdout
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +32,7 @@ INSTALL = re.compile(r"^pip install .*$", re.MULTILINE)
 
 
 def follow(page: str) -> float:
-    """The seconds that the blocks of a page take in an environment of its own."""
+    """Processor seconds that the blocks of a page take in an environment of its own."""
     with tempfile.TemporaryDirectory() as folder:
         clone, place = Path(folder, "clone"), Path(folder, "elsewhere")
         place.mkdir()
@@ -46,9 +46,9 @@ def follow(page: str) -> float:
         # the constraints choose the build of PyTorch without CUDA, as everywhere in this project
         words = [*shlex.split(line.group(), comments=True)[1:], "-qq", "-c", "constraints.txt"]
         run(python, "-m", "pip", *words, cwd=clone)
-        start = perf_counter()
+        before = processor_time()
         run(python, "-I", Path(__file__).resolve(), "--run", clone / page, cwd=place)
-        return perf_counter() - start
+        return processor_time() - before
 
 
 def run_blocks(page: Path) -> None:
@@ -64,6 +64,12 @@ def run_blocks(page: Path) -> None:
             exec(compile("\n" * line + code, page.name, "exec"), names)
         if wanted is not None and printed.getvalue().split() != wanted.split():
             sys.exit(f"{page.name}, line {line}: prints\n{printed.getvalue()}\nnot\n{wanted}")
+
+
+def processor_time() -> float:
+    """Seconds of the processes that this one started: those of other programs don't count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def run(*command: str | Path, cwd: Path) -> None:
