@@ -12,6 +12,10 @@ BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check -c constraints.txt
 PYTEST_FLAGS ?= -q -n auto --dist worksteal
 REQUIREMENTS := pyproject.toml constraints.txt
+# JAX compiles each operation for each shape: quickly is better than well. Its usual code is what
+# the examples and the documentation run
+QUICKLY := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
+    XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -59,10 +63,9 @@ typecheck: $(VENV)/.ready-dev ## mypy --strict
 .PHONY: unit
 unit: $(VENV)/.ready-dev ## tests, doctests, and the code in README.md and docs/
 	@echo "== unit"
-	@# JAX compiles each operation for each shape: quickly is better than well. Random examples are
-	@# the same in every run; HYPOTHESIS_PROFILE=dev draws others, and make fuzz many of them
-	@HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} \
-	    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 XLA_FLAGS=--xla_llvm_disable_expensive_passes=true \
+	@# random examples are the same in every run; HYPOTHESIS_PROFILE=dev draws others, and make fuzz
+	@# many of them
+	@HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(QUICKLY) \
 	    $(BIN)/python -m pytest $(PYTEST_FLAGS) tests tensormoe backends
 	@# the blocks of a document build on one another: they stay in one process
 	@$(BIN)/python -m pytest -q README.md docs
@@ -79,7 +82,7 @@ test-core: $(CORE_VENV)/.ready ## the core where no array library is installed
 test-oldest: $(OLDEST_VENV)/.ready ## tests on the oldest admitted versions (not part of test)
 	@echo "== test-oldest"
 	@# the constraints admit one release of PyTorch, which its own tests have run on already
-	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 XLA_FLAGS=--xla_llvm_disable_expensive_passes=true \
+	@$(QUICKLY) \
 	    $(OLDEST_VENV)/bin/python -m pytest $(PYTEST_FLAGS) \
 	    --confcutdir=tests --ignore=tests/torch --ignore=tests/huggingface tests
 
@@ -95,7 +98,7 @@ gpu:
 .PHONY: fuzz
 fuzz: $(VENV)/.ready-dev ## random cases, and junk at every door; resumes (not part of test)
 	@echo "== fuzz"
-	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 XLA_FLAGS=--xla_llvm_disable_expensive_passes=true \
+	@$(QUICKLY) \
 	    PYTHONPATH=.:backends $(BIN)/python -m tests.fuzz
 
 .PHONY: docs

@@ -6,9 +6,8 @@ run under one ``jit`` for each configuration.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -21,129 +20,24 @@ import torch
 
 import tensormoe_jax.equinox
 import tensormoe_jax.nnx
-import tensormoe_numpy
 import tensormoe_torch
 from tensormoe import TopK, convert
 from tensormoe.checkpoint import read_block, save_checkpoint
 from tensormoe.functional import BlockConfig, LayerConfig
-from tests._cupy_standin import ADAPTER, device, host
-
-Config = LayerConfig | BlockConfig
-Arrays = Mapping[str, np.ndarray]
-Made = Sequence[Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """What a layer is given.
-
-    Args:
-        x: (..., in), or ids (...).
-        made: ready-made coefficients, an array or a ``TopK`` a level; None for the layer's gate.
-        cotangent: of the output.
-    """
-
-    x: np.ndarray
-    made: Made | None
-    cotangent: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """What a layer says.
-
-    Args:
-        output: outside training.
-        trained: the output in training, where batch norm uses the batch's own statistics.
-        gradients: in training, by ``input`` (not for ids), ``coefficients_<level>`` (if they were
-            given), and by the canonical names of parameters.
-        buffers: after the call in training, by canonical name.
-    """
-
-    output: np.ndarray
-    trained: np.ndarray
-    gradients: dict[str, np.ndarray]
-    buffers: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Framework:
-    """How a framework does what all of them do.
-
-    Args:
-        name: for messages and tables.
-        restore: a layer of a configuration and NumPy's arrays, which are copied.
-        load: a layer of a file, by class name and path.
-        save: writes a layer to a path.
-        arrays: parameters and buffers of a layer by canonical name, in NumPy.
-        run: calls a layer, both outside and in training, and differentiates the latter.
-        precision: a context in which arrays may have the dtype.
-    """
-
-    name: str
-    restore: Callable[[Config, Arrays], Any]
-    load: Callable[[str, Path], Any]
-    save: Callable[[Any, Path], None]
-    arrays: Callable[[Any], dict[str, np.ndarray]]
-    run: Callable[[Any, Call], Found]
-    precision: Callable[[str], Any] = field(default=lambda dtype: nullcontext())
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def class_name(config: Config) -> str:
-    """Name of the class of a configuration's layers, the same in every framework."""
-    if isinstance(config, BlockConfig):
-        return "MuMoEMLP"
-    return "MuMoEEmbedding" if config.indexed_input else "MuMoE"
-
-
-def mapped(function: Callable[[Any], Any], made: Made | None) -> list[Any] | None:
-    """Ready-made coefficients with a function applied to each array."""
-    if made is None:
-        return None
-    return [
-        TopK(function(each.indices), function(each.values))
-        if isinstance(each, TopK)
-        else function(each)
-        for each in made
-    ]
-
-
-def values_of(made: Made | None) -> list[Any]:
-    """What ready-made coefficients are differentiated by."""
-    return [each.values if isinstance(each, TopK) else each for each in made or ()]
-
-
-def levels(arrays: Sequence[Any]) -> dict[str, Any]:
-    return {f"coefficients_{level}": array for level, array in enumerate(arrays)}
-
-
-# NumPy, and CuPy with the same layers
-
-
-def _restore_numpy(config: Config, arrays: Arrays) -> Any:
-    copies = {name: array.copy() for name, array in arrays.items()}
-    return getattr(tensormoe_numpy, class_name(config)).restore(config, copies)
-
-
-def _restore_cupy(config: Config, arrays: Arrays) -> Any:
-    import tensormoe_cupy
-
-    return getattr(tensormoe_cupy, class_name(config)).restore(config, device(dict(arrays)))
-
-
-def _run_numpy(put: Callable[[Any], Any], get: Callable[[Any], Any], layer: Any, call: Call) -> Any:
-    x, made = put(call.x), mapped(put, call.made)
-    output = layer(x) if made is None else layer(x, made)
-    trained, pull = layer.vjp(x) if made is None else layer.vjp(x, made)
-    found = pull(put(call.cotangent))
-    named = {**found.parameters, **levels(found.coefficients)}
-    if found.input is not None:
-        named["input"] = found.input
-    return Found(get(output), get(trained), get(named), get(dict(layer.buffers)))
-
+from tests._frameworks import (
+    CUPY,
+    NUMPY,
+    Arrays,
+    Call,
+    Config,
+    Found,
+    Framework,
+    class_name,
+    levels,
+    mapped,
+    save,
+    values_of,
+)
 
 # PyTorch
 
@@ -297,37 +191,11 @@ def _jax(name: str, form: Form, load: Any, save: Any) -> Framework:
     )
 
 
-def _save(layer: Any, path: Path) -> None:
-    layer.save(path)
-
-
-def _load_cupy(kind: str, path: Path) -> Any:
-    import tensormoe_cupy
-
-    return getattr(tensormoe_cupy, kind).load(path)
-
-
-NUMPY = Framework(
-    "NumPy",
-    restore=_restore_numpy,
-    load=lambda kind, path: getattr(tensormoe_numpy, kind).load(path),
-    save=_save,
-    arrays=lambda layer: dict(layer.arrays),
-    run=partial(_run_numpy, lambda array: array, lambda array: array),
-)
-CUPY = Framework(
-    "CuPy",
-    restore=_restore_cupy,
-    load=_load_cupy,
-    save=_save,
-    arrays=lambda layer: host(layer.arrays),
-    run=partial(_run_numpy, device, host),
-)
 TORCH = Framework(
     "PyTorch",
     restore=_restore_torch,
     load=lambda kind, path: getattr(tensormoe_torch, kind).load(path),
-    save=_save,
+    save=save,
     arrays=lambda layer: convert(layer.state_dict(), "numpy"),
     run=_run_torch,
 )
@@ -359,13 +227,3 @@ COMPILED = (JAX, NNX, EQUINOX)
 """JAX's, for few shapes."""
 
 FRAMEWORKS = (*EAGER, *COMPILED)
-
-
-@contextmanager
-def everywhere() -> Iterator[None]:
-    """CuPy's layers run, on the stand-in or on the device."""
-    from tests._cupy_standin import installed
-
-    assert ADAPTER.name == "cupy"
-    with installed():
-        yield

@@ -8,21 +8,22 @@ decides which expert is used, and no two libraries agree on it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hypothesis import assume
 from hypothesis import strategies as st
 
 from tensormoe import Gate, LayerSpec, TopK, entmax
 from tensormoe._config import ACTIVATIONS
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.testing import batch_shapes, gates, specs
-from tests._everywhere import Arrays, Call, Config, Found, Framework, class_name
+from tests._frameworks import Arrays, Call, Config, Found, Framework, class_name
 
-TOLERANCES = {"float32": 1e-5, "float64": 1e-12}
+TOLERANCES = {"float16": 2e-2, "float32": 1e-5, "float64": 1e-12}
 """Largest difference between two frameworks, relative to an array's largest entry or to 1."""
 
 
@@ -229,8 +230,33 @@ def assert_one_file(
     return first
 
 
+def assert_any_layer_is_one(
+    data: st.DataObject,
+    frameworks: Sequence[Framework],
+    folder: Path,
+    tolerances: Mapping[str, float] = TOLERANCES,
+) -> None:
+    """A layer that is drawn has one file, and is the same in each library that opens it."""
+    config = data.draw(configs(), "config")
+    dtype = data.draw(st.sampled_from(["float32", "float64"]), "dtype")
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), "seed"))
+    arrays = values(config, rng, dtype)
+    lead, how = data.draw(leads(config), "lead"), data.draw(st.sampled_from(ways(config)), "how")
+    call = call_of(config, arrays, lead, how, rng, dtype)
+    assume(call is not None)
+    assert call is not None
+    path = folder / "layer"
+    path.write_bytes(assert_one_file(config, arrays, frameworks, folder))
+    assert_one_layer(path, config, arrays, call, frameworks, tolerances)
+
+
 def assert_one_layer(
-    path: Path, config: Config, arrays: Arrays, call: Call, frameworks: Sequence[Framework]
+    path: Path,
+    config: Config,
+    arrays: Arrays,
+    call: Call,
+    frameworks: Sequence[Framework],
+    tolerances: Mapping[str, float] = TOLERANCES,
 ) -> None:
     """Whoever opens the file, outputs, gradients and statistics are the same."""
     dtype = call.cotangent.dtype.name
@@ -250,7 +276,7 @@ def assert_one_layer(
         if first is None:
             first = framework, found
             continue
-        assert_found(found, first[1], TOLERANCES[dtype], f"{framework}, not as {first[0]}")
+        assert_found(found, first[1], tolerances[dtype], f"{framework}, not as {first[0]}")
 
 
 def assert_found(found: Found, want: Found, tolerance: float, who: str) -> None:

@@ -9,16 +9,7 @@ import numpy as np
 
 import tensormoe_cupy
 from tests._cupy_standin._install import ADAPTER
-
-
-def randomize(layer: Any, seed: int = 0) -> Any:
-    """Random parameters, those of the gate included, which start at zero, and statistics."""
-    rng = np.random.default_rng(seed)
-    for array in layer.parameters.values():
-        array[...] = rng.standard_normal(array.shape)
-    for name, array in layer.buffers.items():
-        array[...] = rng.uniform(0.5, 2, array.shape) * (1 if "variance" in name else 0.1)
-    return layer
+from tests.numpy._helpers import randomize as randomize
 
 
 def device(value: Any) -> Any:

@@ -7,7 +7,7 @@ import pytest
 from tensormoe import CP, Budget, LayerSpec, rank_front, select_rank
 from tensormoe.errors import BudgetError, PlanError, SpecError
 from tensormoe_numpy import MuMoE
-from tests._bad_input import Case, X, assert_refused, layer, spec
+from tests.bad_input._cases import Case, X, assert_refused, layer, spec
 
 CASES: dict[str, Case] = {
     # budgets

@@ -1,169 +1,250 @@
-"""What layers can't be called with: error class, rule, value, remedy."""
+"""What no layer can be called with, in any library: error class, rule, value, remedy."""
 
 from __future__ import annotations
 
-import array_api_strict as strict
-import numpy as np
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 
-from tensormoe import TopK, entmax
-from tensormoe.errors import BackendError, ShapeError
-from tensormoe_numpy import MuMoEMLP
-from tests._bad_input import IDS, Case, X, assert_refused, layer, shares, table, tree
+pytest.importorskip("torch")
+pytest.importorskip("cupy")
+pytest.importorskip("flax")
+pytest.importorskip("equinox")
 
+from tensormoe import TopK
+from tensormoe.errors import BackendError, PlanError, ShapeError, TensormoeError
+from tests._frameworks import everywhere
+from tests.bad_input._libraries import LIBRARIES, Library, assert_refused_by
+
+# what is called, error, what its message says in this order
+Case = tuple[Callable[[Library], Any], type[TensormoeError], str]
 CASES: dict[str, Case] = {
-    # shapes of inputs
+    # inputs
     "another number of features": (
-        lambda: layer()(np.ones((3, 7), "float32")),
+        lambda a: a.layer()(a.ones(3, 7)),
         ShapeError,
         r"x must end in an axis of 8 features; got shape \(3, 7\). Check the layer's in_features",
     ),
     "no features at all": (
-        lambda: layer()(np.float32(1)),
+        lambda a: a.layer()(a.ones()),
         ShapeError,
         r"x must end in an axis of 8 features; got shape \(\)",
     ),
-    "a list": (
-        lambda: layer()([[1.0] * 8]),
-        BackendError,
-        "x must be an array of numpy.*; got builtins.list. Convert it yourself",
-    ),
-    "another library": (
-        lambda: layer()(strict.ones((3, 8), dtype=strict.float32)),
-        BackendError,
-        "x must be an array of numpy.*; got array_api_strict.Array. Convert it yourself",
-    ),
-    "a masked input": (
-        lambda: layer()(np.ma.masked_array(X, mask=X > 0)),
-        BackendError,
-        "x must be a plain, dense array; got numpy.MaskedArray that is not. Convert it",
-    ),
-    "a matrix": (
-        lambda: layer()(X.view(np.matrix)),
-        BackendError,
-        "x must be a plain, dense array; got numpy.matrix that is not",
-    ),
-    "logits under a mask of their own": (
-        lambda: entmax(np.ma.masked_array(X, mask=X > 0)),
-        BackendError,
-        "arrays must be plain and dense; got numpy.MaskedArray at 0",
-    ),
     "an input of the block": (
-        lambda: MuMoEMLP(8, experts=3, rank=2)(np.ones((3, 7), "float32")),
+        lambda a: a.block()(a.ones(3, 7)),
         ShapeError,
         r"axis of 8 features; got shape \(3, 7\)",
     ),
+    "coefficients of a wrong input": (
+        lambda a: a.layer().coefficients(a.ones(3, 7)),
+        ShapeError,
+        r"axis of 8 features; got shape \(3, 7\)",
+    ),
+    "a list": (
+        lambda a: a.layer()([[1.0] * 8]),
+        BackendError,
+        r"x must be an array of {name}.*; got builtins\.list. Convert it yourself",
+    ),
+    "nothing": (lambda a: a.layer()(None), BackendError, r"got builtins\.NoneType. Convert it"),
+    "another library": (
+        lambda a: a.layer()(a.foreign[0]),
+        BackendError,
+        r"x must be an array of {name}.*; got {foreign}. Convert it yourself",
+    ),
+    "another library for a block": (
+        lambda a: a.block()(a.foreign[0]),
+        BackendError,
+        r"x must be an array of {name}.*; got {foreign}. Convert it yourself",
+    ),
+    "another dtype": (
+        lambda a: a.layer()(a.ones(3, 8, dtype="float16")),
+        ShapeError,
+        r"x must have the layer's dtype {dtype}float32; got {dtype}float16. Cast the input",
+    ),
+    "integers": (
+        lambda a: a.layer()(a.ones(3, 8, dtype="int32")),
+        ShapeError,
+        r"x must have the layer's dtype {dtype}float32; got {dtype}int32. Cast the input",
+    ),
     # coefficients
     "coefficients of other experts": (
-        lambda: layer()(X, shares(3, 4)),
+        lambda a: a.layer()(a.x(), a.ones(3, 4)),
         ShapeError,
         r"coefficients of level 0 must have shape \(3, 3\); got \(3, 4\). Their leading axes",
     ),
     "coefficients of other inputs": (
-        lambda: layer()(X, shares(2, 3)),
+        lambda a: a.layer()(a.x(), a.ones(2, 3)),
         ShapeError,
         r"coefficients of level 0 must have shape \(3, 3\); got \(2, 3\)",
     ),
-    "coefficients of other levels": (
-        lambda: tree()(X, shares(3, 3)),
+    "coefficients to broadcast": (
+        lambda a: a.layer()(a.x(), a.ones(3)),
+        ShapeError,
+        r"coefficients of level 0 must have shape \(3, 3\); got \(3,\)",
+    ),
+    "coefficients of too few levels": (
+        lambda a: a.tree()(a.x(), a.ones(3, 3)),
         ShapeError,
         "coefficients must have one array a level, 2; got 1",
     ),
+    "coefficients of too many levels": (
+        lambda a: a.layer()(a.x(), [a.ones(3, 3), a.ones(3, 2)]),
+        ShapeError,
+        "coefficients must have one array a level, 1; got 2",
+    ),
+    "no level at all": (
+        lambda a: a.layer()(a.x(), ()),
+        ShapeError,
+        "coefficients must have one array a level, 1; got 0",
+    ),
     "coefficients of no array": (
-        lambda: tree()(X, [shares(3, 3), [[1.0, 2.0]]]),
+        lambda a: a.tree()(a.x(), [a.ones(3, 3), [[1.0, 2.0]]]),
         BackendError,
-        "coefficients of level 1 must be an array of numpy.*; got builtins.list",
+        r"coefficients of level 1 must be an array of {name}.*; got builtins\.list",
+    ),
+    "coefficients of another library": (
+        lambda a: a.layer()(a.x(), a.foreign[0]),
+        BackendError,
+        r"coefficients of level 0 must be an array of {name}.*; got {foreign}",
+    ),
+    "indices of another library": (
+        lambda a: a.layer()(a.x(), TopK(a.foreign[0], a.ones(3, 1))),
+        BackendError,
+        "coefficients of level 0 must be an array of {name}",
     ),
     "a number for coefficients": (
-        lambda: layer()(X, 3),
+        lambda a: a.layer()(a.x(), 3),
         BackendError,
-        "coefficients of level 0 must be an array of numpy.*; got builtins.int",
+        r"coefficients of level 0 must be an array of {name}.*; got builtins\.int",
     ),
-    "no coefficients for a table": (
-        lambda: table()(IDS, None),
-        BackendError,
-        "coefficients of level 0 must be an array of numpy.*; got builtins.NoneType",
+    "whole coefficients": (
+        lambda a: a.layer()(a.x(), a.ones(3, 3, dtype="int32")),
+        ShapeError,
+        r"coefficients of level 0 must be real floating point; got {dtype}int32. Cast them",
     ),
     "dense and indexed coefficients": (
-        lambda: tree()(X, [TopK(np.zeros((3, 1), int), shares(3, 1)), shares(3, 2)]),
+        lambda a: a.tree()(a.x(), [a.chosen(), a.ones(3, 2)]),
         ShapeError,
         "all levels must be dense, or all indexed with one k; got a mixture",
     ),
-    "an expert that is not there": (
-        lambda: layer()(X, TopK(np.full((3, 1), 3), shares(3, 1))),
+    "levels of several k": (
+        lambda a: a.tree()(a.x(), [a.chosen(), a.chosen(k=2)]),
         ShapeError,
-        r"must lie in \[0, 3\); got 3",
-    ),
-    "an expert before the first": (
-        lambda: layer()(X, TopK(np.full((3, 1), -1), shares(3, 1))),
-        ShapeError,
-        r"must lie in \[0, 3\); got -1",
+        "all levels must be dense, or all indexed with one k; got a mixture",
     ),
     "half an expert": (
-        lambda: layer()(X, TopK(np.zeros((3, 1)), shares(3, 1))),
+        lambda a: a.layer()(a.x(), TopK(a.ones(3, 1), a.ones(3, 1))),
         ShapeError,
-        r"must be integers; got float64. Cast them",
+        r"must be integers; got {dtype}float32. Cast them",
     ),
     "indices without values": (
-        lambda: layer()(X, TopK(np.zeros((3, 2), int), shares(3, 1))),
+        lambda a: a.layer()(a.x(), TopK(a.chosen(k=2).indices, a.ones(3, 1))),
         ShapeError,
         "coefficients of level 0 must have shape",
     ),
+    "more kept than there are": (
+        lambda a: a.layer()(a.x(), a.chosen(k=5)),
+        PlanError,
+        "top_k must be at most the experts of each level; got 5 for level 0 of 3. Lower k",
+    ),
     "coefficients from nowhere": (
-        lambda: layer(gate=None)(X),
+        lambda a: a.layer(gate=None)(a.x()),
         ShapeError,
         "this layer has no gate; got no coefficients. Call it with coefficients",
     ),
-    "indexed coefficients for a prepared layer": (
-        lambda: layer().prepare()(X, TopK(np.zeros((3, 1), int), shares(3, 1))),
+    "coefficients of no gate": (
+        lambda a: a.layer(gate=None).coefficients(a.x()),
         ShapeError,
-        "prepared layer takes dense coefficients; got indexed ones. Call the layer",
+        "{gateless}",
     ),
-    "whole coefficients": (
-        lambda: layer()(X, np.ones((3, 3), dtype=np.int64)),
+    "coefficients of no block's gate": (
+        lambda a: a.block(gate=None)(a.x()),
         ShapeError,
-        "coefficients of level 0 must be real floating point; got int64. Cast them",
+        "{gateless}",
     ),
     # ids
     "ids that are no integers": (
-        lambda: table()(np.ones(3), shares(3, 3)),
+        lambda a: a.table()(a.ones(3), a.ones(3, 3)),
         ShapeError,
-        "ids must be integers; got float64. Cast them",
+        r"ids must be integers; got {dtype}float32. Cast them",
     ),
-    "an id beyond the vocabulary": (
-        lambda: table()(np.array([1, 9]), shares(2, 3)),
+    "ids that are flags": (
+        lambda a: a.table()(a.ones(3, dtype="bool"), a.ones(3, 3)),
         ShapeError,
-        r"ids must lie in \[0, 9\); got 9. Check the size they index",
+        r"ids must be integers; got {dtype}bool",
     ),
-    "a negative id": (
-        lambda: table()(np.array([-1]), shares(1, 3)),
-        ShapeError,
-        r"ids must lie in \[0, 9\); got -1",
+    "ids of another library": (
+        lambda a: a.table()(a.foreign[0], a.ones(3, 3)),
+        BackendError,
+        r"ids must be an array of {name}.*; got {foreign}. Convert",
     ),
-    # single experts
+    "one id as a number": (
+        lambda a: a.table()(3, a.ones(3)),
+        BackendError,
+        r"ids must be an array of {name}.*; got builtins\.int. Convert",
+    ),
+    # single experts, costs
     "an expert beyond the last": (
-        lambda: layer().expert(3),
+        lambda a: a.layer().expert(3),
         ShapeError,
         r"expert index must lie in \[0, 3\) at level 0; got 3",
     ),
     "a negative expert": (
-        lambda: tree().expert(0, -1),
+        lambda a: a.tree().expert(0, -1),
         ShapeError,
         r"expert index must lie in \[0, 2\) at level 1; got -1",
     ),
     "an expert of another depth": (
-        lambda: layer().expert(0, 0),
+        lambda a: a.layer().expert(0, 0),
         ShapeError,
         r"an expert has one index a level, 1; got \(0, 0\)",
     ),
     "an expert by name": (
-        lambda: layer().expert("first"),
+        lambda a: a.layer().expert("first"),
         ShapeError,
         "expert index must lie in .* at level 0; got 'first'",
+    ),
+    "a negative batch": (
+        lambda a: a.layer().cost(-1),
+        PlanError,
+        "batch must be a positive integer; got -1",
+    ),
+}
+OF_VALUES: dict[str, Case] = {
+    "an expert that is not there": (
+        lambda a: a.layer()(a.x(), a.chosen(3)),
+        ShapeError,
+        r"indices of coefficients must lie in \[0, 3\); got 3",
+    ),
+    "an expert before the first": (
+        lambda a: a.layer()(a.x(), a.chosen(-1)),
+        ShapeError,
+        r"must lie in \[0, 3\); got -1",
+    ),
+    "an id beyond the vocabulary": (
+        lambda a: a.table()(a.ids(1, 9), a.ones(2, 3)),
+        ShapeError,
+        r"ids must lie in \[0, 9\); got 9. Check the size they index",
+    ),
+    "a negative id": (
+        lambda a: a.table()(a.ids(-1), a.ones(1, 3)),
+        ShapeError,
+        r"ids must lie in \[0, 9\); got -1",
     ),
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_bad_input(name: str) -> None:
-    assert_refused(*CASES[name])
+@pytest.fixture(scope="module", autouse=True)
+def libraries() -> Iterator[None]:
+    with everywhere():
+        yield
+
+
+@pytest.mark.parametrize("name", [*CASES, *OF_VALUES])
+@pytest.mark.parametrize("library", LIBRARIES, ids=str)
+def test_bad_input(library: Library, name: str) -> None:
+    if name in OF_VALUES and not library.values_are_seen:
+        pytest.skip("values of a device are not waited for")
+    call, error, message = (CASES | OF_VALUES)[name]
+    assert_refused_by(library, lambda: call(library), error, message)

@@ -11,7 +11,7 @@ import pytest
 
 from tensormoe.errors import CheckpointError
 from tensormoe_numpy import MuMoE, MuMoEMLP
-from tests._bad_input import Case, assert_refused, layer
+from tests.bad_input._cases import Case, assert_refused, layer
 
 
 def loading(folder: Path, change: Callable[[bytes], bytes]) -> Any:
@@ -45,16 +45,6 @@ def with_endless_header(content: bytes) -> bytes:
 
 
 CASES: dict[str, Case] = {
-    "no file": (
-        lambda folder: MuMoE.load(folder / "none"),
-        CheckpointError,
-        "path must name an existing checkpoint; there is none at '.*none'",
-    ),
-    "a folder that is missing": (
-        lambda folder: layer().save(folder / "none" / "layer"),
-        CheckpointError,
-        "none",
-    ),
     "an empty file": (
         lambda folder: loading(folder, lambda content: b""),
         CheckpointError,

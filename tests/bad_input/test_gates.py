@@ -8,7 +8,7 @@ import pytest
 from tensormoe import Gate, entmax
 from tensormoe.errors import GateError, SpecError
 from tensormoe.gates import Statistics, activate
-from tests._bad_input import Case, X, assert_refused, layer, tree
+from tests.bad_input._cases import Case, X, assert_refused, layer, tree
 
 
 def with_nan(row: int) -> np.ndarray:

@@ -17,7 +17,7 @@ import tensormoe
 from tensormoe import CP, backend_of, get_backend, to_tensorly
 from tensormoe.backend import loaded_backend
 from tensormoe.errors import BackendError, MissingDependencyError, TensormoeError
-from tests._bad_input import Case, assert_refused
+from tests.bad_input._cases import Case, assert_refused
 
 
 def without(*names: str) -> Callable[[pytest.MonkeyPatch], None]:

@@ -9,7 +9,7 @@ import pytest
 
 from tensormoe.errors import BackendError, ShapeError, SpecError
 from tensormoe_numpy import Adam
-from tests._bad_input import Case, X, assert_refused, layer, shares
+from tests.bad_input._cases import Case, X, assert_refused, layer, shares
 
 
 def pull_back(cotangent: Any) -> Any:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests._checkpoint_files import ENVIRONMENT
-from tests._checkpoint_versions import (
+from tests.checkpoint._versions import (
     ONE_SAVE_AFTER_ANOTHER,
     assert_one_whole_version,
     save_version,

@@ -12,7 +12,7 @@ import pytest
 
 from tensormoe.errors import CheckpointError
 from tests._checkpoint_files import ENVIRONMENT, posix
-from tests._checkpoint_versions import assert_one_whole_version, save_version
+from tests.checkpoint._versions import assert_one_whole_version, save_version
 
 LIMITED = """
 import resource, sys

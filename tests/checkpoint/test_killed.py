@@ -16,7 +16,7 @@ from tensormoe.checkpoint import PARTIAL_SUFFIX, read_checkpoint
 from tensormoe.errors import CheckpointError
 from tensormoe_numpy import BACKEND
 from tests._checkpoint_files import ENVIRONMENT, posix
-from tests._checkpoint_versions import (
+from tests.checkpoint._versions import (
     ONE_SAVE_AFTER_ANOTHER,
     assert_one_whole_version,
     save_version,

@@ -17,11 +17,7 @@ from tensormoe import CP
 from tensormoe.checkpoint._files import PARTIAL_SUFFIX
 from tensormoe.cli import main
 from tensormoe.cli._compress_show import bars
-from tensormoe.compression import (
-    Compression,
-    CompressionProgress,
-    compress_checkpoint,
-)
+from tensormoe.compression import Compression, CompressionProgress, compress_checkpoint
 from tensormoe.decomposition import Progress, _watch
 from tests._compress_models import PATTERN, content, experts, save_shards
 

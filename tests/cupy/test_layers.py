@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,20 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensormoe_numpy
-from tensormoe import (
-    CP,
-    BaseDelta,
-    Dense,
-    Gate,
-    Hadamard,
-    SharedBasis,
-    SharedDelta,
-    TensorRing,
-    TensorTrain,
-    TopK,
-    Tucker,
-)
-from tensormoe.testing import assert_output, batch_shapes, coefficients, dtypes, gates, specs
+from tensormoe import CP, Gate, TensorRing
+from tensormoe.testing import assert_output, batch_shapes, dtypes, gates, specs
 from tests._cupy_standin import (
     ADAPTER,
     ON_DEVICE,
@@ -39,20 +26,11 @@ from tests._cupy_standin import (
     twin,
     waits,
 )
+from tests._kinds import UNEVEN
+from tests.numpy._helpers import build, draw_input, layers
 
 tensormoe_cupy = pytest.importorskip("tensormoe_cupy")
 
-KINDS = [
-    CP(3),
-    TensorRing(3),
-    TensorTrain((2, 3, 4)),
-    Tucker(2),
-    SharedBasis((2, 3)),
-    BaseDelta(2),
-    SharedDelta(2),
-    Hadamard(),
-    Dense(),
-]
 TOLERANCES = {"float16": 2e-2, "float32": 1e-4, "float64": 1e-10}
 
 
@@ -62,88 +40,16 @@ def library() -> Iterator[None]:
         yield
 
 
-def drawn(data: st.DataObject, batch_norm: bool = True) -> tuple[Any, np.ndarray, str]:
-    """A layer of NumPy's, an input, and the name of their dtype."""
-    spec = data.draw(specs(), "spec")
-    gate = data.draw(gates(spec.experts, batch_norm=batch_norm), "gate")
-    dtype = data.draw(dtypes(), "dtype")
-    layer = tensormoe_numpy.MuMoE(
-        spec.in_features,
-        spec.out_features,
-        spec.experts,
-        spec.factorization,
-        bias=spec.bias,
-        gate=gate,
-        dtype=dtype,
-    )
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), "seed"))
-    lead = data.draw(batch_shapes(), "batch shape")
-    x = rng.standard_normal((*lead, spec.in_features)).astype(dtype)
-    return randomize(layer, data.draw(st.integers(0, 99))), x, dtype
-
-
 @given(data=st.data())
-def test_factorized_equals_unfactorized(data: st.DataObject) -> None:
-    layer, x, _ = drawn(data)
-    ours = twin(layer)
-    output, found = ours(device(x)), ours.coefficients(device(x))
-    assert output.shape == (*x.shape[:-1], layer.spec.out_features)
-    assert_output(host(output), ours.spec.factorization, host(ours.factors), host(found), x)
-    prepared = host(ours.prepare()(device(x)))
-    assert_output(prepared, ours.spec.factorization, host(ours.factors), host(found), x)
-
-
-@given(data=st.data())
-def test_gradients_are_numpys(data: st.DataObject) -> None:
-    """Those of NumPy's layers are proved against finite differences."""
-    layer, x, dtype = drawn(data, batch_norm=False)
-    made = None
-    if data.draw(st.booleans(), "ready-made"):
-        made = data.draw(coefficients(layer.spec.experts, x.shape[:-1], dtype))
-    ours = twin(layer)
-    want, pull = layer.vjp(x, made)
-    got, our_pull = ours.vjp(device(x), None if made is None else device(made))
-    cotangent = np.random.default_rng(0).standard_normal(want.shape).astype(dtype)
-    theirs, found = pull(cotangent), our_pull(device(cotangent))
-    # a top-k gate may choose otherwise where logits are as good as equal
-    tolerance = 10 * TOLERANCES[dtype]
-    assert_same(got, want, tolerance, "output")
-    assert_same(found.input, theirs.input, tolerance, "input")
-    assert_same(found.parameters, theirs.parameters, tolerance, "parameters")
-    assert_same(found.coefficients, theirs.coefficients, tolerance, "coefficients")
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_batch_norm_follows_the_batches(training: bool) -> None:
-    gate = Gate(normalization="batch", bias=True, momentum=0.25)
-    layer = randomize(tensormoe_numpy.MuMoE(6, 5, (3, 4), CP(4), gate=gate, dtype="float64"))
-    ours = twin(layer)
-    x = np.random.default_rng(0).standard_normal((20, 6))
-    for _ in range(2):
-        want, pull = layer.vjp(x, training=training)
-        got, our_pull = ours.vjp(device(x), training=training)
-        assert_same(got, want)
-        assert_same(our_pull(got).parameters, pull(want).parameters)
-        assert_same(ours.buffers, layer.buffers)
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_gathered_coefficients(kind: Any) -> None:
-    layer = randomize(tensormoe_numpy.MuMoE(5, 4, (4, 3), kind, gate=None, dtype="float64"))
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((3, 5))
-    indices = [np.array([[0, 1], [1, 2], [2, 1]]), np.array([[0, 1], [1, 0], [0, 1]])]
-    made = [TopK(each, rng.standard_normal(each.shape)) for each in indices]
-    there = [TopK(device(each.indices), device(each.values)) for each in made]
-    want, pull = layer.vjp(x, made)
-    got, our_pull = twin(layer).vjp(device(x), there)
-    assert_same(got, want)
-    assert_same(our_pull(got).parameters, pull(want).parameters)
-    assert_same(our_pull(got).coefficients, pull(want).coefficients)
+def test_prepared_layers_are_numpys(data: st.DataObject) -> None:
+    spec, dtype = data.draw(specs(), "spec"), data.draw(dtypes(), "dtype")
+    layer = build(spec, data.draw(gates(spec.experts, batch_norm=True), "gate"), dtype)
+    x = draw_input(data, spec.in_features, data.draw(batch_shapes(), "batch shape"), dtype)
+    assert_same(twin(layer).prepare()(device(x)), layer.prepare()(x), TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", UNEVEN, ids=str)
 def test_dtypes_are_kept(kind: Any, dtype: str) -> None:
     layer = tensormoe_cupy.MuMoE(12, 9, (4, 3), kind, dtype=dtype, seed=0)
     x = device(np.random.default_rng(0).standard_normal((5, 12)).astype(dtype))
@@ -181,24 +87,6 @@ def test_blocks_are_numpys(act_layer: str, dtype: str) -> None:
     assert_same(found.parameters, theirs.parameters, 10 * TOLERANCES[dtype])
 
 
-@given(data=st.data())
-def test_embeddings_are_numpys(data: st.DataObject) -> None:
-    spec = data.draw(specs(bias=False), "spec")
-    lead = data.draw(batch_shapes(), "batch shape")
-    table = tensormoe_numpy.MuMoEEmbedding(
-        spec.in_features, spec.out_features, spec.experts, spec.factorization, dtype="float64"
-    )
-    ours = twin(randomize(table))
-    ids = np.random.default_rng(0).integers(spec.in_features, size=lead)
-    made = data.draw(coefficients(spec.experts, lead))
-    (want, pull), (got, our_pull) = table.vjp(ids, made), ours.vjp(device(ids), device(made))
-    assert_same(got, want)
-    assert_same(ours(device(ids), device(made)), want)
-    assert our_pull(got).input is None
-    assert_same(our_pull(got).parameters, pull(want).parameters)
-    assert_same(our_pull(got).coefficients, pull(want).coefficients)
-
-
 def test_memory_limits_cut_the_batch() -> None:
     layer = tensormoe_cupy.MuMoE(24, 16, 32, CP(12), dtype="float64", seed=0)
     x = device(np.random.default_rng(0).standard_normal((500, 24)))
@@ -208,30 +96,8 @@ def test_memory_limits_cut_the_batch() -> None:
     assert_same(layer(x, made, memory_limit=limit), host(layer(x)))
 
 
-def layers() -> list[Any]:
-    """Layers of NumPy's, of every class, every option away from its default."""
-    gate = Gate("top_k", k=2, normalization="batch", bias=True, momentum=0.3)
-    return [
-        tensormoe_numpy.MuMoE(6, 5, 4, "cp", rank=3, seed=0),
-        tensormoe_numpy.MuMoE(6, 5, (3, 4), TensorRing(3), bias=False, gate=gate, dtype="float64"),
-        tensormoe_numpy.MuMoE(6, 5, (3, 2, 2), "hadamard", gate=None, dtype="float16"),
-        tensormoe_numpy.MuMoEMLP(6, 8, 5, experts=(3, 2), rank=2, gate=gate, seed=0),
-        tensormoe_numpy.MuMoEMLP(6, experts=3, rank=2, act_layer="silu", drop=0.5),
-        tensormoe_numpy.MuMoEEmbedding(9, 5, (3, 2), "cp", rank=2, dtype="float64"),
-    ]
-
-
 @pytest.mark.parametrize("layer", layers(), ids=lambda layer: type(layer).__name__)
 class TestEveryLayer:
-    def test_checkpoints_go_both_ways(self, layer: Any, tmp_path: Path) -> None:
-        randomize(layer)
-        layer.save(tmp_path / "numpy")
-        ours = getattr(tensormoe_cupy, type(layer).__name__).load(tmp_path / "numpy")
-        assert ours.config == layer.config
-        assert_same(ours.arrays, layer.arrays, 0.0)
-        ours.save(tmp_path / "cupy")
-        assert (tmp_path / "cupy").read_bytes() == (tmp_path / "numpy").read_bytes()
-
     def test_copies_are_its_own(self, layer: Any) -> None:
         ours = twin(layer)
         for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):

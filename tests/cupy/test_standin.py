@@ -10,20 +10,7 @@ import numpy as np
 import pytest
 
 import tensormoe_numpy
-from tensormoe import (
-    CP,
-    BaseDelta,
-    Dense,
-    Gate,
-    Hadamard,
-    SharedBasis,
-    SharedDelta,
-    TensorRing,
-    TensorTrain,
-    TopK,
-    Tucker,
-    gates,
-)
+from tensormoe import Gate, TopK, gates
 from tests._cupy_standin import (
     ADAPTER,
     LOG,
@@ -36,23 +23,13 @@ from tests._cupy_standin import (
     twin,
     waits,
 )
+from tests._kinds import UNEVEN
 
 cupy = pytest.importorskip("cupy")
 tensormoe_cupy = pytest.importorskip("tensormoe_cupy")
 
 pytestmark = pytest.mark.skipif(ON_DEVICE, reason="the tests run on CuPy itself")
 
-KINDS = [
-    CP(3),
-    TensorRing(3),
-    TensorTrain((2, 3, 4)),
-    Tucker(2),
-    SharedBasis((2, 3)),
-    BaseDelta(2),
-    SharedDelta(2),
-    Hadamard(),
-    Dense(),
-]
 XP = Standin()
 
 
@@ -147,7 +124,7 @@ def tour() -> None:
     """Every layer, gate, loss and layout once."""
     rng = np.random.default_rng(0)
     x = device(rng.standard_normal((5, 6)))
-    for kind in KINDS:
+    for kind in UNEVEN:
         for gate in (Gate(), Gate("top_k", k=12), Gate(alpha=1.25, bias=True), Gate(alpha=3.0)):
             layer = twin(
                 randomize(tensormoe_numpy.MuMoE(6, 5, (20, 13), kind, gate=gate, dtype="float64"))

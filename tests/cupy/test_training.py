@@ -11,7 +11,7 @@ import pytest
 import tensormoe_numpy
 from tensormoe import CP, Gate, TensorRing
 from tensormoe.errors import BackendError, ShapeError
-from tests._cupy_standin import ADAPTER, assert_same, device, installed, randomize, twin
+from tests._cupy_standin import ADAPTER, assert_same, device, installed
 
 tensormoe_cupy = pytest.importorskip("tensormoe_cupy")
 
@@ -60,21 +60,6 @@ def test_blocks_drop_what_numpys_drop() -> None:
     got = steps(ours, device(x), device(target), 10, lr=0.02)
     assert_same(got, [np.asarray(each) for each in want], 1e-7)
     assert_same(ours.arrays, theirs.arrays, 1e-7)
-
-
-def test_embeddings_take_numpys_steps() -> None:
-    table = randomize(tensormoe_numpy.MuMoEEmbedding(9, 5, (3, 2), CP(3), dtype="float64"))
-    ours = twin(table)
-    rng = np.random.default_rng(0)
-    # an id that comes twice, whose gradients are added up
-    ids = np.array([[0, 4, 4], [8, 0, 1]])
-    made = [rng.standard_normal((2, 3, count)) for count in (3, 2)]
-    for layer, there in ((table, lambda a: a), (ours, device)):
-        adam = tensormoe_numpy.Adam(layer.parameters, lr=0.1)
-        for _ in range(3):
-            output, pull = layer.vjp(there(ids), there(made))
-            adam.step(pull(output).parameters)
-    assert_same(ours.arrays, table.arrays, 1e-7)
 
 
 def test_adam_refuses_gradients_of_another_library() -> None:

@@ -22,7 +22,7 @@ from tensormoe import (
 from tensormoe.decomposition import Search, decompose
 from tensormoe.errors import BudgetError, RankError, ShapeError, SpecError
 from tensormoe_numpy import MuMoE
-from tests._decomposition_cases import KINDS, relative, weights_of
+from tests.decomposition._cases import NAMES, relative, weights_of
 
 EXPERTS = (3, 2)
 
@@ -35,7 +35,7 @@ def stack(rng: np.random.Generator) -> np.ndarray:
     return common + 0.3 * rng.standard_normal(common.shape)
 
 
-@pytest.mark.parametrize("name", [*KINDS, "dense"])
+@pytest.mark.parametrize("name", [*NAMES, "dense"])
 @pytest.mark.parametrize("biased", [True, False])
 def test_the_report_is_true(
     name: str, biased: bool, stack: np.ndarray, rng: np.random.Generator

@@ -16,7 +16,7 @@ import pytest
 from tensormoe import CP, BaseDelta, SharedBasis, TensorRing, Tucker
 from tensormoe.decomposition import Decomposition, Progress, Search, _watch, decompose, error_curves
 from tensormoe.errors import SpecError
-from tests._decomposition_cases import relative, weights_of
+from tests.decomposition._cases import relative, weights_of
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = [CP(9), TensorRing((2, 3, 3)), Tucker((3, 6, 6)), SharedBasis((2, 3)), BaseDelta(3)]

@@ -17,13 +17,13 @@ from tensormoe import (
     Tucker,
 )
 from tensormoe.decomposition import Search, decompose
-from tests._decomposition_cases import KINDS, planted, relative, weights_of, with_noise
+from tests.decomposition._cases import NAMES, planted, relative, weights_of, with_noise
 
 LONG = Search(starts=4, sweeps=1000)
 CASES = 100
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_planted_ranks_are_recovered(name: str) -> None:
     """To 1e-6 in at least 95 of 100 random cases."""
     missed = []
@@ -37,7 +37,7 @@ def test_planted_ranks_are_recovered(name: str) -> None:
     assert len(missed) <= 5, missed
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_noise_is_what_is_left(name: str) -> None:
     """The error is within 2 % of the planted noise level, in as many cases."""
     missed = []
@@ -50,7 +50,7 @@ def test_noise_is_what_is_left(name: str) -> None:
     assert len(missed) <= 5, missed
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_large_tensors_go_through_a_core(name: str) -> None:
     """Modes much larger than the bonds: the same factors from a compressed tensor."""
     kinds = {

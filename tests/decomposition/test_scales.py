@@ -7,20 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensormoe import CP, BaseDelta, Hadamard, SharedBasis, TensorRing, TensorTrain, Tucker
+from tensormoe import CP, BaseDelta, Hadamard, Tucker
 from tensormoe.decomposition import Search, decompose, error_curves
 from tensormoe.testing import reconstruct_by_einsum
-from tests._decomposition_cases import weights_of
+from tests._kinds import ONE_LEVEL
+from tests.decomposition._cases import weights_of
 
-KINDS: list[Any] = [
-    CP(3),
-    TensorRing((2, 2, 2)),
-    TensorTrain((2, 3)),
-    Tucker((2, 3, 3)),
-    Hadamard(),
-    SharedBasis((2, 2)),
-    BaseDelta(2),
-]
 SCALES = {"float32": (1e-35, 1e-25, 1e-12, 1e18, 1e35), "float64": (1e-300, 1e-140, 1e140, 1e300)}
 QUICK = Search(starts=1, sweeps=20, polish=3)
 
@@ -65,7 +57,7 @@ def random_weights(rng: np.random.Generator) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", SCALES)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", [*ONE_LEVEL, Hadamard()], ids=str)
 def test_errors_do_not_depend_on_the_scale(kind: Any, dtype: str, rng: np.random.Generator) -> None:
     weights = random_weights(rng)
     weights /= abs(weights).max()

@@ -14,7 +14,7 @@ from tensormoe.decomposition._contractions import Structure, structures
 from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._spectral import cuts, spectral
 from tensormoe.factorizations import INPUT, OUTPUT
-from tests._decomposition_cases import relative, weights_of
+from tests.decomposition._cases import relative, weights_of
 
 TREES: list[tuple[Any, tuple[int, ...], bool]] = [
     (Tucker((3, 4, 5)), (6,), False),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensormoe import CP, BaseDelta, LayerSpec, SharedBasis, TensorRing, TensorTrain, Tucker
+from tensormoe import BaseDelta, LayerSpec, Tucker
 from tensormoe.backend import backend_of
 from tensormoe.decomposition._als import absorbs, solve_factor, sweep
 from tensormoe.decomposition._contractions import Structure, structures
@@ -16,16 +16,8 @@ from tensormoe.decomposition._solve import inverse
 from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._starts import given
 from tensormoe.factorizations import INPUT, OUTPUT
-from tests._decomposition_cases import weights_of
-
-KINDS: list[Any] = [
-    CP(4),
-    TensorRing((2, 3, 2)),
-    TensorTrain((3, 4)),
-    Tucker((3, 4, 5)),
-    SharedBasis((2, 3)),
-    BaseDelta(2),
-]
+from tests._kinds import ONE_LEVEL
+from tests.decomposition._cases import weights_of
 
 
 def setting(kind: Any, rng: np.random.Generator, dtype: str = "float64") -> Any:
@@ -49,7 +41,7 @@ def true_error(spec: LayerSpec, factors: Any, source: Source) -> float:
     return float(np.linalg.norm(source.array - made) / np.linalg.norm(source.array))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", ONE_LEVEL, ids=str)
 def test_a_sweep_leaves_factors_of_one_size(kind: Any, rng: np.random.Generator) -> None:
     """All of a term but the last one, which has the scale; and says the error of what it leaves."""
     spec, terms, source, factors = setting(kind, rng)
@@ -78,7 +70,7 @@ def test_factors_do_not_run_off_in_float32(rng: np.random.Generator) -> None:
     assert true_error(spec, factors, source) < 1.0
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", ONE_LEVEL, ids=str)
 def test_a_sweep_is_the_same_with_and_without_room(kind: Any, rng: np.random.Generator) -> None:
     """Whether the tensor is contracted with the last factor once for all others, or each time."""
     _, terms, source, factors = setting(kind, rng)
@@ -116,7 +108,7 @@ def dense(term: Structure, name: str, factors: Any) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
-@pytest.mark.parametrize("kind", KINDS[:5], ids=str)
+@pytest.mark.parametrize("kind", ONE_LEVEL[:5], ids=str)
 def test_each_factor_is_a_least_squares_solution(kind: Any, rng: np.random.Generator) -> None:
     _, (term,), source, factors = setting(kind, rng)
     for factor in term.wanted:
@@ -129,7 +121,7 @@ def test_each_factor_is_a_least_squares_solution(kind: Any, rng: np.random.Gener
         assert explained == pytest.approx(made @ made, rel=1e-7)
 
 
-@pytest.mark.parametrize("kind", KINDS[:5], ids=str)
+@pytest.mark.parametrize("kind", ONE_LEVEL[:5], ids=str)
 def test_equations_are_solved_for_the_change(kind: Any, rng: np.random.Generator) -> None:
     """Damped directions of a factor stay as they are, and are not set to zero."""
     _, (term,), source, factors = setting(kind, rng)

@@ -24,8 +24,8 @@ from tensormoe.factorizations import INPUT, OUTPUT
 from tensormoe.planning import weight_program
 from tensormoe.testing import assert_output
 from tensormoe_numpy import MuMoE
+from tests._kinds import DELTAS
 
-KINDS: list[Any] = [BaseDelta(2), SharedDelta(2)]
 SIZES = [(7, 5), (5, 7), (6, 6)]
 
 
@@ -38,7 +38,7 @@ def layer(kind: Any, sizes: tuple[int, int], experts: tuple[int, ...] = (4,)) ->
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", DELTAS, ids=str)
 def test_an_expert_is_the_papers_sum(kind: Any, sizes: tuple[int, int]) -> None:
     made = layer(kind, sizes)
     base, left, right = (made.factors[name] for name in ("base", "input", "output"))
@@ -67,7 +67,7 @@ def test_arrays_of_an_expert_are_on_the_smaller_side() -> None:
 
 
 @pytest.mark.parametrize("experts", [(6,), (3, 4)], ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", DELTAS, ids=str)
 def test_the_base_is_computed_once_for_all_experts(kind: Any, experts: tuple[int, ...]) -> None:
     """It costs what a linear layer costs, whatever the experts are mixed by."""
     spec = LayerSpec(40, 30, experts, kind, bias=False)
@@ -80,7 +80,7 @@ def test_the_base_is_computed_once_for_all_experts(kind: Any, experts: tuple[int
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", DELTAS, ids=str)
 def test_coefficients_that_do_not_sum_to_one(kind: Any, sizes: tuple[int, int]) -> None:
     """As a top-k router that does not renormalize has them: the base is scaled by their sum."""
     made = layer(kind, sizes)
@@ -118,7 +118,7 @@ def test_ranks_of_terms_add_up() -> None:
     assert few.generic_rank(few.expert_legs, {INPUT, OUTPUT}) == 12
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", DELTAS, ids=str)
 def test_whole_tensors_are_built_without_a_copy_of_the_base_for_each_expert(kind: Any) -> None:
     program = weight_program(LayerSpec(7, 5, (3, 2), kind).network, single=False, bias=False)
     last = program.steps[-1]
@@ -126,7 +126,7 @@ def test_whole_tensors_are_built_without_a_copy_of_the_base_for_each_expert(kind
     assert last.input_legs == (("n0", "n1", "i", "o"), ("i", "o"))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", DELTAS, ids=str)
 def test_one_file_for_all_frameworks(kind: Any, tmp_path: Path) -> None:
     made = layer(kind, (4, 6), (3, 2))
     made.save(tmp_path / "layer.safetensors")
@@ -138,7 +138,7 @@ def test_one_file_for_all_frameworks(kind: Any, tmp_path: Path) -> None:
     assert_output(opened(torch.tensor(x)).detach().numpy(), *rest)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", DELTAS, ids=str)
 def test_noise_is_as_large_as_asked_in_tiny_and_huge_weights(kind: Any) -> None:
     for size in (1e-30, 1.0, 1e30):
         linear = torch.nn.Linear(24, 16, dtype=torch.float64)

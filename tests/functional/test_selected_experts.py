@@ -24,7 +24,8 @@ import tensormoe_jax
 import tensormoe_torch
 from tensormoe import CP, Dense, LayerSpec, SharedBasis, TopK
 from tensormoe.functional import LayerConfig
-from tests._everywhere import FRAMEWORKS, Call, everywhere
+from tests._everywhere import FRAMEWORKS
+from tests._frameworks import Call, everywhere
 from tests._one_layer import assert_one_file, assert_one_layer, values
 
 ROWS = 40

@@ -10,7 +10,7 @@ import numpy as np
 from tensormoe import Gate, LayerSpec
 from tensormoe.factorizations import FACTORIZATIONS, Factorization, resolve_factorization
 from tensormoe.functional import BlockConfig, LayerConfig
-from tests._everywhere import Call, Config
+from tests._frameworks import Call, Config
 from tests._one_layer import ACTIVATIONS, call_of, values, ways
 
 SEED = 20_260

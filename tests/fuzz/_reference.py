@@ -14,7 +14,7 @@ from scipy.special import erf, expit
 from tensormoe import Gate, TopK
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.testing import reconstruct_by_einsum, reference_output
-from tests._everywhere import Config
+from tests._frameworks import Config
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -13,19 +13,9 @@ import numpy as np
 import torch
 
 from tensormoe import TopK, convert
-from tests._everywhere import (
-    EQUINOX,
-    FORMS,
-    JAX,
-    NNX,
-    NUMPY,
-    TORCH,
-    Found,
-    Framework,
-    mapped,
-    values_of,
-)
+from tests._everywhere import EQUINOX, FORMS, JAX, NNX, TORCH
 from tests._everywhere import _differentiated as differentiated
+from tests._frameworks import NUMPY, Found, Framework, mapped, values_of
 from tests.fuzz._cases import Case, draw_case
 from tests.fuzz._reference import is_at_kink, reference
 

@@ -23,6 +23,7 @@ FILES = {
         "gpu/on_cupy.py",
         "cupy/test_backend.py",
         "cupy/test_layers.py",
+        "cupy/test_one_layer.py",
         "cupy/test_training.py",
         "cupy/test_bad_input.py",
     ),

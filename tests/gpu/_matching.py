@@ -10,33 +10,12 @@ import numpy as np
 import pytest
 
 import tensormoe_numpy
-from tensormoe import (
-    CP,
-    BaseDelta,
-    Dense,
-    Gate,
-    Hadamard,
-    SharedBasis,
-    SharedDelta,
-    TensorRing,
-    TensorTrain,
-    Tucker,
-)
+from tensormoe import Gate
+from tests._kinds import UNEVEN
 
 DEVICE = os.environ.get("TENSORMOE_TEST_DEVICE", "cpu")
 """``"cuda"``, or ``"cpu"`` to try the tests themselves."""
 
-KINDS = [
-    CP(3),
-    TensorRing(3),
-    TensorTrain((2, 3, 4)),
-    Tucker(2),
-    SharedBasis((2, 3)),
-    BaseDelta(2),
-    SharedDelta(2),
-    Hadamard(),
-    Dense(),
-]
 GATES = [
     Gate(),
     Gate("softmax", bias=True),
@@ -68,7 +47,7 @@ class LayersMatch:
 
     @pytest.mark.parametrize("dtype", TOLERANCES)
     @pytest.mark.parametrize("gate", GATES, ids=lambda gate: f"{gate.activation}-{gate.alpha}")
-    @pytest.mark.parametrize("kind", KINDS, ids=str)
+    @pytest.mark.parametrize("kind", UNEVEN, ids=str)
     def test_layers(self, kind: Any, gate: Gate, dtype: str, tmp_path: Path) -> None:
         layer = tensormoe_numpy.MuMoE(24, 20, (16, 12), kind, gate=gate, dtype=dtype)
         self.check(layer, [normal(3, 11, 24, dtype=dtype)], tmp_path)
@@ -82,7 +61,7 @@ class LayersMatch:
         self.check(block, [normal(33, 24, dtype=dtype)], tmp_path)
 
     @pytest.mark.parametrize("dtype", TOLERANCES)
-    @pytest.mark.parametrize("kind", KINDS, ids=str)
+    @pytest.mark.parametrize("kind", UNEVEN, ids=str)
     def test_embeddings(self, kind: Any, dtype: str, tmp_path: Path) -> None:
         table = tensormoe_numpy.MuMoEEmbedding(50, 20, (6, 4), kind, dtype=dtype)
         ids = np.random.default_rng(0).integers(50, size=(4, 9))

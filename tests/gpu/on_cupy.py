@@ -1,4 +1,4 @@
-"""CuPy on a GPU: the layers; the contract, and more of the layers, are in ``tests/test_cupy_*``."""
+"""CuPy on a GPU: the layers; the contract, and more of the layers, are in ``tests/cupy``."""
 
 from __future__ import annotations
 

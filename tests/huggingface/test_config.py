@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from tensormoe.errors import CheckpointError, SpecError
 from tensormoe_torch.huggingface import TensormoeConfig
 from tests._compress_models import family
-from tests._hugging_models import compressed, load
+from tests.huggingface._models import compressed, load
 
 EXPERTS = "model.layers.0.mlp.experts"
 HERE = ("modules", EXPERTS)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from tensormoe_torch import FactorizedExperts, MuMoE
+from tensormoe_torch import MuMoE
+from tensormoe_torch.compression import FactorizedExperts
 from tensormoe_torch.huggingface import attach
-from tests._hugging_models import run_python
+from tests.huggingface._models import run_python
 
 # the largest resident set since it was reset, pages of mapped files included, after every weight
 # was read once; in units of the model's own size

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -36,13 +34,6 @@ class OnJax(BackendContract):
 
     def to_numpy(self, array: Any) -> np.ndarray:
         return np.asarray(array)
-
-
-@pytest.fixture(scope="module")
-def wide() -> Iterator[None]:
-    """JAX's 64-bit mode."""
-    with jax.enable_x64(True):
-        yield
 
 
 TestJax = pytest.mark.usefixtures("wide")(

@@ -31,7 +31,7 @@ from tensormoe.errors import (
 from tensormoe.functional import LayerConfig
 from tensormoe_jax import equinox as in_equinox
 from tensormoe_jax import nnx as in_nnx
-from tests._jax_helpers import build
+from tests.jax._helpers import build
 
 X = np.ones((2, 5), "float32")
 MADE = np.full((2, 3), 0.25, "float32")
@@ -45,7 +45,6 @@ def traced(call: Callable[[Any], Any], value: Any) -> None:
 Case = tuple[Callable[[str], Any], type[Exception], str]
 
 CALLS: dict[str, Case] = {
-    "an input of NumPy": (lambda f: build(f)(X), BackendError, "array of jax.*got numpy.ndarray"),
     "an input of PyTorch": (
         lambda f: build(f)(torch.ones(2, 5)),
         BackendError,
@@ -56,60 +55,11 @@ CALLS: dict[str, Case] = {
         BackendError,
         "got numpy.ndarray",
     ),
-    "a list": (lambda f: build(f)([[1.0] * 5]), BackendError, "got builtins.list"),
-    "a wrong size": (
-        lambda f: build(f)(jnp.ones((2, 6))),
-        ShapeError,
-        r"x must end in an axis of 5 features; got shape \(2, 6\)",
-    ),
-    "a number": (lambda f: build(f)(jnp.float32(1)), ShapeError, r"got shape \(\)"),
     "another dtype": (
         lambda f: build(f)(jnp.ones((2, 5), "bfloat16")),
         ShapeError,
         "must have the layer's dtype float32; got bfloat16. Cast the input",
     ),
-    "integers": (lambda f: build(f)(jnp.ones((2, 5), "int32")), ShapeError, "got int32"),
-    "coefficients of NumPy": (
-        lambda f: build(f)(jnp.asarray(X), MADE),
-        BackendError,
-        "coefficients of level 0 must be an array of jax.*got numpy.ndarray",
-    ),
-    "indices of NumPy": (
-        lambda f: build(f)(jnp.asarray(X), TopK(np.array([[0], [1]]), jnp.ones((2, 1)))),
-        BackendError,
-        "coefficients of level 0 must be an array of jax",
-    ),
-    "coefficients of another shape": (
-        lambda f: build(f)(jnp.asarray(X), jnp.ones((2, 4))),
-        ShapeError,
-        r"coefficients of level 0 must have shape \(2, 3\); got \(2, 4\)",
-    ),
-    "coefficients of no layer": (
-        lambda f: build(f)(jnp.asarray(X), [jnp.asarray(MADE)] * 2),
-        ShapeError,
-        "one array a level, 1; got 2",
-    ),
-    "an expert that is not there": (
-        lambda f: build(f)(jnp.asarray(X), TopK(jnp.array([[3], [0]]), jnp.ones((2, 1)))),
-        ShapeError,
-        r"indices of coefficients must lie in \[0, 3\); got 3",
-    ),
-    "no coefficients": (
-        lambda f: build(f, gate=None)(jnp.asarray(X)),
-        ShapeError,
-        "this layer has no gate; got no coefficients",
-    ),
-    "no coefficients to make": (
-        lambda f: build(f, gate=None).coefficients(jnp.asarray(X)),
-        ShapeError,
-        "this layer has no gate, and makes no coefficients",
-    ),
-    "a block without a gate": (
-        lambda f: build(f, "MuMoEMLP", gate=None)(jnp.asarray(X)),
-        ShapeError,
-        "this block has no gate",
-    ),
-    "expert 3 of 3": (lambda f: build(f).expert(3), ShapeError, r"in \[0, 3\) at level 0; got 3"),
     "a traced expert": (
         lambda f: traced(lambda k: build(f).expert(k)[0], 1),
         ShapeError,
@@ -118,32 +68,12 @@ CALLS: dict[str, Case] = {
     "a traced batch": (
         lambda f: traced(lambda k: build(f).plan(k).batch, 1),
         PlanError,
-        "batch must be a positive integer; got .*Tracer",
+        "batch must be a non-negative integer; got .*Tracer",
     ),
     "the cost of a traced batch": (
         lambda f: traced(lambda k: build(f).cost(k).flops, 1),
         PlanError,
-        "batch must be a positive integer; got .*Tracer",
-    ),
-    "an id out of range": (
-        lambda f: build(f, "MuMoEEmbedding", 9, 4)(jnp.array([9, 0]), jnp.asarray(MADE)),
-        ShapeError,
-        r"ids must lie in \[0, 9\); got 9",
-    ),
-    "a negative id": (
-        lambda f: build(f, "MuMoEEmbedding", 9, 4)(jnp.array([0, -1]), jnp.asarray(MADE)),
-        ShapeError,
-        r"ids must lie in \[0, 9\); got -1",
-    ),
-    "ids of NumPy": (
-        lambda f: build(f, "MuMoEEmbedding", 9, 4)(np.array([0, 1]), jnp.asarray(MADE)),
-        BackendError,
-        "ids must be an array of jax",
-    ),
-    "ids that are no integers": (
-        lambda f: build(f, "MuMoEEmbedding", 9, 4)(jnp.ones(2), jnp.asarray(MADE)),
-        ShapeError,
-        "ids must be integers; got float32",
+        "batch must be a non-negative integer; got .*Tracer",
     ),
 }
 
@@ -193,27 +123,10 @@ OPTIONS: dict[str, Case] = {
         SpecError,
         "dtype must be one of float16, bfloat16, float32, float64; got Array",
     ),
-    "integers": (lambda f: build(f, dtype=int), SpecError, "dtype must be one of float16"),
     "float64 while that is off": (
         lambda f: build(f, dtype="float64"),
         SpecError,
         "dtype float64 needs JAX's 64-bit mode, which is off. Switch it on with jax.config.update",
-    ),
-    "an unknown scheme": (lambda f: build(f, init="zeros"), SpecError, "init must be one of"),
-    "an unknown activation": (
-        lambda f: build(f, "MuMoEMLP", act_layer="mish"),
-        SpecError,
-        "act_layer must be one of 'gelu', .*; got 'mish'",
-    ),
-    "a class for an activation": (
-        lambda f: build(f, "MuMoEMLP", act_layer=int),
-        SpecError,
-        "act_layer must be one of .*; got <class 'int'>. Or give a function",
-    ),
-    "gated by a number": (
-        lambda f: build(f, "MuMoEMLP", gated=1),
-        SpecError,
-        "gated must be True or False; got 1",
     ),
 }
 
@@ -288,13 +201,6 @@ class TestArraysThatDoNotFit:
             form.MuMoE.load(path)
         with jax.enable_x64(True):
             assert form.MuMoE.load(path).dtype == np.dtype("float64")
-
-    def test_another_block(self, form: Any, tmp_path: Path) -> None:
-        tensormoe_numpy.MuMoE(5, 4, 3, rank=2).save(tmp_path / "layer")
-        with pytest.raises(
-            CheckpointError, match=r"must hold a MuMoEMLP; got a MuMoE. Open it with"
-        ):
-            form.MuMoEMLP.load(tmp_path / "layer")
 
     def test_restored(self, form: Any) -> None:
         config = TestFunctionalForm.config

@@ -11,34 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tensormoe import (
-    CP,
-    BaseDelta,
-    Dense,
-    Gate,
-    Hadamard,
-    LayerSpec,
-    SharedBasis,
-    SharedDelta,
-    TensorRing,
-    TensorTrain,
-    Tucker,
-)
+from tensormoe import Gate, LayerSpec
 from tensormoe.functional import LayerConfig
 from tensormoe.planning import Routing, plan_layer
 from tensormoe_jax import apply, initialize
+from tests._kinds import LARGE
 
-KINDS = [
-    CP(12),
-    TensorRing(4),
-    TensorTrain(4),
-    Tucker(5),
-    SharedBasis(5),
-    BaseDelta(2),
-    SharedDelta(2),
-    Hadamard(),
-    Dense(),
-]
 LEVELS = [(12,), (5, 4), (4, 3, 2)]
 
 
@@ -55,7 +33,7 @@ def case(
 @pytest.mark.parametrize("batch", [1, 64])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("experts", LEVELS, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", LARGE, ids=str)
 def test_flops(kind: Any, experts: tuple[int, ...], bias: bool, batch: int) -> None:
     """Of products and elementwise work, as lowered, before XLA rewrites anything."""
     config, parameters, x, made = case(kind, experts, bias, batch, None)
@@ -68,7 +46,7 @@ def test_flops(kind: Any, experts: tuple[int, ...], bias: bool, batch: int) -> N
 
 @pytest.mark.parametrize("gate", [None, Gate()], ids=["given", "gate"])
 @pytest.mark.parametrize("experts", LEVELS, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", LARGE, ids=str)
 def test_memory(kind: Any, experts: tuple[int, ...], gate: Gate | None) -> None:
     """The compiled program holds no array larger than the plan's largest, and few at a time."""
     batch = 128

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -13,17 +12,10 @@ import pytest
 from flax import nnx
 
 import tensormoe_jax
-from tensormoe import CP, Gate, LayerSpec, TensorRing
-from tensormoe.functional import LayerConfig
-from tensormoe.gates import (
-    entropy_loss,
-    entropy_loss_vjp,
-    load_balance_loss,
-    load_balance_loss_vjp,
-)
-from tests._jax_helpers import (
-    GATES,
-    KINDS,
+from tensormoe import CP, Gate, TensorRing
+from tensormoe.gates import entropy_loss, entropy_loss_vjp, load_balance_loss, load_balance_loss_vjp
+from tests._kinds import KINDS
+from tests.jax._helpers import (
     Arrays,
     assert_same,
     block_of,
@@ -37,14 +29,9 @@ from tests._jax_helpers import (
     values,
 )
 
+pytestmark = pytest.mark.usefixtures("wide")
+
 BATCH_NORM = Gate(normalization="batch", bias=True)
-
-
-@pytest.fixture(autouse=True)
-def wide() -> Iterator[None]:
-    """JAX's 64-bit mode."""
-    with jax.enable_x64(True):
-        yield
 
 
 def numpys_gradients(config: Any, arrays: Arrays, x: np.ndarray) -> tuple[Any, Any, Any]:
@@ -73,14 +60,6 @@ def test_of_factorizations(kind: Any) -> None:
     assert_same(jax_gradients(config, arrays, x), numpys_gradients(config, arrays, x))
 
 
-@pytest.mark.parametrize("gate", GATES[1:], ids=str)
-def test_of_gates(gate: Gate) -> None:
-    """Batch norm in training: its statistics too."""
-    config = config_of(gate=gate)
-    arrays, x = values(config), normal(7, 5)
-    assert_same(jax_gradients(config, arrays, x), numpys_gradients(config, arrays, x))
-
-
 def test_of_blocks_in_every_form() -> None:
     config = block_of(BATCH_NORM)
     arrays, x = values(config), normal(7, 5)
@@ -103,20 +82,6 @@ def test_of_blocks_in_every_form() -> None:
     )
     assert_same(slopes.parameters, want[0])
     assert_same(layer.buffers(state), want[2])
-
-
-def test_of_tables_and_coefficients() -> None:
-    config = LayerConfig(LayerSpec(9, 4, (3, 2), TensorRing(2), bias=False), None, True)
-    arrays, ids = values(config), np.array([0, 8, 3, 3])
-    made = [normal(4, count, seed=count) for count in (3, 2)]
-    output, pull = numpys(config, arrays).vjp(ids, made)
-    back = pull(2 * output)
-
-    def loss(parameters: Any, made: Any) -> Any:
-        return (tensormoe_jax.apply(config, parameters, jnp.asarray(ids), made) ** 2).sum()
-
-    got = jax.jit(jax.grad(loss, argnums=(0, 1)))(to_jax(arrays), to_jax(made))
-    assert_same(got, (back.parameters, [*back.coefficients]))
 
 
 @pytest.mark.parametrize(

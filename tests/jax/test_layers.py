@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tensormoe_jax
-import tensormoe_numpy
-from tensormoe import CP, Gate, LayerSpec, TensorRing, TopK
+from tensormoe import CP, Gate, TensorRing, TopK
 from tensormoe.functional import LayerConfig
 from tensormoe.testing import assert_output, batch_shapes, coefficients, gates, specs
 from tensormoe_jax import equinox as in_equinox
 from tensormoe_jax import nnx as in_nnx
-from tests._jax_helpers import (
+from tests._kinds import KINDS
+from tests.jax._helpers import (
     FORMS,
-    GATES,
-    KINDS,
     assert_same,
     block_of,
     config_of,
@@ -42,14 +39,9 @@ from tests._jax_helpers import (
     values,
 )
 
+pytestmark = pytest.mark.usefixtures("wide")
+
 BATCH_NORM = Gate(normalization="batch", bias=True)
-
-
-@pytest.fixture(autouse=True)
-def wide() -> Iterator[None]:
-    """JAX's 64-bit mode."""
-    with jax.enable_x64(True):
-        yield
 
 
 def sparse(experts: tuple[int, ...], lead: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:
@@ -73,16 +65,6 @@ def test_the_oracle(kind: Any) -> None:
     assert_output(run(jnp.asarray(x), to_jax(made)), kind, factors, made, x)
     own, _ = tensormoe_jax.coefficients(config, parameters, jnp.asarray(x))
     assert_output(run(jnp.asarray(x)), kind, factors, own, x)
-
-
-@pytest.mark.parametrize("gate", GATES, ids=str)
-def test_numpys_layer(gate: Gate) -> None:
-    """What NumPy gives, with any gate; in every form with and without statistics."""
-    config = config_of(gate=gate)
-    arrays, x = values(config), normal(7, 5)
-    want = numpys(config, arrays)(x)
-    for form in FORMS if gate in (GATES[0], GATES[-1]) else ["functional"]:
-        assert_same(jax.jit(FORMS[form](config, arrays))(jnp.asarray(x)), want)
 
 
 @pytest.mark.parametrize("act_layer", ["gelu", "gelu_tanh", "relu", "silu", "tanh"])
@@ -109,15 +91,6 @@ def test_any_layer(data: st.DataObject) -> None:
         run = jax.jit(eqx_run(config, arrays))
         assert_same(run(jnp.asarray(x)), twin(x), 1e-8)
         assert_same(run(jnp.asarray(x), to_jax(made)), twin(x, made))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_embeddings(form: str) -> None:
-    config = LayerConfig(LayerSpec(9, 4, (3, 2), TensorRing(2), bias=False), None, True)
-    arrays, made = values(config), sparse((3, 2), (2, 3))
-    ids = np.array([[0, 8, 3], [3, 3, 1]], dtype="uint8")
-    run = jax.jit(FORMS[form](config, arrays))
-    assert_same(run(jnp.asarray(ids), to_jax(made)), numpys(config, arrays)(ids, made))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -211,24 +184,6 @@ class TestWhatLayersTell:
 
 
 class TestCheckpoints:
-    @pytest.mark.parametrize("config", [config_of(gate=BATCH_NORM), block_of(BATCH_NORM)])
-    def test_they_open_everywhere(self, config: Any, tmp_path: Path) -> None:
-        arrays, x, path = values(config), normal(7, 5), tmp_path / "layer.safetensors"
-        twin = numpys(config, arrays)
-        module, (layer, state) = nnx_layer(config, arrays), eqx_layer(config, arrays)
-        twin.save(path)
-        written = path.read_bytes()
-        module.save(path)
-        assert path.read_bytes() == written
-        layer.save(path, state)
-        assert path.read_bytes() == written
-        again = type(module).load(path)
-        again.eval()
-        assert_same(again(jnp.asarray(x)), twin(x))
-        loaded, kept = eqx.nn.make_with_state(type(layer).load)(path)
-        assert_same(loaded(jnp.asarray(x), state=kept, inference=True)[0], twin(x))
-        assert_same(getattr(tensormoe_numpy, type(twin).__name__).load(path)(x), twin(x))
-
     def test_bfloat16(self, tmp_path: Path) -> None:
         layer = in_nnx.MuMoE(5, 4, 3, rank=2, dtype="bfloat16", rngs=0)
         layer.save(tmp_path / "layer")

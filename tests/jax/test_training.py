@@ -17,7 +17,7 @@ from tensormoe import CP, Gate, LayerSpec
 from tensormoe.functional import LayerConfig
 from tensormoe_jax import equinox as in_equinox
 from tensormoe_jax import nnx as in_nnx
-from tests._jax_helpers import (
+from tests.jax._helpers import (
     assert_same,
     block_of,
     config_of,

@@ -20,7 +20,7 @@ from tensormoe import CP, Gate, LayerSpec, TopK, Tucker
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe_jax import equinox as in_equinox
 from tensormoe_jax import nnx as in_nnx
-from tests._jax_helpers import (
+from tests.jax._helpers import (
     FORMS,
     assert_same,
     block_of,

@@ -8,7 +8,7 @@ import numpy as np
 
 from tensormoe import CP, Gate, LayerSpec
 from tensormoe_numpy import MuMoE
-from tests._numpy_helpers import build
+from tests.numpy._helpers import build
 
 
 class TestBatchNorm:

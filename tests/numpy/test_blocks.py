@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,22 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tensormoe import CP, TensorRing
-from tensormoe.testing import assert_output, batch_shapes, coefficients, reference_output, specs
+from tensormoe.testing import assert_output, batch_shapes, coefficients, specs
 from tensormoe_numpy import MuMoEEmbedding, MuMoEMLP
-from tests._numpy_helpers import randomize
+from tests._blocks import ACTIVATIONS, block_output
+from tests.numpy._helpers import randomize
 
 
 class TestMLP:
-    ACTIVATIONS: ClassVar = {
-        "gelu": lambda x: 0.5 * x * (1 + math.erf(x / math.sqrt(2))),
-        "gelu_tanh": lambda x: (
-            0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-        ),
-        "relu": lambda x: max(x, 0.0),
-        "silu": lambda x: x / (1 + math.exp(-x)),
-        "tanh": math.tanh,
-    }
-
     @pytest.mark.parametrize("name", ACTIVATIONS)
     @pytest.mark.parametrize("lead", [(), (0,), (4,), (2, 3)])
     def test_it_is_two_mixtures_with_one_gate(self, name: str, lead: tuple[int, ...]) -> None:
@@ -44,13 +33,8 @@ class TestMLP:
         )
         x = np.random.default_rng(1).standard_normal((*lead, 6))
         made = block.coefficients(x)
-        first, second = (
-            np.concatenate([w, b[..., None, :]], axis=-2)
-            for w, b in (block.first.materialize(), block.second.materialize())
-        )
-        middle = reference_output(first, made, x)
-        middle = np.vectorize(self.ACTIVATIONS[name], otypes=[float])(middle)
-        want = reference_output(second, made, middle)
+        layers = [block.first.materialize(), block.second.materialize()]
+        want = block_output(name, layers, made, x)
         got = block(x)
         assert got.shape == (*lead, 5)
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9)

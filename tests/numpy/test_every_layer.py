@@ -1,10 +1,9 @@
-"""What every NumPy layer can do: print, copy, save and count itself."""
+"""What every NumPy layer can do: print, copy and count itself."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,20 +11,7 @@ import pytest
 
 from tensormoe import CP, Dense, Gate, Hadamard, TensorRing, TensorTrain, Tucker
 from tensormoe_numpy import MuMoE, MuMoEEmbedding, MuMoEMLP
-from tests._numpy_helpers import randomize, same
-
-
-def layers() -> list[Any]:
-    """Layers of every class, every option away from its default."""
-    gate = Gate("top_k", k=2, normalization="batch", bias=True, momentum=0.3)
-    return [
-        MuMoE(6, 5, 4, "cp", rank=3, seed=0),
-        MuMoE(6, 5, (3, 4), TensorRing((2, 3, 4, 5)), bias=False, gate=gate, dtype="float64"),
-        MuMoE(6, 5, (3, 2, 2), "hadamard", gate=None, dtype="float16"),
-        MuMoEMLP(6, 8, 5, experts=(3, 2), factorization="tucker", rank=2, gate=gate, seed=0),
-        MuMoEMLP(6, experts=3, factorization=(CP(2), Dense()), act_layer="silu", drop=0.5),
-        MuMoEEmbedding(9, 5, (3, 2), "tensor_train", rank=(2, 3, 4), dtype="float64"),
-    ]
+from tests.numpy._helpers import layers, same
 
 
 @pytest.mark.parametrize("layer", layers(), ids=lambda layer: type(layer).__name__)
@@ -58,15 +44,6 @@ class TestEveryLayer:
                 assert not np.shares_memory(array, layer.parameters[name])
                 array += 1
             assert not same(again, layer)
-
-    def test_saved_and_loaded_it_is_the_same(self, layer: Any, tmp_path: Path) -> None:
-        randomize(layer)
-        layer.save(tmp_path / "layer.safetensors")
-        again = type(layer).load(tmp_path / "layer.safetensors")
-        assert same(again, layer)
-        assert again.config == layer.config
-        assert again.dtype == layer.dtype
-        np.testing.assert_array_equal(self.run(again), self.run(layer))
 
     def test_parameters_are_counted(self, layer: Any) -> None:
         assert layer.num_parameters == sum(array.size for array in layer.parameters.values())

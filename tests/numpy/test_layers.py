@@ -15,7 +15,8 @@ from tensormoe.errors import PlanError
 from tensormoe.gates import Statistics, activate
 from tensormoe.testing import assert_output, batch_shapes, coefficients, dtypes, gates, specs
 from tensormoe_numpy import MuMoE
-from tests._numpy_helpers import KINDS, build, draw_input
+from tests._kinds import KINDS
+from tests.numpy._helpers import build, draw_input
 
 
 @given(data=st.data())

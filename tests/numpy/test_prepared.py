@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tensormoe import Gate, LayerSpec
 from tensormoe.testing import assert_output, batch_shapes, gates, specs
-from tests._numpy_helpers import KINDS, build, draw_input, randomize
+from tests._kinds import KINDS
+from tests.numpy._helpers import build, draw_input, randomize
 
 
 @given(data=st.data())

@@ -9,7 +9,8 @@ import pytest
 
 from tensormoe import CP, TensorRing
 from tensormoe_numpy import MuMoE, MuMoEEmbedding
-from tests._numpy_helpers import KINDS, same
+from tests._kinds import KINDS
+from tests.numpy._helpers import same
 
 
 def test_seeds_mean_one_thing() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tensormoe import LayerSpec
 from tensormoe.testing import specs
-from tests._planned_work import BATCH, WEIGHT, contraction_work, program_work
+from tests.planning._work import BATCH, WEIGHT, contraction_work, program_work
 
 
 def least_work(

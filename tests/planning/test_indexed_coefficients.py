@@ -30,7 +30,7 @@ from tensormoe.planning._draft import Draft
 from tensormoe.planning._regimes import best_candidate, build_program
 from tensormoe.testing import specs
 from tensormoe_numpy import BACKEND, MuMoE
-from tests._planned_work import BATCH, WEIGHT, program_work
+from tests.planning._work import BATCH, WEIGHT, program_work
 
 # experts that are as large as a matrix each
 LARGE = [Dense(), SharedBasis((4, 256))]

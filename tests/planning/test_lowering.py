@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tensormoe.planning._lowering import Lowered, lower
 from tensormoe.planning._program import View
-from tests._planned_work import BATCH
+from tests.planning._work import BATCH
 
 
 def orders(legs: str) -> st.SearchStrategy[tuple[str, ...]]:

@@ -13,36 +13,13 @@ from hypothesis import strategies as st
 from opt_einsum.paths import DynamicProgramming
 
 import tensormoe_numpy
-from tensormoe import (
-    CP,
-    BaseDelta,
-    Dense,
-    Hadamard,
-    LayerSpec,
-    SharedBasis,
-    SharedDelta,
-    TensorRing,
-    TensorTrain,
-    Tucker,
-    select_rank,
-)
+from tensormoe import CP, LayerSpec, select_rank
 from tensormoe.errors import CheckpointError, SpecError
 from tensormoe.planning import _path, plan_regimes
 from tensormoe.planning._path import search_tree
 from tensormoe.testing import specs
 from tests._checkpoint_files import f32, raw_file
-
-KINDS: list[Any] = [
-    CP(8),
-    TensorRing(4),
-    TensorTrain(4),
-    Tucker(3),
-    SharedBasis(5),
-    BaseDelta(2),
-    SharedDelta(2),
-    Hadamard(),
-    Dense(),
-]
+from tests._kinds import KINDS
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

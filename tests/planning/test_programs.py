@@ -23,7 +23,7 @@ from tensormoe.execution import execute
 from tensormoe.planning import Operand, Program, Routing, Step, plan_regimes, reverse
 from tensormoe.testing import specs
 from tensormoe_numpy import BACKEND
-from tests._planned_work import BATCH
+from tests.planning._work import BATCH
 
 REALISTIC = [
     (factorization, experts)

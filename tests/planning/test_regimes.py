@@ -20,7 +20,7 @@ from tensormoe import (
 )
 from tensormoe.planning import Regimes, plan_regimes
 from tensormoe.testing import specs
-from tests._planned_work import program_work
+from tests.planning._work import program_work
 
 REGIMES = [
     LayerSpec(64, 48, 8, Tucker((6, 24, 20))),

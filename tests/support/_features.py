@@ -16,7 +16,8 @@ from tensormoe import CP, Gate, LayerSpec, TensorRing, backend_of, convert, func
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.testing import reconstruct
 from tests._cupy_standin import ADAPTER, host
-from tests._everywhere import FORMS, NUMPY, PACKAGES, Config, Framework, JaxLayer, class_name
+from tests._everywhere import FORMS, PACKAGES, JaxLayer
+from tests._frameworks import NUMPY, Config, Framework, class_name
 from tests._one_layer import (
     TOLERANCES,
     assert_found,

@@ -11,7 +11,8 @@ from tensormoe import Gate, LayerSpec
 from tensormoe.factorizations import FACTORIZATIONS, resolve_factorization
 from tensormoe.functional import LayerConfig
 from tensormoe.testing import assert_output
-from tests._everywhere import FRAMEWORKS, NUMPY, Call, Config, Framework, everywhere
+from tests._everywhere import FRAMEWORKS
+from tests._frameworks import NUMPY, Call, Config, Framework, everywhere
 from tests._one_layer import TOLERANCES, assert_found, call_of, values
 from tests.support._table import Row, Table
 

@@ -22,7 +22,8 @@ import tensormoe_torch
 from tensormoe import CP, Gate, LayerSpec, convert
 from tensormoe.functional import LayerConfig
 from tests._cupy_standin import device, host
-from tests._everywhere import FORMS, NUMPY, PACKAGES, Config, Framework
+from tests._everywhere import FORMS, PACKAGES
+from tests._frameworks import NUMPY, Config, Framework
 from tests._one_layer import assert_found, assert_near
 from tests.support._features import BLOCK, LAYER
 from tests.support._layers import STEP, prepared

@@ -19,7 +19,7 @@ from tensormoe.errors import SpecError
 from tensormoe.functional import BlockConfig
 from tensormoe_torch import MuMoEMLP, from_mlp, parameter_groups
 from tensormoe_torch._activations import ACTIVATIONS
-from tests._torch_helpers import normal, randomize
+from tests.torch._helpers import normal, randomize
 
 NAMED: list[tuple[Any, str]] = [
     ("gelu", "gelu"),

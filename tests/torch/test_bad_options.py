@@ -10,33 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from tensormoe import CP, Gate
 from tensormoe.checkpoint import read_checkpoint, save_checkpoint
-from tensormoe.errors import (
-    BudgetError,
-    CheckpointError,
-    GateError,
-    RankError,
-    SpecError,
-    TensormoeError,
-)
-from tensormoe_torch import BACKEND, MuMoE, MuMoEEmbedding, MuMoEMLP
-
-
-def layer(**options: Any) -> MuMoE:
-    return MuMoE(8, 4, 3, **({"factorization": "cp", "rank": 2} | options))
-
-
-def tree(**options: Any) -> MuMoE:
-    return MuMoE(8, 4, (3, 2), **({"factorization": "cp", "rank": 2} | options))
-
-
-def table(**options: Any) -> MuMoEEmbedding:
-    return MuMoEEmbedding(9, 4, 3, **({"rank": 2} | options))
-
-
-def block(**options: Any) -> MuMoEMLP:
-    return MuMoEMLP(8, **({"experts": 3, "rank": 2} | options))
+from tensormoe.errors import CheckpointError, SpecError, TensormoeError
+from tensormoe_torch import BACKEND, MuMoE, MuMoEMLP
+from tests.torch._helpers import block, layer, table
 
 
 def saved(folder: Path, made: Any, change: Callable[[dict[str, Any]], Any] | None = None) -> Path:
@@ -54,16 +31,6 @@ def saved(folder: Path, made: Any, change: Callable[[dict[str, Any]], Any] | Non
 # name -> (what is called, error, what its message says in this order)
 CASES: dict[str, tuple[Callable[..., Any], type[TensormoeError], str]] = {
     # construction
-    "no inputs": (
-        lambda: MuMoE(0, 4, 3, CP(2)),
-        SpecError,
-        "in_features must be a positive integer; got 0",
-    ),
-    "integers to train": (
-        lambda: layer(dtype=torch.int32),
-        SpecError,
-        r"dtype must be one of torch\.float16, .*torch\.float64; got torch\.int32",
-    ),
     "a dtype by name": (lambda: layer(dtype="float32"), SpecError, "dtype must.*; got 'float32'"),
     "a dtype of NumPy's": (lambda: table(dtype=np.float32), SpecError, "dtype must.*; got <class"),
     "a dtype of a block": (
@@ -78,20 +45,10 @@ CASES: dict[str, tuple[Callable[..., Any], type[TensormoeError], str]] = {
     ),
     "a device that is none": (lambda: table(device=3.5), SpecError, r"device must.*; got 3\.5"),
     "no such device for a block": (lambda: block(device="gpu"), SpecError, "device.*got 'gpu'"),
-    "unknown activation": (
-        lambda: block(act_layer="mish"),
-        SpecError,
-        "act_layer must be one of 'gelu', .*; got 'mish'",
-    ),
     "a class that needs arguments": (
         lambda: block(act_layer=torch.nn.Threshold),
         SpecError,
         "act_layer must be a class that needs no arguments, or an instance; Threshold",
-    ),
-    "a class of no modules": (
-        lambda: block(act_layer=int),
-        SpecError,
-        "act_layer must be one of 'gelu', .*; got <class 'int'>",
     ),
     "a function of something else": (
         lambda: block(act_layer=lambda: 0),
@@ -103,84 +60,7 @@ CASES: dict[str, tuple[Callable[..., Any], type[TensormoeError], str]] = {
         SpecError,
         "act_layer must give a tensor; .* gave int",
     ),
-    "gated by a number": (
-        lambda: block(gated=1),
-        SpecError,
-        "gated must be True or False; got 1",
-    ),
-    "everything dropped": (
-        lambda: block(drop=1.0),
-        SpecError,
-        r"drop must be in \[0, 1\); got 1\.0. Give the share",
-    ),
-    "less than nothing dropped": (lambda: block(drop=-0.1), SpecError, r"drop must.*got -0\.1"),
-    "NaN dropped": (lambda: block(drop=float("nan")), SpecError, "drop must be in.*got nan"),
-    "a top-k gate of too few experts": (
-        lambda: tree(gate=Gate("top_k", k=3)),
-        SpecError,
-        "k of a top-k gate must be at most.*; got 3 for level 1 of 2. Lower k",
-    ),
-    "rank and budget": (
-        lambda: layer(budget=100),
-        RankError,
-        "rank and budget exclude one another; got rank=2 and budget=100. Drop one",
-    ),
-    "two ranks": (
-        lambda: layer(factorization=CP(2)),
-        RankError,
-        r"rank must be given once; got rank=2 beside CP\(rank=2\). Drop one",
-    ),
-    "an impossible budget": (
-        lambda: layer(rank=None, budget=3),
-        BudgetError,
-        "must be at least .* for cp.*; got 3. Raise",
-    ),
-    "unknown factorization": (
-        lambda: layer(factorization="cpd"),
-        SpecError,
-        "factorization must be one of 'cp', .*; got 'cpd'",
-    ),
-    "unknown initialization": (
-        lambda: layer(init="xavier"),
-        SpecError,
-        "init must be one of 'variance', 'paper'; got 'xavier'",
-    ),
-    "unknown initialization of a block": (
-        lambda: block(init="xavier"),
-        SpecError,
-        "init must be one of 'variance', 'paper'; got 'xavier'",
-    ),
-    "unknown gate": (
-        lambda: layer(gate="relu"),
-        GateError,
-        "activation must be one of entmax, .*; got 'relu'",
-    ),
     # checkpoints, in a folder of their own
-    "no file": (
-        lambda folder: MuMoE.load(folder / "none"),
-        CheckpointError,
-        "path must name an existing checkpoint; there is none at '.*none'",
-    ),
-    "a folder that is missing": (
-        lambda folder: layer().save(folder / "none" / "layer"),
-        CheckpointError,
-        "none",
-    ),
-    "a layer for a block": (
-        lambda folder: MuMoEMLP.load(saved(folder, layer())),
-        CheckpointError,
-        r"the file must hold a MuMoEMLP; got a MuMoE. Open it with MuMoE\.load",
-    ),
-    "a block for a layer": (
-        lambda folder: MuMoE.load(saved(folder, block())),
-        CheckpointError,
-        r"the file must hold a MuMoE; got a MuMoEMLP. Open it with MuMoEMLP\.load",
-    ),
-    "a table for a layer": (
-        lambda folder: MuMoE.load(saved(folder, table())),
-        CheckpointError,
-        r"the file must hold a MuMoE; got a MuMoEEmbedding",
-    ),
     "arrays of other sizes": (
         lambda folder: MuMoE.load(
             saved(folder, layer(), lambda arrays: arrays.update(layer(rank=3).state_dict()))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,32 +14,14 @@ from torch import Tensor
 from torch.func import functional_call, jvp, stack_module_state, vmap
 
 from tensormoe import CP, Dense, Gate, Hadamard, LayerSpec, TensorRing
-from tensormoe.testing import batch_shapes, coefficients, reference_output, specs
+from tensormoe.testing import batch_shapes, coefficients, specs
 from tensormoe_torch import MuMoEEmbedding, MuMoEMLP
-from tests._torch_helpers import (
-    GATES,
-    KINDS,
-    WAYS,
-    assert_mixture,
-    build,
-    gradients,
-    normal,
-    numpy_of,
-    randomize,
-)
+from tests._blocks import ACTIVATIONS, block_output
+from tests._kinds import GATES, UNEVEN
+from tests.torch._helpers import WAYS, assert_mixture, build, gradients, normal, numpy_of, randomize
 
 
 class TestMLP:
-    ACTIVATIONS: ClassVar = {
-        "gelu": lambda x: 0.5 * x * (1 + math.erf(x / math.sqrt(2))),
-        "gelu_tanh": lambda x: (
-            0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-        ),
-        "relu": lambda x: max(x, 0.0),
-        "silu": lambda x: x / (1 + math.exp(-x)),
-        "tanh": math.tanh,
-    }
-
     @pytest.mark.parametrize("name", ACTIVATIONS)
     @pytest.mark.parametrize("lead", [(), (0,), (4,), (2, 3)])
     def test_it_is_two_mixtures_with_one_gate(self, name: str, lead: tuple[int, ...]) -> None:
@@ -57,13 +38,10 @@ class TestMLP:
         )
         x = normal(*lead, 6, seed=1)
         made = [numpy_of(each) for each in block.coefficients(x)]
-        first, second = (
-            np.concatenate([numpy_of(w), numpy_of(b)[..., None, :]], axis=-2)
-            for w, b in (block.first.materialize(), block.second.materialize())
-        )
-        middle = reference_output(first, made, numpy_of(x))
-        middle = np.vectorize(self.ACTIVATIONS[name], otypes=[float])(middle)
-        want = reference_output(second, made, middle)
+        layers = [
+            [numpy_of(each) for each in part.materialize()] for part in (block.first, block.second)
+        ]
+        want = block_output(name, layers, made, numpy_of(x))
         for way in WAYS.values():
             with way():
                 got = block(x)
@@ -138,7 +116,7 @@ class TestTransforms:
     """``torch.func`` follows a layer."""
 
     @pytest.mark.parametrize("gate", GATES[:5], ids=str)
-    @pytest.mark.parametrize("kind", KINDS, ids=str)
+    @pytest.mark.parametrize("kind", UNEVEN, ids=str)
     def test_vmap_and_grad(self, kind: Any, gate: Gate) -> None:
         layer = build(LayerSpec(6, 5, (3, 2), kind), gate)
         x = normal(4, 6)

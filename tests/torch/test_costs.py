@@ -10,32 +10,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from tensormoe import (
-    CP,
-    BaseDelta,
-    Dense,
-    Gate,
-    Hadamard,
-    SharedBasis,
-    SharedDelta,
-    TensorRing,
-    TensorTrain,
-    Tucker,
-)
+from tensormoe import CP, Gate, TensorRing
 from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP
-from tests._torch_helpers import normal, randomize
+from tests._kinds import LARGE
+from tests.torch._helpers import normal, randomize
 
-KINDS = [
-    CP(12),
-    TensorRing(4),
-    TensorTrain(4),
-    Tucker(5),
-    SharedBasis(5),
-    BaseDelta(2),
-    SharedDelta(2),
-    Hadamard(),
-    Dense(),
-]
 LEVELS = [(12,), (5, 4), (4, 3, 2)]
 
 
@@ -49,32 +28,33 @@ def backward(output: Tensor) -> None:
     output.backward(torch.ones_like(output))
 
 
+def given_to(layer: MuMoE, batch: int) -> list[Tensor] | None:
+    """Coefficients for a layer that has no gate to make them."""
+    if layer.gate is not None:
+        return None
+    experts = layer.spec.experts
+    return [normal(batch, n, dtype=torch.float32) for n in experts]
+
+
+@pytest.mark.parametrize("gate", [Gate(), None], ids=["gate", "given"])
 @pytest.mark.parametrize("batch", [1, 5, 64])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("experts", LEVELS, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-class TestFlops:
+@pytest.mark.parametrize("kind", LARGE, ids=str)
+def test_flops(
+    kind: Any, experts: tuple[int, ...], bias: bool, batch: int, gate: Gate | None
+) -> None:
     """To the FLOP, on the matrix products."""
-
-    def test_of_a_layer(self, kind: Any, experts: tuple[int, ...], bias: bool, batch: int) -> None:
-        layer = randomize(MuMoE(14, 9, experts, kind, bias=bias))
-        x = normal(batch, 14, dtype=torch.float32)
-        with torch.no_grad():
-            assert counted(lambda: layer(x)) == layer.cost(batch).matmul_flops
-        x.requires_grad_()
-        assert counted(lambda: layer(x)) == layer.cost(batch).matmul_flops
-        total = layer.cost(batch, training=True).matmul_flops
-        assert counted(lambda: backward(layer(x))) == total
-
-    def test_of_given_coefficients(
-        self, kind: Any, experts: tuple[int, ...], bias: bool, batch: int
-    ) -> None:
-        layer = randomize(MuMoE(14, 9, experts, kind, bias=bias, gate=None))
-        x = normal(batch, 14, dtype=torch.float32).requires_grad_()
-        made = [normal(batch, n, dtype=torch.float32).requires_grad_() for n in experts]
+    layer = randomize(MuMoE(14, 9, experts, kind, bias=bias, gate=gate))
+    x = normal(batch, 14, dtype=torch.float32)
+    made = given_to(layer, batch)
+    with torch.no_grad():
         assert counted(lambda: layer(x, made)) == layer.cost(batch).matmul_flops
-        total = layer.cost(batch, training=True).matmul_flops
-        assert counted(lambda: backward(layer(x, made))) == total
+    for each in (x, *(made or ())):
+        each.requires_grad_()
+    assert counted(lambda: layer(x, made)) == layer.cost(batch).matmul_flops
+    total = layer.cost(batch, training=True).matmul_flops
+    assert counted(lambda: backward(layer(x, made))) == total
 
 
 @pytest.mark.parametrize(
@@ -140,25 +120,20 @@ def saved_bytes(module: nn.Module, *inputs: Any) -> int:
     return sum(found.values())
 
 
+@pytest.mark.parametrize("gate", [Gate(), None], ids=["gate", "given"])
 @pytest.mark.parametrize("batch", [256, 1000])
 @pytest.mark.parametrize("experts", LEVELS, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-class TestSavedMemory:
+@pytest.mark.parametrize("kind", LARGE, ids=str)
+def test_saved_memory(kind: Any, experts: tuple[int, ...], batch: int, gate: Gate | None) -> None:
     """What a call keeps for its way back is what the cost model says, and no more."""
-
-    def check(self, got: int, want: int) -> None:
-        assert 0.95 * want <= got <= want
-
-    def test_of_a_layer(self, kind: Any, experts: tuple[int, ...], batch: int) -> None:
-        layer = randomize(MuMoE(28, 18, experts, kind))
-        x = normal(batch, 28, dtype=torch.float32).requires_grad_()
-        self.check(saved_bytes(layer, x), layer.cost(batch, training=True).saved_memory)
-
-    def test_of_given_coefficients(self, kind: Any, experts: tuple[int, ...], batch: int) -> None:
-        layer = randomize(MuMoE(28, 18, experts, kind, gate=None))
-        x = normal(batch, 28, dtype=torch.float32).requires_grad_()
-        made = [normal(batch, n, dtype=torch.float32).requires_grad_() for n in experts]
-        self.check(saved_bytes(layer, x, made), layer.cost(batch, training=True).saved_memory)
+    layer = randomize(MuMoE(28, 18, experts, kind, gate=gate))
+    x = normal(batch, 28, dtype=torch.float32).requires_grad_()
+    made = given_to(layer, batch)
+    for each in made or ():
+        each.requires_grad_()
+    found = saved_bytes(layer, x) if made is None else saved_bytes(layer, x, made)
+    want = layer.cost(batch, training=True).saved_memory
+    assert 0.95 * want <= found <= want
 
 
 @pytest.mark.parametrize("normalization", ["layer", "batch", None])

@@ -22,7 +22,7 @@ from tensormoe_torch import (
     scale_experts,
     silence_experts,
 )
-from tests._torch_helpers import normal, randomize
+from tests.torch._helpers import normal, randomize
 from tests.torch._ranks import Ranks
 
 EDITS: dict[str, Callable[[Any], object]] = {

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tensormoe import Gate
 from tensormoe.errors import GateError
 from tensormoe_torch import MuMoE, MuMoEMLP, synchronize_gates
-from tests._torch_helpers import normal, randomize, traced
+from tests.torch._helpers import normal, randomize, traced
 from tests.torch._ranks import Ranks
 
 # of eight rows, how many the first process has

@@ -15,7 +15,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_module, distri
 from tensormoe import CP, Gate, TensorRing
 from tensormoe.checkpoint import peek_checkpoint
 from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP
-from tests._torch_helpers import randomize
+from tests.torch._helpers import randomize
 from tests.torch._ranks import Ranks
 
 BATCH = Gate(normalization="batch", bias=True)

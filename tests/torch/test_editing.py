@@ -13,27 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tensormoe import (
-    CP,
-    BaseDelta,
-    Gate,
-    Hadamard,
-    LayerSpec,
-    TensorTrain,
-)
+from tensormoe import CP, BaseDelta, Gate, Hadamard, LayerSpec, TensorTrain
 from tensormoe.errors import BackendError, ShapeError, SpecError
 from tensormoe.testing import specs
 from tensormoe_torch import (
     MuMoE,
     MuMoEEmbedding,
     MuMoEMLP,
-    PreNormed,
     replace_expert,
     restored,
     scale_experts,
     silence_experts,
 )
-from tests._torch_helpers import KINDS, assert_near, build, normal, pick, put, randomize, weights
+from tensormoe_torch.official import PreNormed
+from tests._kinds import KINDS
+from tests.torch._helpers import assert_near, build, normal, pick, put, randomize, weights
 
 
 @given(data=st.data())

@@ -10,8 +10,10 @@ from torch import nn
 
 from tensormoe import CP, Gate, LayerSpec, TensorRing
 from tensormoe.errors import SpecError
-from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP, PreNormed, parameter_groups
-from tests._torch_helpers import KINDS, build, normal
+from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP, parameter_groups
+from tensormoe_torch.official import PreNormed
+from tests._kinds import KINDS
+from tests.torch._helpers import build, normal
 
 
 def names(model: nn.Module, groups: list[dict[str, Any]]) -> tuple[set[str], set[str]]:

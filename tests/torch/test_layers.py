@@ -11,19 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tensormoe import CP, Gate, LayerSpec, TensorRing, TopK
-from tensormoe.gates import Statistics, activate
-from tensormoe.testing import (
-    assert_output,
-    batch_shapes,
-    coefficients,
-    gates,
-    specs,
-)
+from tensormoe import CP, Gate, LayerSpec, TopK
+from tensormoe.gates import activate
+from tensormoe.testing import assert_output, batch_shapes, coefficients, gates, specs
 from tensormoe_torch import MuMoE
-from tests._torch_helpers import (
-    GATES,
-    KINDS,
+from tests._kinds import GATES, KINDS
+from tests.torch._helpers import (
     WAYS,
     assert_mixture,
     build,
@@ -64,28 +57,6 @@ def test_factorized_equals_unfactorized(data: st.DataObject) -> None:
         for got, want in zip(other, outputs[0], strict=True):
             size = max(1.0, float(np.max(np.abs(want), initial=0.0)))
             np.testing.assert_allclose(got, want, rtol=0, atol=AGREEMENT[dtype] * size)
-
-
-@given(data=st.data())
-def test_coefficients_are_the_gates(data: st.DataObject) -> None:
-    """As the core computes them on NumPy from logits that NumPy multiplied."""
-    spec = data.draw(specs(), "spec")
-    gate = data.draw(gates(spec.experts, batch_norm=True), "gate")
-    layer = build(spec, gate).eval()
-    x = draw_normal(data, *data.draw(batch_shapes()), spec.in_features)
-    parts = {name: numpy_of(array) for name, array in layer.gate.state_dict().items()}
-    for level, got in enumerate(layer.coefficients(x)):
-        logits = numpy_of(x) @ parts[f"projection_{level}"]
-        if gate.bias:
-            logits = logits + parts[f"bias_{level}"]
-        kept = None
-        if gate.normalization == "batch":
-            kept = Statistics(parts[f"running_mean_{level}"], parts[f"running_variance_{level}"])
-        want = activate(gate, logits, statistics=kept).coefficients
-        # a product of one row rounds otherwise than one of many
-        np.testing.assert_allclose(numpy_of(got), want, rtol=0, atol=1e-7)
-        np.testing.assert_allclose(numpy_of(got.sum(-1)), 1.0, atol=1e-9)
-        assert torch.all(got >= 0)
 
 
 @pytest.mark.parametrize("gate", [*GATES[:2], *GATES[3:5]], ids=str)
@@ -141,15 +112,6 @@ def test_top_k_coefficients_are_gathered(data: st.DataObject) -> None:
     for way in WAYS.values():
         with way():
             assert_mixture(layer(x, chosen), layer, dense, x)
-
-
-@pytest.mark.parametrize("lead", [(), (0,), (1,), (5,), (2, 3)])
-def test_ready_made_coefficients_take_the_gates_place(lead: tuple[int, ...]) -> None:
-    layer = build(LayerSpec(6, 5, (3, 2), TensorRing(3)), Gate())
-    x = normal(*lead, 6)
-    torch.testing.assert_close(layer(x, layer.coefficients(x)), layer(x))
-    other = [torch.rand(*lead, count, dtype=x.dtype) for count in (3, 2)]
-    assert_mixture(layer(x, other), layer, other, x)
 
 
 @pytest.mark.parametrize("way", ["without gradients", "with gradients"])
@@ -247,14 +209,3 @@ def test_single_experts_and_all_of_them(data: st.DataObject) -> None:
         torch.testing.assert_close(bias, biases[index], rtol=1e-9, atol=1e-9)
     assert matrix.requires_grad
     assert weights.requires_grad
-
-
-@given(data=st.data())
-def test_a_token_alone_decides_on_its_output(data: st.DataObject) -> None:
-    """With layer norm or none, nothing leaks from one input of a batch to another."""
-    spec = data.draw(specs(), "spec")
-    layer = build(spec, data.draw(gates(spec.experts), "gate"))
-    x = draw_normal(data, 6, spec.in_features)
-    whole = layer(x)
-    x[3:] = 7.0
-    torch.testing.assert_close(layer(x)[:3], whole[:3], rtol=1e-7, atol=1e-9)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tensormoe import CP, Dense, Gate, Hadamard, LayerSpec, TensorRing, TensorTrain, Tucker
 from tensormoe.gates import activate
 from tensormoe_torch import ExpertGate, MuMoE, MuMoEEmbedding, MuMoEMLP
-from tests._torch_helpers import KINDS, build, normal, randomize
+from tests._kinds import KINDS
+from tests.torch._helpers import build, normal, randomize
 
 
 def layers() -> list[Any]:

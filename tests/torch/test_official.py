@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from tensormoe import CP, Gate, TensorRing, TensorTrain
 from tensormoe.errors import CheckpointError, ShapeError, SpecError
-from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP, PreNormed, from_official, to_official
-from tests._torch_helpers import normal, randomize
+from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP, from_official, to_official
+from tensormoe_torch.official import PreNormed
+from tests.torch._helpers import normal, randomize
 
 IN, HIDDEN, OUT = 6, 7, 5
 EXPERTS = [(4,), (4, 3)]

@@ -24,7 +24,8 @@ from tensormoe_torch import (
     per_sample_gradients,
     silence_experts,
 )
-from tests._torch_helpers import GATES, build, normal, randomize
+from tests._kinds import GATES
+from tests.torch._helpers import build, normal, randomize
 
 
 class Halved(nn.Module):

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tensormoe import CP, Hadamard, TensorRing
 from tensormoe_torch import MuMoE, MuMoEMLP
-from tests._torch_helpers import randomize
+from tests.torch._helpers import randomize
 
 
 def peak(call: Callable[[], object]) -> int:

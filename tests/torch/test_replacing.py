@@ -11,7 +11,8 @@ import torch
 from tensormoe import CP, BaseDelta, Dense, LayerSpec, SharedBasis, SharedDelta, TensorRing, Tucker
 from tensormoe.testing import reconstruct_by_einsum
 from tensormoe_torch import MuMoE, replace_expert, restored
-from tests._torch_helpers import KINDS, assert_near, build, factors_of, normal, pick, put, weights
+from tests._kinds import KINDS
+from tests.torch._helpers import assert_near, build, factors_of, normal, pick, put, weights
 
 EXPERTS = [(5,), (4, 3), (2, 3, 2)]
 

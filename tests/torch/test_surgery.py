@@ -13,19 +13,9 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from tensormoe import (
-    CP,
-    BaseDelta,
-    Dense,
-    Gate,
-    Hadamard,
-    SharedBasis,
-    SharedDelta,
-    TensorRing,
-    TensorTrain,
-    Tucker,
-)
+from tensormoe import CP, Gate, Hadamard
 from tensormoe_torch import MuMoE, MuMoEMLP, from_linear, from_mlp
+from tests._kinds import LARGE
 
 # name -> a rank that holds any matrix (9 + 1, 6) and one that holds rank 4 at most
 RANKS: dict[str, tuple[Any, Any]] = {
@@ -111,17 +101,7 @@ def test_narrow_layers(dtype: torch.dtype) -> None:
 
 def test_nothing_is_shared_with_the_linear_layer() -> None:
     torch.manual_seed(3)
-    for factorization in (
-        CP(4),
-        TensorRing(2),
-        TensorTrain(4),
-        Tucker(4),
-        SharedBasis(4),
-        BaseDelta(2),
-        SharedDelta(2),
-        Hadamard(),
-        Dense(),
-    ):
+    for factorization in LARGE:
         linear = nn.Linear(4, 4)
         before = copy.deepcopy(linear.state_dict())
         layer, _ = from_linear(linear, 3, factorization, noise=0.1)

@@ -15,38 +15,12 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
 import tensormoe_numpy
-from tensormoe import (
-    CP,
-    BaseDelta,
-    Dense,
-    Gate,
-    Hadamard,
-    LayerSpec,
-    SharedBasis,
-    SharedDelta,
-    TensorRing,
-    TensorTrain,
-    TopK,
-    Tucker,
-)
-from tensormoe.gates import (
-    entropy_loss,
-    entropy_loss_vjp,
-    load_balance_loss,
-    load_balance_loss_vjp,
-)
+from tensormoe import CP, Gate, LayerSpec, TensorRing, TopK
+from tensormoe.gates import entropy_loss, entropy_loss_vjp, load_balance_loss, load_balance_loss_vjp
 from tensormoe.testing import batch_shapes, coefficients, gates, specs
 from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP
-from tests._torch_helpers import (
-    GATES,
-    KINDS,
-    build,
-    gradients,
-    normal,
-    numpy_of,
-    randomize,
-    traced,
-)
+from tests._kinds import ABLE, GATES, KINDS
+from tests.torch._helpers import build, gradients, normal, numpy_of, randomize, traced
 
 
 def as_function(module: nn.Module, *data: Tensor, call: Callable[..., Any] | None = None) -> Any:
@@ -317,17 +291,6 @@ def test_writing_to_what_is_saved_is_noticed() -> None:
         loss.backward()
 
 
-def test_checkpointed_layers() -> None:
-    """Recomputed on the way back, a layer gives what it gave."""
-    layer = build(LayerSpec(5, 4, (3, 2), CP(3)), Gate())
-    x = normal(6, 5).requires_grad_()
-    sources = {**dict(layer.named_parameters()), "x": x}
-    want = gradients(layer(x), sources)
-    output = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
-    for name, grad in gradients(output, sources).items():
-        torch.testing.assert_close(grad, want[name])
-
-
 class TestLosses:
     @pytest.mark.parametrize("gate", GATES, ids=str)
     @pytest.mark.parametrize("loss", [load_balance_loss, entropy_loss])
@@ -352,21 +315,7 @@ class TestLosses:
         torch.testing.assert_close(got, vjp(weights.detach(), 3.0))
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        CP(12),
-        TensorRing((2, 2, 8)),
-        TensorTrain((4, 8)),
-        Tucker((4, 8, 8)),
-        SharedBasis((2, 4)),
-        BaseDelta(2),
-        SharedDelta(2),
-        Hadamard(),
-        Dense(),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("kind", ABLE, ids=str)
 @pytest.mark.parametrize("normalization", ["layer", "batch"])
 def test_training_lowers_the_loss(kind: Any, normalization: str) -> None:
     """A task that one linear layer cannot do: the sign of the first feature picks the matrix."""

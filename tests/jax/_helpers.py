@@ -17,43 +17,8 @@ import tensormoe_jax
 import tensormoe_jax.equinox
 import tensormoe_jax.nnx
 import tensormoe_numpy
-from tensormoe import (
-    CP,
-    BaseDelta,
-    Dense,
-    Gate,
-    Hadamard,
-    LayerSpec,
-    SharedBasis,
-    SharedDelta,
-    TensorRing,
-    TensorTrain,
-    Tucker,
-)
+from tensormoe import CP, Gate, LayerSpec, TensorRing
 from tensormoe.functional import BlockConfig, LayerConfig
-
-KINDS = [
-    CP(3),
-    TensorRing(3),
-    TensorTrain(3),
-    Tucker(2),
-    SharedBasis((2, 3)),
-    BaseDelta(2),
-    SharedDelta(2),
-    Hadamard(),
-    Dense(),
-]
-"""One of each factorization, for any number of levels."""
-
-GATES = [
-    Gate(),
-    Gate(alpha=1.25, bias=True),
-    Gate("sparsemax", normalization=None),
-    Gate("softmax", normalization=None, bias=True),
-    Gate("top_k", k=2),
-    Gate(normalization="batch", bias=True),
-]
-"""Every activation and every normalization."""
 
 Arrays = dict[str, np.ndarray]
 

@@ -17,7 +17,7 @@ from tensormoe.decomposition import Search
 from tensormoe_torch import compress
 from tests._compress_models import family
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = Search(sweeps=1, polish=0)
 FACTORIZED = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"]
 

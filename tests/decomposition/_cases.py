@@ -18,18 +18,15 @@ from tensormoe import (
     TensorTrain,
     Tucker,
 )
+from tensormoe.backend import backend_of
+from tensormoe.decomposition import _starts
+from tensormoe.decomposition._contractions import Structure, structures
+from tensormoe.decomposition._source import Source
+from tensormoe.factorizations import INPUT, OUTPUT
 from tensormoe.testing import reconstruct_by_einsum
+from tests._kinds import KINDS
 
-KINDS = [
-    "cp",
-    "tensor_ring",
-    "tensor_train",
-    "tucker",
-    "hadamard",
-    "shared_basis",
-    "base_delta",
-    "shared_delta",
-]
+NAMES = [kind.name for kind in KINDS if kind.name != "dense"]
 
 
 def planted(name: str, seed: int) -> tuple[LayerSpec, np.ndarray]:
@@ -77,3 +74,30 @@ def with_noise(weights: np.ndarray, level: float, seed: int) -> tuple[np.ndarray
 
 def relative(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def spec_of(kind: Any, weights: Any) -> LayerSpec:
+    """A layer without bias whose weights have that shape."""
+    return LayerSpec(*weights.shape[-2:], tuple(weights.shape[:-2]), kind, bias=False)
+
+
+def structure_of(spec: LayerSpec) -> Structure:
+    """The only term of a network."""
+    network = spec.network
+    (found,) = structures(network, (*network.expert_legs, INPUT, OUTPUT), network.sizes)
+    return found
+
+
+def started(kind: Any, weights: Any, place: int = 0, seed: int = 0) -> dict[str, Any]:
+    """Where a search starts."""
+    source = Source(weights, backend_of(weights))
+    structure = structure_of(spec_of(kind, weights))
+    return _starts.start(structure, source, place, np.random.default_rng(seed))
+
+
+def random_weights(
+    kind: Any, sizes: tuple[int, int], levels: tuple[int, ...], rng: np.random.Generator
+) -> np.ndarray:
+    """The weights of random factors."""
+    spec = LayerSpec(*sizes, levels, kind, bias=False)
+    return weights_of(spec, {k: rng.standard_normal(shape) for k, shape in spec.shapes.items()})

@@ -7,36 +7,12 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from tensormoe import (
-    CP,
-    BaseDelta,
-    Dense,
-    Gate,
-    Hadamard,
-    LayerSpec,
-    SharedBasis,
-    SharedDelta,
-    TensorRing,
-    TensorTrain,
-    Tucker,
-)
-from tensormoe_numpy import MuMoE
-
-KINDS = [
-    CP(3),
-    TensorRing(3),
-    TensorTrain((2, 3, 4)),
-    Tucker(2),
-    SharedBasis((2, 3)),
-    BaseDelta(2),
-    SharedDelta(2),
-    Hadamard(),
-    Dense(),
-]
+from tensormoe import CP, Dense, Gate, LayerSpec, TensorRing
+from tensormoe_numpy import MuMoE, MuMoEEmbedding, MuMoEMLP
 
 
 def randomize(layer: Any, seed: int = 0) -> Any:
-    """Random parameters, those of the gate included, which start at zero."""
+    """Random parameters, those of the gate included, which start at zero, and statistics."""
     rng = np.random.default_rng(seed)
     for array in layer.parameters.values():
         array[...] = rng.standard_normal(array.shape)
@@ -58,6 +34,19 @@ def build(spec: LayerSpec, gate: Gate | None = None, dtype: str = "float64") -> 
             seed=0,
         )
     )
+
+
+def layers() -> list[Any]:
+    """Layers of every class, every option away from its default."""
+    gate = Gate("top_k", k=2, normalization="batch", bias=True, momentum=0.3)
+    return [
+        MuMoE(6, 5, 4, "cp", rank=3, seed=0),
+        MuMoE(6, 5, (3, 4), TensorRing((2, 3, 4, 5)), bias=False, gate=gate, dtype="float64"),
+        MuMoE(6, 5, (3, 2, 2), "hadamard", gate=None, dtype="float16"),
+        MuMoEMLP(6, 8, 5, experts=(3, 2), factorization="tucker", rank=2, gate=gate, seed=0),
+        MuMoEMLP(6, experts=3, factorization=(CP(2), Dense()), act_layer="silu", drop=0.5),
+        MuMoEEmbedding(9, 5, (3, 2), "tensor_train", rank=(2, 3, 4), dtype="float64"),
+    ]
 
 
 def draw_input(data: st.DataObject, features: int, lead: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -11,44 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tensormoe import (
-    CP,
-    BaseDelta,
-    Dense,
-    Gate,
-    Hadamard,
-    LayerSpec,
-    SharedBasis,
-    SharedDelta,
-    TensorRing,
-    TensorTrain,
-    Tucker,
-)
+from tensormoe import Gate, LayerSpec
 from tensormoe.testing import assert_output, reconstruct_by_einsum
-from tensormoe_torch import MuMoE
-
-KINDS = [
-    CP(3),
-    TensorRing(3),
-    TensorTrain(3),
-    Tucker(2),
-    SharedBasis((2, 3)),
-    BaseDelta(2),
-    SharedDelta(2),
-    Hadamard(),
-    Dense(),
-]
-"""One of each factorization, for any number of levels."""
-
-GATES = [
-    Gate(),
-    Gate(alpha=1.25, bias=True),
-    Gate("sparsemax", normalization=None),
-    Gate("softmax", normalization=None, bias=True),
-    Gate("top_k", k=2),
-    Gate(normalization="batch", bias=True),
-]
-"""Every activation and every normalization."""
+from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP
 
 
 def numpy_of(tensor: Tensor) -> np.ndarray:
@@ -74,6 +39,15 @@ def randomize(module: nn.Module, seed: int = 0) -> Any:
     return module
 
 
+def randomized(module: nn.Module, seed: int = 0) -> Any:
+    """Random parameters below one on the whole, the gate's included, which start at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7)
+    return module
+
+
 def build(
     spec: LayerSpec, gate: Gate | None = None, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> MuMoE:
@@ -91,6 +65,19 @@ def build(
         seed,
     )
     return layer
+
+
+def layer(experts: Any = 3, **options: Any) -> MuMoE:
+    """A small layer, 8 → 4."""
+    return MuMoE(8, 4, experts, **({"factorization": "cp", "rank": 2} | options))
+
+
+def table(**options: Any) -> MuMoEEmbedding:
+    return MuMoEEmbedding(9, 4, 3, **({"rank": 2} | options))
+
+
+def block(**options: Any) -> MuMoEMLP:
+    return MuMoEMLP(8, **({"experts": 3, "rank": 2} | options))
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
