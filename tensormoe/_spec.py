@@ -173,7 +173,7 @@ class LayerSpec:
 
         Args:
             batch: number of inputs, all leading axes multiplied.
-            top_k: experts kept a level, if coefficients come as values and indices.
+            top_k: experts kept per level, if coefficients come as values and indices.
             indexed_input: whether inputs are integer ids (an embedding).
             prepared: plan for weight-only steps that have run beforehand.
             memory_limit: bytes a call may take beyond input and parameters; the batch is cut into
@@ -210,9 +210,9 @@ class LayerSpec:
 
         Args:
             batch: number of inputs, all leading axes multiplied.
-            gate: counted along if given.
+            gate: included in the count if given.
             training: forward and backward with all gradients, instead of forward alone.
-            itemsize: bytes an entry: 4 for float32.
+            itemsize: bytes per entry: 4 for float32.
 
         >>> from tensormoe import CP
         >>> spec = LayerSpec(768, 768, experts=512, factorization=CP(rank=512), bias=False)

@@ -29,7 +29,7 @@ def read_block(
         backend: the library of the arrays to return.
 
     Raises:
-        CheckpointError: no checkpoint, another kind of block, or arrays that do not fit; the
+        CheckpointError: not a checkpoint, another kind of block, or arrays that do not fit; the
             message lists every difference.
     """
     saved = read_checkpoint(path, backend)
@@ -40,7 +40,7 @@ def read_block(
     try:
         config = kind.from_dict(saved.config)
     except TensormoeError as error:
-        raise CheckpointError(f"the file describes no {block}: {error}") from error
+        raise CheckpointError(f"the file does not describe a {block}: {error}") from error
     match_arrays({**config.parameter_shapes(), **config.buffer_shapes()}, saved.arrays)
     return config, saved.arrays
 

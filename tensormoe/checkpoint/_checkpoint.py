@@ -48,7 +48,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, eq=False)
 class ArrayMatch:
-    """How arrays fit the shapes that a block expects.
+    """Comparison of arrays with the shapes that a block expects.
 
     Args:
         arrays: those that fit, by name.
@@ -68,7 +68,7 @@ class ArrayMatch:
         return not (self.missing or self.unexpected or self.mismatched)
 
     def describe(self) -> str:
-        """Every difference, a line each; empty where there is none."""
+        """Every difference, one per line; empty where there is none."""
         lines = [
             *(f"{name!r} {shape} is missing" for name, shape in self.missing.items()),
             *(f"{name!r} {shape} is unexpected" for name, shape in self.unexpected.items()),
@@ -144,9 +144,9 @@ def read_checkpoint(path: str | os.PathLike[str], backend: Backend) -> Checkpoin
 
     Raises:
         TypeError: ``path`` is neither a string nor a path.
-        BackendError: ``backend`` is no backend, or has no device to put arrays on.
-        CheckpointError: there is no such file, it is no whole checkpoint, a newer tensormoe wrote
-            it, or the library doesn't have one of its dtypes.
+        BackendError: ``backend`` is not a backend, or has no device to put arrays on.
+        CheckpointError: there is no such file, it is not a whole checkpoint, a newer tensormoe
+            wrote it, or the library doesn't have one of its dtypes.
     """
     if not isinstance(backend, Backend):
         raise BackendError(
@@ -172,7 +172,7 @@ def peek_checkpoint(path: str | os.PathLike[str]) -> CheckpointHeader:
 
     Raises:
         TypeError: ``path`` is neither a string nor a path.
-        CheckpointError: there is no such file, it is no whole checkpoint, or a newer tensormoe
+        CheckpointError: there is no such file, it is not a whole checkpoint, or a newer tensormoe
             wrote it.
     """
     source = checkpoint_path(path)

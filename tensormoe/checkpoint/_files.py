@@ -51,7 +51,7 @@ def open_regular(path: str) -> Iterator[tuple[IO[bytes], int]]:
     """The file, open for reading, and its size in bytes.
 
     Raises:
-        CheckpointError: no regular file, or one that can't be read; also for what the operating
+        CheckpointError: not a regular file, or one that can't be read; also for what the operating
             system reports while the file is open.
     """
     try:
@@ -102,7 +102,7 @@ def write_whole(path: str, parts: Iterable[bytes]) -> None:
     except OSError as error:
         raise CheckpointError(
             f"{path!r} could not be written: {error.strerror or error}. What was there before is "
-            "unchanged. Make room or choose another path."
+            "unchanged. Free some space or choose another path."
         ) from error
     sync_folder(folder)
 

@@ -92,27 +92,21 @@ def encode_header(header: CheckpointHeader) -> bytes:
     Raises:
         CheckpointError: the header is longer than readers accept.
     """
-    config = canonical_json(dict(header.config))
-    entries: dict[str, Any] = {
-        METADATA: {
-            "format": FORMAT,
-            "version": str(header.version),
-            "block": header.block,
-            "config": config,
-            **({"prefix": header.prefix} if header.prefix else {}),
-        }
+    metadata = {
+        "format": FORMAT,
+        "version": str(header.version),
+        "block": header.block,
+        "config": canonical_json(dict(header.config)),
+        **({"prefix": header.prefix} if header.prefix else {}),
     }
-    begin = 0
-    for name in file_order(header.arrays):
-        info = header.arrays[name]
-        end = begin + info.nbytes
-        entries[header.prefix + name] = {
-            "dtype": code_of(info.dtype),
-            "shape": list(info.shape),
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    frame = encode_frame(entries)
+    infos = ((name, header.arrays[name]) for name in file_order(header.arrays))
+    frame = encode_frame(
+        (
+            (header.prefix + name, code_of(info.dtype), info.shape, info.nbytes)
+            for name, info in infos
+        ),
+        metadata,
+    )
     if len(frame) - 8 > MAX_HEADER_BYTES:
         raise CheckpointError(
             f"names and config must fit in a header of {MAX_HEADER_BYTES:,} bytes; they take "
@@ -128,7 +122,7 @@ def file_order(arrays: Mapping[str, ArrayInfo]) -> list[str]:
 
 
 def parse_header(text: bytes, data_bytes: int) -> CheckpointHeader:
-    """What :func:`encode_header` wrote, arrays in the order of the file; trusts nothing.
+    """Parse a header of :func:`encode_header`, arrays in the order of the file; trust nothing.
 
     Args:
         text: the header without the eight bytes of its length.
@@ -185,7 +179,7 @@ def _parse_arrays(entries: Mapping[str, Any], data_bytes: int, prefix: str) -> d
 
 
 def _check_plain(value: Any, place: str, depth: int) -> None:
-    """That ``value`` comes back equal from JSON; says where it would not."""
+    """Refuse a value that does not come back equal from JSON; say where."""
     if depth > _MAX_DEPTH:
         raise CheckpointError(
             f"config must be nested at most {_MAX_DEPTH} deep; {place[:80]}... goes deeper."

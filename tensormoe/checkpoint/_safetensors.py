@@ -1,8 +1,8 @@
 """The safetensors layout, whoever wrote the file: a header, then arrays end to end.
 
 Eight bytes of header length, a JSON header, and the arrays. It is handled here, without the package
-of that name, because its functions that need no framework take raw memory addresses (from 0.8 on)
-and give no metadata back.
+of that name: of its functions that need no array library, one takes raw memory addresses, and the
+other takes a whole file as bytes, copies every array out of it, and leaves out the metadata.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, TypeGuard
 
@@ -34,15 +34,15 @@ __all__ = [
     "unknown_dtype",
 ]
 
-DAMAGED = "The file is damaged or no safetensors file: restore it from a copy."
-# room for more than 50,000 arrays; JSON takes some twenty times its length once it is parsed
+DAMAGED = "The file is damaged or not a safetensors file: restore it from a copy."
+# enough for 50,000 arrays; JSON takes some twenty times its length once it is parsed
 MAX_HEADER_BYTES = 8 * 1024 * 1024
 METADATA = "__metadata__"
 
 _MAX_BYTES = 2**63 - 1
 _MAX_AXES = 32  # the least that any array library admits
 
-# canonical dtype name -> (safetensors code, bytes an entry); all readers of the format know these
+# canonical dtype name -> (safetensors code, bytes per entry); all readers of the format know these
 _DTYPES = {
     "bool": ("BOOL", 1),
     "uint8": ("U8", 1),
@@ -64,7 +64,7 @@ DTYPES = {code: name for name, (code, _) in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class ArrayInfo:
-    """What a header says of one array.
+    """Dtype and shape of one array, as a header has them.
 
     Args:
         dtype: canonical name, e.g. ``"float32"`` or ``"bfloat16"``.
@@ -129,7 +129,8 @@ def parse_entries(text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     """The entries of any safetensors header by name, as they stand there, and its metadata.
 
     Raises:
-        CheckpointError: no JSON object, a name that stands twice, or metadata that are no strings.
+        CheckpointError: not a JSON object, a name that occurs twice, or metadata other than
+            strings.
     """
     # the package of that name allows white space before it
     if not text.lstrip(b" \t\r\n").startswith(b"{"):
@@ -223,7 +224,7 @@ def _parse_entry(name: str, entry: Any) -> Placed:
 
 
 def parse_json(text: bytes, what: str) -> dict[str, Any]:
-    """A JSON object in which no name stands twice.
+    """A JSON object in which every name is unique.
 
     Raises:
         CheckpointError: anything else; the message calls it ``what``.
@@ -234,7 +235,7 @@ def parse_json(text: bytes, what: str) -> dict[str, Any]:
         if len(found) != len(pairs):
             (name, times), *_ = Counter(name for name, _ in pairs).most_common(1)
             raise CheckpointError(
-                f"names must be unique in {what}; {brief(name)} stands {times} times. {DAMAGED}"
+                f"names must be unique in {what}; {brief(name)} occurs {times} times. {DAMAGED}"
             )
         return found
 
@@ -253,9 +254,22 @@ def parse_json(text: bytes, what: str) -> dict[str, Any]:
     return parsed
 
 
-def encode_frame(entries: Mapping[str, Any]) -> bytes:
-    """The first part of a file: eight bytes of length, and the header padded to eight bytes."""
-    text = canonical_json(dict(entries)).encode()
+def encode_frame(
+    arrays: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]
+) -> bytes:
+    """The first part of a file: eight bytes of length, and the header padded to eight bytes.
+
+    Args:
+        arrays: name, code of the dtype, shape and bytes of each, in the order of the file.
+        metadata: strings by name.
+    """
+    entries: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+    begin = 0
+    for name, code, shape, size in arrays:
+        offsets = [begin, begin + size]
+        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": offsets}
+        begin += size
+    text = canonical_json(entries).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
@@ -277,7 +291,7 @@ def code_of(dtype: str) -> str:
 
 
 def unknown_dtype(name: str, code: Any) -> CheckpointError:
-    """What to raise for an array of a dtype that is not known here."""
+    """The error for an array of a dtype that is not known here."""
     return CheckpointError(
         f"dtype must be one of {', '.join(DTYPES)}; got {brief(code)} for {brief(name)}. Save the "
         "array in one of these."

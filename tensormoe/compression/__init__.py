@@ -47,7 +47,7 @@ from tensormoe.compression._patterns import Preset as Preset
 from tensormoe.compression._plan import CompressionPlan as CompressionPlan
 from tensormoe.compression._plan import GroupPlan as GroupPlan
 from tensormoe.compression._plan import plan_compression as plan_compression
-from tensormoe.compression._run import CompressionProgress as CompressionProgress
+from tensormoe.compression._progress import CompressionProgress as CompressionProgress
 from tensormoe.compression._run import CompressionResult as CompressionResult
 from tensormoe.compression._run import compress_checkpoint as compress_checkpoint
 from tensormoe.compression._settings import Compression as Compression

@@ -1,4 +1,8 @@
-"""What a decomposition takes before it runs: memory at most, and seconds about."""
+"""Memory and time of a decomposition before it runs, from the programs that it will run.
+
+A search holds the tensor, a share of it as workspace, its factors a few times over, and, for one
+factor at a time, the equations. Everything else is of the size of one expert's matrix.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,18 @@ from functools import lru_cache
 from math import prod
 
 from tensormoe._spec import LayerSpec
-from tensormoe.decomposition._als import absorbs
+from tensormoe.decomposition._als import uses_tree
 from tensormoe.decomposition._compress import PASSES, core_counts
 from tensormoe.decomposition._contractions import (
     Structure,
     Update,
-    plan_partial,
+    plan_node,
     plan_update,
     plan_whole,
     structures,
 )
 from tensormoe.decomposition._controls import EXACT, TURNS, estimated
-from tensormoe.decomposition._fit import ROOM
+from tensormoe.decomposition._fit import WORKSPACE
 from tensormoe.decomposition._runs import TRIAL
 from tensormoe.factorizations import INPUT, OUTPUT, Factor
 from tensormoe.planning import Cost, Program, Roofline, StepCost
@@ -30,15 +34,9 @@ __all__ = ["BASE_MEMORY", "memory_needed", "seconds_needed"]
 BASE_MEMORY = 144 * 2**20
 """Bytes of the interpreter, the libraries, and pieces of files."""
 
-# copies of all factors in a search (checked ones, the last, those before, those that are solved
-# for), of the one that is solved for once its equations are, and of an orthonormal basis
-_COPIES, _SOLVED, _BASIS = 4, 1, 6
-# float64 matrices that an inverse takes, and those of eigenvalues
-_INVERSE, _EIGEN = 4, 5
-# matrices of an expert where errors are taken: given, found, their difference, and its squares
-_MATRICES = 4
-# matrices of an expert where another term is subtracted: given, built, and what is left
-_LEFT = 3
+# a bound for what is held at once: copies of the factors, matrices of an expert, and float64
+# matrices of each part of a factor's equations, or of the smaller side of an expert
+_FACTORS, _MATRICES, _SQUARES = 9, 4, 6
 # sweeps after which a search usually ends, and those on the tensor itself
 _SWEEPS, _POLISH = 40, 5
 # products with each part of the equations for one factor
@@ -54,37 +52,51 @@ def memory_needed(spec: LayerSpec, itemsize: int, compare: bool) -> int:
 
     Args:
         spec: the layer of the group.
-        itemsize: bytes of an entry in the working dtype.
+        itemsize: bytes per entry in the working dtype.
         compare: whether truncated singular value decompositions are compared with.
     """
     matrix = itemsize * spec.in_features * spec.out_features
-    tensor, factors = spec.num_experts * matrix, itemsize * spec.num_parameters
-    terms = _terms(spec)
-    # what a short search found is held during the long one
-    search = max(_fit_peak(term, itemsize) for term in terms) + factors
-    if len(terms) > 1:
-        together = max(_search_peak(term, _room(term), itemsize) for term in terms)
-        search = max(search, together) + _COPIES * factors + _LEFT * matrix
-    errors = 2 * factors + _MATRICES * matrix
-    comparison = factors + _comparison_peak(spec, matrix) if compare else 0
-    return BASE_MEMORY + tensor + max(search, errors, comparison)
+    factors = itemsize * spec.num_parameters
+    search = max(_search_peak(term, itemsize) for term in _terms(spec))
+    search += _FACTORS * factors + _MATRICES * matrix
+    spectra = factors + _spectra_peak(spec, matrix) if compare else 0
+    return BASE_MEMORY + spec.num_experts * matrix + max(search, spectra)
 
 
-def _comparison_peak(spec: LayerSpec, matrix: int) -> int:
-    """Bytes of truncated singular value decompositions beside the tensor.
-
-    Args:
-        spec: the layer.
-        matrix: bytes of an expert's matrix.
-    """
+def _spectra_peak(spec: LayerSpec, matrix: int) -> int:
+    """Bytes of singular values: of experts, of all along their larger side, and of them as rows."""
     narrow, wide = sorted((spec.in_features, spec.out_features))
-    made = 4 * matrix + _EIGEN * 8 * narrow**2
-    small = min(spec.num_experts, narrow * wide, EXACT)
-    if wide <= EXACT:
-        return max(made + 8 * wide**2, 8 * (2 * wide**2 + narrow**2), 8 * 3 * small**2)
-    # values that are estimated, from bases of as many columns
-    kept = _estimated(spec)
-    return max(made, _BASIS * 4 * wide * kept + 2 * matrix)
+    wide = wide if wide <= EXACT else 0
+    rows = min(spec.num_experts, EXACT)
+    experts = _MATRICES * matrix + 8 * (_SQUARES * narrow**2 + wide**2)
+    return max(experts, 8 * (2 * wide**2 + narrow**2), 8 * 3 * rows**2)
+
+
+def _search_peak(structure: Structure, itemsize: int) -> int:
+    """Bytes of a search beside its tensor, factors and matrices of experts."""
+    if len(structure.factors) == 1:
+        return 0
+    sizes, core = structure.sizes, _core(structure).sizes
+    workspace = round(WORKSPACE * prod(sizes[leg] for leg in structure.open_legs))
+    small = prod(core[leg] for leg in structure.open_legs) if core != sizes else 0
+    *others, last = structure.wanted
+    # blocks of experts are as small as they get
+    first = structure.open_legs[0]
+    block = replace(structure, size_items=tuple({**sizes, first: 1}.items()))
+    programs = [plan_update(block, each.name).mttkrp for each in structure.wanted]
+    partial = 0
+    if uses_tree(structure, workspace):
+        partial = prod(sizes[leg] for leg in plan_node(structure, last.name)[1])
+        programs += [plan_update(structure, each.name, last.name).mttkrp for each in others]
+    squares = 0
+    for factor in structure.wanted:
+        update = plan_update(structure, factor.name)
+        programs += [gram.program for gram in update.grams]
+        shared = prod(sizes[leg] for leg in update.legs[: update.shared])
+        entries = sum(shared * prod(gram.bonds) ** 2 for gram in update.grams)
+        squares = max(squares, _SQUARES * 8 * entries)
+    peak = max(program_peak(each, each.sizes, itemsize) for each in programs)
+    return itemsize * max(small, partial) + squares + peak
 
 
 def _estimated(spec: LayerSpec) -> int:
@@ -101,7 +113,7 @@ def seconds_needed(
 
     Args:
         candidates: the layers whose ranks are tried; the first one's sizes stand for what is kept.
-        itemsize: bytes of an entry in the working dtype.
+        itemsize: bytes per entry in the working dtype.
         compare: whether truncated singular value decompositions are compared with.
         roofline: of the machine.
     """
@@ -141,71 +153,6 @@ def _terms(spec: LayerSpec) -> tuple[Structure, ...]:
     return structures(network, (*network.expert_legs, INPUT, OUTPUT), network.sizes)
 
 
-def _room(structure: Structure) -> int:
-    """Entries that a search on a whole tensor may hold beside it."""
-    return round(ROOM * prod(structure.sizes[leg] for leg in structure.open_legs))
-
-
-def _fit_peak(structure: Structure, itemsize: int) -> int:
-    """Bytes beside the tensor: of compression, of a search on the core, or of one on the tensor."""
-    copies = _COPIES * itemsize * _entries(structure)
-    whole = copies + _search_peak(structure, _room(structure), itemsize)
-    small = _core(structure)
-    sizes, fewer = structure.sizes, small.sizes
-    if fewer == sizes:
-        return whole
-    entries = prod(fewer[leg] for leg in structure.open_legs)
-    bases = [itemsize * sizes[leg] * fewer[leg] for leg in (INPUT, OUTPUT)]
-    made = _BASIS * max(bases) + 2 * itemsize * sizes[INPUT] * sizes[OUTPUT]
-    held = itemsize * entries + sum(bases)
-    search = _COPIES * itemsize * _entries(small)
-    search += _search_peak(small, _room(structure) - entries, itemsize)
-    return max(held + max(made, search), whole)
-
-
-def _entries(structure: Structure) -> int:
-    return sum(prod(structure.shape(factor)) for factor in structure.wanted)
-
-
-def _search_peak(structure: Structure, room: int, itemsize: int) -> int:
-    """Bytes of a sweep beside its tensor and factors."""
-    if len(structure.factors) == 1:
-        return 0
-    *others, last = structure.wanted
-    updates = max(_update_peak(structure, each.name, itemsize) for each in structure.wanted)
-    if not absorbs(structure, room):
-        return updates
-    met = itemsize * prod(structure.sizes[leg] for leg in plan_partial(structure, last.name)[1])
-    programs = [plan_update(structure, each.name, last.name).moment for each in others]
-    return updates + met + max(program_peak(each, each.sizes, itemsize) for each in programs)
-
-
-def _block(structure: Structure) -> Structure:
-    """What is contracted at a time, where blocks of experts are as small as they get."""
-    leg = structure.open_legs[0]
-    return replace(
-        structure,
-        size_items=tuple((key, 1 if key == leg else size) for key, size in structure.size_items),
-    )
-
-
-def _update_peak(structure: Structure, name: str, itemsize: int) -> int:
-    """Bytes of one factor's least-squares problem."""
-    update, block = plan_update(structure, name), plan_update(_block(structure), name).moment
-    moment = itemsize * prod(structure.shape(structure.factor(name)))
-    grams = made = 0
-    for gram in update.grams:
-        shared = prod(structure.sizes[leg] for leg in update.legs[: update.shared])
-        square = 8 * shared * prod(gram.bonds) ** 2
-        made = max(
-            made,
-            grams
-            + max(_INVERSE * square, program_peak(gram.program, gram.program.sizes, itemsize)),
-        )
-        grams += 2 * square
-    return moment + max(program_peak(block, block.sizes, itemsize), made, grams + _SOLVED * moment)
-
-
 def _core(whole: Structure) -> Structure:
     """The network on the core that a tensor is compressed to first."""
     sizes = whole.sizes | (core_counts(whole) if len(whole.wanted) > 1 else {})
@@ -228,12 +175,12 @@ def _sweep(structure: Structure, itemsize: int) -> Iterator[StepCost]:
     if len(structure.factors) == 1:
         return
     *others, last = [factor.name for factor in structure.wanted]
-    absorbed = last if len(others) > 1 else None
-    programs: list[Program] = [plan_update(structure, last).moment]
-    if absorbed is not None:
-        programs.append(plan_partial(structure, last)[0])
+    contracted = last if len(others) > 1 else None
+    programs: list[Program] = [plan_update(structure, last).mttkrp]
+    if contracted is not None:
+        programs.append(plan_node(structure, last)[0])
     for name in others:
-        programs.append(plan_update(structure, name, absorbed).moment)
+        programs.append(plan_update(structure, name, contracted).mttkrp)
     for factor in structure.wanted:
         update = plan_update(structure, factor.name)
         programs.extend(gram.program for gram in update.grams)
@@ -243,7 +190,7 @@ def _sweep(structure: Structure, itemsize: int) -> Iterator[StepCost]:
 
 
 def _subtractions(terms: Sequence[Structure], itemsize: int) -> Iterator[StepCost]:
-    """What the others leave, made anew for every factor of a term, and for the error."""
+    """Residuals after the other terms: one for every factor of a term, and one for the error."""
     for term in terms:
         entries = prod(term.sizes[leg] for leg in term.open_legs)
         for other in (each for each in terms if each != term):

@@ -25,7 +25,7 @@ class Group:
 
     Args:
         name: their key, with a ``*`` for the expert's number; a stack's own key.
-        keys: of the tensors on disk: one an expert in the order of their numbers, or a stack's one.
+        keys: of the tensors on disk: one per expert in the order of their numbers, or the stack's.
         stacked: whether one tensor holds all experts, with their axis first.
         experts: how many.
         in_features: size of an input.
@@ -69,7 +69,8 @@ def find_groups(
 
     Raises:
         CheckpointError: a pattern that matches nothing, or what another one does; experts that are
-            missing, or that differ in shape or dtype; what is no matrix of floating-point numbers.
+            missing, or that differ in shape or dtype; tensors that are not matrices of
+            floating-point numbers.
     """
     shapes = {key: each.shape for key, (_, each) in model.places.items()}
     matches = find_matches(shapes, experts, preset)
@@ -94,9 +95,9 @@ def _group(match: Match, model: Model, transposed: bool) -> Group:
         keys = tuple(match.keys[number] for number in range(count))
     placed = [model.places[key][1] for key in keys]
     shape = _agreed(match.name, placed)
-    *lead, rows, columns = shape
+    *leading, rows, columns = shape
     sizes = (columns, rows) if transposed else (rows, columns)
-    experts = lead[0] if match.keys is None else len(keys)
+    experts = leading[0] if match.keys is None else len(keys)
     info = placed[0].info
     assert info is not None
     return Group(match.name, keys, match.keys is None, experts, *sizes, transposed, info.dtype)
@@ -170,7 +171,7 @@ def _turned(group: Group) -> Group:
 
 
 def _check_counts(groups: list[Group]) -> None:
-    """That the projections of a layer have equally many experts: the last ones may be missing."""
+    """Refuse projections of a layer with unequal numbers of experts: the last may be missing."""
     for layer, listed in groupby(sorted(groups, key=_layer), key=_layer):
         counts = {group.name: group.experts for group in listed}
         if len(set(counts.values())) > 1:
@@ -188,7 +189,7 @@ def _layer(group: Group) -> str:
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """What sorts layer 2 before layer 10."""
+    """Sort key that puts layer 2 before layer 10."""
     parts = re.split(r"([0-9]+)", name)
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 

@@ -29,7 +29,7 @@ class Match:
 
 
 def find_matches(shapes: Shapes, experts: tuple[str, ...], preset: str | None) -> list[Match]:
-    """What patterns, or those of a preset, match.
+    """Find the keys that patterns, or those of a preset, match.
 
     Args:
         shapes: of all tensors of a model by key.
@@ -55,7 +55,7 @@ def find_matches(shapes: Shapes, experts: tuple[str, ...], preset: str | None) -
 
 
 def _matched(texts: tuple[str, ...], shapes: Shapes, stacked: bool | None) -> list[Match]:
-    """What each pattern matches; of matrices alone, or of stacks alone, or of both."""
+    """Keys that each pattern matches; of matrices alone, or of stacks alone, or of both."""
     owners: dict[str, str] = {}
     keys: dict[tuple[int, str], dict[int, str]] = {}
     stacks: list[Match] = []
@@ -86,7 +86,7 @@ def _unmatched(texts: tuple[str, ...], found: list[Match]) -> list[str]:
 
 
 def _nothing(missing: list[str], of: str, shapes: Shapes) -> CheckpointError:
-    """That patterns match no key, and what would."""
+    """The error for patterns that match no key, with keys that are close."""
     remedies = []
     if presets := fitting(shapes):
         remedies.append(f"What does: the preset {presets[0]!r}.")

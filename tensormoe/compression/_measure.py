@@ -1,9 +1,9 @@
-"""What a group lost in the dtype that it is stored in."""
+"""Errors of a group in the dtype that it is stored in."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tensormoe._config import LayerConfig
@@ -19,7 +19,7 @@ __all__ = ["GroupReport", "stored_errors"]
 
 @dataclass(frozen=True)
 class GroupReport:
-    """What became of a group of experts.
+    """Result for a group of experts.
 
     Errors are Frobenius norms of what is missing, relative to those of the experts, of the numbers
     as the file holds them in its dtype.
@@ -32,7 +32,7 @@ class GroupReport:
         in_features: size of an input.
         out_features: size of an output.
         dtype: of the weights, and of what was written.
-        rank: of the factorization, as its class takes it: an integer, or one a bond; None for a
+        rank: of the factorization, as its class takes it: an integer, or one per bond; None for a
             factorization without rank.
         dense_parameters: entries of the experts.
         parameters: entries of the factors.
@@ -73,6 +73,26 @@ class GroupReport:
     def closer(self) -> Control | None:
         """The best truncated singular value decomposition if it beats the factors; else None."""
         return closest(self.controls, self.error)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in plain values, as JSON knows them."""
+        values = asdict(self)
+        rank = values["rank"]
+        return values | {
+            "rank": list(rank) if isinstance(rank, tuple) else rank,
+            "expert_errors": list(self.expert_errors),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GroupReport:
+        """The inverse of :meth:`to_dict`."""
+        rank = values["rank"]
+        parts = {
+            "rank": tuple(rank) if isinstance(rank, list) else rank,
+            "expert_errors": tuple(values["expert_errors"]),
+            "controls": tuple(Control(**each) for each in values["controls"]),
+        }
+        return cls(**{**values, **parts})
 
 
 def stored_errors(

@@ -87,7 +87,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Preset:
-    """Where a family of models keeps its experts.
+    """Keys under which a family of models keeps its experts.
 
     Args:
         alternatives: patterns of the projections, one tuple for each way of writing them; the

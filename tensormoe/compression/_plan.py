@@ -1,4 +1,4 @@
-"""What a compression would do: sizes, ranks, memory and time, from headers alone."""
+"""Plan of a compression: sizes, ranks, memory and time, from headers alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["CompressionPlan", "GroupPlan", "plan_compression"]
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """What is to be done with a group of experts.
+    """Plan for a group of experts.
 
     Args:
         group: the experts.
@@ -51,7 +51,7 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class CompressionPlan:
-    """What a compression would do.
+    """Plan of a compression.
 
     Args:
         model: what the headers of its files say.
@@ -90,7 +90,7 @@ class CompressionPlan:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of the tensors that are no experts."""
+        """Bytes of the tensors that are not experts."""
         keys = self.expert_keys
         places = self.model.places.items()
         return sum(each.end - each.begin for key, (_, each) in places if key not in keys)
@@ -123,7 +123,7 @@ def plan_compression(
 
     Raises:
         TypeError: ``model`` is neither a string nor a path.
-        CheckpointError: no model, no experts, or some that do not make a tensor.
+        CheckpointError: not a model, or without experts, or with some that do not make a tensor.
         RankError, BudgetError: a rank or budget that a group cannot have; the message names it.
         SpecError: a factorization that can't be fitted.
     """
@@ -183,7 +183,7 @@ def _within(name: str, sizes: Sizes, budget: int) -> tuple[Factorization, ...]:
 
 
 def _check_smaller(spec: LayerSpec, group: Group) -> None:
-    """That factors are fewer than what they stand for."""
+    """Refuse factors that are not fewer than what they stand for."""
     if spec.num_parameters >= group.entries:
         raise RankError(
             f"factors must have fewer entries than the experts' {group.entries:,}; got "

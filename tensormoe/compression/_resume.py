@@ -135,7 +135,7 @@ def open_work(output: str | os.PathLike[str], command: Mapping[str, Any]) -> Ite
 
 
 def _manifest(folder: str) -> Mapping[str, Any] | None:
-    """What a folder's manifest holds, if it has one of ours."""
+    """Contents of a folder's manifest, if it has one of ours."""
     try:
         with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
             found = json.load(file)
@@ -180,7 +180,7 @@ def _journal(folder: str, command: Mapping[str, Any]) -> dict[str, Mapping[str, 
 
 
 def _check_same(folder: str, started: Any, command: Mapping[str, Any]) -> None:
-    """That a folder is of this command.
+    """Refuse a folder of another command.
 
     Raises:
         CheckpointError: it is of another one; the message says what differs.
@@ -251,6 +251,6 @@ def _empty(path: str) -> bool:
 
 def _unwritable(path: str, error: OSError) -> str:
     return (
-        f"{path!r} could not be written: {error.strerror or error}. Make room or choose another "
-        "path; the same command continues from here."
+        f"{path!r} could not be written: {error.strerror or error}. Free some space or choose "
+        "another path; the same command continues from here."
     )

@@ -1,4 +1,4 @@
-"""What is wanted of a model's experts."""
+"""Settings of the compression of a model's experts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Compression"]
 
 @dataclass(frozen=True)
 class Compression:
-    """What is wanted of a model's experts.
+    """Settings of the compression of a model's experts.
 
     Args:
         factorization: name of one that :func:`tensormoe.decomposition.decompose` fits, such as
@@ -40,7 +40,7 @@ class Compression:
             of the output depend on the machine.
 
     Raises:
-        SpecError: an unknown name, a pattern that is none, a seed, tolerance or limit that cannot
+        SpecError: an unknown name, an invalid pattern, a seed, tolerance or limit that cannot
             be, or values that exclude one another.
         RankError: a rank of other values than positive integers.
         BudgetError: a budget that is neither a share nor a positive integer.

@@ -84,7 +84,7 @@ class Model:
 
     @property
     def identity(self) -> list[Mapping[str, Any]]:
-        """What changes if somebody changes the model: the identity of each file."""
+        """The identity of each file, which changes if somebody changes the model."""
         return [shard.identity for shard in self.shards]
 
 
@@ -214,13 +214,13 @@ def _read_index(path: str) -> dict[str, str]:
 
 
 def _check_keys(model: Model, places: Mapping[str, str]) -> None:
-    """That every key is where the index says, and nowhere else."""
+    """Refuse keys that are not where the index says, or elsewhere too."""
     first: dict[str, str] = {}
     for shard in model.shards:
         for key in shard.entries:
             if key in first:
                 raise CheckpointError(
-                    f"a key must stand in one file; {key!r} stands in {first[key]!r} and "
+                    f"a key must be in one file; {key!r} is in {first[key]!r} and "
                     f"{shard.name!r}. Remove one of them."
                 )
             first[key] = shard.name

@@ -23,7 +23,7 @@ _LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
 
 
 def working_dtype(dtype: str) -> str:
-    """What weights of a dtype are decomposed in."""
+    """The dtype that weights of a dtype are decomposed in."""
     return "float64" if dtype == "float64" else "float32"
 
 

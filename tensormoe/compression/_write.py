@@ -13,7 +13,7 @@ from tensormoe.backend import get_backend
 from tensormoe.checkpoint import read_checkpoint
 from tensormoe.checkpoint._files import open_regular, write_whole
 from tensormoe.checkpoint._format import CheckpointHeader, encode_header, file_order
-from tensormoe.checkpoint._safetensors import METADATA, ArrayInfo, encode_frame
+from tensormoe.checkpoint._safetensors import ArrayInfo, encode_frame
 from tensormoe.compression._groups import Group
 from tensormoe.compression._resume import MANIFEST
 from tensormoe.compression._shards import (
@@ -69,18 +69,10 @@ def write_factors(
 def write_rest(shard: Shard, dropped: Collection[str], path: str, report: Report) -> None:
     """A shard without the tensors of some keys; all others byte for byte."""
     kept = [each for key, each in shard.entries.items() if key not in dropped]
-    head, begin = shard.head, 0
+    head = shard.head
     if len(kept) < len(shard.entries):
-        entries: dict[str, Any] = {METADATA: dict(shard.metadata)} if shard.metadata else {}
-        for each in kept:
-            end = begin + each.end - each.begin
-            entries[each.name] = {
-                "dtype": each.code,
-                "shape": list(each.shape),
-                "data_offsets": [begin, end],
-            }
-            begin = end
-        head = encode_frame(entries)
+        placed = ((each.name, each.code, each.shape, each.end - each.begin) for each in kept)
+        head = encode_frame(placed, shard.metadata)
 
     def parts() -> Iterator[bytes]:
         yield head
@@ -97,12 +89,12 @@ class Rebuilt:
 
     Args:
         groups: file and group by key.
-        room: bytes of factors that are held.
+        limit: bytes of factors that are held.
     """
 
-    def __init__(self, groups: Mapping[str, tuple[str, Group]], room: int) -> None:
+    def __init__(self, groups: Mapping[str, tuple[str, Group]], limit: int) -> None:
         self._groups = groups
-        self._room = room
+        self._limit = limit
         self._held: OrderedDict[str, tuple[LayerConfig, Mapping[str, Any]]] = OrderedDict()
 
     def __contains__(self, key: str) -> bool:
@@ -123,7 +115,7 @@ class Rebuilt:
             self._held.move_to_end(path)
             return self._held[path]
         saved = read_checkpoint(path, get_backend("numpy"))
-        while self._held and self._bytes(saved.arrays) + self._bytes_held() > self._room:
+        while self._held and self._bytes(saved.arrays) + self._bytes_held() > self._limit:
             self._held.popitem(last=False)
         self._held[path] = LayerConfig.from_dict(saved.config), saved.arrays
         return self._held[path]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod, sqrt
 from typing import Any
 
@@ -11,13 +11,13 @@ from tensormoe.decomposition._contractions import (
     SOURCE,
     Structure,
     Update,
-    plan_partial,
+    plan_node,
     plan_update,
 )
 from tensormoe.decomposition._solve import from_host, inverse, to_host
 from tensormoe.decomposition._source import Source, run
 
-__all__ = ["absorbs", "solve_factor", "sweep"]
+__all__ = ["along_bonds", "solve_factor", "sweep", "uses_tree"]
 
 Factors = dict[str, Array]
 
@@ -31,7 +31,7 @@ def sweep(
     source: Source,
     squared_norm: float,
     found: Factors,
-    room: int,
+    workspace: int,
     damping: float = 0.0,
 ) -> tuple[Factors, float]:
     """Solve for every factor once, term by term, each for what the other terms leave of the tensor.
@@ -41,7 +41,7 @@ def sweep(
         source: the tensor.
         squared_norm: of the tensor.
         found: factors by name, which new ones take the place of.
-        room: entries that may be held beyond tensor and factors.
+        workspace: entries that may be held beyond tensor and factors.
         damping: how far directions have to be seen to be followed, see :func:`inverse`.
 
     Returns:
@@ -51,36 +51,37 @@ def sweep(
     explained, left = 0.0, source
     for term in terms:
         left = source.without([each for each in terms if each != term], found)
-        explained = _sweep_term(term, left, found, room, damping)
+        explained = _sweep_term(term, left, found, workspace, damping)
         _balance(term, found, source.backend)
     norm = left.squared_norm() if len(terms) > 1 else squared_norm
     return found, sqrt(max(norm - explained, 0.0) / squared_norm)
 
 
-def absorbs(structure: Structure, room: int) -> bool:
-    """Whether a tensor is contracted with the last factor once for all others."""
+def uses_tree(structure: Structure, workspace: int) -> bool:
+    """Whether a node of a dimension tree is kept: the tensor contracted with the last factor."""
     *others, last = structure.wanted
-    _, legs = plan_partial(structure, last.name)
+    _, legs = plan_node(structure, last.name)
     # products may take it in another order of its legs, which is a copy
-    return len(others) > 1 and 2 * prod(structure.sizes[leg] for leg in legs) <= room
+    return len(others) > 1 and 2 * prod(structure.sizes[leg] for leg in legs) <= workspace
 
 
 def _sweep_term(
-    structure: Structure, source: Source, found: Factors, room: int, damping: float
+    structure: Structure, source: Source, found: Factors, workspace: int, damping: float
 ) -> float:
     """Solve for every factor of a term, the last one last, and say what the term explains then.
 
-    Where there is room for it, the tensor is contracted with the last factor once for all others,
-    so that a sweep passes over it twice; else it passes once for each factor, a block at a time.
+    Where the workspace is large enough, the tensor is contracted with the last factor once for all
+    others, so that a sweep passes over it twice; else it passes once for each factor, a block at a
+    time.
     """
     *others, last = (factor.name for factor in structure.wanted)
-    if absorbs(structure, room):
-        met = source.contract(structure, lambda each: plan_partial(each, last), found, at_once=True)
+    if uses_tree(structure, workspace):
+        node = source.contract(structure, lambda each: plan_node(each, last), found, at_once=True)
         for name in others:
             update = plan_update(structure, name, last)
-            moment = run(update.moment, {**found, SOURCE: met}, source.backend)
-            found[name], _ = _solved(update, moment, found, source.backend, damping, False)
-        del met
+            mttkrp = run(update.mttkrp, {**found, SOURCE: node}, source.backend)
+            found[name], _ = _solved(update, mttkrp, found, source.backend, damping, False)
+        del node
     else:
         for name in others:
             found[name], _ = solve_factor(structure, name, source, found, damping, False)
@@ -107,17 +108,17 @@ def solve_factor(
         explain: whether the squared norm is wanted, which takes another product; else it is 0.
     """
 
-    def moment_of(each: Structure) -> Any:
+    def planned(each: Structure) -> Any:
         update = plan_update(each, name)
-        return update.moment, update.legs
+        return update.mttkrp, update.legs
 
-    moment = source.contract(structure, moment_of, factors)
-    return _solved(plan_update(structure, name), moment, factors, source.backend, damping, explain)
+    mttkrp = source.contract(structure, planned, factors)
+    return _solved(plan_update(structure, name), mttkrp, factors, source.backend, damping, explain)
 
 
 def _solved(
     update: Update,
-    moment: Array,
+    mttkrp: Array,
     factors: Mapping[str, Array],
     backend: Backend,
     damping: float,
@@ -126,6 +127,28 @@ def _solved(
     """A better factor: from the one that is there, as far as the equations can be trusted."""
     import numpy as np
 
+    grams, inverses = _equations(update, factors, backend, damping)
+    old = to_host(factors[update.name], backend).transpose(_inverse(update.axes))
+    # the solution takes the place of what it is made of
+    whole = np.require(to_host(mttkrp, backend), requirements=["C", "W"])
+    columns = (*whole.shape[: update.closed], -1)
+    given, flat = old.reshape(columns), whole.reshape(columns)
+    explained = 0.0
+    for span in _spans(flat.shape, max(gram.size for gram in grams)):
+        part, target = (each[..., span].astype("float64") for each in (given, flat))
+        part += along_bonds(inverses, target - along_bonds(grams, part, update), update)
+        if explain:
+            # ‖T − N‖² = ‖T‖² − 2⟨M, X⟩ + ⟨X, G X⟩
+            explained += float((part * (2.0 * target - along_bonds(grams, part, update))).sum())
+        flat[..., span] = part
+    del grams, inverses, given, old
+    return from_host(whole.transpose(update.axes), mttkrp, backend), explained
+
+
+def _equations(
+    update: Update, factors: Mapping[str, Array], backend: Backend, damping: float
+) -> tuple[list[Any], list[Any]]:
+    """The parts of G and their inverses, in float64 on the host."""
     grams, inverses = [], []
     for gram in update.grams:
         found = to_host(run(gram.program, factors, backend), backend)
@@ -133,33 +156,23 @@ def _solved(
         inverses.append(inverse(found, damping))
         grams.append(found.astype("float64"))
         del found
-    old = to_host(factors[update.name], backend).transpose(_inverse(update.axes))
-    # the solution takes the place of what it is made of
-    whole = np.require(to_host(moment, backend), requirements=["C", "W"])
-    columns = (*whole.shape[: update.closed], -1)
-    given, flat = old.reshape(columns), whole.reshape(columns)
-    explained = 0.0
-    square = max(gram.size for gram in grams)
-    step = max(_COLUMNS, square // (_PART * prod(columns[:-1])))
-    for start in range(0, flat.shape[-1], step):
-        part, target = (each[..., start : start + step].astype("float64") for each in (given, flat))
-        part += _along(inverses, target - _along(grams, part, update), update)
-        if explain:
-            # ‖T − N‖² = ‖T‖² − 2⟨M, X⟩ + ⟨X, G X⟩
-            explained += float((part * (2.0 * target - _along(grams, part, update))).sum())
-        flat[..., start : start + step] = part
-    del grams, inverses, given, old
-    return from_host(whole.transpose(update.axes), moment, backend), explained
+    return grams, inverses
 
 
-def _along(matrices: Sequence[Any], array: Any, update: Update) -> Any:
+def _spans(shape: tuple[int, ...], square: int) -> Iterator[slice]:
+    """Right-hand sides that are solved for at a time, for the largest matrix of the equations."""
+    step = max(_COLUMNS, square // (_PART * prod(shape[:-1])))
+    return (slice(start, start + step) for start in range(0, shape[-1], step))
+
+
+def along_bonds(matrices: Sequence[Any], array: Any, update: Update) -> Any:
     """Products with a matrix for each part of G along its bonds."""
     for matrix, gram in zip(matrices, update.grams, strict=True):
         size, count = prod(gram.bonds), len(gram.bonds)
         shape = array.shape
-        lead = shape[: update.shared]
+        batch_shape = shape[: update.shared]
         before, after = shape[update.shared : gram.axis], shape[gram.axis + count :]
-        columns = array.reshape(*lead, prod(before), size, prod(after))
+        columns = array.reshape(*batch_shape, prod(before), size, prod(after))
         array = (matrix[..., None, :, :] @ columns).reshape(shape)
     return array
 

@@ -1,4 +1,4 @@
-"""What a decomposition accepts."""
+"""Checks of the arguments of a decomposition."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["checked_bias", "checked_bonds", "checked_samples", "checked_weights"
 
 
 def checked_weights(weights: Array, backend: Backend) -> None:
-    """Refuse what is no stack of finite matrices.
+    """Refuse what is not a stack of finite matrices.
 
     Raises:
-        ShapeError: fewer than three axes, an empty one, no floating-point numbers, NaN or infinity;
-            the message names the first expert that has any.
+        ShapeError: fewer than three axes, an empty one, numbers that are not floating-point, NaN
+            or infinity; the message names the first expert that has any.
     """
     shape = tuple(weights.shape)
     if len(shape) < 3 or not all(shape):

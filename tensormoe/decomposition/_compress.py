@@ -140,7 +140,7 @@ def _needed(structure: Structure, leg: Leg) -> int:
 
 
 def _enough(squares: Any, least: int, squared_norm: float) -> int:
-    """How many directions a core keeps of those with given squares, which fall."""
+    """Number of directions that a core keeps of those with given squares, which fall."""
     import numpy as np
 
     spare = _SPARED * max(squared_norm - float(squares.sum()), 0.0)

@@ -21,19 +21,19 @@ __all__ = [
     "SOURCE",
     "Structure",
     "Update",
-    "plan_partial",
+    "plan_node",
     "plan_update",
     "plan_whole",
     "structures",
 ]
 
 SOURCE = "source"
-"""Name of the operand that is no factor: the tensor, or the tensor contracted with a factor."""
+"""Name of the operand that is not a factor: the tensor, or the tensor contracted with a factor."""
 
 
 @dataclass(frozen=True)
 class Structure:
-    """A network that is no sum, or a term of one, as decomposition sees it.
+    """A network that is not a sum, or a term of one, as decomposition sees it.
 
     Args:
         factors: the arrays that are multiplied.
@@ -71,7 +71,7 @@ class Structure:
 def structures(
     network: Network, open_legs: tuple[Leg, ...], sizes: Mapping[Leg, int]
 ) -> tuple[Structure, ...]:
-    """What a network is the sum of, mostly itself.
+    """The terms of a network, mostly one.
 
     Args:
         network: its factors.
@@ -107,7 +107,8 @@ class Update:
 
     Args:
         name: of the factor.
-        moment: program of M, with legs (shared…, bonds…, free…).
+        mttkrp: program of M, the matricized tensor times Khatri–Rao product (MTTKRP) of the
+            network, with legs (shared…, bonds…, free…).
         grams: the parts of G; the other factors that hang together over bonds make one.
         legs: M's.
         shared: how many open legs the factor has in common with others: the problem falls apart
@@ -117,7 +118,7 @@ class Update:
     """
 
     name: str
-    moment: Program
+    mttkrp: Program
     grams: tuple[Gram, ...]
     legs: tuple[Leg, ...]
     shared: int
@@ -126,16 +127,20 @@ class Update:
 
 
 @lru_cache(maxsize=256)
-def plan_partial(structure: Structure, absorbed: str) -> tuple[Program, tuple[Leg, ...]]:
-    """The program that contracts the tensor with one factor, and the legs of its result."""
-    factor = structure.factor(absorbed)
-    elsewhere = {leg for each in structure.factors if each.name != absorbed for leg in each.legs}
+def plan_node(structure: Structure, contracted: str) -> tuple[Program, tuple[Leg, ...]]:
+    """The tensor contracted with one factor: the program, and the legs of its result.
+
+    It is a node of the dimension tree (Phan, Tichavský & Cichocki 2013), from which the MTTKRPs of
+    all other factors are made, so that the tensor itself is read once for them.
+    """
+    factor = structure.factor(contracted)
+    elsewhere = {leg for each in structure.factors if each.name != contracted for leg in each.legs}
     kept = [leg for leg in structure.open_legs if leg not in factor.legs or leg in elsewhere]
     bonds = [leg for leg in factor.legs if leg not in structure.open_legs]
     # products over a bond of many factors are many small ones: it stands first, where they are fast
     many = [leg for leg in bonds if sum(leg in each.legs for each in structure.factors) > 2]
     legs = (*many, *kept, *(leg for leg in bonds if leg not in many))
-    operands = (_operand(SOURCE, structure.open_legs), _operand(absorbed, factor.legs))
+    operands = (_operand(SOURCE, structure.open_legs), _operand(contracted, factor.legs))
     return contraction(operands, legs, structure.sizes), legs
 
 
@@ -147,13 +152,13 @@ def plan_whole(structure: Structure) -> Program:
 
 
 @lru_cache(maxsize=256)
-def plan_update(structure: Structure, name: str, absorbed: str | None = None) -> Update:
+def plan_update(structure: Structure, name: str, contracted: str | None = None) -> Update:
     """The least-squares problem of factor ``name``.
 
     Args:
         structure: the network; it has other factors.
         name: the factor.
-        absorbed: a factor that the source was contracted with (:func:`plan_partial`), if any.
+        contracted: a factor that the source was contracted with (:func:`plan_node`), if any.
     """
     sizes, factor = structure.sizes, structure.factor(name)
     others = [each for each in structure.factors if each.name != name]
@@ -163,9 +168,9 @@ def plan_update(structure: Structure, name: str, absorbed: str | None = None) ->
     bonds = tuple(leg for group in groups for leg in _bonds(factor, group, structure))
     free = tuple(leg for leg in factor.legs if leg not in (*shared, *bonds))
     stored = (*shared, *bonds, *free)
-    source = structure.open_legs if absorbed is None else plan_partial(structure, absorbed)[1]
-    rest = [each for each in others if each.name != absorbed]
-    moment = _moment_program(source, rest, stored, sizes)
+    source = structure.open_legs if contracted is None else plan_node(structure, contracted)[1]
+    rest = [each for each in others if each.name != contracted]
+    mttkrp = _mttkrp_program(source, rest, stored, sizes)
     grams, axis = [], len(shared)
     for group in groups:
         inner = _bonds(factor, group, structure)
@@ -173,10 +178,10 @@ def plan_update(structure: Structure, name: str, absorbed: str | None = None) ->
         grams.append(Gram(program, axis, tuple(sizes[leg] for leg in inner)))
         axis += len(inner)
     axes = tuple(stored.index(leg) for leg in factor.legs)
-    return Update(name, moment, tuple(grams), stored, len(shared), axis, axes)
+    return Update(name, mttkrp, tuple(grams), stored, len(shared), axis, axes)
 
 
-def _moment_program(
+def _mttkrp_program(
     source: tuple[Leg, ...],
     others: Sequence[Factor],
     output: tuple[Leg, ...],
@@ -193,8 +198,8 @@ def _moment_program(
         return usual
     builder = Builder(operands, sizes)
     theirs = {leg for each in others for leg in each.legs}
-    met = [leg for leg in source if leg in theirs]
-    legs = (*met, *(leg for leg in output if leg in theirs and leg not in met))
+    common = [leg for leg in source if leg in theirs]
+    legs = (*common, *(leg for leg in output if leg in theirs and leg not in common))
     joined = builder.network(range(1, len(operands)), legs)
     whole = builder.finish(builder.contract(0, joined, frozenset(output), output))
     work = [

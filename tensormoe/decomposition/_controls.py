@@ -88,7 +88,7 @@ def closest(controls: Sequence[Control], error: float) -> Control | None:
 
 
 def verdict(control: Control, error: float) -> str:
-    """That a truncated singular value decomposition beats factors that are off by ``error``.
+    """Sentence about a truncated singular value decomposition that is closer than the factors.
 
     >>> verdict(Control("N·in × out", 3, 120, 0.71), 0.74)
     'a joint SVD of the (N·in × out) unfolding is closer at no more parameters: 71.0% against 74.0%'
@@ -194,7 +194,7 @@ def spectra(source: Source, parameters: int) -> Spectra:
 
 
 def estimated(side: int, kept: int) -> int:
-    """How many singular values are estimated so that those that are kept are good."""
+    """Number of singular values that are estimated so that those that are kept are good."""
     return min(kept + max(_SPARE, kept // 8), side)
 
 

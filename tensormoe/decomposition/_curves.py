@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from tensormoe._validation import brief
 from tensormoe.backend import Array
@@ -26,10 +27,12 @@ from tensormoe.selection import Budget
 
 __all__ = ["ControlCurve", "ErrorCurve", "ErrorPoint", "control_curves", "error_curves"]
 
+Points: TypeAlias = "dict[str, dict[Factorization, Report]]"
+
 
 @dataclass(frozen=True)
 class ErrorPoint:
-    """What one factorization lost.
+    """One factorization and what it lost.
 
     Args:
         factorization: with its rank; ``decompose`` finds the same factors for it again.
@@ -42,7 +45,7 @@ class ErrorPoint:
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """What factorizations of one name lost.
+    """Errors of the factorizations of one name.
 
     Args:
         name: of the factorization.
@@ -149,8 +152,8 @@ def error_curves(
         seed: of the random starts.
 
     Returns:
-        A curve a name, in the order in which names first appear; names of which nothing fits any
-        budget are left out. With Ctrl-C, the points so far, and a warning.
+        One curve per name, in the order in which names first appear; names of which nothing fits
+        any budget are left out. With Ctrl-C, the points so far, and a warning.
 
     Raises:
         KeyboardInterrupt: Ctrl-C before there was a point.
@@ -166,18 +169,7 @@ def error_curves(
     >>> errors == sorted(errors, reverse=True)
     True
     """
-    for given, name in ((factorizations, "factorizations"), (budgets, "budgets")):
-        left_out = given is None and name == "factorizations"
-        if not left_out and (isinstance(given, str) or not isinstance(given, Sequence)):
-            raise SpecError(f"{name} must be a list; got {brief(given)}. Put one into a list.")
-    if factorizations is None:
-        factorizations = [name for name in FACTORIZATIONS if name != Dense.name]
-    for budget in budgets:
-        if isinstance(budget, float) and not 0 < budget <= 1:
-            raise BudgetError(
-                f"a budget that is a float is a share of the weights' entries, in (0, 1]; got "
-                f"{budget!r}. Give an integer for a number of parameters."
-            )
+    kinds = _checked(factorizations, budgets)
 
     def at(kind: FactorizationLike, budget: Budget | int | float | None) -> Decomposition:
         return decompose(
@@ -195,29 +187,11 @@ def error_curves(
             seed=seed,
         )
 
-    points: dict[str, dict[Factorization, Report]] = {}
-
-    def keep(found: Decomposition) -> None:
-        kind = found.spec.factorization
-        points.setdefault(kind.name, {})[kind] = found.report
-        if found.report.ended == "interrupted":
-            raise KeyboardInterrupt
-
+    points: Points = {}
     refused: BudgetError | None = None
     try:
-        for kind in factorizations:
-            if isinstance(kind, Factorization):
-                keep(at(kind, None))
-                continue
-            name = factorization_class(kind).name
-            for budget in budgets:
-                if any(known.rank is None for known in points.get(name, ())):
-                    # there is one of this name, whatever the budget
-                    break
-                try:
-                    keep(at(kind, budget))
-                except BudgetError as error:
-                    refused = error
+        for kind in kinds:
+            refused = _collect(points, kind, budgets, at) or refused
         if compare and points:
             points = _compared(points, weights, bias)
     except KeyboardInterrupt:
@@ -240,9 +214,57 @@ def error_curves(
     )
 
 
-def _compared(
-    points: Mapping[str, Mapping[Factorization, Report]], weights: Array, bias: Array | None
-) -> dict[str, dict[Factorization, Report]]:
+def _checked(
+    factorizations: Sequence[FactorizationLike] | None,
+    budgets: Sequence[Budget | int | float],
+) -> Sequence[FactorizationLike]:
+    """The factorizations to try; refuse what is not a list, and shares that are not."""
+    if factorizations is None:
+        factorizations = [name for name in FACTORIZATIONS if name != Dense.name]
+    for given, name in ((factorizations, "factorizations"), (budgets, "budgets")):
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise SpecError(f"{name} must be a list; got {brief(given)}. Put one into a list.")
+    for budget in budgets:
+        if isinstance(budget, float) and not 0 < budget <= 1:
+            raise BudgetError(
+                f"a budget that is a float is a share of the weights' entries, in (0, 1]; got "
+                f"{budget!r}. Give an integer for a number of parameters."
+            )
+    return factorizations
+
+
+def _collect(
+    points: Points,
+    kind: FactorizationLike,
+    budgets: Sequence[Budget | int | float],
+    at: Callable[[FactorizationLike, Budget | int | float | None], Decomposition],
+) -> BudgetError | None:
+    """Add the points of a factorization, or of a name at every budget; return a refused budget.
+
+    Raises:
+        KeyboardInterrupt: a search was interrupted; its point is kept.
+    """
+    refused = None
+    value = isinstance(kind, Factorization)
+    name = kind.name if isinstance(kind, Factorization) else factorization_class(kind).name
+    for budget in [None] if value else budgets:
+        if not value and any(known.rank is None for known in points.get(name, ())):
+            # there is one of this name, whatever the budget
+            break
+        try:
+            found = at(kind, budget)
+        except BudgetError as error:
+            if value:
+                raise
+            refused = error
+            continue
+        points.setdefault(name, {})[found.spec.factorization] = found.report
+        if found.report.ended == "interrupted":
+            raise KeyboardInterrupt
+    return refused
+
+
+def _compared(points: Points, weights: Array, bias: Array | None) -> Points:
     """The same reports with truncated singular value decompositions."""
     most = max(report.parameters for reports in points.values() for report in reports.values())
     known = spectra(source_of(weights, bias), most)

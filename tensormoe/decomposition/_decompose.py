@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import prod
 
 from tensormoe._extras import missing
 from tensormoe._spec import LayerSpec
 from tensormoe._validation import instance
 from tensormoe.backend import Array, Backend, backend_of
+from tensormoe.decomposition._bias_rows import without_bias_rows
 from tensormoe.decomposition._checks import (
     checked_bias,
     checked_samples,
@@ -25,13 +27,13 @@ from tensormoe.decomposition._gauge import robust, stretched
 from tensormoe.decomposition._host import Workplace
 from tensormoe.decomposition._report import Decomposition, Report
 from tensormoe.decomposition._runs import Runs
-from tensormoe.decomposition._search import Search
+from tensormoe.decomposition._search import Found, Search
 from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._watch import Callback, Watch
 from tensormoe.decomposition._weighted import Weighting, weigh
 from tensormoe.errors import ShapeError, SpecError
-from tensormoe.factorizations import INPUT, FactorizationLike
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.selection import Budget
 
 __all__ = ["decompose"]
@@ -91,8 +93,8 @@ def decompose(
         KeyboardInterrupt: Ctrl-C before the first sweep is done, or a second one.
         MissingDependencyError: without NumPy, which solves the equations of bonds on the host.
         BackendError: arrays of an unknown library, or of several.
-        ShapeError: weights that are no stack of matrices, not finite, or other shapes that do not
-            fit.
+        ShapeError: weights that are not a stack of matrices, not finite, or other shapes that do
+            not fit.
         SpecError, RankError, BudgetError: a factorization, rank, budget or tolerance that cannot
             be, a rank above what any tensor of the shape can need among them.
 
@@ -107,78 +109,134 @@ def decompose(
     search = Search() if search is None else search
     instance(search, Search, "search", "a Search or None", SpecError)
     watch = Watch(search.seconds, callback)
+    given = _taken(weights, bias, inputs, coefficients)
+    if weighted and given.inputs is None:
+        raise SpecError("weighted decomposition needs inputs; got none. Pass inputs=….")
+    weighting = Weighting(given.source)
+    if weighted:
+        weighting = weigh(given.source, given.inputs, given.coefficients)
+    *experts, rows, columns = given.weights.shape
+    sizes = (rows, columns, tuple(experts))
+    runs = Runs(weighting.source, sizes, bias is not None, search, seed, watch)
+    kind, found = runs.find(factorization, rank, budget, tolerance)
+    spec = LayerSpec(*sizes, kind, bias=bias is not None)
+    factors = _stored(spec, weighting.undo(spec, found.factors), given)
+    return Decomposition(spec, factors, _report(spec, factors, given, found, compare, watch))
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """The arrays of a decomposition, checked.
+
+    Args:
+        weights: of their own library.
+        place: the library that the work is done on.
+        lent: the weights there.
+        source: the same as a tensor, biases included.
+        bias: there, like what follows.
+        inputs: (samples, in).
+        coefficients: (samples, N).
+    """
+
+    weights: Array
+    place: Workplace
+    lent: Array
+    source: Source
+    bias: Array | None
+    inputs: Array | None
+    coefficients: Array | None
+
+
+def _taken(
+    weights: Array, bias: Array | None, inputs: Array | None, coefficients: Array | None
+) -> _Given:
+    """Check the arrays of a decomposition, and take them to where the work is done."""
     if isinstance(weights, (list, tuple)):
         raise ShapeError(
             f"weights must be one array (experts…, in, out); got a {type(weights).__name__} of "
             f"{len(weights)}. Stack them along a new first axis."
         )
-    arrays = [each for each in (weights, bias, inputs, coefficients) if each is not None]
-    owner = backend_of(*arrays)
+    owner = backend_of(*(e for e in (weights, bias, inputs, coefficients) if e is not None))
     # nobody differentiates through a search
     weights, bias, inputs, coefficients = (
         None if each is None else owner.stop_gradient(each)
         for each in (weights, bias, inputs, coefficients)
     )
     checked_weights(weights, owner)
-    experts, (rows, columns) = tuple(weights.shape[:-2]), weights.shape[-2:]
     if bias is not None:
         checked_bias(bias, weights, owner)
     if inputs is not None or coefficients is not None:
         coefficients = checked_samples(inputs, coefficients, weights, owner)
-    if weighted and inputs is None:
-        raise SpecError("weighted decomposition needs inputs; got none. Pass inputs=….")
     place = Workplace.of(weights, owner)
-    backend, lent = place.backend, place.lend(weights)
+    lent = place.lend(weights)
     bias, inputs, coefficients = (
         None if each is None else place.take(each) for each in (bias, inputs, coefficients)
     )
-    source = Source(lent, backend, bias).scaled()
-    weighting = weigh(source, inputs, coefficients) if weighted else Weighting(source)
-    sizes = (rows, columns, experts)
-    runs = Runs(weighting.source, sizes, bias is not None, search, seed, watch)
-    kind, found = runs.find(factorization, rank, budget, tolerance)
-    spec = LayerSpec(rows, columns, experts, kind, bias=bias is not None)
-    factors = weighting.undo(spec, found.factors)
+    source = Source(lent, place.backend, bias).scaled()
+    return _Given(weights, place, lent, source, bias, inputs, coefficients)
+
+
+def _stored(spec: LayerSpec, factors: Mapping[str, Array], given: _Given) -> dict[str, Array]:
+    """Factors at the tensor's own scale, in the library, dtype and device of the weights."""
     # the bias is a row of the input's factor as yet
-    matrix = LayerSpec(rows, columns, experts, kind, bias=False)
-    factors = stretched(matrix.network, factors, 1.0 / source.scale)
-    if owner.namespace.finfo(weights.dtype).bits == 16:
-        factors = _rounded_well(spec, factors, backend)
-    if bias is not None:
-        factors = _without_last_row(spec, factors)
-    stored = {name: place.give(factors[name], weights) for name in spec.shapes}
-    read = {name: place.take(array) for name, array in stored.items()}
-    plain = source if bias is None else Source(lent, backend).scaled()
+    matrix = replace(spec, bias=False)
+    found = stretched(matrix.network, factors, 1.0 / given.source.scale)
+    if given.place.owner.namespace.finfo(given.weights.dtype).bits == 16:
+        found = _rounded_well(spec, found, given.place.backend)
+    found = without_bias_rows(spec.network, found)
+    return {name: given.place.give(found[name], given.weights) for name in spec.shapes}
+
+
+def _report(
+    spec: LayerSpec,
+    factors: Mapping[str, Array],
+    given: _Given,
+    found: Found,
+    compare: bool,
+    watch: Watch,
+) -> Report:
+    """Errors of the factors as they are stored, next to those of singular value decompositions."""
+    read = {name: given.place.take(array) for name, array in factors.items()}
+    bias, dense, off = given.bias, prod(given.weights.shape), None
+    backend = given.place.backend
+    plain = given.source if bias is None else Source(given.lent, backend).scaled()
     error, each = weight_errors(spec, read, plain)
-    parameters = spec.num_parameters
-    controls: tuple[Control, ...] = ()
-    ended = found.ended
-    if compare and ended != "interrupted":
-        try:
-            controls = spectra(source, parameters).controls(parameters)
-        except KeyboardInterrupt:
-            # the factors are there; only the comparison is not
-            ended = "interrupted"
-    off, total = None, error
+    controls, ended = _controls(spec, given, found, compare)
+    total, outputs = error, None
     if bias is not None:
         tensor = Source(bias[..., None, :], backend).scaled()
         off = bias_error(spec, read, tensor, plain)
-        total = total_error(error, off, plain, tensor)
-    report = Report(
-        error,
-        each,
-        controls,
-        off,
-        None if inputs is None else output_error(spec, read, source, inputs, coefficients),
-        parameters,
-        prod(weights.shape) + (0 if bias is None else prod(bias.shape)),
-        len(found.errors),
-        found.errors,
-        watch.elapsed,
-        ended,
-        total,
+        total, dense = total_error(error, off, plain, tensor), dense + prod(bias.shape)
+    if given.inputs is not None:
+        outputs = output_error(spec, read, given.source, given.inputs, given.coefficients)
+    return Report(
+        error=error,
+        expert_errors=each,
+        controls=controls,
+        bias_error=off,
+        output_error=outputs,
+        parameters=spec.num_parameters,
+        dense_parameters=dense,
+        sweeps=len(found.errors),
+        history=found.errors,
+        seconds=watch.elapsed,
+        ended=ended,
+        total_error=total,
     )
-    return Decomposition(spec, stored, report)
+
+
+def _controls(
+    spec: LayerSpec, given: _Given, found: Found, compare: bool
+) -> tuple[tuple[Control, ...], str]:
+    """Truncated singular value decompositions, if they are wanted, and why the work ended."""
+    if not compare or found.ended == "interrupted":
+        return (), found.ended
+    try:
+        count = spec.num_parameters
+        return spectra(given.source, count).controls(count), found.ended
+    except KeyboardInterrupt:
+        # the factors are there; only the comparison is not
+        return (), "interrupted"
 
 
 def _rounded_well(
@@ -188,16 +246,3 @@ def _rounded_well(
     host = {name: to_host(array, backend) for name, array in factors.items()}
     found = robust(spec.network, host)
     return {name: from_host(found[name], factors[name], backend) for name in factors}
-
-
-def _without_last_row(spec: LayerSpec, factors: Mapping[str, Array]) -> dict[str, Array]:
-    """Factors whose input mode has one more row, which is the bias, as the layer's."""
-    found = dict(factors)
-    for term in spec.network.terms:
-        assert term.bias is not None
-        carrier = term.input_factor
-        axis = (slice(None),) * carrier.legs.index(INPUT)
-        whole = found[carrier.name]
-        found[carrier.name] = whole[(*axis, slice(None, -1))]
-        found[term.bias.name] = whole[(*axis, -1)]
-    return found

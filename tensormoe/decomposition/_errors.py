@@ -7,6 +7,7 @@ from math import hypot, sqrt
 
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array
+from tensormoe.decomposition._bias_rows import with_bias_rows
 from tensormoe.decomposition._contractions import structures
 from tensormoe.decomposition._gauge import stretched
 from tensormoe.decomposition._source import Source, norm, norms, power
@@ -123,14 +124,13 @@ def _left(
     network, xp = spec.network, source.backend.namespace
     wide = {name: cast(array, source.dtype, source.backend) for name, array in factors.items()}
     named = stretched(network, wide, source.scale)
-    for term in network.terms:
-        carrier, parts = term.input_factor, []
-        if not only_bias:
-            parts.append(named[carrier.name])
-        if term.bias is not None and (only_bias or source.bias is not None):
-            parts.append(xp.expand_dims(named[term.bias.name], axis=carrier.legs.index(INPUT)))
-        axis = carrier.legs.index(INPUT)
-        named[carrier.name] = parts[0] if len(parts) == 1 else xp.concat(parts, axis=axis)
+    if only_bias:
+        for term in network.terms:
+            assert term.bias is not None
+            axis = term.input_factor.legs.index(INPUT)
+            named[term.input_factor.name] = xp.expand_dims(named[term.bias.name], axis=axis)
+    elif source.bias is not None:
+        named = with_bias_rows(network, named, source.backend)
     open_legs = (*network.expert_legs, INPUT, OUTPUT)
     terms = structures(network, open_legs, {**network.sizes, INPUT: source.shape[-2]})
     for each in terms:

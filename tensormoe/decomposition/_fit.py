@@ -18,9 +18,9 @@ from tensormoe.decomposition._spectral import cuts
 from tensormoe.decomposition._starts import given, starts, zeros
 from tensormoe.decomposition._watch import Follower, Watch
 
-__all__ = ["ROOM", "fit"]
+__all__ = ["WORKSPACE", "fit"]
 
-ROOM = 0.4
+WORKSPACE = 0.4
 """Of the tensor's entries, that a search may hold beside it."""
 
 # sweeps with which every start is tried before the best one goes on
@@ -81,8 +81,8 @@ def _fit_sum(
             part = follower.part(partial(or_, known), (squares / norm) ** 0.5)
             more = _fit_term(term, left, squares, search, rng, part).factors
         found.update(more)
-    room = round(ROOM * prod(source.shape))
-    whole = Problem(terms, source, norm, room)
+    workspace = round(WORKSPACE * prod(source.shape))
+    whole = Problem(terms, source, norm, workspace)
     first = whole.error(found)
     follower.keep(first, lambda: (found, [first]), anyway=True)
     whole = replace(whole, follower=follower.after([first]))
@@ -109,21 +109,21 @@ def _fit_term(
     if len(structure.wanted) == 1:
         return Found(_solved_at_once(structure, source), (), "converged")
     # a share of the tensor's own memory, for the core and what is made of it
-    room = round(ROOM * prod(source.shape))
+    workspace = round(WORKSPACE * prod(source.shape))
     plan = cuts(structure)
     direct = plan is not None and plan.direct(structure, source)
     core = Core(structure, source, {}) if direct else compress(structure, source, norm, rng)
-    spare = room - prod(core.source.shape) if core.bases else room
+    spare = workspace - prod(core.source.shape) if core.bases else workspace
     kept = core.source.squared_norm() if core.bases else norm
     # the core lacks a part of the tensor
     lost = max(norm - kept, 0.0)
     part = follower.part(partial(expand, core), (kept / norm) ** 0.5)
     small = Problem((core.structure,), core.source, kept, spare, lost, part)
     found = _on_core(small, core, search, rng)
-    history = [small.felt(error) * (kept / norm) ** 0.5 for error in found.errors]
+    history = [small.total(error) * (kept / norm) ** 0.5 for error in found.errors]
     factors, ended = expand(core, found.factors), found.ended
     del core, small, found, part
-    problem = Problem((structure,), source, norm, room)
+    problem = Problem((structure,), source, norm, workspace)
     if not history:
         # no sweep on the core was worth keeping
         history = [problem.error(factors)]
@@ -154,7 +154,7 @@ def _on_core(small: Problem, core: Core, search: Search, rng: Any) -> Found:
         return trial
     first, factors = trial.errors, trial.factors
     if small.follower is not None:
-        after = small.follower.after([small.felt(error) for error in first])
+        after = small.follower.after([small.total(error) for error in first])
         small = replace(small, follower=after)
     del trial
     more = advance(small, factors, search.sweeps - len(first), tolerance, known=known)

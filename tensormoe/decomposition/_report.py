@@ -1,4 +1,4 @@
-"""What a decomposition kept, and what it lost."""
+"""Results of a decomposition, and its errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Decomposition", "Report"]
 
 @dataclass(frozen=True)
 class Report:
-    """How well factors stand for the dense experts that they were made from.
+    """Errors of factors against the dense experts that they were made from.
 
     All errors are relative Frobenius norms: of what is missing, over what was given.
 

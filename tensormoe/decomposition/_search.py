@@ -1,10 +1,9 @@
-"""A search from given factors: sweeps that reach ahead, and are taken back where they fail."""
+"""A search from given factors: extrapolated sweeps, taken back where they fail."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from math import inf, isfinite, sqrt
 
 from tensormoe.backend import Array
@@ -19,24 +18,23 @@ __all__ = ["ENDED", "Found", "Problem", "Search", "advance", "checked_seconds", 
 ENDED = ("converged", "sweeps", "stalled", "stopped", "time", "interrupted")
 """Why a search ended, from the best reason to the worst, see :class:`Found`."""
 
-# sweeps in a row that have to gain too little before a search ends
-_PATIENCE = 5
-# the same where the error is of the size of rounding
-_FINE = 2
-# accepted sweeps from one look at the true error to the next
-_LOOK = 5
-# what the error of a sweep may lack of the true one: a share of it, and some of what rounding hides
-_TRUST, _HIDDEN = 1.05, 3.0
-# times what rounding hides: below, every sweep's true error is computed
-_CLOSE = 10.0
+# sweeps in a row that have to gain too little before a search ends, and the same where the error is
+# of the size of rounding
+_PATIENCE, _PATIENCE_AT_ROUNDING = 5, 2
+# accepted sweeps from one computation of the true error to the next
+_CHECK_EVERY = 5
+# how far a true error may be above the claimed one: a share of it, and multiples of rounding's size
+_TRUST, _TRUST_ROUNDING = 1.05, 3.0
+# in the size of rounding: below, every sweep's true error is computed
+_NEAR_ROUNDING = 10.0
 _LEAST_DAMPING, _STRONG_DAMPING = 1e-6, 1e-4
-# how far beyond the factors a sweep starts, in steps of the last one: at first, and at most
-_REACH, _MOST_REACH = 0.5, 2.0
+# size of the extrapolation step, in steps of the last sweep: at first, and at most
+_STEP, _MOST_STEP = 0.5, 2.0
 
 
 @dataclass(frozen=True)
 class Search:
-    """How long factors are searched for.
+    """Length of a search for factors.
 
     Args:
         starts: random starts, the best of which goes on; None for as many as take little time, one
@@ -48,8 +46,8 @@ class Search:
             are taken. The errors that are reported come on top. None for no limit.
 
     Raises:
-        SpecError: a count that is no positive integer (no natural one for ``polish``), a tolerance
-            outside [0, 1), or a time limit that is no positive number.
+        SpecError: a count that is not a positive integer (a negative one for ``polish``), a
+            tolerance outside [0, 1), or a time limit that is not a positive number.
     """
 
     starts: int | None = None
@@ -95,36 +93,36 @@ def checked_seconds(seconds: float) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A tensor and what is to stand for it.
+    """A tensor and the networks that are to stand for it.
 
     Args:
         terms: the networks whose sum is to stand for the tensor.
         source: the tensor.
         squared_norm: of the tensor.
-        room: entries that may be held beyond tensor and factors.
+        workspace: entries that may be held beyond tensor and factors.
         lost: squared norm that is missing whatever the factors are, since the tensor is a core.
-        follower: told of every sweep, if anybody is.
+        follower: told of every sweep, if given.
     """
 
     terms: tuple[Structure, ...]
     source: Source
     squared_norm: float
-    room: int
+    workspace: int
     lost: float = 0.0
     follower: Follower | None = None
 
-    def felt(self, error: float) -> float:
-        """An error beside what is missing anyway."""
+    def total(self, error: float) -> float:
+        """An error together with what is missing anyway."""
         return sqrt(self.lost / self.squared_norm + error * error)
 
     @property
-    def hidden(self) -> float:
+    def resolution(self) -> float:
         """The size of errors that a difference of squares cannot tell from rounding."""
         return sqrt(float(self.source.backend.namespace.finfo(self.source.dtype).eps))
 
-    def surprises(self, error: float, claimed: float) -> bool:
+    def exceeds(self, error: float, claimed: float) -> bool:
         """Whether an error is above what was claimed by more than rounding."""
-        return error > _TRUST * claimed + _HIDDEN * self.hidden
+        return error > _TRUST * claimed + _TRUST_ROUNDING * self.resolution
 
     def error(self, factors: Mapping[str, Array]) -> float:
         """The relative error, from the difference itself."""
@@ -167,17 +165,17 @@ class _Point:
 
 @dataclass(frozen=True, eq=False)
 class _Pace:
-    """How the next sweep is made.
+    """Step size and damping of the next sweep.
 
     Args:
         previous: factors before the last sweep, in whose direction the next one starts; None for a
             plain sweep.
-        reach: how far, in steps of the last sweep.
-        damping: how far directions have to be seen to be followed.
+        step: how far, in steps of the last sweep.
+        damping: how well directions have to be determined to be followed.
     """
 
     previous: Factors | None = None
-    reach: float = _REACH
+    step: float = _STEP
     damping: float = 0.0
 
     def start(self, factors: Factors) -> Factors:
@@ -185,21 +183,99 @@ class _Pace:
         if self.previous is None:
             return dict(factors)
         last = self.previous
-        return {k: each + self.reach * (each - last[k]) for k, each in factors.items()}
+        return {k: each + self.step * (each - last[k]) for k, each in factors.items()}
 
     def faster(self, previous: Factors | None) -> _Pace:
         """The pace after a sweep that was accepted."""
-        return _Pace(previous, min(1.1 * self.reach, _MOST_REACH), self.damping / 3.0)
+        return _Pace(previous, min(1.1 * self.step, _MOST_STEP), self.damping / 3.0)
 
     def slower(self) -> _Pace:
         """The pace after a sweep that was rejected."""
         if self.previous is not None:
-            return _Pace(None, self.reach / 1.5, self.damping)
+            return _Pace(None, self.step / 1.5, self.damping)
         return replace(self, damping=max(10.0 * self.damping, _LEAST_DAMPING))
 
     def careful(self) -> _Pace:
         """The pace after true errors differed from claimed ones."""
-        return _Pace(None, self.reach, max(10.0 * self.damping, _STRONG_DAMPING))
+        return _Pace(None, self.step, max(10.0 * self.damping, _STRONG_DAMPING))
+
+
+@dataclass(eq=False)
+class _State:
+    """A search between two sweeps.
+
+    Args:
+        problem: the tensor and the networks.
+        claimed: the best factors by the errors that sweeps claim.
+        verified: the best factors whose error was computed from the difference itself.
+        pace: of the next sweep.
+        idle: sweeps in a row that gained too little.
+        astray: whether sweeps claimed or led to what the true error did not follow, since the last
+            gain.
+    """
+
+    problem: Problem
+    claimed: _Point
+    verified: _Point
+    pace: _Pace = _Pace()
+    idle: int = 0
+    astray: bool = False
+
+    @property
+    def unverified(self) -> int:
+        """Accepted sweeps whose error is only claimed."""
+        return len(self.claimed.errors) - len(self.verified.errors)
+
+    def sweep(self, tolerance: float) -> None:
+        """Make a sweep, and accept it or take it back."""
+        problem, claimed = self.problem, self.claimed
+        found, error = sweep(
+            problem.terms,
+            problem.source,
+            problem.squared_norm,
+            self.pace.start(claimed.factors),
+            problem.workspace,
+            self.pace.damping,
+        )
+        if error < _NEAR_ROUNDING * problem.resolution:
+            error = problem.error(found)
+        if problem.total(error) < problem.total(claimed.error) * (1.0 - tolerance):
+            self.idle, self.astray = 0, False
+        else:
+            self.idle += 1
+        if error <= claimed.error:
+            self.pace = self.pace.faster(claimed.factors if claimed.errors else None)
+            self.claimed = _Point(found, error, (*claimed.errors, error))
+        else:
+            plain = self.pace.previous is None
+            self.astray = self.astray or (plain and problem.exceeds(error, claimed.error))
+            self.pace = self.pace.slower()
+
+    def report(self) -> None:
+        """Tell the follower of a sweep."""
+        if self.problem.follower is not None and self.claimed.error < inf:
+            # of this moment: the state goes on
+            now = _State(self.problem, self.claimed, self.verified).settled
+            self.problem.follower.sweep(self.problem.total(self.claimed.error), now)
+
+    def verify(self) -> None:
+        """Compute the true error of the claimed factors.
+
+        Where it is not as claimed, the search goes on from the verified factors, with care.
+        """
+        true, claim = self.problem.error(self.claimed.factors), self.claimed.error
+        if true < self.verified.error:
+            errors = (*self.claimed.errors[:-1], true)
+            self.verified = _Point(self.claimed.factors, true, errors)
+            self.claimed = replace(self.claimed, errors=errors)
+        if self.problem.exceeds(true, claim):
+            self.claimed, self.pace, self.astray = self.verified, self.pace.careful(), True
+
+    def settled(self) -> tuple[Factors, list[float]]:
+        """Factors and errors of the tensor for a search that ends here."""
+        if self.unverified:
+            self.verify()
+        return self.verified.factors, [self.problem.total(each) for each in self.verified.errors]
 
 
 def advance(
@@ -225,58 +301,27 @@ def advance(
     as that pays (Ang, Cohen & Gillis 2019, extrapolation with restarts): a third of the sweeps do.
     One that raises the error is taken back. Networks can also run away to huge factors that cancel
     one another, where rounding hides the error: the true one is computed from time to time, and
-    after a surprise well-seen directions alone are followed (Levenberg and Marquardt's damping).
+    where it is not as claimed, only directions that are well determined are followed (Levenberg and
+    Marquardt's damping).
     """
-    claimed = checked = _Point(factors, known)
-    del factors
-    pace, idle, astray, ended = _Pace(), 0, False, "sweeps"
+    start = _Point(factors, known)
+    state, ended = _State(problem, start, start), "sweeps"
+    # the state alone holds them, until it has better ones
+    del factors, start
     for _ in range(count):
-        start = pace.start(claimed.factors)
-        found, error = sweep(
-            problem.terms, problem.source, problem.squared_norm, start, problem.room, pace.damping
-        )
-        if error < _CLOSE * problem.hidden:
-            error = problem.error(found)
-        gains = problem.felt(error) < problem.felt(claimed.error) * (1.0 - tolerance)
-        idle, astray = (0, False) if gains else (idle + 1, astray)
-        if error <= claimed.error:
-            pace = pace.faster(claimed.factors if claimed.errors else None)
-            claimed = _Point(found, error, (*claimed.errors, error))
-        else:
-            astray = astray or (pace.previous is None and problem.surprises(error, claimed.error))
-            pace = pace.slower()
-        del start, found
-        if problem.follower is not None and claimed.error < inf:
-            now = partial(_settled, problem, claimed, checked)
-            problem.follower.sweep(problem.felt(claimed.error), now)
+        state.sweep(tolerance)
+        state.report()
         # what rounding hides is not waited for
-        if idle >= (patience if claimed.error > problem.hidden else min(patience, _FINE)):
+        above = state.claimed.error > problem.resolution
+        if state.idle >= (patience if above else min(patience, _PATIENCE_AT_ROUNDING)):
             ended = "converged"
             break
-        if len(claimed.errors) - len(checked.errors) >= _LOOK:
-            claimed, checked, surprise = _looked(problem, claimed, checked)
-            if surprise:
-                pace, astray = pace.careful(), True
-    if len(claimed.errors) > len(checked.errors):
-        _, checked, surprise = _looked(problem, claimed, checked)
-        astray = astray or surprise
-    if ended == "converged" and astray and checked.error > _CLOSE * problem.hidden:
+        if state.unverified >= _CHECK_EVERY:
+            state.verify()
+    if state.unverified:
+        state.verify()
+    verified = state.verified
+    lost = state.astray and verified.error > _NEAR_ROUNDING * problem.resolution
+    if ended == "converged" and lost:
         ended = "stalled"
-    return Found(checked.factors, checked.errors, ended)
-
-
-def _looked(problem: Problem, claimed: _Point, checked: _Point) -> tuple[_Point, _Point, bool]:
-    """Where to go on, what is sure, and whether the claimed error was far from the true one."""
-    true = problem.error(claimed.factors)
-    surprise = problem.surprises(true, claimed.error)
-    if true < checked.error:
-        checked = _Point(claimed.factors, true, (*claimed.errors[:-1], true))
-        claimed = replace(claimed, errors=checked.errors)
-    return (checked if surprise else claimed), checked, surprise
-
-
-def _settled(problem: Problem, claimed: _Point, checked: _Point) -> tuple[Factors, list[float]]:
-    """Return factors and errors of the tensor for a search that ends here."""
-    if len(claimed.errors) > len(checked.errors):
-        _, checked, _ = _looked(problem, claimed, checked)
-    return checked.factors, [problem.felt(error) for error in checked.errors]
+    return Found(verified.factors, verified.errors, ended)

@@ -15,14 +15,21 @@ __all__ = ["from_host", "inverse", "to_host"]
 
 
 def to_host(array: Array, backend: Backend) -> Any:
-    """The values as a NumPy array of the same dtype, in the same memory where that can be."""
+    """The values as a NumPy array of the same dtype, in the same memory where that can be.
+
+    Raises:
+        BackendError: an array without values: traced, or on PyTorch's meta device.
+    """
     import numpy as np
 
     try:
         return convert(array, "numpy")
-    except BackendError:
-        # libraries without DLPack
-        dtype, shape, content = backend.to_bytes(array)
+    except BackendError as error:
+        try:
+            # libraries without DLPack
+            dtype, shape, content = backend.to_bytes(array)
+        except (TypeError, RuntimeError):
+            raise error from None
     return np.frombuffer(content, np.dtype(dtype).newbyteorder("<")).reshape(shape)
 
 

@@ -91,7 +91,7 @@ class Source:
         return replace(self, scale=self.scale * scaling(largest, xp.finfo(self.dtype).bits))
 
     def without(self, terms: Iterable[Structure], factors: Mapping[str, Array]) -> Source:
-        """What a sum of networks leaves of the tensor."""
+        """The rest of the tensor after a sum of networks is subtracted."""
         return replace(self, taken=(*self.taken, *((each, factors) for each in terms)))
 
     @property

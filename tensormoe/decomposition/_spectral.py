@@ -134,7 +134,7 @@ def cuts(structure: Structure) -> Cuts | None:
 
 
 def _held(leg: Leg, left: Mapping[str, set[Leg]]) -> int:
-    """How many factors have a leg."""
+    """Number of factors that have a leg."""
     return sum(leg in legs for legs in left.values())
 
 

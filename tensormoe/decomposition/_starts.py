@@ -1,4 +1,4 @@
-"""Where a search starts: from random factors, or from those that few experts determine."""
+"""Starts of a search: from random factors, or from those that few experts determine."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tensormoe.factorizations import INPUT, OUTPUT, Factor, expert_leg
 
 __all__ = ["given", "start", "starts", "zeros"]
 
-# experts that are looked at, for each one that is needed
-_LOOK = 4
+# experts that are compared, for each one that is needed
+_SAMPLED = 4
 # sweeps that find a tensor of rank one
 _POWERS = 3
 # the least that spaces of experts have to be apart, in a sine; nearer ones determine nothing
@@ -113,7 +113,7 @@ def _sized(factor: Factor, structure: Structure) -> list[tuple[str, int]]:
 
 
 def given(structure: Structure, source: Source) -> Factors:
-    """What a structure does not look for: ones, or how much experts weigh."""
+    """The given factors of a structure: ones, or the weights of experts."""
     found: Factors = {}
     xp, like = source.backend.namespace, source.like
     for factor in structure.given:
@@ -126,7 +126,7 @@ def given(structure: Structure, source: Source) -> Factors:
 
 
 def zeros(structure: Structure, source: Source) -> Factors:
-    """What a structure looks for, of a tensor that is zero."""
+    """Zeros for the wanted factors of a structure."""
     xp, like = source.backend.namespace, source.like
     return {
         factor.name: xp.zeros(structure.shape(factor), dtype=like.dtype, device=device_of(like))
@@ -179,7 +179,7 @@ def _from_experts(
     _, directions = np.linalg.eigh(np.tensordot(tensor, tensor, ((0, 2), (0, 2))))
     span = directions[:, ::-1][:, :width]
     experts = span.T @ tensor
-    pool = list(rng.permutation(count)[: _LOOK * (bases + 1)])
+    pool = list(rng.permutation(count)[: _SAMPLED * (bases + 1)])
     spaces = {n: np.linalg.svd(experts[n], full_matrices=False)[0][:, :inner] for n in pool}
     try:
         joined = _joined(pool, spaces, bases)

@@ -1,7 +1,7 @@
 """Progress of a search, and its early end: by a callback, a time limit or Ctrl-C.
 
 Every sweep leaves a snapshot of the best factors so far. Whatever ends a search early is an
-exception, which unwinds to the one place that looks at the last snapshot.
+exception, which unwinds to the one place that takes the last snapshot.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ _FLOOR = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Weighting:
-    """A weighted tensor, and the way back for its factors.
+    """A weighted tensor, and how to undo that for its factors.
 
     Args:
         source: the tensor, weighted.

@@ -1,11 +1,11 @@
-"""How the expert tensor 𝒲 (experts…, in, out) is stored: one frozen value a factorization.
+"""How the expert tensor 𝒲 (experts…, in, out) is stored: one frozen value per factorization.
 
 | value | network | expert rank (one level) | expert span |
 | --- | --- | --- | --- |
 | `CP(rank=R)` | one bond shared by all factors | min(R, I, O) | min(N, R, I·O) |
 | `TensorRing(rank=(r₁, r₂, r₃))` | a ring of cores | min(r₃·min(r₁, r₂), I, O) | min(N, r₁r₂, …) |
 | `TensorTrain(rank=(r₁, r₂))` | a ring with an outer bond of 1 | min(r₂, I, O) | min(N, r₁, …) |
-| `Tucker(rank=(p, q, s))` | a core, one factor a mode | min(q, s, I, O) | min(N, p, qs) |
+| `Tucker(rank=(p, q, s))` | a core, one factor per mode | min(q, s, I, O) | min(N, p, qs) |
 | `SharedBasis(rank=(J, r))` | mixtures of J matrices, times own ones | min(r, I, O) | min(N, …) |
 | `BaseDelta(rank=r)` | a common matrix plus products of rank r | min(I, O) | min(N, I·O) |
 | `SharedDelta(rank=r)` | the same, one side shared | min(I, O) | min(N, 1 + r·min(I, O)) |

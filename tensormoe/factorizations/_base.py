@@ -55,11 +55,11 @@ class Factorization(ABC):
 
     @abstractmethod
     def with_rank(self, rank: tuple[int, ...]) -> Factorization:
-        """The same factorization with other bond sizes, one a bond."""
+        """The same factorization with other bond sizes, one per bond."""
 
     @abstractmethod
     def bonds(self, levels: int) -> tuple[int, ...]:
-        """The bond sizes, one a bond, for ``levels`` levels; checks the number given."""
+        """The bond sizes, one per bond, for ``levels`` levels; checks the number given."""
 
     @abstractmethod
     def factors(self, levels: int) -> tuple[Factor, ...]:
@@ -111,7 +111,7 @@ class Factorization(ABC):
         reach every entry.
 
         Args:
-            experts: one size a level.
+            experts: one size per level.
             in_features: I, without a row for the bias.
             table: the matrix (in, out), and the bias as one more row if there is one.
             split: the best product of an inner size that equals ``table``; its spare columns, where
@@ -210,7 +210,7 @@ def spread_rank(rank: int | tuple[int, ...], count: int, meaning: str) -> tuple[
     if len(rank) != count:
         raise RankError(
             f"rank must have {count} bonds, {meaning}; got {len(rank)}: {rank!r}. "
-            "Give one size a bond, or one integer for all."
+            "Give one size per bond, or one integer for all."
         )
     return rank
 

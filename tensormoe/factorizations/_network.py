@@ -42,7 +42,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Term:
-    """Factors that are multiplied: a network that is no sum, or one term of a sum.
+    """Factors that are multiplied: a network that is not a sum, or one term of a sum.
 
     A term without some expert leg is the same for all experts of that level.
 

@@ -21,7 +21,7 @@ def shared_ring(
     part of the s components, so that no two are alike.
 
     Args:
-        experts: one size a level.
+        experts: one size per level.
         bonds: (r₀, …, r_E, s), as a tensor ring takes them.
         table: the matrix (rows, out).
         split: gives the best product of an inner size.

@@ -1,4 +1,4 @@
-"""Tensor ring: 𝒲 as the trace of a product of matrices, one a mode."""
+"""Tensor ring: 𝒲 as the trace of a product of matrices, one per mode."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TensorRing(Factorization):
     r₁Nr₂, which is why the paper recommends it for many experts.
 
     Args:
-        rank: the bonds around the ring, one a mode: the one before each expert mode in turn,
+        rank: the bonds around the ring, one per mode: the one before each expert mode in turn,
             then the one before the input mode, then the one before the output mode. (4, 4, 97)
             for one level of experts; one integer for all bonds alike.
 
@@ -66,7 +66,7 @@ class TensorRing(Factorization):
 
     def bonds(self, levels: int) -> tuple[int, ...]:
         return spread_rank(
-            self.rank, levels + 2, f"one a mode of {levels} expert level(s), in, out"
+            self.rank, levels + 2, f"one per mode of {levels} expert level(s), in, out"
         )
 
     def factors(self, levels: int) -> tuple[Factor, ...]:

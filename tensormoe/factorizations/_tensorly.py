@@ -32,7 +32,7 @@ def to_tensorly(factorization: Factorization, factors: Mapping[str, Array]) -> A
         LayoutError: TensorLy has no such decomposition.
         ShapeError: factors that are missing, or whose names, shapes or dtypes are not a layer's.
         BackendError: arrays of an unknown library, or of several.
-        TypeError: no value of a factorization.
+        TypeError: not a value of a factorization.
 
     >>> import numpy as np
     >>> from tensormoe import CP
@@ -76,7 +76,7 @@ def from_tensorly(
         LayoutError: TensorLy has no such decomposition.
         ShapeError: a decomposition of another kind, rank or number of factors.
         BackendError: arrays of an unknown library, or of several.
-        TypeError: no value of a factorization.
+        TypeError: not a value of a factorization.
     """
     _check_value(factorization)
     flag(bias, "bias", ShapeError)

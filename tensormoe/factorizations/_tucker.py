@@ -1,4 +1,4 @@
-"""Tucker: 𝒲 as a small core with one factor a mode."""
+"""Tucker: 𝒲 as a small core with one factor per mode."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Tucker(Factorization):
     min(Πmin(N_e, p_e), min(q, I)·min(s, O)).
 
     Args:
-        rank: the core's sizes, one a mode: expert modes, input, output; (8, 64, 64) for one level.
+        rank: the core's sizes, one per mode: experts, input, output; (8, 64, 64) for one level.
             One integer for all alike.
 
     Raises:
@@ -60,7 +60,7 @@ class Tucker(Factorization):
 
     def bonds(self, levels: int) -> tuple[int, ...]:
         return spread_rank(
-            self.rank, levels + 2, f"one a mode of {levels} expert level(s), in, out"
+            self.rank, levels + 2, f"one per mode of {levels} expert level(s), in, out"
         )
 
     def factors(self, levels: int) -> tuple[Factor, ...]:

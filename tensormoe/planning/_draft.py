@@ -27,7 +27,7 @@ class Routing:
     """What the data operands of a layer look like to the planner.
 
     Args:
-        top_k: experts kept a level when coefficients come as values and indices (…, k): either
+        top_k: experts kept per level when coefficients come as values and indices (…, k): either
             their factors are gathered, or the values are spread over all experts, whichever is
             cheaper; None for dense coefficients (…, N).
         indexed_input: whether inputs are integer ids, one-hot rows that were never built.
@@ -140,7 +140,7 @@ class Draft:
             return slot
         indices, leg = self.spread[slot]
         # rows of an identity matrix: an index out of range gives what it gives in any gather, and
-        # the way back is a product as well
+        # the backward pass is a product as well
         like = next(slot for slot in self.factors.values() if leg in builder.legs[slot])
         eye = builder.add("eye", (like,), (_row(leg), leg))
         picked = (*builder.legs[indices], leg)

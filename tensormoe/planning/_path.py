@@ -13,7 +13,7 @@ __all__ = ["WRITE_WEIGHT", "Node", "search_tree", "tree_cost"]
 
 WRITE_WEIGHT = 32
 """Multiply-adds that writing one entry is worth when paths are compared: the ratio of arithmetic
-to memory speed on current CPUs and GPUs is a few tens of operations an entry."""
+to memory speed on current CPUs and GPUs is a few tens of operations per entry."""
 
 _Path = tuple[tuple[int, ...], ...]
 # pairs of positions in a shrinking list of operands, as opt_einsum gives them

@@ -23,8 +23,7 @@ __all__ = [
     "Candidate",
     "Regimes",
     "Trees",
-    "best_candidate",
-    "build_program",
+    "batch_program",
     "plan_regimes",
 ]
 
@@ -39,7 +38,7 @@ class Regimes:
 
     Args:
         starts: smallest batch of each regime, ascending; the first is 0.
-        programs: one a regime.
+        programs: one per regime.
     """
 
     starts: tuple[int, ...]
@@ -73,7 +72,7 @@ class Trees:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to run a layer: a draft, contraction trees, one pair a term, and their cost line."""
+    """A way to run a layer: a draft, contraction trees, one pair per term, and their cost line."""
 
     draft: Draft
     trees: tuple[Trees, ...]
@@ -132,6 +131,11 @@ def _crossings(
 def best_candidate(drafts: Sequence[Draft], batch: int) -> Candidate:
     """The cheapest candidate at one batch size; of equals, one of the first draft."""
     return min((_candidate(draft, batch) for draft in drafts), key=lambda each: each.cost(batch))
+
+
+def batch_program(network: Network, batch: int, routing: Routing = DENSE) -> Program:
+    """The cheapest program for one batch size, sought for it alone; for dense coefficients."""
+    return build_program(_candidate(Draft(network, routing), batch))
 
 
 def _candidate(draft: Draft, batch: int) -> Candidate:

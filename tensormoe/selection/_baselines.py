@@ -27,7 +27,7 @@ def linear_cost(
     training: bool = False,
     itemsize: int = 4,
 ) -> Cost:
-    """The cost of a linear layer: I·O multiply-adds an input.
+    """The cost of a linear layer: I·O multiply-adds per input.
 
     Args:
         in_features: I.
@@ -35,7 +35,7 @@ def linear_cost(
         batch: number of inputs.
         bias: whether O entries are added to the result.
         training: forward and backward with all gradients, instead of forward alone.
-        itemsize: bytes an entry: 4 for float32.
+        itemsize: bytes per entry: 4 for float32.
 
     Raises:
         SpecError: a size is not a positive integer.
@@ -78,7 +78,7 @@ def mlp_cost(
 ) -> Cost:
     """The cost of two linear layers with an elementwise activation between: H·(I + O) an input.
 
-    The activation counts one FLOP an entry and writes a new array; training keeps its input and
+    The activation counts one FLOP per entry and writes a new array; training keeps its input and
     its result.
 
     Args:
@@ -88,7 +88,7 @@ def mlp_cost(
         batch: number of inputs.
         bias: whether both layers have one.
         training: forward and backward with all gradients, instead of forward alone.
-        itemsize: bytes an entry: 4 for float32.
+        itemsize: bytes per entry: 4 for float32.
 
     Raises:
         SpecError: a size is not a positive integer.
@@ -138,7 +138,7 @@ def dense_moe_cost(
     training: bool = False,
     itemsize: int = 4,
 ) -> Cost:
-    """The cost of a mixture in which every input runs all experts: N·I·O an input, and the gate's.
+    """The cost of a mixture in which every input runs all experts: N·I·O per input, and the gate's.
 
     It is the layer with 𝒲 stored as it is, planned like any other: every expert runs and the
     results are mixed (N·O more), or the weights are mixed first (I·O more).
@@ -146,12 +146,12 @@ def dense_moe_cost(
     Args:
         in_features: I.
         out_features: O.
-        experts: N, or one size a level.
+        experts: N, or one size per level.
         batch: number of inputs.
         bias: whether every expert has a bias.
         gate: what makes the coefficients.
         training: forward and backward with all gradients, instead of forward alone.
-        itemsize: bytes an entry: 4 for float32.
+        itemsize: bytes per entry: 4 for float32.
 
     Raises:
         SpecError: a size is not a positive integer.
@@ -175,7 +175,7 @@ def sparse_moe_cost(
     training: bool = False,
     itemsize: int = 4,
 ) -> Cost:
-    """The cost of a mixture in which every input runs ``top_k`` experts: K·I·O an input.
+    """The cost of a mixture in which every input runs ``top_k`` experts: K·I·O per input.
 
     A softmax router over all N experts picks K; inputs are sent to their experts, which run as one
     grouped product, and the results are mixed. All N experts are stored, and at most
@@ -184,12 +184,12 @@ def sparse_moe_cost(
     Args:
         in_features: I.
         out_features: O.
-        experts: N, or one size a level, of which the product counts.
-        top_k: K, experts an input.
+        experts: N, or one size per level, of which the product counts.
+        top_k: K, experts per input.
         batch: number of inputs.
         bias: whether every expert has a bias.
         training: forward and backward with all gradients, instead of forward alone.
-        itemsize: bytes an entry: 4 for float32.
+        itemsize: bytes per entry: 4 for float32.
 
     Raises:
         SpecError: a size is not a positive integer, or ``top_k`` is larger than N.

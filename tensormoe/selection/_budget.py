@@ -86,7 +86,7 @@ class Budget:
 
     def __repr__(self) -> str:
         shown = [f"{name}={value!r}" for name, value in self.limits.items()]
-        if set(self.limits) != {"parameters"}:
+        if not self.counts_parameters_alone:
             shown.append(f"batch={self.batch}")
         if self.roofline is not None:
             shown.append(f"roofline={self.roofline!r}")
@@ -106,6 +106,11 @@ class Budget:
             "time": self.time,
         }
         return {name: value for name, value in named.items() if value is not None}
+
+    @property
+    def counts_parameters_alone(self) -> bool:
+        """Whether no limit depends on how a layer runs."""
+        return set(self.limits) == {"parameters"}
 
     def spent(self, cost: Cost) -> Mapping[str, float]:
         """What ``cost`` takes of every limit that is given.

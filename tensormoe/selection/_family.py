@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from tensormoe.factorizations import (
 )
 from tensormoe.selection._polynomial import Polynomial, least
 
-__all__ = ["Choice", "Family", "largest"]
+__all__ = ["INNER", "OUTER", "Choice", "Family"]
 
 Choice = tuple[int, int]
 """The sizes of the outer and the inner symbol; 1 for a symbol that the family does not have."""
@@ -38,7 +39,7 @@ class Family:
         factorization: a name or a class.
         in_features: I.
         out_features: O.
-        experts: N, or one size a level.
+        experts: N, or one size per level.
         bias: whether every expert has a bias.
         bonds: for every bond a size that is fixed, a symbol, or None, which is a symbol like any
             other; by default the factorization's own pattern.
@@ -97,7 +98,7 @@ class Family:
         return Family(self._given, given.in_features, given.out_features, experts, given.bias, None)
 
     def rank(self, sizes: Choice) -> tuple[int, ...]:
-        """One size a bond."""
+        """One size per bond."""
         return tuple(
             bond if isinstance(bond, int) else sizes[self._places[bond]] for bond in self.bonds
         )
@@ -155,16 +156,6 @@ class Family:
         return legs
 
 
-def largest(fits: Any, low: int, high: int) -> int:
-    """The largest size between ``low``, which fits or is 0, and ``high`` such that it fits."""
-    if fits(high):
-        return high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
 def _checked_bonds(
     bonds: Sequence[int | str | None], pattern: tuple[str, ...], name: str
 ) -> tuple[int | str | None, ...]:
@@ -190,10 +181,10 @@ def _symbolic(network: Network, legs: Mapping[Leg, Polynomial]) -> Any:
 def _reaching(term: Polynomial, symbol: int, bound: float, low: int) -> int:
     """The smallest size of a symbol, at least ``low``, at which a term reaches ``bound``."""
 
-    def short(size: int) -> bool:
-        return term(*(size if place == symbol else 1 for place in (OUTER, INNER))) < bound
+    def reaches(size: int) -> bool:
+        return term(*(size if place == symbol else 1 for place in (OUTER, INNER))) >= bound
 
     high = low
-    while short(high):
+    while not reaches(high):
         high *= 2
-    return largest(short, low - 1, high) + 1
+    return low + bisect_left(range(low, high), True, key=reaches)

@@ -10,8 +10,8 @@ from tensormoe.errors import Alternative, BudgetError
 from tensormoe.gates import Gate
 from tensormoe.planning._cost import Cost
 from tensormoe.selection._budget import Budget
-from tensormoe.selection._estimate import Around, Estimator
 from tensormoe.selection._family import Family
+from tensormoe.selection._spending import spending_of_layer
 
 __all__ = ["infeasible", "levels_of", "refusal"]
 
@@ -32,7 +32,7 @@ def infeasible(
     """
 
     def smallest(layers: Family, counted: Gate | None) -> Cost:
-        return Estimator(layers, budget, Around(counted), indexed_input).cost((1, 1))
+        return spending_of_layer(budget, counted, indexed_input).of(layers.spec((1, 1)))
 
     given = family.sizes
     return refusal(

@@ -6,10 +6,10 @@ a cost gives it as a function of the rank, so that there is no second set of for
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["Polynomial", "evaluate", "least", "undominated"]
+__all__ = ["Polynomial", "least"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +33,13 @@ class Polynomial:
         return cls({(1 - index, index): 1})
 
     def __add__(self, other: Polynomial | float) -> Polynomial:
-        return self._plus(other, 1)
-
-    __radd__ = __add__
-
-    def __sub__(self, other: Polynomial | float) -> Polynomial:
-        return self._plus(other, -1)
-
-    def _plus(self, other: Polynomial | float, sign: int) -> Polynomial:
         added = other.terms if isinstance(other, Polynomial) else {(0, 0): other}
         terms = dict(self.terms)
         for powers, value in added.items():
-            terms[powers] = terms.get(powers, 0) + sign * value
+            terms[powers] = terms.get(powers, 0) + value
         return Polynomial(terms)
+
+    __radd__ = __add__
 
     def __mul__(self, other: Polynomial | float) -> Polynomial:
         if not isinstance(other, Polynomial):
@@ -65,35 +59,9 @@ class Polynomial:
             total += value * outer**p * inner**q
         return total
 
-    def at(self, outer: int) -> tuple[float, ...]:
-        """Coefficients in the inner size alone, the highest power first."""
-        degree = max((q for _, q in self.terms), default=0)
-        found: list[float] = [0] * (degree + 1)
-        for (p, q), value in self.terms.items():
-            found[degree - q] += value * outer**p
-        return tuple(found)
-
     def below(self, other: Polynomial) -> bool:
         """Whether no coefficient is larger than the other's, so that no value is."""
         return all(value <= other.terms.get(powers, 0) for powers, value in self.terms.items())
-
-
-def evaluate(coefficients: Sequence[float], inner: int) -> float:
-    """A polynomial's value from what :meth:`Polynomial.at` gave."""
-    total: float = 0
-    for value in coefficients:
-        total = total * inner + value
-    return total
-
-
-def undominated(polynomials: Iterable[Polynomial]) -> tuple[Polynomial, ...]:
-    """The polynomials that the maximum over all of them needs."""
-    kept: list[Polynomial] = []
-    for each in polynomials:
-        if not any(each.below(other) for other in kept):
-            kept = [other for other in kept if not other.below(each)]
-            kept.append(each)
-    return tuple(kept)
 
 
 def least(polynomials: Iterable[Polynomial]) -> tuple[Polynomial, ...]:

@@ -1,188 +1,66 @@
-"""Search of a family for the undominated ranks within a budget."""
+"""Search of a family for the undominated ranks within a budget.
+
+Figures grow with both sizes of a rank, and so does the number of parameters: the ranks that fit are
+those below a staircase, and the ranks that are worth anything those above another one. FLOPs,
+memory and time fall now and then, where a larger rank runs by another path, but by little.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from itertools import product
 
-from tensormoe.selection._estimate import Estimator
-from tensormoe.selection._family import INNER, OUTER, Choice, Family, largest
+from tensormoe.selection._family import INNER, OUTER, Choice, Family
+from tensormoe.selection._spending import Spending
 
 __all__ = ["Figures", "best", "front"]
 
 Figures = tuple[int, int]
 """The figure that is maximized, and the tie-breaker."""
 
-# families of up to so many ranks are searched in full; of larger ones, few ranks are checked
+Measure = Callable[[int, int], Figures]
+Test = Callable[[Choice], bool]
+
+# families of up to so many ranks are planned rank by rank, the best first, until one fits
 _FEW = 256
-# outer sizes that are checked on both sides of the best one, where there are many
-_NEAR = 3
+
+# in larger ones, a rank that takes so much of a limit rules out those that are larger
+_BEYOND = 1.005
 
 
-def best(estimator: Estimator, measure: Callable[[int, int], Figures]) -> Choice | None:
+def best(family: Family, spending: Spending, measure: Measure) -> Choice | None:
     """The rank that is best within the budget; None if none fits.
 
     Args:
-        estimator: of the family and the budget.
+        family: the layers.
+        spending: the budget, and what counts against it.
         measure: what to maximize, from expert rank and expert span.
     """
-    family = estimator.family
+    ranks = _Ranks(family, spending)
+    found: Choice | None = None
+    goal: Figures = (0, 1)
+    last = ranks.last
+    # outer sizes far apart give a goal that leaves few of the others to be planned
+    for outers in ([2**k for k in range(last.bit_length())], range(1, last + 1)):
+        # the rank with the goal is found again, or an equal one with a smaller outer size
+        found, goal = None, (goal[0], goal[1] - 1)
+        for sizes in ranks.search(outers, measure, lambda pair: measure(*pair) > goal):  # noqa: B023
+            found, goal = sizes, measure(*family.figures(sizes))
+    return found
 
-    def figures(sizes: Choice) -> Figures:
-        return measure(*family.figures(sizes))
 
-    def rivals(found: list[Choice]) -> Iterable[Choice]:
-        return _rivals(family, figures, found[0] if found else None)
-
-    found = _settled(estimator, lambda: _best(estimator, figures), rivals)
-    return found[0] if found else None
-
-
-def front(estimator: Estimator) -> list[Choice]:
+def front(family: Family, spending: Spending) -> list[Choice]:
     """The ranks within the budget that no other beats in both figures, by rising expert rank."""
-    family = estimator.family
-
-    def rivals(found: list[Choice]) -> Iterable[Choice]:
-        if not _small(family):
-            return [(outer, inner + 1) for outer, inner in found]
-        reached = [family.figures(sizes) for sizes in found]
-        grid = product(range(1, _last(family) + 1), range(1, family.saturation(INNER) + 1))
-        return [sizes for sizes in grid if not _dominated(family.figures(sizes), reached)]
-
-    return _settled(estimator, lambda: _front(estimator), rivals)
-
-
-def _settled(
-    estimator: Estimator,
-    search: Callable[[], list[Choice]],
-    rivals: Callable[[list[Choice]], Iterable[Choice]],
-) -> list[Choice]:
-    """Repeat ``search`` until every rank that matters has all its paths explored."""
-    while True:
-        found = search()
-        # ranks that would be better if they fitted: the estimate was right if their best
-        # paths are among those that it chose from
-        news = [estimator.explore(sizes) for sizes in [*found, *rivals(found)]]
-        if any(news):
-            continue
-        # one that turns out not to fit is left out of the next search
-        fits = [estimator.verify(sizes) for sizes in found]
-        if not all(fits):
-            continue
-        # small bonds make paths nearly equal, and ties can fall otherwise than estimated
-        others = list(rivals(found)) if _small(estimator.family) else []
-        fits = [estimator.verify(sizes) for sizes in (others if found else [(1, 1), *others])]
-        if not any(fits):
-            return found
-
-
-def _last(family: Family) -> int:
-    """The largest useful outer size."""
-    return family.saturation(OUTER) if family.symbols == 2 else 1
-
-
-def _small(family: Family) -> bool:
-    """Whether there are so few ranks that all that matter can be planned."""
-    return _last(family) * family.saturation(INNER) <= _FEW
-
-
-def _dominated(figures: Figures, others: Iterable[Figures]) -> bool:
-    """Whether another rank has as much of both figures."""
-    return any(figures[0] <= rank and figures[1] <= span for rank, span in others)
-
-
-class _Reach:
-    """The largest inner size at an outer one, by the current estimate."""
-
-    def __init__(self, estimator: Estimator) -> None:
-        family = estimator.family
-        self._estimator = estimator
-        self._high = estimator.ceiling() if family.symbols else 1
-        self._seen: dict[int, tuple[int, int]] = {}
-        self.last = _last(family)
-
-    def __call__(self, outer: int) -> tuple[int, int]:
-        """The inner size that is taken, and one that no larger outer size gets beyond."""
-        if outer not in self._seen:
-            ranks = self._estimator.slice(outer)
-            widest = ranks.widest(self._high)
-            self._seen[outer] = (ranks.largest(widest), max(widest))
-        return self._seen[outer]
-
-    def walk(self, wanted: Callable[[int, Choice], bool]) -> Iterable[Choice]:
-        """The largest inner size for every outer one at which some rank is wanted.
-
-        ``wanted`` says of an outer size and a rank whether any rank up to that one, from the outer
-        size on, may be of use.
-        """
-        outer, bound = 1, self._high
-        while outer <= self.last and bound > 0:
-            start = outer
-            # figures grow with both sizes: nothing is wanted before
-            outer = 1 + largest(lambda size: not wanted(start, (size, bound)), start - 1, self.last)  # noqa: B023
-            if outer > self.last:
-                return
-            least = 1 + largest(lambda size: not wanted(start, (outer, size)), 0, bound)  # noqa: B023
-            # an inner size that does not fit here fits with no larger outer size
-            if self._estimator.fits_any(outer, least):
-                inner, bound = self(outer)
-                if inner > 0:
-                    yield outer, inner
-                outer += 1
-            else:
-                bound = least - 1
-
-    def spread(self) -> Iterable[Choice]:
-        """The same for few outer sizes far apart."""
-        outer = 1
-        while outer <= self.last and self(outer)[1] > 0:
-            if self(outer)[0] > 0:
-                yield outer, self(outer)[0]
-            outer *= 2
-
-
-def _best(estimator: Estimator, figures: Callable[[Choice], Figures]) -> list[Choice]:
-    """The best rank by the estimate; the first of equals."""
-    best: list[Choice] = []
-    goal: Figures = (0, 0)
-
-    def propose(sizes: Choice) -> None:
-        nonlocal best, goal
-        reached = figures(sizes)
-        # of equals the one with the smaller outer size, in whatever order they were found
-        if reached > goal or (reached == goal and bool(best) and sizes[0] < best[0][0]):
-            best, goal = [sizes], reached
-
-    def wanted(outer: int, corner: Choice) -> bool:
-        bound = figures(corner)
-        return bound > goal or (bound == goal and bool(best) and outer < best[0][0])
-
-    reach = _Reach(estimator)
-    for sizes in reach.spread():
-        propose(sizes)
-    for sizes in reach.walk(wanted):
-        propose(sizes)
-    for sizes, fits in estimator.known.items():
-        # planned ranks that fit count even where the estimate is too high
-        if fits:
-            propose(sizes)
-    return best
-
-
-def _front(estimator: Estimator) -> list[Choice]:
-    """The undominated ranks by the estimate, in order of expert rank."""
-    figures = estimator.family.figures
+    ranks = _Ranks(family, spending)
     found: dict[Figures, Choice] = {}
 
-    def wanted(_: int, corner: Choice) -> bool:
-        return not _dominated(figures(corner), found)
+    def undominated(pair: Figures) -> bool:
+        return not any(pair[0] <= rank and pair[1] <= span for rank, span in found)
 
-    for sizes in _Reach(estimator).walk(wanted):
-        found.setdefault(figures(sizes), sizes)
-    for sizes, fits in estimator.known.items():
-        # planned ranks that fit count even where the estimate is too high
-        if fits:
-            found.setdefault(figures(sizes), sizes)
+    for sizes in ranks.search(range(1, ranks.last + 1), lambda *pair: pair, undominated):
+        found[family.figures(sizes)] = sizes
     front: list[Choice] = []
     span = 0
     for pair in sorted(found, reverse=True):
@@ -192,23 +70,136 @@ def _front(estimator: Estimator) -> list[Choice]:
     return front[::-1]
 
 
-def _rivals(
-    family: Family, figures: Callable[[Choice], Figures], best: Choice | None
-) -> Iterable[Choice]:
-    """Ranks that would be better: of few all, of many some near the best one and far from it.
+class _Ranks:
+    """The ranks of a family that keep to a budget.
 
-    Larger ones may have another path, which costs less of what is limited.
+    Args:
+        family: the layers.
+        spending: the budget, and what counts against it.
     """
-    outer, _ = best or (1, 0)
-    goal = figures(best) if best else (0, 0)
-    last, end, small = _last(family), family.saturation(INNER), _small(family)
-    near = set(range(outer - _NEAR, outer + _NEAR + 1))
-    others = {*range(1, last + 1)} if small else near.union(2**k for k in range(last.bit_length()))
-    for other in sorted(each for each in others if 1 <= each <= last):
-        low = largest(lambda size: figures((other, size)) <= goal, 0, end)  # noqa: B023
-        steps: Iterable[int] = [1]
-        if small:
-            steps = range(1, end - low + 1)
-        elif other in near:
-            steps = [2**k for k in range((end - low).bit_length())]
-        yield from ((other, low + step) for step in steps if low < end)
+
+    def __init__(self, family: Family, spending: Spending) -> None:
+        self._family, self._spending = family, spending
+        self.last = family.saturation(OUTER) if family.symbols == 2 else 1
+        self._planned = not spending.budget.counts_parameters_alone
+        self._few = self._planned and self.last * family.saturation(INNER) <= _FEW
+        self._share = self._shares()
+        beyond = _BEYOND if self._planned else 1.0
+        self._near = _monotone(lambda sizes: self._share(sizes) <= beyond)
+        self._end = self._ceiling()
+
+    def search(
+        self, outers: Sequence[int], measure: Measure, wanted: Callable[[Figures], bool]
+    ) -> Iterable[Choice]:
+        """Ranks that keep to the budget and are wanted when they are found.
+
+        Args:
+            outers: the outer sizes of a large family that are looked at.
+            measure: a small family is searched from the highest to the lowest.
+            wanted: a test of expert rank and expert span that larger figures pass if smaller ones
+                do; what has been found may make it stricter.
+        """
+        family = self._family
+
+        def wants(sizes: Choice) -> bool:
+            return wanted(family.figures(sizes))
+
+        if self._few:
+            found = self._from_the_best(measure, wants)
+        else:
+            found = _staircase(outers, self._end, wants, self._near, self._fits)
+        for sizes in found:
+            # of paths that are equal to the planner, a layer may run by another one
+            if self._spending.allows(family.spec(sizes)):
+                yield sizes
+
+    def _shares(self) -> Callable[[Choice], float]:
+        """The largest share of a limit that a rank takes."""
+        family, spending = self._family, self._spending
+        if self._planned:
+            return cache(lambda sizes: spending.share(family.spec(sizes)))
+        besides = spending.of(family.spec((1, 1))).parameters - family.parameters(1, 1)
+        limit = spending.budget.limits["parameters"]
+        return lambda sizes: (family.parameters(*sizes) + besides) / limit
+
+    def _fits(self, sizes: Choice) -> bool:
+        return self._share(sizes) <= 1
+
+    def _ceiling(self) -> int:
+        """An inner size that is out of reach, or larger than useful."""
+        if self._family.symbols == 0:
+            return 1
+        if set(self._spending.budget.limits) == {"memory"}:
+            # weights contracted beforehand may leave no trace of a bond in memory
+            return self._family.saturation(INNER)
+        size = 1
+        while self._fits((1, size)):
+            size *= 2
+        return size
+
+    def _from_the_best(self, measure: Measure, wants: Test) -> Iterable[Choice]:
+        family = self._family
+
+        def key(sizes: Choice) -> tuple[int, ...]:
+            return *measure(*family.figures(sizes)), -sizes[0], sizes[1]
+
+        grid = product(range(1, self.last + 1), range(1, family.saturation(INNER) + 1))
+        for outer, inner in sorted(grid, key=key, reverse=True):
+            if wants((outer, inner)) and self._fits((outer, inner)):
+                yield outer, self._largest(outer, inner)
+
+    def _largest(self, outer: int, inner: int) -> int:
+        """The largest inner size, at least ``inner``, which fits."""
+        return _first(lambda size: not self._fits((outer, size)), inner + 1, self._end) - 1
+
+
+def _staircase(
+    outers: Sequence[int], end: int, wants: Test, near: Test, fits: Test
+) -> Iterable[Choice]:
+    """The largest inner size that fits, for every outer size at which it is wanted.
+
+    Args:
+        outers: outer sizes in ascending order.
+        end: the largest inner size that is looked at.
+        wants: a test that larger ranks pass if smaller ones do.
+        near: a test that smaller ranks pass if larger ones do, and all that fit.
+        fits: whether a rank keeps to the budget.
+    """
+    place, bound = 0, end
+    while bound > 0:
+        place = _first(lambda k: wants((outers[k], bound)), place, len(outers) - 1)  # noqa: B023
+        if place == len(outers):
+            return
+        outer = outers[place]
+        least = _first(lambda size: wants((outer, size)), 1, bound)  # noqa: B023
+        if near((outer, least)):
+            bound = _first(lambda size: not near((outer, size)), least + 1, bound) - 1  # noqa: B023
+            inner = next((k for k in range(bound, least - 1, -1) if fits((outer, k))), None)
+            if inner is not None:
+                yield outer, inner
+            place += 1
+        else:
+            bound = least - 1
+
+
+def _first(passes: Callable[[int], bool], low: int, high: int) -> int:
+    """The smallest size that passes, as all larger ones do; ``high + 1`` if there is none."""
+    return low + bisect_left(range(low, high + 1), True, key=passes)
+
+
+def _monotone(fits: Test) -> Test:
+    """``fits`` for ranks of which smaller ones pass and larger ones fail, asked where needed."""
+    passed: list[Choice] = []
+    failed: list[Choice] = []
+
+    def told(sizes: Choice) -> bool:
+        outer, inner = sizes
+        if any(outer <= known[0] and inner <= known[1] for known in passed):
+            return True
+        if any(outer >= known[0] and inner >= known[1] for known in failed):
+            return False
+        answer = fits(sizes)
+        (passed if answer else failed).append(sizes)
+        return answer
+
+    return told

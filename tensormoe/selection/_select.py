@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,15 +14,13 @@ from tensormoe.factorizations import Factorization
 from tensormoe.gates import Gate
 from tensormoe.planning._gate_cost import gate_parameters
 from tensormoe.selection._budget import Budget
-from tensormoe.selection._estimate import Around, Estimator
 from tensormoe.selection._family import Choice, Family
 from tensormoe.selection._infeasible import infeasible
-from tensormoe.selection._search import Figures, best, front
+from tensormoe.selection._search import Figures, Measure, best, front
+from tensormoe.selection._spending import Spending, spending_of_layer
 from tensormoe.selection._useful import beyond_use, with_bonds, without_waste
 
 __all__ = ["OBJECTIVES", "RankChoice", "best_spec", "measure_of", "rank_front", "select_rank"]
-
-Measure = Callable[[int, int], Figures]
 
 _MEASURES: dict[str, Measure] = {
     "capacity": lambda rank, span: (rank * span, rank),
@@ -76,15 +74,14 @@ def select_rank(
     """The rank with the most capacity that a budget allows: the one that layers choose.
 
     The budget covers the layer with its gate; ``Budget(…, gate=False)`` leaves the gate out. It is
-    never exceeded, and no other rank of the same family within it has a higher
-    objective: without exception for parameters, and for FLOPs, memory and time as far as the
-    paths go that the planner takes at the ranks around the best one and at some far from it. (In
-    families of up to 256 ranks every rank that could be better is planned in full. Memory of so few
-    inputs that weights are contracted beforehand is the hardest: the result is near the best.) The
-    family is one size for every symbol of the factorization's pattern: the bonds of a tensor
-    ring next to an expert mode are equally large and the one between input and output
-    is free. Equal objectives are told apart by the other figure, then by smaller bonds around the
-    expert modes, then by the larger bond between input and output.
+    never exceeded, and no other rank of the same family within it has a higher objective. For
+    parameters and in families of up to 256 ranks there are no exceptions. In larger families, a
+    rank that exceeds a limit on FLOPs, memory or time by 0.5 % rules out all larger ones: where one
+    of them runs by another path that costs so much less, it can be missed. The family is one size
+    for every symbol of the factorization's pattern: the bonds of a tensor ring next to an expert
+    mode are equally large and the one between input and output is free. Equal objectives are told
+    apart by the other figure, then by smaller bonds around the expert modes, then by the larger
+    bond between input and output.
 
     Bonds stop where no tensor of the layer's shape could use more, whatever is left of the budget;
     where one of several equal ones stops, the others share what it leaves. Where a budget limits
@@ -104,7 +101,7 @@ def select_rank(
             collapse: the tensor ring of the highest expert rank has r₁ = r₂ = 1 and experts that
             are multiples of one another. "expert_rank" and "expert_span" are there for those who
             fix the other one by ``bonds``.
-        bonds: one entry a bond: a size that is fixed, or None for bonds that vary together. Names
+        bonds: one entry per bond: a size that is fixed, or None for bonds that vary together. Names
             instead of None make several such groups, two at most.
         gate: the gate that the layer will have, by default that of layers; None or False for a
             layer that is given its coefficients.
@@ -136,8 +133,7 @@ experts=(16, 32) instead of 512 takes 3249; or leave the gate out, Budget(…, g
     family = Family(factorization, in_features, out_features, experts, bias, bonds)
     built = None if gate is None or gate is False else Gate.parse(gate)
     limits, counted = _parsed(family, budget, built)
-    around = Around(counted)
-    found = best_spec(family, limits, around, measure, indexed_input)
+    found = best_spec(family, spending_of_layer(limits, counted, indexed_input), measure)
     if found is None:
         raise infeasible(family, limits, counted, indexed_input)
     rank: int | tuple[int, ...] | None = found.factorization.rank
@@ -182,11 +178,11 @@ def rank_front(
     family = Family(factorization, in_features, out_features, experts, bias, bonds)
     built = None if gate is None or gate is False else Gate.parse(gate)
     limits, counted = _parsed(family, budget, built)
-    estimator = Estimator(family, limits, Around(counted))
-    found = front(estimator)
+    spending = spending_of_layer(limits, counted)
+    found = front(family, spending)
     if not found:
         raise infeasible(family, limits, counted)
-    return tuple(_choice(estimator, sizes, built) for sizes in found)
+    return tuple(_choice(family, spending, sizes, built) for sizes in found)
 
 
 def measure_of(objective: str) -> Measure:
@@ -198,26 +194,18 @@ def measure_of(objective: str) -> Measure:
     return _MEASURES[choice(objective, OBJECTIVES, "objective", BudgetError)]
 
 
-def best_spec(
-    family: Family,
-    budget: Budget,
-    around: Around,
-    measure: Measure,
-    indexed_input: bool = False,
-) -> LayerSpec | None:
+def best_spec(family: Family, spending: Spending, measure: Measure) -> LayerSpec | None:
     """The best layer within a budget without bonds larger than useful; None if none fits.
 
     Args:
         family: the layers to choose from.
-        budget: upper limits.
-        around: what else counts against them.
+        spending: the budget, and what counts against it.
         measure: what to maximize, from expert rank and expert span.
-        indexed_input: whether inputs are integer ids.
     """
     found: LayerSpec | None = None
     rest: Family | None = family
     while rest is not None:
-        sizes = best(Estimator(rest, budget, around, indexed_input), measure)
+        sizes = best(rest, spending, measure)
         spec = None if sizes is None else rest.spec(sizes)
         if spec is None or (found and _reached(measure, spec) < _reached(measure, found)):
             # at smaller bonds a path can cost more of what is limited
@@ -241,12 +229,11 @@ def _parsed(
     return limits, gate if limits.gate else None
 
 
-def _choice(estimator: Estimator, sizes: Choice, gate: Gate | None) -> RankChoice:
-    family = estimator.family
+def _choice(family: Family, spending: Spending, sizes: Choice, gate: Gate | None) -> RankChoice:
     spec = family.spec(sizes)
     while over := beyond_use(family, spec):
         smaller = with_bonds(spec, over)
-        if not estimator.budget.allows(estimator.cost_of(smaller)):
+        if not spending.allows(smaller):
             break
         spec = smaller
     paid = 0 if gate is None else gate_parameters(gate, spec.in_features, spec.experts)

@@ -10,17 +10,15 @@ from tensormoe._validation import flag, positive_int
 from tensormoe.errors import BudgetError, SpecError
 from tensormoe.factorizations import Factorization
 from tensormoe.gates import Gate
-from tensormoe.planning._block_cost import block_cost, block_held
+from tensormoe.planning._block_cost import block_cost
 from tensormoe.planning._cost import Cost
-from tensormoe.planning._draft import DENSE
 from tensormoe.planning._plan import Plan
-from tensormoe.planning._program import Program
 from tensormoe.selection._baselines import linear_cost
 from tensormoe.selection._budget import Budget
-from tensormoe.selection._estimate import Around
 from tensormoe.selection._family import Family
 from tensormoe.selection._infeasible import levels_of, refusal
 from tensormoe.selection._select import best_spec, measure_of
+from tensormoe.selection._spending import Spending, idle, plan_within
 
 __all__ = ["select_block"]
 
@@ -88,14 +86,19 @@ def select_block(
     limits = Budget.parse_block(budget, *sizes, bias, gated)
     built = None if gate is None or gate is False else Gate.parse(gate)
     block = _Block(first, second, limits, built if limits.gate else None, gated)
-    smallest = (first.spec((1, 1)), second.spec((1, 1)))
-    if limits.exceeded(block.cost(*smallest)):
+    smallest = first.spec((1, 1)), second.spec((1, 1))
+    one, two = (plan_within(limits, spec) for spec in smallest)
+    if limits.exceeded(block.cost(one, two)):
         raise _refused(block)
-    one = best_spec(first, block.share(*smallest), block.around_first(smallest[1]), measure)
+    share = Spending(block.share(one, two), lambda plan: block.cost(plan, two))
     # a share that rounding makes too small for any rank leaves the smallest one
-    one = one or smallest[0]
-    two = best_spec(second, limits, block.around_second(one), measure) or smallest[1]
-    return best_spec(first, limits, block.around_first(two), measure) or one, two
+    chosen = best_spec(first, share, measure) or smallest[0]
+    one = plan_within(limits, chosen)
+    rest = Spending(limits, lambda plan: block.cost(one, plan))
+    other = best_spec(second, rest, measure) or smallest[1]
+    two = plan_within(limits, other)
+    rest = Spending(limits, lambda plan: block.cost(plan, two))
+    return best_spec(first, rest, measure) or chosen, other
 
 
 @dataclass(frozen=True)
@@ -116,21 +119,15 @@ class _Block:
     gate: Gate | None
     gated: bool
 
-    def cost(self, one: LayerSpec, two: LayerSpec) -> Cost:
-        """The cost of a forward call of the whole block."""
-        return self._cost(self._plan(one), self._plan(two))
+    def cost(self, one: Plan | None, two: Plan | None) -> Cost:
+        """The cost of a forward call of the whole block, but for a layer that is None."""
+        budget, layers = self.budget, ((self.first.sizes, one), (self.second.sizes, two))
+        first, second = (plan or idle(sizes, budget.batch) for sizes, plan in layers)
+        cost = block_cost(first, second, self.gate, gated=self.gated, itemsize=budget.itemsize)
+        left_out = sum(sizes.num_parameters for sizes, plan in layers if plan is None)
+        return replace(cost, parameters=cost.parameters - left_out)
 
-    def around_first(self, two: LayerSpec) -> Around:
-        """All but the first layer."""
-        rest = self._cost(None, self._plan(two))
-        return Around(cost=rest, held=self._held[0], block=lambda one: self.cost(one, two))
-
-    def around_second(self, one: LayerSpec) -> Around:
-        """All but the second layer."""
-        rest = self._cost(self._plan(one), None)
-        return Around(cost=rest, held=self._held[1], block=lambda two: self.cost(one, two))
-
-    def share(self, one: LayerSpec, two: LayerSpec) -> Budget:
+    def share(self, one: Plan, two: Plan) -> Budget:
         """The budget of all but what the second layer takes beyond its smallest rank.
 
         Args:
@@ -140,7 +137,7 @@ class _Block:
         budget = self.budget
         least, besides, rest = (
             budget.spent(cost)
-            for cost in (self.cost(one, two), self.around_first(two).cost, self._cost(None, None))
+            for cost in (self.cost(one, two), self.cost(None, two), self.cost(None, None))
         )
         linear = [
             budget.spent(
@@ -161,38 +158,13 @@ class _Block:
             limits[name] = limit if name == "memory" else max(min(share, limit), least[name])
         return budget.with_limits(limits)
 
-    @property
-    def _held(self) -> tuple[int, int]:
-        sizes, budget = self.second.sizes, self.budget
-        return block_held(
-            self.gate, sizes.experts, sizes.in_features, budget.batch, budget.itemsize
-        )
-
-    def _cost(self, one: Plan | None, two: Plan | None) -> Cost:
-        """The cost of a block; None for a layer that is not counted."""
-        budget, layers = self.budget, ((self.first.sizes, one), (self.second.sizes, two))
-        first, second = (plan or _idle(sizes, budget.batch) for sizes, plan in layers)
-        cost = block_cost(first, second, self.gate, gated=self.gated, itemsize=budget.itemsize)
-        left_out = sum(sizes.num_parameters for sizes, plan in layers if plan is None)
-        return replace(cost, parameters=cost.parameters - left_out)
-
-    def _plan(self, spec: LayerSpec) -> Plan:
-        if set(self.budget.limits) == {"parameters"}:
-            # parameters are known without a plan, which takes milliseconds
-            return _idle(spec, self.budget.batch)
-        return spec.plan(self.budget.batch)
-
-
-def _idle(spec: LayerSpec, batch: int) -> Plan:
-    """A plan of which nothing runs."""
-    return Plan(spec.network, "", DENSE, batch, Program((), (), (), ()), 1, None, batch)
-
 
 def _refused(block: _Block) -> BudgetError:
     first, second, budget = block.first, block.second, block.budget
 
     def smallest(one: Family, two: Family, gate: Gate | None) -> Cost:
-        return _Block(one, two, budget, gate, block.gated).cost(one.spec((1, 1)), two.spec((1, 1)))
+        plans = (plan_within(budget, family.spec((1, 1))) for family in (one, two))
+        return _Block(one, two, budget, gate, block.gated).cost(*plans)
 
     def split(experts: tuple[int, ...]) -> Cost:
         return smallest(first.with_experts(experts), second.with_experts(experts), block.gate)

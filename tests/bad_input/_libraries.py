@@ -33,7 +33,6 @@ class Library:
         foreign: an array of another library, and its type's name.
         dtype: how messages begin the name of a dtype.
         random: what layers start from.
-        gateless: what a layer without a gate says when it is asked for coefficients.
         values_are_seen: whether values are on the host, where indices are checked.
     """
 
@@ -43,7 +42,6 @@ class Library:
     foreign: tuple[Any, str] = (np.ones((3, 8), "float32"), r"numpy\.ndarray")
     dtype: str = ""
     random: Callable[[], dict[str, Any]] = dict
-    gateless: str = "this (layer|block) has no gate, and makes no coefficients. Build it with one"
     values_are_seen: bool = True
 
     def __str__(self) -> str:
@@ -78,10 +76,9 @@ class Library:
 
 
 _HOST = (torch.ones(3, 8), r"torch\.Tensor")
-_GATELESS = "this layer has no gate; got no coefficients. Call it with coefficients"
 LIBRARIES = [
-    Library("numpy", tensormoe_numpy, np.asarray, _HOST, gateless=_GATELESS),
-    Library("cupy", tensormoe_cupy, device, gateless=_GATELESS, values_are_seen=False),
+    Library("numpy", tensormoe_numpy, np.asarray, _HOST),
+    Library("cupy", tensormoe_cupy, device, values_are_seen=False),
     Library("torch", tensormoe_torch, torch.tensor, dtype=r"torch\."),
     Library("jax", tensormoe_jax.nnx, jnp.asarray, random=lambda: {"rngs": 0}),
     Library("jax", tensormoe_jax.equinox, jnp.asarray, random=lambda: {"key": jax.random.key(0)}),
@@ -96,7 +93,6 @@ def assert_refused_by(
         "name": library.name,
         "dtype": library.dtype,
         "foreign": library.foreign[1],
-        "gateless": library.gateless,
     }
     for key, value in words.items():
         message = message.replace(f"{{{key}}}", value)

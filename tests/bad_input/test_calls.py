@@ -156,12 +156,12 @@ CASES: dict[str, Case] = {
     "coefficients of no gate": (
         lambda a: a.layer(gate=None).coefficients(a.x()),
         ShapeError,
-        "{gateless}",
+        "this (layer|block) has no gate; got no coefficients. Call it with coefficients",
     ),
     "coefficients of no block's gate": (
         lambda a: a.block(gate=None)(a.x()),
         ShapeError,
-        "{gateless}",
+        "this (layer|block) has no gate; got no coefficients. Call it with coefficients",
     ),
     # ids
     "ids that are no integers": (
@@ -208,7 +208,7 @@ CASES: dict[str, Case] = {
     "a negative batch": (
         lambda a: a.layer().cost(-1),
         PlanError,
-        "batch must be a positive integer; got -1",
+        "batch must be a non-negative integer; got -1",
     ),
 }
 OF_VALUES: dict[str, Case] = {

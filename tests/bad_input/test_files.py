@@ -48,17 +48,17 @@ CASES: dict[str, Case] = {
     "an empty file": (
         lambda folder: loading(folder, lambda content: b""),
         CheckpointError,
-        "damaged or no safetensors file: restore it",
+        "damaged or not a safetensors file: restore it",
     ),
     "a truncated file": (
         lambda folder: loading(folder, lambda content: content[:-5]),
         CheckpointError,
-        "damaged or no safetensors file: restore it",
+        "damaged or not a safetensors file: restore it",
     ),
     "a truncated header": (
         lambda folder: loading(folder, lambda content: content[:40]),
         CheckpointError,
-        "damaged or no safetensors file: restore it",
+        "damaged or not a safetensors file: restore it",
     ),
     "a header of a terabyte": (
         lambda folder: loading(folder, with_endless_header),
@@ -68,7 +68,7 @@ CASES: dict[str, Case] = {
     "a pickle": (
         lambda folder: loading(folder, lambda content: b"\x80\x04\x95\x10" + content),
         CheckpointError,
-        "damaged or no safetensors file|header",
+        "damaged or not a safetensors file|header",
     ),
     "another block": (
         as_block,
@@ -90,12 +90,12 @@ CASES: dict[str, Case] = {
             folder, lambda content: with_config(content, factorization="os.system")
         ),
         CheckpointError,
-        "describes no MuMoE: factorization must be one of .*; got 'os.system'",
+        "does not describe a MuMoE: factorization must be one of .*; got 'os.system'",
     ),
     "a config with a negative size": (
         lambda folder: loading(folder, lambda content: with_config(content, out_features=-4)),
         CheckpointError,
-        "describes no MuMoE: out_features must be a positive integer; got -4",
+        "does not describe a MuMoE: out_features must be a positive integer; got -4",
     ),
 }
 

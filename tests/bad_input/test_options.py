@@ -52,7 +52,7 @@ CASES: dict[str, Case] = {
     "three layers in a block": (
         lambda a, _: a.block(factorization=(CP(1), CP(2), CP(3)), rank=None),
         SpecError,
-        "factorization must be one, or one a layer; got 3",
+        "factorization must be one, or one per layer; got 3",
     ),
     "rank and budget": (
         lambda a, _: a.layer(budget=100),

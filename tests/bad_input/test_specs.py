@@ -107,7 +107,7 @@ CASES: dict[str, Case] = {
     "bonds of another depth": (
         lambda: LayerSpec(8, 4, (3, 2), TensorRing((2, 3, 4))),
         RankError,
-        r"rank must have 4 bonds, one a mode of 2 expert level.*got 3: \(2, 3, 4\). Give one",
+        r"rank must have 4 bonds, one per mode of 2 expert level.*got 3: \(2, 3, 4\). Give one",
     ),
     "bonds of another train": (
         lambda: LayerSpec(8, 4, 3, TensorTrain((2, 3, 4))),

@@ -212,7 +212,7 @@ def test_indices(tmp_path: Path, rng: np.random.Generator) -> None:
     save(
         folder / "model-00002-of-00002.safetensors", second | {KEY.format(0): first[KEY.format(0)]}
     )
-    refused(folder, tmp_path / "out", "a key must stand in one file")
+    refused(folder, tmp_path / "out", "a key must be in one file")
 
 
 def test_folders_that_hold_no_model_or_several(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -199,12 +199,12 @@ def test_a_full_disk(limit: int, dense: str, model: Path, tmp_path: Path) -> Non
 def test_a_disk_that_is_too_small_is_said_first(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tensormoe.compression import _run
+    from tensormoe.compression import _limits, _run
 
     usage = type("Usage", (), {"free": 100})()
-    monkeypatch.setattr(_run.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(_limits.shutil, "disk_usage", lambda _: usage)
     monkeypatch.setattr(_run, "read_stack", None)
-    with pytest.raises(CheckpointError, match=r"must have room for .* bytes; it has 100"):
+    with pytest.raises(CheckpointError, match=r"must have space for .* bytes; it has 100"):
         compress_checkpoint(model, tmp_path / "out", WANTED)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 

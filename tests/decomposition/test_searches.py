@@ -141,17 +141,17 @@ class Claims:
     terms: tuple[Any, ...] = ()
     source: Any = None
     squared_norm: float = 1.0
-    room: int = 0
-    hidden: float = 1e-9
+    workspace: int = 0
+    resolution: float = 1e-9
     follower: Any = None
 
     def error(self, factors: Any) -> float:
         return float(factors["a"])
 
-    def felt(self, error: float) -> float:
+    def total(self, error: float) -> float:
         return error
 
-    def surprises(self, error: float, claimed: float) -> bool:
+    def exceeds(self, error: float, claimed: float) -> bool:
         return error > 1.05 * claimed + 3e-9
 
     def sweep(self, *given: Any) -> tuple[dict[str, float], float]:

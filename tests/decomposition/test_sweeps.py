@@ -9,7 +9,7 @@ import pytest
 
 from tensormoe import BaseDelta, LayerSpec, Tucker
 from tensormoe.backend import backend_of
-from tensormoe.decomposition._als import absorbs, solve_factor, sweep
+from tensormoe.decomposition._als import solve_factor, sweep, uses_tree
 from tensormoe.decomposition._contractions import Structure, structures
 from tensormoe.decomposition._search import Problem
 from tensormoe.decomposition._solve import inverse
@@ -77,7 +77,7 @@ def test_a_sweep_is_the_same_with_and_without_room(kind: Any, rng: np.random.Gen
     norm = source.squared_norm()
     alone = sweep(terms, source, norm, dict(factors), 0)
     roomy = sweep(terms, source, norm, dict(factors), 10**6)
-    assert not any(absorbs(term, 0) for term in terms)
+    assert not any(uses_tree(term, 0) for term in terms)
     assert alone[1] == pytest.approx(roomy[1], rel=1e-9)
     for name, array in alone[0].items():
         np.testing.assert_allclose(roomy[0][name], array, rtol=1e-6, atol=1e-9)
@@ -86,8 +86,8 @@ def test_a_sweep_is_the_same_with_and_without_room(kind: Any, rng: np.random.Gen
 def test_room_is_for_twice_what_is_made(rng: np.random.Generator) -> None:
     _, (term,), _, _ = setting(Tucker((3, 4, 5)), rng)
     # the tensor with its last factor, the output's: 6 × 12 × 5
-    assert not absorbs(term, 2 * 6 * 12 * 5 - 1)
-    assert absorbs(term, 2 * 6 * 12 * 5)
+    assert not uses_tree(term, 2 * 6 * 12 * 5 - 1)
+    assert uses_tree(term, 2 * 6 * 12 * 5)
 
 
 def dense(term: Structure, name: str, factors: Any) -> np.ndarray:

@@ -92,7 +92,7 @@ def _values() -> Iterator[Door]:
 
 
 def _rank(name: str) -> Any:
-    return None if name in ("hadamard", "dense") else 2
+    return 2 if factorizations.rank_pattern(name) else None
 
 
 def _only(field: str) -> Callable[[], dict[str, Any]]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tensormoe import CP, LayerSpec
 from tensormoe.errors import BudgetError, RankError, SpecError, TensormoeError
-from tensormoe.factorizations import FACTORIZATIONS, Dense, Hadamard
+from tensormoe.factorizations import FACTORIZATIONS, rank_pattern, resolve_factorization
 from tensormoe.gates import Gate
 from tensormoe.planning import PUBLISHED_ROOFLINES
 from tensormoe.selection import Budget, mlp_budgets, rank_front, select_rank
@@ -61,9 +61,9 @@ class Case:
 
     def family(self) -> list[LayerSpec]:
         """All layers whose bonds matter, equal bonds where the pattern has equal symbols."""
-        if self.name in ("hadamard", "dense"):
+        pattern = rank_pattern(self.name, len(self.experts))
+        if not pattern:
             return [self.spec(None)]
-        pattern = FACTORIZATIONS[self.name](1).rank_pattern(len(self.experts))  # type: ignore[call-arg]
         symbols = list(dict.fromkeys(pattern))
         every = {
             sizes: self.spec(
@@ -267,8 +267,7 @@ def test_impossible_budget_names_the_smallest(name: str, kind: str) -> None:
         select_rank(name, 48, 40, (6, 5), budget=Budget(**{kind: tiny}))
     least = str(caught.value).split("at least ")[1].split()[0]
     limit = float(least) if kind == "time" else int(least)
-    value = Hadamard() if name == "hadamard" else Dense() if name == "dense" else None
-    value = value or FACTORIZATIONS[name](1)  # type: ignore[call-arg]
+    value = resolve_factorization(name, 1 if rank_pattern(name) else None)
     case = Case(name, 48, 40, (6, 5), True, Gate(), 1024, kind)
     assert limit == case.spent(LayerSpec(48, 40, (6, 5), value))
     # and that one is enough

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from tensormoe import Gate, LayerSpec
-from tensormoe.factorizations import FACTORIZATIONS, resolve_factorization
+from tensormoe.factorizations import FACTORIZATIONS, rank_pattern, resolve_factorization
 from tensormoe.functional import LayerConfig
 from tensormoe.testing import assert_output
 from tests._everywhere import FRAMEWORKS
@@ -66,7 +66,7 @@ def check_slopes(framework: Framework, config: Config, arrays: dict, call: Call)
 
 def check_factorization(framework: Framework, name: str) -> None:
     """Factorized equals unfactorized, by TensorLy's reconstruction; with gradients."""
-    rank = None if name in ("hadamard", "dense") else 2
+    rank = 2 if rank_pattern(name) else None
     spec = LayerSpec(4, 3, (3, 2), resolve_factorization(name, rank), bias=True)
     config = LayerConfig(spec, None)
     arrays, call = prepared(config, "dense", (3,))

@@ -21,8 +21,8 @@ class Stack:
     """One projection of all experts; views of the model's own weights.
 
     Args:
-        weights: (experts, in, out), or a matrix (in, out) an expert.
-        biases: (experts, out), or a row an expert; None without any.
+        weights: (experts, in, out), or a matrix (in, out) per expert.
+        biases: (experts, out), or a row per expert; None without any.
     """
 
     weights: Tensor | tuple[Tensor, ...]
@@ -49,7 +49,7 @@ class Stack:
         return found[0], found[1] if len(found) > 1 else None
 
     def routed(self, x: Tensor, index: Tensor) -> Tensor:
-        """One expert's output a row: x (rows, in) and index (rows,) → (rows, out)."""
+        """One expert's output per row: x (rows, in) and index (rows,) → (rows, out)."""
         found = x.new_empty(x.shape[0], self.sizes[1])
         for place in index.unique().tolist():
             chosen = index == place
@@ -87,7 +87,7 @@ class DenseExperts:
         return (*self.stacks["up_proj"].sizes, self.stacks["down_proj"].sizes[1])
 
     def hidden(self, x: Tensor, index: Tensor) -> Tensor:
-        """What reaches the down projection: (rows, in) and (rows,) → (rows, hidden)."""
+        """Inputs of the down projection: (rows, in) and (rows,) → (rows, hidden)."""
 
         def project(role: str, rows: Tensor) -> Tensor:
             return self.stacks[role].routed(rows, index)
@@ -95,7 +95,7 @@ class DenseExperts:
         return gated(project, self.act, "gate_proj" in self.stacks, x)
 
     def routed(self, x: Tensor, index: Tensor) -> Tensor:
-        """One expert's output a row: (rows, in) and (rows,) → (rows, out)."""
+        """One expert's output per row: (rows, in) and (rows,) → (rows, out)."""
         return self.stacks["down_proj"].routed(self.hidden(x, index), index)
 
 

@@ -18,13 +18,13 @@ PROJECTIONS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 """Roles of an expert's layers: gate and up projection are one layer or two."""
 
 Activation = Callable[[Tensor], Tensor]
-"""What lies between the projections: a module without parameters, or a function."""
+"""The activation between the projections: a module without parameters, or a function."""
 
 
 def gated(
     project: Callable[[str, Tensor], Tensor], act: Activation, has_gate: bool, x: Tensor
 ) -> Tensor:
-    """What reaches the down projection, act(gate(x)) · up(x), or act(up(x)) without a gate.
+    """Inputs of the down projection, act(gate(x)) · up(x), or act(up(x)) without a gate.
 
     Args:
         project: runs a projection by its role.
@@ -127,20 +127,20 @@ class FactorizedExperts(nn.Module):
         Raises:
             ShapeError: indices or weights that do not fit the input.
         """
-        lead = tuple(hidden_states.shape[:-1])
-        if top_k_index.shape[:-1] != lead or top_k_weights.shape != top_k_index.shape:
+        batch_shape = tuple(hidden_states.shape[:-1])
+        if top_k_index.shape[:-1] != batch_shape or top_k_weights.shape != top_k_index.shape:
             raise ShapeError(
-                f"top_k_index and top_k_weights must both have shape {(*lead, 'k')}, one row a "
-                f"token; got {tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}. Give "
-                "what the router gives."
+                f"top_k_index and top_k_weights must both have shape {(*batch_shape, 'k')}, one "
+                f"row per token; got {tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}. "
+                "Give what the router gives."
             )
         count = top_k_index.shape[-1]
-        rows = hidden_states.unsqueeze(-2).expand(*lead, count, hidden_states.shape[-1])
+        rows = hidden_states.unsqueeze(-2).expand(*batch_shape, count, hidden_states.shape[-1])
         found = self.routed(rows, top_k_index) * top_k_weights.unsqueeze(-1)
         return found.sum(dim=-2).to(hidden_states.dtype)
 
     def routed(self, x: Tensor, index: Tensor) -> Tensor:
-        """The output of one expert a row.
+        """The output of one expert per row.
 
         Args:
             x: (..., in).
@@ -183,7 +183,7 @@ class FactorizedExperts(nn.Module):
         return (self[place] for place in range(self.num_experts))
 
     def extra_repr(self) -> str:
-        """What ``print`` shows besides the layers."""
+        """The part of ``repr`` besides the layers."""
         named = "" if isinstance(self.act_fn, nn.Module) else f", act_fn={_name(self.act_fn)}"
         return f"num_experts={self.num_experts}{named}"
 

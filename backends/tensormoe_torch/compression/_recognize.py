@@ -1,4 +1,4 @@
-"""What lies between an expert's projections, recognized by what the experts compute.
+"""The activation between an expert's projections, recognized by what the experts compute.
 
 Names of parameters say little about what happens between them. So a few experts run on made-up
 inputs, and their activation is the one with which their weights give the same outputs.
@@ -29,7 +29,7 @@ _NAMES = ("act_fn", "act", "activation", "activation_fn")
 
 
 def own_activation(module: nn.Module) -> Activation | None:
-    """What a module calls its activation."""
+    """The activation of a module, by the names that models use."""
     found = (getattr(module, name, None) for name in _NAMES)
     return next((each for each in found if callable(each)), None)
 
@@ -117,7 +117,7 @@ def _made_up(experts: DenseExperts) -> tuple[Tensor, Tensor, Tensor]:
 def _outputs(
     experts: DenseExperts, shown: nn.Module, given: tuple[Tensor, Tensor, Tensor]
 ) -> object:
-    """What the model's own code makes of made-up tokens.
+    """Outputs of the model's own code for made-up tokens.
 
     Raises:
         SpecError: it fails.
@@ -139,7 +139,7 @@ def _outputs(
 def _error(
     experts: DenseExperts, x: Tensor, index: Tensor, weights: Tensor, wanted: object
 ) -> float:
-    """How far outputs are off, relative to them."""
+    """Relative error of outputs."""
     with torch.no_grad():
         found = (one_by_one(experts.routed, x, index) * weights.unsqueeze(-1)).sum(1)
     if not isinstance(wanted, Tensor) or wanted.shape != found.shape:

@@ -1,4 +1,4 @@
-"""What compression kept of a model's experts, and what it lost."""
+"""Report of the compression of a model's experts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CompressedProjection:
 
     @property
     def rank(self) -> Any:
-        """The bond sizes: an integer, or one a bond; None where there are none."""
+        """The bond sizes: an integer, or one per bond; None where there are none."""
         return self.factorization.rank
 
 
@@ -67,7 +67,7 @@ class CompressedModule:
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What :func:`compress` did to a model; ``print`` shows it as a table.
+    """Report of :func:`compress`; ``print`` shows it as a table.
 
     Args:
         modules: one a replaced module, in the model's order.
@@ -90,7 +90,7 @@ class CompressionReport:
 
     @property
     def seconds(self) -> float:
-        """That the decompositions took."""
+        """Seconds that the decompositions took."""
         return sum(p.report.seconds for each in self.modules for p in each.projections)
 
     def to_dict(self) -> dict[str, Any]:

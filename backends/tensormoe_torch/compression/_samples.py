@@ -1,4 +1,4 @@
-"""What the experts of a model get: from runs of the model on calibration batches."""
+"""Inputs of the experts of a model, from runs of the model on calibration batches."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Samples:
     weights: Tensor
 
     def of(self, role: str, experts: DenseExperts) -> Tensor:
-        """The inputs of a projection, one row a token and expert: (tokens · k, in)."""
+        """The inputs of a projection, one row per token and expert: (tokens · k, in)."""
         rows = self.x.repeat_interleave(self.index.shape[1], dim=0)
         return experts.hidden(rows, self.index.reshape(-1)) if role == "down_proj" else rows
 
@@ -52,7 +52,7 @@ class Samples:
 def collect(
     model: nn.Module, experts: Sequence[DenseExperts], batches: Batch | Iterable[Batch]
 ) -> list[Samples]:
-    """What every module of experts gets when the model runs, in evaluation mode.
+    """Collect the inputs of every module of experts while the model runs, in evaluation mode.
 
     Experts that are called one by one have weights of 1: theirs are applied outside.
 
@@ -114,7 +114,7 @@ def _alone(found: list[Samples], place: int) -> Callable[..., None]:
 
 @torch.no_grad()
 def output_error(experts: DenseExperts, factorized: FactorizedExperts, samples: Samples) -> float:
-    """How far outputs for samples are off, relative to those of the dense experts."""
+    """Error of outputs for samples, relative to those of the dense experts."""
     missing = whole = 0.0
     arrays = (samples.x, samples.index, samples.weights)
     for x, index, weights in zip(*(each.split(_BLOCK) for each in arrays), strict=True):

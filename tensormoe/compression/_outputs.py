@@ -1,0 +1,150 @@
+"""The files of a compression: their names, and all of them but the factors."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from tensormoe.checkpoint import peek_checkpoint
+from tensormoe.checkpoint._files import write_whole
+from tensormoe.compression._folder import CONFIG, README, config_bytes, readme, whole_model
+from tensormoe.compression._plan import CompressionPlan
+from tensormoe.compression._progress import Teller
+from tensormoe.compression._resume import Work
+from tensormoe.compression._shards import INDEX_SUFFIX, Shard
+from tensormoe.compression._write import (
+    Rebuilt,
+    copy_index,
+    kept_name,
+    side_files,
+    write_dense,
+    write_index,
+    write_rest,
+)
+from tensormoe.errors import CheckpointError
+
+__all__ = ["EXPERTS", "factor_files", "write_model"]
+
+EXPERTS = "experts"
+"""The folder of the factors."""
+
+
+def factor_files(plan: CompressionPlan) -> dict[str, str]:
+    """A file name for the factors of each group, whatever its key."""
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for place, each in enumerate(plan.groups):
+        name = each.group.name.removesuffix(".weight").replace(".*", "")
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:120].strip(".") or "experts"
+        if name.lower() in taken:
+            name = f"{name}-{place}"
+        taken.add(name.lower())
+        found[each.group.name] = f"{name}.safetensors"
+    return found
+
+
+def write_model(plan: CompressionPlan, work: Work, files: Mapping[str, str], tell: Teller) -> None:
+    """Every shard that is not there yet, and what belongs to the model besides."""
+    model, dense = plan.model, plan.settings.dense
+    count = _Count(tell, model.nbytes if dense else plan.kept_bytes)
+    rebuilt = _rebuilt(plan, work, files) if dense else None
+    for shard in model.shards:
+        path = work.path(shard.name if dense else kept_name(shard.name))
+        _write_shard(shard, path, plan.expert_keys, rebuilt, count)
+    tell("files", "", count.total, count.total)
+    if not dense:
+        _describe(plan, work, files)
+    elif model.index is not None:
+        copy_index(model, work.path(model.index))
+    for name in side_files(model):
+        assert model.folder is not None
+        if dense or name not in (CONFIG, README):
+            _copy(os.path.join(model.folder, name), work.path(name))
+
+
+@dataclass(eq=False)
+class _Count:
+    """Bytes of tensors that are written, told to the callback.
+
+    Args:
+        tell: the callback.
+        total: how many there will be.
+        done: how many there are.
+        name: of the file.
+    """
+
+    tell: Teller
+    total: int
+    done: int = 0
+    name: str = ""
+
+    def __call__(self, count: int) -> None:
+        """Add bytes."""
+        self.done += count
+        self.tell("files", self.name, self.done, self.total)
+
+
+def _rebuilt(plan: CompressionPlan, work: Work, files: Mapping[str, str]) -> Rebuilt:
+    """Matrices of all experts; factors are held as far as the tensor that they came from was."""
+    groups = {
+        key: (work.path(EXPERTS, files[each.group.name]), each.group)
+        for each in plan.groups
+        for key in each.group.keys
+    }
+    return Rebuilt(groups, 4 * max(each.group.entries for each in plan.groups))
+
+
+def _write_shard(
+    shard: Shard, path: str, experts: Collection[str], rebuilt: Rebuilt | None, count: _Count
+) -> None:
+    """Write a shard with rebuilt experts, or without experts, unless it is there or empty."""
+    dropped = experts if rebuilt is None else ()
+    sizes = [each.end - each.begin for key, each in shard.entries.items() if key not in dropped]
+    done = count.done + sum(sizes)
+    # a shard has its name when it is whole
+    if sizes and not os.path.isfile(path):
+        count.name = shard.name
+        count(0)
+        if rebuilt is None:
+            write_rest(shard, experts, path, count)
+        else:
+            write_dense(shard, rebuilt, path, count)
+    count.done = done
+
+
+def _describe(plan: CompressionPlan, work: Work, files: Mapping[str, str]) -> None:
+    """Write the files that describe a factorized model: index, config, README."""
+    model = plan.model
+    headers = {
+        f"{EXPERTS}/{files[each.group.name]}": peek_checkpoint(
+            work.path(EXPERTS, files[each.group.name])
+        )
+        for each in plan.groups
+    }
+    configs = [
+        (each.group, header.config)
+        for each, header in zip(plan.groups, headers.values(), strict=True)
+    ]
+    whole = whole_model(model, configs, plan.expert_keys)
+    added = {} if whole.config is None else headers
+    index = model.index or f"model{INDEX_SUFFIX}"
+    write_index(model, plan.expert_keys, added, work.path(index))
+    if whole.config is not None:
+        write_whole(work.path(CONFIG), (config_bytes(whole.config),))
+    before = plan.dense_entries
+    after = sum(work.done[each.group.name]["parameters"] for each in plan.groups)
+    summary = (
+        f"Its experts are stored as factors ({plan.settings.factorization}): {after:,} parameters "
+        f"in place of {before:,}."
+    )
+    write_whole(work.path(README), (readme(model, whole, summary).encode(),))
+
+
+def _copy(source: str, target: str) -> None:
+    try:
+        with open(source, "rb") as file:
+            write_whole(target, iter(lambda: file.read(2**23), b""))
+    except OSError as error:
+        raise CheckpointError(f"{source!r} can't be read: {error.strerror or error}.") from error
