@@ -154,6 +154,6 @@ def activation_vjp(backend: Backend, weights: Array, cotangent: Array, alpha: fl
     total = backend.row_sums(slope)
     # a row of zeros, where no error could be raised, has derivative zero
     total = xp.where(total > 0.0, total, xp.ones_like(total))
-    gradient = slope * cotangent
-    gradient -= slope * (backend.row_sums(gradient) / total)
+    gradient = cotangent - xp.vecdot(slope, cotangent)[:, None] / total
+    gradient *= slope
     return gradient
