@@ -1,0 +1,80 @@
+"""Look at every page of the documentation in a browser: ``python -m tests.docs``.
+
+    python -m tests.docs [--site FOLDER] [--pictures FOLDER] [PAGE …]
+
+Every page is opened from a server and from disk, on a wide and a narrow screen, in light and in dark
+colours. The command fails on broken links, errors in the console, pages wider than the screen, cut
+signatures, text of poor contrast, and a search that does not find what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from tests.docs._links import broken_links
+
+ROOT = Path(__file__).resolve().parents[2]
+QUERY, WORDS = "entmax backward", ("entmax", "backward")
+
+
+def main() -> int:
+    """Build the site, or take the one that is given, and report what is wrong with it."""
+    parser = argparse.ArgumentParser(prog="python -m tests.docs")
+    parser.add_argument("--site", type=Path, help="a site that is built already")
+    parser.add_argument("--pictures", type=Path, default=ROOT / "out" / "docs-check")
+    parser.add_argument("pages", nargs="*", help="pages such as api/torch.html; all by default")
+    options = parser.parse_args()
+    if find_spec("playwright") is None:
+        sys.exit("playwright is missing: pip install -e '.[docs-check]'")
+    from tests.docs._browser import find_chromium
+
+    executable = find_chromium()
+    if executable is None:
+        sys.exit(
+            "Chromium is missing. Install it (Debian: apt install chromium; Ubuntu: snap install "
+            "chromium), or name a Chrome of yours: CHROMIUM=/path/to/chrome make docs-check"
+        )
+    site = (options.site or build()).resolve()
+    pages = options.pages or [str(path.relative_to(site)) for path in sorted(site.rglob("*.html"))]
+    problems = 0
+    for problem in (*broken_links(site), *look(executable, site, pages, options.pictures)):
+        problems += 1
+        print(problem)
+    print(f"{len(pages)} pages, {problems} problems; pictures are in {options.pictures}")
+    return int(problems > 0)
+
+
+def build() -> Path:
+    """The site, built strictly."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return ROOT / "site"
+
+
+def look(executable: str, site: Path, pages: list[str], pictures: Path) -> Iterator[str]:
+    """What is wrong with the pages, one line per page, look and problem."""
+    from tests.docs._browser import LOOKS, look_at, looking, opened, search, served, shoot
+
+    with opened(executable) as browser, served(site) as address:
+        for origin, home in (("http", address), ("disk", site.as_uri())):
+            for each in LOOKS:
+                with looking(browser, each) as (page, problems):
+                    for name in pages:
+                        if name == "404.html" and origin == "disk":
+                            continue  # only a server shows it, and its links start at the root
+                        found = look_at(page, problems, f"{home}/{name}", each)
+                        yield from (f"{name} ({origin}, {each}): {text}" for text in found)
+                        if origin == "http":
+                            shoot(page, pictures / str(each) / f"{name.replace('/', '-')}.png")
+                    problems.clear()
+                    found = search(page, f"{home}/index.html", QUERY, WORDS)
+                    yield from (f"search ({origin}, {each}): {text}" for text in found + problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
