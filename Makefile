@@ -45,10 +45,11 @@ test: lint typecheck unit test-core docs build-check examples ## all the checks 
 	@echo "== all checks passed"
 
 .PHONY: lint
-lint: $(VENV)/.ready-dev ## ruff: rules and format
+lint: $(VENV)/.ready-dev ## ruff: rules and format; which package may import which
 	@echo "== lint"
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --check --quiet || { echo "Run: make format"; exit 1; }
+	@$(BIN)/lint-imports --no-cache > /dev/null || $(BIN)/lint-imports --no-cache
 
 .PHONY: typecheck
 typecheck: $(VENV)/.ready-dev ## mypy --strict
@@ -80,7 +81,7 @@ test-oldest: $(OLDEST_VENV)/.ready ## tests on the oldest admitted versions (not
 	@# the constraints admit one release of PyTorch, which its own tests have run on already
 	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 XLA_FLAGS=--xla_llvm_disable_expensive_passes=true \
 	    $(OLDEST_VENV)/bin/python -m pytest $(PYTEST_FLAGS) \
-	    --confcutdir=tests --ignore-glob='*/test_torch_*' tests
+	    --confcutdir=tests --ignore=tests/torch --ignore=tests/huggingface tests
 
 .PHONY: test-gpu gpu
 test-gpu: gpu $(GPU_VENV)/.ready ## CuPy, PyTorch and JAX on an NVIDIA GPU (not part of test)

@@ -33,7 +33,7 @@ NOTES = (
     "mixture-of-experts top 2 with a random second choice, soft-moe-pytorch slots",
     "st-moe-pytorch and mixture-of-experts drop tokens that exceed an expert's capacity "
     "(at least 4 slots, which run whether filled or not); the others use every token",
-    "soft-moe-pytorch runs max(1, tokens / experts) slots an expert, mixes tokens among "
+    "soft-moe-pytorch runs max(1, tokens / experts) slots per expert, mixes tokens among "
     "each other, and normalizes its input",
     "linear experts: given to st-moe-pytorch and mixture-of-experts by their argument; "
     "soft-moe-pytorch has none, its experts were replaced after construction",
@@ -206,7 +206,7 @@ def _soft(experts: int, expert_mult: float = HIDDEN / FEATURES) -> OneSequence:
 
 
 def _fit_slots(module: nn.Module, batch: int) -> None:
-    """As many slots as the package's ``seq_len`` gives, and at least one an expert."""
+    """As many slots as the package's ``seq_len`` gives, and at least one per expert."""
     soft = module.layer
     assert isinstance(soft, nn.Module)
     experts = soft.experts.num_experts

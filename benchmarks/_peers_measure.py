@@ -110,8 +110,8 @@ def peak_memory(call: Call) -> tuple[int, float]:
     """Bytes of tensors alive at the worst moment of a call, and the seconds that it took.
 
     Counted are the allocations and frees that PyTorch's CPU allocator reports to its profiler:
-    results, temporaries, what is saved for the way back, gradients. Not counted are what was there
-    before (input and parameters), workspaces that libraries take from the system, and Python.
+    results, temporaries, what is saved for the backward pass, gradients. Not counted are what was
+    there before (input and parameters), workspaces that libraries take from the system, and Python.
     """
     # its log says on stderr that a profile began and ended
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")

@@ -24,7 +24,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Line:
-    """What was found for one layer and batch; a text in place of a figure says why there is none.
+    """Results for one layer and batch; a text in place of a figure says why there is none.
 
     Args:
         title: the comparison.
@@ -87,7 +87,7 @@ def print_block(title: str, experts: int, lines: Sequence[Line]) -> None:
 
 
 def notes(lines: Sequence[Line]) -> Iterator[str]:
-    """What differs between the layers, and everything in which a layer beats ours."""
+    """Differences between the layers, and everything in which a layer beats ours."""
     yield "\nwhat differs:"
     for note in NOTES:
         yield f"- {note}"

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing and the sort-based entmax they compare with."""
+"""Parts that the benchmarks share: interleaved timing, and a sort-based entmax to compare with."""
 
 from __future__ import annotations
 

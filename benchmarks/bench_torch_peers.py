@@ -148,7 +148,7 @@ class Race:
 
 
 def _forbidding(previous: Line, growth: float, stored: int, training: bool) -> str | None:
-    """Why a call is not made: what it took for fewer experts, taken to grow with their number."""
+    """Reason to leave a call out: its time for fewer experts, extrapolated to this many."""
     found = previous.step if training else previous.forward
     if isinstance(found, str):
         return found

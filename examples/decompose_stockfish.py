@@ -87,7 +87,7 @@ def check(network: Network, engine: Engine, fens: Sequence[str]) -> float:
 
 
 def look(network: Network, games: Sequence[Sequence[str]]) -> tuple[Samples, ...]:
-    """What each layer gets in games."""
+    """Inputs of each layer, from games."""
     seen = see(network, [fen for game in games for fen in game])
     trace = run(network, [dense(layer) for layer in network.layers], seen)
     return tuple(Samples(inputs, seen.experts) for inputs in trace.inputs)

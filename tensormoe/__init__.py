@@ -13,12 +13,12 @@ array library. Layers are in ``tensormoe_numpy`` and its siblings.
 
 from __future__ import annotations
 
-from tensormoe._exchange import convert as convert
-from tensormoe._registry import available_backends as available_backends
-from tensormoe._registry import backend_of as backend_of
-from tensormoe._registry import get_backend as get_backend
-from tensormoe._registry import known_backends as known_backends
 from tensormoe._spec import LayerSpec as LayerSpec
+from tensormoe.backend import available_backends as available_backends
+from tensormoe.backend import backend_of as backend_of
+from tensormoe.backend import convert as convert
+from tensormoe.backend import get_backend as get_backend
+from tensormoe.backend import known_backends as known_backends
 from tensormoe.factorizations import CP as CP
 from tensormoe.factorizations import BaseDelta as BaseDelta
 from tensormoe.factorizations import Dense as Dense
@@ -37,13 +37,13 @@ from tensormoe.gates import TopK as TopK
 from tensormoe.gates import entmax as entmax
 from tensormoe.gates import softmax as softmax
 from tensormoe.gates import sparsemax as sparsemax
-from tensormoe.planning import Budget as Budget
 from tensormoe.planning import Cost as Cost
 from tensormoe.planning import Plan as Plan
-from tensormoe.planning import RankChoice as RankChoice
 from tensormoe.planning import Roofline as Roofline
-from tensormoe.planning import rank_front as rank_front
-from tensormoe.planning import select_rank as select_rank
+from tensormoe.selection import Budget as Budget
+from tensormoe.selection import RankChoice as RankChoice
+from tensormoe.selection import rank_front as rank_front
+from tensormoe.selection import select_rank as select_rank
 
 __all__ = [
     "CP",

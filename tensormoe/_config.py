@@ -18,7 +18,8 @@ from tensormoe.factorizations import (
     resolve_factorization,
 )
 from tensormoe.gates import Gate
-from tensormoe.planning import Budget, Regimes, Routing, plan_regimes, select_block, select_rank
+from tensormoe.planning import Regimes, Routing, plan_regimes
+from tensormoe.selection import Budget, select_block, select_rank
 
 __all__ = ["ACTIVATIONS", "BlockConfig", "LayerConfig", "resolve_block", "resolve_config"]
 
@@ -48,7 +49,7 @@ class LayerConfig:
     @cached_property
     def regimes(self) -> Regimes:
         """The programs for every batch size; planned on first use."""
-        return plan_regimes(self.spec, Routing(None, self.indexed_input))
+        return plan_regimes(self.spec.network, Routing(None, self.indexed_input))
 
     def plan_ahead(self) -> None:
         """Plan now, so that a forward call only looks up programs.

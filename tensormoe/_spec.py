@@ -6,14 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tensormoe._validation import flag, non_negative_int, positive_int, positive_ints
 from tensormoe.errors import PlanError, RankError, SpecError
 from tensormoe.factorizations import (
     FACTORIZATIONS,
     INPUT,
-    OUTPUT,
     Factorization,
     FactorizationLike,
     Initializer,
@@ -22,10 +21,8 @@ from tensormoe.factorizations import (
     rank_pattern,
     resolve_factorization,
 )
-
-if TYPE_CHECKING:
-    from tensormoe.gates import Gate
-    from tensormoe.planning import Cost, Plan
+from tensormoe.gates import Gate
+from tensormoe.planning import Cost, Plan, Routing, plan_layer
 
 __all__ = ["MAX_LEVELS", "LayerSpec"]
 
@@ -122,18 +119,18 @@ class LayerSpec:
         """Stored entries of the factors and the bias; the gate is not part of the spec."""
         return self.network.num_parameters
 
-    @cached_property
+    @property
     def expert_rank(self) -> int:
         """The rank that a single expert's matrix (in, out) has for almost all factor values."""
-        return self.network.generic_rank({INPUT}, {OUTPUT})
+        return self.network.expert_rank
 
-    @cached_property
+    @property
     def expert_span(self) -> int:
         """The dimension of the space that all experts' matrices span, for almost all factors.
 
         It is the rank of the unfolding experts × (in·out): how different experts can be.
         """
-        return self.network.generic_rank(self.network.expert_legs, {INPUT, OUTPUT})
+        return self.network.expert_span
 
     def initializers(self, init: str = "variance") -> Mapping[str, Initializer]:
         """How each factor starts, the bias included.
@@ -181,9 +178,6 @@ class LayerSpec:
         Raises:
             PlanError: the options do not fit the layer, or no chunk keeps to the limit.
         """
-        # the planner stands on specs, so it is imported when the first plan is asked for
-        from tensormoe.planning import Routing, plan_layer
-
         # checked here, since the cache below takes 1.0 and True for 1
         batch = non_negative_int(batch, "batch", PlanError)
         flag(prepared, "prepared", PlanError)
@@ -191,7 +185,14 @@ class LayerSpec:
         if memory_limit is not None:
             memory_limit = positive_int(memory_limit, "memory_limit", PlanError)
         routing = Routing(top_k, indexed_input)
-        return plan_layer(self, batch, routing, prepared=prepared, memory_limit=memory_limit)
+        return plan_layer(
+            self.network,
+            batch,
+            routing,
+            prepared=prepared,
+            memory_limit=memory_limit,
+            title=repr(self.factorization),
+        )
 
     def cost(
         self,

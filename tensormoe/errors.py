@@ -1,4 +1,4 @@
-"""What goes wrong at the public door: the rule, the value, its position, and what to do.
+"""Errors of the public interface: the rule, the value, its position, and what to do.
 
 Every error that tensormoe raises on purpose is one of these classes or a plain ``TypeError``. They
 derive from the built-in that callers would catch anyway.
@@ -87,7 +87,7 @@ class ShapeError(TensormoeError, ValueError):
 
 
 class GateError(TensormoeError, ValueError):
-    """Gate options, logits or coefficients that make no routing."""
+    """Gate options, logits or coefficients that do not define a routing."""
 
 
 class LayoutError(TensormoeError, NotImplementedError):
@@ -99,7 +99,7 @@ class PlanError(TensormoeError, ValueError):
 
 
 class CheckpointError(TensormoeError, ValueError):
-    """A file that is no checkpoint, or one of another layer; lists every difference."""
+    """A file that is not a checkpoint, or is one of another layer; lists every difference."""
 
 
 class BackendError(TensormoeError, TypeError):

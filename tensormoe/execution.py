@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from tensormoe._devices import device_of
-from tensormoe.backend import Array, Backend
+from tensormoe.backend import Array, Backend, device_of
 from tensormoe.planning._program import Program, Step
 
 __all__ = ["execute", "plus"]

@@ -23,8 +23,8 @@ import tensormoe_jax.equinox
 import tensormoe_jax.nnx
 import tensormoe_numpy
 import tensormoe_torch
-from tensormoe import TopK, convert, functional
-from tensormoe.checkpoint import save_checkpoint
+from tensormoe import TopK, convert
+from tensormoe.checkpoint import read_block, save_checkpoint
 from tensormoe.functional import BlockConfig, LayerConfig
 from tests._cupy_standin import ADAPTER, device, host
 
@@ -268,7 +268,7 @@ def _run_jax(form: Form, layer: JaxLayer, call: Call) -> Found:
 
 def _load_pure(kind: str, path: Path) -> JaxLayer:
     block = BlockConfig if kind == "MuMoEMLP" else LayerConfig
-    return JaxLayer(*functional.read_block(path, kind, block, tensormoe_jax.BACKEND))
+    return JaxLayer(*read_block(path, kind, block, tensormoe_jax.BACKEND))
 
 
 def _save_pure(layer: JaxLayer, path: Path) -> None:

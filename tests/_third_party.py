@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tensormoe import _entry_points, _registry
-from tensormoe._registry import loaded_backend
+from tensormoe import _entry_points
+from tensormoe.backend import _registry, loaded_backend
 from tensormoe.factorizations import _named
 
 ROOT = Path(__file__).resolve().parents[1]

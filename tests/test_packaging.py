@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import tensormoe
-from tensormoe._registry import ENTRY_POINT_GROUP, get_backend, known_backends
-from tensormoe.backend import Backend
+from tensormoe.backend import Backend, get_backend, known_backends
+from tensormoe.backend._registry import ENTRY_POINT_GROUP
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tensormoe import functional
+from tensormoe.checkpoint import check_config
 from tensormoe.errors import BackendError, ShapeError
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe_jax._adapter import BACKEND
@@ -22,7 +23,7 @@ Config = LayerConfig | BlockConfig
 
 def check_parameters(config: Config, parameters: Parameters, *parts: str) -> None:
     """Refuse parameters that are not the layer's, in the parts that are about to be used."""
-    functional.check_config(config)
+    check_config(config)
     if not isinstance(parameters, Mapping):
         raise BackendError(
             "parameters must be arrays of JAX by canonical name, a dictionary; got a "
@@ -51,7 +52,7 @@ def checked_buffers(config: Config, buffers: Parameters | None) -> dict[str, Arr
         BackendError: not a mapping of JAX's arrays.
         ShapeError: some of the layer's are missing, or have other shapes.
     """
-    functional.check_config(config)
+    check_config(config)
     if buffers is None:
         return {}
     if not isinstance(buffers, Mapping):

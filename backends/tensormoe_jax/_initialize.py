@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tensormoe import functional
+from tensormoe.checkpoint import check_config
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe_jax._adapter import BACKEND
 from tensormoe_jax._dtypes import checked_dtype, checked_gate_dtype
@@ -52,7 +53,7 @@ def initialize(
     {'factors.expert_0': (3, 2), 'factors.input': (8, 2), 'factors.output': (4, 2), \
 'factors.bias': (2,), 'gate.projection_0': (8, 3)}
     """
-    functional.check_config(config)
+    check_config(config)
     if isinstance(config, BlockConfig):
         first, second = jax.random.split(checked_key(key))
         parts = {
@@ -91,7 +92,7 @@ def initial_buffers(config: Config, *, dtype: Any = None) -> dict[str, Array]:
         config: of a layer or a block.
         dtype: of the parameters; statistics are float32 at least.
     """
-    functional.check_config(config)
+    check_config(config)
     kind = checked_dtype(dtype)
     wide = kind if kind.itemsize >= 4 else jnp.dtype("float32")
     return {

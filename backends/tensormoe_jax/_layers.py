@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from tensormoe import LayerSpec, functional
+from tensormoe.checkpoint import check_arrays
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.planning import Cost, Plan
 from tensormoe_jax._adapter import BACKEND
@@ -36,9 +37,9 @@ def ready(config: C, arrays: Mapping[str, Array]) -> Any:
     """Given arrays as a source of first values, checked.
 
     Raises:
-        BackendError, CheckpointError, ShapeError: as ``functional.check_arrays``.
+        BackendError, CheckpointError, ShapeError: as ``check_arrays``.
     """
-    functional.check_arrays(config, arrays, BACKEND, FLOATS)
+    check_arrays(config, arrays, BACKEND, FLOATS)
     return Ready(config, arrays)
 
 

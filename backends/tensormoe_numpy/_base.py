@@ -11,7 +11,7 @@ import numpy as np
 
 from tensormoe import LayerSpec, functional
 from tensormoe.backend import Array
-from tensormoe.checkpoint import save_checkpoint
+from tensormoe.checkpoint import check_arrays, check_config, read_block, save_checkpoint
 from tensormoe.errors import ShapeError
 from tensormoe.functional import LayerConfig
 from tensormoe.gates import Gate, TopK
@@ -131,7 +131,7 @@ class Layer:
             CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit; the
                 message lists every difference.
         """
-        config, arrays = functional.read_block(path, cls._kind, LayerConfig, cls.backend)
+        config, arrays = read_block(path, cls._kind, LayerConfig, cls.backend)
         return cls.restore(config, arrays)
 
     @classmethod
@@ -147,8 +147,8 @@ class Layer:
             CheckpointError: names or shapes that are not the layer's; lists every difference.
             ShapeError: parameters of different dtypes, or of one that no layer has.
         """
-        functional.check_config(config, cls._kind)
-        functional.check_arrays(config, arrays, cls.backend, FLOATS)
+        check_config(config, cls._kind)
+        check_arrays(config, arrays, cls.backend, FLOATS)
         layer = cls.__new__(cls)
         layer.config = config
         layer._adopt(arrays)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from tensormoe import functional
 from tensormoe.backend import Array
 from tensormoe.factorizations import FactorizationLike
-from tensormoe.planning import Budget
+from tensormoe.selection import Budget
 from tensormoe_numpy._base import Given, Gradients, Layer, check_cotangent
 from tensormoe_numpy._random import checked_dtype, draw
 

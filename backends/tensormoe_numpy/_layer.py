@@ -17,7 +17,7 @@ from tensormoe.execution import execute
 from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import Routed
 from tensormoe.gates import Gate, TopK
-from tensormoe.planning import Budget
+from tensormoe.selection import Budget
 from tensormoe_numpy._base import Given, Gradients, Layer, check_cotangent
 from tensormoe_numpy._random import checked_dtype, draw
 

@@ -12,12 +12,13 @@ import numpy.typing as npt
 from tensormoe import functional
 from tensormoe._validation import choice
 from tensormoe.backend import Array
-from tensormoe.checkpoint import save_checkpoint
+from tensormoe.checkpoint import check_arrays, check_config, read_block, save_checkpoint
 from tensormoe.errors import SpecError
 from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import BlockConfig
 from tensormoe.gates import Gate
-from tensormoe.planning import Budget, Cost, Plan
+from tensormoe.planning import Cost, Plan
+from tensormoe.selection import Budget
 from tensormoe_numpy._activations import ACTIVATIONS, activations
 from tensormoe_numpy._adapter import BACKEND
 from tensormoe_numpy._base import Given, Gradients, check_cotangent
@@ -320,7 +321,7 @@ class MuMoEMLP:
         Raises:
             CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit.
         """
-        config, arrays = functional.read_block(path, "MuMoEMLP", BlockConfig, cls.backend)
+        config, arrays = read_block(path, "MuMoEMLP", BlockConfig, cls.backend)
         return cls.restore(config, arrays)
 
     @classmethod
@@ -335,8 +336,8 @@ class MuMoEMLP:
             BackendError, CheckpointError, ShapeError: as :meth:`MuMoE.restore`.
             SpecError: an activation that has no name.
         """
-        functional.check_config(config, "MuMoEMLP")
-        functional.check_arrays(config, arrays, cls.backend, FLOATS)
+        check_config(config, "MuMoEMLP")
+        check_arrays(config, arrays, cls.backend, FLOATS)
         _checked_name(config.act_layer)
         block = cls.__new__(cls)
         block.config = config

@@ -9,11 +9,6 @@ if absent := missing("tensormoe_torch", ("torch",), "torch"):
 
 from tensormoe_torch._adapter import BACKEND as BACKEND
 from tensormoe_torch._adapter import TorchBackend as TorchBackend
-from tensormoe_torch._compress import CompressedModule as CompressedModule
-from tensormoe_torch._compress import CompressedProjection as CompressedProjection
-from tensormoe_torch._compress import CompressionReport as CompressionReport
-from tensormoe_torch._compress import FactorizedExperts as FactorizedExperts
-from tensormoe_torch._compress import compress as compress
 from tensormoe_torch._editing import replace_expert as replace_expert
 from tensormoe_torch._editing import restored as restored
 from tensormoe_torch._editing import scale_experts as scale_experts
@@ -24,16 +19,21 @@ from tensormoe_torch._gate import ExpertGate as ExpertGate
 from tensormoe_torch._groups import parameter_groups as parameter_groups
 from tensormoe_torch._layer import MuMoE as MuMoE
 from tensormoe_torch._mlp import MuMoEMLP as MuMoEMLP
-from tensormoe_torch._official import from_official as from_official
-from tensormoe_torch._official_write import to_official as to_official
 from tensormoe_torch._per_sample import per_sample_gradients as per_sample_gradients
 from tensormoe_torch._pre_normed import PreNormed as PreNormed
-from tensormoe_torch._surgery import Replacement as Replacement
-from tensormoe_torch._surgery import Surgery as Surgery
-from tensormoe_torch._surgery import from_linear as from_linear
-from tensormoe_torch._surgery import from_mlp as from_mlp
-from tensormoe_torch._surgery import replace as replace
 from tensormoe_torch._synchronize import synchronize_gates as synchronize_gates
+from tensormoe_torch.compression import CompressedModule as CompressedModule
+from tensormoe_torch.compression import CompressedProjection as CompressedProjection
+from tensormoe_torch.compression import CompressionReport as CompressionReport
+from tensormoe_torch.compression import FactorizedExperts as FactorizedExperts
+from tensormoe_torch.compression import compress as compress
+from tensormoe_torch.official import from_official as from_official
+from tensormoe_torch.official import to_official as to_official
+from tensormoe_torch.surgery import Replacement as Replacement
+from tensormoe_torch.surgery import Surgery as Surgery
+from tensormoe_torch.surgery import from_linear as from_linear
+from tensormoe_torch.surgery import from_mlp as from_mlp
+from tensormoe_torch.surgery import replace as replace
 
 __all__ = [
     "BACKEND",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormoe import LayerSpec, functional
+from tensormoe.checkpoint import check_arrays, read_block
 from tensormoe.errors import BackendError, ShapeError, SpecError
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.planning import Cost, Plan
@@ -82,10 +83,10 @@ def holding(
         arrays: by canonical name.
 
     Raises:
-        BackendError, CheckpointError, ShapeError: as ``functional.check_arrays``; and tensors on
+        BackendError, CheckpointError, ShapeError: as ``check_arrays``; and tensors on
             several devices.
     """
-    functional.check_arrays(config, arrays, BACKEND, FLOATS)
+    check_arrays(config, arrays, BACKEND, FLOATS)
     first, *others = arrays
     for name in others:
         if arrays[name].device != arrays[first].device:
@@ -245,7 +246,7 @@ class Mixture(nn.Module):
                 message lists every difference.
             TypeError: as :meth:`of`.
         """
-        config, arrays = functional.read_block(path, cls._kind, LayerConfig, BACKEND)
+        config, arrays = read_block(path, cls._kind, LayerConfig, BACKEND)
         return filled(lambda dtype: cls.of(config, device="meta", dtype=dtype), arrays, device)
 
     @classmethod

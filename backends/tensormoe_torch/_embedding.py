@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tensormoe import functional
 from tensormoe.factorizations import FactorizationLike
-from tensormoe.planning import Budget
+from tensormoe.selection import Budget
 from tensormoe_torch._base import Mixture
 from tensormoe_torch._checks import Given, check_ids
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tensormoe import functional
+from tensormoe.checkpoint import check_config
 from tensormoe.errors import SpecError
 from tensormoe.functional import LayerConfig
 from tensormoe.gates import Across, Gate, Statistics
@@ -55,7 +55,7 @@ class ExpertGate(nn.Module):
     ) -> None:
         super().__init__()
         dtype, device = checked_dtype(dtype), checked_device(device)
-        functional.check_config(config, "MuMoE")
+        check_config(config, "MuMoE")
         if config.gate is None:
             raise SpecError("config must have a gate; got None for it. Give LayerConfig one.")
         self.config = config

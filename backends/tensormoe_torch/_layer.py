@@ -9,7 +9,7 @@ from tensormoe import functional
 from tensormoe.errors import ShapeError
 from tensormoe.factorizations import FactorizationLike
 from tensormoe.gates import Gate
-from tensormoe.planning import Budget
+from tensormoe.selection import Budget
 from tensormoe_torch._base import Mixture
 from tensormoe_torch._checks import Given, check_input
 from tensormoe_torch._declared import declared

@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensormoe import functional
+from tensormoe.checkpoint import read_block
 from tensormoe.errors import ShapeError
 from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import BlockConfig
 from tensormoe.gates import Gate
-from tensormoe.planning import Budget, Cost, Plan
+from tensormoe.planning import Cost, Plan
+from tensormoe.selection import Budget
 from tensormoe_torch._activations import ACTIVATIONS, Act, own_activation, read_activation
 from tensormoe_torch._adapter import BACKEND, EAGER
 from tensormoe_torch._base import check_init, filled, holding
@@ -295,7 +297,7 @@ class MuMoEMLP(nn.Module):
         Raises:
             CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit.
         """
-        config, arrays = functional.read_block(path, "MuMoEMLP", BlockConfig, BACKEND)
+        config, arrays = read_block(path, "MuMoEMLP", BlockConfig, BACKEND)
         return filled(lambda dtype: cls.of(config, device="meta", dtype=dtype), arrays, device)
 
     @classmethod

@@ -1,1 +1,1 @@
-"""What the two training examples share: variants, data, training, comparison, report."""
+"""Parts that the two training examples share: variants, data, training, comparison, report."""

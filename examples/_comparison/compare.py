@@ -42,7 +42,7 @@ def parse(description: str, words: Sequence[str] | None = None) -> argparse.Name
 
 
 def resolve_recipe(recipe: Recipe, words: argparse.Namespace) -> Recipe:
-    """The recipe with what the command line changes in it."""
+    """The recipe, with the changes that the command line asks for."""
     changes = {name: getattr(words, name) for name in ("steps", "rate")}
     changes["scores"] = 1 if words.holdout else None
     return replace(recipe, **{name: value for name, value in changes.items() if value is not None})
@@ -91,7 +91,7 @@ def _check_learned(name: str, run: Run) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int], Callable[[Run], None]]]:
-    """Bars, one a variant: a function that starts one and returns what moves it a step."""
+    """Progress bars, one per variant: a function that starts one and returns its step function."""
     columns = (
         TextColumn("{task.description:<18}"),
         BarColumn(bar_width=28),

@@ -1,4 +1,4 @@
-"""What is learned, and what came of it."""
+"""Tasks and their results."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Model(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned.
+    """A task.
 
     Args:
         name: of the files that are written.
-        data: what it is learned from, in words.
+        data: the training data, in words.
         figure: the one that counts, a field of :class:`Score`: "accuracy" or "loss".
         tokens: tokens a sample.
         build: an untrained model.
@@ -48,7 +48,7 @@ class Task:
 
 @dataclass
 class Outcome:
-    """A variant, what it costs and what came of it.
+    """A variant, its cost and its results.
 
     Args:
         name: of the variant.
@@ -56,7 +56,7 @@ class Outcome:
         mlp_parameters: of its MLP blocks, gates included.
         flops: of the MLP blocks for one token, forward, gates included.
         ranks: of the blocks in words, each once.
-        runs: one a seed.
+        runs: one per seed.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Outcome:
         )
 
     def finals(self, figure: str) -> list[float]:
-        """A figure at the end of training, one a run."""
+        """A figure at the end of training, one per run."""
         return [float(getattr(run.scores[-1], figure)) for run in self.runs]
 
     @property

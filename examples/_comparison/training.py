@@ -22,7 +22,7 @@ class Recipe:
 
     Args:
         steps: updates.
-        batch: images or windows of text a step.
+        batch: images or windows of text per step.
         rate: the highest learning rate.
         decay: weight decay of those parameters that start around zero.
         scores: how often the model is scored, evenly over the steps, the last one included.
@@ -45,7 +45,7 @@ class Score:
 
 @dataclass
 class Run:
-    """What came of one run.
+    """Results of one run.
 
     Args:
         losses: of every step's batch.

@@ -8,7 +8,7 @@ from torch import nn
 
 from tensormoe import Factorization, Gate, select_rank
 from tensormoe.factorizations import resolve_factorization
-from tensormoe.planning import linear_cost, mlp_budgets
+from tensormoe.selection import linear_cost, mlp_budgets
 from tensormoe_torch import MuMoEMLP
 
 __all__ = ["CP", "DENSE", "TENSOR_RING", "VARIANTS", "Variant", "flops", "make_mlp", "ranks"]
@@ -16,7 +16,7 @@ __all__ = ["CP", "DENSE", "TENSOR_RING", "VARIANTS", "Variant", "flops", "make_m
 
 @dataclass(frozen=True)
 class Variant:
-    """What takes the place of every MLP of a model.
+    """A replacement for every MLP of a model.
 
     Args:
         name: for people.

@@ -1,4 +1,4 @@
-"""What all four runs share: images, batches, rates, and where the values start."""
+"""Parts that all four runs share: images, batches, learning rates and initial values."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run found.
+    """Results of a run.
 
     Args:
         losses: mean cross entropy of every batch, before its step.

@@ -1,4 +1,4 @@
-"""The program itself: games that it plays, and what it says that each expert says."""
+"""The engine itself: games that it plays, and its own table of what each expert says."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Engine:
         raise EOFError(f"the engine ended before it said {last!r}")
 
     def table(self, fen: str) -> list[float]:
-        """What each expert says, in pawns for the side to move."""
+        """Evaluation of each expert, in pawns for the side to move."""
         lines = self.ask(f"position fen {fen}\neval\nisready", "readyok")
         return read_table(lines)
 
@@ -83,7 +83,7 @@ def read_table(lines: Sequence[str]) -> list[float]:
 
 
 def play(engine: Engine, games: int, seed: int = 0) -> list[list[str]]:
-    """Positions of games against itself, a list a game, those in check left out.
+    """Positions of games against itself, one list per game, without those in check.
 
     Of its four best moves, one is drawn that is at most 0.6 pawns worse than the best.
     """

@@ -27,7 +27,7 @@ _DIRECT, _VALUE, _PAWN = 9600 / (127 * 64), 16, 361
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What a forward pass saw and found.
+    """Inputs and results of a forward pass.
 
     Args:
         inputs: of each layer, (samples, in), float32.

@@ -1,4 +1,4 @@
-"""Positions as the experts see them: what the shared layer makes of a board."""
+"""Positions as the experts see them: the output of the shared layer for a board."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def read_board(fen: str) -> tuple[list[tuple[int, str]], int]:
 
 
 def see(network: Network, fens: Sequence[str]) -> Samples:
-    """What the experts get for positions in Forsyth-Edwards Notation."""
+    """Inputs of the experts for positions in Forsyth-Edwards Notation."""
     inputs = np.empty((len(fens), network.features.shape[1]), "float32")
     experts = np.empty(len(fens), "int64")
     half = inputs.shape[1] // 2

@@ -128,7 +128,7 @@ def show_experts(
 
 
 def show_evaluations(found: Mapping[float, Sequence[Evaluation]], typical: float) -> None:
-    """What became of evaluations on held-out positions."""
+    """Changes of the evaluations on held-out positions."""
     table = make_table(
         "budget",
         "layers",

@@ -169,7 +169,7 @@ def _product(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What became of the engine's evaluations.
+    """Changes of the engine's evaluations.
 
     Args:
         layers: whose experts were decomposed.

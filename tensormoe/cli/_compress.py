@@ -16,7 +16,7 @@ from tensormoe.cli._console import make_console, print_json
 from tensormoe.cli._extras import require
 from tensormoe.cli._profile import resolve_device
 from tensormoe.cli._values import parse_bytes, parse_parameters, parse_rank
-from tensormoe.decomposition.checkpoints import (
+from tensormoe.compression import (
     Compression,
     compress_checkpoint,
     plan_compression,

@@ -15,8 +15,7 @@ from tensormoe.cli._console import (
     make_table,
 )
 from tensormoe.cli._figures import format_parameters
-from tensormoe.decomposition._controls import Control, verdict
-from tensormoe.decomposition.checkpoints import (
+from tensormoe.compression import (
     Compression,
     CompressionPlan,
     CompressionProgress,
@@ -24,6 +23,7 @@ from tensormoe.decomposition.checkpoints import (
     GroupPlan,
     GroupReport,
 )
+from tensormoe.decomposition._controls import Control, verdict
 from tensormoe.planning import Roofline
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from tensormoe.cli._console import format_rank
 from tensormoe.cli._figures import Figures
 from tensormoe.cli._picture import COLOURS, MUTED, picture, tidy
-from tensormoe.planning import RankChoice
+from tensormoe.selection import RankChoice
 
 __all__ = ["draw_front"]
 

@@ -9,7 +9,8 @@ from typing import Any
 from tensormoe.cli._profile import resolve_device
 from tensormoe.cli._values import parse_budget, parse_experts, parse_size
 from tensormoe.gates import Gate
-from tensormoe.planning import Budget, Cost, Roofline, gate_cost
+from tensormoe.planning import Cost, Roofline, gate_cost
+from tensormoe.selection import Budget
 
 __all__ = ["LayerArguments"]
 

@@ -23,7 +23,8 @@ from tensormoe.cli._network_text import Role, draw_network, terms_of
 from tensormoe.cli._values import parse_bytes, parse_rank
 from tensormoe.errors import PlanError, RankError
 from tensormoe.factorizations import rank_pattern, resolve_factorization
-from tensormoe.planning import Cost, Plan, Routing, plan_layer, select_rank
+from tensormoe.planning import Cost, Plan, Routing, plan_layer
+from tensormoe.selection import select_rank
 
 __all__ = ["run_plan"]
 
@@ -51,20 +52,21 @@ def run_plan(arguments: argparse.Namespace) -> None:
             "with --training. Drop one, or plan a smaller --batch."
         )
     plan = plan_layer(
-        spec,
+        spec.network,
         given.batch,
         Routing(given.top_k),
         prepared=arguments.prepared,
         memory_limit=limit,
         gate=given.gate,
         itemsize=_ITEMSIZE,
+        title=repr(spec.factorization),
     )
     cost = plan.cost(given.gate, training=arguments.training, itemsize=_ITEMSIZE)
     rows = _rows(cost, given)
     if arguments.json:
-        print_json(_as_dict(plan, cost, rows, given, arguments))
+        print_json(_as_dict(spec, plan, cost, rows, given, arguments))
     else:
-        _show(plan, cost, rows, given, arguments)
+        _show(spec, plan, cost, rows, given, arguments)
     if path is not None:
         from tensormoe.cli._network_picture import draw_network_picture
 
@@ -149,6 +151,7 @@ def _dense(spec: LayerSpec, batch: int) -> tuple[int, int]:
 
 
 def _show(
+    spec: LayerSpec,
     plan: Plan,
     cost: Cost,
     rows: list[_Row],
@@ -159,7 +162,7 @@ def _show(
     from rich.table import Table
     from rich.text import Text
 
-    spec, total = plan.spec, sum(row.time for row in rows)
+    total = sum(row.time for row in rows)
     console.print()
     console.print(Text.assemble((repr(spec.factorization), "bold"), f"  {_sizes(spec)}"))
     console.print(Text(_equation(spec), style="dim"), soft_wrap=False)
@@ -198,7 +201,7 @@ def _show(
     console.print(table)
     console.print()
     facts = Table.grid(padding=(0, 2))
-    for name, value in _facts(plan, cost, given, arguments):
+    for name, value in _facts(spec, plan, cost, given, arguments):
         facts.add_row(Text(name, style="bold"), value)
     console.print(facts)
     _, dense_flops = _dense(spec, max(plan.batch, 1))
@@ -218,9 +221,8 @@ def _bar(share: float) -> str:
 
 
 def _facts(
-    plan: Plan, cost: Cost, given: LayerArguments, arguments: argparse.Namespace
+    spec: LayerSpec, plan: Plan, cost: Cost, given: LayerArguments, arguments: argparse.Namespace
 ) -> list[tuple[str, str]]:
-    spec = plan.spec
     sizes = {**plan.program.sizes, "b": plan.chunk}
     largest = max((prod(sizes[leg] for leg in step.legs) for step in plan.program.steps), default=0)
     entries, flops = _dense(spec, max(plan.batch, 1))
@@ -251,13 +253,13 @@ def _share(cost: Cost, given: LayerArguments) -> str:
 
 
 def _as_dict(
+    spec: LayerSpec,
     plan: Plan,
     cost: Cost,
     rows: list[_Row],
     given: LayerArguments,
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
-    spec = plan.spec
     entries, flops = _dense(spec, max(plan.batch, 1))
     return {
         "command": "plan",

@@ -23,7 +23,7 @@ from tensormoe.cli._layer_arguments import LayerArguments
 from tensormoe.cli._values import parse_bonds, parse_names, parse_size
 from tensormoe.errors import BudgetError, SpecError
 from tensormoe.factorizations import Dense, resolve_factorization
-from tensormoe.planning import (
+from tensormoe.selection import (
     OBJECTIVES,
     Budget,
     RankChoice,

@@ -7,7 +7,8 @@ from math import isfinite
 
 from tensormoe.errors import BudgetError, RankError, SpecError
 from tensormoe.factorizations import FACTORIZATIONS, factorization_class
-from tensormoe.planning import Budget, Roofline
+from tensormoe.planning import Roofline
+from tensormoe.selection import Budget
 
 __all__ = [
     "parse_bonds",

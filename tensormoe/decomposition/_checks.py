@@ -8,7 +8,7 @@ from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array, Backend
 from tensormoe.decomposition._source import Source
 from tensormoe.errors import BackendError, RankError, ShapeError
-from tensormoe.planning import excess
+from tensormoe.selection import excess
 
 __all__ = ["checked_bias", "checked_bonds", "checked_samples", "checked_weights"]
 

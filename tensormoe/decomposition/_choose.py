@@ -15,7 +15,7 @@ from tensormoe.factorizations import (
     rank_pattern,
     resolve_factorization,
 )
-from tensormoe.planning import Budget, excess, rank_front, select_rank
+from tensormoe.selection import Budget, excess, rank_front, select_rank
 
 __all__ = ["Sizes", "candidates", "checked_tolerance", "smallest"]
 

@@ -22,7 +22,7 @@ from tensormoe.factorizations import (
     FactorizationLike,
     factorization_class,
 )
-from tensormoe.planning import Budget
+from tensormoe.selection import Budget
 
 __all__ = ["ControlCurve", "ErrorCurve", "ErrorPoint", "control_curves", "error_curves"]
 

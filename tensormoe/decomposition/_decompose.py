@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from math import prod
 
 from tensormoe._extras import missing
-from tensormoe._registry import backend_of
 from tensormoe._spec import LayerSpec
 from tensormoe._validation import instance
-from tensormoe.backend import Array, Backend
+from tensormoe.backend import Array, Backend, backend_of
 from tensormoe.decomposition._checks import (
     checked_bias,
     checked_samples,
@@ -33,7 +32,7 @@ from tensormoe.decomposition._watch import Callback, Watch
 from tensormoe.decomposition._weighted import Weighting, weigh
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.factorizations import INPUT, FactorizationLike
-from tensormoe.planning import Budget
+from tensormoe.selection import Budget
 
 __all__ = ["decompose"]
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tensormoe._exchange import convert
-from tensormoe._registry import backend_of, get_backend
-from tensormoe.backend import Array, Backend
+from tensormoe.backend import Array, Backend, backend_of, convert, get_backend
 from tensormoe.decomposition._solve import from_host
 from tensormoe.decomposition._source import Source
 from tensormoe.errors import BackendError

@@ -22,7 +22,7 @@ from tensormoe.factorizations import (
     FactorizationLike,
     resolve_factorization,
 )
-from tensormoe.planning import Budget
+from tensormoe.selection import Budget
 
 __all__ = ["LARGE", "TRIAL", "Runs"]
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tensormoe._devices import device_of
-from tensormoe._exchange import convert
-from tensormoe.backend import Array, Backend
+from tensormoe.backend import Array, Backend, convert, device_of
 from tensormoe.errors import BackendError
 
 __all__ = ["from_host", "inverse", "to_host"]

@@ -8,8 +8,7 @@ from itertools import chain
 from math import frexp, inf, prod, sqrt
 from typing import Any
 
-from tensormoe._devices import device_of
-from tensormoe.backend import Array, Backend
+from tensormoe.backend import Array, Backend, device_of
 from tensormoe.decomposition._contractions import SOURCE, Structure, plan_whole
 from tensormoe.decomposition._solve import to_host
 from tensormoe.execution import execute, plus

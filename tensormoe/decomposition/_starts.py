@@ -8,7 +8,7 @@ from itertools import permutations
 from math import prod
 from typing import Any
 
-from tensormoe._devices import device_of
+from tensormoe.backend import device_of
 from tensormoe.decomposition._als import Factors, sweep
 from tensormoe.decomposition._contractions import Structure
 from tensormoe.decomposition._solve import from_host, to_host

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 from math import sqrt
 from typing import Any, ClassVar
 
-from tensormoe._devices import device_of
 from tensormoe._validation import choice, positive_ints
-from tensormoe.backend import Array, Backend
+from tensormoe.backend import Array, Backend, device_of
 from tensormoe.errors import LayoutError, RankError, SpecError
 from tensormoe.factorizations._experts import expert_carriers
 from tensormoe.factorizations._initialization import Initializer

@@ -8,8 +8,7 @@ from itertools import pairwise
 from math import sqrt
 from typing import Literal
 
-from tensormoe._devices import device_of
-from tensormoe.backend import Array, Backend
+from tensormoe.backend import Array, Backend, device_of
 
 __all__ = ["Draw", "Initializer", "chain_energy", "draw_factor", "noise_share"]
 

@@ -93,6 +93,18 @@ class Network:
     biases: tuple[Factor, ...] = ()
 
     @cached_property
+    def _hash(self) -> int:
+        return hash((self.factors, self.size_items, self.biases))
+
+    def __hash__(self) -> int:
+        # computed once: networks key the caches of plans and programs
+        return self._hash
+
+    def __reduce__(self) -> tuple[type[Network], tuple[Any, ...]]:
+        # rebuilt rather than restored: hashes of strings differ from one process to the next
+        return Network, (self.factors, self.size_items, self.biases)
+
+    @cached_property
     def sizes(self) -> Mapping[Leg, int]:
         """The size of every leg."""
         return dict(self.size_items)
@@ -123,6 +135,21 @@ class Network:
         levels = sum(1 for leg in self.sizes if leg.startswith("n"))
         return tuple(expert_leg(level) for level in range(levels))
 
+    @cached_property
+    def experts(self) -> tuple[int, ...]:
+        """The number of experts of every level, outermost first."""
+        return tuple(self.sizes[leg] for leg in self.expert_legs)
+
+    @property
+    def in_features(self) -> int:
+        """The size of the input mode."""
+        return self.sizes[INPUT]
+
+    @property
+    def out_features(self) -> int:
+        """The size of the output mode."""
+        return self.sizes[OUTPUT]
+
     def shape(self, factor: Factor) -> tuple[int, ...]:
         """The array shape of ``factor``."""
         return tuple(self.sizes[leg] for leg in factor.legs)
@@ -136,6 +163,19 @@ class Network:
     def num_parameters(self) -> int:
         """The number of stored entries."""
         return sum(prod(shape) for shape in self.shapes.values())
+
+    @cached_property
+    def expert_rank(self) -> int:
+        """The rank that a single expert's matrix (in, out) has for almost all factor values."""
+        return self.generic_rank({INPUT}, {OUTPUT})
+
+    @cached_property
+    def expert_span(self) -> int:
+        """The dimension of the space that all experts' matrices span, for almost all factors.
+
+        It is the rank of the unfolding experts × (in·out): how different experts can be.
+        """
+        return self.generic_rank(self.expert_legs, {INPUT, OUTPUT})
 
     def generic_rank(self, rows: Iterable[Leg], columns: Iterable[Leg]) -> int:
         """The rank that almost all values of the factors give the unfolding ``rows × columns``.

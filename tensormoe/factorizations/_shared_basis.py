@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any, ClassVar
 
-from tensormoe._devices import device_of
-from tensormoe.backend import Array, Backend
+from tensormoe.backend import Array, Backend, device_of
 from tensormoe.factorizations._base import (
     Factorization,
     Split,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tensormoe._devices import device_of
-from tensormoe.backend import Array, Backend
+from tensormoe.backend import Array, Backend, device_of
 from tensormoe.factorizations._base import Split, tiled_columns
 
 __all__ = ["shared_ring"]

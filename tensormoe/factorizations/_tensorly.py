@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tensormoe._registry import backend_of
 from tensormoe._validation import flag, instance
-from tensormoe.backend import Array
+from tensormoe.backend import Array, backend_of
 from tensormoe.errors import ShapeError
 from tensormoe.factorizations._base import Factorization
 from tensormoe.factorizations._network import INPUT, OUTPUT, Leg, expert_leg

@@ -32,11 +32,8 @@ from tensormoe.functional._initialize import initialize as initialize
 from tensormoe.functional._routing import Routed as Routed
 from tensormoe.functional._routing import gate_vjp as gate_vjp
 from tensormoe.functional._routing import route as route
-from tensormoe.functional._saved import check_arrays as check_arrays
-from tensormoe.functional._saved import check_config as check_config
-from tensormoe.functional._saved import read_block as read_block
-from tensormoe.functional._shared_experts import checked_noise as checked_noise
-from tensormoe.functional._shared_experts import shared_experts as shared_experts
+from tensormoe.functional._upcycling import checked_noise as checked_noise
+from tensormoe.functional._upcycling import shared_experts as shared_experts
 from tensormoe.functional._weights import expert_weight as expert_weight
 from tensormoe.functional._weights import materialize as materialize
 
@@ -50,9 +47,7 @@ __all__ = [
     "apply_experts",
     "block_cost",
     "check_array",
-    "check_arrays",
     "check_coefficients",
-    "check_config",
     "check_ids",
     "check_input",
     "checked_noise",
@@ -68,7 +63,6 @@ __all__ = [
     "materialize",
     "merged_coefficients",
     "prepare",
-    "read_block",
     "resolve_block",
     "resolve_config",
     "route",

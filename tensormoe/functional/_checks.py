@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 from tensormoe._config import LayerConfig
-from tensormoe._integers import default_integer
-from tensormoe._registry import check_array
-from tensormoe.backend import Array, Backend
+from tensormoe.backend import Array, Backend, check_array, default_integer
 from tensormoe.errors import ShapeError
 from tensormoe.gates import TopK
 

@@ -161,7 +161,7 @@ def layer_plan(config: LayerConfig, batch: int) -> Plan:
     """
     # checked before plans are looked up, since a traced batch cannot be
     size = 0 if isinstance(batch, int) and batch == 0 else positive_int(batch, "batch", PlanError)
-    return plan_layer(config.spec, size, Routing(None, config.indexed_input))
+    return config.spec.plan(size, indexed_input=config.indexed_input)
 
 
 def layer_cost(
@@ -244,7 +244,7 @@ def chunk_size(
         PlanError: not even one; the message names the smallest feasible limit.
     """
     plan = plan_layer(
-        config.spec,
+        config.spec.network,
         batch,
         Routing(None, config.indexed_input),
         memory_limit=memory_limit,
@@ -252,6 +252,7 @@ def chunk_size(
         itemsize=itemsize,
         row_block_bytes=backend.row_block_bytes,
         picks_entries=backend.picks_entries,
+        title=repr(config.spec.factorization),
     )
     return plan.chunk
 
@@ -265,7 +266,7 @@ def _program(config: LayerConfig, coefficients: Coefficients, batch: int | None)
     kept = next(iter(kinds))
     regimes = config.regimes
     if kept is not None:
-        regimes = plan_regimes(config.spec, Routing(kept, config.indexed_input))
+        regimes = plan_regimes(config.spec.network, Routing(kept, config.indexed_input))
     return regimes.programs[-1] if batch is None else regimes.program(batch)
 
 

@@ -71,7 +71,7 @@ def _weights(
     config: LayerConfig, parameters: Mapping[str, Array], backend: Backend, *, single: bool
 ) -> tuple[Array, Array | None]:
     def run(bias: bool) -> Array:
-        program = weight_program(config.spec, single=single, bias=bias)
+        program = weight_program(config.spec.network, single=single, bias=bias)
         arrays = [parameters[f"factors.{operand.name}"] for operand in program.operands]
         return execute(program, arrays, backend)[0][0]
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from tensormoe._devices import device_of
-from tensormoe._integers import default_integer
-from tensormoe._registry import backend_of
-from tensormoe.backend import Array, Backend
+from tensormoe.backend import Array, Backend, backend_of, default_integer, device_of
 from tensormoe.errors import GateError
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from math import isfinite, prod
 from typing import Any
 
-from tensormoe._registry import backend_of
-from tensormoe.backend import Array, Backend
+from tensormoe.backend import Array, Backend, backend_of
 from tensormoe.errors import GateError
 
 

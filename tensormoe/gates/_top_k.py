@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tensormoe._devices import device_of
-from tensormoe._integers import default_integer
-from tensormoe.backend import Array, Backend
+from tensormoe.backend import Array, Backend, default_integer, device_of
 from tensormoe.errors import GateError
 from tensormoe.gates._functions import _softmax
 from tensormoe.gates._normalization import Shifted, Standardize, keep_nan, shift

@@ -71,19 +71,19 @@ def block_cost(
         copies_transposed: whether the library copies a transposed first operand of large products.
     """
     flag(training, "training", PlanError)
-    specs, batch = (first.spec, second.spec), first.batch
-    in_features, experts = first.spec.in_features, first.spec.experts
+    networks, batch = (first.network, second.network), first.batch
+    in_features, experts = first.network.in_features, first.network.experts
     programs = first.program, second.program
     sizes = [batch_sizes(program, batch) for program in programs]
     forwards = [program_cost(*each, itemsize) for each in zip(programs, sizes, strict=True)]
-    before = batch * first.spec.out_features
-    after = batch * second.spec.in_features
-    result = batch * second.spec.out_features
+    before = batch * first.network.out_features
+    after = batch * second.network.in_features
+    result = batch * second.network.out_features
     middle = _middle_steps(before, after, gated, itemsize)
-    parameters = sum(spec.num_parameters for spec in specs)
+    parameters = sum(network.num_parameters for network in networks)
     width = max(itemsize, GATE_ITEMSIZE)
     coefficients, before_second = block_held(
-        gate, experts, second.spec.in_features, batch, itemsize
+        gate, experts, second.network.in_features, batch, itemsize
     )
     peak_gate = 0
     gate_forward: tuple[StepCost, ...] = ()

@@ -39,19 +39,20 @@ def format_bytes(number: float) -> str:
 
 def describe_plan(plan: Plan, cost: Cost, itemsize: int) -> str:
     """Equation, steps and totals of a plan."""
-    spec, program = plan.spec, plan.program
+    network, program = plan.network, plan.program
+    bias = bool(network.biases)
     written = {each.name: f"{each.name}[{' '.join(each.legs)}]" for each in program.operands}
     data = [written[each.name] for each in program.operands if each.role != "factor"]
     equation = " + ".join(
         " · ".join([*data, *(written[each.name] for each in term.factors)])
-        for term in spec.network.terms
+        for term in network.terms
     )
-    if spec.bias:
+    if bias:
         equation += ", bias added to the input mode"
-    experts = " × ".join(map(str, spec.experts))
+    experts = " × ".join(map(str, network.experts))
     lines = [
-        f"{spec.factorization!r}: {experts} experts of {spec.in_features} → "
-        f"{spec.out_features}, {'with' if spec.bias else 'no'} bias",
+        f"{plan.title}: {experts} experts of {network.in_features} → "
+        f"{network.out_features}, {'with' if bias else 'no'} bias",
         f"y[b o] = {equation}",
         _regime(plan),
         "",
@@ -68,9 +69,11 @@ def describe_plan(plan: Plan, cost: Cost, itemsize: int) -> str:
     largest = max(
         (itemsize * prod(sizes[leg] for leg in step.legs) for step in program.steps), default=0
     )
-    dense = spec.num_experts * (spec.in_features + spec.bias) * spec.out_features
+    matrix = network.in_features * network.out_features
+    count = prod(network.experts)
+    dense = count * (matrix + bias * network.out_features)
     inputs = max(plan.batch, 1)
-    dense_flops = 2 * inputs * spec.num_experts * spec.in_features * spec.out_features
+    dense_flops = 2 * inputs * count * matrix
     lines += [
         "",
         f"FLOPs           {format_count(cost.flops)}  ({format_count(cost.matmul_flops)} in matrix "
@@ -79,7 +82,7 @@ def describe_plan(plan: Plan, cost: Cost, itemsize: int) -> str:
         f"memory          {format_bytes(cost.peak_memory)} at the peak, largest intermediate "
         f"{format_bytes(largest)}",
         f"parameters      {format_count(cost.parameters)}",
-        f"capacity        expert rank {spec.expert_rank}, expert span {spec.expert_span}",
+        f"capacity        expert rank {network.expert_rank}, expert span {network.expert_span}",
         f"dense 𝒲         {format_count(dense)} parameters, {format_count(dense_flops)} FLOPs "
         f"({dense_flops / max(cost.flops, 1):.3g} × this plan)",
     ]

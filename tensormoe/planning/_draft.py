@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tensormoe._spec import LayerSpec
 from tensormoe._validation import positive_int
 from tensormoe.errors import PlanError
-from tensormoe.factorizations import BATCH, INPUT, Leg, Term
+from tensormoe.factorizations import BATCH, INPUT, Leg, Network, Term
 from tensormoe.planning._lowering import volume
 from tensormoe.planning._path import WRITE_WEIGHT
 from tensormoe.planning._program import Operand
@@ -65,15 +64,14 @@ class Draft:
     """The part that many plans of a layer share: operands, and what is done with indices.
 
     Args:
-        spec: the layer.
+        network: of the layer.
         routing: what its data operands look like.
         spread: whether coefficients that come by index are spread over all experts. Otherwise
             the rows of every factor that they name are gathered.
     """
 
-    def __init__(self, spec: LayerSpec, routing: Routing, *, spread: bool = False) -> None:
-        network = spec.network
-        self.spec = spec
+    def __init__(self, network: Network, routing: Routing, *, spread: bool = False) -> None:
+        self.terms = network.terms
         self.sizes: dict[Leg, int] = dict(network.sizes)
         operands: list[Operand] = []
         self.indices: dict[Leg, int] = {}
@@ -118,7 +116,7 @@ class Draft:
         builder = Builder(self.operands, self.sizes)
         data = [self._dense(builder, slot) for slot in self.data]
         slots = {name: self._gather(builder, slot) for name, slot in self.factors.items()}
-        parts = [self._part(builder, term, data, slots) for term in self.spec.network.terms]
+        parts = [self._part(builder, term, data, slots) for term in self.terms]
         return builder, parts
 
     def _part(

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from tensormoe._spec import LayerSpec
 from tensormoe._validation import non_negative_int, positive_int
 from tensormoe.errors import PlanError
+from tensormoe.factorizations import Network
 from tensormoe.gates import Gate
 from tensormoe.planning._cost import Cost
 from tensormoe.planning._describe import describe_plan
@@ -25,7 +25,8 @@ class Plan:
     """How a layer runs at one batch size.
 
     Args:
-        spec: the layer.
+        network: of the layer.
+        title: what the layer is called in reports.
         routing: what its data operands look like.
         batch: number of inputs planned for.
         program: what runs; shared by all batches of the regime.
@@ -35,7 +36,8 @@ class Plan:
         prepared: whether weight-only steps have run beforehand and cost nothing.
     """
 
-    spec: LayerSpec
+    network: Network
+    title: str
     routing: Routing
     batch: int
     program: Program
@@ -74,9 +76,9 @@ class Plan:
         def of(batch: int) -> Cost:
             return layer_cost(
                 program,
-                self.spec.num_parameters,
-                self.spec.in_features,
-                self.spec.experts,
+                self.network.num_parameters,
+                self.network.in_features,
+                self.network.experts,
                 batch,
                 gate=gate,
                 training=training,
@@ -89,7 +91,7 @@ class Plan:
 
         if self.chunk >= self.batch:
             return of(self.batch)
-        return _chunked(of, self.batch, self.chunk, itemsize * self.spec.out_features)
+        return _chunked(of, self.batch, self.chunk, itemsize * self.network.out_features)
 
     def describe(self, gate: Gate | str | None = None, *, itemsize: int = 4) -> str:
         """The plan as text: equation, steps, FLOPs, bytes, memory, and the dense equivalent.
@@ -116,7 +118,7 @@ def _chunked(of: Callable[[int], Cost], batch: int, chunk: int, row: int) -> Cos
 
 @lru_cache(maxsize=4096)
 def plan_layer(
-    spec: LayerSpec,
+    network: Network,
     batch: int,
     routing: Routing = DENSE,
     *,
@@ -126,11 +128,12 @@ def plan_layer(
     itemsize: int = 4,
     row_block_bytes: int | None = None,
     picks_entries: bool = True,
+    title: str = "a network",
 ) -> Plan:
     """The plan of a layer for a batch; the answer is cached.
 
     Args:
-        spec: the layer.
+        network: of the layer.
         batch: number of inputs; 0 is planned like 1.
         routing: what the data operands look like.
         prepared: plan for weight-only steps that have run beforehand.
@@ -140,18 +143,19 @@ def plan_layer(
         itemsize: bytes an entry.
         row_block_bytes: the backend's, for the temporaries of the gate.
         picks_entries: the backend's, for the same.
+        title: what the layer is called in reports.
 
     Raises:
         PlanError: a batch that is no size, or a limit that not even single inputs keep to; the
             message names the smallest feasible one.
     """
     batch = non_negative_int(batch, "batch", PlanError)
-    regimes: Regimes = plan_regimes(spec, routing)
+    regimes: Regimes = plan_regimes(network, routing)
     index = len(regimes.starts) - 1 if prepared else regimes.index(batch)
     last = regimes.starts[index + 1] - 1 if index + 1 < len(regimes.starts) else None
     first = 1 if prepared else max(regimes.starts[index], 1)
     program = regimes.programs[index]
-    plan = Plan(spec, routing, batch, program, first, last, max(batch, 1), prepared)
+    plan = Plan(network, title, routing, batch, program, first, last, max(batch, 1), prepared)
     if memory_limit is None:
         return plan
     limit = positive_int(memory_limit, "memory_limit", PlanError)
@@ -170,7 +174,7 @@ def plan_layer(
     least = min(peak(1), peak(max(batch, 1)))
     if peak(1) > limit:
         raise PlanError(
-            f"memory_limit must be at least {least} bytes for {batch} inputs of {spec}; got "
+            f"memory_limit must be at least {least} bytes for {batch} inputs of {title}; got "
             f"{limit}. Raise the limit or call with fewer inputs."
         )
     low, high = 1, batch

@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tensormoe._spec import LayerSpec
-from tensormoe.factorizations import BATCH, OUTPUT, Leg
+from tensormoe.factorizations import BATCH, OUTPUT, Leg, Network
 from tensormoe.planning._draft import DENSE, Draft, Part, Routing
 from tensormoe.planning._path import WRITE_WEIGHT, Node, search_tree, tree_cost
 from tensormoe.planning._program import Program
@@ -87,11 +86,11 @@ class Candidate:
 
 
 @lru_cache(maxsize=1024)
-def plan_regimes(spec: LayerSpec, routing: Routing = DENSE) -> Regimes:
+def plan_regimes(network: Network, routing: Routing = DENSE) -> Regimes:
     """Plan a layer for every batch size.
 
     Args:
-        spec: the layer.
+        network: of the layer.
         routing: what its data operands look like.
 
     Returns:
@@ -100,9 +99,9 @@ def plan_regimes(spec: LayerSpec, routing: Routing = DENSE) -> Regimes:
     Raises:
         PlanError: the routing does not fit the layer.
     """
-    drafts = [Draft(spec, routing)]
+    drafts = [Draft(network, routing)]
     if routing.top_k is not None:
-        drafts.append(Draft(spec, routing, spread=True))
+        drafts.append(Draft(network, routing, spread=True))
     small, large = best_candidate(drafts, 1), best_candidate(drafts, MAX_BATCH)
     starts, chosen = [0], [small]
     for threshold, candidate in _crossings(drafts, small, large, MAX_BATCH):

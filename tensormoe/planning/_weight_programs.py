@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
-from tensormoe._spec import LayerSpec
-from tensormoe.factorizations import INPUT, OUTPUT, Leg, expert_leg
+from tensormoe.factorizations import INPUT, OUTPUT, Leg, Network
 from tensormoe.planning._program import Operand, Program
 from tensormoe.planning._tree import Builder
 
@@ -14,17 +13,16 @@ __all__ = ["contraction", "weight_program"]
 
 
 @lru_cache(maxsize=256)
-def weight_program(spec: LayerSpec, *, single: bool, bias: bool) -> Program:
+def weight_program(network: Network, *, single: bool, bias: bool) -> Program:
     """The program that builds weights explicitly.
 
     Args:
-        spec: the layer.
+        network: of the layer.
         single: one expert, from factors whose expert modes were indexed away; else all of 𝒲.
         bias: the experts' biases (experts…, out) instead of their matrices (experts…, in, out).
     """
-    network = spec.network
     experts = () if single else network.expert_legs
-    dropped = {expert_leg(level) for level in range(spec.levels)} - set(experts)
+    dropped = {*network.expert_legs} - {*experts}
     output = (*experts, *(() if bias else (INPUT,)), OUTPUT)
     terms = [
         tuple(

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensormoe import _registry, functional
+from tensormoe import functional
 from tensormoe._spec import LayerSpec
-from tensormoe.backend import Array, Backend
+from tensormoe.backend import Array, Backend, _registry
 from tensormoe.errors import BackendError
 from tensormoe.factorizations import (
     CP,

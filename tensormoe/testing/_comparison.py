@@ -1,4 +1,4 @@
-"""How results are compared: relative to the size of the terms that were summed."""
+"""Comparison of results, relative to the size of the terms that were summed."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def assert_output(
         output: what the layer returned, (..., out); anything that NumPy can read.
         factorization: how the factors are to be read.
         factors: arrays by name, as a layer's ``factors``.
-        coefficients: one array (..., N_e) a level.
+        coefficients: one array (..., N_e) per level.
         x: inputs (..., in).
         tolerance: relative error that is admitted; by default that of the output's dtype in
             :data:`TOLERANCES`.

@@ -14,9 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensormoe import _registry
 from tensormoe._spec import LayerSpec
-from tensormoe.backend import Array
+from tensormoe.backend import Array, _registry
 from tensormoe.errors import RankError
 from tensormoe.factorizations import (
     INPUT,

@@ -1,4 +1,4 @@
-"""What every layer of every factorization must do on every backend."""
+"""Tests that every layer of every factorization passes on every backend."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["CHECKS", "LayerChecks"]
 NDArray = npt.NDArray[Any]
 
 CHECKS = settings(
-    # every example plans a layer anew and compares whole arrays
+    # every example plans a new layer and compares whole arrays
     max_examples=max(settings().max_examples // 2, 1),
     deadline=None,
     # a test of a contract is one function that several classes inherit
@@ -77,7 +77,7 @@ class LayerChecks:
         return np.asarray(array)
 
     def all_to_numpy(self, arrays: Sequence[Array]) -> list[NDArray]:
-        """Several results of one call; a lazy library may find them together."""
+        """Several results of one call; a lazy library may compute them together."""
         return [self.to_numpy(array) for array in arrays]
 
     def specs(self) -> st.SearchStrategy[LayerSpec]:
@@ -235,7 +235,7 @@ class LayerChecks:
             chosen.append(TopK(indices, values))
             dense.append(wide)
         self.assert_output(self.run(case, coefficients=chosen), case, coefficients=dense)
-        # and on the way back: rows that are picked get the gradient, the others none
+        # and in the backward pass: the chosen rows get the gradient, the others none
         config, x = LayerConfig(case.spec, None), self.from_numpy(case.x)
         parameters = self._parameters(case.factors)
         by_form = []

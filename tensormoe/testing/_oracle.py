@@ -1,4 +1,4 @@
-"""What a layer must return, computed by code that shares nothing with the library's own."""
+"""The output of a layer, computed by code that shares nothing with the library's own."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def reconstruct(factorization: Factorization, factors: Mapping[str, Any]) -> Dou
 def reconstruct_by_einsum(factorization: Factorization, factors: Mapping[str, Any]) -> Doubles:
     """𝒲 by one ``numpy.einsum`` over the factors as they are stored, in float64.
 
-    The equations are written out a factorization each and know nothing of TensorLy's layouts, so
+    The equations are written out for each factorization and know nothing of TensorLy's layouts, so
     that a wrong layout and a wrong network are told apart.
 
     Args:
@@ -141,7 +141,7 @@ def reference_output(weights: Any, coefficients: Sequence[Any], x: Any) -> Doubl
 
     Args:
         weights: 𝒲 (experts…, in, out), or (experts…, in + 1, out) with the bias as its last row.
-        coefficients: one array (..., N_e) a level.
+        coefficients: one array (..., N_e) per level.
         x: inputs (..., in).
 
     Returns:

@@ -1,7 +1,7 @@
 """Hypothesis strategies: layers of any size, and arrays that hide no mistake.
 
 Arrays are drawn from a seeded generator rather than entry by entry: random entries find mistakes
-in a contraction at once, and a seed is all that a failing example has to print.
+in a contraction at once, and a failing example has to print its seed only.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def gates(draw: st.DrawFn, experts: Sequence[int], *, batch_norm: bool = False) 
 
     Args:
         draw: given by Hypothesis.
-        experts: one size a level; top-k gates keep at most the smallest of them.
+        experts: one size per level; top-k gates keep at most the smallest of them.
         batch_norm: whether to draw batch norm too, which mixes the inputs of a batch.
     """
     activation = draw(st.sampled_from(["entmax", "sparsemax", "softmax", "top_k"]))
@@ -159,36 +159,36 @@ def factors(draw: st.DrawFn, spec: LayerSpec, dtype: str = "float64") -> dict[st
 
 @st.composite
 def inputs(
-    draw: st.DrawFn, features: int, lead: tuple[int, ...], dtype: str = "float64"
+    draw: st.DrawFn, features: int, batch_shape: tuple[int, ...], dtype: str = "float64"
 ) -> NDArray:
     """Standard normal inputs (..., features)."""
     rng = np.random.default_rng(draw(seeds()))
-    return rng.standard_normal((*lead, features)).astype(dtype)
+    return rng.standard_normal((*batch_shape, features)).astype(dtype)
 
 
 @st.composite
 def coefficients(
-    draw: st.DrawFn, experts: Sequence[int], lead: tuple[int, ...], dtype: str = "float64"
+    draw: st.DrawFn, experts: Sequence[int], batch_shape: tuple[int, ...], dtype: str = "float64"
 ) -> list[NDArray]:
     """Coefficients that are random, sparse and different for each input.
 
     A mixture is linear in its coefficients, so nothing may depend on their being positive or
-    summing to one, and these do neither. Every input uses at least one expert a level.
+    summing to one, and these do neither. Every input uses at least one expert per level.
 
     Args:
         draw: given by Hypothesis.
-        experts: one size a level.
-        lead: leading shape of the inputs.
+        experts: one size per level.
+        batch_shape: leading shape of the inputs.
         dtype: of the arrays.
 
     Returns:
-        One array (..., N_e) a level.
+        One array (..., N_e) per level.
     """
     rng = np.random.default_rng(draw(seeds()))
     found = []
     for count in experts:
-        used = rng.random((*lead, count)) < 0.5
-        one = rng.integers(count, size=lead)[..., None]
+        used = rng.random((*batch_shape, count)) < 0.5
+        one = rng.integers(count, size=batch_shape)[..., None]
         used |= np.arange(count) == one
-        found.append((rng.standard_normal((*lead, count)) * used).astype(dtype))
+        found.append((rng.standard_normal((*batch_shape, count)) * used).astype(dtype))
     return found

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tensormoe._registry import loaded_backend
+from tensormoe.backend import loaded_backend
 from tests._cupy_standin._module import Special, Standin
 
 tensormoe_cupy = pytest.importorskip("tensormoe_cupy")

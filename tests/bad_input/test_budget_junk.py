@@ -16,7 +16,7 @@ from torch import nn
 import tensormoe_torch
 from tensormoe import CP, Budget, Gate, rank_front, select_rank
 from tensormoe.errors import BudgetError, TensormoeError, located
-from tensormoe.planning import select_block
+from tensormoe.selection import select_block
 from tensormoe_numpy import MuMoE, MuMoEEmbedding, MuMoEMLP
 from tensormoe_torch import from_linear, from_mlp, replace
 

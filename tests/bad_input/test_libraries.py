@@ -15,7 +15,7 @@ import pytest
 
 import tensormoe
 from tensormoe import CP, backend_of, get_backend, to_tensorly
-from tensormoe._registry import loaded_backend
+from tensormoe.backend import loaded_backend
 from tensormoe.errors import BackendError, MissingDependencyError, TensormoeError
 from tests._bad_input import Case, assert_refused
 
@@ -29,7 +29,7 @@ def without(*names: str) -> Callable[[pytest.MonkeyPatch], None]:
         def find(name: str, package: str | None = None) -> Any:
             return None if name in names else real(name, package)
 
-        patch.setattr("tensormoe._registry.find_spec", find)
+        patch.setattr("tensormoe.backend._registry.find_spec", find)
         loaded_backend.cache_clear()
 
     return prepare

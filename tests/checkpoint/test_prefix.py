@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tensormoe._checkpoint_format import CheckpointHeader, encode_header
 from tensormoe.checkpoint import ArrayInfo, peek_checkpoint, read_checkpoint
+from tensormoe.checkpoint._format import CheckpointHeader, encode_header
 from tensormoe.errors import CheckpointError
 from tensormoe_numpy import BACKEND
 

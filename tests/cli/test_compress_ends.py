@@ -14,15 +14,15 @@ import pytest
 from rich.console import Console
 
 from tensormoe import CP
-from tensormoe._checkpoint_files import PARTIAL_SUFFIX
+from tensormoe.checkpoint._files import PARTIAL_SUFFIX
 from tensormoe.cli import main
 from tensormoe.cli._compress_show import bars
-from tensormoe.decomposition import Progress, _watch
-from tensormoe.decomposition.checkpoints import (
+from tensormoe.compression import (
     Compression,
     CompressionProgress,
     compress_checkpoint,
 )
+from tensormoe.decomposition import Progress, _watch
 from tests._compress_models import PATTERN, content, experts, save_shards
 
 WANTED = Compression("tensor_ring", budget=0.5, experts=PATTERN)
@@ -93,7 +93,7 @@ def test_the_command_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from tensormoe.decomposition.checkpoints import _run
+    from tensormoe.compression import _run
 
     words = ["compress", str(model), "--experts", PATTERN[0], "--budget", "50%"]
     words += ["--output", str(tmp_path / "out")]

@@ -9,7 +9,8 @@ import pytest
 
 from tensormoe import select_rank
 from tensormoe.cli import main
-from tensormoe.planning import PUBLISHED_ROOFLINES, Roofline, linear_cost, rank_front
+from tensormoe.planning import PUBLISHED_ROOFLINES, Roofline
+from tensormoe.selection import linear_cost, rank_front
 from tests._command import ask, check_not_blank, run
 
 FACTORIZATIONS = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tensormoe import CP, Dense, SharedBasis, Tucker
-from tensormoe._registry import backend_of
+from tensormoe.backend import backend_of
 from tensormoe.decomposition import (
     Control,
     Search,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tensormoe import CP, Tucker
-from tensormoe._registry import backend_of
+from tensormoe.backend import backend_of
 from tensormoe.decomposition import Search, decompose
 from tensormoe.decomposition._host import Workplace
 from tensormoe.errors import ShapeError

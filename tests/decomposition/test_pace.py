@@ -10,7 +10,7 @@ import pytest
 from tensormoe import CP, Tucker
 from tensormoe.decomposition import Search, _search, decompose
 from tensormoe.decomposition._search import ENDED, advance, worst
-from tests.test_decomposition_starts import Claims
+from tests.decomposition.test_starts import Claims
 
 GIVEN = {"a": 1.0}
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tensormoe import CP, Hadamard, LayerSpec, SharedBasis, TensorRing, TensorTrain, Tucker
-from tensormoe._registry import backend_of
+from tensormoe.backend import backend_of
 from tensormoe.decomposition import Search, _fit, _source, decompose
 from tensormoe.decomposition._contractions import Structure, structures
 from tensormoe.decomposition._source import Source

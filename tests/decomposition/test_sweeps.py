@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tensormoe import CP, BaseDelta, LayerSpec, SharedBasis, TensorRing, TensorTrain, Tucker
-from tensormoe._registry import backend_of
+from tensormoe.backend import backend_of
 from tensormoe.decomposition._als import absorbs, solve_factor, sweep
 from tensormoe.decomposition._contractions import Structure, structures
 from tensormoe.decomposition._search import Problem

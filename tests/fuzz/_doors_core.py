@@ -8,10 +8,16 @@ from typing import Any
 import numpy as np
 
 import tensormoe
-from tensormoe import CP, Budget, Gate, LayerSpec, Roofline, factorizations, functional, planning
-from tensormoe.checkpoint import match_arrays, peek_checkpoint, read_checkpoint, save_checkpoint
+from tensormoe import CP, Budget, Gate, LayerSpec, Roofline, factorizations, planning
+from tensormoe.checkpoint import (
+    check_arrays,
+    match_arrays,
+    peek_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
+from tensormoe.compression import Compression, compress_checkpoint, plan_compression
 from tensormoe.decomposition import Search, decompose, error_curves
-from tensormoe.decomposition.checkpoints import Compression, compress_checkpoint, plan_compression
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.gates import entropy, entropy_loss, expert_load, load_balance_loss, top_k
 from tensormoe_numpy import BACKEND
@@ -258,6 +264,6 @@ def _files() -> Iterator[Door]:
     )
     yield Door(
         "check_arrays",
-        functional.check_arrays,
+        check_arrays,
         lambda: dict(config=config(), arrays={}, backend=BACKEND, dtypes=("float32",)),
     )

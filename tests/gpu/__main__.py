@@ -21,10 +21,10 @@ FILES = {
     "jax": ("gpu/on_jax.py",),
     "cupy": (
         "gpu/on_cupy.py",
-        "test_cupy_backend.py",
-        "test_cupy_layers.py",
-        "test_cupy_training.py",
-        "test_cupy_bad_input.py",
+        "cupy/test_backend.py",
+        "cupy/test_layers.py",
+        "cupy/test_training.py",
+        "cupy/test_bad_input.py",
     ),
 }
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tensormoe.checkpoint import peek_checkpoint
-from tensormoe.decomposition.checkpoints import Compression, compress_checkpoint
+from tensormoe.compression import Compression, compress_checkpoint
 from tensormoe.errors import SpecError
 from tensormoe_torch import FactorizedExperts, MuMoE
 from tests._compress_models import family, save_family

@@ -182,7 +182,7 @@ def test_prepared_programs_cost_less_by_their_weight_steps(data: st.DataObject) 
     spec = data.draw(specs(), "spec")
     batch = data.draw(st.integers(1, 9), "batch")
     prepared = spec.plan(batch, prepared=True)
-    program = plan_regimes(spec, Routing()).programs[-1]
+    program = plan_regimes(spec.network, Routing()).programs[-1]
     first, rest = program.split()
     whole = executed(program, batch)[0]
     halves = executed(first, batch)[0], executed(rest, batch)[0]

@@ -68,7 +68,7 @@ def test_plans_know_their_regime(spec: LayerSpec, batch: int) -> None:
     plan = spec.plan(batch)
     assert plan.first_batch <= batch
     assert plan.last_batch is None or batch <= plan.last_batch
-    assert plan.program == plan_regimes(spec).program(batch)
+    assert plan.program == plan_regimes(spec.network).program(batch)
     assert spec.plan(batch) is plan, "a look-up"
     for neighbour in (plan.first_batch, plan.last_batch or batch):
         assert spec.plan(neighbour).program == plan.program

@@ -47,14 +47,14 @@ def test_forward_never_copies_into_another_order(factorization, experts, bias, r
         reason = "the path with the fewest writes sums the first level away before the second"
         request.applymarker(pytest.mark.xfail(reason=reason))
     spec = LayerSpec(768, 768, experts, factorization, bias=bias)
-    for program in plan_regimes(spec).programs:
+    for program in plan_regimes(spec.network).programs:
         assert "permute" not in {step.kind for step in program.steps}
 
 
 def programs(draw: st.DrawFn) -> tuple[LayerSpec, Program]:
     spec = draw(specs())
     k = draw(st.none() | st.integers(1, min(spec.experts)))
-    regimes = plan_regimes(spec, Routing(k, draw(st.booleans())))
+    regimes = plan_regimes(spec.network, Routing(k, draw(st.booleans())))
     return spec, draw(st.sampled_from(regimes.programs))
 
 
@@ -131,7 +131,7 @@ def test_forward_reads_no_operand_in_far_apart_entries(factorization, experts, b
     """A product for every input whose operand has the batch as its fastest axis is 3 to 6 times
     slower than one in order."""
     spec = LayerSpec(768, 768, experts, factorization, bias=bias)
-    for program in plan_regimes(spec).programs:
+    for program in plan_regimes(spec.network).programs:
         for step in program.steps:
             if step.kind not in ("linear", "matmul"):
                 continue

@@ -41,7 +41,7 @@ REGIMES = [
 
 @pytest.mark.parametrize("spec", REGIMES, ids=str)
 def test_every_batch_gets_the_cheapest_program_of_the_layer(spec: LayerSpec) -> None:
-    regimes = plan_regimes(spec)
+    regimes = plan_regimes(spec.network)
     assert regimes.starts[0] == 0
     assert list(regimes.starts) == sorted(set(regimes.starts))
     batches = {*range(1, 200), 1000, 10**4, 10**6, 10**9}
@@ -54,13 +54,13 @@ def test_every_batch_gets_the_cheapest_program_of_the_layer(spec: LayerSpec) -> 
 
 def test_paths_do_change_with_the_batch() -> None:
     """Otherwise the test above would see nothing."""
-    assert sum(len(plan_regimes(spec).programs) > 1 for spec in REGIMES) >= 4
+    assert sum(len(plan_regimes(spec.network).programs) > 1 for spec in REGIMES) >= 4
 
 
 @settings(max_examples=60)
 @given(spec=specs(largest=12, largest_rank=12), data=st.data())
 def test_thresholds_are_exact(spec: LayerSpec, data: st.DataObject) -> None:
-    regimes = plan_regimes(spec)
+    regimes = plan_regimes(spec.network)
     for start, before, after in zip(
         regimes.starts[1:], regimes.programs, regimes.programs[1:], strict=False
     ):
@@ -72,7 +72,7 @@ def test_thresholds_are_exact(spec: LayerSpec, data: st.DataObject) -> None:
 
 
 def test_regimes_look_programs_up_by_batch() -> None:
-    first, second = (plan_regimes(LayerSpec(4, 3, 2, CP(k))).programs[0] for k in (1, 2))
+    first, second = (plan_regimes(LayerSpec(4, 3, 2, CP(k)).network).programs[0] for k in (1, 2))
     regimes = Regimes((0, 10), (first, second))
     assert [regimes.program(batch) for batch in (0, 1, 9, 10, 11)] == [first] * 3 + [second] * 2
     assert [regimes.index(batch) for batch in (0, 9, 10)] == [0, 0, 1]

@@ -10,8 +10,7 @@ import equinox as eqx
 from equinox.nn import State
 from jax import Array
 
-from tensormoe import functional
-from tensormoe.checkpoint import save_checkpoint
+from tensormoe.checkpoint import check_config, read_block, save_checkpoint
 from tensormoe.functional import LayerConfig
 from tensormoe_jax._adapter import BACKEND
 from tensormoe_jax._layers import Layer, ready
@@ -83,7 +82,7 @@ class Mixture(Layer, eqx.nn.StatefulLayer):
             CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit; the
                 message lists every difference.
         """
-        config, arrays = functional.read_block(path, cls._kind, LayerConfig, BACKEND)
+        config, arrays = read_block(path, cls._kind, LayerConfig, BACKEND)
         return cls.restore(config, arrays, axis_name=axis_name)
 
     @classmethod
@@ -103,7 +102,7 @@ class Mixture(Layer, eqx.nn.StatefulLayer):
             CheckpointError: names or shapes that are not the layer's; lists every difference.
             ShapeError: parameters of different dtypes, or of one that no layer has.
         """
-        functional.check_config(config, cls._kind)
+        check_config(config, cls._kind)
         spec = config.spec
         sizes = (spec.in_features, spec.out_features, spec.experts)
         # an embedding takes none

@@ -9,7 +9,7 @@ from jax import Array
 
 from tensormoe import functional
 from tensormoe.factorizations import FactorizationLike
-from tensormoe.planning import Budget
+from tensormoe.selection import Budget
 from tensormoe_jax import _pure
 from tensormoe_jax._layers import first_values
 from tensormoe_jax.equinox._base import Mixture

@@ -13,7 +13,7 @@ from tensormoe import functional
 from tensormoe.errors import ShapeError
 from tensormoe.factorizations import FactorizationLike
 from tensormoe.gates import Gate
-from tensormoe.planning import Budget
+from tensormoe.selection import Budget
 from tensormoe_jax import _pure
 from tensormoe_jax._layers import first_values
 from tensormoe_jax.equinox._base import Mixture

@@ -9,8 +9,7 @@ from typing import Any, ClassVar, Self
 from flax import nnx
 from jax import Array
 
-from tensormoe import functional
-from tensormoe.checkpoint import save_checkpoint
+from tensormoe.checkpoint import check_config, read_block, save_checkpoint
 from tensormoe.functional import LayerConfig
 from tensormoe_jax._adapter import BACKEND
 from tensormoe_jax._layers import Layer, ready
@@ -63,7 +62,7 @@ class Mixture(Layer, nnx.Module):
             CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit; the
                 message lists every difference.
         """
-        config, arrays = functional.read_block(path, cls._kind, LayerConfig, BACKEND)
+        config, arrays = read_block(path, cls._kind, LayerConfig, BACKEND)
         return cls.restore(config, arrays)
 
     @classmethod
@@ -79,7 +78,7 @@ class Mixture(Layer, nnx.Module):
             CheckpointError: names or shapes that are not the layer's; lists every difference.
             ShapeError: parameters of different dtypes, or of one that no layer has.
         """
-        functional.check_config(config, cls._kind)
+        check_config(config, cls._kind)
         spec = config.spec
         constructor: Any = cls
         layer: Self = constructor(

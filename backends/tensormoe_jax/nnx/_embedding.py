@@ -9,7 +9,7 @@ from jax import Array
 
 from tensormoe import functional
 from tensormoe.factorizations import FactorizationLike
-from tensormoe.planning import Budget
+from tensormoe.selection import Budget
 from tensormoe_jax import _pure
 from tensormoe_jax.nnx._base import Mixture
 from tensormoe_jax.nnx._rngs import Source, drawn

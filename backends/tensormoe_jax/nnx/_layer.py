@@ -11,7 +11,7 @@ from tensormoe import functional
 from tensormoe.errors import ShapeError
 from tensormoe.factorizations import FactorizationLike
 from tensormoe.gates import Gate
-from tensormoe.planning import Budget
+from tensormoe.selection import Budget
 from tensormoe_jax import _pure
 from tensormoe_jax.nnx._base import Mixture
 from tensormoe_jax.nnx._rngs import Source, drawn

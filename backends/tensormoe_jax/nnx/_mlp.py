@@ -12,12 +12,12 @@ from flax import nnx
 from jax import Array
 
 from tensormoe import functional
-from tensormoe.checkpoint import save_checkpoint
+from tensormoe.checkpoint import check_config, read_block, save_checkpoint
 from tensormoe.errors import ShapeError
 from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import BlockConfig
 from tensormoe.gates import Gate
-from tensormoe.planning import Budget
+from tensormoe.selection import Budget
 from tensormoe_jax import _pure
 from tensormoe_jax._activations import Act, activation_name, own_activation
 from tensormoe_jax._adapter import BACKEND
@@ -201,7 +201,7 @@ class MuMoEMLP(Block, nnx.Module):
         Raises:
             CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit.
         """
-        config, arrays = functional.read_block(path, "MuMoEMLP", BlockConfig, BACKEND)
+        config, arrays = read_block(path, "MuMoEMLP", BlockConfig, BACKEND)
         return cls.restore(config, arrays, rngs=rngs)
 
     @classmethod
@@ -225,7 +225,7 @@ class MuMoEMLP(Block, nnx.Module):
             BackendError, CheckpointError, ShapeError: as :meth:`MuMoE.restore`.
             SpecError: no activation, or two.
         """
-        functional.check_config(config, "MuMoEMLP")
+        check_config(config, "MuMoEMLP")
         first, source = config.first.spec, ready(config, arrays)
         named: Any = config.act_layer if act is None else act
         block = cls(first.in_features, act_layer=named, experts=first.experts, rngs=source)

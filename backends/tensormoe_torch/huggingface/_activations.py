@@ -11,8 +11,8 @@ from transformers.activations import ACT2FN
 
 from tensormoe.errors import SpecError
 from tensormoe_torch._activations import ACTIVATIONS
-from tensormoe_torch._compress._experts import Activation
-from tensormoe_torch._compress._recognize import own_activation
+from tensormoe_torch.compression._experts import Activation
+from tensormoe_torch.compression._recognize import own_activation
 
 __all__ = ["Own", "act_of", "activation_of", "name_of", "takes_routing"]
 

@@ -13,19 +13,19 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from tensormoe import LayerSpec
-from tensormoe._checkpoint_files import open_regular
-from tensormoe._safetensors import parse_entries, read_frame
+from tensormoe.checkpoint._files import open_regular
+from tensormoe.checkpoint._safetensors import parse_entries, read_frame
 from tensormoe.errors import CheckpointError, SpecError
 from tensormoe.functional import LayerConfig
-from tensormoe_torch._compress._experts import FactorizedExperts
-from tensormoe_torch._compress._find import is_stacked
 from tensormoe_torch._embedding import MuMoEEmbedding
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._mlp import MuMoEMLP
-from tensormoe_torch._surgery._linears import is_linear, read_linear
-from tensormoe_torch._surgery._replace import at
+from tensormoe_torch.compression._experts import FactorizedExperts
+from tensormoe_torch.compression._find import is_stacked
 from tensormoe_torch.huggingface._activations import activation_of, takes_routing
 from tensormoe_torch.huggingface._describe import block_config, entry
+from tensormoe_torch.surgery._linears import is_linear, read_linear
+from tensormoe_torch.surgery._replace import at
 
 __all__ = ["install"]
 

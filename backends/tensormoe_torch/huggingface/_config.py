@@ -10,7 +10,7 @@ from torch import nn
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tensormoe._model_config import METHOD, SCHEMA_VERSION, model_config
+from tensormoe.checkpoint._model_config import METHOD, SCHEMA_VERSION, model_config
 from tensormoe.errors import SpecError
 from tensormoe_torch.huggingface._describe import described, entry
 

@@ -11,13 +11,13 @@ from torch import nn
 from tensormoe.errors import SpecError
 from tensormoe.functional import BlockConfig
 from tensormoe_torch._activations import ACTIVATIONS
-from tensormoe_torch._compress._experts import PROJECTIONS, Activation, FactorizedExperts
 from tensormoe_torch._embedding import MuMoEEmbedding
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._pre_normed import PreNormed
-from tensormoe_torch._surgery._replace import at
+from tensormoe_torch.compression._experts import PROJECTIONS, Activation, FactorizedExperts
 from tensormoe_torch.huggingface._activations import act_of, name_of
+from tensormoe_torch.surgery._replace import at
 
 __all__ = ["KINDS", "block_config", "described", "entry"]
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from tensormoe._model_config import METHOD
+from tensormoe.checkpoint._model_config import METHOD
 from tensormoe.errors import BackendError, CheckpointError, SpecError
 from tensormoe_torch.huggingface._build import install
 from tensormoe_torch.huggingface._config import TensormoeConfig

@@ -22,8 +22,9 @@ from tensormoe.cli._profile import resolve_device
 from tensormoe.errors import CheckpointError
 from tensormoe.factorizations import resolve_factorization
 from tensormoe.gates import Gate
-from tensormoe.planning import Budget, Roofline, dense_moe_cost, linear_cost, select_rank
+from tensormoe.planning import Roofline
 from tensormoe.planning._layer_cost import gate_parameters
+from tensormoe.selection import Budget, dense_moe_cost, linear_cost, select_rank
 from tensormoe_numpy import MuMoE
 
 if TYPE_CHECKING:

@@ -1,0 +1,221 @@
+"""The experts of a sparse model, decomposed and replaced in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from tensormoe import LayerSpec
+from tensormoe._validation import flag
+from tensormoe.decomposition import Decomposition, Progress, Search, decompose
+from tensormoe.errors import RankError, SpecError
+from tensormoe.factorizations import Factorization, FactorizationLike, resolve_factorization
+from tensormoe.selection import Budget
+from tensormoe_torch._hub import mark
+from tensormoe_torch._layer import MuMoE
+from tensormoe_torch.compression._dense import ROLES, DenseExperts
+from tensormoe_torch.compression._experts import FactorizedExperts
+from tensormoe_torch.compression._find import find_experts
+from tensormoe_torch.compression._read import read_experts
+from tensormoe_torch.compression._report import (
+    CompressedModule,
+    CompressedProjection,
+    CompressionReport,
+)
+from tensormoe_torch.compression._samples import Batch, Samples, collect, output_error
+from tensormoe_torch.surgery._replace import at, num_parameters, swap
+from tensormoe_torch.surgery._select import Select
+from tensormoe_torch.surgery._surroundings import check_surroundings
+
+__all__ = ["compress"]
+
+
+def compress(
+    model: nn.Module,
+    factorization: FactorizationLike,
+    *,
+    rank: int | tuple[int, ...] | None = None,
+    budget: Budget | int | float | None = None,
+    tolerance: float | None = None,
+    select: Select | None = None,
+    inputs: Batch | Iterable[Batch] | None = None,
+    weighted: bool = False,
+    search: Search | None = None,
+    callback: Callable[[Progress], bool | None] | None = None,
+    seed: int = 0,
+) -> CompressionReport:
+    """Replace the experts of a sparse model by factors of them, in place; its router stays.
+
+    Found are the stacks of experts of Hugging Face transformers 5 (parameters ``gate_up_proj`` and
+    ``down_proj``: Mixtral, Qwen-MoE, OLMoE, DeepSeek and others), and lists of equal experts of
+    ``nn.Linear`` layers (``gate_proj``, ``up_proj`` and ``down_proj``, or ``w1``, ``w3`` and
+    ``w2``). Each projection is decomposed by itself, and :class:`FactorizedExperts` take their
+    place, called as they were: they compute what the dense experts rebuilt from the factors would.
+
+    Dtype, device, mode, hooks and ``requires_grad`` stay. Either all that is selected is replaced,
+    or nothing is and an error says why. Make optimizers afterwards: they hold parameters.
+
+    Args:
+        model: it holds the experts.
+        factorization: of every projection: a value such as ``CP(64)``, or a name with one of the
+            three below.
+        rank: bond sizes, with a name.
+        budget: of each projection: a :class:`tensormoe.Budget`, a number of parameters, or as a
+            float in (0, 1] a share of the weights' own; of weights alone, as the router stays.
+        tolerance: the relative error of the weights that each projection is to reach with as few
+            parameters as can be.
+        select: which experts: patterns, a class, or a function of name and module, as for
+            :func:`replace`; a function is asked about modules with experts alone. All by default.
+        inputs: calibration batches: an input of the model (a tuple or a mapping are its arguments),
+            or any other iterable of inputs. The model runs each once, in evaluation mode, and what
+            the experts get is kept meanwhile.
+        weighted: whether factors minimize the error of outputs for these inputs rather than that of
+            the weights.
+        search: how long to search for each projection, a time limit included.
+        callback: called with a :class:`tensormoe.decomposition.Progress` after every sweep, which
+            has the projection's name; True ends the search for that projection.
+        seed: of the random starts.
+
+    Returns:
+        What was replaced, with errors and parameters; ``print`` it for a table.
+
+    Raises:
+        SpecError: no experts, a selection that matches nothing or something else, experts that
+            compute something else, weights that are used in other places too, or arguments that
+            cannot be.
+        ShapeError: experts of different shapes, or weights that are not finite.
+        RankError, BudgetError: as :func:`tensormoe.decomposition.decompose`, with the name of the
+            projection; and a rank with which factors would have more entries than the weights.
+        KeyboardInterrupt: Ctrl-C; the model is as it was.
+
+    >>> class Expert(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.w1, self.w3 = nn.Linear(6, 8), nn.Linear(6, 8)
+    ...         self.w2 = nn.Linear(8, 6)
+    ...     def forward(self, x):
+    ...         return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
+    >>> model = nn.ModuleDict({"experts": nn.ModuleList(Expert() for _ in range(4))})
+    >>> report = compress(model, "cp", rank=4)
+    >>> report.names, type(model["experts"]).__name__
+    (('experts',), 'FactorizedExperts')
+    """
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"model must be an nn.Module; got {type(model).__name__}.")
+    flag(weighted, "weighted")
+    if weighted and inputs is None:
+        raise SpecError("weighted compression needs inputs; got none. Pass inputs=….")
+    chosen = find_experts(model, select)
+    check_surroundings(model, chosen)
+    # a module that is used in several places is replaced by one
+    names = list({id(module): name for name, module in reversed(chosen.items())}.values())[::-1]
+    sources = [read_experts(chosen[name], name) for name in names]
+    if budget is None and tolerance is None:
+        kind = resolve_factorization(factorization, rank)
+        for source in sources:
+            _check_sizes(source, kind)
+    samples: list[Samples] | list[None] = [None] * len(sources)
+    if inputs is not None:
+        samples = collect(model, sources, inputs)
+
+    count = num_parameters(model)
+    made: dict[int, nn.Module] = {}
+    modules = []
+    for source, sample in zip(sources, samples, strict=True):
+        found = {}
+        for role in (each for each in ROLES if each in source.stacks):
+            with at(f"{source.name}.{role}"):
+                found[role] = _decomposed(
+                    source,
+                    role,
+                    sample,
+                    factorization,
+                    rank=rank,
+                    budget=budget,
+                    tolerance=tolerance,
+                    weighted=weighted,
+                    search=search,
+                    callback=_named(callback, f"{source.name}.{role}"),
+                    seed=seed,
+                )
+            if found[role].report.ended == "interrupted":
+                # all or nothing
+                raise KeyboardInterrupt
+        layers = {r: MuMoE.restore(each.config(), each.parameters) for r, each in found.items()}
+        new = FactorizedExperts(layers, source.act)
+        made[id(source.module)] = new
+        off = None if sample is None else output_error(source, new, sample)
+        projections = tuple(
+            CompressedProjection(r, source.stacks[r].sizes, each.spec.factorization, each.report)
+            for r, each in found.items()
+        )
+        modules.append(
+            CompressedModule(
+                source.name, type(source.module).__name__, source.count, projections, off
+            )
+        )
+    for name, old in chosen.items():
+        swap(model, name, old, made[id(old)])
+    mark(model)
+    return CompressionReport(tuple(modules), (count, num_parameters(model)))
+
+
+def _check_sizes(source: DenseExperts, kind: Factorization) -> None:
+    """Refuse, before any work, factors that are larger than what they stand for.
+
+    Raises:
+        RankError: they are; or bonds that do not fit.
+    """
+    for role, stack in source.stacks.items():
+        with at(f"{source.name}.{role}"):
+            rows, columns = stack.sizes
+            bias = stack.biases is not None
+            parameters = LayerSpec(rows, columns, (source.count,), kind, bias=bias).num_parameters
+            dense = source.count * (rows + bias) * columns
+            if parameters > dense:
+                raise RankError(
+                    f"factors must have no more entries than the weights, {dense:,}; {kind} has "
+                    f"{parameters:,}. Lower the rank, or give a budget."
+                )
+
+
+@torch.no_grad()
+def _decomposed(
+    source: DenseExperts,
+    role: str,
+    sample: Samples | None,
+    factorization: FactorizationLike,
+    *,
+    rank: int | tuple[int, ...] | None,
+    budget: Budget | int | float | None,
+    tolerance: float | None,
+    weighted: bool,
+    search: Search | None,
+    callback: Callable[[Progress], bool | None] | None,
+    seed: int,
+) -> Decomposition:
+    weights, bias = source.stacks[role].tensors()
+    return decompose(
+        weights,
+        factorization,
+        rank=rank,
+        budget=budget,
+        tolerance=tolerance,
+        bias=bias,
+        inputs=None if sample is None else sample.of(role, source),
+        coefficients=None if sample is None else sample.coefficients(source.count),
+        weighted=weighted,
+        search=search,
+        callback=callback,
+        seed=seed,
+    )
+
+
+def _named(
+    callback: Callable[[Progress], bool | None] | None, name: str
+) -> Callable[[Progress], bool | None] | None:
+    """A callback whose progress carries a name."""
+    return None if callback is None else lambda each: callback(replace(each, name=name))

@@ -1,0 +1,106 @@
+"""Dense experts of other code: their weights as stacks, and what they compute, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tensormoe_torch.compression._experts import Activation, gated
+
+__all__ = ["ROLES", "DenseExperts", "Stack", "one_by_one"]
+
+ROLES = ("gate_proj", "up_proj", "down_proj")
+"""The projections of an expert, in the order in which reports have them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """One projection of all experts; views of the model's own weights.
+
+    Args:
+        weights: (experts, in, out), or a matrix (in, out) an expert.
+        biases: (experts, out), or a row an expert; None without any.
+    """
+
+    weights: Tensor | tuple[Tensor, ...]
+    biases: Tensor | tuple[Tensor, ...] | None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """In and out."""
+        first = self.weights[0]
+        return first.shape[0], first.shape[1]
+
+    def first(self, dtype: torch.dtype) -> Stack:
+        """The first expert alone, on the CPU."""
+        biases = None if self.biases is None else (self.biases[0].to("cpu", dtype),)
+        return Stack((self.weights[0].to("cpu", dtype),), biases)
+
+    def tensors(self) -> tuple[Tensor, Tensor | None]:
+        """Weights and biases as one tensor each, which is a copy where they were several."""
+        found = [
+            torch.stack(each) if isinstance(each, tuple) else each
+            for each in (self.weights, self.biases)
+            if each is not None
+        ]
+        return found[0], found[1] if len(found) > 1 else None
+
+    def routed(self, x: Tensor, index: Tensor) -> Tensor:
+        """One expert's output a row: x (rows, in) and index (rows,) → (rows, out)."""
+        found = x.new_empty(x.shape[0], self.sizes[1])
+        for place in index.unique().tolist():
+            chosen = index == place
+            rows = x[chosen] @ self.weights[place]
+            found[chosen] = rows if self.biases is None else rows + self.biases[place]
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class DenseExperts:
+    """The experts of one layer of a model.
+
+    Args:
+        name: of the module in the model.
+        module: it.
+        together: whether the model calls them at once, with indices and weights, or one by one.
+        act: the activation.
+        stacks: the projections by role.
+    """
+
+    name: str
+    module: nn.Module
+    together: bool
+    act: Activation
+    stacks: Mapping[str, Stack]
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return len(self.stacks["down_proj"].weights)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """In, hidden, out."""
+        return (*self.stacks["up_proj"].sizes, self.stacks["down_proj"].sizes[1])
+
+    def hidden(self, x: Tensor, index: Tensor) -> Tensor:
+        """What reaches the down projection: (rows, in) and (rows,) → (rows, hidden)."""
+
+        def project(role: str, rows: Tensor) -> Tensor:
+            return self.stacks[role].routed(rows, index)
+
+        return gated(project, self.act, "gate_proj" in self.stacks, x)
+
+    def routed(self, x: Tensor, index: Tensor) -> Tensor:
+        """One expert's output a row: (rows, in) and (rows,) → (rows, out)."""
+        return self.stacks["down_proj"].routed(self.hidden(x, index), index)
+
+
+def one_by_one(routed: Callable[[Tensor, Tensor], Tensor], x: Tensor, index: Tensor) -> Tensor:
+    """Outputs (tokens, k, out) of a function of rows, for x (tokens, in) and index (tokens, k)."""
+    tokens, count = index.shape
+    rows = x.repeat_interleave(count, dim=0)
+    return torch.unflatten(routed(rows, index.reshape(-1)), 0, (tokens, count))

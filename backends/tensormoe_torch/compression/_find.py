@@ -1,0 +1,93 @@
+"""Experts in a model, recognized by the parameters that they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from tensormoe.checkpoint._model_config import PROJECTION_NAMES
+from tensormoe.errors import SpecError
+from tensormoe_torch.surgery._linears import is_linear
+from tensormoe_torch.surgery._select import Select, nearby, select_modules
+
+__all__ = ["find_experts", "is_stacked", "linears_by_role"]
+
+
+def is_stacked(module: nn.Module) -> bool:
+    """Whether it holds the weights of all experts in two parameters of three axes."""
+    held = module._parameters
+    first = held.get("gate_up_proj", held.get("up_proj"))
+    return all(each is not None and each.ndim == 3 for each in (first, held.get("down_proj")))
+
+
+def linears_by_role(expert: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of one expert by role; empty if these are no expert's.
+
+    An expert without a gate has an up and a down projection alone.
+    """
+    children = {name: each for name, each in expert.named_children() if is_linear(each)}
+    found = {
+        role: children[name]
+        for role, names in PROJECTION_NAMES.items()
+        for name in names
+        if name in children
+    }
+    complete = {"up_proj", "down_proj"} <= found.keys() and len(found) == len(children)
+    return found if complete else {}
+
+
+def find_experts(model: nn.Module, select: Select | None) -> dict[str, nn.Module]:
+    """The experts that are meant, by name.
+
+    Args:
+        model: it holds them.
+        select: as for ``replace``; a function is asked about modules with experts alone. None for
+            all of them; lists of modules count if they, or the class of what they hold, have
+            "expert" in their name.
+
+    Raises:
+        SpecError: a model without any, or a selection that matches nothing or something else.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    every = {name: each for name, each in modules.items() if is_stacked(each) or _is_list(each)}
+    if select is None:
+        found = {
+            name: each for name, each in every.items() if is_stacked(each) or _named(name, each)
+        }
+        if not found:
+            raise SpecError(
+                f"the model must hold experts; {type(model).__name__} has none that are known: "
+                "stacks in parameters gate_up_proj and down_proj, as transformers 5 has them, or "
+                "an nn.ModuleList of equal experts of nn.Linear layers gate_proj, up_proj and "
+                "down_proj, or w1, w3 and w2. Select a list of another name with select=…"
+            )
+        return select_modules(model, lambda name, _: name in found)
+    if callable(select) and not isinstance(select, (type, nn.Module)):
+        asked = select
+        return select_modules(model, lambda name, each: name in every and asked(name, each))
+    chosen = select_modules(model, select)
+    for name, module in chosen.items():
+        if name not in every:
+            raise SpecError(_no_experts(name, module, every))
+    return chosen
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList) and any(linears_by_role(each) for each in module)
+
+
+def _named(name: str, module: nn.Module) -> bool:
+    children: Any = module
+    names = [name.rpartition(".")[2], type(module).__name__, *(type(c).__name__ for c in children)]
+    return any("expert" in each.lower() for each in names)
+
+
+def _no_experts(name: str, module: nn.Module, every: Mapping[str, nn.Module]) -> str:
+    inside = [each for each in every if each.startswith(f"{name}.")]
+    hint = f" It holds {', '.join(map(repr, inside[:3]))}." if inside else nearby(name, every)
+    return (
+        f"what is selected must be experts: stacks gate_up_proj and down_proj, or an nn.ModuleList "
+        f"of experts of linear layers; {name!r} is a {type(module).__name__}.{hint}"
+    )

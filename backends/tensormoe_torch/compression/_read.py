@@ -1,0 +1,131 @@
+"""Experts of a model as stacks (experts, in, out), however they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from tensormoe.errors import ShapeError, SpecError
+from tensormoe_torch._dtypes import FLOATS
+from tensormoe_torch.compression._dense import ROLES, DenseExperts, Stack
+from tensormoe_torch.compression._find import is_stacked, linears_by_role
+from tensormoe_torch.compression._recognize import own_activation, recognized
+from tensormoe_torch.surgery._linears import Linear, read_linear
+
+__all__ = ["read_experts"]
+
+
+def read_experts(module: nn.Module, name: str) -> DenseExperts:
+    """The experts of a module: their weights, and the activation between.
+
+    Raises:
+        SpecError: experts that compute something else than ``(act(gate(x)) · up(x))`` times their
+            down projection, hold other parameters, or have no values.
+        ShapeError: experts of different shapes.
+    """
+    stacks = _stacks_of(module, name) if is_stacked(module) else _stacks_of_list(module, name)
+    return recognized(DenseExperts(name, module, is_stacked(module), nn.Identity(), stacks))
+
+
+def _stacks_of(module: nn.Module, name: str) -> dict[str, Stack]:
+    """Parameters of all experts; gate and up are halves of one, or take turns in it."""
+    held = dict(module.named_parameters())
+    parts = 2 if "gate_up_proj" in held else 1
+    key = "gate_up_proj" if parts == 2 else "up_proj"
+    _check_held(held, {key, "down_proj", f"{key}_bias", "down_proj_bias"}, name)
+    for each, parameter in held.items():
+        _check_values(parameter, f"{name}.{each}")
+    up, down = held[key], held["down_proj"]
+    count, rows, columns = down.shape
+    # (experts, out, in), as nn.Linear has it, or (experts, in, out)
+    as_linear = up.shape == (count, parts * columns, rows)
+    as_matrix = up.shape == (count, columns, parts * rows)
+    if as_linear and as_matrix:
+        as_matrix = bool(getattr(module, "is_transposed", False))
+    elif not as_linear and not as_matrix:
+        raise ShapeError(
+            f"{name}.{key} and {name}.down_proj must be the projections of the same experts; got "
+            f"shapes {tuple(up.shape)} and {tuple(down.shape)}."
+        )
+
+    def stack(key: str, part: slice = slice(None)) -> Stack:
+        weight, bias = held[key].detach(), held.get(f"{key}_bias")
+        weight = weight if as_matrix else weight.transpose(1, 2)
+        return Stack(weight[..., part], None if bias is None else bias.detach()[:, part])
+
+    found = {"down_proj": stack("down_proj")}
+    if parts == 1:
+        return {"up_proj": stack(key), **found}
+    hidden = rows if as_matrix else columns
+    gate, second = slice(0, hidden), slice(hidden, None)
+    if not getattr(module, "is_concatenated", True):
+        gate, second = slice(0, None, 2), slice(1, None, 2)
+    return {"gate_proj": stack(key, gate), "up_proj": stack(key, second), **found}
+
+
+def _stacks_of_list(module: nn.Module, name: str) -> dict[str, Stack]:
+    """Experts one by one."""
+    linears: list[dict[str, Linear]] = []
+    kinds = []
+    for place, expert in enumerate(module.children()):
+        found = linears_by_role(expert)
+        if not found:
+            raise SpecError(
+                f"experts must have linear layers gate, up and down, and no others; "
+                f"{f'{name}.{place}'!r} is a {type(expert).__name__} of other parts. Leave "
+                f"{name!r} out of the selection."
+            )
+        own = {id(each) for linear in found.values() for each in linear.parameters()}
+        held = dict(expert.named_parameters())
+        _check_held(held, {key for key, each in held.items() if id(each) in own}, f"{name}.{place}")
+        linears.append(
+            {role: read_linear(each, f"{name}.{place}.{role}") for role, each in found.items()}
+        )
+        kinds.append((type(expert), str(own_activation(expert))))
+    for place, each in enumerate(linears):
+        if _described(each) != _described(linears[0]):
+            raise ShapeError(
+                f"experts of {name!r} must all have the same shapes, biases, dtype and device; "
+                f"expert 0 has {_described(linears[0])}, expert {place} {_described(each)}. Select "
+                "lists of equal experts."
+            )
+        if kinds[place] != kinds[0]:
+            raise SpecError(
+                f"experts of {name!r} must be of one class and activation; expert 0 is {kinds[0]}, "
+                f"expert {place} {kinds[place]}. Leave {name!r} out of the selection."
+            )
+    return {role: _stack([each[role] for each in linears]) for role in ROLES if role in linears[0]}
+
+
+def _stack(linears: list[Linear]) -> Stack:
+    biases = tuple(each.bias for each in linears if each.bias is not None)
+    return Stack(tuple(each.weight for each in linears), biases or None)
+
+
+def _described(linears: Mapping[str, Linear]) -> str:
+    parts = []
+    for role, each in linears.items():
+        bias, weight = "no bias" if each.bias is None else "a bias", each.weight
+        parts.append(
+            f"{role} {each.sizes[0]} → {each.sizes[1]}, {bias}, {weight.dtype}, {weight.device}"
+        )
+    return f"({'; '.join(parts)})"
+
+
+def _check_held(held: Mapping[str, Tensor], known: set[str], name: str) -> None:
+    rest = [key for key in held if key not in known]
+    if rest:
+        raise SpecError(
+            f"experts must hold the weights of their projections alone; {name!r} also holds "
+            f"{', '.join(map(repr, rest[:3]))}. Leave it out of the selection."
+        )
+
+
+def _check_values(parameter: Tensor, name: str) -> None:
+    if parameter.device.type == "meta":
+        raise SpecError(f"{name} must hold values; it is on the meta device. Load it first.")
+    if parameter.dtype not in FLOATS:
+        raise SpecError(
+            f"{name} must have floating-point weights; got {parameter.dtype}. Dequantize them."
+        )

@@ -1,0 +1,162 @@
+"""What compression kept of a model's experts, and what it lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tensormoe.decomposition import Report
+from tensormoe.decomposition._controls import verdict
+from tensormoe.factorizations import Factorization
+from tensormoe.functional._fit import share
+from tensormoe_torch.surgery._report import Cell, aligned
+
+__all__ = ["CompressedModule", "CompressedProjection", "CompressionReport"]
+
+
+@dataclass(frozen=True)
+class CompressedProjection:
+    """One projection of all experts of a layer.
+
+    Args:
+        role: ``"gate_proj"``, ``"up_proj"`` or ``"down_proj"``.
+        sizes: in and out.
+        factorization: with its rank.
+        report: errors and parameters, as ``decompose`` reports them. Its output error is that of
+            the rows that the router gave the experts, in its weights.
+    """
+
+    role: str
+    sizes: tuple[int, int]
+    factorization: Factorization
+    report: Report
+
+    @property
+    def rank(self) -> Any:
+        """The bond sizes: an integer, or one a bond; None where there are none."""
+        return self.factorization.rank
+
+
+@dataclass(frozen=True)
+class CompressedModule:
+    """The experts of one layer.
+
+    Args:
+        name: of the module in the model.
+        kind: class of the module that was there.
+        experts: N.
+        projections: in the order gate, up, down.
+        output_error: of the layer's outputs for the calibration inputs, relative to what the dense
+            experts give; of experts that are called one by one, before the router's weights. None
+            without inputs.
+    """
+
+    name: str
+    kind: str
+    experts: int
+    projections: tuple[CompressedProjection, ...]
+    output_error: float | None
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """Entries before and after."""
+        reports = [each.report for each in self.projections]
+        return sum(r.dense_parameters for r in reports), sum(r.parameters for r in reports)
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What :func:`compress` did to a model; ``print`` shows it as a table.
+
+    Args:
+        modules: one a replaced module, in the model's order.
+        model_parameters: parameters of the whole model before and after, tied ones counted once.
+    """
+
+    modules: tuple[CompressedModule, ...]
+    model_parameters: tuple[int, int]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the replaced modules."""
+        return tuple(each.name for each in self.modules)
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """Entries of all experts before and after."""
+        before, after = zip(*(each.parameters for each in self.modules), strict=True)
+        return sum(before), sum(after)
+
+    @property
+    def seconds(self) -> float:
+        """That the decompositions took."""
+        return sum(p.report.seconds for each in self.modules for p in each.projections)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in plain values, for JSON."""
+        modules = []
+        for each in self.modules:
+            projections = [
+                {
+                    "role": p.role,
+                    "sizes": p.sizes,
+                    "factorization": p.factorization.name,
+                    "rank": p.rank,
+                    **p.report.to_dict(),
+                }
+                for p in each.projections
+            ]
+            plain = {key: getattr(each, key) for key in ("name", "kind", "experts", "output_error")}
+            modules.append(plain | {"projections": projections})
+        return {"modules": modules, "model_parameters": self.model_parameters}
+
+    def __str__(self) -> str:
+        heads: list[Cell] = ["experts", "N × in × out", "factorization", "parameters", "share"]
+        heads += ["weights off by", "SVDs", "joint SVD", "outputs off by"]
+        rows: list[list[Cell]] = [heads]
+        for module in self.modules:
+            for each in module.projections:
+                report = each.report
+                sizes = " × ".join(f"{n:,}" for n in (module.experts, *each.sizes))
+                rows.append(
+                    [
+                        f"{module.name}.{each.role}",
+                        sizes,
+                        repr(each.factorization),
+                        *_counts(report.dense_parameters, report.parameters),
+                        share(report.error),
+                        _share(report.svd_error),
+                        _share(None if report.joint is None else report.joint.error),
+                        _share(report.output_error),
+                    ]
+                )
+            off = _share(module.output_error)
+            rows.append([module.name, "", "", *_counts(*module.parameters), "", "", "", off])
+        rows.append(["total", "", "", *_counts(*self.parameters), "", "", "", ""])
+        before, after = self.model_parameters
+        return "\n".join(
+            [
+                *aligned(rows),
+                f"whole model: {before:,} → {after:,} parameters; {self.seconds:.1f} s",
+                "SVDs: truncated, with no more parameters, of each expert; joint SVD: the best of "
+                "all together",
+                *self._verdicts(),
+            ]
+        )
+
+    def _verdicts(self) -> Iterator[str]:
+        """Of each projection that a truncated singular value decomposition is closer to."""
+        for module in self.modules:
+            for each in module.projections:
+                if each.report.closer is not None:
+                    said = verdict(each.report.closer, each.report.total_error)
+                    yield f"{module.name}.{each.role}: {said}"
+
+
+def _counts(before: int, after: int) -> list[Cell]:
+    return [(f"{before:,}", f"{after:,}"), f"{after / before:.1%}"]
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else share(value)

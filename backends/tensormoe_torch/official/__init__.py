@@ -1,0 +1,8 @@
+"""State dicts of the paper's released code, in both directions."""
+
+from __future__ import annotations
+
+from tensormoe_torch.official._read import from_official as from_official
+from tensormoe_torch.official._write import to_official as to_official
+
+__all__ = ["from_official", "to_official"]

@@ -1,0 +1,63 @@
+"""One file for every framework: arrays by name, and what rebuilds the block they belong to.
+
+A checkpoint is a `safetensors <https://github.com/huggingface/safetensors>`_ file, so any program
+that reads those can read its arrays; nothing in it is ever executed. Its metadata say how to
+rebuild the block:
+
+==========  ==================================================================================
+key         value
+==========  ==================================================================================
+format      ``tensormoe``
+version     schema version of the file, an integer
+block       class of the block, e.g. ``MuMoE``
+config      JSON of the block's spec, gate and options
+prefix      what stands before every name, in files that a model is made of; none otherwise
+==========  ==================================================================================
+
+Blocks save and load themselves with the functions below, which know neither blocks nor names.
+
+>>> import tempfile, os
+>>> import numpy as np
+>>> from tensormoe_numpy import BACKEND
+>>> with tempfile.TemporaryDirectory() as folder:
+...     path = os.path.join(folder, "layer.safetensors")
+...     save_checkpoint(path, "MuMoE", {"rank": 2}, {"factors.input": np.ones((3, 2))})
+...     header = peek_checkpoint(path)
+...     checkpoint = read_checkpoint(path, BACKEND)
+>>> header.block, header.config, header.arrays
+('MuMoE', {'rank': 2}, {'factors.input': ArrayInfo(dtype='float64', shape=(3, 2))})
+>>> match_arrays({"factors.input": (3, 2)}, checkpoint.arrays).arrays["factors.input"].sum()
+np.float64(6.0)
+"""
+
+from __future__ import annotations
+
+from tensormoe.checkpoint._blocks import check_arrays as check_arrays
+from tensormoe.checkpoint._blocks import check_config as check_config
+from tensormoe.checkpoint._blocks import read_block as read_block
+from tensormoe.checkpoint._checkpoint import ArrayMatch as ArrayMatch
+from tensormoe.checkpoint._checkpoint import Checkpoint as Checkpoint
+from tensormoe.checkpoint._checkpoint import match_arrays as match_arrays
+from tensormoe.checkpoint._checkpoint import peek_checkpoint as peek_checkpoint
+from tensormoe.checkpoint._checkpoint import read_checkpoint as read_checkpoint
+from tensormoe.checkpoint._checkpoint import save_checkpoint as save_checkpoint
+from tensormoe.checkpoint._files import PARTIAL_SUFFIX as PARTIAL_SUFFIX
+from tensormoe.checkpoint._format import SCHEMA_VERSION as SCHEMA_VERSION
+from tensormoe.checkpoint._format import CheckpointHeader as CheckpointHeader
+from tensormoe.checkpoint._safetensors import ArrayInfo as ArrayInfo
+
+__all__ = [
+    "PARTIAL_SUFFIX",
+    "SCHEMA_VERSION",
+    "ArrayInfo",
+    "ArrayMatch",
+    "Checkpoint",
+    "CheckpointHeader",
+    "check_arrays",
+    "check_config",
+    "match_arrays",
+    "peek_checkpoint",
+    "read_block",
+    "read_checkpoint",
+    "save_checkpoint",
+]

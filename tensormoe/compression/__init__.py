@@ -1,0 +1,73 @@
+"""Whole checkpoints: the experts of a model on disk → factors, or matrices rebuilt from them.
+
+A model is a ``.safetensors`` file, an index of several, or the folder that they are in. Its experts
+are found by their keys: by a :class:`Pattern` for each projection, or by one of :data:`PRESETS`.
+The matrices of one layer and one projection are a :class:`Group`: one tensor (experts, in, out),
+which is read, decomposed and written before the next one. :class:`Compression` says what is wanted,
+:func:`plan_compression` what that takes, and :func:`compress_checkpoint` does it, as the command
+``tensormoe compress`` does.
+
+The work is done on NumPy in float32, or in float64 where the experts are. Memory and files are
+counted in bytes, parameters in entries, times in seconds. Errors are Frobenius norms of what is
+missing, relative to those of the experts: 0 where nothing was lost, 1 where everything was.
+
+>>> import tempfile
+>>> from pathlib import Path
+>>> import numpy as np
+>>> from safetensors.numpy import save_file
+>>> from tensormoe_numpy import MuMoE
+>>> rng = np.random.default_rng(0)
+>>> modes = [rng.standard_normal((size, 2), dtype="float32") for size in (8, 24, 16)]
+>>> matrices = np.einsum("nr,or,ir->noi", *modes)  # 8 experts, stored as (out, in)
+>>> tensors = {f"layers.0.experts.{number}.w1": each for number, each in enumerate(matrices)}
+>>> wanted = Compression("cp", rank=2, experts=("layers.*.experts.*.w1",))
+>>> with tempfile.TemporaryDirectory() as folder:
+...     model, output = Path(folder, "model.safetensors"), Path(folder, "factors")
+...     save_file(tensors, model)
+...     plan = plan_compression(model, wanted)
+...     result = compress_checkpoint(model, output, wanted)
+...     layer = MuMoE.load(output / result.groups[0].file)
+>>> plan.dense_entries, plan.parameters
+(3072, 96)
+>>> result.groups[0].name, result.groups[0].error < 1e-3
+('layers.0.experts.*.w1', True)
+>>> weight, _ = layer.expert(3)
+>>> weight.shape, np.allclose(weight, matrices[3].T, atol=1e-2)
+((16, 24), True)
+"""
+
+from __future__ import annotations
+
+from tensormoe.compression._groups import Group as Group
+from tensormoe.compression._measure import GroupReport as GroupReport
+from tensormoe.compression._patterns import LAYOUTS as LAYOUTS
+from tensormoe.compression._patterns import PRESETS as PRESETS
+from tensormoe.compression._patterns import Pattern as Pattern
+from tensormoe.compression._patterns import Preset as Preset
+from tensormoe.compression._plan import CompressionPlan as CompressionPlan
+from tensormoe.compression._plan import GroupPlan as GroupPlan
+from tensormoe.compression._plan import plan_compression as plan_compression
+from tensormoe.compression._run import CompressionProgress as CompressionProgress
+from tensormoe.compression._run import CompressionResult as CompressionResult
+from tensormoe.compression._run import compress_checkpoint as compress_checkpoint
+from tensormoe.compression._settings import Compression as Compression
+from tensormoe.compression._shards import Model as Model
+from tensormoe.compression._shards import Shard as Shard
+
+__all__ = [
+    "LAYOUTS",
+    "PRESETS",
+    "Compression",
+    "CompressionPlan",
+    "CompressionProgress",
+    "CompressionResult",
+    "Group",
+    "GroupPlan",
+    "GroupReport",
+    "Model",
+    "Pattern",
+    "Preset",
+    "Shard",
+    "compress_checkpoint",
+    "plan_compression",
+]

@@ -1,0 +1,212 @@
+"""A compressed model as a folder that loaders of models open: config, README, names of tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tensormoe.checkpoint._files import open_regular
+from tensormoe.checkpoint._model_config import IMPORT, PROJECTION_NAMES, model_config
+from tensormoe.checkpoint._safetensors import parse_json
+from tensormoe.compression._groups import Group
+from tensormoe.compression._shards import Model
+from tensormoe.errors import CheckpointError
+
+__all__ = [
+    "CONFIG",
+    "README",
+    "Place",
+    "Whole",
+    "config_bytes",
+    "place_of",
+    "readme",
+    "whole_model",
+]
+
+CONFIG, README = "config.json", "README.md"
+
+_MAX_BYTES = 64 * 2**20
+_ROLES = {name: role for role, names in PROJECTION_NAMES.items() for name in names}
+# of stacks: roles of a tensor, and the name between it and the module that has the experts
+_STACKS = {
+    "gate_up_proj": ("gate_up_proj", ""),
+    "up_proj": ("up_proj", ""),
+    "down_proj": ("down_proj", ""),
+    "input_linear": ("gate_up_proj", ".experts"),
+    "output_linear": ("down_proj", ".experts"),
+}
+_COMPLETE = (
+    {"gate_proj", "up_proj", "down_proj"},
+    {"up_proj", "down_proj"},
+    {"gate_up_proj", "down_proj"},
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Position of a group's layer in a model.
+
+    Args:
+        module: name of the module that holds the experts of a layer.
+        role: which of their projections the group is.
+    """
+
+    module: str
+    role: str
+
+    @property
+    def prefix(self) -> str:
+        """Prefix of the names of the layer's arrays."""
+        return f"{self.module}.projections.{self.role}."
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Whether a loader can open a compressed model.
+
+    Args:
+        config: what ``config.json`` must hold; None where no loader can open the folder.
+        reason: why not.
+    """
+
+    config: Mapping[str, Any] | None
+    reason: str = ""
+
+
+def place_of(group: Group) -> Place | None:
+    """Position of a group in a model; None if its name does not determine it."""
+    stem, _, last = group.name.removesuffix(".weight").rpartition(".")
+    if group.stacked:
+        role, inside = _STACKS.get(last, ("", ""))
+        return Place(stem + inside, role) if role and stem else None
+    module, _, star = stem.rpartition(".")
+    return Place(module, _ROLES[last]) if star == "*" and last in _ROLES and module else None
+
+
+def whole_model(
+    model: Model, configs: Iterable[tuple[Group, Mapping[str, Any]]], dropped: Collection[str]
+) -> Whole:
+    """The configuration of a compressed model, or why it can have none.
+
+    Args:
+        model: as it was.
+        configs: of the layer of each group, as checkpoints store them.
+        dropped: keys of the experts.
+    """
+    modules: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for group, config in configs:
+        place = place_of(group)
+        if place is None:
+            return Whole(None, f"the name {group.name!r} does not tell which projection it is")
+        modules.setdefault(place.module, {})[place.role] = config
+    rest = [key for key in model.places if key not in dropped]
+    entries: dict[str, dict[str, Any]] = {}
+    for module, layers in modules.items():
+        left = {key.removeprefix(f"{module}.") for key in rest if key.startswith(f"{module}.")}
+        biases = [role for role in layers if f"{role}_bias" in left]
+        others = sorted(left - {f"{role}_bias" for role in biases})
+        if others or set(layers) not in _COMPLETE:
+            kept = f"{module}.{others[0]}" if others else "others"
+            return Whole(
+                None,
+                f"of the experts {module!r}, only {', '.join(layers)} are in factors and {kept} "
+                "are not",
+            )
+        entries[module] = {
+            "kind": "FactorizedExperts",
+            "act": None,
+            "biases": biases,
+            "projections": layers,
+        }
+    try:
+        config = _read_config(model)
+    except CheckpointError as error:
+        return Whole(None, f"the model has no {CONFIG} that can be read ({error})")
+    if "quantization_config" in config:
+        return Whole(None, "the model is quantized as well")
+    return Whole({**config, "quantization_config": model_config(entries)})
+
+
+def _read_config(model: Model) -> dict[str, Any]:
+    if model.folder is None:
+        raise CheckpointError("it is a file on its own")
+    with open_regular(os.path.join(model.folder, CONFIG)) as (file, size):
+        if size > _MAX_BYTES:
+            raise CheckpointError(f"it has {size:,} bytes")
+        return parse_json(file.read(), CONFIG)
+
+
+def readme(model: Model, whole: Whole, summary: str) -> str:
+    """README of the folder: a section about the factors, then the model's own README.
+
+    Args:
+        model: as it was.
+        whole: whether loaders can open it.
+        summary: a sentence on what was done.
+    """
+    before = _own_readme(model)
+    # the hub reads the text between these lines
+    front, rest = "", before
+    if before.startswith("---\n") and "\n---\n" in before[3:]:
+        end = before.index("\n---\n", 3) + 5
+        front, rest = before[:end] + "\n", before[end:].lstrip("\n")
+    opening = (
+        _OPENED.format(module=IMPORT, loader=_loader(whole.config))
+        if whole.config is not None
+        else _CLOSED.format(reason=whole.reason)
+    )
+    text = f"{front}# {model.name}, experts in factors\n\n{summary}\n\n{opening}"
+    return f"{text}\n{rest}" if rest else text
+
+
+_OPENED = """\
+This line has to run before the model is loaded:
+
+```python
+import {module}  # pip install 'tensormoe[huggingface]'
+```
+
+Then transformers opens the folder as any other:
+
+```python
+from transformers import {loader}
+
+model = {loader}.from_pretrained("this folder")
+```
+
+Without it, transformers warns of an unknown quantization type, and fills the experts with random
+numbers. Each file in `experts/` is a layer of tensormoe as well, which `MuMoE.load` opens in every
+framework. `tensormoe.json` says what was lost.
+"""
+
+_CLOSED = """\
+No loader of models can open this folder, so it has no `config.json`: {reason}. Each file in
+`experts/` is a layer of tensormoe, which `MuMoE.load` opens in every framework; all else of the
+model is beside them. `tensormoe.json` says which layer stands for which tensors.
+"""
+
+
+def _loader(config: Mapping[str, Any]) -> str:
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else ""
+    if not isinstance(first, str) or not first.isidentifier():
+        return "AutoModel"
+    return "AutoModelForCausalLM" if first.endswith("ForCausalLM") else first
+
+
+def _own_readme(model: Model) -> str:
+    if model.folder is None:
+        return ""
+    try:
+        with open(os.path.join(model.folder, README), encoding="utf-8") as file:
+            return file.read(_MAX_BYTES)
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def config_bytes(config: Mapping[str, Any]) -> bytes:
+    """A configuration as its file has it."""
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,198 @@
+"""Groups: the experts of one layer and one projection, checked against one another."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from tensormoe.checkpoint._safetensors import Placed
+from tensormoe.compression._match import Match, find_matches
+from tensormoe.compression._shards import Model
+from tensormoe.errors import CheckpointError
+
+__all__ = ["Group", "find_groups"]
+
+_FLOATS = ("bfloat16", "float16", "float32", "float64")
+_LISTED = 5
+
+
+@dataclass(frozen=True)
+class Group:
+    """The experts of one layer and one projection, decomposed as one tensor (experts, in, out).
+
+    Args:
+        name: their key, with a ``*`` for the expert's number; a stack's own key.
+        keys: of the tensors on disk: one an expert in the order of their numbers, or a stack's one.
+        stacked: whether one tensor holds all experts, with their axis first.
+        experts: how many.
+        in_features: size of an input.
+        out_features: size of an output.
+        transposed: whether a matrix is stored as (out, in), as PyTorch's linear layers do.
+        dtype: that the experts are stored in: ``"bfloat16"``, ``"float16"``, ``"float32"`` or
+            ``"float64"``.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    stacked: bool
+    experts: int
+    in_features: int
+    out_features: int
+    transposed: bool
+    dtype: str
+
+    @property
+    def entries(self) -> int:
+        """Entries of all experts together."""
+        return self.experts * self.in_features * self.out_features
+
+    @property
+    def label(self) -> str:
+        """The name, as far as a reader needs it."""
+        return self.name.removesuffix(".weight").removeprefix("model.")
+
+
+def find_groups(
+    model: Model, experts: tuple[str, ...], preset: str | None, layout: str
+) -> tuple[Group, ...]:
+    """The groups of a model, layer by layer.
+
+    Args:
+        model: its headers.
+        experts: patterns, or none with a preset.
+        preset: name of a known family.
+        layout: how a matrix is stored: ``"out_in"``, ``"in_out"``, or ``"auto"``, which is as
+            PyTorch's linear layers do, and for stacks what the sizes of two projections say.
+
+    Raises:
+        CheckpointError: a pattern that matches nothing, or what another one does; experts that are
+            missing, or that differ in shape or dtype; what is no matrix of floating-point numbers.
+    """
+    shapes = {key: each.shape for key, (_, each) in model.places.items()}
+    matches = find_matches(shapes, experts, preset)
+    groups = [_group(match, model, layout != "in_out") for match in matches]
+    if layout == "auto":
+        groups = _oriented(groups, matches)
+    _check_counts(groups)
+    return tuple(sorted(groups, key=lambda group: _natural(group.name)))
+
+
+def _group(match: Match, model: Model, transposed: bool) -> Group:
+    keys: tuple[str, ...] = (match.name,)
+    if match.keys is not None:
+        count = max(match.keys) + 1
+        missing = [number for number in range(min(count, 2**20)) if number not in match.keys]
+        if missing:
+            raise CheckpointError(
+                f"experts must be numbered from 0 without gaps; of {match.name!r}, "
+                f"{_some(missing)} of {count} are missing. Complete the checkpoint, or narrow the "
+                "pattern."
+            )
+        keys = tuple(match.keys[number] for number in range(count))
+    placed = [model.places[key][1] for key in keys]
+    shape = _agreed(match.name, placed)
+    *lead, rows, columns = shape
+    sizes = (columns, rows) if transposed else (rows, columns)
+    experts = lead[0] if match.keys is None else len(keys)
+    info = placed[0].info
+    assert info is not None
+    return Group(match.name, keys, match.keys is None, experts, *sizes, transposed, info.dtype)
+
+
+def _agreed(name: str, placed: list[Placed]) -> tuple[int, ...]:
+    """The shape of all experts.
+
+    Raises:
+        CheckpointError: they differ, or there is nothing to decompose.
+    """
+    for each in placed:
+        if each.info is None or each.info.dtype not in _FLOATS:
+            found = each.code if each.info is None else each.info.dtype
+            raise CheckpointError(
+                f"experts must be one of {', '.join(_FLOATS)}; got {found} for {each.name!r}. "
+                "Dequantize the checkpoint first: integers and 8-bit floats are weights only "
+                "together with their scales."
+            )
+    kinds = Counter((each.shape, each.code) for each in placed)
+    (shape, code), _ = kinds.most_common(1)[0]
+    if len(kinds) > 1:
+        others = [each for each in placed if (each.shape, each.code) != (shape, code)]
+        listed = _some([f"{each.name!r} {each.shape} {each.code}" for each in others])
+        raise CheckpointError(
+            f"experts must have one shape and dtype; of {name!r}, {len(placed) - len(others)} are "
+            f"{shape} {code}, and these are not: {listed}. Decompose them apart, with patterns of "
+            "their own."
+        )
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise CheckpointError(
+            f"experts must be matrices, or a stack of them, none of their sizes 0; got {shape} for "
+            f"{placed[0].name!r}. Narrow the pattern."
+        )
+    return shape
+
+
+def _oriented(groups: list[Group], matches: list[Match]) -> list[Group]:
+    """Stacks turned the way in which two projections of a layer fit.
+
+    The first projection makes gate and up together, 2·H of them, from I inputs; the second makes I
+    of H. So stored as (experts, in, out) they have the shapes (I, 2H) and (H, I), and as (experts,
+    out, in) (2H, I) and (I, H); no sizes are both.
+    """
+    layers: dict[str, list[Group]] = {}
+    for _, group in sorted(zip(matches, groups, strict=True), key=lambda k: k[0].projection):
+        if group.stacked:
+            layers.setdefault(_layer(group), []).append(group)
+    found: set[str] = set()
+    for layer, pair in layers.items():
+        # as read: (out, in)
+        shapes = [(each.out_features, each.in_features) for each in pair]
+        if len(shapes) == 2 and shapes[0] == (2 * shapes[1][1], shapes[1][0]):
+            continue
+        if len(shapes) != 2 or shapes[0] != (shapes[1][1], 2 * shapes[1][0]):
+            raise CheckpointError(
+                f"the sizes of the stacks in {layer!r} must tell inputs from outputs; got "
+                f"{_some(shapes)}. Say --layout out_in or --layout in_out."
+            )
+        found |= {each.name for each in pair}
+    return [_turned(group) if group.name in found else group for group in groups]
+
+
+def _turned(group: Group) -> Group:
+    return replace(
+        group,
+        in_features=group.out_features,
+        out_features=group.in_features,
+        transposed=False,
+    )
+
+
+def _check_counts(groups: list[Group]) -> None:
+    """That the projections of a layer have equally many experts: the last ones may be missing."""
+    for layer, listed in groupby(sorted(groups, key=_layer), key=_layer):
+        counts = {group.name: group.experts for group in listed}
+        if len(set(counts.values())) > 1:
+            raise CheckpointError(
+                f"the projections of a layer must have equally many experts; in {layer!r} there "
+                f"are {', '.join(f'{count} of {name!r}' for name, count in counts.items())}. "
+                "Complete the checkpoint, or narrow the patterns."
+            )
+
+
+def _layer(group: Group) -> str:
+    if not group.stacked:
+        return group.name[: group.name.rindex("*")]
+    return group.name.removesuffix(".weight").rpartition(".")[0]
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """What sorts layer 2 before layer 10."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+
+
+def _some(values: Sequence[object]) -> str:
+    shown = ", ".join(map(str, values[:_LISTED]))
+    return shown if len(values) <= _LISTED else f"{shown} and {len(values) - _LISTED} more"

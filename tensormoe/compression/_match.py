@@ -1,0 +1,100 @@
+"""Patterns against the keys of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tensormoe.compression._patterns import PRESETS, Pattern, closest, fitting
+from tensormoe.errors import CheckpointError
+
+__all__ = ["Match", "find_matches"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Match:
+    """Keys of the experts of one layer and one projection.
+
+    Args:
+        name: their key, with a ``*`` for the expert's number; a stack's own key.
+        projection: which of the patterns it was.
+        keys: by the expert's number; None for a stack.
+    """
+
+    name: str
+    projection: int
+    keys: Mapping[int, str] | None
+
+
+def find_matches(shapes: Shapes, experts: tuple[str, ...], preset: str | None) -> list[Match]:
+    """What patterns, or those of a preset, match.
+
+    Args:
+        shapes: of all tensors of a model by key.
+        experts: patterns; none with a preset.
+        preset: name of a known family.
+
+    Raises:
+        CheckpointError: a pattern matches nothing, or what another one does.
+    """
+    if preset is None:
+        found = _matched(experts, shapes, None)
+        missing = _unmatched(experts, found)
+        if not missing:
+            return found
+        raise _nothing(missing, "", shapes)
+    known = PRESETS[preset]
+    for texts in known.alternatives:
+        found = _matched(texts, shapes, known.stacked)
+        if not _unmatched(texts, found):
+            return found
+    wanted = [text for texts in known.alternatives for text in texts]
+    raise _nothing(wanted, f" of the preset {preset!r}", shapes)
+
+
+def _matched(texts: tuple[str, ...], shapes: Shapes, stacked: bool | None) -> list[Match]:
+    """What each pattern matches; of matrices alone, or of stacks alone, or of both."""
+    owners: dict[str, str] = {}
+    keys: dict[tuple[int, str], dict[int, str]] = {}
+    stacks: list[Match] = []
+    for place, text in enumerate(texts):
+        pattern = Pattern(text)
+        for key, shape in shapes.items():
+            numbered = None if stacked else pattern.number(key)
+            if numbered is not None and len(shape) != 3:
+                name, number = numbered
+                keys.setdefault((place, name), {})[number] = key
+            elif stacked is not False and len(shape) == 3 and pattern.matches(key):
+                stacks.append(Match(key, place, None))
+            else:
+                continue
+            if key in owners:
+                raise CheckpointError(
+                    f"patterns must match a key once; {key!r} is matched by {owners[key]!r} and "
+                    f"{text!r}. Make them narrower."
+                )
+            owners[key] = text
+    numbered_ones = (Match(name, place, found) for (place, name), found in keys.items())
+    return [*numbered_ones, *stacks]
+
+
+def _unmatched(texts: tuple[str, ...], found: list[Match]) -> list[str]:
+    there = {match.projection for match in found}
+    return [text for place, text in enumerate(texts) if place not in there]
+
+
+def _nothing(missing: list[str], of: str, shapes: Shapes) -> CheckpointError:
+    """That patterns match no key, and what would."""
+    remedies = []
+    if presets := fitting(shapes):
+        remedies.append(f"What does: the preset {presets[0]!r}.")
+    if near := closest(missing, shapes):
+        remedies.append(f"Close to it: {', '.join(map(repr, near))}.")
+    if not remedies:
+        remedies.append("Look at the keys of the model, and give a pattern with --experts.")
+    return CheckpointError(
+        f"a pattern must match matrices of experts; {missing[0]!r}{of} matches none of "
+        f"{len(shapes):,} keys. {' '.join(remedies)}"
+    )

@@ -1,0 +1,99 @@
+"""What a group lost in the dtype that it is stored in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tensormoe._config import LayerConfig
+from tensormoe.backend import get_backend
+from tensormoe.compression._values import rounded
+from tensormoe.decomposition._controls import EACH, Control, best_joint, closest
+from tensormoe.decomposition._errors import shares
+from tensormoe.decomposition._source import norm
+from tensormoe.functional import expert_weight
+
+__all__ = ["GroupReport", "stored_errors"]
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """What became of a group of experts.
+
+    Errors are Frobenius norms of what is missing, relative to those of the experts, of the numbers
+    as the file holds them in its dtype.
+
+    Args:
+        name: the experts' key, with a ``*`` for their number.
+        file: of the factors, relative to the output folder; None where matrices were written
+            instead.
+        experts: how many.
+        in_features: size of an input.
+        out_features: size of an output.
+        dtype: of the weights, and of what was written.
+        rank: of the factorization, as its class takes it: an integer, or one a bond; None for a
+            factorization without rank.
+        dense_parameters: entries of the experts.
+        parameters: entries of the factors.
+        error: of all experts together.
+        expert_errors: of each, in the order of their numbers.
+        controls: truncated singular value decompositions with no more entries, as of
+            :class:`tensormoe.decomposition.Report`; empty if not asked for.
+        seconds: that the decomposition took; None where the output was whole before.
+        ended: why its search ended, see :class:`tensormoe.decomposition.Report`.
+    """
+
+    name: str
+    file: str | None
+    experts: int
+    in_features: int
+    out_features: int
+    dtype: str
+    rank: int | tuple[int, ...] | None
+    dense_parameters: int
+    parameters: int
+    error: float
+    expert_errors: tuple[float, ...]
+    controls: tuple[Control, ...]
+    seconds: float | None
+    ended: str
+
+    @property
+    def svd_error(self) -> float | None:
+        """Error of the experts' truncated singular value decompositions, one by one, if known."""
+        return next((each.error for each in self.controls if each.unfolding == EACH), None)
+
+    @property
+    def joint(self) -> Control | None:
+        """The best truncated singular value decomposition of all experts together, if known."""
+        return best_joint(self.controls)
+
+    @property
+    def closer(self) -> Control | None:
+        """The best truncated singular value decomposition if it beats the factors; else None."""
+        return closest(self.controls, self.error)
+
+
+def stored_errors(
+    stack: Any, config: LayerConfig, factors: Mapping[str, Any], dtype: str, dense: bool
+) -> tuple[float, tuple[float, ...]]:
+    """Relative error of all experts, and of each, as they are read back from the file.
+
+    Args:
+        stack: the experts (experts, in, out), in the working dtype.
+        config: of the layer.
+        factors: by canonical name, in the working dtype, rounded if factors are stored.
+        dtype: of the file.
+        dense: whether matrices are stored.
+    """
+    backend = get_backend("numpy")
+    missing, whole = [], []
+    for number, matrix in enumerate(stack):
+        found, _ = expert_weight(config, factors, (number,), backend)
+        if dense:
+            found = rounded(found, dtype)
+        found = matrix - found
+        missing.append(norm(found, backend))
+        whole.append(norm(matrix, backend))
+    return shares(missing, whole)

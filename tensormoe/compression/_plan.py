@@ -1,0 +1,191 @@
+"""What a compression would do: sizes, ranks, memory and time, from headers alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+from tensormoe._spec import LayerSpec
+from tensormoe.checkpoint._safetensors import ArrayInfo
+from tensormoe.compression._effort import memory_needed, seconds_needed
+from tensormoe.compression._groups import Group, find_groups
+from tensormoe.compression._settings import Compression
+from tensormoe.compression._shards import Model, open_model
+from tensormoe.compression._values import working_dtype
+from tensormoe.decomposition._choose import Sizes, candidates
+from tensormoe.decomposition._runs import LARGE
+from tensormoe.errors import BudgetError, RankError, TensormoeError, located
+from tensormoe.factorizations import Factorization, resolve_factorization
+from tensormoe.planning import PUBLISHED_ROOFLINES, Roofline
+
+__all__ = ["CompressionPlan", "GroupPlan", "plan_compression"]
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """What is to be done with a group of experts.
+
+    Args:
+        group: the experts.
+        specs: layers whose ranks are tried, the first one most likely; the largest that fits where
+            a tolerance is asked for.
+        budget: entries that the factors may take; None where the rank is given or found.
+        memory: bytes that a process takes for it, at most, the interpreter included.
+        seconds: that its decomposition takes, about.
+    """
+
+    group: Group
+    specs: tuple[LayerSpec, ...]
+    budget: int | None
+    memory: int
+    seconds: float
+
+    @property
+    def parameters(self) -> int:
+        """Entries of the factors, at most."""
+        return max(spec.num_parameters for spec in self.specs)
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """What a compression would do.
+
+    Args:
+        model: what the headers of its files say.
+        settings: what is wanted.
+        groups: in the order in which they are decomposed: layer by layer.
+    """
+
+    model: Model
+    settings: Compression
+    groups: tuple[GroupPlan, ...]
+
+    @property
+    def memory(self) -> int:
+        """Bytes that a process takes, at most: for the group that takes most."""
+        return max(each.memory for each in self.groups)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the decompositions take, about; those of the files come on top."""
+        return sum(each.seconds for each in self.groups)
+
+    @property
+    def dense_entries(self) -> int:
+        """Entries of the experts."""
+        return sum(each.group.entries for each in self.groups)
+
+    @property
+    def parameters(self) -> int:
+        """Entries of the factors, at most."""
+        return sum(each.parameters for each in self.groups)
+
+    @property
+    def expert_keys(self) -> frozenset[str]:
+        """Keys of the experts' tensors."""
+        return frozenset(key for each in self.groups for key in each.group.keys)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the tensors that are no experts."""
+        keys = self.expert_keys
+        places = self.model.places.items()
+        return sum(each.end - each.begin for key, (_, each) in places if key not in keys)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the tensors that are written, at most."""
+        if self.settings.dense:
+            return self.model.nbytes
+        return self.kept_bytes + sum(
+            each.parameters * ArrayInfo(each.group.dtype, ()).nbytes for each in self.groups
+        )
+
+
+def plan_compression(
+    model: str | os.PathLike[str],
+    settings: Compression,
+    *,
+    roofline: Roofline = PUBLISHED_ROOFLINES["cpu"],
+) -> CompressionPlan:
+    """Plan the compression of a model; reads its headers alone.
+
+    Args:
+        model: a ``.safetensors`` file, an index, or a folder with one of either kind.
+        settings: what is wanted.
+        roofline: the machine that times are predicted for.
+
+    Returns:
+        Every group with its shape and ranks, and what it takes in parameters, bytes and seconds.
+
+    Raises:
+        TypeError: ``model`` is neither a string nor a path.
+        CheckpointError: no model, no experts, or some that do not make a tensor.
+        RankError, BudgetError: a rank or budget that a group cannot have; the message names it.
+        SpecError: a factorization that can't be fitted.
+    """
+    opened = open_model(model)
+    groups = find_groups(opened, settings.experts, settings.preset, settings.layout)
+    shares = _shares(groups, settings)
+    return CompressionPlan(
+        opened,
+        settings,
+        tuple(
+            _planned(group, settings, share, roofline)
+            for group, share in zip(groups, shares, strict=True)
+        ),
+    )
+
+
+def _shares(groups: Sequence[Group], settings: Compression) -> list[int | None]:
+    """Entries that the factors of each group may take."""
+    budget = settings.budget
+    if budget is None:
+        return [None] * len(groups)
+    if isinstance(budget, float):
+        return [int(budget * group.entries) for group in groups]
+    whole = sum(group.entries for group in groups)
+    return [budget * group.entries // whole for group in groups]
+
+
+def _planned(
+    group: Group, settings: Compression, share: int | None, roofline: Roofline
+) -> GroupPlan:
+    sizes = (group.in_features, group.out_features, (group.experts,))
+    name = settings.factorization
+    try:
+        if settings.tolerance is not None or share is not None:
+            most = group.entries - 1 if share is None else share
+            if most < 1:
+                raise BudgetError("a budget must leave every group an entry; got none.")
+            kinds = _within(name, sizes, most)
+        else:
+            kinds = (resolve_factorization(name, settings.rank),)
+        specs = tuple(LayerSpec(*sizes, kind, bias=False) for kind in kinds)
+        _check_smaller(specs[0], group)
+    except TensormoeError as error:
+        raise located(error, repr(group.name)) from None
+    itemsize = ArrayInfo(working_dtype(group.dtype), ()).nbytes
+    memory = max(memory_needed(spec, itemsize, settings.compare) for spec in specs)
+    seconds = seconds_needed(specs, itemsize, settings.compare, roofline)
+    return GroupPlan(group, specs, share, memory, seconds)
+
+
+@lru_cache(maxsize=256)
+def _within(name: str, sizes: Sizes, budget: int) -> tuple[Factorization, ...]:
+    """Factorizations within a budget; the layers of a model mostly have the same sizes."""
+    found = tuple(candidates(name, sizes, budget, False))
+    rows, columns, experts = sizes
+    return found if rows * columns * prod(experts) <= LARGE else found[:1]
+
+
+def _check_smaller(spec: LayerSpec, group: Group) -> None:
+    """That factors are fewer than what they stand for."""
+    if spec.num_parameters >= group.entries:
+        raise RankError(
+            f"factors must have fewer entries than the experts' {group.entries:,}; got "
+            f"{spec.num_parameters:,} for {spec.factorization!r}. Lower the rank."
+        )

@@ -1,0 +1,120 @@
+"""What is wanted of a model's experts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tensormoe._validation import brief, choice, non_negative_int, positive_int, positive_ints
+from tensormoe.compression._patterns import LAYOUTS, PRESETS, Pattern
+from tensormoe.decomposition._choose import checked_tolerance
+from tensormoe.decomposition._search import checked_seconds
+from tensormoe.errors import BudgetError, RankError, SpecError
+from tensormoe.factorizations import Factorization, factorization_class, rank_pattern
+
+__all__ = ["Compression"]
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What is wanted of a model's experts.
+
+    Args:
+        factorization: name of one that :func:`tensormoe.decomposition.decompose` fits, such as
+            ``"tensor_ring"``, or the class of that name.
+        rank: bond sizes, for every group of experts; one integer stands for all bonds. Of rank,
+            budget and tolerance one must be given, but for a factorization without rank.
+        budget: what the factors may take instead: as a float in (0, 1) a share of each group's
+            entries, as an integer the entries of all groups together, shared out by their sizes.
+        tolerance: relative error in (0, 1) that each group is to reach instead, with as few
+            entries as can be.
+        experts: patterns of the experts' keys, one for each projection; see :class:`Pattern`.
+        preset: name of a family of models instead, one of :data:`PRESETS`.
+        layout: how a matrix is stored, one of :data:`LAYOUTS`.
+        dense: whether to write the experts' matrices, rebuilt from their factors, under their old
+            keys, instead of the factors.
+        compare: whether to compute the errors of truncated singular value decompositions of no more
+            parameters.
+        seed: of the random starts, a non-negative integer.
+        seconds: a time limit for the search of each group; None for no limit. With one, the bytes
+            of the output depend on the machine.
+
+    Raises:
+        SpecError: an unknown name, a pattern that is none, a seed, tolerance or limit that cannot
+            be, or values that exclude one another.
+        RankError: a rank of other values than positive integers.
+        BudgetError: a budget that is neither a share nor a positive integer.
+
+    >>> Compression("tensor_ring", budget=0.25, preset="mixtral").budget
+    0.25
+    >>> Compression("cp", tolerance=0.1, experts=("layers.3.experts.*.w1",)).to_dict()["experts"]
+    ['layers.3.experts.*.w1']
+    """
+
+    factorization: str | type[Factorization]
+    rank: int | tuple[int, ...] | None = None
+    budget: int | float | None = None
+    tolerance: float | None = None
+    experts: tuple[str, ...] = ()
+    preset: str | None = None
+    layout: str = "auto"
+    dense: bool = False
+    compare: bool = True
+    seed: int = 0
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        # resumed runs and what is written know it by its name, which has to lead back to it
+        kind = factorization_class(self.factorization)
+        if factorization_class(kind.name) is not kind:
+            raise SpecError(f"factorization {kind.name!r} must be registered as {kind!r}.")
+        put(self, "factorization", kind.name)
+        given = [
+            name for name in ("rank", "budget", "tolerance") if getattr(self, name) is not None
+        ]
+        if len(given) > 1 or (not given and rank_pattern(kind)):
+            raise SpecError(
+                f"one of rank, budget and tolerance must be given; got {' and '.join(given)}."
+                if given
+                else "one of rank, budget and tolerance must be given; got none. Give for example "
+                "a budget of 0.25."
+            )
+        if self.rank is not None:
+            sizes = positive_ints(self.rank, "rank", "bond", RankError)
+            put(self, "rank", sizes if isinstance(self.rank, tuple) else sizes[0])
+        if isinstance(self.budget, float):
+            if not 0 < self.budget < 1:
+                raise BudgetError(
+                    "a budget that is a float is a share of the experts' entries, in (0, 1); got "
+                    f"{self.budget!r}. Give an integer for a number of entries."
+                )
+        elif self.budget is not None:
+            put(self, "budget", positive_int(self.budget, "budget", BudgetError))
+        if self.tolerance is not None:
+            put(self, "tolerance", checked_tolerance(self.tolerance))
+        patterns: Any = self.experts
+        listed = isinstance(patterns, tuple | list)
+        if not listed or not all(isinstance(each, str) for each in patterns):
+            raise SpecError(f"experts must be a tuple of patterns; got {brief(patterns)}.")
+        put(self, "experts", tuple(Pattern(each).text for each in patterns))
+        if (self.preset is None) == (not self.experts):
+            raise SpecError(
+                "patterns of experts or a preset must be given, and not both; got "
+                f"{self.experts!r} and {self.preset!r}. Presets are {', '.join(PRESETS)}."
+            )
+        if self.preset is not None:
+            choice(self.preset, PRESETS, "preset", SpecError)
+        choice(self.layout, LAYOUTS, "layout", SpecError)
+        non_negative_int(self.seed, "seed")
+        if self.seconds is not None:
+            put(self, "seconds", checked_seconds(self.seconds))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings in plain values, as JSON knows them."""
+        values = asdict(self)
+        rank = values["rank"]
+        return values | {
+            "experts": list(self.experts),
+            "rank": list(rank) if isinstance(rank, tuple) else rank,
+        }

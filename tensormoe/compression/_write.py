@@ -1,0 +1,203 @@
+"""The files of a compressed model, each written whole and a few megabytes at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from tensormoe._config import LayerConfig
+from tensormoe.backend import get_backend
+from tensormoe.checkpoint import read_checkpoint
+from tensormoe.checkpoint._files import open_regular, write_whole
+from tensormoe.checkpoint._format import CheckpointHeader, encode_header, file_order
+from tensormoe.checkpoint._safetensors import METADATA, ArrayInfo, encode_frame
+from tensormoe.compression._groups import Group
+from tensormoe.compression._resume import MANIFEST
+from tensormoe.compression._shards import (
+    INDEX_SUFFIX,
+    WEIGHTS_SUFFIX,
+    Model,
+    Shard,
+    read_range,
+)
+from tensormoe.compression._values import pieces
+from tensormoe.functional import expert_weight
+
+__all__ = [
+    "Rebuilt",
+    "copy_index",
+    "kept_name",
+    "side_files",
+    "write_dense",
+    "write_factors",
+    "write_index",
+    "write_rest",
+]
+
+# weights in other formats, which would hold the experts a second time
+_OTHER_WEIGHTS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth")
+
+Report = Callable[[int], None]
+
+
+def write_factors(
+    path: str, config: LayerConfig, factors: Mapping[str, Any], dtype: str, prefix: str
+) -> None:
+    """A checkpoint of a layer, as every framework's layer loads it.
+
+    Args:
+        path: the file.
+        config: of the layer.
+        factors: NumPy arrays by canonical name, in the working dtype.
+        dtype: that they are stored in.
+        prefix: of their names in a model.
+    """
+    infos = {name: ArrayInfo(dtype, array.shape) for name, array in factors.items()}
+    head = encode_header(CheckpointHeader("MuMoE", config.to_dict(), infos, prefix=prefix))
+
+    def parts() -> Iterator[bytes]:
+        yield head
+        for name in file_order(infos):
+            yield from pieces(factors[name], dtype)
+
+    write_whole(path, parts())
+
+
+def write_rest(shard: Shard, dropped: Collection[str], path: str, report: Report) -> None:
+    """A shard without the tensors of some keys; all others byte for byte."""
+    kept = [each for key, each in shard.entries.items() if key not in dropped]
+    head, begin = shard.head, 0
+    if len(kept) < len(shard.entries):
+        entries: dict[str, Any] = {METADATA: dict(shard.metadata)} if shard.metadata else {}
+        for each in kept:
+            end = begin + each.end - each.begin
+            entries[each.name] = {
+                "dtype": each.code,
+                "shape": list(each.shape),
+                "data_offsets": [begin, end],
+            }
+            begin = end
+        head = encode_frame(entries)
+
+    def parts() -> Iterator[bytes]:
+        yield head
+        for each in kept:
+            for data in read_range(shard, each.begin, each.end):
+                yield data
+                report(len(data))
+
+    write_whole(path, parts())
+
+
+class Rebuilt:
+    """Experts' matrices, rebuilt from factors that were written to files.
+
+    Args:
+        groups: file and group by key.
+        room: bytes of factors that are held.
+    """
+
+    def __init__(self, groups: Mapping[str, tuple[str, Group]], room: int) -> None:
+        self._groups = groups
+        self._room = room
+        self._held: OrderedDict[str, tuple[LayerConfig, Mapping[str, Any]]] = OrderedDict()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._groups
+
+    def parts(self, key: str) -> Iterator[bytes]:
+        """The bytes of a key's tensor, in its dtype and layout."""
+        path, group = self._groups[key]
+        numbers = range(group.experts) if group.stacked else [group.keys.index(key)]
+        config, factors = self._layer(path)
+        backend = get_backend("numpy")
+        for number in numbers:
+            matrix, _ = expert_weight(config, factors, (number,), backend)
+            yield from pieces(matrix.T if group.transposed else matrix, group.dtype)
+
+    def _layer(self, path: str) -> tuple[LayerConfig, Mapping[str, Any]]:
+        if path in self._held:
+            self._held.move_to_end(path)
+            return self._held[path]
+        saved = read_checkpoint(path, get_backend("numpy"))
+        while self._held and self._bytes(saved.arrays) + self._bytes_held() > self._room:
+            self._held.popitem(last=False)
+        self._held[path] = LayerConfig.from_dict(saved.config), saved.arrays
+        return self._held[path]
+
+    def _bytes_held(self) -> int:
+        return sum(self._bytes(arrays) for _, arrays in self._held.values())
+
+    @staticmethod
+    def _bytes(arrays: Mapping[str, Any]) -> int:
+        return sum(array.nbytes for array in arrays.values())
+
+
+def write_dense(shard: Shard, rebuilt: Rebuilt, path: str, report: Report) -> None:
+    """A shard whose experts are the rebuilt ones; keys, dtypes, shapes and order stay."""
+
+    def parts() -> Iterator[bytes]:
+        yield shard.head
+        for key, each in shard.entries.items():
+            found = (
+                rebuilt.parts(key) if key in rebuilt else read_range(shard, each.begin, each.end)
+            )
+            for data in found:
+                yield data
+                report(len(data))
+
+    write_whole(path, parts())
+
+
+def copy_index(model: Model, path: str) -> None:
+    """The model's index, as it is."""
+    assert model.folder is not None
+    assert model.index is not None
+    with open_regular(os.path.join(model.folder, model.index)) as (file, _):
+        write_whole(path, (file.read(),))
+
+
+def write_index(
+    model: Model, dropped: Collection[str], added: Mapping[str, CheckpointHeader], path: str
+) -> None:
+    """An index of the tensors that are kept, and of those of new files.
+
+    Args:
+        model: as it was.
+        dropped: keys that are not kept.
+        added: headers of the new files, by their path from the index.
+        path: of the index.
+    """
+    places = {
+        key: kept_name(shard.name) for key, (shard, _) in model.places.items() if key not in dropped
+    }
+    kept = [model.places[key][1] for key in places]
+    size = sum(each.end - each.begin for each in kept)
+    for name, header in added.items():
+        places |= {header.prefix + key: name for key in header.arrays}
+        size += sum(each.nbytes for each in header.arrays.values())
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    write_whole(path, (json.dumps(index, indent=2).encode() + b"\n",))
+
+
+def kept_name(name: str) -> str:
+    """The name of a shard without experts; loaders take ``model.safetensors`` for all of it."""
+    return f"model-rest{WEIGHTS_SUFFIX}" if name == f"model{WEIGHTS_SUFFIX}" else name
+
+
+def side_files(model: Model) -> list[str]:
+    """Names of the files that belong to a model besides its weights: config, tokenizer, license."""
+    if model.folder is None:
+        return []
+    weights = (WEIGHTS_SUFFIX, INDEX_SUFFIX, *_OTHER_WEIGHTS)
+    return sorted(
+        entry.name
+        for entry in os.scandir(model.folder)
+        if entry.is_file()
+        and entry.name != MANIFEST
+        and not entry.name.endswith(weights)
+        and not entry.name.endswith(tuple(f"{each}.index.json" for each in _OTHER_WEIGHTS))
+    )

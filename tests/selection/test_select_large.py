@@ -1,0 +1,219 @@
+"""Rank selection over families of hundreds and thousands of ranks, against all of them."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+
+from tensormoe import Budget, Gate, LayerSpec, rank_front, select_rank
+from tensormoe.factorizations import FACTORIZATIONS
+from tensormoe.planning import PUBLISHED_ROOFLINES
+from tensormoe.selection import excess
+
+CPU = PUBLISHED_ROOFLINES["cpu"]
+Sizes = tuple[int, int]
+Pair = tuple[int, int]
+
+OBJECTIVES: Mapping[str, Callable[[int, int], Pair]] = {
+    "capacity": lambda rank, span: (rank * span, rank),
+    "expert_rank": lambda rank, span: (rank, span),
+    "expert_span": lambda rank, span: (span, rank),
+}
+
+
+@dataclass(frozen=True)
+class Many:
+    """A family of layers: the sizes of all, and how far both bond sizes are tried."""
+
+    name: str
+    in_features: int
+    out_features: int
+    experts: tuple[int, ...]
+    outer: int
+    inner: int
+    batch: int = 64
+
+    def __str__(self) -> str:
+        return f"{self.name}-{'x'.join(map(str, self.experts))}"
+
+    @property
+    def sizes(self) -> tuple[int, int, tuple[int, ...]]:
+        return self.in_features, self.out_features, self.experts
+
+    def spec(self, rank: Any) -> LayerSpec:
+        return LayerSpec(*self.sizes, FACTORIZATIONS[self.name](rank))  # type: ignore[call-arg]
+
+    def rank(self, sizes: Sizes) -> int | tuple[int, ...]:
+        """Equal bonds around the expert modes, and the others."""
+        outer, inner = sizes
+        if self.name == "cp":
+            return inner
+        around = len(self.experts) + (self.name == "tensor_ring")
+        return (outer,) * around + (inner,) * (2 if self.name == "tucker" else 1)
+
+
+@cache
+def figures(many: Many) -> dict[Sizes, Pair]:
+    """Expert rank and expert span of every layer."""
+    found = {}
+    for outer in range(1, many.outer + 1):
+        for inner in range(1, many.inner + 1):
+            spec = many.spec(many.rank((outer, inner)))
+            found[outer, inner] = spec.expert_rank, spec.expert_span
+    return found
+
+
+def parameters(many: Many, sizes: Sizes) -> int:
+    """Stored entries with the biases, by the formulas of the papers."""
+    (outer, inner), experts = sizes, many.experts
+    rows, columns = many.in_features + 1, many.out_features
+    if many.name == "cp":
+        return inner * (sum(experts) + rows + columns)
+    if many.name == "tensor_ring":
+        return outer**2 * sum(experts) + outer * inner * (rows + columns)
+    if many.name == "tensor_train":
+        among = sum(
+            outer * size * (1 if level == 0 else outer) for level, size in enumerate(experts)
+        )
+        return among + outer * rows * inner + inner * columns
+    core = outer ** len(experts) * inner**2
+    return core + outer * sum(experts) + inner * (rows + columns)
+
+
+def bests(fitting: Mapping[Sizes, Pair], objective: str) -> Sizes:
+    """The best rank: by objective, other figure, smaller outer size, larger inner size."""
+    measure = OBJECTIVES[objective]
+    return max(fitting, key=lambda sizes: (measure(*fitting[sizes]), -sizes[0], sizes[1]))
+
+
+# at least 2000 ranks each within the largest budgets tested
+MANY = [
+    Many("cp", 2100, 2200, (40,), 1, 2500),
+    Many("tensor_ring", 60, 48, (900,), 34, 72),
+    Many("tensor_train", 40, 48, (60,), 64, 60),
+    Many("tucker", 48, 40, (60,), 64, 48),
+    Many("tucker", 40, 40, (30, 35), 40, 60),
+    Many("tensor_train", 48, 32, (50, 4), 52, 52),
+]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("many", MANY, ids=str)
+def test_no_rank_within_a_number_of_parameters_is_better(many: Many, objective: str) -> None:
+    known = figures(many)
+    taken = {sizes: parameters(many, sizes) for sizes in known}
+    assert len(taken) >= 2000
+    sample = random.Random(0).sample(sorted(taken), 25)
+    assert all(many.spec(many.rank(each)).num_parameters == taken[each] for each in sample)
+    # beyond this, ranks that were not checked fit as well
+    most = min(parameters(many, (outer, many.inner + 1)) for outer in range(1, many.outer + 1)) - 1
+    limits = sorted({value for value in taken.values() if value <= most})
+    gate = many.in_features * sum(many.experts)
+    # ties are where bonds are small
+    small = limits[: max(40, len(limits) // 20)]
+    drawn = [random.Random(1).sample(each, min(len(each), 40)) for each in (small, limits)]
+    for limit in itertools.chain(*drawn):
+        for budget in (limit, limit - 1):
+            fitting = {sizes: known[sizes] for sizes, value in taken.items() if value <= budget}
+            if not fitting:
+                continue
+            wanted = bests(fitting, objective)
+            found = select_rank(many.name, *many.sizes, budget=budget + gate, objective=objective)
+            if not excess(many.spec(many.rank(wanted))):
+                assert found == many.rank(wanted)
+                continue
+            # bonds beyond use are cut, and what they leave goes to the others
+            spec = many.spec(found)
+            assert spec.num_parameters <= budget
+            assert not excess(spec)
+            reached = OBJECTIVES[objective](spec.expert_rank, spec.expert_span)
+            assert reached >= OBJECTIVES[objective](*known[wanted])
+
+
+@pytest.mark.parametrize("many", MANY, ids=str)
+def test_the_front_of_a_large_family_is_whole(many: Many) -> None:
+    known = figures(many)
+    taken = {sizes: parameters(many, sizes) for sizes in known}
+    most = min(parameters(many, (outer, many.inner + 1)) for outer in range(1, many.outer + 1)) - 1
+    limits = sorted({value for value in taken.values() if value <= most})
+    for limit in random.Random(2).sample(limits, min(len(limits), 12)):
+        within = {known[sizes] for sizes, value in taken.items() if value <= limit}
+        front, span = [], 0
+        for pair in sorted(within, reverse=True):
+            if pair[1] > span:
+                span = pair[1]
+                front.append(pair)
+        found = rank_front(many.name, *many.sizes, budget=limit, gate=None)
+        assert [(each.expert_rank, each.expert_span) for each in found] == front[::-1]
+        assert all(each.parameters <= limit for each in found)
+        assert not any(excess(each.spec) for each in found)
+
+
+# more ranks than are all planned by the search, few enough to plan here
+PLANNED = [
+    Many("tucker", 24, 20, (20,), 20, 20),
+    Many("tensor_train", 24, 20, (20,), 20, 20),
+    Many("tensor_ring", 24, 20, (300,), 18, 20),
+    Many("cp", 300, 310, (20,), 1, 320),
+]
+
+
+# few inputs, for which the planner contracts weights beforehand: in memory, paths change from one
+# rank to the next, and a search that plans few of them is near the best rank only
+UNEVEN = Many("tucker", 24, 20, (20,), 20, 20, batch=16)
+
+
+@cache
+def costs(many: Many) -> dict[Sizes, dict[str, float]]:
+    found = {}
+    for sizes in figures(many):
+        cost = many.spec(many.rank(sizes)).cost(many.batch, gate="entmax")
+        spent = {"flops": cost.flops, "memory": cost.peak_memory, "time": CPU.time(cost)}
+        found[sizes] = spent
+    return found
+
+
+@pytest.mark.parametrize(
+    ("many", "kind"),
+    [*itertools.product(PLANNED, ["flops", "memory", "time"])],
+    ids=str,
+)
+def test_no_rank_within_work_memory_or_time_is_better(many: Many, kind: str) -> None:
+    known = figures(many)
+    taken = {sizes: spent[kind] for sizes, spent in costs(many).items()}
+    assert len(taken) > 256
+    # ranks with less than bonds of one are left out: overheads can make paths of small ones dear
+    limits = sorted({value for value in taken.values() if value >= taken[1, 1]})
+    for limit in random.Random(3).sample(limits, min(len(limits), 30)):
+        budget = Budget(**{kind: limit}, batch=many.batch)  # type: ignore[arg-type]
+        for objective in ("capacity", "expert_span"):
+            fitting = {sizes: known[sizes] for sizes, value in taken.items() if value <= limit}
+            wanted = OBJECTIVES[objective](*fitting[bests(fitting, objective)])
+            spec = many.spec(
+                select_rank(many.name, *many.sizes, budget=budget, objective=objective)
+            )
+            assert budget.allows(spec.cost(many.batch, gate=Gate()))
+            assert not excess(spec)
+            assert OBJECTIVES[objective](spec.expert_rank, spec.expert_span) >= wanted
+
+
+def test_memory_of_few_inputs_is_used_nearly_as_well_as_can_be() -> None:
+    known = figures(UNEVEN)
+    taken = {sizes: spent["memory"] for sizes, spent in costs(UNEVEN).items()}
+    limits = sorted({value for value in taken.values() if value >= taken[1, 1]})
+    shares = []
+    for limit in random.Random(4).sample(limits, 40):
+        fitting = {sizes: known[sizes] for sizes, value in taken.items() if value <= limit}
+        budget = Budget(memory=int(limit), batch=UNEVEN.batch)
+        spec = UNEVEN.spec(select_rank(UNEVEN.name, *UNEVEN.sizes, budget=budget))
+        assert budget.allows(spec.cost(UNEVEN.batch, gate=Gate()))
+        rank, span = fitting[bests(fitting, "capacity")]
+        shares.append(spec.expert_rank * spec.expert_span / (rank * span))
+    assert min(shares) >= 0.75
+    assert sum(share >= 1 for share in shares) >= 36
