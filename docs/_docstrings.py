@@ -12,7 +12,7 @@ from typing import Any
 import griffe
 
 _ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):`(?:~(?:\w+\.)*)?([^`]+)`")
-_EXAMPLES_HEADER = re.compile(r"\s*Examples:\s*$")
+_EXAMPLES = re.compile(r"^Examples?:$", re.MULTILINE)
 
 
 class MarkdownDocstrings(griffe.Extension):
@@ -27,19 +27,27 @@ class MarkdownDocstrings(griffe.Extension):
 def to_markdown(text: str) -> str:
     r"""The docstring with roles as code and examples fenced.
 
-    Sections headed ``Examples:`` are left alone: the parser of docstrings knows them.
+    Sections headed ``Example:`` or ``Examples:`` are left to the parser of docstrings, which knows the
+    second of these names.
 
     >>> to_markdown("See :class:`a.b.C`.\n\n>>> 1 + 1\n2")
     'See `a.b.C`.\n\n```pycon\n>>> 1 + 1\n2\n```'
+    >>> to_markdown("Sums.\n\nExample:\n    >>> 1 + 1\n    2")
+    'Sums.\n\nExamples:\n    >>> 1 + 1\n    2'
     """
-    paragraphs = re.split(r"\n\s*\n", _ROLE.sub(r"`\1`", text))
-    return "\n\n".join(_fenced(paragraph) for paragraph in paragraphs)
+    text = _EXAMPLES.sub("Examples:", _ROLE.sub(r"`\1`", text))
+    result, in_examples = [], False
+    for paragraph in re.split(r"\n\s*\n", text):
+        header = _EXAMPLES.match(paragraph)
+        in_examples = bool(header) or (in_examples and paragraph.startswith("    "))
+        result.append(paragraph if in_examples else _fenced(paragraph))
+    return "\n\n".join(result)
 
 
 def _fenced(paragraph: str) -> str:
     lines = paragraph.split("\n")
     starts = [place for place, line in enumerate(lines) if line.lstrip().startswith(">>> ")]
-    if not starts or any(_EXAMPLES_HEADER.match(line) for line in lines[: starts[0]]):
+    if not starts:
         return paragraph
     before, example = lines[: starts[0]], lines[starts[0] :]
     indent = example[0][: len(example[0]) - len(example[0].lstrip())]
