@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tests.docs._links import broken_links
+from tests.docs._names import undocumented
 
 ROOT = Path(__file__).resolve().parents[2]
 QUERY, WORDS = "entmax backward", ("entmax", "backward")
@@ -41,12 +42,15 @@ def main() -> int:
         )
     site = (options.site or build()).resolve()
     pages = options.pages or [str(path.relative_to(site)) for path in sorted(site.rglob("*.html"))]
-    problems = 0
-    for problem in (*broken_links(site), *look(executable, site, pages, options.pictures)):
-        problems += 1
-        print(problem)
-    print(f"{len(pages)} pages, {problems} problems; pictures are in {options.pictures}")
-    return int(problems > 0)
+    problems: dict[str, list[str]] = {}
+    for problem in (*broken_links(site), *undocumented(ROOT, site)):
+        problems[problem] = []
+    for problem, view in look(executable, site, pages, options.pictures):
+        problems.setdefault(problem, []).append(view)
+    for problem, views in problems.items():
+        print(problem, f"({', '.join(views)})" if views else "")
+    print(f"{len(pages)} pages, {len(problems)} problems; pictures are in {options.pictures}")
+    return int(bool(problems))
 
 
 def build() -> Path:
@@ -56,24 +60,27 @@ def build() -> Path:
     return ROOT / "site"
 
 
-def look(executable: str, site: Path, pages: list[str], pictures: Path) -> Iterator[str]:
-    """What is wrong with the pages, one line per page, look and problem."""
+def look(
+    executable: str, site: Path, pages: list[str], pictures: Path
+) -> Iterator[tuple[str, str]]:
+    """What is wrong with the pages: a page with a problem, and how it was opened."""
     from tests.docs._browser import LOOKS, look_at, looking, opened, search, served, shoot
 
     with opened(executable) as browser, served(site) as address:
         for origin, home in (("http", address), ("disk", site.as_uri())):
             for each in LOOKS:
+                view = f"{origin} {each}"
                 with looking(browser, each) as (page, problems):
                     for name in pages:
                         if name == "404.html" and origin == "disk":
                             continue  # only a server shows it, and its links start at the root
                         found = look_at(page, problems, f"{home}/{name}", each)
-                        yield from (f"{name} ({origin}, {each}): {text}" for text in found)
+                        yield from ((f"{name}: {text}", view) for text in found)
                         if origin == "http":
-                            shoot(page, pictures / str(each) / f"{name.replace('/', '-')}.png")
+                            shoot(page, pictures / str(each) / f"{name.replace('/', '-')}.jpg")
                     problems.clear()
-                    found = search(page, f"{home}/index.html", QUERY, WORDS)
-                    yield from (f"search ({origin}, {each}): {text}" for text in found + problems)
+                    found = search(page, home, QUERY, WORDS)
+                    yield from ((f"search: {text}", view) for text in [*found, *problems])
 
 
 if __name__ == "__main__":

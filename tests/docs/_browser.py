@@ -98,17 +98,17 @@ def look_at(page: Page, problems: list[str], address: str, look: Look) -> list[s
     return [*problems, *found]
 
 
-def shoot(page: Page, path: Path, height: int = 5000) -> None:
+def shoot(page: Page, path: Path, height: int = 3000) -> None:
     """Write a picture of a page, down to a height in pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     size = page.evaluate("[window.innerWidth, document.documentElement.scrollHeight]")
     clip = {"x": 0, "y": 0, "width": size[0], "height": min(size[1], height)}
-    page.screenshot(path=path, full_page=True, clip=clip)
+    page.screenshot(path=path, full_page=True, clip=clip, quality=80)
 
 
 def search(page: Page, home: str, query: str, words: tuple[str, ...]) -> list[str]:
     """Search as a reader does: the first page found must contain all the words."""
-    page.goto(home, wait_until="load")
+    page.goto(f"{home}/index.html", wait_until="load")
     page.keyboard.press("/")
     # typed, as the page listens to keys
     page.locator(".md-search__input").press_sequentially(query)
@@ -117,8 +117,9 @@ def search(page: Page, home: str, query: str, words: tuple[str, ...]) -> list[st
         first.wait_for(state="attached", timeout=10_000)
     except Exception:
         return [f"search finds nothing for {query!r}"]
-    address = first.evaluate("link => link.href")
+    address = str(first.evaluate("link => link.href"))
     page.goto(address, wait_until="load")
     text = page.locator(".md-content").inner_text().lower()
     missing = [word for word in words if word not in text]
-    return [f"search for {query!r} leads to {address}, without {missing}"] if missing else []
+    found = address.removeprefix(home)
+    return [f"{query!r} leads to {found}, without {missing}"] if missing else []
