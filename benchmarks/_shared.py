@@ -27,7 +27,11 @@ def sorted_entmax15(logits: Array) -> Array:
     return weights
 
 
-def interleaved(calls: Sequence[Callable[[], object]], seconds: float) -> list[float]:
+def interleaved(
+    calls: Sequence[Callable[[], object]],
+    seconds: float,
+    clock: Callable[[], float] = perf_counter,
+) -> list[float]:
     """Median seconds of each call; repeats take turns, so that a busy machine slows all alike."""
     for call in calls:
         call()
@@ -38,9 +42,9 @@ def interleaved(calls: Sequence[Callable[[], object]], seconds: float) -> list[f
         # another first each time: what ran before leaves the caches warm or cold
         pairs.append(pairs.pop(0))
         for call, taken in pairs:
-            start = perf_counter()
+            start = clock()
             call()
-            taken.append(perf_counter() - start)
+            taken.append(clock() - start)
     return [median(taken) for taken in times]
 
 
