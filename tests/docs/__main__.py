@@ -64,23 +64,25 @@ def look(
     executable: str, site: Path, pages: list[str], pictures: Path
 ) -> Iterator[tuple[str, str]]:
     """What is wrong with the pages: a page with a problem, and how it was opened."""
-    from tests.docs._browser import LOOKS, look_at, looking, opened, search, served, shoot
+    from tests.docs._browser import LOOKS, look_at, opened, page_of, search, served, shoot, visit
 
     with opened(executable) as browser, served(site) as address:
         for origin, home in (("http", address), ("disk", site.as_uri())):
-            for each in LOOKS:
-                view = f"{origin} {each}"
-                with looking(browser, each) as (page, problems):
-                    for name in pages:
-                        if name == "404.html" and origin == "disk":
-                            continue  # only a server shows it, and its links start at the root
-                        found = look_at(page, problems, f"{home}/{name}", each)
-                        yield from ((f"{name}: {text}", view) for text in found)
+            with page_of(browser) as (page, problems):
+                for name in pages:
+                    if name == "404.html" and origin == "disk":
+                        continue  # only a server shows it, and its links start at the root
+                    problems.clear()
+                    visit(page, f"{home}/{name}")
+                    for each in LOOKS:
+                        for text in look_at(page, each):
+                            yield f"{name}: {text}", f"{origin} {each}"
                         if origin == "http":
                             shoot(page, pictures / str(each) / f"{name.replace('/', '-')}.jpg")
-                    problems.clear()
-                    found = search(page, home, QUERY, WORDS)
-                    yield from ((f"search: {text}", view) for text in [*found, *problems])
+                    yield from ((f"{name}: {text}", origin) for text in problems)
+                problems.clear()
+                found = search(page, home, QUERY, WORDS)
+                yield from ((f"search: {text}", origin) for text in [*found, *problems])
 
 
 if __name__ == "__main__":

@@ -29,8 +29,14 @@ class Look:
     def __str__(self) -> str:
         return f"{self.width}-{self.scheme}"
 
+    @property
+    def palette(self) -> int:
+        """Index of the scheme in mkdocs.yml."""
+        return ("light", "dark").index(self.scheme)
 
-LOOKS = [Look(width, scheme) for width in (WIDE, NARROW) for scheme in ("light", "dark")]
+
+# the first is what the reader gets, the others come by buttons and by resizing
+LOOKS = [Look(width, scheme) for width in (WIDE, NARROW) for scheme in ("dark", "light")]
 
 
 def find_chromium() -> str | None:
@@ -68,13 +74,9 @@ def served(site: Path) -> Iterator[str]:
 
 
 @contextmanager
-def looking(browser: Browser, look: Look) -> Iterator[tuple[Page, list[str]]]:
-    """A page of that look, and what has gone wrong in it so far."""
-    context = browser.new_context(
-        viewport={"width": look.width, "height": 900},
-        color_scheme=look.scheme,
-        reduced_motion="reduce",
-    )
+def page_of(browser: Browser) -> Iterator[tuple[Page, list[str]]]:
+    """A page for a reader whose system is dark, and what has gone wrong in it so far."""
+    context = browser.new_context(color_scheme="dark")
     problems: list[str] = []
     page = context.new_page()
     page.on("console", lambda it: it.type == "error" and problems.append(f"console: {it.text}"))
@@ -90,12 +92,18 @@ def looking(browser: Browser, look: Look) -> Iterator[tuple[Page, list[str]]]:
         context.close()
 
 
-def look_at(page: Page, problems: list[str], address: str, look: Look) -> list[str]:
-    """Open a page, and return everything that is wrong with it."""
-    problems.clear()
+def visit(page: Page, address: str) -> None:
+    """Open a page, without the motion that would blur what is measured."""
     page.goto(address, wait_until="load")
-    found = page.evaluate(f"({PROBE})({{ wide: {str(look.width == WIDE).lower()} }})")
-    return [*problems, *found]
+    page.add_style_tag(content="* { transition: none !important; animation: none !important }")
+
+
+def look_at(page: Page, look: Look) -> list[str]:
+    """Give the open page a look, and return what is wrong with it then."""
+    page.set_viewport_size({"width": look.width, "height": 900})
+    # as a click on the button in the header does
+    page.evaluate("index => document.getElementById(`__palette_${index}`).click()", look.palette)
+    return list(page.evaluate(f"({PROBE})({{ wide: {str(look.width == WIDE).lower()} }})"))
 
 
 def shoot(page: Page, path: Path, height: int = 3000) -> None:
@@ -108,7 +116,7 @@ def shoot(page: Page, path: Path, height: int = 3000) -> None:
 
 def search(page: Page, home: str, query: str, words: tuple[str, ...]) -> list[str]:
     """Search as a reader does: the first page found must contain all the words."""
-    page.goto(f"{home}/index.html", wait_until="load")
+    visit(page, f"{home}/index.html")
     page.keyboard.press("/")
     # typed, as the page listens to keys
     page.locator(".md-search__input").press_sequentially(query)
@@ -118,7 +126,7 @@ def search(page: Page, home: str, query: str, words: tuple[str, ...]) -> list[st
     except Exception:
         return [f"search finds nothing for {query!r}"]
     address = str(first.evaluate("link => link.href"))
-    page.goto(address, wait_until="load")
+    visit(page, address)
     text = page.locator(".md-content").inner_text().lower()
     missing = [word for word in words if word not in text]
     found = address.removeprefix(home)

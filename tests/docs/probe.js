@@ -1,6 +1,7 @@
 // Runs in an open page, and returns what is wrong with how it looks: a list of sentences.
 async ({ wide }) => {
   await document.fonts.ready;
+  await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
   const problems = [];
   const all = (selector) => [...document.querySelectorAll(selector)];
   const shown = (element) =>
