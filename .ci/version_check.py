@@ -1,6 +1,6 @@
-"""Check that a tag, the package, the citation and the changelog name the same version.
+"""Check the version: ``python .ci/version_check.py v0.1.0``.
 
-    python .ci/version_check.py v0.1.0
+The tag, the package, the citation and the changelog must name the same one.
 """
 
 from __future__ import annotations

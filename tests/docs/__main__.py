@@ -2,9 +2,10 @@
 
     python -m tests.docs [--site FOLDER] [--pictures FOLDER] [PAGE …]
 
-Every page is opened from a server and from disk, on a wide and a narrow screen, in light and in dark
-colours. The command fails on broken links, errors in the console, pages wider than the screen, cut
-signatures, text of poor contrast, and a search that does not find what is there.
+Every page is opened from a server and from disk, on a wide and a narrow screen, in light and in
+dark colours. The command fails on broken links, public names without a place, errors in the
+console, pages wider than the screen, cut signatures, text of poor contrast, and a search that does
+not find what is there.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def broken_links(site: Path) -> Iterator[str]:
             parts = urlsplit(address)
             if parts.scheme or parts.netloc:
                 continue
-            # a leading slash is the root of the site: only the page for missing pages has such links
+            # a leading slash is the root of the site, as in the page for missing pages
             folder = site if parts.path.startswith("/") else path.parent
             target = (folder / unquote(parts.path).lstrip("/")).resolve() if parts.path else path
             if target.is_dir():
@@ -52,6 +52,5 @@ def broken_links(site: Path) -> Iterator[str]:
                     yield f"{name}: {address} is a folder"
             elif not target.is_file():
                 yield f"{name}: {address} does not exist"
-            elif parts.fragment and target in pages:
-                if unquote(parts.fragment) not in pages[target].anchors:
-                    yield f"{name}: {address} has no such anchor"
+            elif target in pages and unquote(parts.fragment) not in {"", *pages[target].anchors}:
+                yield f"{name}: {address} has no such anchor"

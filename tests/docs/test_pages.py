@@ -1,4 +1,4 @@
-"""What holds for every page as it is written: narrow code, our colours legible, nothing from a network."""
+"""Pages as they are written: narrow code, legible colours, and all that they load in place."""
 
 from __future__ import annotations
 
