@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from _peers_measure import Measured
 from _peers_report import MIB, Line
 
-from tensormoe.cli._picture import COLOURS, INK, MUTED, picture, tidy
+from tensormoe.plotting import COLOURS, INK, MUTED, figure, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,8 +46,8 @@ def draw(path: Path, lines: Sequence[Line]) -> None:
         ("parameters and training step, MiB", _mebibytes),
     )
     titles = list(dict.fromkeys(line.title for line in lines))
-    with picture(path, 12.0, 4.1 * len(titles) + 0.9) as figure:
-        grid = figure.subplots(len(titles), len(columns), squeeze=False, sharex=True)
+    with figure(path, 12.0, 4.1 * len(titles) + 0.9) as drawn:
+        grid = drawn.subplots(len(titles), len(columns), squeeze=False, sharex=True)
         for row, title in zip(grid, titles, strict=True):
             here = [line for line in lines if line.title == title and line.batch == BATCH]
             for axes, (name, value) in zip(row, columns, strict=True):
@@ -57,8 +57,8 @@ def draw(path: Path, lines: Sequence[Line]) -> None:
         for axes in grid[-1]:
             axes.set_xlabel("experts")
         handles, labels = grid[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=5)
-        figure.suptitle(
+        drawn.legend(handles, labels, loc="outside lower center", ncols=5)
+        drawn.suptitle(
             f"{BATCH} tokens, float32, CPU; lines end at 3 GiB of parameters or a minute a call",
             fontsize=11,
             x=0.01,

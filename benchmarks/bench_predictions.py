@@ -32,7 +32,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # PyTorch's profiler says when i
 
 from _predictions import Row, build, fastest, peak_memory, prepared, rows  # noqa: E402
 
-from tensormoe.cli._calibrate import measure_roofline  # noqa: E402
+from tensormoe.cli.calibration import measure_roofline  # noqa: E402
 
 NOISE = 8 * 1024
 Found = dict[str, Any]

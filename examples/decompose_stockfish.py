@@ -33,7 +33,6 @@ from _stockfish.positions import Samples, see
 from _stockfish.report import draw, show_evaluations, show_experts, show_layer
 from _stockfish.study import Evaluation, Study, best, evaluate, expert_outputs, study
 
-from tensormoe.cli._files import make_folder
 from tensormoe.decomposition import Search
 
 # what the engine's table leaves out: half of its last digit, and a division that drops the rest
@@ -181,7 +180,8 @@ def main() -> None:
         typical = float(np.median(np.abs(exact)))
         found = evaluations(network, studies, positions, sizes)
         show_evaluations(found, typical)
-    path = make_folder(options.out) / "stockfish.png"
+    path = Path(options.out, "stockfish.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
     draw(path, studies, sizes.budgets, sizes.focus, found, typical)
     print(f"\nwrote {path}")
 

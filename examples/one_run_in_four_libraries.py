@@ -23,10 +23,9 @@ import jax
 import numpy as np
 from _four_libraries import on_equinox, on_nnx, on_numpy, on_torch
 from _four_libraries.task import PIXELS, Result, Task, make_task
+from _tables import make_console, make_table
 
-from tensormoe.cli._console import make_console, make_table
-from tensormoe.cli._files import make_folder
-from tensormoe.cli._picture import COLOURS, MUTED, picture, tidy
+from tensormoe.plotting import COLOURS, MUTED, figure, tidy
 from tensormoe_numpy import MuMoE
 
 EXPERTS = 256
@@ -81,8 +80,8 @@ def show(dtype: str, results: Mapping[str, Result]) -> None:
 
 def draw(path: Path, results: Mapping[str, Mapping[str, Result]]) -> None:
     """The curves, each thinner than the one below it, and their distance from NumPy's."""
-    with picture(path, 9.0, 3.8) as figure:
-        left, right = figure.subplots(1, 2)
+    with figure(path, 9.0, 3.8) as drawn:
+        left, right = drawn.subplots(1, 2)
         for place, (name, found) in enumerate(results["float32"].items()):
             losses = np.array(found.losses)
             smooth = np.convolve(losses, np.ones(16) / 16, "valid")
@@ -112,7 +111,8 @@ def main() -> None:
     results = {dtype: train(dtype, epochs) for dtype in ("float32", "float64")}
     for dtype, found in results.items():
         show(dtype, found)
-    path = make_folder(options.out) / "four-libraries.png"
+    path = Path(options.out, "four-libraries.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
     draw(path, results)
     print(f"\nwrote {path}")
 

@@ -6,7 +6,7 @@ import importlib.util
 
 from tensormoe.errors import MissingDependencyError
 
-__all__ = ["missing"]
+__all__ = ["missing", "require"]
 
 
 def missing(what: str, packages: tuple[str, ...], extra: str) -> MissingDependencyError | None:
@@ -31,3 +31,14 @@ pip install 'tensormoe[numpy]'.
         f"{what} needs {' and '.join(absent)}, which {verb} not installed. "
         f"Install {pronoun} with: pip install 'tensormoe[{extra}]'."
     )
+
+
+def require(what: str, packages: tuple[str, ...], extra: str) -> None:
+    """Raise the error of :func:`missing`, if there is one.
+
+    Raises:
+        MissingDependencyError: a package is not installed.
+    """
+    error = missing(what, packages, extra)
+    if error is not None:
+        raise error

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from tensormoe._format import format_experts, format_parameters
 from tensormoe._validation import flag, non_negative_int, positive_int, positive_ints
 from tensormoe.errors import PlanError, RankError, SpecError
 from tensormoe.factorizations import (
@@ -23,6 +24,9 @@ from tensormoe.factorizations import (
 )
 from tensormoe.gates import Gate
 from tensormoe.planning import Cost, Plan, Routing, plan_layer
+
+if TYPE_CHECKING:
+    from tensormoe._drawing import Drawing
 
 __all__ = ["MAX_LEVELS", "LayerSpec"]
 
@@ -216,6 +220,26 @@ class LayerSpec:
         True
         """
         return self.plan(batch).cost(gate, training=training, itemsize=itemsize)
+
+    def draw(self) -> Drawing:
+        """A picture of the network that stores 𝒲, as SVG; notebooks show it.
+
+        >>> from tensormoe import TensorRing
+        >>> LayerSpec(768, 768, experts=512, factorization=TensorRing((4, 4, 94))).draw()
+        Drawing('TensorRing(rank=(4, 4, 94))', ...)
+        """
+        from tensormoe._drawing import draw_network
+
+        sizes = (
+            f"{format_experts(self.experts)} experts of {self.in_features} → {self.out_features}"
+        )
+        entries = f"{format_parameters(self.num_parameters)} parameters"
+        return draw_network(self.network, repr(self.factorization), f"{sizes}; {entries}")
+
+    def _repr_html_(self) -> str:
+        from tensormoe._html import spec_html
+
+        return spec_html(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The spec in plain values, as checkpoints store it.

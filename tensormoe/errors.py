@@ -13,10 +13,12 @@ per level.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 __all__ = [
+    "Alternative",
     "BackendError",
     "BudgetError",
     "CheckpointError",
@@ -51,6 +53,20 @@ class RankError(SpecError):
     """A rank that does not fit its factorization."""
 
 
+@dataclass(frozen=True)
+class Alternative:
+    """A change with which something takes less.
+
+    Args:
+        change: arguments by name, as the function that raised the error takes them:
+            ``{"experts": (16, 32)}`` or ``{"gate": False}``.
+        needed: the least with which it fits then, for each limit that is too low.
+    """
+
+    change: Mapping[str, object]
+    needed: Mapping[str, float]
+
+
 class BudgetError(TensormoeError, ValueError):
     """A budget that cannot be met; the message names the smallest feasible one.
 
@@ -59,27 +75,37 @@ class BudgetError(TensormoeError, ValueError):
         needed: for each limit that is too low, by name, the least with which something fits; empty
             for a budget that makes no sense at all.
         given: the same limits as they were asked for.
+        alternatives: changes that take less than that.
 
     Attributes:
         needed: as given.
         given: as given.
+        alternatives: as given, as a tuple.
 
-    >>> BudgetError("too little.", needed={"parameters": 21}, given={"parameters": 10}).needed
-    {'parameters': 21}
+    >>> from tensormoe import select_rank
+    >>> try:
+    ...     select_rank("cp", 64, 64, experts=512, budget=9_000)
+    ... except BudgetError as error:
+    ...     error.given, error.needed, error.alternatives[0]
+    ({'parameters': 9000}, {'parameters': 33409}, \
+Alternative(change={'experts': (16, 32)}, needed={'parameters': 3249}))
     """
 
     needed: Mapping[str, float]
     given: Mapping[str, float]
+    alternatives: tuple[Alternative, ...]
 
     def __init__(
         self,
         message: str = "",
         needed: Mapping[str, float] = MappingProxyType({}),
         given: Mapping[str, float] = MappingProxyType({}),
+        alternatives: Iterable[Alternative] = (),
     ) -> None:
         super().__init__(message)
         # plain dictionaries, so that the error can be pickled
         self.needed, self.given = dict(needed), dict(given)
+        self.alternatives = tuple(alternatives)
 
 
 class ShapeError(TensormoeError, ValueError):

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from tensormoe import LayerSpec, functional
+from tensormoe._html import layer_html
 from tensormoe.checkpoint import check_arrays
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.planning import Cost, Plan
@@ -64,6 +65,8 @@ def first_values(
 
 class _Named:
     """Parameters by canonical name."""
+
+    _repr_html_ = layer_html
 
     @property
     @abstractmethod

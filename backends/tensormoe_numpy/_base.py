@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self, TypeAlias
 import numpy as np
 
 from tensormoe import LayerSpec, functional
+from tensormoe._html import layer_html
 from tensormoe.backend import Array
 from tensormoe.checkpoint import check_arrays, check_config, read_block, save_checkpoint
 from tensormoe.errors import ShapeError
@@ -51,6 +52,8 @@ class Layer:
     config: LayerConfig
     parameters: dict[str, Array]
     buffers: dict[str, Array]
+
+    _repr_html_ = layer_html
 
     @property
     def spec(self) -> LayerSpec:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensormoe import functional
+from tensormoe._html import layer_html
 from tensormoe._validation import choice
 from tensormoe.backend import Array
 from tensormoe.checkpoint import check_arrays, check_config, read_block, save_checkpoint
@@ -129,6 +130,8 @@ class MuMoEMLP:
             )
             for layer in (self.config.first, self.config.second)
         )
+
+    _repr_html_ = layer_html
 
     def __repr__(self) -> str:
         first, second = self.first.spec, self.second.spec

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormoe import LayerSpec, functional
+from tensormoe._html import layer_html
 from tensormoe.checkpoint import check_arrays, read_block
 from tensormoe.errors import BackendError, ShapeError, SpecError
 from tensormoe.functional import BlockConfig, LayerConfig
@@ -119,6 +120,7 @@ class Mixture(nn.Module):
     config: LayerConfig
     factors: Factors
     gate: ExpertGate | None
+    _repr_html_ = layer_html
 
     def __init__(
         self,

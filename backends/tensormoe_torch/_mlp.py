@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensormoe import functional
+from tensormoe._html import layer_html
 from tensormoe.checkpoint import read_block
 from tensormoe.errors import ShapeError
 from tensormoe.factorizations import FactorizationLike
@@ -154,6 +155,8 @@ class MuMoEMLP(nn.Module):
         block = cls.__new__(cls)
         block._build(config, init, device, dtype, act)
         return block
+
+    _repr_html_ = layer_html
 
     def __repr__(self) -> str:
         first, second = self.first.spec, self.second.spec

@@ -10,13 +10,13 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from _tables import make_console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from _comparison.outcome import Outcome, Task
 from _comparison.report import draw, save, show
 from _comparison.training import Recipe, Run, train
 from _comparison.variants import VARIANTS
-from tensormoe.cli._console import make_console
 
 __all__ = ["compare", "parse", "resolve_recipe"]
 

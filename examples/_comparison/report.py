@@ -10,12 +10,11 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 import numpy as np
+from _tables import make_console, make_table
 
 from _comparison.outcome import Outcome, Task
 from _comparison.training import Recipe, Run
-from tensormoe.cli._console import make_console, make_table
-from tensormoe.cli._files import make_folder, write_file
-from tensormoe.cli._picture import COLOURS, picture, tidy
+from tensormoe.plotting import COLOURS, figure, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,21 +71,21 @@ def show(task: Task, recipe: Recipe, outcomes: Sequence[Outcome]) -> None:
 
 def save(path: Path, task: Task, recipe: Recipe, outcomes: Sequence[Outcome]) -> None:
     """Write all figures, every step's loss included, as JSON."""
-    make_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     values = {
         "data": task.data,
         "recipe": asdict(recipe),
         "outcomes": [asdict(outcome) for outcome in outcomes],
     }
-    write_file(path, json.dumps(values).encode())
+    path.write_text(json.dumps(values))
 
 
 def draw(path: Path, task: Task, outcomes: Sequence[Outcome]) -> None:
     """Draw training loss and score over the steps: means as lines, lowest to highest as bands."""
-    make_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     unit = _UNITS[task.figure]
-    with picture(path, 11.0, 4.6) as figure:
-        loss, score = figure.subplots(1, 2)
+    with figure(path, 11.0, 4.6) as drawn:
+        loss, score = drawn.subplots(1, 2)
         _curves(loss, outcomes, lambda run: _smoothed(run.losses))
         loss.set_title("Training loss", loc="left")
         loss.set_ylabel("cross entropy, nats")
@@ -102,7 +101,7 @@ def draw(path: Path, task: Task, outcomes: Sequence[Outcome]) -> None:
         score.set_title("On data that is not trained on", loc="left")
         score.set_ylabel(_NAMES[task.figure])
         score.legend(loc="lower right" if task.figure == "accuracy" else "upper right")
-        figure.suptitle(task.data, x=0.01, ha="left", fontsize=10)
+        drawn.suptitle(task.data, x=0.01, ha="left", fontsize=10)
 
 
 def _smoothed(losses: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from _tables import make_console, make_table
 from matplotlib.ticker import PercentFormatter
 
 from _stockfish.network import EXPERTS
 from _stockfish.study import Evaluation, Study, best
-from tensormoe.cli._console import make_console, make_table
-from tensormoe.cli._error_picture import plot_errors
-from tensormoe.cli._picture import COLOURS, INK, MUTED, picture, tidy
 from tensormoe.decomposition import ErrorCurve
+from tensormoe.plotting import COLOURS, INK, MUTED, figure, plot_errors, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -163,8 +162,8 @@ def draw(
     typical: float | None,
 ) -> None:
     """Error against parameters for every layer; below, by expert, for outputs and evaluations."""
-    with picture(path, 13.0, 8.0) as figure:
-        above, below = figure.subplots(2, len(studies))
+    with figure(path, 13.0, 8.0) as drawn:
+        above, below = drawn.subplots(2, len(studies))
         for axes, study in zip(above, studies, strict=True):
             plot_errors(axes, study.trained)
             for curves, style, name in (
@@ -182,7 +181,7 @@ def draw(
             for axes in above
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
-        figure.legend(
+        drawn.legend(
             handles.values(),
             handles.keys(),
             fontsize=8.5,

@@ -3,12 +3,10 @@
 ``tensormoe rank``, ``tensormoe plan``, ``tensormoe calibrate``, ``tensormoe demo`` and
 ``tensormoe compress``; ``--help`` after any of them says more. ``--json`` prints one JSON object
 for programs, ``--plot`` writes a picture. Errors are one line on standard error and exit status 2.
-:func:`draw_errors` draws what decompositions lost.
 """
 
 from __future__ import annotations
 
-from tensormoe.cli._error_picture import draw_errors as draw_errors
 from tensormoe.cli._main import main as main
 
-__all__ = ["draw_errors", "main"]
+__all__ = ["main"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 
+from tensormoe._extras import require
 from tensormoe.cli._compress_show import (
     bars,
     plan_dict,
@@ -13,7 +14,6 @@ from tensormoe.cli._compress_show import (
     show_result,
 )
 from tensormoe.cli._console import make_console, print_json
-from tensormoe.cli._extras import require
 from tensormoe.cli._profile import resolve_device
 from tensormoe.cli._values import parse_bytes, parse_parameters, parse_rank
 from tensormoe.compression import (
@@ -40,7 +40,7 @@ def run_compress(arguments: argparse.Namespace) -> None:
         return
     if arguments.output is None:
         raise SpecError("--output must be given; got none. Name a folder that does not exist yet.")
-    require("numpy", "numpy", "tensormoe compress")
+    require("tensormoe compress", ("numpy",), "numpy")
     # before hours of work, not after
     console = None if arguments.json else make_console()
     with bars(console) as callback:

@@ -7,14 +7,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from tensormoe.cli._console import (
-    format_memory,
+from tensormoe._format import (
+    format_bytes,
+    format_parameters,
     format_rank,
+    format_share,
     format_time,
-    make_console,
-    make_table,
 )
-from tensormoe.cli._figures import format_parameters
+from tensormoe.cli._console import make_console, make_table
 from tensormoe.compression import (
     Compression,
     CompressionPlan,
@@ -73,7 +73,8 @@ def _state(now: CompressionProgress) -> str:
     if now.search is None:
         return now.name
     rank = format_rank(now.search.factorization.rank)
-    return f"{now.name}: rank {rank}, sweep {now.search.sweep}, off by {_error(now.search.error)}"
+    error = format_share(now.search.error)
+    return f"{now.name}: rank {rank}, sweep {now.search.sweep}, off by {error}"
 
 
 def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> None:
@@ -88,14 +89,14 @@ def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> Non
             _planned_rank(each, plan.settings),
             format_parameters(each.group.entries),
             _at_most(format_parameters(each.parameters), plan.settings),
-            format_memory(each.memory),
+            format_bytes(each.memory),
             format_time(each.seconds),
         )
     settings = plan.settings
     shards = len(plan.model.shards)
     console.print()
     console.print(
-        f"{plan.model.name}: {format_memory(plan.model.nbytes)} in {shards} "
+        f"{plan.model.name}: {format_bytes(plan.model.nbytes)} in {shards} "
         f"{'file' if shards == 1 else 'files'}, {settings.factorization}, {_wish(settings)}"
     )
     console.print()
@@ -104,16 +105,16 @@ def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> Non
     console.print(
         f"experts: {format_parameters(plan.dense_entries)} → "
         f"{_at_most(format_parameters(plan.parameters), settings)} parameters; output: "
-        f"{_at_most(format_memory(plan.output_bytes), settings)}",
+        f"{_at_most(format_bytes(plan.output_bytes), settings)}",
         soft_wrap=True,
     )
     console.print(
-        f"memory: {format_memory(plan.memory)} at most; time: about {format_time(plan.seconds)} "
+        f"memory: {format_bytes(plan.memory)} at most; time: about {format_time(plan.seconds)} "
         f"on {device.name}, as far as FLOPs tell",
         soft_wrap=True,
     )
     if limit is not None and plan.memory > limit:
-        console.print(f"This does not fit in {format_memory(limit)}.", style="bold red")
+        console.print(f"This does not fit in {format_bytes(limit)}.", style="bold red")
     console.print("A dry run: only headers were read, and nothing was written.")
 
 
@@ -129,9 +130,9 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
             format_rank(each.rank),
             format_parameters(each.dense_parameters),
             format_parameters(each.parameters),
-            _error(each.error),
-            _error(each.svd_error),
-            _error(None if each.joint is None else each.joint.error),
+            format_share(each.error),
+            format_share(each.svd_error),
+            format_share(None if each.joint is None else each.joint.error),
             "–" if each.seconds is None else format_time(each.seconds),
         )
     console.print()
@@ -259,9 +260,3 @@ def _wish(settings: Compression) -> str:
     if settings.budget is not None:
         return f"{format_parameters(settings.budget)} parameters"
     return f"rank {format_rank(settings.rank)}"
-
-
-def _error(value: float | None) -> str:
-    return (
-        "–" if value is None else f"{value:.2%}" if value >= 5e-5 or not value else f"{value:.1e}"
-    )

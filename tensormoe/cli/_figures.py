@@ -5,10 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tensormoe.cli._console import format_memory, format_rank, format_short, format_time
+from tensormoe._format import (
+    format_bytes,
+    format_count,
+    format_parameters,
+    format_rank,
+    format_time,
+)
 from tensormoe.planning import Cost, Roofline
 
-__all__ = ["COLUMNS", "Figures", "cost_dict", "format_parameters"]
+__all__ = ["COLUMNS", "Figures", "cost_dict"]
 
 COLUMNS = (
     "layer",
@@ -62,8 +68,8 @@ class Figures:
             self.name,
             format_rank(self.rank),
             format_parameters(self.cost.parameters),
-            format_short(self.cost.flops),
-            format_memory(self.cost.peak_memory),
+            format_count(self.cost.flops),
+            format_bytes(self.cost.peak_memory),
             format_time(self.time),
             "–" if self.expert_rank is None else f"{self.expert_rank:,}",
             "–" if self.expert_span is None else f"{self.expert_span:,}",
@@ -78,15 +84,6 @@ class Figures:
             "expert_rank": self.expert_rank,
             "expert_span": self.expert_span,
         }
-
-
-def format_parameters(count: int) -> str:
-    """Every digit where budgets are compared, three where layers are huge.
-
-    >>> format_parameters(4_722_432), format_parameters(302_383_104)
-    ('4,722,432', '302 M')
-    """
-    return f"{count:,}" if count < 10**8 else format_short(count)
 
 
 def cost_dict(cost: Cost) -> dict[str, int]:

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tensormoe._format import format_experts
 from tensormoe.cli._profile import resolve_device
 from tensormoe.cli._values import parse_budget, parse_experts, parse_size
 from tensormoe.gates import Gate
@@ -105,4 +106,4 @@ class LayerArguments:
     @property
     def num_experts(self) -> str:
         """The experts for a title: ``128`` or ``16 × 8``."""
-        return " × ".join(map(str, self.experts))
+        return format_experts(self.experts)

@@ -88,7 +88,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
 
         return run_plan
     if name == "calibrate":
-        from tensormoe.cli._calibrate import run_calibrate
+        from tensormoe.cli.calibration import run_calibrate
 
         return run_calibrate
     if name == "compress":

@@ -6,8 +6,8 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-from tensormoe.cli._extras import require
-from tensormoe.cli._files import make_folder, write_file
+from tensormoe._extras import require
+from tensormoe._files import make_folder, write_file
 from tensormoe.errors import PlanError, SpecError
 from tensormoe.planning import PUBLISHED_ROOFLINES, Roofline
 
@@ -20,7 +20,7 @@ _DEFAULT = "cpu"
 
 def profile_path() -> Path:
     """Where the measured profile is kept, in the user's config folder."""
-    require("platformdirs", "cli", "a measured profile")
+    require("a measured profile", ("platformdirs",), "cli")
     from platformdirs import user_config_path
 
     return user_config_path("tensormoe", appauthor=False) / "roofline.json"

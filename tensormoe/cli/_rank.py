@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from tensormoe import LayerSpec
+from tensormoe._files import check_picture
+from tensormoe._format import format_bytes, format_count, format_time
 from tensormoe._validation import choice
-from tensormoe.cli._console import (
-    format_memory,
-    format_short,
-    format_time,
-    make_console,
-    make_table,
-    print_json,
-)
+from tensormoe.cli._console import make_console, make_table, print_json
 from tensormoe.cli._figures import COLUMNS, Figures, cost_dict
-from tensormoe.cli._files import check_picture
 from tensormoe.cli._layer_arguments import LayerArguments
 from tensormoe.cli._values import parse_bonds, parse_names, parse_size
 from tensormoe.errors import BudgetError, SpecError
@@ -38,7 +34,7 @@ __all__ = ["run_rank"]
 
 Bonds = tuple[int | str | None, ...]
 
-_SHOWN = {"parameters": "parameters", "flops": "FLOPs", "memory": "of memory", "time": ""}
+_SHOWN = {"flops": "FLOPs", "memory": "of memory", "time": ""}
 
 
 @dataclass(frozen=True)
@@ -66,13 +62,13 @@ class _Answer:
         name: of the factorization.
         figures: None where the budget is impossible.
         front: ranks that no other beats in expert rank and expert span.
-        smallest: limits that have to be raised, and to what.
+        error: why nothing fits, if nothing does.
     """
 
     name: str
     figures: Figures | None
     front: tuple[RankChoice, ...]
-    smallest: dict[str, float]
+    error: BudgetError | None = None
 
     def score(self, objective: str) -> tuple[int, int]:
         """What the best row has most of."""
@@ -85,7 +81,7 @@ class _Answer:
 
 def run_rank(arguments: argparse.Namespace) -> None:
     """Choose ranks and show them."""
-    path = check_picture(arguments.plot)
+    path = None if arguments.plot is None else check_picture(arguments.plot, "--plot")
     asked = _question(arguments)
     answers = [_answer(asked, name) for name in asked.names]
     baselines = _baselines(asked)
@@ -96,25 +92,24 @@ def run_rank(arguments: argparse.Namespace) -> None:
     else:
         _show(asked, answers, baselines, star)
     if path is not None:
-        from tensormoe.cli._front_picture import draw_front
-
-        fronts = {
-            each.name: (each.figures, each.front) for each in answers if each.figures is not None
-        }
-        draw_front(path, _title(asked), f"within {_budget(asked.budget)}", fronts)
+        _plot(path, asked, answers)
         if not arguments.json:
             make_console().print(f"drawn in {path}")
     if star is None:
-        raise BudgetError(_nothing_fits(asked, answers))
+        raise _nothing_fits(asked, answers)
 
 
-def _nothing_fits(asked: _Question, answers: list[_Answer]) -> str:
-    """What to raise, so that at least one factorization fits."""
-    least = min(answers, key=lambda each: sum(each.smallest.values()))
-    needed = " and ".join(f"{limit} at least {value}" for limit, value in least.smallest.items())
-    return (
-        f"no factorization fits the budget of {_budget(asked.budget)}; {least.name} needs "
-        f"{needed}. Raise the budget or use fewer experts."
+def _nothing_fits(asked: _Question, answers: list[_Answer]) -> BudgetError:
+    """The error of the factorization that needs the least."""
+    errors = {each.name: each.error for each in answers if each.error is not None}
+    name, error = min(errors.items(), key=lambda item: sum(item[1].needed.values()))
+    needed = " and ".join(f"{limit} at least {value}" for limit, value in error.needed.items())
+    return BudgetError(
+        f"no factorization fits the budget of {_budget(asked.budget)}; {name} needs {needed}. "
+        "Raise the budget or use fewer experts.",
+        error.needed,
+        error.given,
+        error.alternatives,
     )
 
 
@@ -146,7 +141,7 @@ def _answer(asked: _Question, name: str) -> _Answer:
     except BudgetError as error:
         if not error.needed:
             raise
-        return _Answer(name, None, (), dict(error.needed))
+        return _Answer(name, None, (), error)
     spec = LayerSpec(*asked.sizes, resolve_factorization(name, rank), layer.bias)
     figures = Figures.of(
         name,
@@ -156,7 +151,7 @@ def _answer(asked: _Question, name: str) -> _Answer:
         expert_rank=spec.expert_rank,
         expert_span=spec.expert_span,
     )
-    return _Answer(name, figures, front, {})
+    return _Answer(name, figures, front)
 
 
 def _baselines(asked: _Question) -> list[Figures]:
@@ -195,18 +190,17 @@ def _title(asked: _Question) -> str:
 
 def _amount(limit: str, value: float) -> str:
     if limit == "parameters":
-        text = f"{round(value):,}"
-    elif limit == "flops":
-        text = format_short(value)
-    elif limit == "memory":
-        text = format_memory(value)
-    else:
-        text = format_time(value)
-    return f"{text} {_SHOWN[limit]}".strip()
+        return f"{round(value):,} parameters"
+    formats = {"flops": format_count, "memory": format_bytes, "time": format_time}
+    return f"{formats[limit](value)} {_SHOWN[limit]}".strip()
+
+
+def _amounts(limits: Mapping[str, float]) -> str:
+    return " and ".join(_amount(*item) for item in limits.items())
 
 
 def _budget(budget: Budget) -> str:
-    shown = " and ".join(_amount(limit, value) for limit, value in budget.limits.items())
+    shown = _amounts(budget.limits)
     return shown if budget.gate else f"{shown}, the gate on top"
 
 
@@ -249,6 +243,29 @@ def _show(
     console.print()
 
 
+def _word(name: str, value: Any) -> str:
+    """A changed argument as this command takes it."""
+    return "x".join(map(str, value)) if name == "experts" else "--gate-on-top"
+
+
+def _plot(path: Path, asked: _Question, answers: list[_Answer]) -> None:
+    from tensormoe.plotting import MUTED, figure, plot_fronts
+
+    fronts = {each.name: each.front for each in answers if each.figures is not None}
+    chosen = {
+        each.name: point
+        for each in answers
+        for point in each.front
+        if each.figures is not None and point.rank == each.figures.rank
+    }
+    with figure(path, 8.0, 5.4) as drawn:
+        axes = drawn.add_subplot()
+        plot_fronts(axes, fronts, chosen)
+        axes.set_title(f"What a budget buys: {_title(asked)}\n", loc="left", fontsize=12.5)
+        said = f"within {_budget(asked.budget)}; large marks are the ranks chosen"
+        axes.text(0.0, 1.02, said, transform=axes.transAxes, fontsize=9.5, color=MUTED)
+
+
 def _notes(asked: _Question, answers: list[_Answer], best: str | None) -> list[str]:
     layer, notes = asked.layer, []
     if best is not None:
@@ -261,10 +278,13 @@ def _notes(asked: _Question, answers: list[_Answer], best: str | None) -> list[s
     else:
         notes.append("No factorization fits the budget.")
     for each in answers:
-        if each.smallest:
-            needed = " and ".join(_amount(*item) for item in each.smallest.items())
+        if each.error is not None:
             what = "with these bonds " if each.name in asked.bonds else ""
+            needed = _amounts(each.error.needed)
             notes.append(f"{each.name} is too large: {what}it needs at least {needed}.")
+            for other in each.error.alternatives:
+                change = " ".join(_word(*item) for item in other.change.items())
+                notes.append(f"  {_amounts(other.needed)} with {change}.")
     notes.append(
         f"The MLP has {asked.hidden:,} hidden features; the sparse MoE runs {asked.top_k} of its "
         "experts an input."
@@ -296,12 +316,20 @@ def _as_dict(
         "best": best,
         "gate_cost": None if layer.gate is None else cost_dict(layer.gate_cost),
         "factorizations": [
-            {"factorization": each.name, "feasible": False, "smallest_budget": each.smallest}
-            if each.figures is None
+            {
+                "factorization": each.name,
+                "feasible": False,
+                "smallest_budget": dict(each.error.needed),
+                "alternatives": [
+                    {**other.change, "smallest_budget": dict(other.needed)}
+                    for other in each.error.alternatives
+                ],
+            }
+            if each.error is not None
             else {
                 "factorization": each.name,
                 "feasible": True,
-                **each.figures.to_dict(),
+                **(each.figures.to_dict() if each.figures is not None else {}),
                 "front": [
                     {
                         "rank": list(point.rank) if isinstance(point.rank, tuple) else point.rank,

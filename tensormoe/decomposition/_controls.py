@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Any
 
+from tensormoe._format import format_share
 from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source
 from tensormoe.functional._dtypes import widened
-from tensormoe.functional._fit import share
 
 __all__ = [
     "EACH",
@@ -72,7 +72,7 @@ class Control:
 
     def __str__(self) -> str:
         most = "" if self.exact else "at most "
-        return f"{self.unfolding} {most}{share(self.error)} ({self.parameters:,})"
+        return f"{self.unfolding} {most}{format_share(self.error)} ({self.parameters:,})"
 
 
 def best_joint(controls: Sequence[Control]) -> Control | None:
@@ -99,9 +99,8 @@ def verdict(control: Control, error: float) -> str:
         else f"a joint SVD of the ({control.unfolding}) unfolding is"
     )
     most = "" if control.exact else "at most "
-    return (
-        f"{what} closer at no more parameters: {most}{share(control.error)} against {share(error)}"
-    )
+    errors = f"{format_share(control.error)} against {format_share(error)}"
+    return f"{what} closer at no more parameters: {most}{errors}"
 
 
 @dataclass(frozen=True, eq=False)

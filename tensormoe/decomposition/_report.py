@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tensormoe._format import format_share
+from tensormoe._html import text_html
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array
 from tensormoe.decomposition._controls import EACH, Control, best_joint, closest, verdict
 from tensormoe.functional import LayerConfig
-from tensormoe.functional._fit import share
 from tensormoe.gates import Gate
 
 __all__ = ["Decomposition", "Report"]
@@ -88,14 +89,14 @@ class Report:
     def __str__(self) -> str:
         worst = max(self.expert_errors)
         lines = [
-            f"weights off by {share(self.error)}, the worst expert by {share(worst)}",
+            f"weights off by {format_share(self.error)}, the worst expert by {format_share(worst)}",
             f"{self.dense_parameters:,} → {self.parameters:,} parameters ({self.ratio:.1%}), "
             f"{self.sweeps} sweeps, {self.seconds:.1f} s",
         ]
         if self.bias_error is not None:
-            lines.append(f"biases off by {share(self.bias_error)}")
+            lines.append(f"biases off by {format_share(self.bias_error)}")
         if self.output_error is not None:
-            lines.append(f"outputs off by {share(self.output_error)}")
+            lines.append(f"outputs off by {format_share(self.output_error)}")
         shown = ", ".join(str(each) for each in self.controls if each.rank)
         if shown:
             lines.append(f"truncated SVDs with no more parameters: {shown}")
@@ -103,6 +104,9 @@ class Report:
             both = "" if self.bias_error is None else ", of weights and biases together"
             lines.append(verdict(self.closer, self.total_error) + both)
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return text_html("Decomposition", str(self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,3 +136,6 @@ class Decomposition:
     def parameters(self) -> dict[str, Array]:
         """The factors by canonical name, as ``MuMoE.restore(config(), parameters)`` takes them."""
         return {f"factors.{name}": array for name, array in self.factors.items()}
+
+    def _repr_html_(self) -> str:
+        return text_html(repr(self.spec), str(self.report), self.spec.draw())

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from math import hypot
 
 from tensormoe._config import LayerConfig
+from tensormoe._format import format_share
+from tensormoe._html import text_html
 
 __all__ = ["Fit"]
 
@@ -64,22 +66,14 @@ class Fit:
         )
 
     def __str__(self) -> str:
-        apart = f", experts apart by {share(self.noise)}" if self.noise else ""
+        apart = f", experts apart by {format_share(self.noise)}" if self.noise else ""
         lines = [
-            f"weights off by {share(self.error)}{apart}; "
+            f"weights off by {format_share(self.error)}{apart}; "
             f"{self.parameters_before:,} → {self.parameters_after:,} parameters; "
             f"expert rank {self.expert_rank}, span {self.expert_span}"
         ]
         lines += [f"  layer {place}: {part}" for place, part in enumerate(self.parts)]
         return "\n".join(lines)
 
-
-def share(value: float) -> str:
-    """A relative size: in percent, or as a power of ten where that says nothing.
-
-    >>> share(0.1234), share(3.2e-7), share(0.0)
-    ('12.3%', '3.2e-07', '0')
-    """
-    if value == 0:
-        return "0"
-    return f"{value:.1%}" if value >= 0.0005 else f"{value:.1e}"
+    def _repr_html_(self) -> str:
+        return text_html("Fit", str(self))

@@ -102,6 +102,11 @@ class Cost:
         """Bytes that steps write."""
         return sum(step.bytes_written for step in self.steps)
 
+    def _repr_html_(self) -> str:
+        from tensormoe.planning._describe import cost_html
+
+        return cost_html(self)
+
     def then(self, other: Cost) -> Cost:
         """This work followed by ``other``: work adds up, the larger peak stays."""
         return replace(

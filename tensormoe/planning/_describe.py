@@ -1,101 +1,195 @@
-"""Reports that people paste into an issue."""
+"""A plan as text and in figures: what people read, and paste into an issue."""
 
 from __future__ import annotations
 
 from math import prod
 from typing import TYPE_CHECKING
 
-from tensormoe.planning._cost import Cost, batch_sizes
+from tensormoe._format import Cell, align, format_bytes, format_count, format_experts, format_time
+from tensormoe._html import table_html
+from tensormoe.factorizations import Network
+from tensormoe.planning._cost import Cost, StepCost, batch_sizes
+from tensormoe.planning._roofline import Roofline
 
 if TYPE_CHECKING:
+    from tensormoe.gates import Gate
     from tensormoe.planning._plan import Plan
 
-__all__ = ["describe_plan", "format_bytes", "format_count"]
+__all__ = [
+    "cost_html",
+    "dense_size",
+    "describe_plan",
+    "layer_sizes",
+    "plan_regime",
+    "step_rows",
+]
+
+_BAR = 12
 
 
-def format_count(number: float) -> str:
-    """A count with a decimal prefix.
+def step_rows(cost: Cost) -> dict[str, Cost]:
+    """The steps of a cost by label, in order; chunks of a batch repeat them."""
+    found: dict[str, list[StepCost]] = {}
+    for step in cost.steps:
+        found.setdefault(step.label, []).append(step)
+    return {label: Cost(0, tuple(steps), 0) for label, steps in found.items()}
 
-    >>> format_count(590592), format_count(96)
-    ('590.6 k', '96')
+
+def describe_plan(
+    plan: Plan,
+    cost: Cost,
+    itemsize: int,
+    gate: Gate | None = None,
+    training: bool = False,
+    roofline: Roofline | None = None,
+) -> str:
+    """Equation, steps and totals of a plan.
+
+    Args:
+        plan: of a layer.
+        cost: of a call.
+        itemsize: bytes per entry.
+        gate: included in the cost, if any.
+        training: whether the cost is that of forward and backward.
+        roofline: the device that times are predicted for, if any.
     """
-    for threshold, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= threshold:
-            return f"{number / threshold:.4g} {prefix}"
-    return f"{number:.4g}"
+    table = _table(cost)
+    if roofline is not None:
+        total = roofline.time(cost)
+        times = [roofline.time(row) for row in step_rows(cost).values()]
+        cells = [[format_time(time), f"{_bar(time / total)} {time / total:4.0%}"] for time in times]
+        heads = [["time", f"{'share of time':<{_BAR + 5}}"], *cells, [format_time(total), ""]]
+        table = [[*line, *more] for line, more in zip(table, heads, strict=True)]
+    lines = align(table)
+    facts = _facts(plan, cost, itemsize, gate, training, roofline)
+    width = max(len(name) for name, _ in facts) + 2
+    said = [
+        f"{plan.title}: {layer_sizes(plan.network)}",
+        f"y[b o] = {_equation(plan)}",
+        plan_regime(plan),
+        "",
+        *("  " + line for line in lines),
+        "",
+        *(f"{name:<{width}}{value}" for name, value in facts),
+    ]
+    # forward alone: what training and the gate add, they add to both
+    if dense_size(plan)[1] < plan.cost(itemsize=itemsize).flops:
+        said.append("Factorized is not worth it here: the dense experts need fewer FLOPs.")
+    return "\n".join(said)
 
 
-def format_bytes(number: float) -> str:
-    """Bytes with a binary prefix.
-
-    >>> format_bytes(3 * 2**20), format_bytes(12)
-    ('3 MiB', '12 B')
-    """
-    for threshold, prefix in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= threshold:
-            return f"{number / threshold:.4g} {prefix}"
-    return f"{number:.4g} B"
+def cost_html(cost: Cost) -> str:
+    """The steps of a cost as a table."""
+    note = f"{cost.parameters:,} parameters, {format_bytes(cost.peak_memory)} at the peak"
+    return table_html("Cost", _table(cost), [note])
 
 
-def describe_plan(plan: Plan, cost: Cost, itemsize: int) -> str:
-    """Equation, steps and totals of a plan."""
-    network, program = plan.network, plan.program
-    bias = bool(network.biases)
-    written = {each.name: f"{each.name}[{' '.join(each.legs)}]" for each in program.operands}
-    data = [written[each.name] for each in program.operands if each.role != "factor"]
+def layer_sizes(network: Network) -> str:
+    """A layer's sizes in words."""
+    bias = "with" if network.biases else "without"
+    experts = format_experts(network.experts)
+    return f"{experts} experts of {network.in_features} → {network.out_features}, {bias} bias"
+
+
+def plan_regime(plan: Plan) -> str:
+    """The batch of a plan, and for which others it is the same."""
+    text = f"{plan.batch:,} inputs"
+    if plan.chunk < plan.batch:
+        text += f", {plan.chunk:,} at a time"
+    if plan.prepared:
+        return f"{text}; weight-only steps have run beforehand"
+    end = "on" if plan.last_batch is None else f"to {plan.last_batch:,}"
+    return f"{text}; this path is the cheapest from {plan.first_batch:,} {end}"
+
+
+def dense_size(plan: Plan) -> tuple[int, int]:
+    """Parameters of the dense experts, and FLOPs of a forward call through all of them."""
+    network = plan.network
+    columns = prod(network.experts) * network.out_features
+    flops = 2 * max(plan.batch, 1) * columns * network.in_features
+    return columns * (network.in_features + bool(network.biases)), flops
+
+
+def _equation(plan: Plan) -> str:
+    network = plan.network
+    written = {each.name: f"{each.name}[{' '.join(each.legs)}]" for each in plan.program.operands}
+    data = [written[each.name] for each in plan.program.operands if each.role != "factor"]
+    factors = {each.name: f"{each.name}[{' '.join(each.legs)}]" for each in network.factors}
     equation = " + ".join(
-        " · ".join([*data, *(written[each.name] for each in term.factors)])
+        " · ".join([*data, *(factors[each.name] for each in term.factors)])
         for term in network.terms
     )
-    if bias:
-        equation += ", bias added to the input mode"
-    experts = " × ".join(map(str, network.experts))
-    lines = [
-        f"{plan.title}: {experts} experts of {network.in_features} → "
-        f"{network.out_features}, {'with' if bias else 'no'} bias",
-        f"y[b o] = {equation}",
-        _regime(plan),
-        "",
-    ]
-    width = max(len(step.label) for step in cost.steps)
-    lines.append(f"  {'step':<{width}}  {'FLOPs':>9}  {'bytes':>9}")
-    for step in cost.steps[:40]:
-        work = format_count(step.matmul_flops + step.elementwise_flops)
-        moved = format_bytes(step.bytes_read + step.bytes_written)
-        lines.append(f"  {step.label:<{width}}  {work:>9}  {moved:>9}")
-    if len(cost.steps) > 40:
-        lines.append(f"  … and {len(cost.steps) - 40} more")
+    return f"{equation}, bias added to the input mode" if network.biases else equation
+
+
+def _facts(
+    plan: Plan,
+    cost: Cost,
+    itemsize: int,
+    gate: Gate | None,
+    training: bool,
+    roofline: Roofline | None,
+) -> list[tuple[str, str]]:
+    """Totals by name, in the order in which they are read."""
+    network, program = plan.network, plan.program
     sizes = batch_sizes(program, plan.chunk)
-    largest = max(
-        (itemsize * prod(sizes[leg] for leg in step.legs) for step in program.steps), default=0
-    )
-    matrix = network.in_features * network.out_features
-    count = prod(network.experts)
-    dense = count * (matrix + bias * network.out_features)
-    inputs = max(plan.batch, 1)
-    dense_flops = 2 * inputs * count * matrix
-    lines += [
-        "",
-        f"FLOPs           {format_count(cost.flops)}  ({format_count(cost.matmul_flops)} in matrix "
-        f"products; {format_count(cost.flops / inputs)} an input)",
-        f"bytes moved     {format_bytes(cost.bytes_read + cost.bytes_written)}",
-        f"memory          {format_bytes(cost.peak_memory)} at the peak, largest intermediate "
-        f"{format_bytes(largest)}",
-        f"parameters      {format_count(cost.parameters)}",
-        f"capacity        expert rank {network.expert_rank}, expert span {network.expert_span}",
-        f"dense 𝒲         {format_count(dense)} parameters, {format_count(dense_flops)} FLOPs "
-        f"({dense_flops / max(cost.flops, 1):.3g} × this plan)",
+    largest = max((prod(sizes[leg] for leg in step.legs) for step in program.steps), default=0)
+    kept = f", {format_bytes(cost.saved_memory)} kept for the backward pass"
+    paid = cost.parameters - network.num_parameters
+    counted = "forward and backward" if training else "forward"
+    entries, flops = dense_size(plan)
+    facts = [
+        ("counted", counted if gate is None else f"{counted}, {gate.activation} gate included"),
+        (
+            "FLOPs",
+            f"{cost.flops:,} ({format_count(cost.matmul_flops)} in matrix products; "
+            f"{format_count(cost.flops / max(plan.batch, 1))} per input)",
+        ),
+        ("bytes moved", _moved(cost)),
+        (
+            "memory",
+            f"{format_bytes(cost.peak_memory)} at the peak, largest intermediate "
+            f"{format_bytes(itemsize * largest)}{kept if training else ''}",
+        ),
+        (
+            "parameters",
+            f"{cost.parameters:,}"
+            + (f", {paid:,} of them ({paid / cost.parameters:.0%}) the gate's" if paid else ""),
+        ),
+        ("capacity", f"expert rank {network.expert_rank:,}, expert span {network.expert_span:,}"),
+        (
+            "dense 𝒲",
+            f"{entries:,} parameters ({_times(entries, network.num_parameters)} these), "
+            f"{format_count(flops)} FLOPs ({_times(flops, plan.cost().flops)} this plan, forward "
+            "without a gate)",
+        ),
     ]
-    if dense_flops < cost.flops:
-        lines.append("Factorized is not worth it here: the dense experts need fewer FLOPs.")
-    return "\n".join(lines)
+    if roofline is not None:
+        said = f"{format_time(roofline.time(cost))} predicted for {roofline.name}"
+        facts.insert(4, ("time", said))
+    return facts
 
 
-def _regime(plan: Plan) -> str:
-    end = f"to {plan.last_batch}" if plan.last_batch is not None else "on"
-    text = f"batch {plan.batch}; this path is the cheapest from {plan.first_batch} {end}"
-    if plan.prepared:
-        text = f"batch {plan.batch}; weight-only steps prepared beforehand"
-    if plan.chunk < plan.batch:
-        text += f"; in chunks of {plan.chunk}"
-    return text
+def _table(cost: Cost) -> list[list[Cell]]:
+    """Heads, a line for each step, and totals."""
+    rows: list[list[Cell]] = [["step", "FLOPs", "bytes"]]
+    for label, row in step_rows(cost).items():
+        count = len(row.steps)
+        named = label if count == 1 else f"{count} × {label}"
+        rows.append([named, format_count(row.flops), _moved(row)])
+    return [*rows, ["all", format_count(cost.flops), _moved(cost)]]
+
+
+def _moved(cost: Cost) -> str:
+    return format_bytes(cost.bytes_read + cost.bytes_written)
+
+
+def _times(dense: int, own: int) -> str:
+    ratio = dense / max(own, 1)
+    return f"{ratio:,.0f} ×" if ratio >= 10 else f"{ratio:.2g} ×"
+
+
+def _bar(share: float) -> str:
+    """A bar in eighths of a character."""
+    whole, rest = divmod(round(share * _BAR * 8), 8)
+    return ("█" * whole + (" ▏▎▍▌▋▊▉"[rest] if rest else "")).ljust(_BAR)

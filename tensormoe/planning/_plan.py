@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import NoneType
+from typing import TYPE_CHECKING
 
-from tensormoe._validation import non_negative_int, positive_int
+from tensormoe._validation import flag, instance, non_negative_int, positive_int
 from tensormoe.errors import PlanError
 from tensormoe.factorizations import Network
 from tensormoe.gates import Gate
-from tensormoe.planning._cost import Cost
-from tensormoe.planning._describe import describe_plan
+from tensormoe.planning._cost import INDEX_BYTES, Cost, batch_sizes, program_cost
+from tensormoe.planning._describe import describe_plan, layer_sizes, plan_regime
 from tensormoe.planning._draft import DENSE, Routing
 from tensormoe.planning._layer_cost import layer_cost
 from tensormoe.planning._program import Program
 from tensormoe.planning._regimes import Regimes, plan_regimes
+from tensormoe.planning._roofline import Roofline
+
+if TYPE_CHECKING:
+    from tensormoe._drawing import Drawing
 
 __all__ = ["Plan", "plan_layer"]
 
@@ -93,8 +99,24 @@ class Plan:
             return of(self.batch)
         return _chunked(of, self.batch, self.chunk, itemsize * self.network.out_features)
 
-    def describe(self, gate: Gate | str | None = None, *, itemsize: int = 4) -> str:
+    def describe(
+        self,
+        gate: Gate | str | None = None,
+        *,
+        training: bool = False,
+        itemsize: int = 4,
+        roofline: Roofline | None = None,
+    ) -> str:
         """The plan as text: equation, steps, FLOPs, bytes, memory, and the dense equivalent.
+
+        Args:
+            gate: included in the count if given.
+            training: forward and backward with all gradients, instead of forward alone.
+            itemsize: bytes per entry: 4 for float32.
+            roofline: the device that the time of every step is predicted for, if any.
+
+        Raises:
+            PlanError, GateError: an argument that cannot be.
 
         >>> from tensormoe import CP, LayerSpec
         >>> print(LayerSpec(6, 5, experts=4, factorization=CP(rank=3)).plan(32).describe())
@@ -102,7 +124,39 @@ class Plan:
         CP(rank=3): 4 experts of 6 → 5, with bias
         y[b o] = coefficients_0[b n0] · x[b i] · expert_0[n0 r] · input[i r] · output[o r], ...
         """
-        return describe_plan(self, self.cost(gate, itemsize=itemsize), itemsize)
+        gate = None if gate is None else Gate.parse(gate)
+        flag(training, "training", PlanError)
+        instance(roofline, (Roofline, NoneType), "roofline", "a Roofline or None", PlanError)
+        cost = self.cost(gate, training=training, itemsize=itemsize)
+        return describe_plan(self, cost, itemsize, gate, training, roofline)
+
+    def draw(self, *, itemsize: int = 4) -> Drawing:
+        """A picture of the contraction: its steps in order, with sizes, memory and FLOPs.
+
+        Args:
+            itemsize: bytes per entry: 4 for float32.
+
+        Raises:
+            PlanError: an itemsize that is not a positive integer.
+
+        >>> from tensormoe import CP, LayerSpec
+        >>> LayerSpec(6, 5, experts=4, factorization=CP(rank=3)).plan(32).draw()
+        Drawing('CP(rank=3): 4 experts of 6 → 5, with bias', ...)
+        """
+        from tensormoe._drawing import draw_program
+
+        positive_int(itemsize, "itemsize", PlanError)
+        program = self.program.split()[1] if self.prepared else self.program
+        sizes = batch_sizes(program, min(self.chunk, max(self.batch, 1)))
+        costs = program_cost(program, sizes, itemsize)
+        title = f"{self.title}: {layer_sizes(self.network)}"
+        return draw_program(program, costs, sizes, itemsize, INDEX_BYTES, title, plan_regime(self))
+
+    def _repr_html_(self) -> str:
+        from tensormoe._html import text_html
+
+        title, _, text = self.describe().partition("\n")
+        return text_html(title, text, self.draw())
 
 
 def _chunked(of: Callable[[int], Cost], batch: int, chunk: int, row: int) -> Cost:

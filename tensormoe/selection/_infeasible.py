@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isqrt, prod
 
-from tensormoe.errors import BudgetError
+from tensormoe._format import format_experts
+from tensormoe.errors import Alternative, BudgetError
 from tensormoe.gates import Gate
 from tensormoe.planning._cost import Cost
 from tensormoe.selection._budget import Budget
@@ -35,7 +36,7 @@ def infeasible(
 
     given = family.sizes
     return refusal(
-        f"{family.name}, {_shown(given.experts)} experts of {given.in_features} → "
+        f"{family.name}, {format_experts(given.experts)} experts of {given.in_features} → "
         f"{given.out_features}",
         budget,
         smallest(family, gate),
@@ -65,9 +66,11 @@ def refusal(
     """
     limits, needed = budget.limits, budget.exceeded(least)
     remedies = ["Raise the budget"]
+    alternatives = []
     found = _best_split(budget, needed, levels, split)
     if found is not None:
         experts, taken = found
+        alternatives.append(Alternative({"experts": experts}, dict(taken)))
         # several levels are never one, and one stands for itself
         remedies.append(
             f"split the experts into levels, experts={experts} instead of {prod(experts)} takes "
@@ -75,6 +78,9 @@ def refusal(
         )
     if without_gate is not None and budget.allows(without_gate):
         remedies.append("leave the gate out, Budget(…, gate=False)")
+        spent = budget.spent(without_gate)
+        taken = {name: spent[name] for name in needed}
+        alternatives.append(Alternative({"gate": False}, taken))
     if len(remedies) == 1:
         remedies.append("use fewer experts")
         remedies.append("choose another factorization")
@@ -85,6 +91,7 @@ def refusal(
         f"{'; or '.join(remedies)}.",
         needed,
         {name: limits[name] for name in needed},
+        alternatives,
     )
 
 
@@ -129,10 +136,6 @@ def _split(number: int, count: int) -> tuple[int, ...]:
     least = max(1, root - _MOST_TRIED)
     first = next((each for each in range(root, least, -1) if number % each == 0), 1)
     return tuple(sorted((first, *_split(number // first, count - 1))))
-
-
-def _shown(experts: Sequence[int]) -> str:
-    return " × ".join(map(str, experts))
 
 
 def _amount(name: str, value: float) -> str:

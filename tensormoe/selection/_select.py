@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tensormoe._html import spec_html
 from tensormoe._spec import LayerSpec
 from tensormoe._validation import choice
 from tensormoe.errors import BudgetError
@@ -54,6 +55,9 @@ class RankChoice:
     expert_span: int
     parameters: int
     gate_parameters: int = 0
+
+    def _repr_html_(self) -> str:
+        return spec_html(self.spec, {"gate": f"{self.gate_parameters:,} parameters"})
 
 
 def select_rank(

@@ -15,7 +15,7 @@ from torch import nn
 
 import tensormoe_torch
 from tensormoe import CP, Budget, Gate, rank_front, select_rank
-from tensormoe.errors import BudgetError, TensormoeError, located
+from tensormoe.errors import Alternative, BudgetError, TensormoeError, located
 from tensormoe.selection import select_block
 from tensormoe_numpy import MuMoE, MuMoEEmbedding, MuMoEMLP
 from tensormoe_torch import from_linear, from_mlp, replace
@@ -96,12 +96,21 @@ def test_an_impossible_budget_says_what_would_do() -> None:
     assert (error.needed, error.given) == ({"parameters": 33409}, {"parameters": 4160})
     assert "experts=(16, 32) instead of 512 takes 3249" in str(error)
     assert "leave the gate out, Budget(…, gate=False)" in str(error)
+    assert error.alternatives == (
+        Alternative({"experts": (16, 32)}, {"parameters": 3249}),
+        Alternative({"gate": False}, {"parameters": 33409 - 64 * 512}),
+    )
+    for again in (pickle.loads(pickle.dumps(error)), located(error, "a layer")):
+        assert (again.needed, again.alternatives) == (error.needed, error.alternatives)
     # each of the remedies does what it says
     assert select_rank("cp", 64, 64, 512, budget=33409) == 1
     assert select_rank("cp", 64, 64, (16, 32), budget=3249) == 1
     assert select_rank("cp", 64, 64, 512, budget=Budget.like_linear(64, 64, gate=False)) == 6
-    with pytest.raises(BudgetError, match=r"Raise the budget; or use fewer experts; or choose"):
+    with pytest.raises(
+        BudgetError, match=r"Raise the budget; or use fewer experts; or choose"
+    ) as no:
         select_rank("hadamard", 64, 64, 7, budget=100, gate=None)
+    assert no.value.alternatives == ()
     with pytest.raises(BudgetError) as block:
         MuMoEMLP(64, 256, experts=512, budget=Budget(parameters=20_000, flops=10**7, batch=64))
     assert set(block.value.needed) == {"parameters"}

@@ -16,7 +16,7 @@ def test_calibrate_keeps_a_profile_that_the_other_commands_use(
     capsys: pytest.CaptureFixture[str], profile_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # rough figures will do
-    monkeypatch.setattr("tensormoe.cli._calibrate._SECONDS", 0.02)
+    monkeypatch.setattr("tensormoe.cli.calibration._SECONDS", 0.02)
     path = profile_path
     dry = ask(capsys, "calibrate", "--dry-run")
     assert dry["path"] is None

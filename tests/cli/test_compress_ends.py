@@ -144,4 +144,4 @@ def test_a_terminal_shows_sweeps() -> None:
                 "experts", "layers.0.w1", 0, 10, Progress("layers.0.w1", CP(7), 12, 0.3125, 1.0)
             )
         )
-    assert "layers.0.w1: rank 7, sweep 12, off by 31.25%" in out.getvalue()
+    assert "layers.0.w1: rank 7, sweep 12, off by 31.2%" in out.getvalue()

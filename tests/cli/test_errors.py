@@ -98,7 +98,8 @@ def test_errors_of_a_process_have_no_traceback() -> None:
     ("missing", "words", "extra"),
     [
         ("rich", ["rank", *LAYER], "cli"),
-        ("matplotlib", ["rank", *LAYER, "--json", "--plot", "x.png"], "cli"),
+        ("matplotlib", ["rank", *LAYER, "--json", "--plot", "x.png"], "plot"),
+        ("matplotlib", ["plan", *LAYER, "--json", "--plot", "x.png"], "plot"),
         ("platformdirs", ["rank", *LAYER, "--device", "this"], "cli"),
         ("numpy", ["calibrate"], "numpy"),
         ("sklearn", ["demo"], "demo"),

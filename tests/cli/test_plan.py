@@ -20,8 +20,9 @@ from tensormoe import (
     TensorTrain,
     Tucker,
 )
+from tensormoe._drawing import network_lines
 from tensormoe.cli import main
-from tensormoe.cli._network_text import draw_network, terms_of
+from tensormoe.planning import PUBLISHED_ROOFLINES
 from tests._command import ask, check_not_blank
 
 
@@ -116,10 +117,9 @@ def test_every_network_can_be_drawn(
 ) -> None:
     spec = LayerSpec(768, 384, experts, factorization)
     sizes: dict[str, int] = {}
-    for term, arrays in zip(spec.network.terms, terms_of(spec), strict=True):
-        lines = [
-            "".join(part for part, _ in line) for line in draw_network(arrays, spec.network.sizes)
-        ]
+    drawn = network_lines(spec.network)
+    for term, wires in zip(spec.network.terms, drawn, strict=True):
+        lines = ["".join(part for part, _ in line) for line in wires]
         # a dot for every leg of every array, and nothing but the batch left out
         dots = sum(len(factor.legs) for factor in term.factors)
         assert "".join(lines).count("●") == dots + len(experts) + 2
@@ -131,3 +131,21 @@ def test_every_network_can_be_drawn(
     rank = () if factorization.rank is None else ("--rank", str(factorization.rank))
     assert main([*words, "--factorization", factorization.name, *rank, "--json"]) == 0
     check_not_blank(path, least=200)
+
+
+@pytest.mark.parametrize("words", [[], ["--training"], ["--top-k", "2", "--no-bias"]])
+def test_plan_shows_the_table_of_the_library(
+    capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    spec = LayerSpec(64, 48, 16, CP(8), bias="--no-bias" not in words)
+    top_k = 2 if "--top-k" in words else None
+    text = spec.plan(1024, top_k=top_k).describe(
+        None if top_k else "entmax",
+        training="--training" in words,
+        roofline=PUBLISHED_ROOFLINES["cpu"],
+    )
+    assert main(["plan", "64", "48", "16", "--rank", "8", "--device", "cpu", *words]) == 0
+    title, rest = text.split("\n", 1)
+    shown = capsys.readouterr().out
+    assert title in shown
+    assert rest in shown

@@ -9,6 +9,7 @@ import pytest
 
 from tensormoe import select_rank
 from tensormoe.cli import main
+from tensormoe.errors import BudgetError
 from tensormoe.planning import PUBLISHED_ROOFLINES, Roofline
 from tensormoe.selection import linear_cost, rank_front
 from tests._command import ask, check_not_blank, run
@@ -112,6 +113,28 @@ def test_an_impossible_budget_is_a_row_with_the_smallest_feasible_one(
     assert "No factorization fits the budget." in text.out
     assert "cp is too large: it needs at least 33,409 parameters." in text.out
     assert "cp needs parameters at least 33409. Raise the budget" in text.err
+
+
+def test_an_impossible_budget_shows_the_alternatives_of_the_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("rank", "64", "64", "512", "--budget", "9k", "--factorization", "cp")
+    with pytest.raises(BudgetError) as caught:
+        select_rank("cp", 64, 64, 512, budget=9000)
+    (row,) = ask(capsys, *words)["factorizations"]
+    split, bare = caught.value.alternatives
+    assert row["smallest_budget"] == caught.value.needed
+    assert row["alternatives"] == [
+        {"experts": [16, 32], "smallest_budget": split.needed},
+        {"gate": False, "smallest_budget": bare.needed},
+    ]
+    assert main(list(words)) == 2
+    shown = capsys.readouterr().out
+    assert f"{split.needed['parameters']:,} parameters with 16x32." in shown
+    assert f"{bare.needed['parameters']:,} parameters with --gate-on-top." in shown
+    # and the words that it shows do what it says
+    assert ask(capsys, "rank", "64", "64", "16x32", *words[4:])["best"] == "cp"
+    assert ask(capsys, *words, "--gate-on-top")["best"] == "cp"
 
 
 def test_several_limits_hold_at_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,6 @@ pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
 
 from tensormoe import CP, LayerSpec, Tucker
-from tensormoe.cli import draw_errors
-from tensormoe.cli._error_picture import plot_errors
 from tensormoe.decomposition import (
     Control,
     ErrorCurve,
@@ -27,6 +25,7 @@ from tensormoe.decomposition import (
 )
 from tensormoe.errors import BudgetError, RankError, SpecError
 from tensormoe.factorizations import FACTORIZATIONS
+from tensormoe.plotting import figure, plot_errors
 
 
 def _report(parameters: int, error: float, output_error: float | None = None) -> Report:
@@ -211,21 +210,27 @@ def test_no_two_factorizations_look_alike() -> None:
 def test_pictures_are_written(tmp_path: Path, rng: np.random.Generator, suffix: str) -> None:
     curves = error_curves(rng.standard_normal((4, 12, 10)), ["cp", "tensor_ring"], (0.2, 0.5))
     path = tmp_path / f"picture{suffix}"
-    draw_errors(path, "4 experts", curves)
+    with figure(path) as drawn:
+        plot_errors(drawn.add_subplot(), curves)
     start = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[suffix]
     assert path.read_bytes().startswith(start)
 
 
-def test_pictures_of_nothing(tmp_path: Path) -> None:
+def test_pictures_of_nothing() -> None:
     # neither curves nor errors of outputs
-    draw_errors(str(tmp_path / "empty.png"), "nothing", [])
     curve = ErrorCurve("cp", (_point(10, 0.8),))
-    draw_errors(tmp_path / "unknown.png", "unknown", [curve], outputs=True)
-    assert len(list(tmp_path.iterdir())) == 2
+    for curves, outputs in (([], False), ([curve], True)):
+        axes = Figure().add_subplot()
+        plot_errors(axes, curves, outputs=outputs)
+        assert [text.get_text() for text in axes.texts] == ["nothing to show"]
 
 
 def test_pictures_that_cannot_be(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="path must end in one of"):
-        draw_errors(tmp_path / "picture.txt", "", [])
-    with pytest.raises(SpecError, match="could not be written"):
-        draw_errors(tmp_path / "missing" / "picture.png", "", [])
+    for name, said in (
+        ("picture.txt", "path must end in one of"),
+        ("missing/picture.png", "the folder of path must exist"),
+        ("a" * 300 + ".png", "could not be written"),
+    ):
+        with pytest.raises(SpecError, match=said), figure(tmp_path / name):
+            pass
+    assert not list(tmp_path.iterdir())

@@ -124,8 +124,11 @@ def _planning() -> Iterator[Door]:
         lambda: dict(gate=None, training=False, itemsize=4),
     )
     yield Door(
-        "Plan.describe", lambda **given: spec().plan(4).describe(**given), lambda: {"gate": None}
+        "Plan.describe",
+        lambda **given: spec().plan(4).describe(**given),
+        lambda: dict(gate=None, training=False, itemsize=4, roofline=None),
     )
+    yield Door("Plan.draw", lambda **given: spec().plan(4).draw(**given), lambda: {"itemsize": 4})
     choosing: Callable[[], dict[str, Any]] = lambda: dict(  # noqa: E731
         factorization="tensor_ring", **sizes, budget="linear", bias=True, bonds=None, gate=None
     )

@@ -49,11 +49,11 @@ def test_a_plan_says_what_runs() -> None:
     for word in (
         "CP(rank=256): 32 × 16 experts of 768 → 768, with bias",
         "y[b o] = coefficients_0[b n0] · coefficients_1[b n1] · x[b i]",
-        "batch 64; this path is the cheapest from 1 on",
+        "64 inputs; this path is the cheapest from 1 on",
         "linear (b i) × (i r) → (b r)",
         "gate 0: entmax",
         "expert rank 256, expert span 256",
-        "302.4 M parameters",
+        "302,383,104 parameters",
     ):
         assert word in text, text
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tensormoe._format import Cell, align_totals, format_share
+from tensormoe._html import table_html
 from tensormoe.decomposition import Report
 from tensormoe.decomposition._controls import verdict
 from tensormoe.factorizations import Factorization
-from tensormoe.functional._fit import share
-from tensormoe_torch.surgery._report import Cell, aligned
 
 __all__ = ["CompressedModule", "CompressedProjection", "CompressionReport"]
 
@@ -112,6 +112,12 @@ class CompressionReport:
         return {"modules": modules, "model_parameters": self.model_parameters}
 
     def __str__(self) -> str:
+        return "\n".join([*align_totals(self._rows()), *self._notes()])
+
+    def _repr_html_(self) -> str:
+        return table_html("Compression", self._rows(), self._notes())
+
+    def _rows(self) -> list[list[Cell]]:
         heads: list[Cell] = ["experts", "N × in × out", "factorization", "parameters", "share"]
         heads += ["weights off by", "SVDs", "joint SVD", "outputs off by"]
         rows: list[list[Cell]] = [heads]
@@ -125,7 +131,7 @@ class CompressionReport:
                         sizes,
                         repr(each.factorization),
                         *_counts(report.dense_parameters, report.parameters),
-                        share(report.error),
+                        format_share(report.error),
                         _share(report.svd_error),
                         _share(None if report.joint is None else report.joint.error),
                         _share(report.output_error),
@@ -133,17 +139,16 @@ class CompressionReport:
                 )
             off = _share(module.output_error)
             rows.append([module.name, "", "", *_counts(*module.parameters), "", "", "", off])
-        rows.append(["total", "", "", *_counts(*self.parameters), "", "", "", ""])
+        return [*rows, ["total", "", "", *_counts(*self.parameters), "", "", "", ""]]
+
+    def _notes(self) -> list[str]:
         before, after = self.model_parameters
-        return "\n".join(
-            [
-                *aligned(rows),
-                f"whole model: {before:,} → {after:,} parameters; {self.seconds:.1f} s",
-                "SVDs: truncated, with no more parameters, of each expert; joint SVD: the best of "
-                "all together",
-                *self._verdicts(),
-            ]
-        )
+        return [
+            f"whole model: {before:,} → {after:,} parameters; {self.seconds:.1f} s",
+            "SVDs: truncated, with no more parameters, of each expert; joint SVD: the best of "
+            "all together",
+            *self._verdicts(),
+        ]
 
     def _verdicts(self) -> Iterator[str]:
         """Of each projection that a truncated singular value decomposition is closer to."""
@@ -159,4 +164,4 @@ def _counts(before: int, after: int) -> list[Cell]:
 
 
 def _share(value: float | None) -> str:
-    return "" if value is None else share(value)
+    return "" if value is None else format_share(value)

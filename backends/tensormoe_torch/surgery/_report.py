@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
-from tensormoe.functional._fit import Fit, share
+from tensormoe._format import (
+    Cell,
+    align_totals,
+    format_bytes,
+    format_count,
+    format_share,
+    format_time,
+)
+from tensormoe._html import table_html
+from tensormoe.functional import Fit
 from tensormoe.planning import Cost, Roofline
 
-__all__ = ["Cell", "Replacement", "Surgery", "aligned"]
-
-Cell = str | tuple[str, str]
+__all__ = ["Replacement", "Surgery"]
 
 
 @dataclass(frozen=True)
@@ -70,75 +76,36 @@ class Surgery:
         return tuple(each.name for each in self.replacements)
 
     def __str__(self) -> str:
-        pairs = [(each.before, each.after) for each in self.replacements]
-        pairs.append((self.before, self.after))
-        columns = [self._column(name, pairs) for name in ("parameters", "FLOPs", "peak", "time")]
-        heads: list[Cell] = ["module", "inputs", *(head for head, _ in columns), "weights off by"]
-        rows: list[list[Cell]] = [heads]
-        for place, each in enumerate(self.replacements):
-            cells = [cells[place] for _, cells in columns]
-            off = "fresh" if each.fit is None else share(each.fit.error)
-            rows.append([each.name, f"{each.inputs:,}", *cells, off])
-        rows.append(["total", "", *(cells[-1] for _, cells in columns), ""])
+        return "\n".join([*align_totals(self._rows()), *self._notes()])
+
+    def _repr_html_(self) -> str:
+        return table_html("Surgery", self._rows(), self._notes())
+
+    def _rows(self) -> list[list[Cell]]:
+        rows: list[list[Cell]] = [
+            ["module", "inputs", "parameters", "FLOPs", "peak", "time", "weights off by"]
+        ]
+        for each in self.replacements:
+            off = "fresh" if each.fit is None else format_share(each.fit.error)
+            rows.append(
+                [each.name, f"{each.inputs:,}", *self._figures(each.before, each.after), off]
+            )
+        return [*rows, ["total", "", *self._figures(self.before, self.after), ""]]
+
+    def _figures(self, before: Cost, after: Cost) -> list[Cell]:
+        time = self.roofline.time
+        return [
+            (f"{before.parameters:,}", f"{after.parameters:,}"),
+            (format_count(before.flops), format_count(after.flops)),
+            (format_bytes(before.peak_memory), format_bytes(after.peak_memory)),
+            (format_time(time(before)), format_time(time(after))),
+        ]
+
+    def _notes(self) -> list[str]:
         before, after = self.model_parameters
-        way = "forward and backward" if self.training else "forward"
-        return "\n".join(
-            [
-                *aligned(rows),
-                f"whole model: {before:,} → {after:,} parameters",
-                f"cost: {way}; peak memory beyond input and parameters, of the total the largest;",
-                f"      time as predicted for {self.roofline.name}",
-            ]
-        )
-
-    def _column(
-        self, name: str, pairs: Sequence[tuple[Cost, Cost]]
-    ) -> tuple[str, list[tuple[str, str]]]:
-        """A heading with its unit, and the figures before and after, with the total at the end."""
-        measured = {
-            "parameters": lambda cost: cost.parameters,
-            "FLOPs": lambda cost: cost.flops,
-            "peak": lambda cost: cost.peak_memory,
-            "time": self.roofline.time,
-        }[name]
-        figures = [(measured(before), measured(after)) for before, after in pairs]
-        if name == "parameters":
-            return name, [(f"{old:,}", f"{new:,}") for old, new in figures]
-        units, heading = _UNITS[name]
-        largest = max(max(pair) for pair in figures)
-        size, unit = next((each for each in units if largest >= each[0]), units[-1])
-        shown = [(_short(old / size), _short(new / size)) for old, new in figures]
-        return heading.format(unit), shown
-
-
-# the sizes and names of units, and the heading of a column in one of them
-_UNITS: dict[str, tuple[tuple[tuple[float, str], ...], str]] = {
-    "FLOPs": (((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")), "{}FLOP"),
-    "peak": (((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")), "peak {}"),
-    "time": (((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")), "time {}"),
-}
-
-
-def _short(value: float) -> str:
-    """Three figures, and no fewer than the whole number has."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
-
-
-def aligned(rows: Sequence[Sequence[Cell]]) -> list[str]:
-    """Rows of a table: the first column to the left, the others to the right, arrows in line."""
-    columns = [[*column] for column in zip(*rows, strict=True)]
-    texts = []
-    for column in columns:
-        found = [cell for cell in column if isinstance(cell, tuple)]
-        if found:
-            left, right = (max(len(cell[side]) for cell in found) for side in (0, 1))
-            column = [
-                f"{cell[0]:>{left}} → {cell[1]:>{right}}" if isinstance(cell, tuple) else cell
-                for cell in column
-            ]
-        width = max(len(str(cell)) for cell in column)
-        align = "<" if column is columns[0] else ">"
-        texts.append([f"{cell:{align}{width}}" for cell in column])
-    lines = ["  ".join(line).rstrip() for line in zip(*texts, strict=True)]
-    rule = "-" * max(map(len, lines))
-    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+        return [
+            f"whole model: {before:,} → {after:,} parameters",
+            f"cost: {'forward and backward' if self.training else 'forward'}; peak memory beyond "
+            "input and parameters, of the total the largest;",
+            f"      time as predicted for {self.roofline.name}",
+        ]

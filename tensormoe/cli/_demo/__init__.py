@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from tensormoe._extras import require
+from tensormoe._files import make_folder
 from tensormoe.cli._console import make_console
-from tensormoe.cli._extras import require
-from tensormoe.cli._files import make_folder
 from tensormoe.cli._values import parse_experts, parse_size
 from tensormoe.errors import SpecError
 
@@ -22,7 +22,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
     if not arguments.seed.isascii() or not arguments.seed.isdigit():
         raise SpecError(f"--seed must be an integer of at least 0; got {arguments.seed!r}.")
     for package in _NEEDED:
-        require(package, "demo", "tensormoe demo")
+        require("tensormoe demo", (package,), "demo")
     folder = make_folder(arguments.out)
     # imports NumPy and the layers on it
     from tensormoe.cli._demo._story import tell

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensormoe.cli._demo._training import History
-from tensormoe.cli._picture import COLOURS, MUTED, picture, tidy
+from tensormoe.plotting import COLOURS, figure, plot_experts, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,9 +30,9 @@ def draw(
         histories: by model, one a run.
         tables: mean coefficients (classes, experts) by model.
     """
-    with picture(path, 11.0, 8.6) as figure:
-        figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08, hspace=0.05)  # type: ignore[union-attr,call-arg]
-        top, bottom = figure.subfigures(2, 1, height_ratios=(1.0, 1.15), squeeze=False)[:, 0]
+    with figure(path, 11.0, 8.6) as drawn:
+        drawn.get_layout_engine().set(h_pad=0.08, w_pad=0.08, hspace=0.05)  # type: ignore[union-attr,call-arg]
+        top, bottom = drawn.subfigures(2, 1, height_ratios=(1.0, 1.15), squeeze=False)[:, 0]
         loss, accuracy = top.subplots(1, 2)
         _curves(loss, histories, "losses", 1.0)
         loss.set_yscale("log")
@@ -46,23 +46,23 @@ def draw(
         accuracy.legend(loc="lower right")
         panels = bottom.subplots(len(tables), 1, squeeze=False)[:, 0]
         ceiling = max(float(table.max()) for table in tables.values())
-        images = [
-            _heat(panel, name, table, ceiling)
-            for panel, (name, table) in zip(panels, tables.items(), strict=True)
-        ]
+        for panel, (name, table) in zip(panels, tables.items(), strict=True):
+            image = plot_experts(panel, table, most=ceiling)
+            panel.set_title(f"{name}: which digits its experts serve", loc="left")
+            panel.set_ylabel("digit")
         panels[-1].set_xlabel("experts, sorted by the digit that they serve most")
         # all have the same scale
-        bar = bottom.colorbar(images[0], ax=list(panels), pad=0.015, aspect=28)
+        bar = bottom.colorbar(image, ax=list(panels), pad=0.015, aspect=28)
         bar.set_label("mean coefficient")
         bar.outline.set_visible(False)
 
 
 def _curves(
-    axes: Axes, histories: Mapping[str, Sequence[History]], figure: str, unit: float
+    axes: Axes, histories: Mapping[str, Sequence[History]], figures: str, unit: float
 ) -> None:
     """The mean of the runs as a line, their range as a band."""
     for colour, (name, runs) in zip(COLOURS, histories.items(), strict=False):
-        values = unit * np.array([getattr(each, figure) for each in runs])
+        values = unit * np.array([getattr(each, figures) for each in runs])
         epochs = np.arange(1, values.shape[1] + 1)
         marker = "o" if len(epochs) == 1 else ""
         axes.fill_between(
@@ -73,27 +73,3 @@ def _curves(
         )
     axes.set_xlabel("epoch")
     tidy(axes)
-
-
-def _heat(axes: Axes, name: str, table: NDArray, ceiling: float) -> Any:
-    from matplotlib.colors import PowerNorm
-
-    # the square root shows small coefficients as well
-    image = axes.imshow(
-        table,
-        aspect="auto",
-        cmap="magma_r",
-        norm=PowerNorm(0.5, 0.0, ceiling),
-        interpolation="nearest",
-    )
-    used = int((table.max(axis=0) > 1e-3).sum())
-    axes.set_title(f"{name}: which digits its experts serve", loc="left")
-    axes.set_title(
-        f"{used} of {table.shape[1]} in use", loc="right", color=MUTED, size=9.5, weight="normal"
-    )
-    axes.set_ylabel("digit")
-    axes.set_yticks(range(len(table)))
-    axes.set_xticks([])
-    axes.tick_params(length=0, labelsize=8.5)
-    axes.spines[:].set_visible(False)
-    return image

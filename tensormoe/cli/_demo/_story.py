@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tensormoe import LayerSpec
-from tensormoe.cli._console import format_rank, make_table, print_json
+from tensormoe._format import format_rank
+from tensormoe.cli._console import make_table, print_json
 from tensormoe.cli._demo import _digits
 from tensormoe.cli._demo._picture import draw
 from tensormoe.cli._demo._proof import largest_error, routing

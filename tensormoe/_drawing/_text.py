@@ -1,4 +1,4 @@
-"""A tensor network as text: a line for every array, a rail for every leg."""
+"""Tensor networks as text: a wire for every array, a rail for every leg."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from tensormoe import LayerSpec
 from tensormoe.factorizations import INPUT, OUTPUT, Leg, Network, Term
 
-__all__ = ["Array", "Role", "Segment", "draw_network", "is_core", "terms_of"]
+__all__ = ["Role", "network_lines"]
 
 Role = Literal["data", "factor", "result", "leg", "wire"]
 Segment = tuple[str, Role]
@@ -26,13 +25,15 @@ class Array:
     role: Role
 
 
-def terms_of(spec: LayerSpec) -> list[list[Array]]:
-    """The arrays of a layer's network, one list for every term of a sum.
+def network_lines(network: Network) -> list[list[list[Segment]]]:
+    """Lines of coloured segments, for every term of a sum.
 
+    Every array is a horizontal wire with a dot where it carries a leg; every leg is a rail from
+    the first array that carries it to the last one. A rail with three dots or more is a hyperedge.
     Data stand before the factors that they meet, first those that meet none, and the result last.
     The bias is left out: it takes the place of the input and its factor.
     """
-    return [_arrays_of(spec.network, term) for term in spec.network.terms]
+    return [_lines(_arrays_of(network, term), network.sizes) for term in network.terms]
 
 
 def _arrays_of(network: Network, term: Term) -> list[Array]:
@@ -42,24 +43,19 @@ def _arrays_of(network: Network, term: Term) -> list[Array]:
     found = [each for each in data if each.legs[0] not in term.legs]
     data = [each for each in data if each not in found]
     # a core, which meets no data, stands behind the factors that it joins
-    for factor in sorted(term.factors, key=lambda each: is_core(each.legs)):
+    for factor in sorted(term.factors, key=lambda each: _is_core(each.legs)):
         met = [each for each in data if each.legs[0] in factor.legs]
         data = [each for each in data if each not in met]
         found += [*met, Array(factor.name, factor.legs, "factor")]
     return [*found, Array("y", (OUTPUT,), "result")]
 
 
-def is_core(legs: tuple[Leg, ...]) -> bool:
+def _is_core(legs: tuple[Leg, ...]) -> bool:
     """Whether an array carries bonds alone."""
     return not any(leg in (INPUT, OUTPUT) or leg.startswith("n") for leg in legs)
 
 
-def draw_network(arrays: list[Array], sizes: Mapping[Leg, int]) -> list[list[Segment]]:
-    """Lines of coloured segments.
-
-    Every array is a horizontal wire with a dot where it carries a leg; every leg is a rail from
-    the first array that carries it to the last one. A rail with three dots or more is a hyperedge.
-    """
+def _lines(arrays: list[Array], sizes: Mapping[Leg, int]) -> list[list[Segment]]:
     legs = list(dict.fromkeys(leg for array in arrays for leg in array.legs))
     rows = {leg: [k for k, array in enumerate(arrays) if leg in array.legs] for leg in legs}
     # odd, so that a rail has a middle to run in

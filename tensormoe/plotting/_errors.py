@@ -1,21 +1,18 @@
-"""What decompositions lost against what they kept, as a picture."""
+"""Errors of decompositions against the parameters that they keep."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tensormoe.cli._files import PICTURE_SUFFIXES
-from tensormoe.cli._picture import COLOURS, INK, picture, tidy
 from tensormoe.decomposition import ErrorCurve, ErrorPoint, control_curves
-from tensormoe.errors import SpecError
 from tensormoe.factorizations import FACTORIZATIONS
+from tensormoe.plotting._figure import COLOURS, MUTED, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw_errors", "plot_errors"]
+__all__ = ["plot_errors"]
 
 # of each expert, and of the three unfoldings
 _DASHES = ("--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
@@ -24,54 +21,28 @@ _MARKERS = "osD^vPX*h"
 _SHARES = [digit * 10.0**power for power in range(-6, 0) for digit in (1, 2, 5)] + [1.0]
 
 
-def draw_errors(
-    path: str | Path, title: str, curves: Sequence[ErrorCurve], *, outputs: bool = False
-) -> None:
-    """Write a picture of error against parameters, a line a factorization.
+def plot_errors(axes: Axes, curves: Sequence[ErrorCurve], *, outputs: bool = False) -> None:
+    """Plot relative error over the share of parameters, one line per factorization.
 
     Lines go through the points that no smaller one beats; other points are faint. Dashed lines are
     truncated singular value decompositions with no more parameters, each at its own number of them:
     of the experts, one by one, and of all together.
 
     Args:
-        path: of the picture; its extension is one of ``.png``, ``.svg`` and ``.pdf``.
-        title: what was decomposed.
+        axes: of matplotlib.
         curves: from :func:`tensormoe.decomposition.error_curves`.
-        outputs: whether to draw the error of outputs, which reports know where samples of inputs
+        outputs: whether to plot the error of outputs, which reports know where samples of inputs
             were given, instead of that of the weights.
 
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-        SpecError: another extension, or a file that can't be written.
-
-    >>> import numpy as np, tempfile
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import numpy as np
     >>> from tensormoe.decomposition import error_curves
+    >>> from tensormoe.plotting import figure
     >>> experts = np.random.default_rng(0).standard_normal((4, 12, 10))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     picture = Path(folder, "experts.svg")
-    ...     draw_errors(picture, "4 experts, 12 → 10", error_curves(experts, ["cp", "tucker"]))
-    ...     picture.read_text()[:5]
-    '<?xml'
-    """
-    target = Path(path)
-    if target.suffix.lower() not in PICTURE_SUFFIXES:
-        listed = ", ".join(PICTURE_SUFFIXES)
-        raise SpecError(f"path must end in one of {listed}; got {str(path)!r}. Rename the file.")
-    with picture(target, 7.2, 4.8) as figure:
-        axes = figure.add_subplot()
-        plot_errors(axes, curves, outputs=outputs)
-        axes.set_title(title, loc="left")
-        if curves:
-            axes.legend(fontsize=9)
-
-
-def plot_errors(axes: Axes, curves: Sequence[ErrorCurve], *, outputs: bool = False) -> None:
-    """Draw curves of relative error over the share of parameters on axes, and label these.
-
-    Args:
-        axes: of matplotlib.
-        curves: to draw; SVDs come with the errors of weights.
-        outputs: whether to draw the error of outputs.
+    ...     with figure(Path(folder, "errors.svg")) as drawn:
+    ...         plot_errors(drawn.add_subplot(), error_curves(experts, ["cp", "tucker"]))
     """
     for place, curve in enumerate(curves):
         colour, marker = _look(curve.name, place)
@@ -88,7 +59,7 @@ def plot_errors(axes: Axes, curves: Sequence[ErrorCurve], *, outputs: bool = Fal
             shares = [each.parameters / control.dense_parameters for each in kept]
             errors = [each.error for each in kept]
             name = f"SVD of {control.unfolding}"
-            axes.plot(shares, errors, color=INK, linestyle=dashes, linewidth=1.2, label=name)
+            axes.plot(shares, errors, color=MUTED, linestyle=dashes, linewidth=1.2, label=name)
     tidy(axes)
     axes.set(xscale="log", xlabel="parameters, share of the dense experts'")
     axes.set_ylabel(f"relative error of the {'outputs' if outputs else 'weights'}")

@@ -8,16 +8,10 @@ from mmap import mmap
 from time import perf_counter
 from typing import Any
 
+from tensormoe._extras import require
+from tensormoe._format import format_bytes, format_count, format_time
 from tensormoe._validation import choice
-from tensormoe.cli._console import (
-    format_memory,
-    format_short,
-    format_time,
-    make_console,
-    make_table,
-    print_json,
-)
-from tensormoe.cli._extras import require
+from tensormoe.cli._console import make_console, make_table, print_json
 from tensormoe.cli._profile import THIS_MACHINE, save_profile
 from tensormoe.errors import SpecError
 from tensormoe.gates import Gate, activate
@@ -42,7 +36,7 @@ Clock = Callable[[], float]
 def run_calibrate(arguments: argparse.Namespace) -> None:
     """Measure, show, and keep the profile unless told otherwise."""
     library = choice(arguments.backend, LIBRARIES, "--backend", SpecError)
-    require(library, library, "tensormoe calibrate")
+    require("tensormoe calibrate", (library,), library)
     if not arguments.json:
         make_console()  # before seconds of work, not after
     roofline = measure_roofline(library)
@@ -61,11 +55,11 @@ def run_calibrate(arguments: argparse.Namespace) -> None:
         return
     console = make_console()
     table = make_table(f"this machine, {library}, float32", "measured")
-    table.add_row("matrix products", f"{format_short(roofline.matmul_rate)}FLOP/s")
-    table.add_row("elementwise work of gates", f"{format_short(roofline.elementwise_rate)}FLOP/s")
-    table.add_row("reading", f"{format_memory(roofline.bandwidth)}/s")
+    table.add_row("matrix products", f"{format_count(roofline.matmul_rate)}FLOP/s")
+    table.add_row("elementwise work of gates", f"{format_count(roofline.elementwise_rate)}FLOP/s")
+    table.add_row("reading", f"{format_bytes(roofline.bandwidth)}/s")
     assert roofline.fresh_bandwidth is not None
-    table.add_row("results in new memory", f"{format_memory(roofline.fresh_bandwidth)}/s")
+    table.add_row("results in new memory", f"{format_bytes(roofline.fresh_bandwidth)}/s")
     assert roofline.backward_overhead is not None
     table.add_row("starting a step", format_time(roofline.overhead))
     table.add_row("starting one of a backward pass", format_time(roofline.backward_overhead))

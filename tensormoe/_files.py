@@ -1,4 +1,4 @@
-"""Files that a command writes: checked before the work, whole or not at all after it."""
+"""Pictures and other small files: checked before the work, whole or not at all after it."""
 
 from __future__ import annotations
 
@@ -13,25 +13,29 @@ __all__ = ["PICTURE_SUFFIXES", "check_picture", "make_folder", "write_file"]
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
-def check_picture(name: str | None) -> Path | None:
+def check_picture(path: str | os.PathLike[str], name: str = "path") -> Path:
     """The path of a picture, checked before anything is computed for it.
+
+    Args:
+        path: of the picture.
+        name: what errors call it.
 
     Raises:
         SpecError: an extension that no picture is written in, or a folder that can't be written.
     """
-    if name is None:
-        return None
-    path = Path(name)
-    if path.suffix.lower() not in PICTURE_SUFFIXES:
+    target = Path(path)
+    if "\0" in str(path):
+        raise SpecError(f"{name} must not hold a null character; got {str(path)!r}.")
+    if target.suffix.lower() not in PICTURE_SUFFIXES:
         listed = ", ".join(PICTURE_SUFFIXES)
-        raise SpecError(f"--plot must end in one of {listed}; got {name!r}. Rename the file.")
-    if not os.path.isdir(path.parent):
+        raise SpecError(f"{name} must end in one of {listed}; got {str(path)!r}. Rename the file.")
+    if not os.path.isdir(target.parent):
         raise SpecError(
-            f"the folder of --plot must exist; {str(path.parent)!r} does not. Create it first."
+            f"the folder of {name} must exist; {str(target.parent)!r} does not. Create it first."
         )
-    if os.path.isdir(path) or not os.access(path.parent, os.W_OK):
-        raise SpecError(f"--plot must be a file that can be written; {name!r} is not.")
-    return path
+    if os.path.isdir(target) or not os.access(target.parent, os.W_OK):
+        raise SpecError(f"{name} must be a file that can be written; {str(path)!r} is not.")
+    return target
 
 
 def make_folder(name: str | Path) -> Path:

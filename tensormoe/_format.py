@@ -1,0 +1,131 @@
+"""Numbers and tables as text: the formats of every table, report and drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "Cell",
+    "align",
+    "align_totals",
+    "format_bytes",
+    "format_count",
+    "format_experts",
+    "format_parameters",
+    "format_rank",
+    "format_share",
+    "format_time",
+]
+
+Cell = str | tuple[str, str]
+"""One entry of a table, or a pair: the entry before and after."""
+
+
+def format_count(number: float) -> str:
+    """A count in three digits with a decimal prefix.
+
+    >>> format_count(302_383_104), format_count(96)
+    ('302 M', '96')
+    """
+    for threshold, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= threshold:
+            return f"{_three(number / threshold)} {prefix}"
+    return f"{number:.3g}"
+
+
+def format_bytes(size: float) -> str:
+    """Bytes in three digits with a binary prefix.
+
+    >>> format_bytes(1023 * 2**20), format_bytes(12)
+    ('1023 MiB', '12 B')
+    """
+    for power, prefix in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size >= 2**power:
+            return f"{_three(size / 2**power)} {prefix}"
+    return f"{size:.0f} B"
+
+
+def format_time(seconds: float) -> str:
+    """A duration in three digits.
+
+    >>> format_time(0.00123), format_time(2.5e-5), format_time(75.0)
+    ('1.23 ms', '25 µs', '75 s')
+    """
+    for threshold, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if seconds >= threshold:
+            return f"{_three(seconds / threshold)} {unit}"
+    return f"{_three(seconds * 1e9)} ns"
+
+
+def format_share(value: float | None) -> str:
+    """A ratio or a relative error in percent; as a power of ten below a twentieth of a percent.
+
+    >>> format_share(0.1234), format_share(3.2e-7), format_share(0.0), format_share(None)
+    ('12.3%', '3.2e-07', '0', '–')
+    """
+    if value is None:
+        return "–"
+    if value == 0:
+        return "0"
+    return f"{value:.1%}" if value >= 0.0005 or value != value else f"{value:.1e}"
+
+
+def format_parameters(count: int) -> str:
+    """Every digit where budgets are compared, three where layers are huge.
+
+    >>> format_parameters(4_722_432), format_parameters(302_383_104)
+    ('4,722,432', '302 M')
+    """
+    return f"{count:,}" if count < 10**8 else format_count(count)
+
+
+def format_rank(rank: int | tuple[int, ...] | None) -> str:
+    """A rank as ``tensormoe plan --rank`` takes it.
+
+    >>> format_rank((4, 4, 97)), format_rank(None)
+    ('4,4,97', '–')
+    """
+    if rank is None:
+        return "–"
+    return str(rank) if isinstance(rank, int) else ",".join(map(str, rank))
+
+
+def format_experts(experts: Sequence[int]) -> str:
+    """The number of experts, level by level.
+
+    >>> format_experts((16, 8))
+    '16 × 8'
+    """
+    return " × ".join(map(str, experts))
+
+
+def align(rows: Sequence[Sequence[Cell]]) -> list[str]:
+    r"""Lines of a table: the first column to the left, the others to the right, arrows in line.
+
+    >>> print(*align([["layer", "FLOPs"], ["a", ("10", "9")], ["b", ("8", "7")]]), sep="\n")
+    layer    FLOPs
+    a      10 →  9
+    b       8 →  7
+    """
+    columns = []
+    for place, cells in enumerate(zip(*rows, strict=True)):
+        pairs = [cell for cell in cells if isinstance(cell, tuple)]
+        left, right = (max((len(pair[side]) for pair in pairs), default=0) for side in (0, 1))
+        texts = [
+            cell if isinstance(cell, str) else f"{cell[0]:>{left}} → {cell[1]:>{right}}"
+            for cell in cells
+        ]
+        width = max(map(len, texts))
+        columns.append([f"{text:{'>' if place else '<'}{width}}" for text in texts])
+    return ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
+
+
+def align_totals(rows: Sequence[Sequence[Cell]]) -> list[str]:
+    """The same, with rules below the heads and above the last row, which holds totals."""
+    first, *lines, last = align(rows)
+    rule = "-" * max(map(len, (first, *lines, last)))
+    return [first, rule, *lines, rule, last]
+
+
+def _three(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

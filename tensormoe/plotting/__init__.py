@@ -1,0 +1,40 @@
+"""Pictures: networks and plans as SVG from the core alone, charts with matplotlib.
+
+``draw_network`` and ``draw_plan`` return a :class:`Drawing`, SVG text that notebooks show; they are
+``LayerSpec.draw`` and ``Plan.draw``. The functions ``plot_…`` draw on axes of matplotlib, which
+``tensormoe[plot]`` installs; :func:`figure` gives a figure in the library's style and writes it.
+
+>>> from tensormoe import CP, LayerSpec
+>>> draw_network(LayerSpec(768, 768, experts=(16, 8), factorization=CP(rank=64)))
+Drawing('CP(rank=64)', ...)
+"""
+
+from __future__ import annotations
+
+from tensormoe._drawing import Drawing as Drawing
+from tensormoe.plotting._errors import plot_errors as plot_errors
+from tensormoe.plotting._experts import plot_experts as plot_experts
+from tensormoe.plotting._figure import COLOURS as COLOURS
+from tensormoe.plotting._figure import INK as INK
+from tensormoe.plotting._figure import MUTED as MUTED
+from tensormoe.plotting._figure import figure as figure
+from tensormoe.plotting._figure import tidy as tidy
+from tensormoe.plotting._fronts import plot_fronts as plot_fronts
+from tensormoe.plotting._networks import draw_network as draw_network
+from tensormoe.plotting._networks import draw_plan as draw_plan
+from tensormoe.plotting._networks import network_text as network_text
+
+__all__ = [
+    "COLOURS",
+    "INK",
+    "MUTED",
+    "Drawing",
+    "draw_network",
+    "draw_plan",
+    "figure",
+    "network_text",
+    "plot_errors",
+    "plot_experts",
+    "plot_fronts",
+    "tidy",
+]
