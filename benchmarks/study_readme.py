@@ -228,8 +228,10 @@ def main() -> None:
 
     print(f"{tested.name}: {len(tested.train)} images, {steps} steps of {BATCH}, {seeds} seeds")
     print(f"processor time: {INPUTS} inputs, float32, one thread, PyTorch {torch.__version__}")
+    plain = clocks[[kind.name for kind in KINDS].index("MLP")]
+    print(f"an MLP takes {1e3 * plain[0]:.2f} ms forward and {1e3 * plain[1]:.2f} ms for a step\n")
     print(
-        "| block | experts | parameters | FLOPs per input | forward, ms | training step, ms |",
+        "| block | experts | parameters | FLOPs per input | forward, × MLP | step, × MLP |",
         end="",
     )
     print(" test accuracy, % (lowest – highest) | difference to MLP at the same seed | rate |")
@@ -252,14 +254,15 @@ def main() -> None:
                 place,
                 f"| {kind.name} | {kind.experts or '–'} "
                 f"| {sum(p.numel() for p in block.parameters()):,} | {flops(block):,.0f} "
-                f"| {1e3 * forward:.2f} | {1e3 * step:.2f} "
+                f"| {forward / plain[0]:.1f} | {step / plain[1]:.1f} "
                 f"| {mean(found):.2f} ({min(found):.2f} – {max(found):.2f}) "
                 f"| {mean(gaps):+.2f} ({min(gaps):+.2f} … {max(gaps):+.2f}) | {rate:g} |",
             )
         )
     print(*(line for _, line in sorted(rows)), sep="\n")
     forward, step = clocks[-1]
-    print(f"MLP on our layers' kernels (oneDNN): {1e3 * forward:.2f} and {1e3 * step:.2f} ms")
+    print("\nthe same MLP on our layers' kernels (oneDNN), × MLP:", end=" ")
+    print(f"{forward / plain[0]:.1f} forward, {step / plain[1]:.1f} for a step")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tensormoe import Gate, LayerSpec, TensorRing, select_rank
+from tensormoe import CP, Gate, LayerSpec, TensorRing, select_rank
 from tensormoe.functional import LayerConfig
-from tensormoe.selection import linear_cost
+from tensormoe.selection import linear_cost, mlp_cost
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -40,6 +40,28 @@ def test_claim() -> None:
     assert f"for {ratio:.2f} times the FLOPs" in claim
     for place in (ROOT / "docs" / "index.md", ROOT / "docs" / "images" / "layer.svg"):
         assert f"{config.num_parameters:,}" in text_of(place)
+
+
+def cells(text: str) -> dict[str, list[str]]:
+    """The rows of the table of blocks, by their first cell."""
+    rows = re.findall(r"^\| (linear layer|MLP|[`\w].*?MoE.*?) \|(.*)\|$", text, re.MULTILINE)
+    return {name: [cell.strip() for cell in rest.split("|")] for name, rest in rows}
+
+
+def test_table() -> None:
+    """The README's figures are those of the experiments, and those that need no run are so."""
+    experiments = (ROOT / "docs" / "experiments.md").read_text("utf-8")
+    section = experiments.split("## One block at equal parameters")[1].split("\n## ")[0]
+    table, full = cells(README), cells(section)
+    assert len(table) == 7
+    for name, (experts, parameters, flops, step, accuracy) in table.items():
+        found = full[name]
+        assert [experts, parameters, flops, step, accuracy] == [*found[:3], *found[4:6]]
+    limit = mlp_cost(64, 256, 64, 1).parameters
+    assert table["MLP"][1] == f"{limit:,}"
+    assert all(int(row[1].replace(",", "")) <= limit for row in table.values())
+    spec = LayerSpec(64, 64, 64, CP(select_rank("cp", 64, 64, 64, budget=limit)))
+    assert table["`MuMoE`, CP"][1] == f"{LayerConfig(spec, Gate()).num_parameters:,}"
 
 
 def test_first_screen() -> None:
