@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
-from tensormoe_torch import MuMoEMLP, Surgery, replace
+from tensormoe_torch import MuMoEMLP, replace
+from tensormoe_torch.surgery import Surgery
 
 
 class MixerBlock(nn.Module):

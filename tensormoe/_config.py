@@ -1,4 +1,4 @@
-"""What a layer is made of besides arrays: its spec and its gate, resolved from arguments."""
+"""Layers and blocks without their arrays: specs and gate as values, with plans and costs."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from functools import cached_property
 from types import NoneType
 from typing import Any
 
+from tensormoe._names import block_names
 from tensormoe._spec import LayerSpec
-from tensormoe._validation import choice, flag, instance, positive_int, positive_ints
-from tensormoe.errors import RankError, SpecError
-from tensormoe.factorizations import (
-    Factorization,
-    FactorizationLike,
-    rank_pattern,
-    resolve_factorization,
-)
+from tensormoe._validation import choice, flag, instance
+from tensormoe.backend import Backend
+from tensormoe.errors import SpecError
 from tensormoe.gates import Gate
-from tensormoe.planning import Regimes, Routing, plan_regimes
-from tensormoe.selection import Budget, select_block, select_rank
+from tensormoe.planning import (
+    Cost,
+    Plan,
+    Regimes,
+    Routing,
+    block_cost,
+    plan_layer,
+    plan_regimes,
+)
 
-__all__ = ["ACTIVATIONS", "BlockConfig", "LayerConfig", "resolve_block", "resolve_config"]
+__all__ = ["ACTIVATIONS", "BlockConfig", "LayerConfig"]
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
 """Names of the activations that every framework has; ``gelu`` is the exact one."""
@@ -59,6 +62,77 @@ class LayerConfig:
         """
         _ = self.regimes
 
+    def plan(
+        self,
+        batch: int,
+        *,
+        memory_limit: int | None = None,
+        backend: Backend | None = None,
+        itemsize: int = 4,
+    ) -> Plan:
+        """How the layer runs ``batch`` inputs: a look-up once it has been planned.
+
+        Args:
+            batch: number of inputs, all leading axes multiplied.
+            memory_limit: bytes that a call may take beyond input and parameters, its gate
+                included; ``Plan.chunk`` is how many inputs may run at a time then.
+            backend: adapter of the library, which says how gates walk over rows there.
+            itemsize: bytes per entry: 4 for float32.
+
+        Raises:
+            PlanError: the batch is not a size, or not even one input keeps to the limit; the
+                message names the smallest feasible one.
+        """
+        if memory_limit is None:
+            return self.spec.plan(batch, indexed_input=self.indexed_input)
+        return plan_layer(
+            self.spec.network,
+            batch,
+            Routing(None, self.indexed_input),
+            memory_limit=memory_limit,
+            gate=self.gate,
+            itemsize=itemsize,
+            title=repr(self.spec.factorization),
+            row_block_bytes=None if backend is None else backend.row_block_bytes,
+            picks_entries=backend is None or backend.picks_entries,
+        )
+
+    def cost(
+        self,
+        batch: int,
+        *,
+        backend: Backend | None = None,
+        itemsize: int = 4,
+        copies_transposed: bool = False,
+        frees: bool = False,
+        training: bool = False,
+    ) -> Cost:
+        """Cost of one call for ``batch`` inputs, the gate included.
+
+        Args:
+            batch: number of inputs, all leading axes multiplied.
+            backend: adapter of the library, which says how gates walk over rows there.
+            itemsize: bytes per entry: 4 for float32.
+            copies_transposed: whether the library copies a transposed first operand of large
+                products.
+            frees: whether the backward pass frees what it does not need any more.
+            training: forward and backward with all gradients, instead of forward alone.
+
+        >>> from tensormoe import CP
+        >>> config = LayerConfig(LayerSpec(8, 4, 3, CP(2)), Gate())
+        >>> config.cost(10).parameters == config.num_parameters
+        True
+        """
+        return self.plan(batch).cost(
+            self.gate,
+            training=training,
+            itemsize=itemsize,
+            copies_transposed=copies_transposed,
+            frees=frees,
+            row_block_bytes=None if backend is None else backend.row_block_bytes,
+            picks_entries=backend is None or backend.picks_entries,
+        )
+
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every trainable array by canonical name, as checkpoints use them.
 
@@ -66,7 +140,11 @@ class LayerConfig:
         gate has one, ``gate.bias_<level>`` (N_e,).
         """
         shapes = {f"factors.{name}": shape for name, shape in self.spec.shapes.items()}
-        return shapes | self._gate_shapes(self.gate is not None, "projection", "bias")
+        for level, count in enumerate(() if self.gate is None else self.spec.experts):
+            shapes[f"gate.projection_{level}"] = (self.spec.in_features, count)
+            if self.gate is not None and self.gate.bias:
+                shapes[f"gate.bias_{level}"] = (count,)
+        return shapes
 
     def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every array that is kept but not trained: batch norm's statistics."""
@@ -77,14 +155,6 @@ class LayerConfig:
             for name in ("mean", "variance")
             if batch
         }
-
-    def _gate_shapes(self, wanted: bool, projection: str, bias: str) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {}
-        for level, count in enumerate(self.spec.experts if wanted else ()):
-            shapes[f"gate.{projection}_{level}"] = (self.spec.in_features, count)
-            if self.gate is not None and self.gate.bias:
-                shapes[f"gate.{bias}_{level}"] = (count,)
-        return shapes
 
     @property
     def block(self) -> str:
@@ -118,12 +188,7 @@ class LayerConfig:
         Raises:
             SpecError: a value is missing, unknown or cannot be.
         """
-        expected = {"spec", "gate", "indexed_input"}
-        if not isinstance(values, Mapping) or set(values) != expected:
-            found = sorted(values) if isinstance(values, Mapping) else values
-            raise SpecError(
-                f"a layer's config must have exactly {sorted(expected)}; got {found!r}."
-            )
+        _check_names(values, {"spec", "gate", "indexed_input"}, "layer")
         gate, indexed = values["gate"], values["indexed_input"]
         return cls(
             LayerSpec.from_dict(values["spec"]),
@@ -186,11 +251,7 @@ class BlockConfig:
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes by canonical name: ``first.factors.…``, ``second.factors.…``, ``gate.…``."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for layer, config in (("first", self.first), ("second", self.second)):
-            for name, shape in config.parameter_shapes().items():
-                shapes[name if name.startswith("gate.") else f"{layer}.{name}"] = shape
-        return shapes
+        return block_names(self.first.parameter_shapes(), self.second.parameter_shapes())
 
     def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every array that is kept but not trained."""
@@ -200,6 +261,46 @@ class BlockConfig:
         """Plan both layers now, as :meth:`LayerConfig.plan_ahead`."""
         self.first.plan_ahead()
         self.second.plan_ahead()
+
+    def plan(self, batch: int) -> tuple[Plan, Plan]:
+        """How each of the two layers runs ``batch`` inputs."""
+        return self.first.plan(batch), self.second.plan(batch)
+
+    def cost(
+        self,
+        batch: int,
+        *,
+        backend: Backend | None = None,
+        itemsize: int = 4,
+        copies_transposed: bool = False,
+        frees: bool = False,
+        keeps_input: bool = True,
+        training: bool = False,
+    ) -> Cost:
+        """Cost of one call for ``batch`` inputs: both layers, gate and activation.
+
+        Args:
+            batch: number of inputs, all leading axes multiplied.
+            backend: adapter of the library, which says how gates walk over rows there.
+            itemsize: bytes per entry: 4 for float32.
+            copies_transposed: as for :meth:`LayerConfig.cost`.
+            frees: as for :meth:`LayerConfig.cost`.
+            keeps_input: whether the derivative of the activation is made of its input.
+            training: forward and backward with all gradients, instead of forward alone.
+        """
+        return block_cost(
+            *self.plan(batch),
+            self.first.gate,
+            gated=self.gated,
+            drop=self.drop,
+            keeps_input=keeps_input,
+            frees=frees,
+            training=training,
+            itemsize=itemsize,
+            copies_transposed=copies_transposed,
+            row_block_bytes=None if backend is None else backend.row_block_bytes,
+            picks_entries=backend is None or backend.picks_entries,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration in plain values, as checkpoints store it.
@@ -231,11 +332,7 @@ class BlockConfig:
             SpecError: a value is missing, unknown or cannot be.
         """
         expected = {"first", "second", "act_layer", "drop", "gated"}
-        if not isinstance(values, Mapping) or {*values, "gated"} != expected:
-            found = sorted(values) if isinstance(values, Mapping) else values
-            raise SpecError(
-                f"a block's config must have exactly {sorted(expected)}; got {found!r}."
-            )
+        _check_names(values, expected, "block", optional={"gated"})
         first, second = (LayerConfig.from_dict(values[name]) for name in ("first", "second"))
         act, drop = values["act_layer"], values["drop"]
         if not isinstance(act, str) or not isinstance(drop, (int, float)) or not 0 <= drop < 1:
@@ -245,114 +342,9 @@ class BlockConfig:
         return cls(first, second, act, float(drop), values.get("gated", False))
 
 
-def resolve_config(
-    in_features: int,
-    out_features: int,
-    experts: int | tuple[int, ...],
-    factorization: FactorizationLike,
-    *,
-    rank: int | tuple[int, ...] | None,
-    budget: Budget | int | str | None,
-    bias: bool,
-    gate: Gate | str | None,
-    indexed_input: bool = False,
-) -> LayerConfig:
-    """A layer's configuration from the arguments that every framework's layer takes.
-
-    ``rank`` and ``budget`` exclude one another. A budget covers the gate; without either, the
-    factors get the parameters of the linear layer of their size (for factorizations with a rank to
-    choose), and the gate comes on top.
-
-    Raises:
-        SpecError: sizes, names or options that cannot be.
-        RankError: a rank that does not fit, or both a rank and a budget.
-        BudgetError: an impossible budget; the message names the smallest feasible one.
-    """
-    if budget is not None and (rank is not None or isinstance(factorization, Factorization)):
-        raise _twice(factorization, rank, budget)
-    if not isinstance(factorization, Factorization) and rank is None:
-        sizes = positive_ints(experts, "experts", "level")
-        if budget is not None or rank_pattern(factorization, len(sizes)):
-            rank = select_rank(
-                factorization,
-                in_features,
-                out_features,
-                sizes,
-                budget=budget,
-                bias=bias,
-                gate=gate,
-                indexed_input=indexed_input,
-            )
-    spec = LayerSpec(
-        in_features, out_features, experts, resolve_factorization(factorization, rank), bias
-    )
-    parsed = None if gate is None else Gate.parse(gate)
-    if parsed is not None and parsed.k is not None:
-        for level, count in enumerate(spec.experts):
-            if parsed.k > count:
-                raise SpecError(
-                    f"k of a top-k gate must be at most the experts of each level; got {parsed.k} "
-                    f"for level {level} of {count}. Lower k."
-                )
-    config = LayerConfig(spec, parsed, indexed_input)
-    config.plan_ahead()
-    return config
-
-
-def _twice(factorization: object, rank: object, budget: object) -> RankError:
-    given = f"rank={rank!r}" if rank is not None else repr(factorization)
-    return RankError(
-        f"rank and budget exclude one another; got {given} and budget={budget!r}. Drop one."
-    )
-
-
-def resolve_block(
-    in_features: int,
-    hidden_features: int | None,
-    out_features: int | None,
-    act_layer: str | None,
-    drop: float,
-    *,
-    gated: bool = False,
-    experts: int | tuple[int, ...],
-    factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike],
-    rank: int | tuple[int, ...] | None,
-    budget: Budget | int | str | None,
-    bias: bool,
-    gate: Gate | str | None,
-) -> BlockConfig:
-    """A block's configuration from the arguments that every framework's block takes.
-
-    Hidden and output size are the input's unless given; the first layer of a ``gated`` block has
-    twice the hidden size as outputs. ``rank`` holds for each of the two layers, and ``budget``
-    covers both together with their gate.
-
-    Raises:
-        SpecError, RankError, BudgetError: as :func:`resolve_config`.
-    """
-    if isinstance(drop, bool) or not isinstance(drop, (int, float)) or not 0.0 <= drop < 1.0:
-        raise SpecError(f"drop must be in [0, 1); got {drop!r}. Give the share to drop.")
-    hidden = in_features if hidden_features is None else hidden_features
-    out = in_features if out_features is None else out_features
-    pair = factorization if isinstance(factorization, tuple) else (factorization,) * 2
-    if len(pair) != 2:
-        raise SpecError(
-            f"factorization must be one, or one a layer; got {len(pair)}: {factorization!r}."
-        )
-    wide = 2 * positive_int(hidden, "hidden_features") if flag(gated, "gated") else hidden
-    kinds: tuple[FactorizationLike, ...] = pair
-    if budget is not None:
-        one, two = pair
-        if rank is not None or isinstance(one, Factorization) or isinstance(two, Factorization):
-            raise _twice(factorization, rank, budget)
-        sizes = (in_features, hidden, out)
-        options: dict[str, Any] = {"bias": bias, "gate": gate, "gated": gated}
-        chosen = select_block((one, two), *sizes, experts, budget=budget, **options)
-        kinds = tuple(each.factorization for each in chosen)
-    first, second = (
-        resolve_config(rows, columns, experts, kind, rank=rank, budget=None, bias=bias, gate=own)
-        for rows, columns, kind, own in zip(
-            (in_features, hidden), (wide, out), kinds, (gate, None), strict=True
-        )
-    )
-    return BlockConfig(first, second, act_layer, float(drop), gated)
+def _check_names(
+    values: object, expected: set[str], kind: str, optional: frozenset[str] | set[str] = frozenset()
+) -> None:
+    if not isinstance(values, Mapping) or {*values} | optional != expected:
+        found = sorted(values) if isinstance(values, Mapping) else values
+        raise SpecError(f"a {kind}'s config must have exactly {sorted(expected)}; got {found!r}.")

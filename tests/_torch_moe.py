@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensormoe.testing import reconstruct
-from tensormoe_torch import FactorizedExperts, MuMoE
+from tensormoe_torch import MuMoE
+from tensormoe_torch.compression import FactorizedExperts
 from tests._compress_models import family
 
 STACKED = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tensormoe import functional
+from tensormoe._names import block_names
 from tensormoe.checkpoint import check_config
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe_jax._adapter import BACKEND
@@ -56,17 +57,10 @@ def initialize(
     check_config(config)
     if isinstance(config, BlockConfig):
         first, second = jax.random.split(checked_key(key))
-        parts = {
-            "first": initialize(config.first, first, init=init, dtype=dtype, gate_dtype=gate_dtype),
-            "second": initialize(
-                config.second, second, init=init, dtype=dtype, gate_dtype=gate_dtype
-            ),
-        }
-        return {
-            name if name.startswith("gate.") else f"{layer}.{name}": array
-            for layer, arrays in parts.items()
-            for name, array in arrays.items()
-        }
+        return block_names(
+            initialize(config.first, first, init=init, dtype=dtype, gate_dtype=gate_dtype),
+            initialize(config.second, second, init=init, dtype=dtype, gate_dtype=gate_dtype),
+        )
     kind, key = checked_dtype(dtype), checked_key(key)
     gate_kind = checked_gate_dtype(gate_dtype, kind)
     numbers = count()

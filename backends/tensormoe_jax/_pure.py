@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from tensormoe import functional
+from tensormoe._names import split_names
 from tensormoe._validation import brief, flag
-from tensormoe.errors import ShapeError, SpecError
+from tensormoe.errors import SpecError
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.gates import TopK
 from tensormoe_jax._activations import ACTIVATIONS
@@ -35,7 +36,6 @@ __all__ = [
     "apply",
     "coefficients",
     "mix_block",
-    "split_names",
     "train",
 ]
 
@@ -80,6 +80,7 @@ def coefficients(
     check_parameters(config, parameters, "gate.")
     flag(training, "training")
     layer = config.first if isinstance(config, BlockConfig) else config
+    functional.own_gate(layer.gate, config)
     kept = checked_buffers(config, buffers)
     lead = functional.check_input(x, layer.spec.in_features, input_dtype(parameters, x), BACKEND)
     rows = x.reshape(prod(lead), layer.spec.in_features)
@@ -184,11 +185,6 @@ def _run(
     if isinstance(config, BlockConfig):
         return _run_block(config, parameters, x, given, kept, training, key, act)
     if given is None:
-        if config.gate is None:
-            raise ShapeError(
-                "this layer has no gate; got no coefficients. Call it with coefficients=…, or "
-                "build it with a gate."
-            )
         given, kept = coefficients(config, parameters, x, buffers=kept, training=training)
     check_parameters(config, parameters, "factors.")
     return _mix(config, parameters, x, given), kept
@@ -249,15 +245,6 @@ def mix_block(
     else:
         middle = function(middle)
     return drop_last(_mix(config.second, parts["second"], drop_middle(middle), given))
-
-
-def split_names(arrays: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
-    """Arrays by canonical name, as dictionaries by what comes before the first dot."""
-    parts: dict[str, dict[str, Array]] = {}
-    for name, array in arrays.items():
-        part, _, short = name.partition(".")
-        parts.setdefault(part, {})[short] = array
-    return parts
 
 
 def _mix(config: LayerConfig, parameters: Parameters, x: Array, given: Given) -> Array:

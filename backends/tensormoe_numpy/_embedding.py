@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensormoe import functional
+from tensormoe._layers import EmbeddingSizes
 from tensormoe.backend import Array
 from tensormoe.factorizations import FactorizationLike
 from tensormoe.selection import Budget
@@ -17,7 +18,7 @@ from tensormoe_numpy._random import checked_dtype, draw
 __all__ = ["MuMoEEmbedding"]
 
 
-class MuMoEEmbedding(Layer):
+class MuMoEEmbedding(Layer, EmbeddingSizes):
     """A mixture of embedding tables: token ids pick a row of every expert, coefficients mix them.
 
     An id is a one-hot input that is never built: the input mode is indexed by a gather. The layer
@@ -60,26 +61,9 @@ class MuMoEEmbedding(Layer):
         dtype: npt.DTypeLike = "float32",
         seed: int | np.random.Generator | None = None,
     ) -> None:
-        self.config = functional.resolve_config(
-            num_embeddings,
-            embedding_dim,
-            experts,
-            factorization,
-            rank=rank,
-            budget=budget,
-            bias=False,
-            gate=None,
-            indexed_input=True,
-        )
-        self._adopt(draw(self.config, checked_dtype(dtype), seed, init, self.backend))
-
-    def __repr__(self) -> str:
-        spec = self.config.spec
-        experts = spec.experts[0] if spec.levels == 1 else spec.experts
-        return (
-            f"MuMoEEmbedding({spec.in_features}, {spec.out_features}, experts={experts}, "
-            f"factorization={spec.factorization!r}, dtype={self.dtype.name!r})"
-        )
+        options = functional.Options(experts, factorization, rank, budget, bias=False, gate=None)
+        config = options.layer(num_embeddings, embedding_dim, indexed_input=True)
+        self._hold(config, draw(config, checked_dtype(dtype), seed, init, self.backend))
 
     def __call__(self, ids: Array, coefficients: Given) -> Array:
         """Embeddings (..., dim) of ids (...), mixed by coefficients (..., N_e) a level.
@@ -91,7 +75,7 @@ class MuMoEEmbedding(Layer):
         lead = ids.shape
         given = self._merged(coefficients, lead)
         result: Array = functional.apply_experts(
-            self.config, self.parameters, ids.reshape(-1), given, self.backend
+            self.config, self.parameters, ids.reshape(-1), given, self.backend, consume=True
         )
         return result.reshape(*lead, self.spec.out_features)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tensormoe import functional
+from tensormoe._layers import LinearSizes
 from tensormoe._validation import flag
 from tensormoe.backend import Array
 from tensormoe.errors import ShapeError
@@ -24,7 +24,7 @@ from tensormoe_numpy._random import checked_dtype, draw
 __all__ = ["MuMoE", "Prepared"]
 
 
-class MuMoE(Layer):
+class MuMoE(Layer, LinearSizes):
     """A multilinear mixture of linear experts (Oldfield et al. 2024), on NumPy.
 
     ``y = Σ_n a_n(x) (W_nᵀ x + b_n)``, with all W_n stored as one tensor network that is never
@@ -80,31 +80,9 @@ class MuMoE(Layer):
         dtype: npt.DTypeLike = "float32",
         seed: int | np.random.Generator | None = None,
     ) -> None:
-        self.config = functional.resolve_config(
-            in_features,
-            out_features,
-            experts,
-            factorization,
-            rank=rank,
-            budget=budget,
-            bias=bias,
-            gate=gate,
-        )
-        self._adopt(draw(self.config, checked_dtype(dtype), seed, init, self.backend))
-
-    def __repr__(self) -> str:
-        spec = self.config.spec
-        return f"MuMoE({spec.in_features}, {spec.out_features}, {self._arguments()})"
-
-    @property
-    def in_features(self) -> int:
-        """Size of an input."""
-        return self.config.spec.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Size of an output."""
-        return self.config.spec.out_features
+        options = functional.Options(experts, factorization, rank, budget, bias, gate)
+        config = options.layer(in_features, out_features)
+        self._hold(config, draw(config, checked_dtype(dtype), seed, init, self.backend))
 
     def coefficients(self, x: Array) -> tuple[Array, ...]:
         """The coefficients of inputs (..., in): one array (..., N_e) a level, rows summing to one.
@@ -112,8 +90,8 @@ class MuMoE(Layer):
         Raises:
             ShapeError: the input does not fit, or the layer has no gate.
         """
-        lead = functional.check_input(x, self.spec.in_features, self.dtype, self.backend)
-        routed = self._route(x.reshape(-1, self.spec.in_features))
+        lead, rows = self._rows(x)
+        routed = self._route(rows)
         return tuple(weights.reshape(*lead, weights.shape[-1]) for weights in routed.coefficients)
 
     def __call__(
@@ -140,15 +118,17 @@ class MuMoE(Layer):
             PlanError: a limit that not even single inputs keep to.
             GateError: logits are NaN.
         """
-        lead = functional.check_input(x, self.spec.in_features, self.dtype, self.backend)
-        rows = x.reshape(prod(lead), self.spec.in_features)
+        lead, rows = self._rows(x)
         given = None if coefficients is None else self._merged(coefficients, lead)
         if memory_limit is None:
             result = self._forward(rows, given)
         else:
-            size = functional.chunk_size(
-                self.config, len(rows), memory_limit, self.backend, self.dtype.itemsize
-            )
+            size = self.config.plan(
+                len(rows),
+                memory_limit=memory_limit,
+                backend=self.backend,
+                itemsize=self.dtype.itemsize,
+            ).chunk
             result = self.backend.namespace.concat(
                 [
                     self._forward(rows[k : k + size], _slice(given, k, k + size))
@@ -173,8 +153,7 @@ class MuMoE(Layer):
             :class:`Gradients`.
         """
         flag(training, "training")
-        lead = functional.check_input(x, self.spec.in_features, self.dtype, self.backend)
-        rows = x.reshape(prod(lead), self.spec.in_features)
+        lead, rows = self._rows(x)
         pull_gate = None
         if coefficients is None:
             given, pull_gate = self._route_vjp(rows, training)
@@ -214,8 +193,8 @@ class MuMoE(Layer):
             the gate's parameters by canonical name.
         """
         flag(training, "training")
-        lead = functional.check_input(x, self.spec.in_features, self.dtype, self.backend)
-        weights, pull = self._route_vjp(x.reshape(prod(lead), x.shape[-1]), training)
+        lead, rows = self._rows(x)
+        weights, pull = self._route_vjp(rows, training)
 
         def pullback(cotangents: Sequence[Array]) -> tuple[Array, dict[str, Array]]:
             for level, each in enumerate(cotangents):
@@ -272,7 +251,7 @@ class MuMoE(Layer):
     def _forward(self, rows: Array, given: list[Any] | None) -> Array:
         weights = self._route(rows).coefficients if given is None else given
         result: Array = functional.apply_experts(
-            self.config, self.parameters, rows, weights, self.backend
+            self.config, self.parameters, rows, weights, self.backend, consume=True
         )
         return result
 
@@ -297,8 +276,7 @@ class Prepared:
     def __call__(self, x: Array, coefficients: Given | None = None) -> Array:
         """The layer's output (..., out) for (..., in); coefficients must be dense."""
         layer = self._layer
-        lead = functional.check_input(x, layer.spec.in_features, layer.dtype, layer.backend)
-        rows = x.reshape(prod(lead), layer.spec.in_features)
+        lead, rows = layer._rows(x)
         if coefficients is None:
             weights: list[Any] = functional.route(
                 layer.config, self._gate, rows, layer.backend, buffers=self._buffers

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from os import PathLike
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from tensormoe import functional
-from tensormoe._html import layer_html
+from tensormoe._layers import BlockMethods
+from tensormoe._names import block_names, split_names
 from tensormoe._validation import choice
 from tensormoe.backend import Array
-from tensormoe.checkpoint import check_arrays, check_config, read_block, save_checkpoint
 from tensormoe.errors import SpecError
 from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import BlockConfig
 from tensormoe.gates import Gate
-from tensormoe.planning import Cost, Plan
 from tensormoe.selection import Budget
 from tensormoe_numpy._activations import ACTIVATIONS, activations
-from tensormoe_numpy._adapter import BACKEND
-from tensormoe_numpy._base import Given, Gradients, check_cotangent
+from tensormoe_numpy._base import Given, Gradients, Held, check_cotangent
 from tensormoe_numpy._layer import MuMoE
-from tensormoe_numpy._like_numpy import NumpyLikeBackend
-from tensormoe_numpy._random import FLOATS, checked_dtype, checked_generator, draw
+from tensormoe_numpy._random import checked_dtype, checked_generator, draw
 
 __all__ = ["MuMoEMLP"]
-
-Weights = tuple[Array, Array | None]
 
 
 def _checked_name(act_layer: Any) -> str:
@@ -44,7 +38,7 @@ def _checked_name(act_layer: Any) -> str:
         ) from None
 
 
-class MuMoEMLP:
+class MuMoEMLP(Held[BlockConfig], BlockMethods[Array]):
     """A μMoE block in place of an MLP (Oldfield et al. 2024, section 3): two mixtures, one gate.
 
     The coefficients are computed once, from the block's input, and mix the experts of both layers.
@@ -87,7 +81,7 @@ class MuMoEMLP:
     (5, 32)
     """
 
-    backend: ClassVar[NumpyLikeBackend] = BACKEND
+    _kind = "MuMoEMLP"
     _layer: ClassVar[type[MuMoE]] = MuMoE
 
     def __init__(
@@ -109,19 +103,9 @@ class MuMoEMLP:
         dtype: npt.DTypeLike = "float32",
         seed: int | np.random.Generator | None = None,
     ) -> None:
-        self.config = functional.resolve_block(
-            in_features,
-            hidden_features,
-            out_features,
-            _checked_name(act_layer),
-            drop,
-            gated=gated,
-            experts=experts,
-            factorization=factorization,
-            rank=rank,
-            budget=budget,
-            bias=bias,
-            gate=gate,
+        options = functional.Options(experts, factorization, rank, budget, bias, gate)
+        self.config = options.block(
+            in_features, hidden_features, out_features, _checked_name(act_layer), drop, gated=gated
         )
         self._generator = checked_generator(seed)
         self.first, self.second = (
@@ -131,91 +115,15 @@ class MuMoEMLP:
             for layer in (self.config.first, self.config.second)
         )
 
-    _repr_html_ = layer_html
-
-    def __repr__(self) -> str:
-        first, second = self.first.spec, self.second.spec
-        experts = first.experts[0] if first.levels == 1 else first.experts
-        gated = "gated=True, " if self.config.gated else ""
-        return (
-            f"MuMoEMLP({first.in_features}, {second.in_features}, {second.out_features}, "
-            f"act_layer={self.config.act_layer!r}, bias={first.bias}, "
-            f"drop={self.config.drop}, {gated}experts={experts}, "
-            f"factorization={(first.factorization, second.factorization)!r}, "
-            f"gate={self.first.gate!r}, dtype={self.dtype.name!r})"
-        )
-
     @property
-    def dtype(self) -> np.dtype[Any]:
-        """The dtype of the parameters; inputs must have it."""
-        return self.first.dtype
-
-    @property
-    def parameters(self) -> dict[str, Array]:
+    def parameters(self) -> dict[str, Array]:  # type: ignore[override]
         """The trainable arrays by canonical name; update them in place."""
-        return self._named(self.first.parameters, self.second.parameters)
+        return block_names(self.first.parameters, self.second.parameters)
 
     @property
-    def buffers(self) -> dict[str, Array]:
+    def buffers(self) -> dict[str, Array]:  # type: ignore[override]
         """Batch norm's running statistics by canonical name."""
         return self.first.buffers
-
-    @property
-    def arrays(self) -> dict[str, Array]:
-        """Parameters and buffers by canonical name: all that :meth:`restore` needs."""
-        return {**self.parameters, **self.buffers}
-
-    @property
-    def in_features(self) -> int:
-        """Size of an input."""
-        return self.first.in_features
-
-    @property
-    def hidden_features(self) -> int:
-        """Size between the layers: of what the second is given."""
-        return self.config.hidden_features
-
-    @property
-    def out_features(self) -> int:
-        """Size of an output."""
-        return self.second.out_features
-
-    @property
-    def num_parameters(self) -> int:
-        """Trainable entries, the gate's included."""
-        return self.config.num_parameters
-
-    def plan(self, batch: int) -> tuple[Plan, Plan]:
-        """How each of the two layers runs ``batch`` inputs."""
-        return self.first.plan(batch), self.second.plan(batch)
-
-    def expert(self, *index: int) -> tuple[Weights, Weights]:
-        """One expert, an MLP of its own, as matrix and bias of both of its layers.
-
-        The block with coefficient 1 for this expert computes ``act(x @ W1 + b1) @ W2 + b2``, and if
-        it is gated ``(act(g) * u) @ W2 + b2`` with ``g`` and ``u`` the halves of ``x @ W1 + b1``.
-
-        Args:
-            index: one number per level.
-
-        Returns:
-            ``(W1, b1), (W2, b2)``: (in, hidden) and (hidden,), twice as many columns if the block
-            is gated; (hidden, out) and (out,). Biases are None where the block has none.
-
-        Raises:
-            ShapeError: another number of levels, or an index out of range.
-        """
-        return self.first.expert(*index), self.second.expert(*index)
-
-    def materialize(self) -> tuple[Weights, Weights]:
-        """The experts of both layers, built explicitly: of each as :meth:`MuMoE.materialize`."""
-        return self.first.materialize(), self.second.materialize()
-
-    def cost(self, batch: int, *, training: bool = False) -> Cost:
-        """Cost of one call for ``batch`` inputs: both layers, gate and activation."""
-        return functional.block_cost(
-            self.config, batch, self.backend, self.dtype.itemsize, frees=False, training=training
-        )
 
     def coefficients(self, x: Array) -> tuple[Array, ...]:
         """The coefficients (..., N_e) a level that both layers share."""
@@ -262,7 +170,7 @@ class MuMoEMLP:
             by_level = tuple(
                 a + b for a, b in zip(first.coefficients, second.coefficients, strict=True)
             )
-            named = self._named(first.parameters, second.parameters)
+            named = block_names(first.parameters, second.parameters)
             if pull_gate is None:
                 return Gradients(first.input, named, by_level)
             through_gate, gate = pull_gate(by_level)
@@ -299,64 +207,24 @@ class MuMoEMLP:
 
         return passed * up, pullback
 
-    def _named(self, first: dict[str, Array], second: dict[str, Array]) -> dict[str, Array]:
-        gate = {name: value for name, value in first.items() if name.startswith("gate.")}
-        layers = (("first", first), ("second", second))
-        return {
-            f"{layer}.{name}": value
-            for layer, arrays in layers
-            for name, value in arrays.items()
-            if name.startswith("factors.")
-        } | gate
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write a checkpoint that every backend opens; an interrupted save leaves the old file.
-
-        Raises:
-            CheckpointError: the folder is missing or the file cannot be written.
-        """
-        save_checkpoint(path, "MuMoEMLP", self.config.to_dict(), self.arrays)
-
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> Self:
-        """The block of a checkpoint, whichever backend wrote it.
-
-        Raises:
-            CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit.
-        """
-        config, arrays = read_block(path, "MuMoEMLP", BlockConfig, cls.backend)
-        return cls.restore(config, arrays)
-
-    @classmethod
-    def restore(cls, config: BlockConfig, arrays: Mapping[str, Array]) -> Self:
-        """A block of arrays that exist already; they are used as they are, not copied.
-
-        Args:
-            config: the block.
-            arrays: parameters and buffers by canonical name.
-
-        Raises:
-            BackendError, CheckpointError, ShapeError: as :meth:`MuMoE.restore`.
-            SpecError: an activation that has no name.
-        """
-        check_config(config, "MuMoEMLP")
-        check_arrays(config, arrays, cls.backend, FLOATS)
+    def _check(cls, config: BlockConfig, arrays: Mapping[str, Array]) -> None:
+        super()._check(config, arrays)
         _checked_name(config.act_layer)
+
+    @classmethod
+    def _of_arrays(cls, config: BlockConfig, arrays: Mapping[str, Array]) -> Self:
         block = cls.__new__(cls)
         block.config = config
-        gate = {name: array for name, array in arrays.items() if name.startswith("gate.")}
-        named = {
-            layer: {
-                name.removeprefix(layer): array
-                for name, array in arrays.items()
-                if name.startswith(layer)
-            }
-            for layer in ("first.", "second.")
-        }
-        block.first = cls._layer.restore(config.first, named["first."] | gate)
-        block.second = cls._layer.restore(config.second, named["second."])
+        parts = split_names(arrays)
+        gate = {f"gate.{name}": array for name, array in parts.get("gate", {}).items()}
+        block.first = cls._layer.restore(config.first, parts["first"] | gate)
+        block.second = cls._layer.restore(config.second, parts["second"])
         block._generator = np.random.default_rng()
         return block
+
+    def _layers(self) -> tuple[MuMoE, MuMoE]:
+        return self.first, self.second
 
 
 def _kept(array: Array, keep: Array | None) -> Array:

@@ -1,4 +1,10 @@
-"""tensormoe on PyTorch: layers as modules, for training, compiling and exporting."""
+"""tensormoe on PyTorch: layers as modules, for training, compiling and exporting.
+
+What works on models of others has rooms with their own names: :mod:`tensormoe_torch.surgery`,
+:mod:`tensormoe_torch.compression`, :mod:`tensormoe_torch.official` (state dicts of the paper's
+code) and :mod:`tensormoe_torch.huggingface`. The verbs to start with are here as well; classes of
+reports and of replaced modules are in the rooms alone.
+"""
 
 from __future__ import annotations
 
@@ -20,35 +26,21 @@ from tensormoe_torch._groups import parameter_groups as parameter_groups
 from tensormoe_torch._layer import MuMoE as MuMoE
 from tensormoe_torch._mlp import MuMoEMLP as MuMoEMLP
 from tensormoe_torch._per_sample import per_sample_gradients as per_sample_gradients
-from tensormoe_torch._pre_normed import PreNormed as PreNormed
 from tensormoe_torch._synchronize import synchronize_gates as synchronize_gates
-from tensormoe_torch.compression import CompressedModule as CompressedModule
-from tensormoe_torch.compression import CompressedProjection as CompressedProjection
-from tensormoe_torch.compression import CompressionReport as CompressionReport
-from tensormoe_torch.compression import FactorizedExperts as FactorizedExperts
 from tensormoe_torch.compression import compress as compress
 from tensormoe_torch.official import from_official as from_official
 from tensormoe_torch.official import to_official as to_official
-from tensormoe_torch.surgery import Replacement as Replacement
-from tensormoe_torch.surgery import Surgery as Surgery
 from tensormoe_torch.surgery import from_linear as from_linear
 from tensormoe_torch.surgery import from_mlp as from_mlp
 from tensormoe_torch.surgery import replace as replace
 
 __all__ = [
     "BACKEND",
-    "CompressedModule",
-    "CompressedProjection",
-    "CompressionReport",
     "ExpertGate",
-    "FactorizedExperts",
     "Factors",
     "MuMoE",
     "MuMoEEmbedding",
     "MuMoEMLP",
-    "PreNormed",
-    "Replacement",
-    "Surgery",
     "TorchBackend",
     "compress",
     "from_linear",

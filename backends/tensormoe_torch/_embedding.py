@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tensormoe import functional
+from tensormoe._layers import EmbeddingSizes
 from tensormoe.factorizations import FactorizationLike
+from tensormoe.functional import Options
 from tensormoe.selection import Budget
 from tensormoe_torch._base import Mixture
 from tensormoe_torch._checks import Given, check_ids
@@ -14,7 +15,7 @@ from tensormoe_torch._checks import Given, check_ids
 __all__ = ["MuMoEEmbedding"]
 
 
-class MuMoEEmbedding(Mixture):
+class MuMoEEmbedding(Mixture, EmbeddingSizes):
     """A mixture of embedding tables: token ids pick a row of every expert, coefficients mix them.
 
     An id is a one-hot input that is never built: the input mode is indexed by a gather. The layer
@@ -56,36 +57,9 @@ class MuMoEEmbedding(Mixture):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        config = functional.resolve_config(
-            num_embeddings,
-            embedding_dim,
-            experts,
-            factorization,
-            rank=rank,
-            budget=budget,
-            bias=False,
-            gate=None,
-            indexed_input=True,
-        )
+        options = Options(experts, factorization, rank, budget, bias=False, gate=None)
+        config = options.layer(num_embeddings, embedding_dim, indexed_input=True)
         super().__init__(config, init, device, dtype)
-
-    def __repr__(self) -> str:
-        spec = self.spec
-        experts = spec.experts[0] if spec.levels == 1 else spec.experts
-        return (
-            f"MuMoEEmbedding({spec.in_features}, {spec.out_features}, experts={experts}, "
-            f"factorization={spec.factorization!r}, dtype={self.dtype})"
-        )
-
-    @property
-    def num_embeddings(self) -> int:
-        """Size of the vocabulary."""
-        return self.spec.in_features
-
-    @property
-    def embedding_dim(self) -> int:
-        """Size of an embedding."""
-        return self.spec.out_features
 
     def forward(self, ids: Tensor, coefficients: Given) -> Tensor:
         """Embeddings (..., dim) of ids (...), mixed by coefficients (..., N_e) a level.

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tensormoe._layers import Methods
 from tensormoe.checkpoint import check_config
 from tensormoe.errors import SpecError
-from tensormoe.functional import LayerConfig
+from tensormoe.functional import BlockConfig, LayerConfig, own_gate
 from tensormoe.gates import Across, Gate, Statistics
 from tensormoe_torch._autograd import no_autocast, route
 from tensormoe_torch._checks import check_input
 from tensormoe_torch._dtypes import checked_device, checked_dtype
 from tensormoe_torch._sharded import stored
 
-__all__ = ["ExpertGate"]
+__all__ = ["ExpertGate", "Gated"]
+
+C = TypeVar("C", bound=LayerConfig | BlockConfig)
 
 
 class ExpertGate(nn.Module):
@@ -132,6 +135,23 @@ class ExpertGate(nn.Module):
         for level, found in enumerate(statistics):
             getattr(self, f"running_mean_{level}").copy_(found.mean)
             getattr(self, f"running_variance_{level}").copy_(found.variance)
+
+
+class Gated(Methods[Tensor, C]):
+    """Layers and blocks with a gate of their own."""
+
+    gate: ExpertGate | None
+
+    def coefficients(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The coefficients of inputs (..., in): one tensor (..., N_e) per level.
+
+        Rows sum to one. Both layers of a block share them.
+
+        Raises:
+            BackendError, ShapeError: the input does not fit, or there is no gate.
+        """
+        made: tuple[Tensor, ...] = own_gate(self.gate, self.config)(x)
+        return made
 
 
 class _Sum(torch.autograd.Function):

@@ -5,19 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tensormoe import functional
-from tensormoe.errors import ShapeError
+from tensormoe._layers import LinearSizes
 from tensormoe.factorizations import FactorizationLike
+from tensormoe.functional import LayerConfig, Options
 from tensormoe.gates import Gate
 from tensormoe.selection import Budget
 from tensormoe_torch._base import Mixture
 from tensormoe_torch._checks import Given, check_input
 from tensormoe_torch._declared import declared
+from tensormoe_torch._gate import Gated
 
 __all__ = ["MuMoE"]
 
 
-class MuMoE(Mixture):
+class MuMoE(Mixture, Gated[LayerConfig], LinearSizes):
     """A multilinear mixture of linear experts (Oldfield et al. 2024) in place of a ``nn.Linear``.
 
     ``y = Σ_n a_n(x) (W_nᵀ x + b_n)``, with all W_n stored as one tensor network that is never
@@ -76,30 +77,8 @@ class MuMoE(Mixture):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        config = functional.resolve_config(
-            in_features,
-            out_features,
-            experts,
-            factorization,
-            rank=rank,
-            budget=budget,
-            bias=bias,
-            gate=gate,
-        )
-        super().__init__(config, init, device, dtype)
-
-    def __repr__(self) -> str:
-        return f"MuMoE({self.spec.in_features}, {self.spec.out_features}, {self._arguments()})"
-
-    @property
-    def in_features(self) -> int:
-        """Size of an input."""
-        return self.spec.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Size of an output."""
-        return self.spec.out_features
+        options = Options(experts, factorization, rank, budget, bias, gate)
+        super().__init__(options.layer(in_features, out_features), init, device, dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -122,19 +101,6 @@ class MuMoE(Mixture):
     def _declared(self, shape: tuple[int, ...], name: str) -> Tensor:
         like, trained = self._weight, any(each.requires_grad for each in self.factors.values())
         return declared(shape, like, trained, f"{name} of {type(self).__name__}")
-
-    def coefficients(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The coefficients of inputs (..., in): one tensor (..., N_e) a level, rows summing to one.
-
-        Raises:
-            BackendError, ShapeError: the input does not fit, or the layer has no gate.
-        """
-        if self.gate is None:
-            raise ShapeError(
-                "this layer has no gate, and makes no coefficients. Build it with one."
-            )
-        made: tuple[Tensor, ...] = self.gate(x)
-        return made
 
     def forward(self, x: Tensor, coefficients: Given | None = None) -> Tensor:
         """Run the layer.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from os import PathLike
 from typing import Self
 
 import torch
@@ -12,30 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensormoe import functional
-from tensormoe._html import layer_html
-from tensormoe.checkpoint import read_block
-from tensormoe.errors import ShapeError
+from tensormoe._layers import BlockCosts, BlockMethods, check_constructor
 from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import BlockConfig
 from tensormoe.gates import Gate
-from tensormoe.planning import Cost, Plan
 from tensormoe.selection import Budget
 from tensormoe_torch._activations import ACTIVATIONS, Act, own_activation, read_activation
-from tensormoe_torch._adapter import BACKEND, EAGER
-from tensormoe_torch._base import check_init, filled, holding
+from tensormoe_torch._adapter import EAGER
 from tensormoe_torch._checks import Given
 from tensormoe_torch._dtypes import checked_dtype
-from tensormoe_torch._gate import ExpertGate
+from tensormoe_torch._gate import ExpertGate, Gated
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._products import copies_transposed
-from tensormoe_torch._saving import save_module
+from tensormoe_torch._saving import OF, Stored
 
 __all__ = ["MuMoEMLP"]
 
-Weights = tuple[Tensor, Tensor | None]
 
-
-class MuMoEMLP(nn.Module):
+class MuMoEMLP(Stored[BlockConfig], BlockMethods[Tensor], Gated[BlockConfig]):
     """A μMoE block in place of an MLP (Oldfield et al. 2024, section 3): two mixtures, one gate.
 
     The coefficients are computed once, from the block's input, and mix the experts of both layers.
@@ -83,6 +76,10 @@ class MuMoEMLP(nn.Module):
     torch.Size([5, 32])
     """
 
+    _kind = "MuMoEMLP"
+
+    act: Callable[[Tensor], Tensor] | None
+
     def __init__(
         self,
         in_features: int,
@@ -103,20 +100,8 @@ class MuMoEMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         name, act = read_activation(act_layer)
-        config = functional.resolve_block(
-            in_features,
-            hidden_features,
-            out_features,
-            name,
-            drop,
-            gated=gated,
-            experts=experts,
-            factorization=factorization,
-            rank=rank,
-            budget=budget,
-            bias=bias,
-            gate=gate,
-        )
+        options = functional.Options(experts, factorization, rank, budget, bias, gate)
+        config = options.block(in_features, hidden_features, out_features, name, drop, gated=gated)
         self._build(config, init, device, dtype, act)
 
     def _build(
@@ -151,24 +136,10 @@ class MuMoEMLP(nn.Module):
             SpecError: an activation though the configuration names one, or none at all.
             TypeError: as :meth:`MuMoE.of`.
         """
-        check_init(cls, MuMoEMLP)
+        check_constructor(cls, OF)
         block = cls.__new__(cls)
         block._build(config, init, device, dtype, act)
         return block
-
-    _repr_html_ = layer_html
-
-    def __repr__(self) -> str:
-        first, second = self.first.spec, self.second.spec
-        experts = first.experts[0] if first.levels == 1 else first.experts
-        gated = "gated=True, " if self.config.gated else ""
-        return (
-            f"MuMoEMLP({first.in_features}, {second.in_features}, {second.out_features}, "
-            f"act_layer={self.config.act_layer or self.act!r}, bias={first.bias}, "
-            f"drop={self.config.drop}, {gated}experts={experts}, "
-            f"factorization={(first.factorization, second.factorization)!r}, "
-            f"gate={self.config.first.gate!r}, dtype={self.dtype})"
-        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -179,22 +150,7 @@ class MuMoEMLP(nn.Module):
     def num_parameters(self) -> int:
         """Trainable entries, the gate's included."""
         act = self.act.parameters() if isinstance(self.act, nn.Module) else ()
-        return self.config.num_parameters + sum(each.numel() for each in act)
-
-    @property
-    def in_features(self) -> int:
-        """Size of an input."""
-        return self.first.in_features
-
-    @property
-    def hidden_features(self) -> int:
-        """Size between the layers: of what the second is given."""
-        return self.config.hidden_features
-
-    @property
-    def out_features(self) -> int:
-        """Size of an output."""
-        return self.second.out_features
+        return super().num_parameters + sum(each.numel() for each in act)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew from PyTorch's generator, as at construction."""
@@ -202,61 +158,6 @@ class MuMoEMLP(nn.Module):
             reset = getattr(part, "reset_parameters", None)
             if reset is not None:
                 reset()
-
-    def plan(self, batch: int) -> tuple[Plan, Plan]:
-        """How each of the two layers runs ``batch`` inputs."""
-        return self.first.plan(batch), self.second.plan(batch)
-
-    def expert(self, *index: int) -> tuple[Weights, Weights]:
-        """One expert, an MLP of its own, as matrix and bias of both of its layers; differentiable.
-
-        The block with coefficient 1 for this expert computes ``act(x @ W1 + b1) @ W2 + b2``, and if
-        it is gated ``(act(g) * u) @ W2 + b2`` with ``g`` and ``u`` the halves of ``x @ W1 + b1``.
-
-        Args:
-            index: one number per level.
-
-        Returns:
-            ``(W1, b1), (W2, b2)``: (in, hidden) and (hidden,), twice as many columns if the block
-            is gated; (hidden, out) and (out,). Biases are None where the block has none.
-
-        Raises:
-            ShapeError: another number of levels, or an index out of range.
-
-        >>> import torch
-        >>> block = MuMoEMLP(8, 16, experts=4, rank=3, gate=None)
-        >>> (W1, b1), (W2, b2) = block.expert(2)
-        >>> x, only = torch.randn(5, 8), torch.eye(4)[[2] * 5]
-        >>> alone = torch.nn.functional.gelu(x @ W1 + b1) @ W2 + b2
-        >>> torch.allclose(block(x, only), alone, atol=1e-5)
-        True
-        """
-        return self.first.expert(*index), self.second.expert(*index)
-
-    def materialize(self) -> tuple[Weights, Weights]:
-        """The experts of both layers, built explicitly: of each as :meth:`MuMoE.materialize`."""
-        return self.first.materialize(), self.second.materialize()
-
-    def cost(self, batch: int, *, training: bool = False) -> Cost:
-        """Cost of one call for ``batch`` inputs on the CPU: both layers, gate and activation."""
-        return functional.block_cost(
-            self.config,
-            batch,
-            EAGER,
-            self.dtype.itemsize,
-            keeps_input=self.config.act_layer not in ("relu", "tanh"),
-            copies_transposed=copies_transposed(self.dtype),
-            training=training,
-        )
-
-    def coefficients(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The coefficients (..., N_e) a level that both layers share."""
-        if self.gate is None:
-            raise ShapeError(
-                "this block has no gate, and makes no coefficients. Build it with one."
-            )
-        made: tuple[Tensor, ...] = self.gate(x)
-        return made
 
     def forward(self, x: Tensor, coefficients: Given | None = None) -> Tensor:
         """Run the block: (..., in) → (..., out).
@@ -278,41 +179,14 @@ class MuMoEMLP(nn.Module):
         result: Tensor = self.second(F.dropout(middle, self.config.drop, self.training), given)
         return F.dropout(result, self.config.drop, self.training)
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write a checkpoint that every backend opens; an interrupted save leaves the old file.
+    def _layers(self) -> tuple[MuMoE, MuMoE]:
+        return self.first, self.second
 
-        Of a sharded block, every process makes this call, as for :meth:`MuMoE.save`.
-
-        Raises:
-            CheckpointError: as :meth:`MuMoE.save`.
-            SpecError: the activation is a module or function of the block's own.
-        """
-        save_module(self, path, self.config)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str], device: torch.device | str | None = None) -> Self:
-        """The block of a checkpoint, whichever backend wrote it.
-
-        Args:
-            path: the file.
-            device: of the parameters; the default one if none is given.
-
-        Raises:
-            CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit.
-        """
-        config, arrays = read_block(path, "MuMoEMLP", BlockConfig, BACKEND)
-        return filled(lambda dtype: cls.of(config, device="meta", dtype=dtype), arrays, device)
-
-    @classmethod
-    def restore(cls, config: BlockConfig, arrays: Mapping[str, Tensor]) -> Self:
-        """A block of tensors that exist already; it trains them in place, and copies none.
-
-        Args:
-            config: the block, whose activation has a name.
-            arrays: parameters and buffers by canonical name, as ``state_dict()`` has them.
-
-        Raises:
-            BackendError, CheckpointError, ShapeError: as :meth:`MuMoE.restore`.
-            SpecError: the activation has no name.
-        """
-        return holding(lambda dtype: cls.of(config, device="meta", dtype=dtype), config, arrays)
+    def _costs(self) -> BlockCosts:
+        return {
+            "backend": EAGER,
+            "itemsize": self.dtype.itemsize,
+            "copies_transposed": copies_transposed(self.dtype),
+            "frees": True,
+            "keeps_input": self.config.act_layer not in ("relu", "tanh"),
+        }

@@ -1,17 +1,137 @@
-"""Parameters of a module that go into a checkpoint."""
+"""Layers and blocks as modules: saved, loaded, and made of tensors that exist already."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
+from typing import ClassVar, Self, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from tensormoe._layers import Methods
+from tensormoe.backend import Backend
 from tensormoe.checkpoint import match_arrays
-from tensormoe.errors import CheckpointError
+from tensormoe.errors import BackendError, CheckpointError
 from tensormoe.functional import BlockConfig, LayerConfig
+from tensormoe_torch._adapter import BACKEND
+from tensormoe_torch._dtypes import FLOATS, checked_device
+from tensormoe_torch._gate import ExpertGate
 from tensormoe_torch._sharded import save_whole
 
-__all__ = ["save_module"]
+__all__ = ["OF", "Stored", "save_module"]
+
+OF = "of(config, init, device, dtype), which load and restore call"
+
+C = TypeVar("C", bound=LayerConfig | BlockConfig)
+
+
+class Stored(Methods[Tensor, C], nn.Module):
+    """Modules that are made of a configuration, saved, and loaded."""
+
+    _dtypes = FLOATS
+
+    backend: ClassVar[Backend] = BACKEND
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters; inputs must have it, unless autocast is on."""
+        raise NotImplementedError
+
+    @classmethod
+    def of(
+        cls,
+        config: C,
+        init: str = "variance",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """A layer or block of a configuration: what the constructor makes of its arguments.
+
+        Raises:
+            SpecError: a block whose activation has no name.
+            TypeError: a class derived from the library's has a constructor of its own, and does
+                not override this.
+        """
+        raise NotImplementedError
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a checkpoint that every backend opens; an interrupted save leaves the old file.
+
+        If parameters are sharded, as by ``fully_shard``, every process makes this call: the first
+        of those that share them writes, and all return when the file is whole.
+
+        Raises:
+            CheckpointError: the folder is missing or the file cannot be written; parameters that
+                are computed, as pruned ones are, or parameters that the layer has not by itself.
+                Of sharded layers, in every process.
+            SpecError: a block whose activation is a module or function of its own.
+        """
+        save_module(self, path, self.config)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], device: torch.device | str | None = None) -> Self:
+        """The layer or block of a checkpoint, whichever backend wrote it.
+
+        Args:
+            path: the file.
+            device: of the parameters; the default one if none is given.
+
+        Raises:
+            CheckpointError: not a checkpoint, another kind of layer, or arrays that do not fit; the
+                message lists every difference.
+            SpecError: not a device.
+            TypeError: as :meth:`of`.
+        """
+        return cls._filled(*cls._read(path), device)
+
+    @classmethod
+    def _filled(
+        cls,
+        config: C,
+        arrays: Mapping[str, Tensor],
+        device: torch.device | str | None,
+        init: str = "variance",
+    ) -> Self:
+        """A module with copies of tensors that fit; on the default device if none is given."""
+        target = checked_device(device) or torch.get_default_device()
+        module = cls._empty(config, arrays, init).to_empty(device=target)
+        module.load_state_dict(dict(arrays))
+        return module
+
+    @classmethod
+    def _check(cls, config: C, arrays: Mapping[str, Tensor]) -> None:
+        super()._check(config, arrays)
+        first, *others = arrays
+        for name in others:
+            if arrays[name].device != arrays[first].device:
+                raise BackendError(
+                    f"tensors must be on one device; got {arrays[name].device} for {name!r} and "
+                    f"{arrays[first].device} for {first!r}. Move them with .to(…)."
+                )
+
+    @classmethod
+    def _of_arrays(cls, config: C, arrays: Mapping[str, Tensor]) -> Self:
+        module = cls._empty(config, arrays)
+        # detached: a parameter is a leaf, and whether the given tensor is one is the caller's
+        # matter
+        module.load_state_dict({name: each.detach() for name, each in arrays.items()}, assign=True)
+        return module
+
+    @classmethod
+    def _empty(cls, config: C, arrays: Mapping[str, Tensor], init: str = "variance") -> Self:
+        """A module on the meta device in the dtypes of its tensors, of the gate too."""
+        dtype = arrays[next(iter(config.parameter_shapes()))].dtype
+        module = cls.of(config, init, "meta", dtype)
+        gate = getattr(module, "gate", None)
+        if isinstance(gate, ExpertGate):
+            # statistics are float32 at least anyhow
+            for parameter in gate.parameters():
+                parameter.data = parameter.data.to(arrays["gate.projection_0"].dtype)
+        return module
+
+    def _dtype_text(self) -> str:
+        return f"dtype={self.dtype}"
 
 
 def save_module(

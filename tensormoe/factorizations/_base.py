@@ -98,7 +98,7 @@ class Factorization(ABC):
             "tensor instead, as a layer's materialize() gives it."
         )
 
-    def shared_experts(
+    def upcycled_factors(
         self,
         experts: tuple[int, ...],
         in_features: int,
@@ -127,7 +127,7 @@ class Factorization(ABC):
         """
         raise SpecError(
             f"{self.name} does not say which factors make all experts equal. Define its "
-            "shared_experts, or start from fresh values."
+            "upcycled_factors, or start from fresh values."
         )
 
     def expert_noise(
@@ -137,7 +137,7 @@ class Factorization(ABC):
 
         Args:
             network: of the layer.
-            factors: as :meth:`shared_experts` makes them, with biases apart, by name.
+            factors: as :meth:`upcycled_factors` makes them, with biases apart, by name.
             backend: adapter of the arrays' library.
 
         Returns:
@@ -157,7 +157,7 @@ class Factorization(ABC):
     def expert_variance(self, levels: int) -> float:
         """Variance of independent noise on an expert factor that moves experts by their own size.
 
-        Expert factors as :meth:`shared_experts` makes them are meant; ones for most networks.
+        Expert factors as :meth:`upcycled_factors` makes them are meant; ones for most networks.
         """
         return 1.0
 

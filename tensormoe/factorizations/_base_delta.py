@@ -90,7 +90,7 @@ class BaseDelta(Factorization):
             "output": Initializer(half * linear_std(self.rank)),
         }
 
-    def shared_experts(
+    def upcycled_factors(
         self,
         experts: tuple[int, ...],
         in_features: int,
@@ -116,7 +116,7 @@ class BaseDelta(Factorization):
     def expert_noise(
         self, network: Network, factors: Mapping[str, Array], backend: Backend
     ) -> Mapping[str, Array | float]:
-        """For the zeros that :meth:`shared_experts` leaves, in the size of the base."""
+        """For the zeros that :meth:`upcycled_factors` leaves, in the size of the base."""
         xp, bias = backend.namespace, bool(network.biases)
         own, *others = self._apart(network.sizes[INPUT], network.sizes[OUTPUT])
         index = (slice(None), *(0 for _ in network.expert_legs if others))

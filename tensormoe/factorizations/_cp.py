@@ -88,7 +88,7 @@ class CP(Factorization):
             "output": Initializer(1.0 / sqrt(3.0 * energy)),
         }
 
-    def shared_experts(
+    def upcycled_factors(
         self,
         experts: tuple[int, ...],
         in_features: int,

@@ -59,7 +59,7 @@ class Dense(Factorization):
         start = Initializer(half, center="shared", center_std=half, expert_axes=axes)
         return {"weight": start}
 
-    def shared_experts(
+    def upcycled_factors(
         self,
         experts: tuple[int, ...],
         in_features: int,

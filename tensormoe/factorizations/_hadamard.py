@@ -74,7 +74,7 @@ class Hadamard(Factorization):
         energy = (1.0 + share) ** levels
         return starts | {"input": Initializer(linear_std(in_features) / sqrt(energy))}
 
-    def shared_experts(
+    def upcycled_factors(
         self,
         experts: tuple[int, ...],
         in_features: int,

@@ -103,7 +103,7 @@ class SharedBasis(Factorization):
             "output": _apart(writing, share, levels) if wide else Initializer(sqrt(writing)),
         }
 
-    def shared_experts(
+    def upcycled_factors(
         self,
         experts: tuple[int, ...],
         in_features: int,

@@ -103,7 +103,7 @@ class TensorRing(Factorization):
             "output": Initializer(1.0 / sqrt(3.0 * bonds[-1] * norm)),
         }
 
-    def shared_experts(
+    def upcycled_factors(
         self,
         experts: tuple[int, ...],
         in_features: int,

@@ -104,7 +104,7 @@ class TensorTrain(Factorization):
             "output": Initializer(1.0 / sqrt(3.0 * bonds[-1] * norm)),
         }
 
-    def shared_experts(
+    def upcycled_factors(
         self,
         experts: tuple[int, ...],
         in_features: int,

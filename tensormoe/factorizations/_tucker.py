@@ -98,7 +98,7 @@ class Tucker(Factorization):
             "output": Initializer(1.0 / sqrt(3.0 * bonds[-1])),
         }
 
-    def shared_experts(
+    def upcycled_factors(
         self,
         experts: tuple[int, ...],
         in_features: int,

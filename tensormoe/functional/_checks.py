@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import TypeVar
 
-from tensormoe._config import LayerConfig
+from tensormoe._config import BlockConfig, LayerConfig
 from tensormoe.backend import Array, Backend, check_array, default_integer
 from tensormoe.errors import ShapeError
 from tensormoe.gates import TopK
@@ -17,10 +18,28 @@ __all__ = [
     "check_ids",
     "check_input",
     "merged_coefficients",
+    "own_gate",
 ]
 
 Coefficients = Sequence["Array | TopK"]
 """One entry a level: dense coefficients (batch, N_e), or indices and values (batch, k)."""
+
+G = TypeVar("G")
+
+
+def own_gate(gate: G | None, config: LayerConfig | BlockConfig) -> G:
+    """The gate of a layer or block that must have one.
+
+    Raises:
+        ShapeError: there is none, and so no coefficients.
+    """
+    if gate is None:
+        owner = "block" if isinstance(config, BlockConfig) else "layer"
+        raise ShapeError(
+            f"this {owner} has no gate; got no coefficients. Call it with coefficients=…, or build "
+            "it with a gate."
+        )
+    return gate
 
 
 def check_input(

@@ -5,36 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from tensormoe import planning
-from tensormoe._config import BlockConfig, LayerConfig
-from tensormoe._validation import positive_int
+from tensormoe._config import LayerConfig
 from tensormoe.backend import Array, Backend
-from tensormoe.errors import PlanError, ShapeError
+from tensormoe.errors import ShapeError
 from tensormoe.execution import execute
 from tensormoe.functional._checks import Coefficients
 from tensormoe.functional._dtypes import cast
 from tensormoe.gates import TopK
-from tensormoe.planning import (
-    Cost,
-    Plan,
-    Program,
-    Reverse,
-    Routing,
-    plan_layer,
-    plan_regimes,
-    reverse,
-)
+from tensormoe.planning import Program, Reverse, Routing, plan_regimes, reverse
 
 __all__ = [
     "Residuals",
     "apply_experts",
-    "block_cost",
-    "chunk_size",
     "experts_backward",
     "experts_forward",
     "experts_vjp",
-    "layer_cost",
-    "layer_plan",
     "prepare",
 ]
 
@@ -43,10 +28,11 @@ def apply_experts(
     config: LayerConfig,
     parameters: Mapping[str, Array],
     x: Array,
-    coefficients: list[Array | TopK],
+    coefficients: Coefficients,
     backend: Backend,
     *,
     any_batch: bool = False,
+    consume: bool = False,
 ) -> Array:
     """The mixture of experts for inputs (batch, in) and given coefficients.
 
@@ -54,17 +40,20 @@ def apply_experts(
         config: the layer.
         parameters: by canonical name.
         x: (batch, in), or ids (batch,).
-        coefficients: one entry a level, leading axes merged; the list is emptied.
+        coefficients: one entry per level, leading axes merged.
         backend: the adapter of the arrays' library.
         any_batch: whether to run the program for large batches, which is right for all, instead of
             the one for this batch: for exported models, whose batch size is open.
+        consume: whether to empty ``coefficients``, a list then, so that arrays that nobody else
+            holds are freed at their last use.
 
     Returns:
         The output (batch, out).
     """
     program = _program(config, coefficients, None if any_batch else x.shape[0])
     arrays = _operands(program, parameters, x, coefficients, backend)
-    coefficients.clear()
+    if consume and isinstance(coefficients, list):
+        coefficients.clear()
     return execute(program, arrays, backend)[0][0]
 
 
@@ -72,7 +61,7 @@ def experts_vjp(
     config: LayerConfig,
     parameters: Mapping[str, Array],
     x: Array,
-    coefficients: list[Array | TopK],
+    coefficients: Coefficients,
     backend: Backend,
 ) -> tuple[Array, Callable[[Array], dict[str, Array]]]:
     """:func:`apply_experts` with its way back.
@@ -102,7 +91,7 @@ def experts_forward(
     config: LayerConfig,
     parameters: Mapping[str, Array],
     x: Array,
-    coefficients: list[Array | TopK],
+    coefficients: Coefficients,
     backend: Backend,
     wanted: Collection[str] | None = None,
 ) -> tuple[Array, Residuals]:
@@ -112,7 +101,7 @@ def experts_forward(
         config: the layer.
         parameters: by canonical name.
         x: (batch, in), or ids (batch,).
-        coefficients: one entry a level, leading axes merged; the list is emptied.
+        coefficients: one entry per level, leading axes merged.
         backend: the adapter of the arrays' library.
         wanted: names of the gradients to compute, as :func:`experts_vjp` has them; all by default.
     """
@@ -123,7 +112,6 @@ def experts_forward(
         operands = tuple(each.name for each in program.operands if each.name in short)
     back = reverse(program, operands)
     arrays = _operands(program, parameters, x, coefficients, backend)
-    coefficients.clear()
     (result,), kept = execute(program, arrays, backend, back.saved)
     return result, Residuals(back, tuple(kept[slot] for slot in back.saved))
 
@@ -151,110 +139,6 @@ def prepare(
     results, _ = execute(first, arrays, backend)
     names = [operand.name for operand in rest.operands if operand.role == "factor"]
     return rest, dict(zip(names, results, strict=True))
-
-
-def layer_plan(config: LayerConfig, batch: int) -> Plan:
-    """How a layer runs a batch.
-
-    Raises:
-        PlanError: a batch that is no size, or a traced one.
-    """
-    # checked before plans are looked up, since a traced batch cannot be
-    size = 0 if isinstance(batch, int) and batch == 0 else positive_int(batch, "batch", PlanError)
-    return config.spec.plan(size, indexed_input=config.indexed_input)
-
-
-def layer_cost(
-    config: LayerConfig,
-    batch: int,
-    backend: Backend,
-    itemsize: int,
-    *,
-    copies_transposed: bool = False,
-    frees: bool = False,
-    training: bool = False,
-) -> Cost:
-    """What one call of a layer costs on a library, its gate included if it has one.
-
-    Args:
-        config: the layer.
-        batch: number of inputs.
-        backend: adapter of the library, which says how gates walk over rows there.
-        itemsize: bytes of an entry of the layer's dtype.
-        copies_transposed: whether the library copies a transposed first operand of large products.
-        frees: whether the backward pass lets go of what it does not need any more.
-        training: forward and backward, instead of forward alone.
-    """
-    return layer_plan(config, batch).cost(
-        config.gate,
-        training=training,
-        itemsize=itemsize,
-        row_block_bytes=backend.row_block_bytes,
-        picks_entries=backend.picks_entries,
-        copies_transposed=copies_transposed,
-        frees=frees,
-    )
-
-
-def block_cost(
-    config: BlockConfig,
-    batch: int,
-    backend: Backend,
-    itemsize: int,
-    *,
-    keeps_input: bool = True,
-    frees: bool = True,
-    copies_transposed: bool = False,
-    training: bool = False,
-) -> Cost:
-    """Cost of one call of a block on a library: both layers, gate and activation.
-
-    Args:
-        config: the block.
-        batch: number of inputs.
-        backend: adapter of the library, which says how gates walk over rows there.
-        itemsize: bytes of an entry of the block's dtype.
-        keeps_input: whether the derivative of the activation is made of its input.
-        frees: whether the backward pass lets go of what it does not need any more.
-        copies_transposed: whether the library copies a transposed first operand of large products.
-        training: forward and backward, instead of forward alone.
-    """
-    return planning.block_cost(
-        layer_plan(config.first, batch),
-        layer_plan(config.second, batch),
-        config.first.gate,
-        gated=config.gated,
-        drop=config.drop,
-        keeps_input=keeps_input,
-        frees=frees,
-        training=training,
-        itemsize=itemsize,
-        row_block_bytes=backend.row_block_bytes,
-        picks_entries=backend.picks_entries,
-        copies_transposed=copies_transposed,
-    )
-
-
-def chunk_size(
-    config: LayerConfig, batch: int, memory_limit: int, backend: Backend, itemsize: int
-) -> int:
-    """How many inputs may run at a time within ``memory_limit`` bytes, the gate included.
-
-    Raises:
-        PlanError: not even one; the message names the smallest feasible limit.
-    """
-    plan = plan_layer(
-        config.spec.network,
-        batch,
-        Routing(None, config.indexed_input),
-        memory_limit=memory_limit,
-        gate=config.gate,
-        itemsize=itemsize,
-        row_block_bytes=backend.row_block_bytes,
-        picks_entries=backend.picks_entries,
-        title=repr(config.spec.factorization),
-    )
-    return plan.chunk
 
 
 def _program(config: LayerConfig, coefficients: Coefficients, batch: int | None) -> Program:

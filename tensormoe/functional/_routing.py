@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from tensormoe._config import LayerConfig
 from tensormoe.backend import Array, Backend
-from tensormoe.errors import ShapeError
 from tensormoe.execution import plus
+from tensormoe.functional._checks import own_gate
 from tensormoe.functional._dtypes import cast, widened
 from tensormoe.gates import Across, Activation, Statistics, activate, activate_vjp
 
@@ -55,12 +55,7 @@ def route(
         training: whether batch norm uses the batch's own statistics.
         across: as for :func:`tensormoe.gates.activate`.
     """
-    gate = config.gate
-    if gate is None:
-        raise ShapeError(
-            "this layer has no gate; got no coefficients. Call it with coefficients=…, or build "
-            "it with a gate."
-        )
+    gate = own_gate(config.gate, config)
     wide = widened(x, backend)
     found: list[Activation] = []
     kept = []

@@ -1,4 +1,4 @@
-"""First values from a given linear layer: every expert starts as that layer."""
+"""Upcycling: initial values from a linear layer, so that every expert starts as that layer."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tensormoe.factorizations import INPUT, Draw, Factor, Network, expert_carrie
 from tensormoe.functional._dtypes import cast, widened
 from tensormoe.functional._weights import expert_weight
 
-__all__ = ["SVD", "checked_noise", "shared_experts"]
+__all__ = ["SVD", "checked_noise", "upcycle"]
 
 SVD = Callable[[Array], "tuple[Array, Array, Array]"]
 """From a matrix to U (rows, k), the falling singular values (k,), and Vᵀ (k, columns)."""
 
 
-def shared_experts(
+def upcycle(
     config: LayerConfig,
     weight: Array,
     bias: Array | None,
@@ -63,7 +63,7 @@ def shared_experts(
     if spec.bias:
         row = xp.zeros_like(table[0, :]) if bias is None else cast(bias, table.dtype, backend)
         table = xp.concat([table, xp.expand_dims(row, axis=0)], axis=0)
-    stored = spec.factorization.shared_experts(
+    stored = spec.factorization.upcycled_factors(
         spec.experts,
         spec.in_features,
         table,

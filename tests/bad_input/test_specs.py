@@ -102,7 +102,7 @@ CASES: dict[str, Case] = {
     "three layers in a block": (
         lambda: MuMoEMLP(8, experts=3, factorization=(CP(1), CP(2), CP(3))),
         SpecError,
-        "factorization must be one, or one a layer; got 3",
+        "factorization must be one, or one per layer; got 3",
     ),
     "a spec with a field too few": (
         lambda: LayerSpec.from_dict({"in_features": 8}),

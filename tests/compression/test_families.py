@@ -17,7 +17,8 @@ import tensormoe_torch.huggingface  # noqa: F401
 from tensormoe import functional
 from tensormoe.compression import Compression, compress_checkpoint
 from tensormoe.testing import reconstruct
-from tensormoe_torch import FactorizedExperts, MuMoE
+from tensormoe_torch import MuMoE
+from tensormoe_torch.compression import FactorizedExperts
 from tests._compress_models import FAMILIES, content, fused, logits, save, save_family
 
 NAMES = ("tensor_ring", "cp", "tucker", "tensor_train")

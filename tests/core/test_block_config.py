@@ -8,7 +8,7 @@ import pytest
 
 from tensormoe import CP, Gate, LayerSpec
 from tensormoe.errors import SpecError
-from tensormoe.functional import BlockConfig, LayerConfig, resolve_block
+from tensormoe.functional import BlockConfig, LayerConfig, Options
 
 FIRST = LayerConfig(LayerSpec(4, 6, (3, 2), CP(2)), Gate())
 SECOND = LayerConfig(LayerSpec(6, 5, (3, 2), CP(2)), None)
@@ -82,17 +82,16 @@ def test_activations_without_a_name_are_not_stored() -> None:
 
 
 def test_resolved_from_arguments() -> None:
-    options: dict[str, Any] = {
-        "experts": 3,
-        "factorization": "cp",
-        "rank": 2,
-        "budget": None,
-        "bias": False,
-        "gate": "entmax",
-    }
-    config = resolve_block(4, 6, None, "silu", 0.0, gated=True, **options)
+    options = Options(3, rank=2, bias=False)
+    config = options.block(4, 6, act_layer="silu", gated=True)
     assert (config.first.spec.out_features, config.second.spec.in_features) == (12, 6)
     assert config.gated
     for hidden in (0, 2.5, "6"):
         with pytest.raises(SpecError, match="hidden_features must be a positive integer"):
-            resolve_block(4, hidden, None, "silu", 0.0, gated=True, **options)  # type: ignore[arg-type]
+            options.block(4, hidden, gated=True)  # type: ignore[arg-type]
+
+
+def test_a_single_layer_has_one_factorization() -> None:
+    options = Options(3, ("cp", "tucker"), rank=2)
+    with pytest.raises(SpecError, match="factorization must be one for a single layer; got"):
+        options.layer(4, 6)

@@ -25,7 +25,7 @@ from tensormoe import (
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.functional import LayerConfig, apply_experts, expert_weight, materialize
 from tensormoe.functional._fit import Fit
-from tensormoe.functional._upcycling import _split, shared_experts
+from tensormoe.functional._upcycling import _split, upcycle
 from tensormoe_numpy import BACKEND
 
 IN, OUT = 7, 6
@@ -84,7 +84,7 @@ def made(
     rng: np.random.Generator,
     noise: float = 0.0,
 ) -> tuple[dict[str, np.ndarray], float]:
-    arrays, error, norm = shared_experts(
+    arrays, error, norm = upcycle(
         config, weight, bias, BACKEND, numpy_svd, rng.standard_normal, noise
     )
     table = weight if bias is None else np.vstack([weight, bias])
@@ -202,7 +202,7 @@ def test_torch_stays_torch(dtype: torch.dtype) -> None:
     weight = torch.randn(IN, OUT, generator=generator).to(dtype)
     bias = torch.randn(OUT, generator=generator).to(dtype)
     backend = get_backend("torch")
-    arrays, error, _ = shared_experts(
+    arrays, error, _ = upcycle(
         config,
         weight,
         bias,
@@ -226,7 +226,7 @@ def test_bad_input(rng: np.random.Generator) -> None:
     with pytest.raises(ShapeError, match=r"weight must have .* \(7, 6\); got \(6, 7\)"):
         made(config, weight.T, None, rng)
     with pytest.raises(ShapeError, match=r"bias must have shape \(6,\); got shape \(7,\)"):
-        shared_experts(config, weight, np.ones(7), BACKEND, numpy_svd, rng.standard_normal)
+        upcycle(config, weight, np.ones(7), BACKEND, numpy_svd, rng.standard_normal)
     with pytest.raises(ShapeError, match="bias must be None for a layer without bias"):
         made(config_of(4, CP(3), False), weight, np.ones(6), rng)
     for noise in (-0.1, float("nan"), float("inf"), True, "0.1", None):
@@ -237,10 +237,10 @@ def test_bad_input(rng: np.random.Generator) -> None:
 def test_a_factorization_may_not_know_how() -> None:
     class Other(CP):
         name = "other"
-        shared_experts = Factorization.shared_experts
+        upcycled_factors = Factorization.upcycled_factors
 
     with pytest.raises(SpecError, match="other does not say which factors make all experts equal"):
-        shared_experts(
+        upcycle(
             config_of(4, Other(3), False), np.ones((IN, OUT)), None, BACKEND, numpy_svd, np.ones
         )
 

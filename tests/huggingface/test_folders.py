@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from tensormoe.checkpoint import peek_checkpoint
 from tensormoe.compression import Compression, compress_checkpoint
 from tensormoe.errors import SpecError
-from tensormoe_torch import FactorizedExperts, MuMoE
+from tensormoe_torch import MuMoE
+from tensormoe_torch.compression import FactorizedExperts
 from tests._compress_models import family, save_family
 from tests._hugging_models import load, run_python
 

@@ -17,8 +17,10 @@ from transformers import BitsAndBytesConfig
 from transformers.activations import ACT2FN
 
 from tensormoe.errors import MissingDependencyError, SpecError
-from tensormoe_torch import FactorizedExperts, MuMoE, MuMoEEmbedding, MuMoEMLP, PreNormed, replace
+from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP, replace
+from tensormoe_torch.compression import FactorizedExperts
 from tensormoe_torch.huggingface import _requirements, attach
+from tensormoe_torch.official import PreNormed
 from tests._compress_models import logits
 from tests._hugging_models import compressed, gpt2, load, run_python
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from tensormoe_torch import FactorizedExperts, MuMoE
+from tensormoe_torch import MuMoE
+from tensormoe_torch.compression import FactorizedExperts
 from tensormoe_torch.huggingface import attach
 from tests._hugging_models import run_python
 

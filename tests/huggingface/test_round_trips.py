@@ -11,7 +11,8 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForC
 
 from tensormoe.factorizations import FACTORIZATIONS
 from tensormoe.gates import Gate
-from tensormoe_torch import FactorizedExperts, MuMoE, MuMoEMLP, compress, replace
+from tensormoe_torch import MuMoE, MuMoEMLP, compress, replace
+from tensormoe_torch.compression import FactorizedExperts
 from tests._compress_models import family, logits
 from tests._hugging_models import FACTORIZED, QUICK, compressed, gpt2, load, train
 

@@ -16,7 +16,7 @@ from flax import nnx as flax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tensormoe import CP, Gate, LayerSpec, TensorRing
-from tensormoe.functional import LayerConfig, resolve_block
+from tensormoe.functional import LayerConfig, Options
 from tensormoe.gates import TopK
 from tensormoe_jax import apply, initial_buffers, initialize, nnx, train
 
@@ -169,15 +169,7 @@ def _() -> None:
 
 @check("blocks and modules")
 def _() -> None:
-    block = resolve_block(
-        *(12, 16, 12, "gelu", 0.1),
-        experts=6,
-        factorization="tensor_ring",
-        rank=2,
-        budget=None,
-        bias=True,
-        gate="entmax",
-    )
+    block = Options(6, "tensor_ring", rank=2).block(12, 16, drop=0.1)
     parameters, where = initialize(block, jax.random.key(0)), mesh(True, 4)
 
     def slope(parameters: Any, x: jax.Array) -> Any:

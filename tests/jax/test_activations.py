@@ -96,7 +96,7 @@ def test_functions_of_the_functional_form() -> None:
 @pytest.mark.parametrize("package", [tensormoe_jax.nnx, tensormoe_jax.equinox])
 def test_restored_blocks_have_one_activation(package: Any) -> None:
     parameters = tensormoe_jax.initialize(GATED, jax.random.key(0))
-    with pytest.raises(SpecError, match=r"act_layer must be one of .*; got None"):
+    with pytest.raises(SpecError, match=r"act must be the activation .*; got None for None"):
         package.MuMoEMLP.restore(GATED, parameters)
     named = BlockConfig(GATED.first, GATED.second, "relu", gated=True)
     with pytest.raises(SpecError, match=r"act must be .* for 'relu'"):

@@ -98,3 +98,39 @@ def test_batch_norm_without_a_state(tmp_path: Path) -> None:
         layer.save(tmp_path / "layer")
     assert not (tmp_path / "layer").exists()
     layer(jnp.asarray(X), state=state)
+
+
+class PlainInNnx(in_nnx.MuMoE):
+    """A class of a user's, with the library's constructor."""
+
+
+class PlainInEquinox(in_equinox.MuMoE):
+    """A class of a user's, with the library's constructor."""
+
+
+class SquareInNnx(in_nnx.MuMoE):
+    def __init__(self, size: int, *, rngs: int) -> None:
+        super().__init__(size, size, 3, rank=2, rngs=rngs)
+
+
+class SquareInEquinox(in_equinox.MuMoE):
+    def __init__(self, size: int, *, key: jax.Array) -> None:
+        super().__init__(size, size, 3, rank=2, key=key)
+
+
+@pytest.mark.parametrize("plain", [PlainInNnx, PlainInEquinox])
+def test_derived_classes_are_restored_as_themselves(plain: Any) -> None:
+    source = {"rngs": 0} if plain is PlainInNnx else {"key": jax.random.key(0)}
+    layer = plain(5, 4, 3, rank=2, **source)
+    again = plain.restore(layer.config, layer.parameters)
+    assert type(again) is plain
+    assert jax.tree.structure(again) == jax.tree.structure(layer)
+    assert repr(again) == repr(layer)
+    assert all(again.parameters[name] is array for name, array in layer.parameters.items())
+
+
+@pytest.mark.parametrize("square", [SquareInNnx, SquareInEquinox])
+def test_constructors_that_restore_would_leave_out(square: Any) -> None:
+    layer = build("nnx" if square is SquareInNnx else "equinox")
+    with pytest.raises(TypeError, match="must have the constructor of MuMoE; got Square"):
+        square.restore(layer.config, layer.parameters)

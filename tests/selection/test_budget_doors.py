@@ -16,7 +16,7 @@ import tensormoe_jax.nnx
 import tensormoe_numpy
 import tensormoe_torch
 from tensormoe import Budget, Gate, select_rank
-from tensormoe.functional import resolve_config
+from tensormoe.functional import Options
 from tensormoe.planning import gate_cost
 from tensormoe.selection import linear_cost
 from tensormoe_torch import from_linear, from_mlp, replace
@@ -80,8 +80,7 @@ def test_every_constructor_chooses_the_rank_that_select_rank_chooses(
 def test_layers_of_the_other_doors_resolve_the_same() -> None:
     assert tensormoe_cupy.MuMoE.__init__ is tensormoe_numpy.MuMoE.__init__
     assert tensormoe_cupy.MuMoEMLP.__init__ is tensormoe_numpy.MuMoEMLP.__init__
-    options: dict[str, Any] = {"rank": None, "bias": True, "gate": "entmax"}
-    pure = resolve_config(30, 20, 24, "cp", budget=1500, **options)
+    pure = Options(24, "cp", budget=1500).layer(30, 20)
     assert pure.spec.factorization.rank == select_rank("cp", 30, 20, 24, budget=1500)
     assert pure.num_parameters == pure.spec.num_parameters + pure.gate_parameters <= 1500
 

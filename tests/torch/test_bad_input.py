@@ -258,12 +258,12 @@ CASES: dict[str, tuple[Callable[..., Any], type[TensormoeError], str]] = {
     "coefficients of no gate": (
         lambda: layer(gate=None).coefficients(X),
         ShapeError,
-        "this layer has no gate, and makes no coefficients. Build it with one",
+        "this layer has no gate; got no coefficients. Call it with coefficients",
     ),
     "coefficients of no block's gate": (
         lambda: block(gate=None)(X),
         ShapeError,
-        "this block has no gate, and makes no coefficients. Build it with one",
+        "this block has no gate; got no coefficients. Call it with coefficients",
     ),
     # ids
     "ids that are no integers": (
@@ -325,7 +325,7 @@ CASES: dict[str, tuple[Callable[..., Any], type[TensormoeError], str]] = {
     "a negative batch": (
         lambda: layer().cost(-1),
         PlanError,
-        "batch must be a positive integer; got -1",
+        "batch must be a non-negative integer; got -1",
     ),
 }
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tensormoe import CP, Dense, TensorRing, Tucker
 from tensormoe.decomposition import Search
-from tensormoe_torch import FactorizedExperts, MuMoE, compress
+from tensormoe_torch import MuMoE, compress
+from tensormoe_torch.compression import FactorizedExperts
 from tests._torch_moe import (
     STACKED,
     TOKENS,

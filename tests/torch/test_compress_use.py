@@ -13,7 +13,8 @@ from torch import nn
 
 from tensormoe.decomposition import Search
 from tensormoe.errors import BudgetError, RankError, ShapeError, SpecError
-from tensormoe_torch import FactorizedExperts, compress
+from tensormoe_torch import compress
+from tensormoe_torch.compression import FactorizedExperts
 from tests._torch_moe import STACKED, TOKENS, Expert, OneByOne, Plain, Stored, rebuilt, sparse
 
 QUICK = Search(sweeps=5, polish=0)

@@ -22,7 +22,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 
 from tensormoe import CP, Gate, SharedDelta, TensorRing
-from tensormoe_torch import FactorizedExperts, MuMoE, MuMoEEmbedding, MuMoEMLP
+from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP
+from tensormoe_torch.compression import FactorizedExperts
 from tests._torch_helpers import normal, randomize
 from tests.torch._ranks import Ranks
 

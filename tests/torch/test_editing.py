@@ -27,12 +27,12 @@ from tensormoe_torch import (
     MuMoE,
     MuMoEEmbedding,
     MuMoEMLP,
-    PreNormed,
     replace_expert,
     restored,
     scale_experts,
     silence_experts,
 )
+from tensormoe_torch.official import PreNormed
 from tests._torch_helpers import KINDS, assert_near, build, normal, pick, put, randomize, weights
 
 

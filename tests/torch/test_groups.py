@@ -10,7 +10,8 @@ from torch import nn
 
 from tensormoe import CP, Gate, LayerSpec, TensorRing
 from tensormoe.errors import SpecError
-from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP, PreNormed, parameter_groups
+from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP, parameter_groups
+from tensormoe_torch.official import PreNormed
 from tests._torch_helpers import KINDS, build, normal
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from tensormoe import CP, Gate, TensorRing, TensorTrain
 from tensormoe.errors import CheckpointError, ShapeError, SpecError
-from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP, PreNormed, from_official, to_official
+from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP, from_official, to_official
+from tensormoe_torch.official import PreNormed
 from tests._torch_helpers import normal, randomize
 
 IN, HIDDEN, OUT = 6, 7, 5

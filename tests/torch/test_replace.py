@@ -22,7 +22,8 @@ from transformers import (
 from tensormoe import CP, Gate, Hadamard, Roofline
 from tensormoe.planning import PUBLISHED_ROOFLINES
 from tensormoe.selection import linear_cost
-from tensormoe_torch import MuMoE, MuMoEMLP, Surgery, replace
+from tensormoe_torch import MuMoE, MuMoEMLP, replace
+from tensormoe_torch.surgery import Surgery
 
 
 def gpt2() -> tuple[nn.Module, dict[str, Tensor]]:

@@ -103,7 +103,7 @@ def test_selections(select: Any, message: str) -> None:
         ({"factorization": "tensor_ring", "rank": (2, 2)}, RankError, "rank must have 3 bonds"),
         ({"factorization": "parafac"}, SpecError, "factorization must be one of 'cp'"),
         ({"factorization": 3}, SpecError, "factorization must be one of 'cp'.*; got 3"),
-        ({"factorization": (CP(2), CP(2))}, SpecError, "factorization must be one for a linear"),
+        ({"factorization": (CP(2), CP(2))}, SpecError, "factorization must be one for a single"),
         ({"experts": 0}, SpecError, "experts must be positive integers; got 0"),
         ({"experts": "8"}, SpecError, "experts must be positive integers"),
         ({"experts": 4.0}, SpecError, "experts must be positive integers; got 4.0"),
@@ -142,7 +142,9 @@ def test_the_smallest_feasible_budget_is_feasible() -> None:
 
 def test_arguments_of_blocks() -> None:
     refused(Model(), "**.mlp", r"drop must be in \[0, 1\); got 2", drop=2)
-    refused(Model(), "**.mlp", "factorization must be one, or one a layer", factorization=(CP(2),))
+    refused(
+        Model(), "**.mlp", "factorization must be one, or one per layer", factorization=(CP(2),)
+    )
     model = nn.ModuleDict(
         {"mlp": nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4), nn.Dropout(0.1))}
     )
@@ -209,7 +211,7 @@ def test_layers_that_are_none() -> None:
 
     with pytest.raises(SpecError, match="must run as a linear layer; got Adapted"):
         from_linear(Adapted(3, 3), 4)
-    with pytest.raises(SpecError, match="factorization must be one for a linear layer"):
+    with pytest.raises(SpecError, match="factorization must be one for a single layer"):
         from_linear(nn.Linear(3, 3), 4, (CP(2), CP(2)))  # type: ignore[arg-type]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, ClassVar
 
+from equinox.nn import StatefulLayer
 from jax import Array
 
-from tensormoe import functional
+from tensormoe._layers import EmbeddingSizes
 from tensormoe.factorizations import FactorizationLike
+from tensormoe.functional import Options
 from tensormoe.selection import Budget
 from tensormoe_jax import _pure
 from tensormoe_jax._layers import first_values
@@ -17,7 +18,7 @@ from tensormoe_jax.equinox._base import Mixture
 __all__ = ["MuMoEEmbedding"]
 
 
-class MuMoEEmbedding(Mixture):
+class MuMoEEmbedding(Mixture, EmbeddingSizes, StatefulLayer):
     """A mixture of embedding tables: token ids pick a row of every expert, coefficients mix them.
 
     An id is a one-hot input that is never built: the input mode is indexed by a gather. The layer
@@ -59,22 +60,9 @@ class MuMoEEmbedding(Mixture):
         dtype: Any = None,
         key: Array,
     ) -> None:
-        resolve = partial(
-            functional.resolve_config,
-            num_embeddings,
-            embedding_dim,
-            experts,
-            factorization,
-            rank=rank,
-            budget=budget,
-            bias=False,
-            gate=None,
-            indexed_input=True,
-        )
-        super().__init__(*first_values(key, resolve, init, dtype))
-
-    def __repr__(self) -> str:
-        return self._describe(options=False)
+        options = Options(experts, factorization, rank, budget, bias=False, gate=None)
+        config = options.layer(num_embeddings, embedding_dim, indexed_input=True)
+        super().__init__(config, first_values(config, key, init, dtype))
 
     def __call__(self, ids: Array, coefficients: _pure.Given, *, key: Any = None) -> Array:
         """Embeddings (..., dim) of ids (...), mixed by coefficients (..., N_e) a level.

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import equinox as eqx
 from equinox.nn import State, StateIndex
 from jax import Array
 
+from tensormoe._layers import Methods
 from tensormoe.errors import GateError
-from tensormoe.functional import LayerConfig
+from tensormoe.functional import BlockConfig, LayerConfig, own_gate
 from tensormoe.gates import Gate
 from tensormoe_jax import _pure
 
-__all__ = ["ExpertGate"]
+__all__ = ["ExpertGate", "Gated"]
+
+C = TypeVar("C", bound=LayerConfig | BlockConfig)
 
 
 class ExpertGate(eqx.Module):
@@ -159,3 +162,40 @@ class ExpertGate(eqx.Module):
             names = f"gate.running_mean_{level}", f"gate.running_variance_{level}"
             state = state.set(index, (buffers[names[0]], buffers[names[1]]))
         return made, state
+
+
+class Gated(Methods[Array, C]):
+    """Layers and blocks with a gate of their own."""
+
+    gate: ExpertGate | None
+
+    @overload
+    def coefficients(
+        self, x: Array, state: None = None, *, inference: bool | None = None
+    ) -> tuple[Array, ...]: ...
+
+    @overload
+    def coefficients(
+        self, x: Array, state: State, *, inference: bool | None = None
+    ) -> tuple[tuple[Array, ...], State]: ...
+
+    def coefficients(
+        self, x: Array, state: State | None = None, *, inference: bool | None = None
+    ) -> tuple[Array, ...] | tuple[tuple[Array, ...], State]:
+        """The coefficients of inputs (..., in): one array (..., N_e) per level.
+
+        Rows sum to one. Both layers of a block share them.
+
+        Args:
+            x: (..., in), in the layer's dtype.
+            state: running statistics of batch norm.
+            inference: takes the place of the gate's attribute.
+
+        Returns:
+            The coefficients, and the state afterwards if one was given.
+
+        Raises:
+            BackendError, ShapeError: the input does not fit, or there is no gate.
+            GateError: batch norm without a state.
+        """
+        return own_gate(self.gate, self.config)(x, state, inference=inference)

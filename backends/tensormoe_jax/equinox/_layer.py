@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from functools import partial
 from typing import Any, ClassVar, overload
 
-from equinox.nn import State
+from equinox.nn import State, StatefulLayer
 from jax import Array
 
-from tensormoe import functional
-from tensormoe.errors import ShapeError
+from tensormoe._layers import LinearSizes
 from tensormoe.factorizations import FactorizationLike
+from tensormoe.functional import LayerConfig, Options
 from tensormoe.gates import Gate
 from tensormoe.selection import Budget
 from tensormoe_jax import _pure
 from tensormoe_jax._layers import first_values
 from tensormoe_jax.equinox._base import Mixture
+from tensormoe_jax.equinox._gate import Gated
 
 __all__ = ["MuMoE"]
 
 
-class MuMoE(Mixture):
+class MuMoE(Mixture, Gated[LayerConfig], LinearSizes, StatefulLayer):
     """A multilinear mixture of linear experts (Oldfield et al. 2024) in place of ``nn.Linear``.
 
     ``y = Σ_n a_n(x) (W_nᵀ x + b_n)``, with all W_n stored as one tensor network that is never
@@ -86,64 +86,10 @@ class MuMoE(Mixture):
         axis_name: Hashable = None,
         key: Array,
     ) -> None:
-        resolve = partial(
-            functional.resolve_config,
-            in_features,
-            out_features,
-            experts,
-            factorization,
-            rank=rank,
-            budget=budget,
-            bias=bias,
-            gate=gate,
-        )
-        super().__init__(*first_values(key, resolve, init, dtype, gate_dtype), axis_name)
-
-    def __repr__(self) -> str:
-        return self._describe()
-
-    @property
-    def in_features(self) -> int:
-        """Size of an input."""
-        return self.config.spec.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Size of an output."""
-        return self.config.spec.out_features
-
-    @overload
-    def coefficients(
-        self, x: Array, state: None = None, *, inference: bool | None = None
-    ) -> tuple[Array, ...]: ...
-
-    @overload
-    def coefficients(
-        self, x: Array, state: State, *, inference: bool | None = None
-    ) -> tuple[tuple[Array, ...], State]: ...
-
-    def coefficients(
-        self, x: Array, state: State | None = None, *, inference: bool | None = None
-    ) -> tuple[Array, ...] | tuple[tuple[Array, ...], State]:
-        """The coefficients of inputs (..., in): one array (..., N_e) a level, rows summing to one.
-
-        Args:
-            x: (..., in), in the layer's dtype.
-            state: running statistics of batch norm.
-            inference: takes the place of the gate's attribute.
-
-        Returns:
-            The coefficients, and the state afterwards if one was given.
-
-        Raises:
-            BackendError, ShapeError: the input does not fit, or the layer has no gate.
-            GateError: batch norm without a state.
-        """
-        if self.gate is None:
-            raise ShapeError(
-                "this layer has no gate, and makes no coefficients. Build it with one."
-            )
-        return self.gate(x, state, inference=inference)
+        options = Options(experts, factorization, rank, budget, bias, gate)
+        config = options.layer(in_features, out_features)
+        arrays = first_values(config, key, init, dtype, gate_dtype)
+        super().__init__(config, arrays, axis_name)
 
     @overload
     def __call__(

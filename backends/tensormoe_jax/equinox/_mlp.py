@@ -5,33 +5,66 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from functools import partial
-from os import PathLike
-from typing import Any, Self, overload
+from typing import Any, ClassVar, Self, overload
 
 import equinox as eqx
 import jax
-from equinox.nn import State
+from equinox.nn import State, StatefulLayer
 from jax import Array
 
-from tensormoe import functional
-from tensormoe.checkpoint import check_config, read_block, save_checkpoint
-from tensormoe.errors import ShapeError
+from tensormoe._names import block_names, split_names
 from tensormoe.factorizations import FactorizationLike
-from tensormoe.functional import BlockConfig
+from tensormoe.functional import BlockConfig, Options
 from tensormoe.gates import Gate
 from tensormoe.selection import Budget
 from tensormoe_jax import _pure
 from tensormoe_jax._activations import Act, activation_name, own_activation
-from tensormoe_jax._adapter import BACKEND
 from tensormoe_jax._keys import checked_key
-from tensormoe_jax._layers import Block, first_values, ready
-from tensormoe_jax.equinox._gate import ExpertGate
+from tensormoe_jax._layers import Block, built, first_values
+from tensormoe_jax.equinox._base import Stateful
+from tensormoe_jax.equinox._gate import ExpertGate, Gated
 from tensormoe_jax.equinox._layer import MuMoE
 
 __all__ = ["MuMoEMLP"]
 
 
-class MuMoEMLP(Block, eqx.nn.StatefulLayer):
+class Pair(Stateful[BlockConfig], Block):
+    """Two layers, their gate and their activation."""
+
+    first: MuMoE
+    second: MuMoE
+    gate: ExpertGate | None
+    act: Callable[[Array], Array] | None
+    dropout: eqx.nn.Dropout
+    config: BlockConfig = eqx.field(static=True)
+
+    def __init__(
+        self,
+        config: BlockConfig,
+        arrays: Mapping[str, Array],
+        act: Act | None,
+        axis_name: Hashable = None,
+    ) -> None:
+        parts = split_names(arrays)
+        has_gate = config.first.gate is not None
+        self.config = config
+        self.act = own_activation(config.act_layer, act)
+        self.first = MuMoE.restore(replace(config.first, gate=None), parts["first"])
+        self.second = MuMoE.restore(config.second, parts["second"])
+        self.gate = ExpertGate(config.first, arrays, axis_name) if has_gate else None
+        self.dropout = eqx.nn.Dropout(config.drop)
+
+    @property
+    def parameters(self) -> dict[str, Array]:
+        """The trainable arrays by canonical name, as the functional form takes them."""
+        named = block_names(self.first.parameters, self.second.parameters)
+        return named if self.gate is None else named | self.gate.parameters
+
+    def _saved_config(self) -> BlockConfig:
+        return replace(self.config, drop=float(self.dropout.p))
+
+
+class MuMoEMLP(Pair, Gated[BlockConfig], StatefulLayer):
     """A μMoE block in place of an MLP (Oldfield et al. 2024, section 3): two mixtures, one gate.
 
     The coefficients are computed once, from the block's input, and mix the experts of both layers.
@@ -83,12 +116,7 @@ class MuMoEMLP(Block, eqx.nn.StatefulLayer):
     (5, 32)
     """
 
-    first: MuMoE
-    second: MuMoE
-    gate: ExpertGate | None
-    act: Callable[[Array], Array] | None
-    dropout: eqx.nn.Dropout
-    config: BlockConfig = eqx.field(static=True)
+    _kind: ClassVar[str] = "MuMoEMLP"
 
     def __init__(
         self,
@@ -111,71 +139,11 @@ class MuMoEMLP(Block, eqx.nn.StatefulLayer):
         axis_name: Hashable = None,
         key: Array,
     ) -> None:
-        resolve = partial(
-            functional.resolve_block,
-            in_features,
-            hidden_features,
-            out_features,
-            activation_name(act_layer),
-            drop,
-            gated=gated,
-            experts=experts,
-            factorization=factorization,
-            rank=rank,
-            budget=budget,
-            bias=bias,
-            gate=gate,
-        )
-        config, arrays = first_values(key, resolve, init, dtype, gate_dtype)
-        parts = _pure.split_names(arrays)
-        has_gate = config.first.gate is not None
-        self.config = config
-        self.act = own_activation(config.act_layer, act_layer)
-        self.first = MuMoE.restore(replace(config.first, gate=None), parts["first"])
-        self.second = MuMoE.restore(config.second, parts["second"])
-        self.gate = ExpertGate(config.first, arrays, axis_name) if has_gate else None
-        self.dropout = eqx.nn.Dropout(config.drop)
-
-    def __repr__(self) -> str:
-        return self._describe(self.dropout.p)
-
-    def is_stateful(self) -> bool:
-        """Whether a call needs a state: for the statistics of batch norm."""
-        return self.gate is not None and bool(self.gate.statistics)
-
-    @property
-    def parameters(self) -> dict[str, Array]:
-        """The trainable arrays by canonical name, as the functional form takes them."""
-        named = {
-            f"{layer}.{name}": array
-            for layer, module in (("first", self.first), ("second", self.second))
-            for name, array in module.parameters.items()
-        }
-        return named if self.gate is None else named | self.gate.parameters
-
-    def buffers(self, state: State | None = None) -> dict[str, Array]:
-        """Batch norm's running statistics by canonical name, as :meth:`MuMoE.buffers`."""
-        return {} if self.gate is None else self.gate.buffers(state)
-
-    @overload
-    def coefficients(
-        self, x: Array, state: None = None, *, inference: bool | None = None
-    ) -> tuple[Array, ...]: ...
-
-    @overload
-    def coefficients(
-        self, x: Array, state: State, *, inference: bool | None = None
-    ) -> tuple[tuple[Array, ...], State]: ...
-
-    def coefficients(
-        self, x: Array, state: State | None = None, *, inference: bool | None = None
-    ) -> tuple[Array, ...] | tuple[tuple[Array, ...], State]:
-        """The coefficients (..., N_e) a level that both layers share, as of :class:`MuMoE`."""
-        if self.gate is None:
-            raise ShapeError(
-                "this block has no gate, and makes no coefficients. Build it with one."
-            )
-        return self.gate(x, state, inference=inference)
+        options = Options(experts, factorization, rank, budget, bias, gate)
+        name = activation_name(act_layer)
+        config = options.block(in_features, hidden_features, out_features, name, drop, gated=gated)
+        arrays = first_values(config, key, init, dtype, gate_dtype)
+        super().__init__(config, arrays, act_layer, axis_name)
 
     @overload
     def __call__(
@@ -236,34 +204,6 @@ class MuMoEMLP(Block, eqx.nn.StatefulLayer):
         )
         return result if state is None else (result, state)
 
-    def save(self, path: str | PathLike[str], state: State | None = None) -> None:
-        """Write a checkpoint that every backend opens; an interrupted save leaves the old file.
-
-        Args:
-            path: the file.
-            state: running statistics of batch norm.
-
-        Raises:
-            CheckpointError: the folder is missing or the file cannot be written.
-            GateError: batch norm without a state.
-        """
-        config = replace(self.config, drop=float(self.dropout.p))
-        save_checkpoint(path, "MuMoEMLP", config.to_dict(), self.parameters | self.buffers(state))
-
-    @classmethod
-    def load(cls, path: str | PathLike[str], *, axis_name: Hashable = None) -> Self:
-        """The block of a checkpoint, whichever backend wrote it.
-
-        Args:
-            path: the file.
-            axis_name: as for the constructor.
-
-        Raises:
-            CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit.
-        """
-        config, arrays = read_block(path, "MuMoEMLP", BlockConfig, BACKEND)
-        return cls.restore(config, arrays, axis_name=axis_name)
-
     @classmethod
     def restore(
         cls,
@@ -285,13 +225,6 @@ class MuMoEMLP(Block, eqx.nn.StatefulLayer):
             BackendError, CheckpointError, ShapeError: as :meth:`MuMoE.restore`.
             SpecError: no activation, or two.
         """
-        check_config(config, "MuMoEMLP")
-        first, source = config.first.spec, ready(config, arrays)
-        named: Any = config.act_layer if act is None else act
-        return cls(
-            first.in_features,
-            act_layer=named,
-            experts=first.experts,
-            axis_name=axis_name,
-            key=source,
-        )
+        cls._check(config, arrays)
+        named = config.act_layer if act is None else act
+        return built(cls, Pair, config, arrays, named, axis_name)

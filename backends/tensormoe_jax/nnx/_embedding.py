@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from jax import Array
 
-from tensormoe import functional
+from tensormoe._layers import EmbeddingSizes
 from tensormoe.factorizations import FactorizationLike
+from tensormoe.functional import Options
 from tensormoe.selection import Budget
 from tensormoe_jax import _pure
+from tensormoe_jax._layers import first_values
 from tensormoe_jax.nnx._base import Mixture
-from tensormoe_jax.nnx._rngs import Source, drawn
+from tensormoe_jax.nnx._rngs import Source, parameters_key
 
 __all__ = ["MuMoEEmbedding"]
 
 
-class MuMoEEmbedding(Mixture):
+class MuMoEEmbedding(Mixture, EmbeddingSizes):
     """A mixture of embedding tables: token ids pick a row of every expert, coefficients mix them.
 
     An id is a one-hot input that is never built: the input mode is indexed by a gather. The layer
@@ -59,22 +60,9 @@ class MuMoEEmbedding(Mixture):
         dtype: Any = None,
         rngs: Source,
     ) -> None:
-        resolve = partial(
-            functional.resolve_config,
-            num_embeddings,
-            embedding_dim,
-            experts,
-            factorization,
-            rank=rank,
-            budget=budget,
-            bias=False,
-            gate=None,
-            indexed_input=True,
-        )
-        super().__init__(*drawn(rngs, resolve, init, dtype))
-
-    def __repr__(self) -> str:
-        return self._describe(options=False)
+        options = Options(experts, factorization, rank, budget, bias=False, gate=None)
+        config = options.layer(num_embeddings, embedding_dim, indexed_input=True)
+        super().__init__(config, first_values(config, parameters_key(rngs), init, dtype))
 
     def __call__(self, ids: Array, coefficients: _pure.Given) -> Array:
         """Embeddings (..., dim) of ids (...), mixed by coefficients (..., N_e) a level.

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 from flax import nnx
 from jax import Array
 
-from tensormoe.functional import LayerConfig
+from tensormoe._layers import Methods
+from tensormoe.functional import BlockConfig, LayerConfig, own_gate
 from tensormoe.gates import Gate
 from tensormoe_jax import _pure
 
-__all__ = ["ExpertGate"]
+__all__ = ["ExpertGate", "Gated"]
+
+C = TypeVar("C", bound=LayerConfig | BlockConfig)
 
 
 class ExpertGate(nnx.Module):
@@ -105,3 +109,25 @@ class ExpertGate(nnx.Module):
     def _variable(self, name: str) -> nnx.Variable[Array]:
         variable: nnx.Variable[Array] = getattr(self, name.removeprefix("gate."))
         return variable
+
+
+class Gated(Methods[Array, C]):
+    """Layers and blocks with a gate of their own."""
+
+    gate: ExpertGate | None
+
+    def coefficients(
+        self, x: Array, *, use_running_average: bool | None = None
+    ) -> tuple[Array, ...]:
+        """The coefficients of inputs (..., in): one array (..., N_e) per level.
+
+        Rows sum to one. Both layers of a block share them.
+
+        Args:
+            x: (..., in), in the layer's dtype.
+            use_running_average: as for the gate.
+
+        Raises:
+            BackendError, ShapeError: the input does not fit, or there is no gate.
+        """
+        return own_gate(self.gate, self.config)(x, use_running_average)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from jax import Array
 
-from tensormoe import functional
-from tensormoe.errors import ShapeError
+from tensormoe._layers import LinearSizes
 from tensormoe.factorizations import FactorizationLike
+from tensormoe.functional import LayerConfig, Options
 from tensormoe.gates import Gate
 from tensormoe.selection import Budget
 from tensormoe_jax import _pure
+from tensormoe_jax._layers import first_values
 from tensormoe_jax.nnx._base import Mixture
-from tensormoe_jax.nnx._rngs import Source, drawn
+from tensormoe_jax.nnx._gate import Gated
+from tensormoe_jax.nnx._rngs import Source, parameters_key
 
 __all__ = ["MuMoE"]
 
 
-class MuMoE(Mixture):
+class MuMoE(Mixture, Gated[LayerConfig], LinearSizes):
     """A multilinear mixture of linear experts (Oldfield et al. 2024) in place of ``nnx.Linear``.
 
     ``y = Σ_n a_n(x) (W_nᵀ x + b_n)``, with all W_n stored as one tensor network that is never
@@ -80,49 +81,10 @@ class MuMoE(Mixture):
         gate_dtype: Any = None,
         rngs: Source,
     ) -> None:
-        resolve = partial(
-            functional.resolve_config,
-            in_features,
-            out_features,
-            experts,
-            factorization,
-            rank=rank,
-            budget=budget,
-            bias=bias,
-            gate=gate,
-        )
-        super().__init__(*drawn(rngs, resolve, init, dtype, gate_dtype))
-
-    def __repr__(self) -> str:
-        return self._describe()
-
-    @property
-    def in_features(self) -> int:
-        """Size of an input."""
-        return self.config.spec.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Size of an output."""
-        return self.config.spec.out_features
-
-    def coefficients(
-        self, x: Array, *, use_running_average: bool | None = None
-    ) -> tuple[Array, ...]:
-        """The coefficients of inputs (..., in): one array (..., N_e) a level, rows summing to one.
-
-        Args:
-            x: (..., in), in the layer's dtype.
-            use_running_average: as for the gate.
-
-        Raises:
-            BackendError, ShapeError: the input does not fit, or the layer has no gate.
-        """
-        if self.gate is None:
-            raise ShapeError(
-                "this layer has no gate, and makes no coefficients. Build it with one."
-            )
-        return self.gate(x, use_running_average)
+        options = Options(experts, factorization, rank, budget, bias, gate)
+        config = options.layer(in_features, out_features)
+        key = parameters_key(rngs)
+        super().__init__(config, first_values(config, key, init, dtype, gate_dtype))
 
     def __call__(
         self,

@@ -11,25 +11,61 @@ from typing import Any, Self
 from flax import nnx
 from jax import Array
 
-from tensormoe import functional
-from tensormoe.checkpoint import check_config, read_block, save_checkpoint
-from tensormoe.errors import ShapeError
+from tensormoe._names import block_names, split_names
 from tensormoe.factorizations import FactorizationLike
-from tensormoe.functional import BlockConfig
+from tensormoe.functional import BlockConfig, Options
 from tensormoe.gates import Gate
 from tensormoe.selection import Budget
 from tensormoe_jax import _pure
 from tensormoe_jax._activations import Act, activation_name, own_activation
-from tensormoe_jax._adapter import BACKEND
-from tensormoe_jax._layers import Block, Ready, ready
-from tensormoe_jax.nnx._gate import ExpertGate
+from tensormoe_jax._layers import Block, built, first_values
+from tensormoe_jax.nnx._gate import ExpertGate, Gated
 from tensormoe_jax.nnx._layer import MuMoE
-from tensormoe_jax.nnx._rngs import Source, checked_rngs, drawn
+from tensormoe_jax.nnx._rngs import Source, checked_rngs, parameters_key
 
 __all__ = ["MuMoEMLP"]
 
 
-class MuMoEMLP(Block, nnx.Module):
+class Pair(Block, nnx.Module):
+    """Two layers, their gate and their activation."""
+
+    gate: ExpertGate | None
+
+    def __init__(
+        self,
+        config: BlockConfig,
+        arrays: Mapping[str, Array],
+        act: Act | None,
+        rngs: nnx.Rngs | None,
+    ) -> None:
+        parts = split_names(arrays)
+        self.config = config
+        self.act = own_activation(config.act_layer, act)
+        self.first = MuMoE.restore(replace(config.first, gate=None), parts["first"])
+        self.second = MuMoE.restore(config.second, parts["second"])
+        self.gate = None if config.first.gate is None else ExpertGate(config.first, arrays)
+        # a block that drops nothing needs no state for it
+        self.dropout = nnx.Dropout(config.drop, rngs=rngs if config.drop > 0.0 else None)
+
+    @property
+    def parameters(self) -> dict[str, Array]:
+        """The trainable arrays by canonical name, as the functional form takes them."""
+        named = block_names(self.first.parameters, self.second.parameters)
+        return named if self.gate is None else named | self.gate.parameters
+
+    @property
+    def buffers(self) -> dict[str, Array]:
+        """Batch norm's running statistics by canonical name."""
+        return {} if self.gate is None else self.gate.buffers
+
+    def _saved_config(self) -> BlockConfig:
+        return replace(self.config, drop=float(self.dropout.rate))
+
+    def _saved_arrays(self) -> dict[str, Array]:
+        return self.parameters | self.buffers
+
+
+class MuMoEMLP(Pair, Gated[BlockConfig]):
     """A μMoE block in place of an MLP (Oldfield et al. 2024, section 3): two mixtures, one gate.
 
     The coefficients are computed once, from the block's input, and mix the experts of both layers.
@@ -79,7 +115,7 @@ class MuMoEMLP(Block, nnx.Module):
     (5, 32)
     """
 
-    gate: ExpertGate | None
+    _kind = "MuMoEMLP"
 
     def __init__(
         self,
@@ -101,59 +137,12 @@ class MuMoEMLP(Block, nnx.Module):
         gate_dtype: Any = None,
         rngs: Source,
     ) -> None:
-        resolve = partial(
-            functional.resolve_block,
-            in_features,
-            hidden_features,
-            out_features,
-            activation_name(act_layer),
-            drop,
-            gated=gated,
-            experts=experts,
-            factorization=factorization,
-            rank=rank,
-            budget=budget,
-            bias=bias,
-            gate=gate,
-        )
-        source = None if isinstance(rngs, Ready) else checked_rngs(rngs)
-        config, arrays = drawn(source or rngs, resolve, init, dtype, gate_dtype)
-        parts = _pure.split_names(arrays)
-        self.config = config
-        self.act = own_activation(config.act_layer, act_layer)
-        self.first = MuMoE.restore(replace(config.first, gate=None), parts["first"])
-        self.second = MuMoE.restore(config.second, parts["second"])
-        self.gate = None if config.first.gate is None else ExpertGate(config.first, arrays)
-        # a block that drops nothing needs no state for it
-        self.dropout = nnx.Dropout(config.drop, rngs=source if config.drop > 0.0 else None)
-
-    def __repr__(self) -> str:
-        return self._describe(self.dropout.rate)
-
-    @property
-    def parameters(self) -> dict[str, Array]:
-        """The trainable arrays by canonical name, as the functional form takes them."""
-        named = {
-            f"{layer}.{name}": array
-            for layer, module in (("first", self.first), ("second", self.second))
-            for name, array in module.parameters.items()
-        }
-        return named if self.gate is None else named | self.gate.parameters
-
-    @property
-    def buffers(self) -> dict[str, Array]:
-        """Batch norm's running statistics by canonical name."""
-        return {} if self.gate is None else self.gate.buffers
-
-    def coefficients(
-        self, x: Array, *, use_running_average: bool | None = None
-    ) -> tuple[Array, ...]:
-        """The coefficients (..., N_e) a level that both layers share."""
-        if self.gate is None:
-            raise ShapeError(
-                "this block has no gate, and makes no coefficients. Build it with one."
-            )
-        return self.gate(x, use_running_average)
+        options = Options(experts, factorization, rank, budget, bias, gate)
+        name = activation_name(act_layer)
+        config = options.block(in_features, hidden_features, out_features, name, drop, gated=gated)
+        source = checked_rngs(rngs)
+        arrays = first_values(config, parameters_key(source), init, dtype, gate_dtype)
+        super().__init__(config, arrays, act_layer, source)
 
     def __call__(
         self,
@@ -181,15 +170,6 @@ class MuMoEMLP(Block, nnx.Module):
         drop = partial(self.dropout, deterministic=deterministic, rngs=rngs)
         return _pure.mix_block(self.config, self.parameters, x, coefficients, drop, drop, self.act)
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write a checkpoint that every backend opens; an interrupted save leaves the old file.
-
-        Raises:
-            CheckpointError: the folder is missing or the file cannot be written.
-        """
-        config = replace(self.config, drop=float(self.dropout.rate))
-        save_checkpoint(path, "MuMoEMLP", config.to_dict(), self.parameters | self.buffers)
-
     @classmethod
     def load(cls, path: str | PathLike[str], *, rngs: Source | None = None) -> Self:
         """The block of a checkpoint, whichever backend wrote it.
@@ -201,8 +181,7 @@ class MuMoEMLP(Block, nnx.Module):
         Raises:
             CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit.
         """
-        config, arrays = read_block(path, "MuMoEMLP", BlockConfig, BACKEND)
-        return cls.restore(config, arrays, rngs=rngs)
+        return cls.restore(*cls._read(path), rngs=rngs)
 
     @classmethod
     def restore(
@@ -225,10 +204,7 @@ class MuMoEMLP(Block, nnx.Module):
             BackendError, CheckpointError, ShapeError: as :meth:`MuMoE.restore`.
             SpecError: no activation, or two.
         """
-        check_config(config, "MuMoEMLP")
-        first, source = config.first.spec, ready(config, arrays)
-        named: Any = config.act_layer if act is None else act
-        block = cls(first.in_features, act_layer=named, experts=first.experts, rngs=source)
-        if rngs is not None and config.drop > 0.0:
-            block.dropout = nnx.Dropout(config.drop, rngs=checked_rngs(rngs))
-        return block
+        cls._check(config, arrays)
+        named = config.act_layer if act is None else act
+        source = None if rngs is None else checked_rngs(rngs)
+        return built(cls, Pair, config, arrays, named, source)

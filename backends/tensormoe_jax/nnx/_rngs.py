@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from flax import nnx
 from jax import Array
 
 from tensormoe.errors import SpecError
-from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe_jax._keys import shown
-from tensormoe_jax._layers import Ready, first_values
 
-__all__ = ["Source", "checked_rngs", "drawn"]
+__all__ = ["Source", "checked_rngs", "parameters_key"]
 
 Source = nnx.Rngs | int | Array
 """Streams of random keys, or the seed or the key that makes them."""
-
-C = TypeVar("C", LayerConfig, BlockConfig)
 
 
 def checked_rngs(rngs: Any) -> nnx.Rngs:
@@ -41,21 +36,17 @@ def checked_rngs(rngs: Any) -> nnx.Rngs:
     )
 
 
-def drawn(
-    rngs: Any, resolve: Callable[[], C], init: str, dtype: Any, gate_dtype: Any = None
-) -> tuple[C, dict[str, Array]]:
-    """A layer's configuration, and its parameters and buffers by canonical name.
+def parameters_key(rngs: Any) -> Array:
+    """The key that parameters are drawn by.
 
     Raises:
-        SpecError: no source of keys, or one without a stream for parameters.
+        SpecError: not a source of keys, or one without a stream for parameters.
     """
-    if isinstance(rngs, Ready):
-        return first_values(rngs, resolve, init, dtype, gate_dtype)
     try:
-        key = checked_rngs(rngs).params()
+        key: Array = checked_rngs(rngs).params()
     except AttributeError as error:
         raise SpecError(
             f"rngs must have a stream named 'params', or a default one; got {[*rngs]}. Pass "
             "nnx.Rngs(0), for instance."
         ) from error
-    return first_values(key, resolve, init, dtype, gate_dtype)
+    return key

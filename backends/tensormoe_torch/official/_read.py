@@ -14,7 +14,6 @@ from tensormoe.errors import CheckpointError, SpecError, TensormoeError
 from tensormoe.factorizations import CP, Factorization, TensorRing, TensorTrain, from_tensorly
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.gates import Gate
-from tensormoe_torch._base import filled
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._pre_normed import PreNormed
@@ -180,9 +179,9 @@ def _block(
             named[f"gate.running_variance_{level}"] = arrays[f"bn.{level}.running_var"]
     device = arrays["projs.0"].device
     if layout.layers == 1:
-        return filled(lambda dtype: MuMoE.of(configs[0], "paper", "meta", dtype), named, device)
+        return MuMoE._filled(configs[0], named, device, "paper")
     both = BlockConfig(configs[0], configs[1], "gelu")
-    return filled(lambda dtype: MuMoEMLP.of(both, "paper", "meta", dtype), named, device)
+    return MuMoEMLP._filled(both, named, device, "paper")
 
 
 def _with_norm(block: MuMoE | MuMoEMLP, arrays: Mapping[str, Tensor]) -> PreNormed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +16,9 @@ from tensormoe.functional import (
     BlockConfig,
     Fit,
     LayerConfig,
+    Options,
     checked_noise,
-    resolve_block,
-    resolve_config,
-    shared_experts,
+    upcycle,
 )
 from tensormoe.gates import Gate
 from tensormoe.selection import Budget
@@ -30,7 +29,6 @@ from tensormoe_torch.surgery._block import Block, read_block
 from tensormoe_torch.surgery._linears import Linear, read_linear
 
 __all__ = [
-    "Wish",
     "block_config",
     "fitted_block",
     "fitted_layer",
@@ -38,17 +36,6 @@ __all__ = [
     "from_linear",
     "from_mlp",
 ]
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What a mixture is asked to be: the arguments that layers and blocks share."""
-
-    experts: int | tuple[int, ...]
-    factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike]
-    rank: int | tuple[int, ...] | None
-    budget: Budget | int | str | None
-    gate: Gate | str | None
 
 
 def from_linear(
@@ -100,8 +87,8 @@ def from_linear(
     """
     found = read_linear(linear, "linear")
     noise = checked_noise(noise)
-    wish = Wish(experts, factorization, rank, budget, gate)
-    layer, fit = fitted_layer(layer_config(found, wish), found, noise)
+    options = Options(experts, factorization, rank, budget, gate=gate)
+    layer, fit = fitted_layer(layer_config(found, options), found, noise)
     return layer.train(linear.training), fit
 
 
@@ -155,48 +142,30 @@ def from_mlp(
     """
     found = read_block(mlp, "mlp")
     noise = checked_noise(noise)
-    wish = Wish(experts, factorization, rank, budget, gate)
-    block, fit = fitted_block(block_config(found, wish, drop, "mlp"), found, noise)
+    options = Options(experts, factorization, rank, budget, gate=gate)
+    block, fit = fitted_block(block_config(found, options, drop, "mlp"), found, noise)
     mode = (mlp[0] if isinstance(mlp, tuple) else mlp).training
     return block.train(mode), fit
 
 
-def layer_config(linear: Linear, wish: Wish) -> LayerConfig:
+def layer_config(linear: Linear, options: Options) -> LayerConfig:
     """The configuration of the mixture that takes a linear layer's place."""
-    if isinstance(wish.factorization, tuple):
-        raise SpecError(
-            f"factorization must be one for a linear layer; got {wish.factorization!r}. Pairs are "
-            "for blocks of two."
-        )
-    return resolve_config(
-        *linear.sizes,
-        wish.experts,
-        wish.factorization,
-        rank=wish.rank,
-        budget=wish.budget,
-        bias=linear.bias is not None,
-        gate=wish.gate,
-    )
+    return replace(options, bias=linear.bias is not None).layer(*linear.sizes)
 
 
-def block_config(block: Block, wish: Wish, drop: float | None, name: str) -> BlockConfig:
+def block_config(block: Block, options: Options, drop: float | None, name: str) -> BlockConfig:
     """The configuration of the block that takes an MLP's place."""
     if drop is None and len(set(block.drops)) > 1:
         raise SpecError(
             f"the dropout of {name} must have one rate behind the activation and behind the second "
             f"layer; got {block.drops[0]:g} and {block.drops[1]:g}. Give drop=…: 0.0 for none."
         )
-    return resolve_block(
+    bias = any(linear.bias is not None for linear in block.linears)
+    return replace(options, bias=bias).block(
         *block.sizes,
         block.activation,
         block.drops[0] if drop is None else drop,
         gated=block.up is not None,
-        experts=wish.experts,
-        factorization=wish.factorization,
-        rank=wish.rank,
-        budget=wish.budget,
-        bias=any(linear.bias is not None for linear in block.linears),
-        gate=wish.gate,
     )
 
 
@@ -246,7 +215,7 @@ def _fit(layer: MuMoE, config: LayerConfig, linear: Linear, noise: float, before
     """Fill a layer's factors from a linear layer; ``config`` counts the gate that runs it."""
     like = linear.weight
     wide = torch.float32 if like.dtype.itemsize < 4 else like.dtype
-    arrays, error, norm = shared_experts(
+    arrays, error, norm = upcycle(
         replace(config, gate=None),
         like,
         linear.bias,

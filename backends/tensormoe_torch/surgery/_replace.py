@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tensormoe._validation import choice, positive_int
 from tensormoe.errors import BudgetError, SpecError, TensormoeError, located
 from tensormoe.factorizations import INITIALIZATIONS, FactorizationLike
-from tensormoe.functional import BlockConfig, Fit, LayerConfig, checked_noise
+from tensormoe.functional import BlockConfig, Fit, LayerConfig, Options, checked_noise
 from tensormoe.gates import Gate
 from tensormoe.planning import PUBLISHED_ROOFLINES, Cost, Roofline
 from tensormoe.selection import Budget, linear_cost
@@ -22,7 +22,6 @@ from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch.surgery._block import Block, read_block
 from tensormoe_torch.surgery._convert import (
-    Wish,
     block_config,
     fitted_block,
     fitted_layer,
@@ -116,12 +115,12 @@ def replace(
     if batch is not None and example is not None:
         raise SpecError(f"batch and example exclude one another; got batch={batch!r}. Drop one.")
     rows = positive_int(1024 if batch is None else batch, "batch")
-    wish = Wish(experts, factorization, rank, budget, gate)
+    options = Options(experts, factorization, rank, budget, gate=gate)
 
     chosen = select_modules(model, select)
     sources = {name: _read(name, module, model, start) for name, module in chosen.items()}
     check_surroundings(model, chosen)
-    configs = {name: _config(name, source, wish, drop) for name, source in sources.items()}
+    configs = {name: _config(name, source, options, drop) for name, source in sources.items()}
     # a module that is used in several places is replaced by one
     names = list({id(module): name for name, module in reversed(chosen.items())}.values())[::-1]
     if example is None:
@@ -181,12 +180,12 @@ def at(name: str) -> Iterator[None]:
 
 
 def _config(
-    name: str, source: Linear | Block, wish: Wish, drop: float | None
+    name: str, source: Linear | Block, options: Options, drop: float | None
 ) -> LayerConfig | BlockConfig:
     with at(name):
         if isinstance(source, Linear):
-            return layer_config(source, wish)
-        return block_config(source, wish, drop, repr(name))
+            return layer_config(source, options)
+        return block_config(source, options, drop, repr(name))
 
 
 def _make(

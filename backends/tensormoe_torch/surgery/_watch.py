@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tensormoe_torch._activations import probe
 from tensormoe_torch._hooks import without_hooks
@@ -93,75 +94,99 @@ def watch(module: nn.Module, linears: Sequence[nn.Module], sizes: Sequence[Linea
     count = values.shape[1]
     x = torch.linspace(-1.0, 1.0, count * rows, device=like.device).sin()
     x = x.reshape(1, count, rows).to(like.dtype)
-    seen = Watch(returned)
-    heads, tail = linears[:-1], linears[-1]
-    calls: list[nn.Module] = []
-    inputs: list[Tensor] = []
-    left: list[Tensor] = []
-    given: dict[int, Tensor] = {}
-
-    def enter(part: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        calls.append(part)
-        if part is not tail:
-            inputs.extend(arg for arg in args if isinstance(arg, Tensor))
-            return None
-        seen.middle = args[0].clone()
-        return (args[0].to(like.dtype), *args[1:])
-
-    def leave(part: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if part is tail:
-            left.append(output)
-            return None
-        if fused:
-            return torch.cat(returned, dim=-1)
-        # a copy: the activation may work in place
-        return returned[next(k for k, each in enumerate(heads) if each is part)].clone()
-
-    def drop(part: nn.Module, *_: Any) -> None:
-        rate = float(getattr(part, "p", 0.0))
-        behind = len(calls) - len(heads)
-        if rate and behind in (0, 1):
-            before = seen.rates[behind]
-            seen.rates[behind] = 1.0 - (1.0 - before) * (1.0 - rate) if before else rate
-        elif rate:
-            calls.append(part)
-
-    def enter_between(part: nn.Module, args: tuple[Any, ...]) -> None:
-        if len(args) == 1 and isinstance(args[0], Tensor):
-            given[id(part)] = args[0].clone()
-
-    def leave_between(part: nn.Module, args: Any, output: Any) -> None:
-        if id(part) in given and isinstance(output, Tensor) and tail not in calls:
-            seen.modules.append((part, given.pop(id(part)), output.clone()))
-
+    run = _Run(linears, like.dtype, Watch(returned))
     with without_hooks(module), _alone(module) as drops:
-        handles = [each.register_forward_pre_hook(enter) for each in linears]
-        handles += [each.register_forward_hook(leave) for each in linears]
-        handles += [each.register_forward_hook(drop) for each in drops]
-        for each in module.modules():
-            if not any(part in drops or is_linear(part) for part in each.modules()):
-                handles.append(each.register_forward_pre_hook(enter_between))
-                handles.append(each.register_forward_hook(leave_between))
+        handles = run.hooks(module, drops)
         result: Any = None
         try:
             with torch.no_grad():
                 result = module(x)
         except Exception as error:
             # any code may run here, and may want other arguments
-            seen.trouble = f", or takes more than one input ({error})"
+            run.seen.trouble = f", or takes more than one input ({error})"
         finally:
             for handle in handles:
                 handle.remove()
-    seen.plain = (
-        len(calls) == len(linears)
-        and all(one is other for one, other in zip(calls, linears, strict=True))
-        and len(inputs) == len(heads)
-        and all(torch.equal(each, x) for each in inputs)
-        and len(left) == 1
-        and isinstance(result, Tensor)
-        and torch.equal(result, left[0])
-    )
-    return seen
+    run.seen.plain = run.is_plain(x, result)
+    return run.seen
+
+
+@dataclass(eq=False)
+class _Run:
+    """One run of a block, recorded by hooks that give known tensors for what layers return."""
+
+    linears: Sequence[nn.Module]
+    dtype: torch.dtype
+    seen: Watch
+    calls: list[nn.Module] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    left: list[Tensor] = field(default_factory=list)
+    given: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def heads(self) -> Sequence[nn.Module]:
+        """The linear layers before the activation."""
+        return self.linears[:-1]
+
+    def hooks(self, module: nn.Module, drops: Sequence[nn.Module]) -> list[RemovableHandle]:
+        """Record linear layers, dropout, and what is between."""
+        handles = [each.register_forward_pre_hook(self.enter) for each in self.linears]
+        handles += [each.register_forward_hook(self.leave) for each in self.linears]
+        handles += [each.register_forward_hook(self.drop) for each in drops]
+        for each in module.modules():
+            if not any(part in drops or is_linear(part) for part in each.modules()):
+                handles.append(each.register_forward_pre_hook(self.enter_between))
+                handles.append(each.register_forward_hook(self.leave_between))
+        return handles
+
+    def is_plain(self, x: Tensor, result: object) -> bool:
+        """Whether each layer ran once, in order, on nothing but the input and the activation."""
+        calls, linears = self.calls, self.linears
+        return (
+            len(calls) == len(linears)
+            and all(one is other for one, other in zip(calls, linears, strict=True))
+            and len(self.inputs) == len(self.heads)
+            and all(torch.equal(each, x) for each in self.inputs)
+            and len(self.left) == 1
+            and isinstance(result, Tensor)
+            and torch.equal(result, self.left[0])
+        )
+
+    def enter(self, part: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        self.calls.append(part)
+        if part is not self.linears[-1]:
+            self.inputs.extend(arg for arg in args if isinstance(arg, Tensor))
+            return None
+        self.seen.middle = args[0].clone()
+        return (args[0].to(self.dtype), *args[1:])
+
+    def leave(self, part: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if part is self.linears[-1]:
+            self.left.append(output)
+            return None
+        returned = self.seen.returned
+        if len(returned) > len(self.heads):
+            return torch.cat(returned, dim=-1)
+        # a copy: the activation may work in place
+        return returned[next(k for k, each in enumerate(self.heads) if each is part)].clone()
+
+    def drop(self, part: nn.Module, *_: Any) -> None:
+        rate = float(getattr(part, "p", 0.0))
+        behind = len(self.calls) - len(self.heads)
+        if rate and behind in (0, 1):
+            before = self.seen.rates[behind]
+            self.seen.rates[behind] = 1.0 - (1.0 - before) * (1.0 - rate) if before else rate
+        elif rate:
+            self.calls.append(part)
+
+    def enter_between(self, part: nn.Module, args: tuple[Any, ...]) -> None:
+        if len(args) == 1 and isinstance(args[0], Tensor):
+            self.given[id(part)] = args[0].clone()
+
+    def leave_between(self, part: nn.Module, args: Any, output: Any) -> None:
+        known = id(part) in self.given and isinstance(output, Tensor)
+        if known and self.linears[-1] not in self.calls:
+            self.seen.modules.append((part, self.given.pop(id(part)), output.clone()))
 
 
 @contextmanager

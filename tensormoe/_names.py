@@ -1,0 +1,36 @@
+"""Canonical names of a block's arrays, and of those of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+__all__ = ["block_names", "split_names"]
+
+T = TypeVar("T")
+
+
+def block_names(first: Mapping[str, T], second: Mapping[str, T]) -> dict[str, T]:
+    """Values of two layers, and of the gate of both, under the names that their block gives them.
+
+    >>> block_names({"factors.input": 1, "gate.projection_0": 2}, {"factors.input": 3})
+    {'first.factors.input': 1, 'gate.projection_0': 2, 'second.factors.input': 3}
+    """
+    return {
+        name if name.startswith("gate.") else f"{layer}.{name}": value
+        for layer, values in (("first", first), ("second", second))
+        for name, value in values.items()
+    }
+
+
+def split_names(values: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """Values by what comes before the first dot of their names.
+
+    >>> split_names({"first.factors.input": 1, "gate.projection_0": 2})
+    {'first': {'factors.input': 1}, 'gate': {'projection_0': 2}}
+    """
+    parts: dict[str, dict[str, T]] = {}
+    for name, value in values.items():
+        part, _, short = name.partition(".")
+        parts.setdefault(part, {})[short] = value
+    return parts
