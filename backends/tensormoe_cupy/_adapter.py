@@ -76,3 +76,4 @@ class CupyBackend(NumpyLikeBackend):
 
 
 BACKEND = CupyBackend()
+"""The adapter of CuPy, which ``tensormoe.get_backend`` returns."""

@@ -180,3 +180,4 @@ def _no_wrap(indices: Array, size: int) -> Array:
 
 
 BACKEND = JaxBackend()
+"""The adapter of JAX, which ``tensormoe.get_backend`` returns."""

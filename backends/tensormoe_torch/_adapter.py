@@ -162,4 +162,5 @@ class TorchBackend:
 
 
 BACKEND = TorchBackend()
+"""The adapter of PyTorch, which ``tensormoe.get_backend`` returns."""
 EAGER = TorchBackend(eager=True)
