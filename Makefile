@@ -107,6 +107,11 @@ docs: $(VENV)/.ready-dev ## the documentation, built strictly into site/
 	@# not --quiet: it would keep the warnings from --strict, which counts them
 	@$(BIN)/mkdocs build --strict 2>&1 | sed '/^INFO /d'
 
+.PHONY: docs-check
+docs-check: $(VENV)/.ready-docs-check ## every page of the documentation in Chromium (not part of test)
+	@echo "== docs-check"
+	@PYTHONPATH=.:backends $(BIN)/python -m tests.docs
+
 .PHONY: build-check
 build-check: $(VENV)/.ready-dev ## sdist -> wheel -> clean environment -> import every package
 	@echo "== build-check"
@@ -165,6 +170,11 @@ $(VENV)/.ready-dev: $(REQUIREMENTS) | $(VENV)/bin/python
 	@echo "== setting up $(VENV): tensormoe with all that its checks need"
 	@$(BIN)/python $(PIP_INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.ready-demo
+
+$(VENV)/.ready-docs-check: $(REQUIREMENTS) | $(VENV)/bin/python
+	@echo "== setting up $(VENV): the documentation, and what drives a browser"
+	@$(BIN)/python $(PIP_INSTALL) -e '.[docs-check]'
+	@touch $@
 
 $(VENV)/.ready-bench: $(REQUIREMENTS) | $(VENV)/bin/python
 	@echo "== setting up $(VENV): what the benchmarks compare with"

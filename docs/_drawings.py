@@ -14,7 +14,13 @@ from pathlib import Path
 
 IMAGES = Path(__file__).parent / "images"
 
-FACTOR, EXPERT, GATE, INPUT, WHOLE = "#3a7fc1", "#c2621f", "#2c9168", "#8a63b8", "#5f7085"
+FACTOR, EXPERT, GATE, INPUT, WHOLE = (
+    "#3a7fc1",
+    "#c2621f",
+    "#2c9168",
+    "#8a63b8",
+    "#5f7085",
+)
 LINE, TEXT = "#7c8899", "#7a8595"
 RADIUS = 19
 
@@ -44,9 +50,13 @@ class Drawing:
     dots: set[str] = field(default_factory=set)
     ends: list[list[tuple[float, float]]] = field(default_factory=list)
 
-    def node(self, key: str, x: float, y: float, name: str, colour: str = FACTOR) -> None:
+    def node(
+        self, key: str, x: float, y: float, name: str, colour: str = FACTOR
+    ) -> None:
         self.places[key] = (x, y)
-        self.shapes.append(f'<circle cx="{x:g}" cy="{y:g}" r="{RADIUS}" fill="{colour}"/>')
+        self.shapes.append(
+            f'<circle cx="{x:g}" cy="{y:g}" r="{RADIUS}" fill="{colour}"/>'
+        )
         self.text(x, y, name, "name")
 
     def box(self, key: str, x: float, y: float, name: str) -> None:
@@ -59,35 +69,52 @@ class Drawing:
     def dot(self, key: str, x: float, y: float) -> None:
         self.places[key] = (x, y)
         self.dots.add(key)
-        self.shapes.append(f'<circle cx="{x:g}" cy="{y:g}" r="5" fill="{LINE}"/>')
+        self.shapes.append(
+            f'<circle cx="{x:g}" cy="{y:g}" r="5" fill="{LINE}"/>'
+        )
 
-    def bond(self, first: str, second: str, name: str = "", side: float = 14) -> None:
+    def bond(
+        self, first: str, second: str, name: str = "", side: float = 14
+    ) -> None:
         """A line between two nodes; its name stands ``side`` pixels to its right."""
         (x1, y1), (x2, y2) = self.places[first], self.places[second]
         self._line((x1, y1), (x2, y2))
         if name:
             length = ((x2 - x1) ** 2 + (y2 - y1) ** 2) ** 0.5
             right = (-(y2 - y1) / length, (x2 - x1) / length)
-            self.text((x1 + x2) / 2 + side * right[0], (y1 + y2) / 2 + side * right[1], name, "leg")
+            self.text(
+                (x1 + x2) / 2 + side * right[0],
+                (y1 + y2) / 2 + side * right[1],
+                name,
+                "leg",
+            )
 
     def leg(self, key: str, dx: float, dy: float, name: str) -> None:
         """An open line, named at its end."""
         x, y = self.places[key]
         length = (dx * dx + dy * dy) ** 0.5
         self._line((x, y), (x + dx, y + dy))
-        self.text(x + dx * (1 + 12 / length), y + dy * (1 + 12 / length), name, "leg")
+        self.text(
+            x + dx * (1 + 12 / length), y + dy * (1 + 12 / length), name, "leg"
+        )
 
     def cut(self, path: str, x: float, y: float, name: str) -> None:
         self.shapes.append(f'<path class="cut" d="{path}"/>')
         self.text(x, y, name, "cutname")
 
-    def _line(self, start: tuple[float, float], end: tuple[float, float]) -> None:
+    def _line(
+        self, start: tuple[float, float], end: tuple[float, float]
+    ) -> None:
         (x1, y1), (x2, y2) = start, end
         self.ends.append([start, end])
-        self.lines.append(f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}"/>')
+        self.lines.append(
+            f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}"/>'
+        )
 
     def text(self, x: float, y: float, words: str, kind: str) -> None:
-        self.shapes.append(f'<text class="{kind}" x="{x:g}" y="{y:g}">{escape(words)}</text>')
+        self.shapes.append(
+            f'<text class="{kind}" x="{x:g}" y="{y:g}">{escape(words)}</text>'
+        )
 
     def svg(self) -> str:
         return (
@@ -101,7 +128,9 @@ class Drawing:
 
 def layer() -> Drawing:
     """The dense layer, and the same as a ring: the picture of the README."""
-    new = Drawing(760, 250, "A layer: gate, experts and input, dense and as a tensor ring")
+    new = Drawing(
+        760, 250, "A layer: gate, experts and input, dense and as a tensor ring"
+    )
     new.text(165, 18, "N dense experts: one tensor", "title")
     new.box("W", 165, 165, "W")
     new.node("a", 165, 68, "a", GATE)
@@ -132,7 +161,9 @@ def layer() -> Drawing:
 
 
 def dense() -> Drawing:
-    new = Drawing(260, 170, "Dense: one array with an expert, an input and an output leg")
+    new = Drawing(
+        260, 170, "Dense: one array with an expert, an input and an output leg"
+    )
     new.box("W", 130, 100, "W")
     new.leg("W", 0, -62, "N")
     new.leg("W", -80, 0, "I")
@@ -150,7 +181,9 @@ def cp() -> Drawing:
 
 
 def tensor_ring() -> Drawing:
-    new = Drawing(260, 170, "Tensor ring: three factors in a circle of three bonds")
+    new = Drawing(
+        260, 170, "Tensor ring: three factors in a circle of three bonds"
+    )
     _three(new, 130, 52, 70, 132, 190, 132)
     new.bond("o", "n", "r₁")
     new.bond("n", "i", "r₂", 14)
@@ -159,8 +192,13 @@ def tensor_ring() -> Drawing:
 
 
 def tensor_train() -> Drawing:
-    new = Drawing(260, 170, "Tensor train: three factors in a line with two bonds")
-    for key, x, colour, leg in (("n", 50, EXPERT, "N"), ("i", 130, FACTOR, "I")):
+    new = Drawing(
+        260, 170, "Tensor train: three factors in a line with two bonds"
+    )
+    for key, x, colour, leg in (
+        ("n", 50, EXPERT, "N"),
+        ("i", 130, FACTOR, "I"),
+    ):
         new.node(key, x, 110, "", colour)
         new.leg(key, 0, -46, leg)
     new.node("o", 210, 110, "")
@@ -199,7 +237,11 @@ def hadamard() -> Drawing:
 
 
 def shared_basis() -> Drawing:
-    new = Drawing(260, 170, "Shared basis: J shared matrices, and one small factor per expert")
+    new = Drawing(
+        260,
+        170,
+        "Shared basis: J shared matrices, and one small factor per expert",
+    )
     new.node("alpha", 66, 62, "", EXPERT)
     new.node("own", 194, 62, "", EXPERT)
     new.node("basis", 130, 132, "")
@@ -215,7 +257,11 @@ def shared_basis() -> Drawing:
 
 
 def base_delta() -> Drawing:
-    new = Drawing(260, 170, "Base and deltas: one full matrix plus a difference per expert")
+    new = Drawing(
+        260,
+        170,
+        "Base and deltas: one full matrix plus a difference per expert",
+    )
     new.node("base", 48, 110, "")
     new.leg("base", 0, -44, "I")
     new.leg("base", 0, 38, "O")
@@ -232,7 +278,15 @@ def base_delta() -> Drawing:
     return new
 
 
-def _three(new: Drawing, x1: float, y1: float, x2: float, y2: float, x3: float, y3: float) -> None:
+def _three(
+    new: Drawing,
+    x1: float,
+    y1: float,
+    x2: float,
+    y2: float,
+    x3: float,
+    y3: float,
+) -> None:
     """Expert factor above, input factor at the left, output factor at the right."""
     new.node("n", x1, y1, "", EXPERT)
     new.node("i", x2, y2, "")
@@ -244,7 +298,9 @@ def _three(new: Drawing, x1: float, y1: float, x2: float, y2: float, x3: float, 
 
 def capacity() -> Drawing:
     """Both capacities of a ring as cuts."""
-    new = Drawing(760, 270, "Expert rank and expert span of a tensor ring as minimum cuts")
+    new = Drawing(
+        760, 270, "Expert rank and expert span of a tensor ring as minimum cuts"
+    )
     for shift, title in (
         (0, "expert rank: between I and O"),
         (380, "expert span: between N and the rest"),

@@ -75,3 +75,4 @@ class CupyBackend(NumpyLikeBackend):
 
 
 BACKEND = CupyBackend()
+"""The adapter of CuPy, which ``tensormoe.get_backend`` returns."""

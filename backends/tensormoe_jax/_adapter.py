@@ -183,4 +183,5 @@ def _no_wrap(indices: Array, size: int) -> Array:
 
 
 BACKEND = JaxBackend()
+"""The adapter of JAX, which ``tensormoe.get_backend`` returns."""
 LIBRARY = Library(frees_saved=True)

@@ -98,3 +98,4 @@ def _pieces(array: NDArray) -> tuple[NDArray, NDArray]:
 
 
 BACKEND = NumpyBackend()
+"""The adapter of NumPy, which ``tensormoe.get_backend`` returns."""

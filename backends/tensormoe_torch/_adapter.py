@@ -165,4 +165,5 @@ def library(dtype: torch.dtype, *, keeps_input: bool = True) -> Library:
 
 
 BACKEND = TorchBackend()
+"""The adapter of PyTorch, which ``tensormoe.get_backend`` returns."""
 EAGER = TorchBackend(eager=True)

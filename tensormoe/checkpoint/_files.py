@@ -14,6 +14,7 @@ from tensormoe.errors import CheckpointError
 __all__ = ["PARTIAL_SUFFIX", "checkpoint_path", "open_regular", "sync_folder", "write_whole"]
 
 PARTIAL_SUFFIX = ".tensormoe-partial"
+"""End of a file's name while it is being written."""
 
 
 def checkpoint_path(path: str | os.PathLike[str]) -> str:

@@ -40,6 +40,7 @@ __all__ = [
 
 FORMAT = "tensormoe"
 SCHEMA_VERSION = 1
+"""Version of the files that are written; a newer one is an error."""
 _MAX_DEPTH = 32
 
 

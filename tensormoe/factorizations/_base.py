@@ -27,6 +27,7 @@ Split = Callable[[int], "tuple[Array, Array]"]
 """From an inner size K to (rows, K) and (K, out): factors of the best product of that size."""
 
 INITIALIZATIONS = ("variance", "paper")
+"""Names of the schemes that initial values are drawn by."""
 
 
 class Factorization(ABC):

@@ -16,8 +16,11 @@ Leg = str
 """A leg is known by its name; legs of one name are one (hyper)edge of the network."""
 
 BATCH: Leg = "b"
+"""The leg of inputs in a batch, which no factor has."""
 INPUT: Leg = "i"
+"""The leg of an input's features."""
 OUTPUT: Leg = "o"
+"""The leg of an output's features."""
 
 
 def expert_leg(level: int) -> Leg:
