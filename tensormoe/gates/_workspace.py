@@ -17,9 +17,9 @@ def workspace(
 ) -> int:
     """Bytes at the peak of :func:`activate` or :func:`activate_vjp`, result included.
 
-    Counted are the arrays of one block of rows, and the result, which is an array of its own once
-    there is more than one block. Arguments are not counted, nor vectors with one entry per row or
-    expert. Logits are unmasked, finite and roughly normal.
+    Counted are the arrays of one block of rows, the result, which is an array of its own once there
+    is more than one block, some vectors with one entry per row, and the buffer by which NumPy
+    broadcasts one. Arguments are not counted. Logits are unmasked, finite and roughly normal.
 
     Args:
         gate: the gate, whose activation and normalization decide on the temporaries.
@@ -31,12 +31,18 @@ def workspace(
 
     Example:
         >>> workspace(Gate(), 1024, 1024, 4, 256 * 1024) / (1024 * 1024 * 4)
-        1.0625
+        1.07086181640625
     """
     block = block_rows(rows, experts, itemsize, row_block_bytes)
     arrays, flags, whole = _backward_arrays(gate) if backward else _forward_arrays(gate)
     whole += block < rows
-    return (arrays * itemsize + flags) * block * experts + whole * itemsize * rows * experts
+    entries = block * experts
+    small = itemsize * (_VECTORS * block + min(_BUFFER, entries))
+    return (arrays * itemsize + flags) * entries + small + whole * itemsize * rows * experts
+
+
+# vectors of a block that are alive at once, and entries that NumPy buffers at most
+_VECTORS, _BUFFER = 9, 8192
 
 
 # what is alive at once: floating-point and boolean arrays of a block, and arrays of all rows

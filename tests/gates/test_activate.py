@@ -185,9 +185,7 @@ def test_the_workspace_is_predicted(activation, normalization, shape):
     gate = Gate(activation, normalization=normalization, k=3 if activation == "top_k" else None)
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     activate(gate, x)
-    # NumPy broadcasts by buffers of its own
-    buffers = peak(lambda: x + x[:, :1]) - x.nbytes
-    found = peak(lambda: activate(gate, x)) - buffers
+    found = peak(lambda: activate(gate, x))
     assert found == pytest.approx(workspace(gate, *shape, 4, BACKEND.row_block_bytes), rel=0.05)
 
 
