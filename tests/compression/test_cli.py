@@ -71,10 +71,10 @@ def test_a_table_and_the_same_as_json(
     assert found["parameters"] == sum(each["parameters"] for each in found["groups"]) <= 288
     for group in found["groups"]:
         assert 0 < group["error"] < 1
-        assert f"{group['error']:.2%}" in shown
-        assert f"{group['svd_error']:.2%}" in shown
+        assert f"{group['error']:.1%}" in shown
+        assert f"{group['svd_error']:.1%}" in shown
         joint = [each for each in group["controls"] if each["unfolding"] != "each expert"]
-        assert f"{min(each['error'] for each in joint):.2%}" in shown
+        assert f"{min(each['error'] for each in joint):.1%}" in shown
         assert all(each["parameters"] <= group["parameters"] for each in group["controls"])
         assert len(group["expert_errors"]) == 4
         assert (tmp_path / "out" / group["file"]).is_file()

@@ -248,10 +248,13 @@ def test_limits_that_cannot_be(seconds: Any) -> None:
 
 
 SCRIPT = """
+import signal
 import numpy as np
 from tensormoe import TensorRing
 from tensormoe.decomposition import Search, decompose
 
+# what a shell runs in the background ignores the signal, and so do its children
+signal.signal(signal.SIGINT, signal.default_int_handler)
 weights = np.random.default_rng(0).standard_normal((48, 256, 384), dtype="float32")
 search = Search(starts=1, sweeps=10**6, tolerance=0.0)
 shown = lambda each: print(each.sweep, f"{each.error:.4f}", flush=True)

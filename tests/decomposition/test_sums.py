@@ -215,30 +215,35 @@ def test_weights_are_taken_back_out_of_every_term(
 def test_weighted_sums_lower_the_error_of_outputs(
     kind: Any, levels: tuple[int, ...], biased: bool, loads: bool, rng: np.random.Generator
 ) -> None:
-    weights, bias, _ = planted(kind, levels, rng, noise=0.3)
-    inputs, coefficients = samples(levels, rng, spread=2.0)
-    given = np.concatenate([weights, bias[..., None, :]], axis=-2) if biased else weights
-    rows = np.concatenate([inputs, np.ones((len(inputs), 1))], axis=1) if biased else inputs
-    errors = []
-    for weighted in (False, True):
-        found = decompose(
-            weights,
-            kind,
-            bias=bias if biased else None,
-            inputs=inputs,
-            coefficients=coefficients if loads else None,
-            weighted=weighted,
-        )
-        made = reconstruct_by_einsum(kind, found.factors)
-        errors.append(
-            [
-                np.linalg.norm(outputs(rows, each, coefficients if loads else None))
-                for each in (given - made, given)
-            ]
-        )
-    (plain, whole), (weighed, _) = errors
-    assert weighed < (0.95 if loads else 1.0) * plain
-    assert weighed < 0.5 * whole
+    """In every draw, and by much on average where the loads of experts differ."""
+    ratios = []
+    for _ in range(3):
+        weights, bias, _ = planted(kind, levels, rng, noise=0.3)
+        inputs, coefficients = samples(levels, rng, spread=2.0)
+        given = np.concatenate([weights, bias[..., None, :]], axis=-2) if biased else weights
+        rows = np.concatenate([inputs, np.ones((len(inputs), 1))], axis=1) if biased else inputs
+        errors = []
+        for weighted in (False, True):
+            found = decompose(
+                weights,
+                kind,
+                bias=bias if biased else None,
+                inputs=inputs,
+                coefficients=coefficients if loads else None,
+                weighted=weighted,
+            )
+            made = reconstruct_by_einsum(kind, found.factors)
+            errors.append(
+                [
+                    np.linalg.norm(outputs(rows, each, coefficients if loads else None))
+                    for each in (given - made, given)
+                ]
+            )
+        (plain, whole), (weighed, _) = errors
+        assert weighed < plain
+        assert weighed < 0.5 * whole
+        ratios.append(weighed / plain)
+    assert np.mean(ratios) < (0.9 if loads else 1.0)
 
 
 @pytest.mark.parametrize("levels", SIZES, ids=str)
