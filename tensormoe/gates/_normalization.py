@@ -108,7 +108,8 @@ def _to_zero(
         check_logits(backend, logits, first_row)
     crowned = top == inf
     infinite = values == inf
-    usable = xp.where(crowned, infinite, values != -inf)
+    # in logic: ONNX runtimes choose no booleans by `where`
+    usable = infinite | ((values != -inf) & ~crowned)
     zeros = xp.zeros_like(values[:, :1])
     # zero where a row has no finite top to be measured from
     level = xp.where(crowned | (top == -inf), zeros, top)

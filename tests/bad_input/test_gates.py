@@ -78,7 +78,7 @@ CASES: dict[str, Case] = {
             Gate(normalization="batch"), np.ones((4, 3)), statistics=Statistics(X[0], X[0])
         ),
         GateError,
-        r"statistics.mean must have one entry an expert, shape \(3,\); got \(8,\)",
+        r"statistics.mean must have one entry per expert, shape \(3,\); got \(8,\)",
     ),
 }
 
