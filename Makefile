@@ -120,7 +120,7 @@ build-check: $(VENV)/.ready-dev ## sdist -> wheel -> clean environment -> import
 .PHONY: examples
 examples: $(VENV)/.ready-dev ## run every example, warnings as errors
 	@echo "== examples"
-	@for example in examples/*.py; do \
+	@for example in examples/[a-z]*.py; do \
 	    quick=$$(grep -q -e '--quick' "$$example" && echo --quick || true); \
 	    echo "$$example $$quick"; \
 	    $(BIN)/python -W error "$$example" $$quick > /dev/null || exit 1; \

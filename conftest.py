@@ -63,5 +63,6 @@ pytest_collect_file = Sybil(
     teardown=_teardown,
 ).pytest()
 
-# there are platforms without CuPy; its package says so when it is imported
-collect_ignore_glob = [] if find_spec("cupy") else ["backends/tensormoe_cupy/*"]
+# not installed everywhere: CuPy, whose package says so at its import, and the driver of a browser
+_NEEDED = {"cupy": "backends/tensormoe_cupy/*", "playwright": "tests/docs/_browser.py"}
+collect_ignore_glob = [path for package, path in _NEEDED.items() if not find_spec(package)]
