@@ -30,6 +30,7 @@ class Recorder(NumpyBackend):
     """NumPy, noting the operands of every matrix product."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.products: list[tuple[Any, Any]] = []
 
     def matmul(self, left: Any, right: Any, /) -> Any:
