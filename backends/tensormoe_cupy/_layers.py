@@ -15,7 +15,7 @@ class MuMoE(tensormoe_numpy.MuMoE):
     """A multilinear mixture of linear experts (Oldfield et al. 2024), on an NVIDIA GPU.
 
     Arguments, attributes, methods and errors are those of :class:`tensormoe_numpy.MuMoE`, gradients
-    and preparation for inference included; a seed gives the same first values. Arrays come and go
+    and preparation for inference included; a seed gives the same initial values. Arrays come and go
     as CuPy's, and parameters are made on CuPy's current device. A call queues work there and waits
     for none of it.
 
@@ -35,7 +35,7 @@ class MuMoEMLP(tensormoe_numpy.MuMoEMLP):
     """A μMoE block in place of an MLP (Oldfield et al. 2024, section 3), on an NVIDIA GPU.
 
     All is as in :class:`tensormoe_numpy.MuMoEMLP`, on CuPy's arrays. Which entries are dropped in
-    training is drawn on the host, as first values are, and copied to the device.
+    training is drawn on the host, as initial values are, and copied to the device.
 
     Raises:
         BackendError: no NVIDIA GPU or driver, or arrays of another library.

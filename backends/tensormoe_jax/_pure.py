@@ -71,7 +71,7 @@ def coefficients(
         axis_name: names of the axes of ``jax.vmap`` that are part of this batch.
 
     Returns:
-        One array (..., N_e) a level, rows summing to one; and the buffers, which training changes.
+        One array (..., N_e) per level, rows sum to one; and the buffers, which training changes.
 
     Raises:
         BackendError, ShapeError: the input does not fit, or the layer has no gate.

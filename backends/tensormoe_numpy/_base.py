@@ -34,7 +34,7 @@ class Gradients:
     Args:
         input: by the layer's input; None for ids.
         parameters: by canonical name, as the layer's ``parameters``.
-        coefficients: by ready-made coefficients, one array a level; empty if the layer's own gate
+        coefficients: by ready-made coefficients, one array per level; empty if the layer's own gate
             made them.
     """
 

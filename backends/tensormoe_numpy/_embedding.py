@@ -27,14 +27,14 @@ class MuMoEEmbedding(Layer, EmbeddingSizes):
     Args:
         num_embeddings: size of the vocabulary.
         embedding_dim: size of an embedding.
-        experts: N, or one size a level of hierarchy.
+        experts: N, or one size per level of hierarchy.
         factorization: a value such as ``CP(rank=64)``, or its name.
         rank: bond sizes, with a name.
         budget: upper limits instead; ``"linear"``, the default, stands for the parameters of one
             table.
         init: ``"variance"`` or ``"paper"``.
         dtype: ``"float16"``, ``"float32"`` or ``"float64"``.
-        seed: of the first values; a NumPy generator is drawn from.
+        seed: of the initial values; a NumPy generator is drawn from.
 
     Raises:
         SpecError, RankError, BudgetError: as :class:`MuMoE`.
@@ -66,7 +66,7 @@ class MuMoEEmbedding(Layer, EmbeddingSizes):
         self._hold(config, draw(config, checked_dtype(dtype), seed, init, self.backend))
 
     def __call__(self, ids: Array, coefficients: Given) -> Array:
-        """Embeddings (..., dim) of ids (...), mixed by coefficients (..., N_e) a level.
+        """Embeddings (..., dim) of ids (...), mixed by coefficients (..., N_e) per level.
 
         Raises:
             ShapeError: ids that are no integers or out of range, or coefficients of other shapes.
@@ -80,7 +80,7 @@ class MuMoEEmbedding(Layer, EmbeddingSizes):
         return result.reshape(*lead, self.spec.out_features)
 
     def vjp(self, ids: Array, coefficients: Given) -> tuple[Array, Callable[[Array], Gradients]]:
-        """Run the layer and return its output with the way back, as :meth:`MuMoE.vjp`."""
+        """Run the layer and return its output with its backward pass, as :meth:`MuMoE.vjp`."""
         ids = functional.check_ids(ids, self.spec.in_features, self.backend)
         lead = ids.shape
         given = self._merged(coefficients, lead)

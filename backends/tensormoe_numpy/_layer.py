@@ -33,7 +33,7 @@ class MuMoE(Layer, LinearSizes):
     Args:
         in_features: size of an input.
         out_features: size of an output.
-        experts: N, or one size a level of hierarchy.
+        experts: N, or one size per level of hierarchy.
         factorization: a value such as ``CP(rank=64)``, or its name.
         rank: bond sizes, with a name.
         budget: upper limits for the layer with its gate instead (:class:`tensormoe.Budget`, a
@@ -46,7 +46,7 @@ class MuMoE(Layer, LinearSizes):
             activation; None for a layer that is always given coefficients.
         init: ``"variance"`` (every expert starts like ``torch.nn.Linear``) or ``"paper"``.
         dtype: ``"float16"``, ``"float32"`` or ``"float64"``; inputs must have it.
-        seed: of the first values; a NumPy generator is drawn from.
+        seed: of the initial values; a NumPy generator is drawn from.
 
     Attributes:
         parameters: the trainable arrays by canonical name; update them in place.
@@ -85,7 +85,7 @@ class MuMoE(Layer, LinearSizes):
         self._hold(config, draw(config, checked_dtype(dtype), seed, init, self.backend))
 
     def coefficients(self, x: Array) -> tuple[Array, ...]:
-        """The coefficients of inputs (..., in): one array (..., N_e) a level, rows summing to one.
+        """The coefficients of inputs (..., in): one array (..., N_e) per level, rows sum to one.
 
         Raises:
             ShapeError: the input does not fit, or the layer has no gate.
@@ -140,7 +140,7 @@ class MuMoE(Layer, LinearSizes):
     def vjp(
         self, x: Array, coefficients: Given | None = None, *, training: bool = True
     ) -> tuple[Array, Callable[[Array], Gradients]]:
-        """Run the layer and return its output with the way back.
+        """Run the layer and return its output with its backward pass.
 
         Args:
             x: (..., in), in the layer's dtype.
@@ -181,7 +181,7 @@ class MuMoE(Layer, LinearSizes):
     def route_vjp(
         self, x: Array, *, training: bool = True
     ) -> tuple[tuple[Array, ...], Callable[[Sequence[Array]], tuple[Array, dict[str, Array]]]]:
-        """The coefficients (..., N_e) a level, with their way back.
+        """The coefficients (..., N_e) per level, with their backward pass.
 
         Args:
             x: (..., in), in the layer's dtype.
@@ -189,7 +189,7 @@ class MuMoE(Layer, LinearSizes):
                 ``buffers``.
 
         Returns:
-            One array a level, and a function from their cotangents to the gradient by ``x`` and
+            One array per level, and a function from their cotangents to the gradient by ``x`` and
             the gate's parameters by canonical name.
         """
         flag(training, "training")

@@ -55,7 +55,7 @@ class MuMoEMLP(Held[BlockConfig], BlockMethods[Array]):
         gated: whether the block is a gated linear unit (SwiGLU with ``act_layer="silu"``; Shazeer
             2020): ``second(act(g) * u)``, where ``g`` and ``u`` are the first and the second half
             of the ``2 * hidden_features`` outputs of the first layer.
-        experts: N, or one size a level of hierarchy.
+        experts: N, or one size per level of hierarchy.
         factorization: a value or a name for both layers, or a pair of them.
         rank: bond sizes of both layers, with a name.
         budget: upper limits for the block instead, both layers and the gate together;
@@ -66,7 +66,7 @@ class MuMoEMLP(Held[BlockConfig], BlockMethods[Array]):
         gate: how inputs become coefficients, or None for a block that is always given them.
         init: ``"variance"`` or ``"paper"``.
         dtype: ``"float16"``, ``"float32"`` or ``"float64"``.
-        seed: of the first values and of dropped entries; a NumPy generator is drawn from.
+        seed: of the initial values and of dropped entries; a NumPy generator is drawn from.
 
     Attributes:
         parameters: the trainable arrays by canonical name: ``first.…``, ``second.…``, ``gate.…``.
@@ -126,7 +126,7 @@ class MuMoEMLP(Held[BlockConfig], BlockMethods[Array]):
         return self.first.buffers
 
     def coefficients(self, x: Array) -> tuple[Array, ...]:
-        """The coefficients (..., N_e) a level that both layers share."""
+        """The coefficients (..., N_e) per level that both layers share."""
         return self.first.coefficients(x)
 
     def __call__(self, x: Array, coefficients: Given | None = None) -> Array:
@@ -142,7 +142,7 @@ class MuMoEMLP(Held[BlockConfig], BlockMethods[Array]):
     def vjp(
         self, x: Array, coefficients: Given | None = None, *, training: bool = True
     ) -> tuple[Array, Callable[[Array], Gradients]]:
-        """Run the block and return its output with the way back, as :meth:`MuMoE.vjp`.
+        """Run the block and return its output with its backward pass, as :meth:`MuMoE.vjp`.
 
         Args:
             x: (..., in), in the block's dtype.

@@ -1,4 +1,4 @@
-"""Where a layer's first values come from."""
+"""Sources of a layer's initial values."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Which way a call runs: operation by operation with gradients in closed form, or traced.
 
 Where PyTorch runs eagerly, a gate and a mixture are one node of its graph each. What they save and
-what their way back costs is then what the core's reverse programs say, and no operation inside is
+their backward pass then costs what the core's reverse programs say, and no operation inside is
 recorded. Under ``torch.compile``, export and ``torch.func`` the same programs run as plain
 operations, which those follow and differentiate by themselves; so does a second derivative.
 """
@@ -156,7 +156,7 @@ class _Gate(torch.autograd.Function):
             across=call.across,
         )
         call.statistics = routed.statistics
-        # in training the running statistics have no part in the way back, and are about to change
+        # running statistics have no part in the backward pass of training, and are about to change
         kept = {} if call.training else call.buffers
         ctx.call, ctx.count, ctx.buffers = call, len(arrays), tuple(kept)
         call.buffers = {}
@@ -266,7 +266,7 @@ class _Experts(torch.autograd.Function):
 
 
 def _coefficients(named: Mapping[str, Tensor]) -> list[Tensor | TopK]:
-    """The coefficients among a node's tensors, one entry a level."""
+    """The coefficients among a node's tensors, one entry per level."""
     found: list[Tensor | TopK] = []
     while (values := named.get(f"coefficients_{len(found)}")) is not None:
         indices = named.get(f"indices_{len(found)}")
@@ -285,7 +285,7 @@ def _views(*arrays: Tensor) -> tuple[Tensor, ...]:
 def _again(
     ctx: Any, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of a plain run of the same call, for a graph of the way back itself."""
+    """The gradients of a plain run of the same call, for a graph of the backward pass itself."""
     wanted = [array for array, want in zip(inputs, ctx.needs_input_grad[1:], strict=True) if want]
     pairs = [pair for pair in zip(outputs, cotangents, strict=True) if pair[0].requires_grad]
     found = iter(

@@ -49,7 +49,7 @@ def check_input(
         narrower: whether inputs of 16 bits may meet a weight in float32, as in a gate.
 
     Raises:
-        BackendError: no tensor, or one on another device.
+        BackendError: not a tensor, or one on another device.
         ShapeError: no axis of ``features``, or another dtype than the layer's; under autocast, any
             that it narrows will do.
     """
@@ -71,7 +71,7 @@ def check_ids(ids: Tensor, count: int, weight: Tensor) -> Tensor:
     Their range is checked where that does not wait for a device, and nothing is traced.
 
     Raises:
-        BackendError: no tensor, or one on another device.
+        BackendError: not a tensor, or one on another device.
         ShapeError: not integers, or an id out of range.
     """
     functional.check_array(ids, BACKEND, "ids")

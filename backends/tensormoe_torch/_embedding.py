@@ -24,7 +24,7 @@ class MuMoEEmbedding(Mixture, EmbeddingSizes):
     Args:
         num_embeddings: size of the vocabulary.
         embedding_dim: size of an embedding.
-        experts: N, or one size a level of hierarchy.
+        experts: N, or one size per level of hierarchy.
         factorization: a value such as ``CP(rank=64)``, or its name.
         rank: bond sizes, with a name.
         budget: upper limits instead; ``"linear"``, the default, stands for the parameters of one
@@ -62,7 +62,7 @@ class MuMoEEmbedding(Mixture, EmbeddingSizes):
         super().__init__(config, init, device, dtype)
 
     def forward(self, ids: Tensor, coefficients: Given) -> Tensor:
-        """Embeddings (..., dim) of ids (...), mixed by coefficients (..., N_e) a level.
+        """Embeddings (..., dim) of ids (...), mixed by coefficients (..., N_e) per level.
 
         Raises:
             BackendError: no tensors, or some on another device.

@@ -25,7 +25,7 @@ C = TypeVar("C", bound=LayerConfig | BlockConfig)
 
 
 class ExpertGate(nn.Module):
-    """Projection, normalization and activation: (..., in) to one tensor (..., N_e) a level.
+    """Projection, normalization and activation: (..., in) to one tensor (..., N_e) per level.
 
     A layer makes its own. Its parameters are ``projection_<level>`` (in, N_e) and, if the gate has
     one, ``bias_<level>`` (N_e,); its buffers are batch norm's ``running_mean_<level>`` and
@@ -95,7 +95,7 @@ class ExpertGate(nn.Module):
         return self.config.gate
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The coefficients of inputs (..., in): one tensor (..., N_e) a level, rows sum to one.
+        """The coefficients of inputs (..., in): one tensor (..., N_e) per level, rows sum to one.
 
         In training, a batch-norm gate uses the batch's own statistics and updates its buffers.
 

@@ -27,7 +27,7 @@ class MuMoE(Mixture, Gated[LayerConfig], LinearSizes):
     Args:
         in_features: size of an input.
         out_features: size of an output.
-        experts: N, or one size a level of hierarchy.
+        experts: N, or one size per level of hierarchy.
         factorization: a value such as ``CP(rank=64)``, or its name.
         rank: bond sizes, with a name.
         budget: upper limits for the layer with its gate instead (:class:`tensormoe.Budget`, a
@@ -114,7 +114,7 @@ class MuMoE(Mixture, Gated[LayerConfig], LinearSizes):
             (..., out), in the layer's dtype, or in autocast's.
 
         Raises:
-            BackendError: no tensor, or one on another device.
+            BackendError: not a tensor, or one on another device.
             ShapeError: input or coefficients do not fit the layer.
         """
         weight = self._weight

@@ -55,7 +55,7 @@ class PreNormed(nn.Module):
         return self.block.first if isinstance(self.block, MuMoEMLP) else self.block
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The coefficients (..., N_e) a level of inputs (..., in), which are not normed.
+        """The coefficients (..., N_e) per level of inputs (..., in), which are not normed.
 
         Raises:
             BackendError, ShapeError: as the block's own.

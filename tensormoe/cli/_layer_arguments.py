@@ -23,12 +23,12 @@ class LayerArguments:
     Args:
         in_features: size of an input.
         out_features: size of an output.
-        experts: one size a level.
+        experts: one size per level.
         bias: whether every expert has a bias.
         batch: inputs of a call.
         gate: of the layer; None for one that is given its coefficients.
         gate_in_budget: whether a budget covers the gate.
-        top_k: experts a token, if any are asked for.
+        top_k: experts per token, if any are asked for.
         device: whose times are predicted.
     """
 

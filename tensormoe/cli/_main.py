@@ -157,7 +157,7 @@ def _add_rank(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="capacity (expert rank × expert span, the default), expert_rank or expert_span",
     )
     option("--hidden", metavar="N", help="hidden size of the MLP (default: 4 × IN)")
-    option("--top-k", metavar="K", default="2", help="experts a token of the sparse MoE (2)")
+    option("--top-k", metavar="K", default="2", help="experts per token of the sparse MoE (2)")
     _add_gate(parser, "counted in every figure")
     _add_common(parser)
 
@@ -206,7 +206,7 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
     option("--out", default="out", metavar="DIR", help="where files go (default: ./out)")
     option("--experts", default="32", metavar="EXPERTS", help="number of experts (default: 32)")
     option("--epochs", default="60", metavar="N", help="passes over the images (default: 60)")
-    option("--seed", default="0", metavar="N", help="of first values and batches (default: 0)")
+    option("--seed", default="0", metavar="N", help="of initial values and batches (default: 0)")
     option("--json", action="store_true", help="print one JSON object")
 
 

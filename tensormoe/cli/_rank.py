@@ -287,7 +287,7 @@ def _notes(asked: _Question, answers: list[_Answer], best: str | None) -> list[s
                 notes.append(f"  {_amounts(other.needed)} with {change}.")
     notes.append(
         f"The MLP has {asked.hidden:,} hidden features; the sparse MoE runs {asked.top_k} of its "
-        "experts an input."
+        "experts per input."
     )
     if layer.gate is None:
         notes.append("No gate is counted, but for the router of the sparse MoE (--gate entmax).")

@@ -59,7 +59,7 @@ def parse_size(text: str, name: str) -> int:
 
 
 def parse_experts(text: str) -> tuple[int, ...]:
-    """One size a level.
+    """One size per level.
 
     >>> parse_experts("128"), parse_experts("16x8")
     ((128,), (16, 8))
@@ -90,7 +90,7 @@ def parse_rank(text: str | None) -> int | tuple[int, ...] | None:
         if size is None:
             raise RankError(
                 f"rank must be positive integers; got {part!r} for bond {place}. Write 64, or "
-                "4,4,97 for one size a bond."
+                "4,4,97 for one size per bond."
             )
         sizes.append(size)
     return sizes[0] if len(sizes) == 1 else tuple(sizes)

@@ -1,7 +1,7 @@
 """Tensors on disk as NumPy arrays that can be worked with, and back.
 
 NumPy has no bfloat16: its values are the upper halves of float32's, so they are widened exactly,
-and rounded to the nearest (ties to even) on the way back.
+and rounded to the nearest (ties to even) when they are written back.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 Coefficients = Sequence["Array | TopK"]
-"""One entry a level: dense coefficients (batch, N_e), or indices and values (batch, k)."""
+"""One entry per level: dense coefficients (batch, N_e), or indices and values (batch, k)."""
 
 G = TypeVar("G")
 
@@ -138,7 +138,7 @@ def check_coefficients(
     lead: tuple[int, ...],
     backend: Backend,
 ) -> list[Array | TopK]:
-    """Ready-made coefficients, one entry a level, their shapes checked.
+    """Ready-made coefficients, one entry per level, their shapes checked.
 
     Raises:
         BackendError: no arrays of the layer's library.
@@ -149,7 +149,7 @@ def check_coefficients(
     experts = config.spec.experts
     if len(listed) != len(experts):
         raise ShapeError(
-            f"coefficients must have one array a level, {len(experts)}; got {len(listed)}."
+            f"coefficients must have one array per level, {len(experts)}; got {len(listed)}."
         )
     for level, (given, count) in enumerate(zip(listed, experts, strict=True)):
         name = f"coefficients of level {level}"

@@ -1,4 +1,4 @@
-"""The mixture of experts for given coefficients, its way back, and prepared weights."""
+"""The mixture of experts for given coefficients, its backward pass, and prepared weights."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def experts_vjp(
     coefficients: Coefficients,
     backend: Backend,
 ) -> tuple[Array, Callable[[Array], dict[str, Array]]]:
-    """:func:`apply_experts` with its way back.
+    """:func:`apply_experts` with its backward pass.
 
     Returns:
         The output (batch, out), and a function from its cotangent to the gradients by operand:
@@ -76,7 +76,7 @@ def experts_vjp(
 
 @dataclass(frozen=True, eq=False)
 class Residuals:
-    """What the way back of a mixture needs.
+    """Arrays that the backward pass of a mixture needs.
 
     Args:
         reverse: its program, and which gradients that gives.

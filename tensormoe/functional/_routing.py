@@ -21,7 +21,7 @@ class Routed:
 
     Args:
         coefficients: one array (batch, N_e) a level.
-        logits: what they came from, for the way back.
+        logits: what they came from, for the backward pass.
         statistics: batch norm's new running statistics, one a level; None for other gates.
     """
 
@@ -51,7 +51,7 @@ def route(
         x: (batch, in).
         backend: the adapter of the arrays' library.
         buffers: batch norm's running statistics by canonical name.
-        keep: whether to return the logits, for the way back.
+        keep: whether to return the logits, for the backward pass.
         training: whether batch norm uses the batch's own statistics.
         across: as for :func:`tensormoe.gates.activate`.
     """

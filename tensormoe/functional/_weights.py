@@ -36,7 +36,7 @@ def expert_weight(
     Args:
         config: the layer.
         parameters: by canonical name.
-        index: one number a level.
+        index: one number per level.
         backend: the adapter of the arrays' library.
 
     Raises:
@@ -44,7 +44,7 @@ def expert_weight(
     """
     experts = config.spec.experts
     if len(index) != len(experts):
-        raise ShapeError(f"an expert has one index a level, {len(experts)}; got {index!r}.")
+        raise ShapeError(f"an expert has one index per level, {len(experts)}; got {index!r}.")
     numbers: list[int] = []
     for level, (place, count) in enumerate(zip(index, experts, strict=True)):
         try:

@@ -76,7 +76,7 @@ momentum=0.1)
         if self.activation == "top_k":
             if self.k is None:
                 raise GateError(
-                    "top_k needs the number of experts a token uses; got k=None. Write "
+                    "top_k needs the number of experts per token uses; got k=None. Write "
                     "Gate('top_k', k=2), for instance."
                 )
             check_k(self.k)

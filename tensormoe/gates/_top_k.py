@@ -31,7 +31,9 @@ class TopK:
 def check_k(k: object, experts: int | None = None) -> int:
     """``k`` as a positive integer, at most ``experts``."""
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise GateError(f"k must be a positive integer; got {k!r}. Give the experts a token uses.")
+        raise GateError(
+            f"k must be a positive integer; got {k!r}. Give the number of experts per token."
+        )
     if experts is not None and k > experts:
         raise GateError(
             f"k must be at most the number of experts, {experts}; got {k}. Lower k or add experts."

@@ -86,17 +86,17 @@ CASES: dict[str, Case] = {
     "coefficients of too few levels": (
         lambda a: a.tree()(a.x(), a.ones(3, 3)),
         ShapeError,
-        "coefficients must have one array a level, 2; got 1",
+        "coefficients must have one array per level, 2; got 1",
     ),
     "coefficients of too many levels": (
         lambda a: a.layer()(a.x(), [a.ones(3, 3), a.ones(3, 2)]),
         ShapeError,
-        "coefficients must have one array a level, 1; got 2",
+        "coefficients must have one array per level, 1; got 2",
     ),
     "no level at all": (
         lambda a: a.layer()(a.x(), ()),
         ShapeError,
-        "coefficients must have one array a level, 1; got 0",
+        "coefficients must have one array per level, 1; got 0",
     ),
     "coefficients of no array": (
         lambda a: a.tree()(a.x(), [a.ones(3, 3), [[1.0, 2.0]]]),
@@ -198,7 +198,7 @@ CASES: dict[str, Case] = {
     "an expert of another depth": (
         lambda a: a.layer().expert(0, 0),
         ShapeError,
-        r"an expert has one index a level, 1; got \(0, 0\)",
+        r"an expert has one index per level, 1; got \(0, 0\)",
     ),
     "an expert by name": (
         lambda a: a.layer().expert("first"),

@@ -211,7 +211,7 @@ class TestCheckpoints:
 
 
 def test_layers_of_both_frameworks_start_alike() -> None:
-    """One key means the same first values in all forms."""
+    """One key means the same initial values in all forms."""
     key = jax.random.key(3)
     layer = in_equinox.MuMoEMLP(5, 6, 4, experts=(3, 2), rank=2, key=key)
     drawn = tensormoe_jax.initialize(layer.config, key)

@@ -143,7 +143,7 @@ def test_remat_and_filter_checkpoint() -> None:
 
 
 class TestStackedLayers:
-    """Five layers, one program: first values under vmap, calls under scan."""
+    """Five layers, one program: initial values under vmap, calls under scan."""
 
     config = config_of(gate=BATCH_NORM, out=5)
 

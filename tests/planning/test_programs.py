@@ -103,7 +103,7 @@ def test_split_programs_give_the_same(
 
 
 def test_sums_are_made_in_place_only_where_nobody_looks() -> None:
-    """Neither an operand of the caller's nor a slot that is kept for the way back is written to."""
+    """Nothing writes to an operand of the caller's, or a slot kept for the backward pass."""
     legs = (BATCH, "o")
     operands = (Operand("left", legs, "data"), Operand("right", legs, "data"))
     product = Step("multiply", (0, 1), 2, (legs, legs), legs)

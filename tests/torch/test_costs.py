@@ -100,7 +100,7 @@ def test_frozen_parts_cost_nothing_on_the_way_back() -> None:
 
 
 def saved_bytes(module: nn.Module, *inputs: Any) -> int:
-    """Bytes that stay alive for the way back, beyond parameters and inputs."""
+    """Bytes that stay alive for the backward pass, beyond parameters and inputs."""
     known = {each.untyped_storage().data_ptr() for each in module.parameters()}
     flat = [each for given in inputs for each in (given if isinstance(given, list) else [given])]
     known |= {each.untyped_storage().data_ptr() for each in flat}

@@ -27,7 +27,7 @@ class MuMoEEmbedding(Mixture, EmbeddingSizes, StatefulLayer):
     Args:
         num_embeddings: size of the vocabulary.
         embedding_dim: size of an embedding.
-        experts: N, or one size a level of hierarchy.
+        experts: N, or one size per level of hierarchy.
         factorization: a value such as ``CP(rank=64)``, or its name.
         rank: bond sizes, with a name.
         budget: upper limits instead; ``"linear"``, the default, stands for the parameters of one
@@ -65,7 +65,7 @@ class MuMoEEmbedding(Mixture, EmbeddingSizes, StatefulLayer):
         super().__init__(config, first_values(config, key, init, dtype))
 
     def __call__(self, ids: Array, coefficients: _pure.Given, *, key: Any = None) -> Array:
-        """Embeddings (..., dim) of ids (...), mixed by coefficients (..., N_e) a level.
+        """Embeddings (..., dim) of ids (...), mixed by coefficients (..., N_e) per level.
 
         Ids out of range are errors where they can be looked at, and rows of NaN under
         transformations. ``key`` is ignored.

@@ -21,7 +21,7 @@ C = TypeVar("C", bound=LayerConfig | BlockConfig)
 
 
 class ExpertGate(eqx.Module):
-    """Projection, normalization and activation: (..., in) to one array (..., N_e) a level.
+    """Projection, normalization and activation: (..., in) to one array (..., N_e) per level.
 
     A layer makes its own. Logits and coefficients are float32 at least. Batch norm keeps its
     running statistics in an ``equinox.nn.State``, as ``equinox.nn.BatchNorm`` does.
@@ -91,8 +91,8 @@ class ExpertGate(eqx.Module):
         """Batch norm's running statistics by canonical name.
 
         Args:
-            state: what holds them; the first values, which ``equinox.nn.make_with_state`` takes out
-                of the module, for None.
+            state: what holds them; the initial values, which ``equinox.nn.make_with_state`` takes
+                out of the module, for None.
 
         Raises:
             GateError: batch norm without a state.
@@ -126,7 +126,7 @@ class ExpertGate(eqx.Module):
         key: Any = None,
         inference: bool | None = None,
     ) -> tuple[Array, ...] | tuple[tuple[Array, ...], State]:
-        """The coefficients of inputs (..., in): one array (..., N_e) a level, rows sum to one.
+        """The coefficients of inputs (..., in): one array (..., N_e) per level, rows sum to one.
 
         Args:
             x: (..., in), in the layer's dtype.

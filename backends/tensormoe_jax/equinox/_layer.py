@@ -31,7 +31,7 @@ class MuMoE(Mixture, Gated[LayerConfig], LinearSizes, StatefulLayer):
     Args:
         in_features: size of an input.
         out_features: size of an output.
-        experts: N, or one size a level of hierarchy.
+        experts: N, or one size per level of hierarchy.
         factorization: a value such as ``CP(rank=64)``, or its name.
         rank: bond sizes, with a name.
         budget: upper limits for the layer with its gate instead (:class:`tensormoe.Budget`, a

@@ -83,7 +83,7 @@ class MuMoEMLP(Pair, Gated[BlockConfig], StatefulLayer):
         gated: whether the block is a gated linear unit (SwiGLU with ``act_layer="silu"``; Shazeer
             2020): ``second(act(g) * u)``, where ``g`` and ``u`` are the first and the second half
             of the ``2 * hidden_features`` outputs of the first layer.
-        experts: N, or one size a level of hierarchy.
+        experts: N, or one size per level of hierarchy.
         factorization: a value or a name for both layers, or a pair of them.
         rank: bond sizes of both layers, with a name.
         budget: upper limits for the block instead, both layers and the gate together;

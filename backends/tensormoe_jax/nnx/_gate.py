@@ -19,7 +19,7 @@ C = TypeVar("C", bound=LayerConfig | BlockConfig)
 
 
 class ExpertGate(nnx.Module):
-    """Projection, normalization and activation: (..., in) to one array (..., N_e) a level.
+    """Projection, normalization and activation: (..., in) to one array (..., N_e) per level.
 
     A layer makes its own. Its parameters are ``projection_<level>`` (in, N_e) and, if the gate has
     one, ``bias_<level>`` (N_e,), each an ``nnx.Param``; its statistics are batch norm's
@@ -73,7 +73,7 @@ class ExpertGate(nnx.Module):
         return {name: self._variable(name).get_value() for name in self.config.buffer_shapes()}
 
     def __call__(self, x: Array, use_running_average: bool | None = None) -> tuple[Array, ...]:
-        """The coefficients of inputs (..., in): one array (..., N_e) a level, rows sum to one.
+        """The coefficients of inputs (..., in): one array (..., N_e) per level, rows sum to one.
 
         Args:
             x: (..., in), in the layer's dtype.

@@ -1,4 +1,4 @@
-"""Where a module's first values come from."""
+"""Sources of a module's initial values."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def from_linear(
 
     Args:
         linear: an ``nn.Linear``, or a ``Conv1D`` of Hugging Face.
-        experts: N, or one size a level of hierarchy.
+        experts: N, or one size per level of hierarchy.
         factorization: a value such as ``CP(rank=64)``, or its name.
         rank: bond sizes, with a name.
         budget: upper limits for the layer with its gate instead, as for :class:`MuMoE`;
@@ -113,7 +113,7 @@ def from_mlp(
             ``down(act(gate(x)) * up(x))`` and no more. Or the parts, (fc1, act, fc2) or
             (gate, act, up, down), where ``act`` is a name, a module or a function. An activation
             without a name in :class:`MuMoEMLP` must be a module here, and the block holds a copy.
-        experts: N, or one size a level of hierarchy.
+        experts: N, or one size per level of hierarchy.
         factorization: a value or a name for both layers, or a pair of them.
         rank: bond sizes of both layers, with a name.
         budget: upper limits for the block with its gate instead, as for :class:`MuMoEMLP`;

@@ -70,7 +70,7 @@ def replace(
             part of a dotted name and ``**`` for any number of parts ("**.mlp"); a class of modules;
             or a function of name and module. All that it selects must be linear layers or MLPs as
             :func:`from_linear` and :func:`from_mlp` take them, none inside another.
-        experts: N, or one size a level of hierarchy.
+        experts: N, or one size per level of hierarchy.
         factorization: a value such as ``CP(rank=64)``, a name, or, for blocks, a pair of them.
         rank: bond sizes, with a name.
         budget: upper limits for each layer or block with its gate instead, as for

@@ -112,7 +112,7 @@ def tell(
     Args:
         console: where it is told.
         folder: where its files go.
-        experts: one size a level.
+        experts: one size per level.
         epochs: passes over the training images.
         seed: of the first run; the others count up from it.
         as_json: print one JSON object at the end.

@@ -40,7 +40,7 @@ class Linear:
         return result
 
     def vjp(self, x: NDArray) -> tuple[NDArray, Callable[[NDArray], Gradients]]:
-        """The output, and the way back to input and parameters."""
+        """The output, and the backward pass to input and parameters."""
 
         def pull(cotangent: NDArray) -> Gradients:
             gradients = {"weight": x.T @ cotangent, "bias": cotangent.sum(axis=0)}
