@@ -1,9 +1,9 @@
 """What comes before a contraction: the operands of a layer, and the work on indices.
 
 Coefficients that come by index name a few experts per row. Either the factors' rows of these
-experts are gathered, or the values are spread over all experts, to be contracted like dense coefficients.
-A gather copies the experts of every row, which for factors as large as matrices is the dearest
-step of all; coefficients that are spread cost products with every expert.
+experts are gathered, or the values are spread over all experts, to be contracted like dense
+coefficients. A gather copies the experts of every row, which for factors as large as matrices is
+the most expensive step of all; coefficients that are spread cost products with every expert.
 """
 
 from __future__ import annotations
