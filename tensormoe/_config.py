@@ -71,7 +71,7 @@ class LayerConfig:
         itemsize: int = 4,
         library: Library = DEFAULT,
     ) -> Plan:
-        """How the layer runs ``batch`` inputs: a look-up once it has been planned.
+        """Plan of the layer for ``batch`` inputs: a look-up once it has been planned.
 
         Args:
             batch: number of inputs, all leading axes multiplied.
@@ -255,7 +255,7 @@ class BlockConfig:
         self.second.plan_ahead()
 
     def plan(self, batch: int) -> tuple[Plan, Plan]:
-        """How each of the two layers runs ``batch`` inputs."""
+        """Plans of the two layers for ``batch`` inputs."""
         return self.first.plan(batch), self.second.plan(batch)
 
     def cost(

@@ -149,7 +149,7 @@ class LayerMethods(Methods[A, LayerConfig]):
         )
 
     def plan(self, batch: int) -> Plan:
-        """How the layer runs ``batch`` inputs."""
+        """Plan of the layer for ``batch`` inputs."""
         return self.config.plan(batch)
 
     def cost(self, batch: int, *, training: bool = False) -> Cost:
@@ -257,7 +257,7 @@ class BlockMethods(Methods[A, BlockConfig]):
         return self.config.second.spec.out_features
 
     def plan(self, batch: int) -> tuple[Plan, Plan]:
-        """How each of the two layers runs ``batch`` inputs."""
+        """Plans of the two layers for ``batch`` inputs."""
         return self.config.plan(batch)
 
     def cost(self, batch: int, *, training: bool = False) -> Cost:

@@ -22,7 +22,7 @@ __all__ = ["Options"]
 
 @dataclass(frozen=True)
 class Options:
-    """What a layer or a block is asked to be: the arguments that all constructors share.
+    """Arguments that all constructors of layers and blocks share.
 
     Args:
         experts: N, or one size per level of hierarchy.

@@ -137,7 +137,7 @@ class LayerSpec:
         return self.network.expert_span
 
     def initializers(self, init: str = "variance") -> Mapping[str, Initializer]:
-        """How each factor starts, the bias included.
+        """Initial values of each factor, the bias included, as recipes.
 
         Args:
             init: ``"variance"`` gives every entry of 𝒲 and of the experts' biases the variance
@@ -169,7 +169,7 @@ class LayerSpec:
         prepared: bool = False,
         memory_limit: int | None = None,
     ) -> Plan:
-        """How the layer runs ``batch`` inputs: a look-up once it has been planned.
+        """Plan of the layer for ``batch`` inputs: a look-up once it has been planned.
 
         Args:
             batch: number of inputs, all leading axes multiplied.
@@ -206,7 +206,7 @@ class LayerSpec:
         training: bool = False,
         itemsize: int = 4,
     ) -> Cost:
-        """What the layer costs for ``batch`` inputs; see :class:`tensormoe.planning.Cost`.
+        """Cost of the layer for ``batch`` inputs; see :class:`tensormoe.planning.Cost`.
 
         Args:
             batch: number of inputs, all leading axes multiplied.

@@ -121,7 +121,7 @@ class JaxBackend:
 
 
 def _gathered(array: Array, indices: Array, axis: int) -> PartitionSpec | None:
-    """How a gather's result is sharded, in a mesh whose axes are explicit: as the indices are."""
+    """Sharding of a gather's result in a mesh whose axes are explicit: that of the indices."""
     kinds = [jax.typeof(each).sharding for each in (array, indices)]
     if all(AxisType.Explicit not in kind.mesh.axis_types for kind in kinds):
         return None

@@ -1,4 +1,4 @@
-"""What the functional form accepts, as far as only JAX can tell."""
+"""Checks of the functional form that only JAX can make."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which dtypes a layer may be stored in."""
+"""Dtypes that a layer may be stored in."""
 
 from __future__ import annotations
 

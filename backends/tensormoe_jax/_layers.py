@@ -1,4 +1,4 @@
-"""What the layers of Flax and Equinox share: how their arrays are made, named and described."""
+"""Parts that the layers of Flax and Equinox share: making, naming and describing their arrays."""
 
 from __future__ import annotations
 

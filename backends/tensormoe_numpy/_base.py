@@ -29,7 +29,7 @@ Given: TypeAlias = Array | TopK | Sequence[Array | TopK]
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """What a pullback returns.
+    """Gradients that a pullback returns.
 
     Args:
         input: by the layer's input; None for ids.
@@ -81,7 +81,7 @@ class Layer(Held[LayerConfig], LayerMethods[Array]):
 
     @property
     def gate(self) -> Gate | None:
-        """How inputs become coefficients."""
+        """Rule from inputs to coefficients."""
         return self.config.gate
 
     @property

@@ -1,4 +1,4 @@
-"""Which way a call runs: operation by operation with gradients in closed form, or traced.
+"""Choice between two ways to run: gradients in closed form, or traced operations.
 
 Where PyTorch runs eagerly, a gate and a mixture are one node of its graph each. What they save and
 their backward pass then costs what the core's reverse programs say, and no operation inside is
@@ -127,7 +127,7 @@ def _any_differentiated(*arrays: Tensor) -> bool:
 
 @dataclass(eq=False)
 class _GateCall:
-    """What a gate's node knows besides tensors; ``statistics`` is what the call found."""
+    """Values that a gate's node keeps besides tensors; ``statistics`` are those of the call."""
 
     config: LayerConfig
     backend: TorchBackend
@@ -214,7 +214,7 @@ class _Gate(torch.autograd.Function):
 
 @dataclass(eq=False)
 class _ExpertsCall:
-    """What a mixture's node knows besides tensors."""
+    """Values that a mixture's node keeps besides tensors."""
 
     config: LayerConfig
     backend: TorchBackend

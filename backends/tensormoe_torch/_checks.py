@@ -1,4 +1,4 @@
-"""What the layers accept in PyTorch's terms: dtypes under autocast, devices, readable ids."""
+"""Checks in PyTorch's terms: dtypes under autocast, devices, readable ids."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class ExpertGate(nn.Module):
 
     @property
     def gate(self) -> Gate:
-        """How logits become coefficients."""
+        """Rule from logits to coefficients."""
         assert self.config.gate is not None
         return self.config.gate
 

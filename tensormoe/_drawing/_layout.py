@@ -56,7 +56,7 @@ class Node:
         return self.top + self.height
 
     def port(self, leg: Leg) -> float:
-        """Where the edge of a leg leaves the upper side, in the order of where edges lead."""
+        """Position of a leg's edge on the upper side; edges leave in the order of their targets."""
         order = sorted(self.ports, key=lambda each: self.ports[each])
         return self.x + self.width * ((order.index(leg) + 1) / (len(order) + 1) - 0.5)
 

@@ -60,7 +60,7 @@ def draw_network(network: Network, title: str, subtitle: str) -> Drawing:
 
 
 def _groups(layout: Layout, left: float, row: float) -> list[Group]:
-    """What is drawn, edges first, with the row's left end and middle at a place."""
+    """Shapes of the drawing, edges first, with the row's left end and middle at a position."""
     layout.move(left, row)
     found = [_straight(layout, leg, ends, row) for leg, ends in layout.straight.items()]
     found += [_arc(layout, leg, ends, y) for leg, (ends, y) in layout.arcs.items()]

@@ -1,4 +1,4 @@
-"""Which integers count and index, in every library."""
+"""Integers that count and index, in every library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which adapter serves which arrays.
+"""Adapters by the arrays that they serve.
 
 Built-in adapters resolve through one table, so that a checkout that is not installed works and
 nothing is scanned for the usual names; entry points are consulted for unknown names only.

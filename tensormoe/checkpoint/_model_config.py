@@ -21,7 +21,7 @@ PROJECTION_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "down_proj": ("down_proj", "w2", "down", "linear_down"),
     }
 )
-"""How models name the projections of an expert, by role."""
+"""Names of an expert's projections in models, by role."""
 
 
 def model_config(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

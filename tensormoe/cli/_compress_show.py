@@ -1,4 +1,4 @@
-"""What ``tensormoe compress`` shows: bars, tables and JSON."""
+"""Output of ``tensormoe compress``: bars, tables and JSON."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _state(now: CompressionProgress) -> str:
 
 
 def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> None:
-    """What would be done."""
+    """Show a plan."""
     console = make_console()
     table = make_table("experts", "shape", "dtype", "rank", "before", "after", "memory", "time")
     for each in plan.groups:
@@ -119,7 +119,7 @@ def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> Non
 
 
 def show_result(console: Console, result: CompressionResult, settings: Compression) -> None:
-    """What was done."""
+    """Show a result."""
     columns = ["experts", "shape", "rank", "before", "after", "error"]
     columns += ["SVD error", "joint SVD", "time"]
     table = make_table(*columns)
@@ -155,7 +155,7 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
 
 
 def _verdicts(result: CompressionResult) -> Iterator[str]:
-    """Where truncated SVDs are closer than the factors, and where a search was cut short."""
+    """Notes on groups whose truncated SVDs are closer, or whose search was cut short."""
     beaten = [each for each in result.groups if each.closer is not None]
     if beaten:
         worst = max(beaten, key=lambda each: each.error / max(_closer(each).error, 1e-12))

@@ -26,7 +26,7 @@ _PIPE_WIDTH = 160
 
 
 def make_console(quiet: bool = False) -> Console:
-    """Where results go, if anywhere. Colour follows the terminal, NO_COLOR and FORCE_COLOR."""
+    """Console for results, or for none. Colour follows the terminal, NO_COLOR and FORCE_COLOR."""
     require("the command line", ("rich",), "cli")
     from rich.console import Console
 

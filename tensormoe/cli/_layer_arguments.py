@@ -1,4 +1,4 @@
-"""What ``rank`` and ``plan`` are both asked about: sizes, gate, batch and device."""
+"""Arguments that ``rank`` and ``plan`` share: sizes, gate, batch and device."""
 
 from __future__ import annotations
 

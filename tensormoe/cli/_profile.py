@@ -19,7 +19,7 @@ _DEFAULT = "cpu"
 
 
 def profile_path() -> Path:
-    """Where the measured profile is kept, in the user's config folder."""
+    """Path of the measured profile, in the user's config folder."""
     require("a measured profile", ("platformdirs",), "cli")
     from platformdirs import user_config_path
 

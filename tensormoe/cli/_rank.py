@@ -39,7 +39,7 @@ _SHOWN = {"flops": "FLOPs", "memory": "of memory", "time": ""}
 
 @dataclass(frozen=True)
 class _Question:
-    """What is asked, checked."""
+    """Arguments, checked."""
 
     layer: LayerArguments
     names: tuple[str, ...]
@@ -71,7 +71,7 @@ class _Answer:
     error: BudgetError | None = None
 
     def score(self, objective: str) -> tuple[int, int]:
-        """What the best row has most of."""
+        """Figure that the best row maximizes."""
         if self.figures is None:
             return 0, 0
         rank, span = self.figures.expert_rank or 0, self.figures.expert_span or 0

@@ -1,4 +1,4 @@
-"""Which tensors of a model are experts: patterns on their keys, and those of known families."""
+"""Patterns on the keys of experts' tensors, and those of known families."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tensormoe.errors import SpecError
 __all__ = ["LAYOUTS", "PRESETS", "Pattern", "Preset", "closest", "fitting"]
 
 LAYOUTS = ("auto", "out_in", "in_out")
-"""How a matrix may be stored: (out, in), (in, out), or ``"auto"``.
+"""Layouts of a stored matrix: (out, in), (in, out), or ``"auto"``.
 
 ``"auto"`` is (out, in), as PyTorch's linear layers store it, and for stacks of all experts what the
 sizes of a layer's two projections say."""

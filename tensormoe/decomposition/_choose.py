@@ -1,4 +1,4 @@
-"""Which rank: given, the best within a budget, or the smallest within a tolerance."""
+"""Choice of the rank: given, the best within a budget, or the smallest within a tolerance."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from tensormoe.errors import SpecError
 __all__ = ["ENDED", "Found", "Problem", "Search", "advance", "checked_seconds", "worst"]
 
 ENDED = ("converged", "sweeps", "stalled", "stopped", "time", "interrupted")
-"""Why a search ended, from the best reason to the worst, see :class:`Found`."""
+"""Reasons for a search to end, from the best reason to the worst, see :class:`Found`."""
 
 # sweeps in a row that have to gain too little before a search ends, and the same where the error is
 # of the size of rounding

@@ -1,4 +1,4 @@
-"""How the expert tensor 𝒲 (experts…, in, out) is stored: one frozen value per factorization.
+"""Storage of the expert tensor 𝒲 (experts…, in, out): one frozen value per factorization.
 
 | value | network | expert rank (one level) | expert span |
 | --- | --- | --- | --- |

@@ -1,4 +1,4 @@
-"""What every factorization answers, and what follows from its network alone."""
+"""Base class of factorizations, and what follows from a network alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ INITIALIZATIONS = ("variance", "paper")
 
 
 class Factorization(ABC):
-    """How the expert tensor 𝒲 (experts…, in, out) is stored: a network of factors.
+    """Storage of the expert tensor 𝒲 (experts…, in, out): a network of factors.
 
     A factorization is a frozen value without arrays. A new one is a subclass in one new file that
     names its factors and legs, says how its factors start, and how TensorLy lays them out. As a
@@ -74,7 +74,7 @@ class Factorization(ABC):
     def initializers(
         self, experts: tuple[int, ...], in_features: int, out_features: int, scheme: str
     ) -> Mapping[str, Initializer]:
-        """How each factor starts under the scheme ``"variance"`` or ``"paper"``."""
+        """Initial values of each factor under the scheme ``"variance"`` or ``"paper"``."""
 
     def to_tensorly(self, factors: Mapping[str, Array], xp: Any) -> Any:
         """The factors, bias aside, in the layout of TensorLy's decomposition of that name.

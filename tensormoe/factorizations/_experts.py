@@ -1,4 +1,4 @@
-"""Where the experts of a level are stored: what editing single experts needs to know."""
+"""Factors that store the experts of a level, for editing single experts."""
 
 from __future__ import annotations
 

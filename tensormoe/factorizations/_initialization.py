@@ -1,4 +1,4 @@
-"""How factors start: recipes in numbers, drawn by whichever library holds the layer."""
+"""Initial values of factors: recipes in numbers, drawn by whichever library holds the layer."""
 
 from __future__ import annotations
 

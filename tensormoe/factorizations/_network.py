@@ -119,7 +119,7 @@ class Network:
 
     @cached_property
     def terms(self) -> tuple[Term, ...]:
-        """What is summed; one term for most networks."""
+        """Terms of the sum; one for most networks."""
         biases = {factor.term: factor for factor in self.biases}
         numbers = dict.fromkeys(factor.term for factor in self.factors)
         return tuple(

@@ -1,4 +1,4 @@
-"""What a layer accepts, said once for every framework."""
+"""Checks of a layer's arguments, once for every framework."""
 
 from __future__ import annotations
 

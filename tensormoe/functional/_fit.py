@@ -1,4 +1,4 @@
-"""How well a layer stands for the weights that it was made from."""
+"""Fit of a layer to the weights that it was made from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Fit"]
 
 @dataclass(frozen=True)
 class Fit:
-    """What became of a linear layer, or of a block of them, as a mixture of experts.
+    """Fit of a mixture of experts to a linear layer, or to a block of them.
 
     Args:
         error: Frobenius norm of what the experts' common matrix lacks, bias included, relative to

@@ -17,7 +17,7 @@ __all__ = ["Routed", "gate_vjp", "route"]
 
 @dataclass(frozen=True, eq=False)
 class Routed:
-    """What a gate made of its input.
+    """Results of a gate.
 
     Args:
         coefficients: one array (batch, N_e) a level.

@@ -37,7 +37,7 @@ def _share(backend: Backend, weights: Array) -> Array:
 
 
 def load_balance_loss(coefficients: Array) -> Array:
-    """How unevenly the experts are used: N Σₙ fₙ Pₙ (Fedus, Zoph & Shazeer 2022, eq. 4).
+    """Imbalance of the experts' use: N Σₙ fₙ Pₙ (Fedus, Zoph & Shazeer 2022, eq. 4).
 
     fₙ is the share of tokens whose largest coefficient is expert n's (the first of equals) and Pₙ
     the mean coefficient of expert n. Only P is differentiated. The loss is 1 where both are
@@ -129,7 +129,7 @@ def entropy_loss_vjp(coefficients: Array, cotangent: Array | float = 1.0) -> Arr
 
 
 def expert_load(coefficients: Array, threshold: float = 0.5) -> Array:
-    """How many tokens give each expert at least ``threshold`` (Oldfield et al. 2024, section 4.1).
+    """Tokens that give each expert at least ``threshold`` (Oldfield et al. 2024, section 4.1).
 
     Args:
         coefficients: (..., experts).

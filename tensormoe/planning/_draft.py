@@ -1,4 +1,4 @@
-"""What comes before a contraction: the operands of a layer, and the work on indices.
+"""Work before a contraction: the operands of a layer, and what is done with indices.
 
 Coefficients that come by index name a few experts per row. Either the factors' rows of these
 experts are gathered, or the values are spread over all experts, to be contracted like dense
@@ -24,7 +24,7 @@ __all__ = ["DENSE", "Draft", "Part", "Routing"]
 
 @dataclass(frozen=True)
 class Routing:
-    """What the data operands of a layer look like to the planner.
+    """Form of the data operands of a layer.
 
     Args:
         top_k: experts kept per level when coefficients come as values and indices (…, k): either

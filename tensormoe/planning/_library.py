@@ -9,7 +9,7 @@ __all__ = ["DEFAULT", "Library"]
 
 @dataclass(frozen=True)
 class Library:
-    """How an array library runs a layer, as far as peak memory depends on it.
+    """Properties of an array library that peak memory depends on.
 
     The defaults are those of NumPy, but for the row blocks.
 

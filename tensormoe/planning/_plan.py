@@ -29,7 +29,7 @@ __all__ = ["Plan", "plan_layer"]
 
 @dataclass(frozen=True)
 class Plan:
-    """How a layer runs at one batch size.
+    """Program of a layer at one batch size, with its cost.
 
     Args:
         network: of the layer.

@@ -1,4 +1,4 @@
-"""Which path is cheapest at which batch sizes, and its program.
+"""Cheapest path for each batch size, and its program.
 
 A path costs const + slope·batch: multiply-adds plus a weight times the entries written. The
 cheapest of several such lines, over the batch, is a concave chain of segments; probing where two
@@ -59,7 +59,7 @@ class Regimes:
 
 @dataclass(frozen=True)
 class Trees:
-    """How one term of a layer is contracted.
+    """Contraction trees of one term of a layer.
 
     Args:
         main: over the slots of a draft.
@@ -80,7 +80,7 @@ class Candidate:
     slope: int
 
     def cost(self, batch: int) -> int:
-        """What the planner minimizes, at one batch size."""
+        """Objective of the planner at one batch size."""
         return self.const + self.slope * batch
 
 

@@ -1,4 +1,4 @@
-"""What layers are measured against: linear, MLP, dense and sparse mixtures, counted alike."""
+"""Costs of linear layers, MLPs, dense and sparse mixtures, counted alike, to compare with."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ class Budget:
         return set(self.limits) == {"parameters"}
 
     def spent(self, cost: Cost) -> Mapping[str, float]:
-        """What ``cost`` takes of every limit that is given.
+        """Amount of every given limit that ``cost`` takes.
 
         >>> from tensormoe import CP, LayerSpec
         >>> cost = LayerSpec(6, 5, experts=4, factorization=CP(rank=3)).cost(32)

@@ -29,7 +29,7 @@ _MEASURES: dict[str, Measure] = {
 }
 
 OBJECTIVES = tuple(_MEASURES)
-"""What rank selection can maximize."""
+"""Objectives of rank selection."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What counts against a budget besides the layer whose rank is chosen, and plans that tell it."""
+"""Costs that a budget covers besides the layer whose rank is chosen."""
 
 from __future__ import annotations
 

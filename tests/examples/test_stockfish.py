@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import struct
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,20 +19,9 @@ pytest.importorskip("rich")
 from tensormoe import Dense
 from tensormoe.decomposition import Search, decompose
 from tensormoe.factorizations import FACTORIZATIONS
+from tests.examples._folder import examples
 
-
-@contextmanager
-def _examples() -> Iterator[None]:
-    """Examples import their helpers as scripts do: from their own folder."""
-    folder = str(Path(__file__).parents[2] / "examples")
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-
-
-with _examples():
+with examples():
     import decompose_stockfish as example
     from _stockfish import engine, forward, network, positions, report, study
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,20 +17,9 @@ pytest.importorskip("sklearn")
 from torch import nn  # noqa: E402
 
 from tensormoe import Gate  # noqa: E402
+from tests.examples._folder import examples  # noqa: E402
 
-
-@contextmanager
-def _examples() -> Iterator[None]:
-    """Examples import their helpers as scripts do: from their own folder."""
-    folder = str(Path(__file__).parents[2] / "examples")
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-
-
-with _examples():
+with examples():
     import gpt_on_text
     import mixer_on_images
     from _comparison import images, text, training, variants

@@ -73,7 +73,7 @@ class ExpertGate(eqx.Module):
 
     @property
     def gate(self) -> Gate:
-        """How logits become coefficients."""
+        """Rule from logits to coefficients."""
         assert self.config.gate is not None
         return self.config.gate
 

@@ -58,7 +58,7 @@ class ExpertGate(nnx.Module):
 
     @property
     def gate(self) -> Gate:
-        """How logits become coefficients."""
+        """Rule from logits to coefficients."""
         assert self.config.gate is not None
         return self.config.gate
 
@@ -93,7 +93,7 @@ class ExpertGate(nnx.Module):
         return made
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """What ``nnx.view`` sets.
+        """Attributes that ``nnx.view`` sets.
 
         Args:
           use_running_average: whether batch norm uses its statistics instead of the batch's own.

@@ -200,7 +200,7 @@ def _experts(
 
 
 def _dense_sizes(old: nn.Module) -> tuple[int, set[int] | None]:
-    """How many experts the model's own module has, and the sizes of a down projection if it tells.
+    """Number of experts of the model's own module, and sizes of a down projection if it tells.
 
     Raises:
         SpecError: it is not a module of experts, or one that is called in another way.

@@ -51,7 +51,7 @@ def find_layers(names: Mapping[str, object]) -> list[str]:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a state dict says of its layer before any size is looked at.
+    """Structure of a state dict's layer, before any size is read.
 
     Args:
         levels: E, the number of gates' projections.
@@ -86,7 +86,7 @@ class Layout:
         )
 
     def axes(self) -> dict[str, tuple[str, ...]]:
-        """What each array's axes run over, by name; axes that run over the same have one size.
+        """Names of each array's axes; axes of one name have one size.
 
         ``in+`` and ``hidden+`` are an input mode with its bias row, if there are biases.
         """

@@ -95,7 +95,7 @@ def _stored(mixture: MuMoE) -> str:
 
 
 def _misfits(block: MuMoE | MuMoEMLP, norm: nn.Module | None) -> list[str]:
-    """What about a block the released code cannot hold, a line each."""
+    """Properties of a block that the released code cannot hold, one line for each."""
     lines = []
     for place, mixture in enumerate(_layers(block)):
         spec = mixture.spec

@@ -199,7 +199,7 @@ def _check_rest(module: nn.Module, name: str, linears: list[nn.Module], act: obj
 
 @dataclass(frozen=True, eq=False)
 class _Matched:
-    """Which of the first layer's outputs went through which activation."""
+    """Outputs of the first layer by the activation that they went through."""
 
     gate: int
     name: str | None

@@ -1,4 +1,4 @@
-"""How many inputs each layer of a model gets, from a run of the model."""
+"""Number of inputs of each layer of a model, from a run of the model."""
 
 from __future__ import annotations
 

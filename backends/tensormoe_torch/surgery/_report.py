@@ -1,4 +1,4 @@
-"""What surgery changed: a table of costs before and after, as a value and as text."""
+"""Report of surgery: a table of costs before and after, as a value and as text."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Replacement:
 
 @dataclass(frozen=True)
 class Surgery:
-    """What :func:`replace` did to a model; ``print`` shows it as a table.
+    """Report of :func:`replace`; ``print`` shows it as a table.
 
     Args:
         replacements: one a replaced module, in the model's order.

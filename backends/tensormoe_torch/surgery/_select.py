@@ -1,4 +1,4 @@
-"""Which modules of a model are meant: by pattern, by class, or by a function of both."""
+"""Selection of modules of a model: by pattern, by class, or by a function of both."""
 
 from __future__ import annotations
 

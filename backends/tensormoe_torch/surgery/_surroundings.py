@@ -1,4 +1,4 @@
-"""What else in a model holds on to a layer: tied weights, hooks inside, code that reads weights."""
+"""Ties of a model to a layer: shared weights, hooks inside, code that reads weights."""
 
 from __future__ import annotations
 

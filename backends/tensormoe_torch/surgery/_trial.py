@@ -76,7 +76,7 @@ def try_out(model: nn.Module, example: Any) -> None:
 
 
 def _explain(failed: _NotRun, model: nn.Module, names: Sequence[str]) -> str:
-    """Which module the model failed in, at which line, and what it read of a new layer."""
+    """Module and line in which the model failed, and what it read of a new layer."""
     error = failed.__cause__
     assert error is not None
     owners = {id(module): name for name, module in model.named_modules()}

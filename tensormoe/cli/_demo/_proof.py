@@ -1,4 +1,4 @@
-"""That the factorized layer computes what its unfactorized experts compute."""
+"""Proof that the factorized layer computes what its unfactorized experts compute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the demo does and says, in order."""
+"""Steps of the demo and their text, in order."""
 
 from __future__ import annotations
 
@@ -303,7 +303,7 @@ def _report(
 
 
 def _verdict(entries: list[Entry], tests: int) -> str:
-    """What the accuracies say, whichever model they favour."""
+    """Conclusion from the accuracies, whichever model they favour."""
     means = {entry.name: float(np.mean(entry.accuracies)) for entry in entries}
     linear = means["linear"]
     gaps = ", ".join(

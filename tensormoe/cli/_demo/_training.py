@@ -94,7 +94,7 @@ class Classifier:
 
 @dataclass
 class History:
-    """What training looked like, epoch by epoch.
+    """Record of training, epoch by epoch.
 
     Args:
         losses: mean training loss.
