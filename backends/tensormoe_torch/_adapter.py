@@ -159,8 +159,10 @@ def library(dtype: torch.dtype, *, keeps_input: bool = True) -> Library:
     return Library(
         EAGER.row_block_bytes,
         copies_transposed=copies_transposed(dtype),
+        merges_batch_axes=True,
         frees_saved=True,
         keeps_input=keeps_input,
+        holds_coefficients=True,
     )
 
 

@@ -180,6 +180,7 @@ def layer_norm_vjp(
     shifted = _to_zero(backend, values, mask, first_row, LayerNorm(eps))
     usable = shifted.usable
     unit, variance, count = _row_moments(backend, shifted.values, usable, first_row)
+    del shifted  # an array of the block's size, of which there are at most three at once
     spread = 1.0 / xp.sqrt(variance + eps)
     unit *= spread
     if usable is not None:

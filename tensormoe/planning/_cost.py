@@ -18,6 +18,7 @@ from functools import cached_property
 from math import prod
 
 from tensormoe.factorizations import BATCH, Leg
+from tensormoe.planning._library import DEFAULT, Library
 from tensormoe.planning._program import Program, Role, Step
 
 __all__ = [
@@ -188,7 +189,7 @@ def program_peak(
     *,
     owned: Iterable[int] = (),
     kept: Collection[int] = (),
-    copies_transposed: bool = False,
+    library: Library = DEFAULT,
 ) -> int:
     """Bytes live at the peak of a program.
 
@@ -198,13 +199,14 @@ def program_peak(
         itemsize: bytes per entry.
         owned: operands that count as live until their last use; the others belong to the caller.
         kept: slots that stay live to the end, for a reverse program.
-        copies_transposed: whether the library copies a transposed first operand of large products.
+        library: which operands of products are copied.
     """
     moments = live_memory(program, sizes, itemsize, owned=owned, kept=kept)
-    if copies_transposed:
-        # the first moment is before the first step
-        copied = [itemsize * _transposed(step, sizes) for step in program.steps]
-        moments += [now + more for now, more in zip(moments[1:], copied, strict=True)]
+    # the first moment is before the first step
+    for place, step in enumerate(program.steps, 1):
+        copied = _transposed(step, sizes) if library.copies_transposed else 0
+        copied += _unmerged(step, sizes) if library.merges_batch_axes else 0
+        moments[place] += itemsize * copied
     return max(moments)
 
 
@@ -218,6 +220,20 @@ def _transposed(step: Step, sizes: Mapping[Leg, int]) -> int:
         return 0
     work = prod(sizes[leg] for leg in {*step.input_legs[0], *step.input_legs[1]})
     return prod(sizes[leg] for leg in step.input_legs[0]) if work >= _LEAST_COPIED else 0
+
+
+def _unmerged(step: Step, sizes: Mapping[Leg, int]) -> int:
+    """Entries of both operands, once all batch axes of a product are one: 0 if that is a view."""
+    axes = step.views[-1].axes
+    if step.kind != "matmul" or axes is None or len(axes) < 4 or axes[0] + 1 == axes[1]:
+        return 0
+    left, right = step.input_legs
+    batches = [sizes[leg] for leg in step.legs[:2]]
+    if min(batches) == 1:
+        return 0
+    batch = prod(batches)
+    summed = prod(sizes[leg] for leg in left if leg in right and leg not in step.legs)
+    return batch * summed + prod(sizes[leg] for leg in right)
 
 
 def live_memory(

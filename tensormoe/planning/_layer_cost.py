@@ -81,12 +81,14 @@ class ProgramCall:
     def peak(self, owned: Collection[int] = (), *, training: bool = False) -> int:
         """Bytes live at the peak of a forward call, operands left out unless ``owned``."""
         kept = self._kept if training else ()
-        return program_peak(self.program, self.sizes, self.itemsize, owned=owned, kept=kept)
+        return program_peak(
+            self.program, self.sizes, self.itemsize, owned=owned, kept=kept, library=self.library
+        )
 
     def backward_peak(self) -> int:
         """Bytes live at the peak of a backward pass, beyond what is saved for it."""
-        copies, back = self.library.copies_transposed, self.reverse.program
-        return program_peak(back, self.sizes, self.itemsize, copies_transposed=copies)
+        back = self.reverse.program
+        return program_peak(back, self.sizes, self.itemsize, library=self.library)
 
     @property
     def _kept(self) -> tuple[int, ...]:
@@ -134,7 +136,11 @@ def layer_cost(
         if gate is not None and operand.name.startswith(("coefficients_", "indices_"))
     }
     if not training:
-        return Cost(parameters, steps, max(made.peak(), call.peak(tuple(routing))))
+        if library.holds_coefficients:
+            mixing = sum(routing.values()) + call.peak()
+        else:
+            mixing = call.peak(tuple(routing))
+        return Cost(parameters, steps, max(made.peak(), mixing))
     held = sum(routing.values()) + made.saved
     # the backward pass through the gate, while the program's gradients are all live
     after = (0 if library.frees_saved else call.saved) + call.gradients + made.backward_peak()

@@ -17,16 +17,22 @@ class Library:
         row_block_bytes: largest slice of rows that a gate works on at once, of the backend; None
             for all rows at once.
         copies_transposed: whether a transposed first operand of a large product is copied.
+        merges_batch_axes: whether a product with several batch axes makes one of them first, which
+            copies operands where they do not follow one another in memory.
         frees_saved: whether the backward pass frees saved arrays after their last use, as that of
             libraries with automatic differentiation does.
         keeps_input: whether the derivative of a block's activation is computed from its input, and
             not from its result, as a library may do for relu and tanh.
+        holds_coefficients: whether coefficients live until a forward call ends, since the call of
+            a module holds its arguments.
     """
 
     row_block_bytes: int | None = None
     copies_transposed: bool = False
+    merges_batch_axes: bool = False
     frees_saved: bool = False
     keeps_input: bool = True
+    holds_coefficients: bool = False
 
 
 DEFAULT = Library()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tensormoe import CP, Hadamard, TensorRing
+from tensormoe import CP, Hadamard, SharedDelta, TensorRing, Tucker
 from tensormoe_torch import MuMoE, MuMoEMLP
 from tests.torch._helpers import randomize
 
@@ -78,10 +78,14 @@ def test_of_blocks_of_other_kinds(kind: Any) -> None:
     ("kind", "experts"),
     [
         (CP(256), 32),
+        (CP(256), 512),
+        (Hadamard(), 512),
         (TensorRing((4, 4, 64)), 32),
         (Hadamard(), 32),
         (CP(256), (16, 32)),
         (TensorRing((4, 4, 4, 64)), (16, 32)),
+        (Tucker((8, 8, 64, 64)), (16, 32)),
+        (SharedDelta(4), (16, 32)),
     ],
     ids=str,
 )
