@@ -110,8 +110,9 @@ def _standardize(
 ) -> tuple[Standardize, Statistics | None]:
     if gate.normalization is None:
         return None, statistics
+    spread = gate.spread_of(rows.shape[-1])
     if gate.normalization == "layer":
-        return LayerNorm(gate.eps), statistics
+        return LayerNorm(gate.eps, spread), statistics
     xp = rows.backend.namespace
     count, experts = rows.values.shape
     if statistics is not None:
@@ -128,13 +129,13 @@ def _standardize(
                 "statistics that training returned."
             )
         mean, variance = statistics.mean[None, :], statistics.variance[None, :]
-        return Affine(mean, 1.0 / xp.sqrt(variance + gate.eps)), statistics
+        return Affine(mean, spread / xp.sqrt(variance + gate.eps)), statistics
     if across is None:
         _check_tokens(count)
     mean, variance, tokens = batch_moments(rows, across)
     if across is not None and rows.backend.eager:
         _check_tokens(int(xp.max(rows.backend.stop_gradient(tokens), axis=-1)))
-    how = Affine(mean, 1.0 / xp.sqrt(variance + gate.eps))
+    how = Affine(mean, spread / xp.sqrt(variance + gate.eps))
     return how, _mix(gate, rows.backend, statistics, mean, variance, tokens)
 
 
@@ -220,13 +221,14 @@ def activate_vjp(
     weights = backend.reshape(coefficients, matrix)
     cotangent = backend.reshape(cotangent, matrix)
     alpha = gate.effective_alpha
+    norm = LayerNorm(gate.eps, gate.spread_of(rows.shape[-1]))
 
     def gradient(values: Array, some: Array | None, first: int) -> Array:
         stop = first + values.shape[0]
         some_weights, some_cotangent = weights[first:stop, :], cotangent[first:stop, :]
         inner = activation_vjp(backend, some_weights, some_cotangent, alpha)
         if gate.normalization == "layer":
-            return layer_norm_vjp(backend, values, some, first, gate.eps, inner)
+            return layer_norm_vjp(backend, values, some, first, norm, inner)
         return xp.where(xp.isinf(values), xp.zeros_like(inner), inner)
 
     result = map_rows(rows, gradient)
@@ -251,6 +253,7 @@ def _batch_vjp(
     mean, variance, tokens = batch_moments(rows, across)
     how = Affine(mean, 1.0 / xp.sqrt(variance + gate.eps))
     tokens = xp.maximum(tokens, xp.ones_like(tokens))
+    slope = gate.spread_of(rows.shape[-1]) * how.scale
 
     def unit(values: Array, mask: Array | None) -> tuple[Array, Array]:
         live = ~xp.isinf(values) if mask is None else ~xp.isinf(values) & mask
@@ -271,7 +274,7 @@ def _batch_vjp(
     def gradient(values: Array, mask: Array | None, first: int) -> Array:
         scaled, live = unit(values, mask)
         block = inner[first : first + values.shape[0], :]
-        block = (block - total / tokens - scaled * (along / tokens)) * how.scale
+        block = (block - total / tokens - scaled * (along / tokens)) * slope
         return xp.where(live, block, xp.zeros_like(block))
 
     return map_rows(rows, gradient)

@@ -36,9 +36,9 @@ def entmax_block(
     if values.shape[0] == 0:
         return values
     if isinstance(how, LayerNorm) and alpha == 1.5 and mask is None and backend.eager:
-        usual = entmax15_of_one_row(backend, values, how.eps) if values.shape[0] == 1 else None
+        usual = entmax15_of_one_row(backend, values, how) if values.shape[0] == 1 else None
         if usual is None:
-            usual = entmax15_of_rows(backend, values, how.eps)
+            usual = entmax15_of_rows(backend, values, how)
         if usual is not None:
             return usual
     factor = alpha - 1.0 if alpha > 1.0 else 1.0

@@ -30,6 +30,8 @@ class Gate:
         normalization: "layer", "batch" or ``None``.
         k: experts per token for "top_k", ``None`` for the others.
         bias: whether the projection has a bias. The paper's has none.
+        spread: standard deviation that both normalizations give to logits, positive; ``None`` for
+            :meth:`spread_of`, which depends on α and the number of experts.
         eps: added to the variance by both normalizations; positive.
         momentum: weight of a new batch in batch norm's running statistics, in (0, 1].
 
@@ -38,8 +40,8 @@ class Gate:
 
     Example:
         >>> Gate()
-        Gate(activation='entmax', alpha=1.5, normalization='layer', k=None, bias=False, eps=1e-05, \
-momentum=0.1)
+        Gate(activation='entmax', alpha=1.5, normalization='layer', k=None, bias=False, \
+spread=None, eps=1.0, momentum=0.1)
         >>> Gate("top_k", k=2, normalization=None).k
         2
     """
@@ -49,7 +51,8 @@ momentum=0.1)
     normalization: str | None = "layer"
     k: int | None = None
     bias: bool = False
-    eps: float = 1e-5
+    spread: float | None = None
+    eps: float = 1.0
     momentum: float = 0.1
 
     def __post_init__(self) -> None:
@@ -87,9 +90,36 @@ momentum=0.1)
             )
         flag(self.bias, "bias", GateError)
         if not _is_number(self.eps) or not (self.eps > 0 and isfinite(self.eps)):
-            raise GateError(f"eps must be a positive number; got {self.eps!r}. Use 1e-5.")
+            raise GateError(f"eps must be a positive number; got {self.eps!r}. Use 1.0.")
+        self._check_spread()
         if not _is_number(self.momentum) or not 0 < self.momentum <= 1:
             raise GateError(f"momentum must be in (0, 1]; got {self.momentum!r}. Use 0.1.")
+
+    def _check_spread(self) -> None:
+        if self.spread is None:
+            return
+        if not _is_number(self.spread) or not (self.spread > 0 and isfinite(self.spread)):
+            raise GateError(
+                f"spread must be a positive number or None; got {self.spread!r}. Leave it out for "
+                "what the number of experts calls for."
+            )
+        if self.normalization is None:
+            raise GateError(
+                f"spread belongs to a normalization; got {self.spread} with normalization=None. "
+                "Leave it out or use 'layer'."
+            )
+
+    @classmethod
+    def paper(cls, normalization: str = "layer") -> Gate:
+        """The gate of Oldfield et al. 2024: entmax-1.5 of standardized logits, at unit variance.
+
+        Its released code has batch norm in vision models and layer norm in GPT-2, with an eps of
+        1e-5. The first steps of training then decide the routing; see the guide to gates.
+
+        >>> Gate.paper().eps, Gate.paper().spread
+        (1e-05, 1.0)
+        """
+        return cls(normalization=normalization, spread=1.0, eps=1e-5)
 
     @classmethod
     def parse(cls, value: Gate | str) -> Gate:
@@ -113,6 +143,20 @@ momentum=0.1)
         if self.activation == "entmax":
             return float(self._alpha)  # type: ignore[attr-defined]
         return 2.0 if self.activation == "sparsemax" else 1.0
+
+    def spread_of(self, experts: int) -> float:
+        """Standard deviation of the normalized logits of so many experts.
+
+        Unless given it is (16 / N)^(α - 1), for which a change of one standard deviation changes
+        a coefficient by the same factor for any N: at equal coefficients 1/N, entmax has
+        ∂a/∂x = a^(2 - α), N^(α - 1) times the coefficient.
+
+        >>> Gate().spread_of(16), Gate().spread_of(1024), Gate("softmax").spread_of(1024)
+        (1.0, 0.125, 1.0)
+        """
+        if self.spread is not None:
+            return float(self.spread)
+        return float((16.0 / experts) ** (self.effective_alpha - 1.0))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as checkpoints store them."""

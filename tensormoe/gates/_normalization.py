@@ -20,9 +20,10 @@ from tensormoe.gates._threshold import OUTSIDE
 
 @dataclass(frozen=True)
 class LayerNorm:
-    """(x - mean) / √(variance + eps) over a token's own experts."""
+    """spread · (x - mean) / √(variance + eps) over a token's own experts."""
 
     eps: float
+    spread: float
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def shift(
     if isinstance(how, LayerNorm):
         _, variance, _ = _row_moments(backend, values, usable, first_row)
         # subtracting the mean would change no coefficient
-        values = values * (factor / xp.sqrt(variance + how.eps))
+        values = values * (factor * how.spread / xp.sqrt(variance + how.eps))
     elif factor != 1.0:
         if factor > 1.0:  # nothing below OUTSIDE matters, and the product must not overflow
             values = xp.maximum(values, xp.full_like(values[:, :1], OUTSIDE))
@@ -167,29 +168,29 @@ def layer_norm_vjp(
     values: Array,
     mask: Array | None,
     first_row: int,
-    eps: float,
+    how: LayerNorm,
     cotangent: Array,
 ) -> Array:
     """The transpose of layer norm's derivative at ``values``, applied to ``cotangent``.
 
     Both are (rows, experts) blocks, and ``cotangent`` is overwritten. The activation's own
     derivative already makes it sum to zero over each row, up to rounding, which spares the term of
-    the mean: it is (g - unit ⟨unit, g⟩ / N) / √(variance + eps).
+    the mean: it is spread · (g - unit ⟨unit, g⟩ / N) / √(variance + eps).
     """
     xp = backend.namespace
-    shifted = _to_zero(backend, values, mask, first_row, LayerNorm(eps))
+    shifted = _to_zero(backend, values, mask, first_row, how)
     usable = shifted.usable
     unit, variance, count = _row_moments(backend, shifted.values, usable, first_row)
     del shifted  # an array of the block's size, of which there are at most three at once
-    spread = 1.0 / xp.sqrt(variance + eps)
-    unit *= spread
+    scale = 1.0 / xp.sqrt(variance + how.eps)
+    unit *= scale
     if usable is not None:
         usable = usable & ~xp.isinf(values)
-        unit = xp.where(usable, unit, xp.zeros_like(spread))
-        cotangent = xp.where(usable, cotangent, xp.zeros_like(spread))
+        unit = xp.where(usable, unit, xp.zeros_like(scale))
+        cotangent = xp.where(usable, cotangent, xp.zeros_like(scale))
     unit *= xp.vecdot(unit, cotangent)[:, None] / count
     cotangent -= unit
-    cotangent *= spread
+    cotangent *= how.spread * scale
     return cotangent
 
 

@@ -1,10 +1,10 @@
 """The usual gate, layer norm and entmax-1.5, in as few passes over the logits as can be.
 
 For libraries that run each operation by itself. Logits are neither centred nor scaled: layer norm
-only sets how large the mass above the threshold has to be. With radius r = 2 √(variance + eps) the
-coefficients are (max(x - t, 0) / r)², where the norm of max(x - t, 0) is r, and Newton's method on
-that norm starts where rows of many normal logits have t. Once a step is lost in rounding, dividing
-by the norm that was reached instead of r makes rows sum to one.
+only sets how large the mass above the threshold has to be. With radius r = 2 √(variance + eps) /
+spread the coefficients are (max(x - t, 0) / r)², where the norm of max(x - t, 0) is r, and Newton's
+method on that norm starts where rows of many normal logits have t. Once a step is lost in rounding,
+dividing by the norm that was reached instead of r makes rows sum to one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import lru_cache
 from math import erfc, exp, isfinite, pi, sqrt
 
 from tensormoe.backend import Array, Backend
+from tensormoe.gates._normalization import LayerNorm
 
 # Newton steps before the first test of convergence
 _LEAST_STEPS = 4
@@ -34,34 +35,35 @@ _OFF_CENTRE = 16.0
 
 
 @lru_cache(maxsize=64)
-def usual_threshold(experts: int) -> float:
-    """The entmax-1.5 threshold, relative to the mean, of many standard normal logits.
+def usual_threshold(experts: int, spread: float) -> float:
+    """The entmax-1.5 threshold, relative to the mean, of many normal logits of mean zero.
 
-    It solves N E[max(g/2 - τ, 0)²] = 1 for a normal g. Layer norm makes it the threshold of most
-    rows, nearly; as the start of Newton's method it need not be exact, and saves a third of it.
+    It solves N E[max(g/2 - τ, 0)²] = 1 for a normal g of standard deviation ``spread``. Layer norm
+    makes it the threshold of most rows, nearly; as the start of Newton's method it need not be
+    exact, and saves a third of it.
 
-    >>> round(usual_threshold(1024), 3)
+    >>> round(usual_threshold(1024, 1.0), 3)
     1.065
     """
-    high = sqrt(float(experts))
+    high = sqrt(float(experts)) * max(spread, 1.0)
     low = -high
     for _ in range(60):
         middle = (low + high) / 2.0
-        u = 2.0 * middle
+        u = 2.0 * middle / spread
         tail = 0.5 * erfc(u / sqrt(2.0))
         density = exp(-u * u / 2.0) / sqrt(2.0 * pi)
-        above = experts * 0.25 * ((1.0 + u * u) * tail - u * density) > 1.0
+        above = experts * (0.5 * spread) ** 2 * ((1.0 + u * u) * tail - u * density) > 1.0
         low, high = (middle, high) if above else (low, middle)
     return low
 
 
-def entmax15_of_rows(backend: Backend, values: Array, eps: float) -> Array | None:
+def entmax15_of_rows(backend: Backend, values: Array, how: LayerNorm) -> Array | None:
     """Coefficients of a (rows, experts) block of logits without a mask.
 
     Args:
         backend: an eager adapter.
         values: logits.
-        eps: of the layer norm.
+        how: the layer norm.
 
     Returns:
         (rows, experts), or ``None`` where the block is not of the usual kind: infinities or NaN,
@@ -82,9 +84,11 @@ def entmax15_of_rows(backend: Backend, values: Array, eps: float) -> Array | Non
     variance = square * (1.0 / experts) - mean * mean
     if bool(xp.any(mean * mean > _OFF_CENTRE * variance)):
         return None
-    radius = 2.0 * xp.sqrt(variance + eps)
+    radius = 2.0 / how.spread * xp.sqrt(variance + how.eps)
     # t lies at least r/√N below the top, and just there where all entries tie
-    threshold = xp.minimum(mean + usual_threshold(experts) * radius, top - experts**-0.5 * radius)
+    threshold = xp.minimum(
+        mean + usual_threshold(experts, how.spread) * radius, top - experts**-0.5 * radius
+    )
     noise = _NOISE * float(xp.finfo(values.dtype).eps)
     for done in range(_MOST_STEPS):
         excess = xp.maximum(values, threshold)
@@ -100,7 +104,7 @@ def entmax15_of_rows(backend: Backend, values: Array, eps: float) -> Array | Non
     return None
 
 
-def entmax15_of_one_row(backend: Backend, values: Array, eps: float) -> Array | None:
+def entmax15_of_one_row(backend: Backend, values: Array, how: LayerNorm) -> Array | None:
     """The same for (1, experts): the few logits that can matter go through the closed form.
 
     For a set of k logits that contains the support, t is their mean - √((r² - Σ (x - mean)²)/k)
@@ -120,8 +124,8 @@ def entmax15_of_one_row(backend: Backend, values: Array, eps: float) -> Array | 
     variance = square / experts - mean * mean
     if not isfinite(square) or mean * mean > _OFF_CENTRE * variance:
         return None
-    radius = 2.0 * sqrt(variance + eps)
-    bound = mean + (usual_threshold(experts) - _MARGIN) * radius
+    radius = 2.0 / how.spread * sqrt(variance + how.eps)
+    bound = mean + (usual_threshold(experts, how.spread) - _MARGIN) * radius
     largest = sorted(backend.floats(row[row > bound]), reverse=True)
     threshold = _threshold(largest, radius)
     if threshold is None or threshold < bound:

@@ -145,9 +145,11 @@ def gates(draw: st.DrawFn, experts: Sequence[int], *, batch_norm: bool = False) 
         options["alpha"] = draw(st.sampled_from([1.0, 1.25, 1.5, 1.75, 2.0, 3.0]))
     if activation == "top_k":
         options["k"] = draw(st.integers(1, min(experts)))
-    return Gate(
-        activation, normalization=draw(st.sampled_from(norms)), bias=draw(st.booleans()), **options
-    )
+    options["normalization"] = norm = draw(st.sampled_from(norms))
+    if norm is not None:
+        options["spread"] = draw(st.sampled_from([None, 0.25, 1.0, 3.0]))
+        options["eps"] = draw(st.sampled_from([1.0, 1e-5]))
+    return Gate(activation, bias=draw(st.booleans()), **options)
 
 
 @st.composite

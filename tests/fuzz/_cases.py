@@ -101,6 +101,9 @@ def _gate(experts: tuple[int, ...], rng: np.random.Generator) -> Gate:
         options["alpha"] = float(rng.choice([1.25, 1.5, 1.5, 1.75, 2.0, min(2.5, most)]))
     if name == "top_k":
         options["k"] = int(rng.integers(1, min(experts) + 1))
+    if options["normalization"] is not None:
+        options["spread"] = [None, 0.25, 1.0, 3.0][rng.integers(4)]
+        options["eps"] = float(rng.choice([1.0, 1e-5]))
     return Gate(name, bias=bool(rng.integers(2)), **options)
 
 

@@ -77,6 +77,7 @@ def _values() -> Iterator[Door]:
             normalization="layer",
             k=None,
             bias=False,
+            spread=1.0,
             eps=1e-5,
             momentum=0.1,
         ),

@@ -91,7 +91,7 @@ def _normalized(gate: Gate, rows: Any, arrays: Arrays, level: int, training: boo
     mean, variance = rows.mean(axis, keepdims=True), rows.var(axis, keepdims=True)
     if gate.normalization == "batch" and not training:
         mean, variance = (arrays[f"gate.running_{n}_{level}"] for n in ("mean", "variance"))
-    return (rows - mean) / np.sqrt(variance + gate.eps)
+    return gate.spread_of(rows.shape[-1]) * (rows - mean) / np.sqrt(variance + gate.eps)
 
 
 def activate(gate: Gate, rows: np.ndarray) -> np.ndarray:

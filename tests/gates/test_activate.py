@@ -21,19 +21,23 @@ from tensormoe.gates import (
 )
 from tensormoe_numpy import BACKEND
 
+PAPER = Gate.paper()
 
-def layer_norm(x, eps=1e-5):
+
+def layer_norm(x, gate=PAPER):
     centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps)
+    unit = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + gate.eps)
+    return gate.spread_of(x.shape[-1]) * unit
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
-def test_layer_norm_then_entmax(dtype, scale):
+@pytest.mark.parametrize("gate", [Gate(), PAPER], ids=["default", "paper"])
+def test_layer_norm_then_entmax(gate, dtype, scale):
     x = (np.random.default_rng(0).standard_normal((2, 300, 257)) * scale + scale).astype(dtype)
-    want = entmax(layer_norm(x.astype(np.float64)))
+    want = entmax(layer_norm(x.astype(np.float64), gate))
     tolerance = 2e-6 if dtype == np.float32 else 1e-12
-    np.testing.assert_allclose(activate(Gate(), x).coefficients, want, atol=tolerance)
+    np.testing.assert_allclose(activate(gate, x).coefficients, want, atol=tolerance)
 
 
 def test_layer_norm_of_masked_experts_is_as_if_they_were_absent():
@@ -42,10 +46,10 @@ def test_layer_norm_of_masked_experts_is_as_if_they_were_absent():
     mask = rng.random((5, 30)) < 0.5
     x[~mask] = 1e20
     for filled, given_mask in ((x, mask), (np.where(mask, x, -np.inf), None)):
-        got = activate(Gate(), filled, mask=given_mask).coefficients
+        got = activate(PAPER, filled, mask=given_mask).coefficients
         assert np.all(got[~mask] == 0)
         for row, use, have in zip(x, mask, got, strict=True):
-            want = activate(Gate(), row[use]).coefficients
+            want = activate(PAPER, row[use]).coefficients
             np.testing.assert_allclose(have[use], want, atol=1e-13)
 
 
@@ -63,8 +67,9 @@ def test_a_skewed_row_is_found_from_a_start_right_of_its_root():
         x[1, ::2] = 1.0
         x[2] = np.geomspace(1e-9, 1, experts)
         x[3] = -np.geomspace(1e-9, 1, experts)
-        want = entmax(layer_norm(x))
-        np.testing.assert_allclose(activate(Gate(), x).coefficients, want, atol=1e-12)
+        for gate in (Gate(), PAPER):
+            want = entmax(layer_norm(x, gate))
+            np.testing.assert_allclose(activate(gate, x).coefficients, want, atol=1e-12)
 
 
 def test_an_overflowing_variance_is_an_error():
@@ -75,7 +80,7 @@ def test_an_overflowing_variance_is_an_error():
 
 
 class TestBatchNorm:
-    gate = Gate(normalization="batch")
+    gate = Gate.paper("batch")
 
     def test_training_and_running_statistics(self):
         x = np.random.default_rng(0).standard_normal((3, 200, 9)) * 3 + 1
@@ -87,6 +92,12 @@ class TestBatchNorm:
         np.testing.assert_allclose(result.statistics.variance, 0.9 + 0.1 * flat.var(0, ddof=1))
         again = activate(self.gate, x, training=True, statistics=result.statistics).statistics
         np.testing.assert_allclose(again.mean, 0.19 * flat.mean(0))
+
+    def test_of_the_default_gate(self):
+        x = np.random.default_rng(0).standard_normal((200, 256)) * 3 + 1
+        want = entmax((x - x.mean(0)) / np.sqrt(x.var(0) + 1.0) / 4)
+        got = activate(Gate(normalization="batch"), x, training=True).coefficients
+        np.testing.assert_allclose(got, want, atol=1e-12)
 
     def test_evaluation_uses_the_running_statistics(self):
         x = np.random.default_rng(0).standard_normal((1, 4))
@@ -164,7 +175,7 @@ def test_the_vjp_outside_training_and_in_blocks():
     weights = activate(gate, x, statistics=kept).coefficients
     got = activate_vjp(gate, x, weights, g, statistics=kept)
     plain = Gate(normalization=None)
-    scale = 1 / np.sqrt(kept.variance + 1e-5)
+    scale = gate.spread_of(40) / np.sqrt(kept.variance + gate.eps)
     want = activate_vjp(plain, (x - kept.mean) * scale, weights, g) * scale
     np.testing.assert_allclose(got, want, atol=1e-13)
     one = activate_vjp(Gate(), x[1, 2999], activate(Gate(), x[1, 2999]).coefficients, g[1, 2999])

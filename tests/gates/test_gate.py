@@ -8,6 +8,7 @@ import pytest
 from tensormoe.errors import GateError
 from tensormoe.gates import (
     Gate,
+    activate,
     entropy,
     entropy_loss,
     entropy_loss_vjp,
@@ -20,7 +21,13 @@ from tensormoe.gates import (
 
 @pytest.mark.parametrize(
     "gate",
-    [Gate(), Gate("top_k", k=2, normalization=None), Gate("entmax", 1.25, "batch", bias=True)],
+    [
+        Gate(),
+        Gate.paper(),
+        Gate(spread=2),
+        Gate("top_k", k=2, normalization=None),
+        Gate("entmax", 1.25, "batch", bias=True),
+    ],
 )
 def test_round_trips(gate):
     assert eval(repr(gate)) == gate  # repr reconstructs
@@ -40,6 +47,9 @@ def test_round_trips(gate):
         (lambda: Gate(k=2), "k belongs to top_k"),
         (lambda: Gate(bias=1), "bias must be True or False"),
         (lambda: Gate(eps=0), "eps must be a positive number"),
+        (lambda: Gate(spread=0), "spread must be a positive number or None; got 0"),
+        (lambda: Gate(spread="1"), "spread must be a positive number or None; got '1'"),
+        (lambda: Gate(normalization=None, spread=1.0), "spread belongs to a normalization"),
         (lambda: Gate(momentum=1.5), r"momentum must be in \(0, 1\]; got 1.5"),
         (lambda: Gate.parse("top_k"), r"Gate\('top_k', k=2\)"),
         (lambda: Gate.parse(3), "gate must be a Gate or the name"),
@@ -51,6 +61,18 @@ def test_round_trips(gate):
 def test_impossible_gates(make, words):
     with pytest.raises(GateError, match=words):
         make()
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.25, 1.5, 2.0])
+def test_a_small_logit_changes_a_coefficient_by_the_same_factor_for_any_number(alpha):
+    factors = []
+    for experts in (16, 256, 4096):
+        # one expert apart from the others by a small share of a standard deviation of eps
+        x = np.zeros((1, experts))
+        x[0, 0] = 1e-6
+        a = activate(Gate("entmax", alpha), x).coefficients[0]
+        factors.append((a[0] / a[1] - 1) / 1e-6)
+    np.testing.assert_allclose(factors, 16 ** (alpha - 1), rtol=1e-3)
 
 
 def coefficients():

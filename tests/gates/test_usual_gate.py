@@ -9,6 +9,7 @@ import pytest
 
 from tensormoe.errors import GateError
 from tensormoe.gates import Gate, activate
+from tensormoe.gates._normalization import LayerNorm
 from tensormoe.gates._passes import entmax15_of_rows
 from tensormoe_numpy import BACKEND
 
@@ -38,17 +39,21 @@ KINDS: dict[str, Draw] = {
 }
 
 
-def exact(logits: np.ndarray, eps: float = 1e-5) -> np.ndarray:
+GATES = {"default": Gate(), "paper": Gate.paper(), "wide": Gate(spread=3.0, eps=0.1)}
+
+
+def exact(logits: np.ndarray, gate: Gate) -> np.ndarray:
     """Layer norm and entmax-1.5 by sorting (Peters et al. 2019, algorithm 2), in long doubles."""
     x = logits.astype(np.longdouble)
     x = x - x.mean(axis=1, keepdims=True)
-    z = x / np.sqrt((x * x).mean(axis=1, keepdims=True) + eps) / 2
+    spread = np.longdouble(gate.spread_of(x.shape[1]))
+    z = spread * x / np.sqrt((x * x).mean(axis=1, keepdims=True) + gate.eps) / 2
     z = z - z.max(axis=1, keepdims=True)
     order = -np.sort(-z, axis=1)
     count = np.arange(1, z.shape[1] + 1)
     mean = np.cumsum(order, axis=1) / count
-    spread = np.cumsum(order * order, axis=1) - count * mean * mean
-    tau = mean - np.sqrt(np.maximum((1 - spread) / count, 0))
+    squares = np.cumsum(order * order, axis=1) - count * mean * mean
+    tau = mean - np.sqrt(np.maximum((1 - squares) / count, 0))
     support = np.count_nonzero(tau <= order, axis=1)
     return np.maximum(z - np.take_along_axis(tau, support[:, None] - 1, 1), 0) ** 2
 
@@ -56,16 +61,17 @@ def exact(logits: np.ndarray, eps: float = 1e-5) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(128, 128), (64, 1024), (300, 700)])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", GATES)
 def test_coefficients_are_exact(
-    kind: str, dtype: str, shape: tuple[int, int], rng: np.random.Generator
+    name: str, kind: str, dtype: str, shape: tuple[int, int], rng: np.random.Generator
 ) -> None:
-    logits = KINDS[kind](rng, shape).astype(dtype)
-    found = activate(Gate(), logits).coefficients
+    logits, gate = KINDS[kind](rng, shape).astype(dtype), GATES[name]
+    found = activate(gate, logits).coefficients
     # layer norm of float32 logits that lie far off center loses digits in any way to compute it
     loose = 30 if kind == "far off center" else 1
     bound = loose * (4e-6 if dtype == "float32" else 1e-13)
     assert found.dtype == dtype
-    np.testing.assert_allclose(found, exact(logits).astype(float), rtol=0, atol=bound)
+    np.testing.assert_allclose(found, exact(logits, gate).astype(float), rtol=0, atol=bound)
     np.testing.assert_allclose(found.sum(axis=1), 1.0, atol=loose * bound)
 
 
@@ -73,8 +79,10 @@ def test_rows_with_an_unusual_root_are_exact(rng: np.random.Generator) -> None:
     logits = rng.standard_normal((64, 1024))
     # many more entries near the top than normal rows have push the root down
     logits[::2, :100] = 2.2
-    wanted = exact(logits).astype(float)
-    np.testing.assert_allclose(activate(Gate(), logits).coefficients, wanted, rtol=0, atol=1e-13)
+    for gate in GATES.values():
+        wanted = exact(logits, gate).astype(float)
+        found = activate(gate, logits).coefficients
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("kind", ["far off center", "one far above"])
@@ -82,7 +90,7 @@ def test_unusual_blocks_are_declined(kind: str, rng: np.random.Generator) -> Non
     logits = KINDS[kind](rng, (64, 1024))
     if kind == "one far above":
         logits[:, 3] = np.inf
-    assert entmax15_of_rows(BACKEND, logits, 1e-5) is None
+    assert entmax15_of_rows(BACKEND, logits, LayerNorm(1e-5, 1.0)) is None
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

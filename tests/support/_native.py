@@ -259,7 +259,7 @@ def check_editing(framework: Framework) -> None:
 
 def check_official(framework: Framework) -> None:
     """A layer goes through the names and layouts of the paper's released code, and back."""
-    config = LayerConfig(LayerSpec(4, 3, 3, CP(2)), Gate())
+    config = LayerConfig(LayerSpec(4, 3, 3, CP(2)), Gate.paper())
     arrays, call = prepared(config, "gate", (3,), "float32")
     layer = framework.restore(config, arrays)
     again = tensormoe_torch.from_official(tensormoe_torch.to_official(layer))

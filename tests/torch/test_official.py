@@ -177,11 +177,11 @@ def test_sizes_ranks_and_levels_come_from_shapes() -> None:
     ring = from_official(official("ring", (4, 3), "ln"))
     assert isinstance(ring, MuMoE)
     assert ring.spec.factorization == TensorRing((3, 2, 4, 5))
-    assert ring.config.gate == Gate()
+    assert ring.config.gate == Gate.paper()
     block = from_official(official("cp", (4, 3), "bn", 2))
     assert isinstance(block, MuMoEMLP)
     assert block.first.spec.factorization == CP(8)
-    assert block.config.first.gate == Gate(normalization="batch")
+    assert block.config.first.gate == Gate.paper("batch")
     sizes = [
         (each.in_features, each.out_features) for each in (block.first.spec, block.second.spec)
     ]
@@ -218,7 +218,7 @@ def test_own_layers_are_written_and_read(block: bool, input_ln: bool, kind: Any)
     options: dict[str, Any] = {
         "experts": (4, 3),
         "factorization": kind,
-        "gate": Gate(normalization="batch"),
+        "gate": Gate.paper("batch"),
         "dtype": torch.float64,
     }
     layer: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -56,14 +57,17 @@ def from_official(
         SpecError: an unknown name of a factorization or an activation.
         TypeError: ``state`` is no mapping.
 
+    >>> from tensormoe import Gate
     >>> from tensormoe_torch import MuMoE, to_official
-    >>> state = to_official(MuMoE(8, 4, experts=3, rank=2))
+    >>> layer = MuMoE(8, 4, experts=3, rank=2, gate=Gate.paper())
+    >>> state = to_official(layer)
     >>> [(name, tuple(array.shape)) for name, array in state.items()]
     [('MuMoE.factors.0', (3, 2)), ('MuMoE.factors.1', (9, 2)), ('MuMoE.factors.2', (4, 2)),
      ('projs.0', (8, 3))]
     >>> from_official(state)
     MuMoE(8, 4, experts=3, factorization=CP(rank=2), bias=True, gate=Gate(activation='entmax', \
-alpha=1.5, normalization='layer', k=None, bias=False, eps=1e-05, momentum=0.1), dtype=torch.float32)
+alpha=1.5, normalization='layer', k=None, bias=False, spread=1.0, eps=1e-05, \
+momentum=0.1), dtype=torch.float32)
     """
     choice(activation, ACTIVATIONS, "activation", SpecError)
     if factorization is not None:
@@ -145,7 +149,8 @@ def _configs(
     layout: Layout, sizes: Mapping[str, int], train: bool, activation: str
 ) -> list[LayerConfig]:
     """One configuration a layer; the first has the gate."""
-    gate = Gate(activation, normalization="batch" if layout.batch_norm else "layer")
+    usual = Gate.paper("batch" if layout.batch_norm else "layer")
+    gate = replace(usual, activation=activation)
     experts = tuple(sizes[f"n{level}"] for level in range(layout.levels))
     modes = ["in", "hidden", "out"] if layout.layers == 2 else ["in", "out"]
     bonds = tuple(sizes[layout.bond(place)] for place in range(layout.levels + 2))

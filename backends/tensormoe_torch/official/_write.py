@@ -28,9 +28,9 @@ def to_official(
     layer back. Dropout and the gate's activation are not part of a state dict.
 
     Args:
-        layer: CP, tensor ring or tensor train, in one or two levels, with a gate without bias and
-            with batch or layer norm; a block with GELU between; a :class:`PreNormed` of these
-            with a ``LayerNorm``.
+        layer: CP, tensor ring or tensor train, in one or two levels, with a gate like
+            ``Gate.paper()``, or another of its activations; a block with GELU between; a
+            :class:`PreNormed` of these with a ``LayerNorm``.
         prefix: put before every name.
         batches: what ``num_batches_tracked`` of a batch norm shall say. The released code counts
             batches and never uses the count; this library does not count.
@@ -110,8 +110,8 @@ def _misfits(block: MuMoE | MuMoEMLP, norm: nn.Module | None) -> list[str]:
     if gate is None:
         lines.append("the layer must have a gate; got none")
     else:
-        usual = Gate(normalization="batch" if gate.normalization == "batch" else "layer")
-        for name in ("normalization", "bias", "eps", "momentum"):
+        usual = Gate.paper("batch" if gate.normalization == "batch" else "layer")
+        for name in ("normalization", "bias", "spread", "eps", "momentum"):
             wanted, found = getattr(usual, name), getattr(gate, name)
             if wanted != found:
                 lines.append(f"{name} of the gate must be {wanted!r}; got {found!r}")
