@@ -4,19 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = [
-    "Cell",
-    "align",
-    "align_totals",
-    "format_bytes",
-    "format_count",
-    "format_experts",
-    "format_parameters",
-    "format_rank",
-    "format_share",
-    "format_time",
-]
-
 Cell = str | tuple[str, str]
 """One entry of a table, or a pair: the entry before and after."""
 

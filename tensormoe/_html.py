@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from tensormoe._drawing import Drawing
     from tensormoe._spec import LayerSpec
 
-__all__ = ["facts_html", "layer_html", "spec_html", "table_html", "text_html"]
-
 # no colours: those of the page are kept, light or dark
 _CELL = "text-align: left; padding: 0.1em 1.2em 0.1em 0; vertical-align: top"
 _NUMBER = "text-align: right; padding: 0.1em 0 0.1em 1.2em; white-space: nowrap"

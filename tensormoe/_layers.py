@@ -18,16 +18,6 @@ from tensormoe.backend import Backend
 from tensormoe.checkpoint import check_arrays, check_config, read_block, save_checkpoint
 from tensormoe.planning import Cost, Library, Plan
 
-__all__ = [
-    "BlockMethods",
-    "Costs",
-    "EmbeddingSizes",
-    "LayerMethods",
-    "LinearSizes",
-    "Methods",
-    "check_constructor",
-]
-
 A = TypeVar("A")
 C = TypeVar("C", bound=LayerConfig | BlockConfig)
 

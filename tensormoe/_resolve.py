@@ -17,8 +17,6 @@ from tensormoe.factorizations import (
 from tensormoe.gates import Gate
 from tensormoe.selection import Budget, select_block, select_rank
 
-__all__ = ["Options"]
-
 
 @dataclass(frozen=True)
 class Options:

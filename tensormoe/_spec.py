@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from tensormoe.gates import Gate
     from tensormoe.planning import Cost, Plan
 
-__all__ = ["MAX_LEVELS", "LayerSpec"]
-
 MAX_LEVELS = 32
 """Levels of experts that a layer may have; arrays of some libraries have 64 axes at most."""
 

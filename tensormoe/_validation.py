@@ -10,16 +10,6 @@ from typing import Any
 
 from tensormoe.errors import SpecError, TensormoeError
 
-__all__ = [
-    "brief",
-    "choice",
-    "flag",
-    "instance",
-    "non_negative_int",
-    "positive_int",
-    "positive_ints",
-]
-
 # of levels and bonds; an endless generator is cut off
 _MOST = 64
 # what array libraries index with

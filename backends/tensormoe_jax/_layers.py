@@ -23,8 +23,6 @@ from tensormoe_jax._adapter import BACKEND, LIBRARY
 from tensormoe_jax._dtypes import FLOATS
 from tensormoe_jax._initialize import initial_buffers, initialize
 
-__all__ = ["Block", "Layer", "built", "first_values"]
-
 C = TypeVar("C", bound=LayerConfig | BlockConfig)
 M = TypeVar("M")
 

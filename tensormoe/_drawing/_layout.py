@@ -9,8 +9,6 @@ from statistics import mean
 from tensormoe._drawing._shapes import PILL, Point, text_width
 from tensormoe.factorizations import INPUT, OUTPUT, Factor, Leg, Network, Term
 
-__all__ = ["HALF", "LINE", "REACH", "RISE", "Layout", "Node"]
-
 # distances in pixels: between factors, to the labels of open legs, and from the row to what is
 # drawn above it, level by level
 GAP, REACH, RISE = 36.0, 36.0, 58.0

@@ -22,8 +22,6 @@ from tensormoe._drawing._shapes import (
 )
 from tensormoe.factorizations import INPUT, OUTPUT, Leg, Network
 
-__all__ = ["draw_network"]
-
 _MARGIN = 24.0
 
 

@@ -26,8 +26,6 @@ from tensormoe.factorizations import Leg
 if TYPE_CHECKING:
     from tensormoe.planning import Program, StepCost
 
-__all__ = ["draw_program"]
-
 _MARGIN, _ROW, _LANE, _BAR = 24.0, 30.0, 22.0, 90.0
 
 

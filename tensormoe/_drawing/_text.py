@@ -8,8 +8,6 @@ from typing import Literal
 
 from tensormoe.factorizations import INPUT, OUTPUT, Leg, Network, Term
 
-__all__ = ["Role", "network_lines"]
-
 Role = Literal["data", "factor", "result", "leg", "wire"]
 Segment = tuple[str, Role]
 

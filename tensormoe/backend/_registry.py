@@ -19,16 +19,6 @@ from tensormoe.errors import BackendError, MissingDependencyError
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-__all__ = [
-    "available_backends",
-    "backend_of",
-    "check_array",
-    "get_backend",
-    "kind_of",
-    "known_backends",
-    "loaded_backend",
-]
-
 ENTRY_POINT_GROUP = "tensormoe.backends"
 
 # root module of an array's type -> (module of the adapter, extra that installs the library)

@@ -29,8 +29,6 @@ from tensormoe.planning import Roofline
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["bars", "plan_dict", "result_dict", "show_plan", "show_result"]
-
 _STAGES = {"experts": "decomposing", "files": "writing"}
 
 

@@ -14,13 +14,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = [
-    "make_console",
-    "make_table",
-    "print_error",
-    "print_json",
-]
-
 # wide enough for every table where there is no terminal to be as wide as
 _PIPE_WIDTH = 160
 

@@ -14,8 +14,6 @@ from tensormoe._format import (
 )
 from tensormoe.planning import Cost, Roofline
 
-__all__ = ["COLUMNS", "Figures", "cost_dict"]
-
 COLUMNS = (
     "layer",
     "rank",

@@ -18,8 +18,6 @@ from tensormoe.planning import Plan, Routing, plan_layer
 from tensormoe.planning._describe import dense_size, step_rows
 from tensormoe.selection import select_rank
 
-__all__ = ["run_plan"]
-
 _ITEMSIZE = 4
 
 _STYLES: dict[Role, str] = {

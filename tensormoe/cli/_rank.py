@@ -30,8 +30,6 @@ from tensormoe.selection import (
     sparse_moe_cost,
 )
 
-__all__ = ["run_rank"]
-
 Bonds = tuple[int | str | None, ...]
 
 _SHOWN = {"flops": "FLOPs", "memory": "of memory", "time": ""}

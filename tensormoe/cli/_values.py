@@ -10,17 +10,6 @@ from tensormoe.factorizations import FACTORIZATIONS, factorization_class
 from tensormoe.planning import Roofline
 from tensormoe.selection import Budget
 
-__all__ = [
-    "parse_bonds",
-    "parse_budget",
-    "parse_bytes",
-    "parse_experts",
-    "parse_names",
-    "parse_parameters",
-    "parse_rank",
-    "parse_size",
-]
-
 _MOST_DIGITS = 15
 
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}

@@ -29,8 +29,6 @@ from tensormoe.factorizations import INPUT, OUTPUT, Factor
 from tensormoe.planning import Cost, Program, Roofline, StepCost
 from tensormoe.planning._cost import program_cost, program_peak
 
-__all__ = ["BASE_MEMORY", "memory_needed", "seconds_needed"]
-
 BASE_MEMORY = 144 * 2**20
 """Bytes of the interpreter, the libraries, and pieces of files."""
 

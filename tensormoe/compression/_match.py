@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from tensormoe.compression._patterns import PRESETS, Pattern, closest, fitting
 from tensormoe.errors import CheckpointError
 
-__all__ = ["Match", "find_matches"]
-
 Shapes = Mapping[str, tuple[int, ...]]
 
 

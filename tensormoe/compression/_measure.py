@@ -14,8 +14,6 @@ from tensormoe.decomposition._errors import shares
 from tensormoe.decomposition._source import norm
 from tensormoe.functional import expert_weight
 
-__all__ = ["GroupReport", "stored_errors"]
-
 
 @dataclass(frozen=True)
 class GroupReport:

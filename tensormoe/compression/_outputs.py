@@ -25,8 +25,6 @@ from tensormoe.compression._write import (
 )
 from tensormoe.errors import CheckpointError
 
-__all__ = ["EXPERTS", "factor_files", "write_model"]
-
 EXPERTS = "experts"
 """The folder of the factors."""
 

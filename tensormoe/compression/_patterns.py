@@ -11,8 +11,6 @@ from types import MappingProxyType
 
 from tensormoe.errors import SpecError
 
-__all__ = ["LAYOUTS", "PRESETS", "Pattern", "Preset", "closest", "fitting"]
-
 LAYOUTS = ("auto", "out_in", "in_out")
 """Layouts of a stored matrix: (out, in), (in, out), or ``"auto"``.
 

@@ -21,8 +21,6 @@ from tensormoe.errors import BudgetError, RankError, TensormoeError, located
 from tensormoe.factorizations import Factorization, resolve_factorization
 from tensormoe.planning import PUBLISHED_ROOFLINES, Roofline
 
-__all__ = ["CompressionPlan", "GroupPlan", "plan_compression"]
-
 
 @dataclass(frozen=True)
 class GroupPlan:

@@ -12,8 +12,6 @@ from tensormoe.decomposition._search import checked_seconds
 from tensormoe.errors import BudgetError, RankError, SpecError
 from tensormoe.factorizations import Factorization, factorization_class, rank_pattern
 
-__all__ = ["Compression"]
-
 
 @dataclass(frozen=True)
 class Compression:

@@ -21,8 +21,6 @@ from tensormoe.checkpoint._safetensors import (
 )
 from tensormoe.errors import CheckpointError
 
-__all__ = ["INDEX_SUFFIX", "WEIGHTS_SUFFIX", "Model", "Shard", "open_model", "read_range"]
-
 WEIGHTS_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 

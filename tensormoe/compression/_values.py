@@ -14,8 +14,6 @@ from tensormoe.compression._groups import Group
 from tensormoe.compression._shards import Model, read_range
 from tensormoe.errors import CheckpointError
 
-__all__ = ["decoded", "encoded", "pieces", "read_stack", "rounded", "working_dtype"]
-
 # entries that are converted at a time
 _ENTRIES = 2**20
 # the largest that the 16-bit dtypes hold: what is beyond is closest to it, not to infinity

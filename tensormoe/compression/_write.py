@@ -26,17 +26,6 @@ from tensormoe.compression._shards import (
 from tensormoe.compression._values import pieces
 from tensormoe.functional import expert_weight
 
-__all__ = [
-    "Rebuilt",
-    "copy_index",
-    "kept_name",
-    "side_files",
-    "write_dense",
-    "write_factors",
-    "write_index",
-    "write_rest",
-]
-
 # weights in other formats, which would hold the experts a second time
 _OTHER_WEIGHTS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth")
 

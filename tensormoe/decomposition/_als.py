@@ -17,8 +17,6 @@ from tensormoe.decomposition._contractions import (
 from tensormoe.decomposition._solve import from_host, inverse, to_host
 from tensormoe.decomposition._source import Source, run
 
-__all__ = ["along_bonds", "solve_factor", "sweep", "uses_tree"]
-
 Factors = dict[str, Array]
 
 # right-hand sides at a time: so many, or this part of a matrix of the equations; copies in float64

@@ -10,8 +10,6 @@ from tensormoe.decomposition._source import Source
 from tensormoe.errors import BackendError, RankError, ShapeError
 from tensormoe.selection import excess
 
-__all__ = ["checked_bias", "checked_bonds", "checked_samples", "checked_weights"]
-
 
 def checked_weights(weights: Array, backend: Backend) -> None:
     """Refuse what is not a stack of finite matrices.

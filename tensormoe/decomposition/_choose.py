@@ -17,8 +17,6 @@ from tensormoe.factorizations import (
 )
 from tensormoe.selection import Budget, excess, rank_front, select_rank
 
-__all__ = ["Sizes", "candidates", "checked_tolerance", "smallest"]
-
 # ranks of a front that are tried; more lie between them
 _MOST = 4
 # ranks that are tried besides

@@ -19,8 +19,6 @@ from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source, joined
 from tensormoe.factorizations import INPUT, OUTPUT, Leg
 
-__all__ = ["PASSES", "Core", "compress", "core_counts", "expand"]
-
 # a core of more than this share of a mode is not worth the detour
 _WORTH = 0.8
 # directions beyond the wanted ones, so that those are found whole

@@ -17,16 +17,6 @@ from tensormoe.planning import Operand, Program, contraction
 from tensormoe.planning._cost import program_cost
 from tensormoe.planning._tree import Builder
 
-__all__ = [
-    "SOURCE",
-    "Structure",
-    "Update",
-    "plan_node",
-    "plan_update",
-    "plan_whole",
-    "structures",
-]
-
 SOURCE = "source"
 """Name of the operand that is not a factor: the tensor, or the tensor contracted with a factor."""
 

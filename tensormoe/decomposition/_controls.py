@@ -17,20 +17,6 @@ from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source
 from tensormoe.functional._dtypes import widened
 
-__all__ = [
-    "EACH",
-    "EXACT",
-    "TURNS",
-    "UNFOLDINGS",
-    "Control",
-    "Spectra",
-    "best_joint",
-    "closest",
-    "estimated",
-    "spectra",
-    "verdict",
-]
-
 EACH = "each expert"
 ROWS, COLUMNS, EXPERTS = UNFOLDINGS = ("N·in × out", "in × N·out", "N × in·out")
 """All experts as one matrix: stacked, side by side, and one row per expert."""

@@ -15,8 +15,6 @@ from tensormoe.decomposition._starts import given
 from tensormoe.factorizations import INPUT, OUTPUT
 from tensormoe.functional._dtypes import cast, widened
 
-__all__ = ["bias_error", "output_error", "shares", "total_error", "weight_errors"]
-
 
 def shares(missing: Sequence[float], whole: Sequence[float]) -> tuple[float, tuple[float, ...]]:
     """Residual norms relative to the norms of the experts: of all together, and of each.

@@ -18,8 +18,6 @@ from tensormoe.decomposition._spectral import cuts
 from tensormoe.decomposition._starts import given, starts, zeros
 from tensormoe.decomposition._watch import Follower, Watch
 
-__all__ = ["WORKSPACE", "fit"]
-
 WORKSPACE = 0.4
 """Of the tensor's entries, that a search may hold beside it."""
 

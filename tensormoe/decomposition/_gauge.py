@@ -15,8 +15,6 @@ from typing import Any
 
 from tensormoe.factorizations import INPUT, OUTPUT, Factor, Leg, Network, Term
 
-__all__ = ["even", "orthonormal", "robust", "stretched"]
-
 
 def robust(network: Network, factors: Mapping[str, Any]) -> dict[str, Any]:
     """The same tensor from factors that can be rounded: orthonormal where possible, of one size.

@@ -13,8 +13,6 @@ from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._watch import Follower
 from tensormoe.errors import SpecError
 
-__all__ = ["ENDED", "Found", "Problem", "Search", "advance", "checked_seconds", "worst"]
-
 ENDED = ("converged", "sweeps", "stalled", "stopped", "time", "interrupted")
 """Reasons for a search to end, from the best reason to the worst, see :class:`Found`."""
 

@@ -11,8 +11,6 @@ from typing import Any
 from tensormoe.backend import Array, Backend, convert, device_of
 from tensormoe.errors import BackendError
 
-__all__ = ["from_host", "inverse", "to_host"]
-
 
 def to_host(array: Array, backend: Backend) -> Any:
     """The values as a NumPy array of the same dtype, in the same memory where that can be.

@@ -16,8 +16,6 @@ from tensormoe.factorizations import Leg
 from tensormoe.functional._dtypes import widened
 from tensormoe.planning import Program
 
-__all__ = ["Source", "joined", "norm", "norms", "power", "run", "scaling"]
-
 # powers of two within which squares of entries are far from the ends of a dtype's range
 _SAFE = {32: 24, 64: 240}
 # entries of a block; larger ones are no faster, and what is made of them costs memory

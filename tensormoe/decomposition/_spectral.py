@@ -21,8 +21,6 @@ from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source, joined
 from tensormoe.factorizations import Factor, Leg
 
-__all__ = ["Cuts", "Step", "cuts", "spectral"]
-
 # a mode of no more than so many times the directions that are wanted, and one that is small
 # anyway, is decomposed as a whole; others are compressed first
 _RATIO, _SMALL = 4, 1024

@@ -16,8 +16,6 @@ from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._spectral import cuts, spectral
 from tensormoe.factorizations import INPUT, OUTPUT, Factor, expert_leg
 
-__all__ = ["given", "start", "starts", "zeros"]
-
 # experts that are compared, for each one that is needed
 _SAMPLED = 4
 # sweeps that find a tensor of rank one

@@ -20,8 +20,6 @@ from tensormoe.decomposition._source import Source, power
 from tensormoe.factorizations import INPUT, expert_leg
 from tensormoe.functional._dtypes import widened
 
-__all__ = ["Weighting", "weigh"]
-
 # of the mean second moment, added to all: directions that no sample shows are not free
 _FLOOR = 1e-3
 

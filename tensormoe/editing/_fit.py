@@ -29,8 +29,6 @@ from tensormoe.factorizations import (
 )
 from tensormoe.functional._dtypes import cast, widened
 
-__all__ = ["fit_expert", "wide"]
-
 # a second round takes away what rounding in the first one left
 _ROUNDS = 2
 # rounds of factors that are fitted by turns, and the share of the error that one must gain

@@ -16,17 +16,6 @@ from tensormoe.errors import ShapeError, SpecError
 from tensormoe.factorizations import expert_axes, expert_carriers, has_common_part
 from tensormoe.functional._dtypes import cast, widened
 
-__all__ = [
-    "check_indices",
-    "check_scales",
-    "check_source",
-    "fitted",
-    "linear_axes",
-    "picked",
-    "scaled",
-    "with_slices",
-]
-
 
 def picked(array: Array, axis: int, index: int) -> Array:
     """The slice of one expert."""

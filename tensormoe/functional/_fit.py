@@ -9,8 +9,6 @@ from tensormoe._config import LayerConfig
 from tensormoe._format import format_share
 from tensormoe._html import text_html
 
-__all__ = ["Fit"]
-
 
 @dataclass(frozen=True)
 class Fit:

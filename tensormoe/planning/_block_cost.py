@@ -16,8 +16,6 @@ from tensormoe.planning._plan import Plan
 if TYPE_CHECKING:
     from tensormoe.gates import Gate
 
-__all__ = ["block_cost", "block_held"]
-
 ACTIVATION_FLOPS = 8
 """Elementwise operations that one entry of an activation counts as, a nominal figure between those
 of relu and of gelu; its derivative counts as many. Used for predicted time only."""

@@ -21,17 +21,6 @@ from tensormoe.factorizations import BATCH, Leg
 from tensormoe.planning._library import DEFAULT, Library
 from tensormoe.planning._program import Program, Role, Step
 
-__all__ = [
-    "INDEX_BYTES",
-    "Cost",
-    "StepCost",
-    "batch_sizes",
-    "contraction_cost",
-    "live_memory",
-    "program_cost",
-    "program_peak",
-]
-
 INDEX_BYTES = 8
 """Size of an index: 64-bit integers, as NumPy, PyTorch and CuPy make them."""
 

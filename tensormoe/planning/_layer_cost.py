@@ -27,8 +27,6 @@ from tensormoe.planning._reverse import Reverse, reverse
 if TYPE_CHECKING:
     from tensormoe.gates import Gate
 
-__all__ = ["ProgramCall", "layer_cost"]
-
 
 @dataclass(frozen=True)
 class ProgramCall:

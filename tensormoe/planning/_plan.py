@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from tensormoe._drawing import Drawing
     from tensormoe.gates import Gate
 
-__all__ = ["Plan", "plan_layer"]
-
 
 @dataclass(frozen=True)
 class Plan:

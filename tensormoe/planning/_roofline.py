@@ -10,8 +10,6 @@ from typing import Any
 from tensormoe.errors import PlanError
 from tensormoe.planning._cost import Cost
 
-__all__ = ["PUBLISHED_ROOFLINES", "Roofline"]
-
 
 @dataclass(frozen=True)
 class Roofline:

@@ -12,8 +12,6 @@ from tensormoe.plotting._figure import COLOURS, MUTED, tidy
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_errors"]
-
 # of each expert, and of the three unfoldings
 _DASHES = ("--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
 # one more than colours, so that pairs repeat late

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from tensormoe.selection import RankChoice
 
-__all__ = ["plot_fronts"]
-
 _MARKERS = "osD^vP"
 
 

@@ -12,8 +12,6 @@ from tensormoe.errors import BudgetError
 from tensormoe.planning._cost import Cost
 from tensormoe.planning._roofline import PUBLISHED_ROOFLINES, Roofline
 
-__all__ = ["Budget", "mlp_budgets"]
-
 
 @dataclass(frozen=True)
 class Budget:

@@ -21,8 +21,6 @@ from tensormoe.factorizations import (
 )
 from tensormoe.selection._polynomial import Polynomial, least
 
-__all__ = ["INNER", "OUTER", "Choice", "Family"]
-
 Choice = tuple[int, int]
 """The sizes of the outer and the inner symbol; 1 for a symbol that the family does not have."""
 

@@ -20,8 +20,6 @@ from tensormoe.selection._search import Figures, Measure, best, front
 from tensormoe.selection._spending import Spending, spending_of_layer
 from tensormoe.selection._useful import beyond_use, with_bonds, without_waste
 
-__all__ = ["OBJECTIVES", "RankChoice", "best_spec", "measure_of", "rank_front", "select_rank"]
-
 _MEASURES: dict[str, Measure] = {
     "capacity": lambda rank, span: (rank * span, rank),
     "expert_rank": lambda rank, span: (rank, span),

@@ -20,8 +20,6 @@ from tensormoe.selection._infeasible import levels_of, refusal
 from tensormoe.selection._select import best_spec, measure_of
 from tensormoe.selection._spending import Spending, idle, plan_within
 
-__all__ = ["select_block"]
-
 Kind = str | type[Factorization]
 
 

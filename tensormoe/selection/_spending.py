@@ -14,8 +14,6 @@ from tensormoe.planning._program import Program
 from tensormoe.planning._regimes import batch_program
 from tensormoe.selection._budget import Budget
 
-__all__ = ["Spending", "idle", "plan_within", "spending_of_layer"]
-
 
 @dataclass(frozen=True)
 class Spending:

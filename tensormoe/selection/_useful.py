@@ -8,8 +8,6 @@ from tensormoe._spec import LayerSpec
 from tensormoe.factorizations import INPUT, OUTPUT, Leg
 from tensormoe.selection._family import Family
 
-__all__ = ["beyond_use", "excess", "with_bonds", "without_waste"]
-
 
 def excess(spec: LayerSpec) -> dict[Leg, int]:
     """Bonds that are larger than any tensor of a shape can use, and the size that it can.

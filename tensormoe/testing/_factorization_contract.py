@@ -29,8 +29,6 @@ from tensormoe.testing._comparison import assert_close
 from tensormoe.testing._layer_checks import CHECKS, LayerChecks
 from tensormoe.testing._strategies import factorizations, factors, seeds, specs
 
-__all__ = ["FactorizationContract"]
-
 NDArray = npt.NDArray[Any]
 
 

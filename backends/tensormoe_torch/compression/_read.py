@@ -13,8 +13,6 @@ from tensormoe_torch.compression._find import is_stacked, linears_by_role
 from tensormoe_torch.compression._recognize import own_activation, recognized
 from tensormoe_torch.surgery._linears import Linear, read_linear
 
-__all__ = ["read_experts"]
-
 
 def read_experts(module: nn.Module, name: str) -> DenseExperts:
     """The experts of a module: their weights, and the activation between.

@@ -14,8 +14,6 @@ from tensormoe_torch.compression._dense import DenseExperts, one_by_one
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.surgery._inputs import evaluating, run_model
 
-__all__ = ["Batch", "Samples", "collect", "output_error"]
-
 Batch: TypeAlias = "Tensor | tuple[Any, ...] | Mapping[str, Any]"
 """An input of a model, its arguments, or its arguments by name."""
 

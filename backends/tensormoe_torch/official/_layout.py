@@ -20,8 +20,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "Layout", "dotted", "factor_name", "find_layers"]
-
 ACTIVATIONS = ("entmax", "sparsemax", "softmax")
 """Activations of a gate; the released code takes any function, and saves none."""
 

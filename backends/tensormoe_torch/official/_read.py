@@ -19,8 +19,6 @@ from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._pre_normed import PreNormed
 from tensormoe_torch.official._layout import ACTIVATIONS, Layout, dotted, factor_name, find_layers
 
-__all__ = ["from_official"]
-
 _FACTORIZATIONS = ("cp", "tensor_ring", "tensor_train")
 
 

@@ -15,8 +15,6 @@ from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._pre_normed import PreNormed
 from tensormoe_torch.official._layout import ACTIVATIONS, dotted, factor_name
 
-__all__ = ["to_official"]
-
 
 @torch.no_grad()
 def to_official(

@@ -21,8 +21,6 @@ from tensormoe_torch._activations import ACTIVATIONS, match, own_activation, rea
 from tensormoe_torch.surgery._linears import Linear, is_linear, read_linear
 from tensormoe_torch.surgery._watch import Watch, call_order, watch
 
-__all__ = ["Block", "read_block"]
-
 
 @dataclass(frozen=True, eq=False)
 class Block:

@@ -12,8 +12,6 @@ from torch import nn
 from tensormoe._validation import brief
 from tensormoe.errors import SpecError
 
-__all__ = ["Select", "nearby", "select_modules"]
-
 Select: TypeAlias = "str | Iterable[str] | type[nn.Module] | Callable[[str, nn.Module], bool]"
 """Patterns on the names of modules, a class of modules, or a function of name and module."""
 
