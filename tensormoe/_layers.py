@@ -119,6 +119,9 @@ class Methods(Configured, Generic[A, C]):
         """The last arguments of the constructor, for ``repr``."""
         raise NotImplementedError
 
+    def _costs(self) -> Costs:
+        raise NotImplementedError
+
 
 class LayerMethods(Methods[A, LayerConfig]):
     """Methods of layers of one mixture."""
@@ -178,9 +181,6 @@ class LayerMethods(Methods[A, LayerConfig]):
     @classmethod
     def _read(cls, path: str | PathLike[str]) -> tuple[LayerConfig, Mapping[str, A]]:
         return read_block(path, cls._kind, LayerConfig, cls.backend)
-
-    def _costs(self) -> Costs:
-        raise NotImplementedError
 
 
 class LinearSizes:
@@ -287,9 +287,6 @@ class BlockMethods(Methods[A, BlockConfig]):
         return read_block(path, cls._kind, BlockConfig, cls.backend)
 
     def _layers(self) -> tuple[LayerMethods[A], LayerMethods[A]]:
-        raise NotImplementedError
-
-    def _costs(self) -> Costs:
         raise NotImplementedError
 
 

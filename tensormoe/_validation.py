@@ -68,6 +68,11 @@ def _integer(value: Any) -> int | None:
         return None
 
 
+def is_number(value: object) -> bool:
+    """Whether a value is one of Python's real numbers; a boolean is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def choice(value: Any, options: Iterable[str], name: str, error: type[TensormoeError]) -> str:
     """``value`` if it is one of ``options``."""
     listed = tuple(options)

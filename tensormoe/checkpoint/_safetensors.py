@@ -145,6 +145,11 @@ class Placed:
     begin: int
     end: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.end - self.begin
+
 
 def parse_placed(entries: Mapping[str, Any], data_bytes: int) -> list[Placed]:
     """Arrays in the order of the file, which they fill end to end.

@@ -99,7 +99,7 @@ def _write_shard(
 ) -> None:
     """Write a shard with rebuilt experts, or without experts, unless it is there or empty."""
     dropped = experts if rebuilt is None else ()
-    sizes = [each.end - each.begin for key, each in shard.entries.items() if key not in dropped]
+    sizes = [each.nbytes for key, each in shard.entries.items() if key not in dropped]
     done = count.done + sum(sizes)
     # a shard has its name when it is whole
     if sizes and not os.path.isfile(path):

@@ -91,7 +91,7 @@ class CompressionPlan:
         """Bytes of the tensors that are not experts."""
         keys = self.expert_keys
         places = self.model.places.items()
-        return sum(each.end - each.begin for key, (_, each) in places if key not in keys)
+        return sum(each.nbytes for key, (_, each) in places if key not in keys)
 
     @property
     def output_bytes(self) -> int:

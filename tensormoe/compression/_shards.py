@@ -78,7 +78,7 @@ class Model:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(each.end - each.begin for _, each in self.places.values())
+        return sum(each.nbytes for _, each in self.places.values())
 
     @property
     def identity(self) -> list[Mapping[str, Any]]:

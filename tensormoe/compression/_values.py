@@ -80,7 +80,7 @@ def read_stack(model: Model, group: Group) -> Any:
     for number in range(group.experts):
         key = group.keys[0 if group.stacked else number]
         shard, placed = model.places[key]
-        size = (placed.end - placed.begin) // (group.experts if group.stacked else 1)
+        size = placed.nbytes // (group.experts if group.stacked else 1)
         begin = placed.begin + (number * size if group.stacked else 0)
         matrix = stack[number].T if group.transposed else stack[number]
         itemsize = size // matrix.size

@@ -9,7 +9,7 @@ from typing import Any
 
 from tensormoe._extras import missing
 from tensormoe._spec import LayerSpec
-from tensormoe._validation import brief
+from tensormoe._validation import brief, is_number
 from tensormoe.backend import Array, Backend, check_array
 from tensormoe.editing._fit import fit_expert, wide
 from tensormoe.errors import ShapeError, SpecError
@@ -122,8 +122,7 @@ def check_scales(
         )
     indices = check_indices(experts, factors, level)
     for index, factor in zip(indices, factors.values(), strict=True):
-        number = isinstance(factor, int | float) and not isinstance(factor, bool)
-        if not number or not isfinite(factor):
+        if not is_number(factor) or not isfinite(factor):
             raise SpecError(f"a factor must be a finite number; got {factor!r} for expert {index}.")
     return {k: float(factor) for k, factor in zip(indices, factors.values(), strict=True)}
 

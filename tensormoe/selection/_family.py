@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from tensormoe._spec import LayerSpec
@@ -103,11 +104,7 @@ class Family:
 
     def spec(self, sizes: Choice) -> LayerSpec:
         """The layer with these bonds."""
-        value = self._kind.with_rank(self.rank(sizes))
-        given = self.sizes
-        return LayerSpec(
-            given.in_features, given.out_features, given.experts, value, bias=given.bias
-        )
+        return replace(self.sizes, factorization=self._kind.with_rank(self.rank(sizes)))
 
     def figures(self, sizes: Choice) -> tuple[int, int]:
         """Expert rank and expert span."""
