@@ -148,13 +148,19 @@ def _equations(
 ) -> tuple[list[Any], list[Any]]:
     """The parts of G and their inverses, in float64 on the host."""
     grams, inverses = [], []
+    for square in squares(update, factors, backend):
+        inverses.append(inverse(square, damping))
+        grams.append(square.astype("float64"))
+        del square
+    return grams, inverses
+
+
+def squares(update: Update, factors: Mapping[str, Array], backend: Backend) -> Iterator[Any]:
+    """The parts of G as matrices (shared…, bonds, bonds) on the host, one at a time."""
     for gram in update.grams:
         found = to_host(run(gram.program, factors, backend), backend)
-        found = found.reshape(*found.shape[: update.shared], *(prod(gram.bonds),) * 2)
-        inverses.append(inverse(found, damping))
-        grams.append(found.astype("float64"))
+        yield found.reshape(*found.shape[: update.shared], gram.size, gram.size)
         del found
-    return grams, inverses
 
 
 def _spans(shape: tuple[int, ...], square: int) -> Iterator[slice]:
@@ -166,7 +172,7 @@ def _spans(shape: tuple[int, ...], square: int) -> Iterator[slice]:
 def along_bonds(matrices: Sequence[Any], array: Any, update: Update) -> Any:
     """Products with a matrix for each part of G along its bonds."""
     for matrix, gram in zip(matrices, update.grams, strict=True):
-        size, count = prod(gram.bonds), len(gram.bonds)
+        size, count = gram.size, len(gram.bonds)
         shape = array.shape
         batch_shape = shape[: update.shared]
         before, after = shape[update.shared : gram.axis], shape[gram.axis + count :]

@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensormoe.backend import Array
 from tensormoe.decomposition._contractions import Structure
 from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source, joined
 from tensormoe.factorizations import INPUT, OUTPUT, Leg
+
+if TYPE_CHECKING:
+    from numpy.random import Generator
 
 # a core of more than this share of a mode is not worth the detour
 _WORTH = 0.8
@@ -50,7 +53,7 @@ class Core:
     bases: Mapping[Leg, Array]
 
 
-def compress(structure: Structure, source: Source, squared_norm: float, rng: Any) -> Core:
+def compress(structure: Structure, source: Source, squared_norm: float, rng: Generator) -> Core:
     """The core of a tensor for a network; the tensor itself where compression gains nothing.
 
     A core that would be large beside tensor and factors leaves out directions that hold little next
@@ -147,7 +150,9 @@ def _enough(squares: Any, least: int, squared_norm: float) -> int:
     return max(int(np.argmax(lost <= spare)), min(least, len(squares)))
 
 
-def _range(source: Source, leg: Leg, count: int, left: Array | None, rng: Any) -> tuple[Array, Any]:
+def _range(
+    source: Source, leg: Leg, count: int, left: Array | None, rng: Generator
+) -> tuple[Array, Any]:
     """Orthonormal columns that span the leading subspace of a mode, nearly, and their squares.
 
     Args:

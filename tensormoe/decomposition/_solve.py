@@ -10,6 +10,7 @@ from typing import Any
 
 from tensormoe.backend import Array, Backend, convert, device_of
 from tensormoe.errors import BackendError
+from tensormoe.functional._dtypes import widened
 
 
 def to_host(array: Array, backend: Backend) -> Any:
@@ -29,6 +30,11 @@ def to_host(array: Array, backend: Backend) -> Any:
         except (TypeError, RuntimeError):
             raise error from None
     return np.frombuffer(content, np.dtype(dtype).newbyteorder("<")).reshape(shape)
+
+
+def wide(array: Array, backend: Backend) -> Any:
+    """The values on the host in float64, whatever the dtype, cut off from differentiation."""
+    return to_host(widened(backend.stop_gradient(array), backend), backend).astype("float64")
 
 
 def from_host(array: Any, like: Array, backend: Backend) -> Array:

@@ -118,17 +118,25 @@ def cuts(structure: Structure) -> Cuts | None:
         left = {
             k: (legs - {bond}) | set(modes) if bond in legs else legs for k, legs in left.items()
         }
-    steps = []
+    steps = _steps(left, structure)
+    if steps is None:
+        return None
+    (last,) = set(left) - {step.name for step in steps}
+    return Cuts(steps, last, tuple(replaced.items()), tuple(plain), tuple(ones))
+
+
+def _steps(given: Mapping[str, set[Leg]], structure: Structure) -> tuple[Step, ...] | None:
+    """The cuts that leave one factor, the smallest first; None where there is a cycle."""
+    left, seen, steps = dict(given), set(structure.open_legs), []
     while len(left) > 1:
         options = [step for name in left if (step := _step(name, left, seen)) is not None]
         if not options:
             return None
-        step = min(options, key=lambda each: each.size(sizes))
+        step = min(options, key=lambda each: each.size(structure.sizes))
         steps.append(step)
         seen |= set(step.bonds)
         del left[step.name]
-    (last,) = left
-    return Cuts(tuple(steps), last, tuple(replaced.items()), tuple(plain), tuple(ones))
+    return tuple(steps)
 
 
 def _held(leg: Leg, left: Mapping[str, set[Leg]]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import permutations
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensormoe.backend import device_of
 from tensormoe.decomposition._als import Factors, sweep
@@ -15,6 +15,9 @@ from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._spectral import cuts, spectral
 from tensormoe.factorizations import INPUT, OUTPUT, Factor, expert_leg
+
+if TYPE_CHECKING:
+    from numpy.random import Generator
 
 # experts that are compared, for each one that is needed
 _SAMPLED = 4
@@ -26,7 +29,7 @@ _APART = 1e-6
 _SMALL = 2**19
 
 
-def starts(structure: Structure, source: Source, count: int, rng: Any) -> Iterator[Factors]:
+def starts(structure: Structure, source: Source, count: int, rng: Generator) -> Iterator[Factors]:
     """At most ``count`` factors to start a search from, one after the other.
 
     Args:
@@ -44,7 +47,7 @@ def starts(structure: Structure, source: Source, count: int, rng: Any) -> Iterat
             yield start(structure, source, place, rng)
 
 
-def start(structure: Structure, source: Source, place: int, rng: Any) -> Factors:
+def start(structure: Structure, source: Source, place: int, rng: Generator) -> Factors:
     """Factors to start a search from.
 
     Args:
@@ -72,7 +75,7 @@ def start(structure: Structure, source: Source, place: int, rng: Any) -> Factors
 
 
 def _around(
-    drawn: Mapping[str, Any], structure: Structure, source: Source, rng: Any
+    drawn: Mapping[str, Any], structure: Structure, source: Source, rng: Generator
 ) -> dict[str, Any]:
     """Random factors around the best rank-one tensor, weighted by how much that explains.
 
@@ -149,7 +152,7 @@ def _shared_basis(structure: Structure) -> tuple[Factor, Factor, Factor] | None:
 
 
 def _from_experts(
-    structure: Structure, source: Source, trio: tuple[Factor, Factor, Factor], rng: Any
+    structure: Structure, source: Source, trio: tuple[Factor, Factor, Factor], rng: Generator
 ) -> Factors | None:
     """A shared basis from the column spaces of J + 1 experts, exact where there is one.
 

@@ -8,15 +8,15 @@ they are solved by pseudoinverses, so that what makes no difference does not cha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod, sqrt
+from math import sqrt
 from typing import Any
 
 from tensormoe.backend import Array, Backend, get_backend
-from tensormoe.decomposition._als import along_bonds
+from tensormoe.decomposition._als import along_bonds, squares
 from tensormoe.decomposition._bias_rows import with_bias_rows, without_bias_rows
 from tensormoe.decomposition._contractions import Structure, plan_update, structures
-from tensormoe.decomposition._solve import from_host, to_host
-from tensormoe.decomposition._source import Source, run
+from tensormoe.decomposition._solve import from_host, wide
+from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._starts import given
 from tensormoe.errors import ShapeError
 from tensormoe.factorizations import (
@@ -139,19 +139,11 @@ def _step(
         structure, lambda each: (plan_update(each, name).mttkrp, update.legs), factors
     )
     inverses = []
-    for gram in update.grams:
-        found = run(gram.program, factors, target.backend)
-        size = prod(gram.bonds)
-        square = found.reshape(*found.shape[: update.shared], size, size)
+    for square in squares(update, factors, target.backend):
         # below this, eigenvalues are rounding of the largest one
-        floor = size * np.finfo(found.dtype).eps
+        floor = square.shape[-1] * np.finfo(square.dtype).eps
         inverses.append(np.linalg.pinv(square, rcond=floor, hermitian=True))
     return along_bonds(inverses, right, update).transpose(update.axes)
-
-
-def wide(array: Array, backend: Backend) -> Any:
-    """The values on the host in float64."""
-    return to_host(widened(backend.stop_gradient(array), backend), backend).astype("float64")
 
 
 def _like(array: Any, like: Array, backend: Backend) -> Array:

@@ -11,7 +11,8 @@ from tensormoe._extras import missing
 from tensormoe._spec import LayerSpec
 from tensormoe._validation import brief, is_number
 from tensormoe.backend import Array, Backend, check_array
-from tensormoe.editing._fit import fit_expert, wide
+from tensormoe.decomposition._solve import wide
+from tensormoe.editing._fit import fit_expert
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.factorizations import expert_axes, expert_carriers, has_common_part
 from tensormoe.functional._dtypes import cast, widened
