@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod, sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensormoe.backend import Array, Backend
 from tensormoe.decomposition._contractions import (
@@ -16,6 +16,11 @@ from tensormoe.decomposition._contractions import (
 )
 from tensormoe.decomposition._solve import from_host, inverse, to_host
 from tensormoe.decomposition._source import Source, run
+from tensormoe.factorizations import Leg
+from tensormoe.planning import Program
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Factors = dict[str, Array]
 
@@ -106,7 +111,7 @@ def solve_factor(
         explain: whether the squared norm is wanted, which takes another product; else it is 0.
     """
 
-    def planned(each: Structure) -> Any:
+    def planned(each: Structure) -> tuple[Program, tuple[Leg, ...]]:
         update = plan_update(each, name)
         return update.mttkrp, update.legs
 
@@ -145,7 +150,7 @@ def _solved(
 
 def _equations(
     update: Update, factors: Mapping[str, Array], backend: Backend, damping: float
-) -> tuple[list[Any], list[Any]]:
+) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
     """The parts of G and their inverses, in float64 on the host."""
     grams, inverses = [], []
     for square in squares(update, factors, backend):
@@ -155,7 +160,9 @@ def _equations(
     return grams, inverses
 
 
-def squares(update: Update, factors: Mapping[str, Array], backend: Backend) -> Iterator[Any]:
+def squares(
+    update: Update, factors: Mapping[str, Array], backend: Backend
+) -> Iterator[NDArray[Any]]:
     """The parts of G as matrices (shared…, bonds, bonds) on the host, one at a time."""
     for gram in update.grams:
         found = to_host(run(gram.program, factors, backend), backend)
@@ -169,7 +176,9 @@ def _spans(shape: tuple[int, ...], square: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, shape[-1], step))
 
 
-def along_bonds(matrices: Sequence[Any], array: Any, update: Update) -> Any:
+def along_bonds(
+    matrices: Sequence[NDArray[Any]], array: NDArray[Any], update: Update
+) -> NDArray[Any]:
     """Products with a matrix for each part of G along its bonds."""
     for matrix, gram in zip(matrices, update.grams, strict=True):
         size, count = gram.size, len(gram.bonds)

@@ -21,6 +21,7 @@ from tensormoe.factorizations import INPUT, OUTPUT, Leg
 
 if TYPE_CHECKING:
     from numpy.random import Generator
+    from numpy.typing import NDArray
 
 # a core of more than this share of a mode is not worth the detour
 _WORTH = 0.8
@@ -140,7 +141,7 @@ def _needed(structure: Structure, leg: Leg) -> int:
     return max((-(-(sizes[bond] ** 2) // filled) for bond in tied), default=0)
 
 
-def _enough(squares: Any, least: int, squared_norm: float) -> int:
+def _enough(squares: NDArray[Any], least: int, squared_norm: float) -> int:
     """Number of directions that a core keeps of those with given squares, which fall."""
     import numpy as np
 
@@ -152,7 +153,7 @@ def _enough(squares: Any, least: int, squared_norm: float) -> int:
 
 def _range(
     source: Source, leg: Leg, count: int, left: Array | None, rng: Generator
-) -> tuple[Array, Any]:
+) -> tuple[Array, NDArray[Any]]:
     """Orthonormal columns that span the leading subspace of a mode, nearly, and their squares.
 
     Args:

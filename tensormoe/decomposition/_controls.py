@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensormoe._format import format_share
 from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source
 from tensormoe.functional._dtypes import widened
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 EACH = "each expert"
 ROWS, COLUMNS, EXPERTS = UNFOLDINGS = ("N·in × out", "in × N·out", "N × in·out")
@@ -100,7 +103,7 @@ class _Spectrum:
         exact: whether they are exact, and all there are.
     """
 
-    squares: Any
+    squares: NDArray[Any]
     total: float
     cost: int
     exact: bool = True
@@ -184,7 +187,7 @@ def estimated(side: int, kept: int) -> int:
     return min(kept + max(_SPARE, kept // 8), side)
 
 
-def _largest(source: Source, columns: bool, count: int) -> Any:
+def _largest(source: Source, columns: bool, count: int) -> NDArray[Any]:
     """Squares of the largest singular values, none above the true ones, of all columns or rows.
 
     Subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4) in the dtype of the work.
@@ -197,7 +200,7 @@ def _largest(source: Source, columns: bool, count: int) -> Any:
     for _ in range(TURNS):
         sketch = np.linalg.qr(sketch)[0]
         basis = from_host(sketch, source.like, backend)
-        total: Any = None
+        total: NDArray[Any] | None = None
         for matrix in source.matrices():
             matrix = matrix if columns else backend.permute(matrix, (1, 0))
             back = backend.permute(matrix, (1, 0))
@@ -210,7 +213,7 @@ def _largest(source: Source, columns: bool, count: int) -> Any:
     return _eigenvalues((inner + inner.T) / 2.0)
 
 
-def _gram_of_experts(source: Source) -> Any:
+def _gram_of_experts(source: Source) -> NDArray[Any]:
     """Of the matrix (N, in·out), its smaller side."""
     import numpy as np
 
@@ -230,7 +233,7 @@ def _gram_of_experts(source: Source) -> Any:
     return gram
 
 
-def _rows(source: Source) -> Iterator[Any]:
+def _rows(source: Source) -> Iterator[NDArray[Any]]:
     """The same rows of all experts, some at a time."""
     *levels, rows, columns = source.array.shape
     step = max(1, _PIECE // (prod(levels) * columns))
@@ -240,13 +243,13 @@ def _rows(source: Source) -> Iterator[Any]:
         yield widened(source.bias, source.backend) * source.scale
 
 
-def _eigenvalues(gram: Any) -> Any:
+def _eigenvalues(gram: NDArray[Any]) -> NDArray[Any]:
     import numpy as np
 
     return _falling(np.linalg.eigvalsh(gram))
 
 
-def _falling(values: Any) -> Any:
+def _falling(values: NDArray[Any]) -> NDArray[Any]:
     import numpy as np
 
     return np.sort(np.maximum(values, 0.0))[::-1]

@@ -13,13 +13,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensormoe.backend import Array
 from tensormoe.decomposition._contractions import Structure
 from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source, joined
 from tensormoe.factorizations import Factor, Leg
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # a mode of no more than so many times the directions that are wanted, and one that is small
 # anyway, is decomposed as a whole; others are compressed first
@@ -286,12 +289,12 @@ class _Parts:
         size = prod(part.shape[self.batch : ends])
         return self.source.backend.reshape(part, (count, size, prod(part.shape[ends:])))
 
-    def leading(self, count: int) -> Any:
+    def leading(self, count: int) -> NDArray[Any]:
         """Leading orthonormal columns (batch, size, count), on the host."""
         import numpy as np
 
         backend = self.source.backend
-        grams: list[Any] = []
+        grams: list[NDArray[Any]] = []
         for part in self.arrays():
             matrix = self.matrix(part)
             gram = to_host(backend.matmul(matrix, backend.permute(matrix, (0, 2, 1))), backend)

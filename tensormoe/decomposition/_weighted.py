@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array
 from tensormoe.decomposition._solve import from_host, wide
 from tensormoe.decomposition._source import Source, power
 from tensormoe.factorizations import INPUT, expert_leg
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # of the mean second moment, added to all: directions that no sample shows are not free
 _FLOOR = 1e-3
@@ -34,8 +37,8 @@ class Weighting:
     """
 
     source: Source
-    back: Any = None
-    loads: Any = None
+    back: NDArray[Any] | None = None
+    loads: NDArray[Any] | None = None
 
     def undo(self, spec: LayerSpec, factors: Mapping[str, Array]) -> dict[str, Array]:
         """The factors of the tensor without weights."""
