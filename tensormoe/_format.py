@@ -95,7 +95,7 @@ def align(rows: Sequence[Sequence[Cell]]) -> list[str]:
     b       8 →  7
     """
     columns = []
-    for place, cells in enumerate(zip(*rows, strict=True)):
+    for index, cells in enumerate(zip(*rows, strict=True)):
         pairs = [cell for cell in cells if isinstance(cell, tuple)]
         left, right = (max((len(pair[side]) for pair in pairs), default=0) for side in (0, 1))
         texts = [
@@ -103,7 +103,7 @@ def align(rows: Sequence[Sequence[Cell]]) -> list[str]:
             for cell in cells
         ]
         width = max(map(len, texts))
-        columns.append([f"{text:{'>' if place else '<'}{width}}" for text in texts])
+        columns.append([f"{text:{'>' if index else '<'}{width}}" for text in texts])
     return ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
 
 

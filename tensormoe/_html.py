@@ -44,9 +44,9 @@ def table_html(title: str, rows: Sequence[Sequence[Cell]], notes: Iterable[str] 
     lines = [_TABLE]
     for tag, cells in (("th" if not k else "td", row) for k, row in enumerate(rows)):
         written = (
-            f'<{tag} style="{_NUMBER if place else _CELL}">'
+            f'<{tag} style="{_NUMBER if index else _CELL}">'
             f"{_text(cell if isinstance(cell, str) else ' → '.join(cell))}</{tag}>"
-            for place, cell in enumerate(cells)
+            for index, cell in enumerate(cells)
         )
         lines.append(f"<tr>{''.join(written)}</tr>")
     return _page(title, [*lines, "</table>", *(f"<div>{_text(note)}</div>" for note in notes)], {})

@@ -131,9 +131,9 @@ class Layout:
         """Nodes from left to right, and which bonds run straight between neighbours."""
         self.straight: dict[Leg, Sequence[Node]] = {}
         x = 0.0
-        for place, node in enumerate(self.row):
-            if place:
-                before = self.row[place - 1]
+        for index, node in enumerate(self.row):
+            if index:
+                before = self.row[index - 1]
                 shared = [leg for leg, ends in bonds.items() if ends == [before, node]]
                 gap = GAP
                 if shared:

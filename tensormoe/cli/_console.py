@@ -43,8 +43,8 @@ def make_table(*columns: str, left: int = 1) -> Table:
         show_edge=False,
         header_style="bold",
     )
-    for place, name in enumerate(columns):
-        words = place < left
+    for index, name in enumerate(columns):
+        words = index < left
         table.add_column(name, justify="left" if words else "right", no_wrap=words)
     return table
 

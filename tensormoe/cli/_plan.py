@@ -88,8 +88,8 @@ def _show(
     console.print()
     console.print(Text(title, style="bold"))
     console.print()
-    for place, term in enumerate(network_lines(spec.network)):
-        if place:
+    for index, term in enumerate(network_lines(spec.network)):
+        if index:
             console.print(Text("\n  plus\n", style="bold"))
         for wires in term:
             text = Text.assemble(*((part, _STYLES[role]) for part, role in wires))

@@ -33,11 +33,11 @@ def factor_files(plan: CompressionPlan) -> dict[str, str]:
     """A file name for the factors of each group, whatever its key."""
     found: dict[str, str] = {}
     taken: set[str] = set()
-    for place, each in enumerate(plan.groups):
+    for index, each in enumerate(plan.groups):
         name = each.group.name.removesuffix(".weight").replace(".*", "")
         name = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:120].strip(".") or "experts"
         if name.lower() in taken:
-            name = f"{name}-{place}"
+            name = f"{name}-{index}"
         taken.add(name.lower())
         found[each.group.name] = f"{name}.safetensors"
     return found

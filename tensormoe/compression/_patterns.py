@@ -165,8 +165,8 @@ def _takes(text: str, key: str, shape: tuple[int, ...], stacked: bool) -> bool:
 @lru_cache(maxsize=256)
 def _compiled(parts: tuple[str, ...], expert: int | None) -> re.Pattern[str]:
     written = []
-    for place, part in enumerate(parts):
-        if place == expert:
+    for index, part in enumerate(parts):
+        if index == expert:
             written.append(_NUMBER)
         elif part == "*":
             written.append(_PARTS)

@@ -191,7 +191,7 @@ def along_bonds(
 
 
 def _inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(axes.index(place) for place in range(len(axes)))
+    return tuple(axes.index(index) for index in range(len(axes)))
 
 
 def _balance(structure: Structure, found: Factors, backend: Backend) -> None:

@@ -29,10 +29,10 @@ def checked_weights(weights: Array, backend: Backend) -> None:
             f"weights must be real floating point; got {weights.dtype}. Cast them, quantized ones "
             "times their scale."
         )
-    for place, matrix in enumerate(Source(weights, backend).matrices()):
+    for index, matrix in enumerate(Source(weights, backend).matrices()):
         if not isfinite(_value(backend.namespace.max(backend.namespace.abs(matrix)))):
             raise ShapeError(
-                f"weights must be finite; got NaN or infinity in expert {place}, all levels "
+                f"weights must be finite; got NaN or infinity in expert {index}, all levels "
                 "counted through. Repair or leave out that expert."
             )
 

@@ -109,9 +109,9 @@ def expand(core: Core, factors: Mapping[str, Array]) -> dict[str, Array]:
     for factor in core.structure.factors:
         for leg, basis in core.bases.items():
             if leg in factor.legs:
-                place = factor.legs.index(leg)
+                index = factor.legs.index(leg)
                 array = found[factor.name]
-                axes = (place, *(k for k in range(array.ndim) if k != place))
+                axes = (index, *(k for k in range(array.ndim) if k != index))
                 moved = backend.permute(array, axes)
                 rest = tuple(moved.shape[1:])
                 flat = backend.reshape(moved, (moved.shape[0], prod(rest)))

@@ -71,8 +71,8 @@ def _fit_sum(
 ) -> Found:
     """Each term for what those before it leave, then all of them in turn."""
     found: Factors = {}
-    for place, term in enumerate(terms):
-        left = source.without(terms[:place], found)
+    for index, term in enumerate(terms):
+        left = source.without(terms[:index], found)
         squares = left.squared_norm()
         if squares == 0.0:
             more = given(term, left) | zeros(term, left)

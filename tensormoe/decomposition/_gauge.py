@@ -51,8 +51,8 @@ def orthonormal(term: Term, factors: Mapping[str, Any]) -> dict[str, Any]:
             continue
         basis, rest = np.linalg.qr(matrix)
         found[name] = np.moveaxis(basis.reshape(moved.shape), -1, axis)
-        place = legs[parent].index(leg)
-        found[parent] = np.moveaxis(np.tensordot(rest, found[parent], (1, place)), 0, place)
+        index = legs[parent].index(leg)
+        found[parent] = np.moveaxis(np.tensordot(rest, found[parent], (1, index)), 0, index)
     return found
 
 
@@ -85,8 +85,8 @@ def stretched(network: Network, factors: Mapping[str, Any], scale: float) -> dic
         return found
     for term in network.terms:
         count = len(term.factors)
-        for place, factor in enumerate(term.factors):
-            part = 2.0 ** (exponent * (place + 1) // count - exponent * place // count)
+        for index, factor in enumerate(term.factors):
+            part = 2.0 ** (exponent * (index + 1) // count - exponent * index // count)
             found[factor.name] = found[factor.name] * part
             # the bias takes the place of the input's factor
             if term.bias is not None and factor == term.input_factor:

@@ -43,8 +43,8 @@ def starts(structure: Structure, source: Source, count: int, rng: Generator) -> 
     if first is not None:
         yield first
     if plan is None or first is None or not plan.exact:
-        for place in range(first is not None, count):
-            yield start(structure, source, place, rng)
+        for index in range(first is not None, count):
+            yield start(structure, source, index, rng)
 
 
 def start(structure: Structure, source: Source, place: int, rng: Generator) -> Factors:

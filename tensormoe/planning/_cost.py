@@ -192,10 +192,10 @@ def program_peak(
     """
     moments = live_memory(program, sizes, itemsize, owned=owned, kept=kept)
     # the first moment is before the first step
-    for place, step in enumerate(program.steps, 1):
+    for index, step in enumerate(program.steps, 1):
         copied = _transposed(step, sizes) if library.copies_transposed else 0
         copied += _unmerged(step, sizes) if library.merges_batch_axes else 0
-        moments[place] += itemsize * copied
+        moments[index] += itemsize * copied
     return max(moments)
 
 

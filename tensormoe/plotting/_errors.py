@@ -42,8 +42,8 @@ def plot_errors(axes: Axes, curves: Sequence[ErrorCurve], *, outputs: bool = Fal
     ...     with figure(Path(folder, "errors.svg")) as drawn:
     ...         plot_errors(drawn.add_subplot(), error_curves(experts, ["cp", "tucker"]))
     """
-    for place, curve in enumerate(curves):
-        colour, marker = _look(curve.name, place)
+    for index, curve in enumerate(curves):
+        colour, marker = _look(curve.name, index)
         front = curve.front(outputs=outputs)
         behind = [point for point in curve.points if point not in front]
         axes.plot(

@@ -160,11 +160,11 @@ def _checked_bonds(
             "None where it is to be chosen, for every bond."
         )
     checked: list[int | str | None] = []
-    for place, bond in enumerate(bonds):
+    for index, bond in enumerate(bonds):
         if bond is None or isinstance(bond, str):
             checked.append(bond)
         else:
-            checked.append(positive_int(bond, f"bonds, at bond {place},", RankError))
+            checked.append(positive_int(bond, f"bonds, at bond {index},", RankError))
     return tuple(checked)
 
 

@@ -178,7 +178,7 @@ class FactorizedExperts(nn.Module):
 
     def __iter__(self) -> Iterator[_Expert]:
         """Every expert in turn."""
-        return (self[place] for place in range(self.num_experts))
+        return (self[index] for index in range(self.num_experts))
 
     def extra_repr(self) -> str:
         """The part of ``repr`` besides the layers."""

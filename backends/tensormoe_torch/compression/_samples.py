@@ -61,8 +61,8 @@ def collect(
     handles = []
     for found, each in zip(parts, experts, strict=True):
         modules = [each.module] if each.together else [*each.module.children()]
-        for place, module in enumerate(modules):
-            hook = _chosen(found) if each.together else _alone(found, place)
+        for index, module in enumerate(modules):
+            hook = _chosen(found) if each.together else _alone(found, index)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     alone = isinstance(batches, Tensor | tuple | Mapping)
     listed: Any = [batches] if alone else batches

@@ -146,7 +146,7 @@ def _configs(
     gate = Gate(activation, normalization="batch" if layout.batch_norm else "layer")
     experts = tuple(sizes[f"n{level}"] for level in range(layout.levels))
     modes = ["in", "hidden", "out"] if layout.layers == 2 else ["in", "out"]
-    bonds = tuple(sizes[layout.bond(place)] for place in range(layout.levels + 2))
+    bonds = tuple(sizes[layout.bond(index)] for index in range(layout.levels + 2))
     factorization: Factorization = CP(bonds[0])
     if layout.ring:
         factorization = TensorTrain(bonds[1:]) if train else TensorRing(bonds)
