@@ -77,6 +77,15 @@ def format_rank(rank: int | tuple[int, ...] | None) -> str:
     return str(rank) if isinstance(rank, int) else ",".join(map(str, rank))
 
 
+def plain_rank(rank: int | tuple[int, ...] | None) -> int | list[int] | None:
+    """A rank as JSON has it.
+
+    >>> plain_rank((4, 4, 97)), plain_rank(64)
+    ([4, 4, 97], 64)
+    """
+    return list(rank) if isinstance(rank, tuple) else rank
+
+
 def format_experts(experts: Sequence[int]) -> str:
     """The number of experts, level by level.
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tensormoe._config import LayerConfig
+from tensormoe._format import plain_rank
 from tensormoe.backend import get_backend
 from tensormoe.compression._values import rounded
 from tensormoe.decomposition._controls import EACH, Control, best_joint, closest
@@ -74,12 +75,8 @@ class GroupReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report in plain values, as JSON knows them."""
-        values = asdict(self)
-        rank = values["rank"]
-        return values | {
-            "rank": list(rank) if isinstance(rank, tuple) else rank,
-            "expert_errors": list(self.expert_errors),
-        }
+        expert_errors = list(self.expert_errors)
+        return asdict(self) | {"rank": plain_rank(self.rank), "expert_errors": expert_errors}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GroupReport:

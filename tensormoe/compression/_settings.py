@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tensormoe._format import plain_rank
 from tensormoe._validation import brief, choice, non_negative_int, positive_int, positive_ints
 from tensormoe.compression._patterns import LAYOUTS, PRESETS, Pattern
 from tensormoe.decomposition._choose import checked_tolerance
@@ -110,9 +111,4 @@ class Compression:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings in plain values, as JSON knows them."""
-        values = asdict(self)
-        rank = values["rank"]
-        return values | {
-            "experts": list(self.experts),
-            "rank": list(rank) if isinstance(rank, tuple) else rank,
-        }
+        return asdict(self) | {"experts": list(self.experts), "rank": plain_rank(self.rank)}
