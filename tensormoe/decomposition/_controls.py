@@ -142,16 +142,41 @@ def spectra(source: Source, parameters: int) -> Spectra:
         source: the tensor, without weights.
         parameters: the most that is asked for later.
     """
-    import numpy as np
-
     *levels, rows, columns = source.shape
     count = prod(levels)
-    narrow, wide = sorted((rows, columns))
+    costs = {ROWS: count * rows + columns, COLUMNS: rows + count * columns}
+    short, long = (COLUMNS, ROWS) if rows <= columns else (ROWS, COLUMNS)
+    each, narrow, wide = _along_both(source)
+    total = float(narrow.sum())
+    found = {short: _Spectrum(narrow, total, costs[short])}
+    # sides of which the other one has fewer have zeros at the end
+    most = min(max(rows, columns), count * min(rows, columns))
+    if wide is not None:
+        found[long] = _Spectrum(wide[:most], total, costs[long])
+    else:
+        kept = min(estimated(max(rows, columns), parameters // costs[long]), most)
+        squares = _largest(source, long == ROWS, kept)
+        found[long] = _Spectrum(squares, total, costs[long], False)
+    if min(count, rows * columns) <= EXACT:
+        squares = _eigenvalues(_gram_of_experts(source))
+        found[EXPERTS] = _Spectrum(squares, float(squares.sum()), count + rows * columns)
+    known = {EACH: _Spectrum(each, total, rows + columns)}
+    return Spectra(known | {name: found[name] for name in UNFOLDINGS if name in found})
+
+
+def _along_both(source: Source) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
+    """Squares of experts one by one, of all along the narrow side, and along the wide one.
+
+    The last is None where that side is above :data:`EXACT`.
+    """
+    import numpy as np
+
+    narrow, wide = sorted(source.shape[-2:])
     each, joint = [], np.zeros((narrow, narrow))
     other = np.zeros((wide, wide)) if wide <= EXACT else None
     for matrix in source.matrices():
         flat = to_host(matrix, source.backend).astype("float64")
-        flat = flat if rows <= columns else flat.T
+        flat = flat if len(flat) == narrow else flat.T
         gram = flat @ flat.T
         joint += gram
         each.append(np.linalg.eigvalsh(gram))
@@ -160,26 +185,9 @@ def spectra(source: Source, parameters: int) -> Spectra:
             step = max(1, _PIECE // wide)
             for start in range(0, wide, step):
                 other[start : start + step] += flat[:, start : start + step].T @ flat
-    total = float(np.trace(joint))
-    names = (COLUMNS, ROWS) if rows <= columns else (ROWS, COLUMNS)
-    costs = {ROWS: count * rows + columns, COLUMNS: rows + count * columns}
-    costs[EXPERTS] = count + rows * columns
-    known = {EACH: _Spectrum(_falling(np.concatenate(each)), total, rows + columns)}
-    found = {names[0]: _Spectrum(_eigenvalues(joint), total, costs[names[0]])}
-    del joint, each
-    if other is not None:
-        # sides of which the other one has fewer have zeros at the end
-        most = min(wide, count * narrow)
-        found[names[1]] = _Spectrum(_eigenvalues(other)[:most], total, costs[names[1]])
-        del other
-    else:
-        kept = min(estimated(wide, parameters // costs[names[1]]), count * narrow)
-        squares = _largest(source, names[1] == ROWS, kept)
-        found[names[1]] = _Spectrum(squares, total, costs[names[1]], False)
-    if min(count, rows * columns) <= EXACT:
-        squares = _eigenvalues(_gram_of_experts(source))
-        found[EXPERTS] = _Spectrum(squares, float(squares.sum()), costs[EXPERTS])
-    return Spectra(known | {name: found[name] for name in UNFOLDINGS if name in found})
+    squares = _falling(np.concatenate(each)), _eigenvalues(joint)
+    del joint
+    return *squares, None if other is None else _eigenvalues(other)
 
 
 def estimated(side: int, kept: int) -> int:

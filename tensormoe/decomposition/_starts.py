@@ -168,8 +168,10 @@ def _from_experts(
 
     mixing, basis, own = trio
     sizes = structure.sizes
-    bases, inner = (sizes[next(leg for leg in basis.legs if leg in f.legs)] for f in (mixing, own))
+    outer, bond = (next(leg for leg in basis.legs if leg in f.legs) for f in (mixing, own))
+    bases, inner = sizes[outer], sizes[bond]
     mode = next(leg for leg in basis.legs if leg in (INPUT, OUTPUT))
+    other = INPUT if mode == OUTPUT else OUTPUT
     tensor = to_host(source.block(0, source.shape[0]), source.backend).astype("float64")
     tensor = tensor.reshape(-1, *tensor.shape[-2:])
     if mode == OUTPUT:
@@ -192,24 +194,17 @@ def _from_experts(
         parts.reshape(count, bases, inner * parts.shape[-1]), full_matrices=False
     )
     levels = source.shape[:-2]
+    legs = [leg for leg in structure.open_legs if leg not in (INPUT, OUTPUT)]
     known = {
-        mixing: ((left[..., 0] * values[:, :1]).reshape(*levels, bases), (*_experts(structure), 0)),
-        basis: ((span @ joined).reshape(-1, bases, inner), (mode, 0, 1)),
-        own: (right[:, 0].reshape(*levels, inner, -1), (*_experts(structure), 1, 2)),
+        mixing: ((left[..., 0] * values[:, :1]).reshape(*levels, bases), [*legs, outer]),
+        basis: ((span @ joined).reshape(-1, bases, inner), [mode, outer, bond]),
+        own: (right[:, 0].reshape(*levels, inner, -1), [*legs, bond, other]),
     }
-    other = INPUT if mode == OUTPUT else OUTPUT
-    closed = [next(leg for leg in basis.legs if leg in f.legs) for f in (mixing, own)]
-    names = (*closed, other)
     found = {}
-    for factor, (array, legs) in known.items():
-        stored = [names[leg] if isinstance(leg, int) else leg for leg in legs]
+    for factor, (array, stored) in known.items():
         axes = [stored.index(leg) for leg in factor.legs]
         found[factor.name] = from_host(array.transpose(axes), source.like, source.backend)
     return found
-
-
-def _experts(structure: Structure) -> list[str]:
-    return [leg for leg in structure.open_legs if leg not in (INPUT, OUTPUT)]
 
 
 def _joined(pool: list[int], spaces: dict[int, Any], bases: int) -> Any:
