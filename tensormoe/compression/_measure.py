@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensormoe._config import LayerConfig
 from tensormoe._format import plain_rank
@@ -14,6 +14,9 @@ from tensormoe.decomposition._controls import EACH, Control, best_joint, closest
 from tensormoe.decomposition._errors import shares
 from tensormoe.decomposition._source import norm
 from tensormoe.functional import expert_weight
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class GroupReport:
 
 
 def stored_errors(
-    stack: Any, config: LayerConfig, factors: Mapping[str, Any], dtype: str, dense: bool
+    stack: NDArray[Any], config: LayerConfig, factors: Mapping[str, Any], dtype: str, dense: bool
 ) -> tuple[float, tuple[float, ...]]:
     """Relative error of all experts, and of each, as they are read back from the file.
 

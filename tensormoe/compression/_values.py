@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensormoe.compression._groups import Group
 from tensormoe.compression._shards import Model, read_range
 from tensormoe.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # entries that are converted at a time
 _ENTRIES = 2**20
@@ -25,7 +28,7 @@ def working_dtype(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
-def decoded(data: bytes, dtype: str) -> Any:
+def decoded(data: bytes, dtype: str) -> NDArray[Any]:
     """A flat array in the working dtype."""
     import numpy as np
 
@@ -36,7 +39,7 @@ def decoded(data: bytes, dtype: str) -> Any:
     return np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).astype(working_dtype(dtype))
 
 
-def encoded(array: Any, dtype: str) -> bytes:
+def encoded(array: NDArray[Any], dtype: str) -> bytes:
     """The bytes of an array's entries in a dtype, rounded to the nearest."""
     import numpy as np
 
@@ -53,21 +56,21 @@ def encoded(array: Any, dtype: str) -> bytes:
     return data
 
 
-def rounded(array: Any, dtype: str) -> Any:
+def rounded(array: NDArray[Any], dtype: str) -> NDArray[Any]:
     """An array's entries as a dtype holds them, in the working dtype."""
     if dtype == working_dtype(dtype):
         return array
     return decoded(encoded(array, dtype), dtype).reshape(array.shape)
 
 
-def pieces(array: Any, dtype: str) -> Iterator[bytes]:
+def pieces(array: NDArray[Any], dtype: str) -> Iterator[bytes]:
     """:func:`encoded`, some of the first axis at a time."""
     step = max(1, _ENTRIES // max(prod(array.shape[1:]), 1))
     for start in range(0, len(array), step):
         yield encoded(array[start : start + step], dtype)
 
 
-def read_stack(model: Model, group: Group) -> Any:
+def read_stack(model: Model, group: Group) -> NDArray[Any]:
     """The experts of a group, (experts, in, out), a few rows in memory twice.
 
     Raises:

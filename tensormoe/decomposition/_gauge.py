@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import exp, frexp, fsum, log
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensormoe.factorizations import INPUT, OUTPUT, Factor, Leg, Network, Term
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-def robust(network: Network, factors: Mapping[str, Any]) -> dict[str, Any]:
+
+def robust(network: Network, factors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """The same tensor from factors that can be rounded: orthonormal where possible, of one size.
 
     Args:
@@ -30,7 +33,7 @@ def robust(network: Network, factors: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def orthonormal(term: Term, factors: Mapping[str, Any]) -> dict[str, Any]:
+def orthonormal(term: Term, factors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Factors of a term without cycles, all but one orthonormal towards that one.
 
     Others stay as they are, and so do factors that are too small to be orthonormal.
@@ -56,7 +59,7 @@ def orthonormal(term: Term, factors: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def even(factors: Mapping[str, Any]) -> dict[str, Any]:
+def even(factors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """The same network with factors of one size: a dtype of few exponents loses the least so.
 
     A network is linear in each factor, so scales pass from one to the other.

@@ -18,6 +18,7 @@ from tensormoe.factorizations import INPUT, OUTPUT, Factor, expert_leg
 
 if TYPE_CHECKING:
     from numpy.random import Generator
+    from numpy.typing import NDArray
 
 # experts that are compared, for each one that is needed
 _SAMPLED = 4
@@ -75,8 +76,8 @@ def start(structure: Structure, source: Source, place: int, rng: Generator) -> F
 
 
 def _around(
-    drawn: Mapping[str, Any], structure: Structure, source: Source, rng: Generator
-) -> dict[str, Any]:
+    drawn: Mapping[str, NDArray[Any]], structure: Structure, source: Source, rng: Generator
+) -> dict[str, NDArray[Any]]:
     """Random factors around the best rank-one tensor, weighted by how much that explains.
 
     Where most of a tensor is one outer product, as where all factors are positive, factors that are
@@ -99,7 +100,7 @@ def _around(
     share = max(1.0 - error * error, 0.0)
     around = {}
     for factor in structure.wanted:
-        center: Any = 1.0
+        center: NDArray[Any] | float = 1.0
         if modes[factor.name]:
             array = to_host(found[factor.name], source.backend)
             size = float(np.sqrt(np.mean(array**2)))
@@ -207,7 +208,7 @@ def _from_experts(
     return found
 
 
-def _joined(pool: list[int], spaces: dict[int, Any], bases: int) -> Any:
+def _joined(pool: list[int], spaces: dict[int, NDArray[Any]], bases: int) -> NDArray[Any]:
     """B side by side (J·r, J·r), from the experts of a pool that are farthest apart."""
     import numpy as np
 
@@ -229,7 +230,7 @@ def _joined(pool: list[int], spaces: dict[int, Any], bases: int) -> Any:
     return np.concatenate(parts, axis=1)
 
 
-def _farthest(found: Mapping[int, Any]) -> int:
+def _farthest(found: Mapping[int, NDArray[Any]]) -> int:
     """The expert whose matrices have the largest smallest singular value.
 
     Raises:
