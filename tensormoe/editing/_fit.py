@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensormoe.backend import Array, Backend, get_backend
 from tensormoe.decomposition._als import along_bonds, squares
@@ -29,6 +29,9 @@ from tensormoe.factorizations import (
 )
 from tensormoe.functional._dtypes import cast, widened
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 # a second round takes away what rounding in the first one left
 _ROUNDS = 2
 # rounds of factors that are fitted by turns, and the share of the error that one must gain
@@ -39,8 +42,8 @@ def fit_expert(
     network: Network,
     level: int,
     slices: Mapping[str, Array],
-    weight: Any,
-    bias: Any | None,
+    weight: NDArray[Any],
+    bias: NDArray[Any] | None,
     backend: Backend,
 ) -> tuple[dict[str, Array], float]:
     """The slices that bring an expert closest to a given one, in the sum of squares.
@@ -69,7 +72,7 @@ def fit_expert(
     sizes = {**network.sizes, expert_leg(level): 1, INPUT: target.shape[-2]}
     terms = structures(network, (*network.expert_legs, INPUT, OUTPUT), sizes)
 
-    def stacked(arrays: Mapping[str, Array]) -> dict[str, Any]:
+    def stacked(arrays: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
         found = {name: wide(array, backend) for name, array in arrays.items()}
         if not all(host.namespace.isfinite(array).all() for array in found.values()):
             raise ShapeError(
@@ -99,7 +102,7 @@ def _solve(
     level: int,
     terms: tuple[Structure, ...],
     target: Source,
-    factors: dict[str, Any],
+    factors: dict[str, NDArray[Any]],
 ) -> None:
     """Replace the factors of an expert: those it is linear in first, then all of them by turns."""
     leg = expert_leg(level)
@@ -128,8 +131,8 @@ def _step(
     name: str,
     terms: tuple[Structure, ...],
     target: Source,
-    factors: Mapping[str, Any],
-) -> Any:
+    factors: Mapping[str, NDArray[Any]],
+) -> NDArray[Any]:
     """The smallest change of one factor that brings the network closest to the target."""
     import numpy as np
 
@@ -146,6 +149,6 @@ def _step(
     return along_bonds(inverses, right, update).transpose(update.axes)
 
 
-def _like(array: Any, like: Array, backend: Backend) -> Array:
+def _like(array: NDArray[Any], like: Array, backend: Backend) -> Array:
     """An array of the library from the host's, in the dtype and on the device of another."""
     return cast(from_host(array, widened(like, backend), backend), like.dtype, backend)

@@ -61,12 +61,9 @@ def fitted(
     """
     if absent := missing("fitting an expert", ("numpy",), "numpy"):
         raise absent
-    names = ("weight", "bias")
     _check_expert(spec, *given, level, backend)
-    weight, bias = (
-        None if each is None else _finite(each, name, level, backend)
-        for name, each in zip(names, given, strict=True)
-    )
+    weight = _finite(given[0], "weight", level, backend)
+    bias = None if given[1] is None else _finite(given[1], "bias", level, backend)
     axes = expert_axes(spec.network, level)
     slices = {
         name: array[(*(slice(None),) * axes[name], slice(index, index + 1))]
