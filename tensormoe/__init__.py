@@ -17,37 +17,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tensormoe._spec import LayerSpec as LayerSpec
-    from tensormoe.backend import available_backends as available_backends
-    from tensormoe.backend import backend_of as backend_of
-    from tensormoe.backend import convert as convert
-    from tensormoe.backend import get_backend as get_backend
-    from tensormoe.backend import known_backends as known_backends
-    from tensormoe.factorizations import CP as CP
-    from tensormoe.factorizations import BaseDelta as BaseDelta
-    from tensormoe.factorizations import Dense as Dense
-    from tensormoe.factorizations import Factorization as Factorization
-    from tensormoe.factorizations import Hadamard as Hadamard
-    from tensormoe.factorizations import SharedBasis as SharedBasis
-    from tensormoe.factorizations import SharedDelta as SharedDelta
-    from tensormoe.factorizations import TensorRing as TensorRing
-    from tensormoe.factorizations import TensorTrain as TensorTrain
-    from tensormoe.factorizations import Tucker as Tucker
-    from tensormoe.factorizations import from_tensorly as from_tensorly
-    from tensormoe.factorizations import register_factorization as register_factorization
-    from tensormoe.factorizations import to_tensorly as to_tensorly
-    from tensormoe.gates import Gate as Gate
-    from tensormoe.gates import TopK as TopK
-    from tensormoe.gates import entmax as entmax
-    from tensormoe.gates import softmax as softmax
-    from tensormoe.gates import sparsemax as sparsemax
-    from tensormoe.planning import Cost as Cost
-    from tensormoe.planning import Plan as Plan
-    from tensormoe.planning import Roofline as Roofline
-    from tensormoe.selection import Budget as Budget
-    from tensormoe.selection import RankChoice as RankChoice
-    from tensormoe.selection import rank_front as rank_front
-    from tensormoe.selection import select_rank as select_rank
+    from tensormoe._spec import LayerSpec
+    from tensormoe.backend import (
+        available_backends,
+        backend_of,
+        convert,
+        get_backend,
+        known_backends,
+    )
+    from tensormoe.factorizations import (
+        CP,
+        BaseDelta,
+        Dense,
+        Factorization,
+        Hadamard,
+        SharedBasis,
+        SharedDelta,
+        TensorRing,
+        TensorTrain,
+        Tucker,
+        from_tensorly,
+        register_factorization,
+        to_tensorly,
+    )
+    from tensormoe.gates import Gate, TopK, entmax, softmax, sparsemax
+    from tensormoe.planning import Cost, Plan, Roofline
+    from tensormoe.selection import Budget, RankChoice, rank_front, select_rank
 
 __all__ = [
     "CP",

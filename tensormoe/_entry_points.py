@@ -14,8 +14,6 @@ from tensormoe.errors import MissingDependencyError, TensormoeError
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-__all__ = ["entry_points_of", "load_entry_point", "origin", "the_only"]
-
 
 @cache
 def entry_points_of(group: str) -> dict[str, tuple[EntryPoint, ...]]:

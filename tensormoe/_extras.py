@@ -6,8 +6,6 @@ import importlib.util
 
 from tensormoe.errors import MissingDependencyError
 
-__all__ = ["missing", "require"]
-
 
 def missing(what: str, packages: tuple[str, ...], extra: str) -> MissingDependencyError | None:
     """The error to raise where ``what`` lacks one of ``packages``; None where it has them all.

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from tensormoe.errors import SpecError
 
-__all__ = ["PICTURE_SUFFIXES", "check_picture", "make_folder", "write_file"]
-
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 

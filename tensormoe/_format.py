@@ -4,19 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = [
-    "Cell",
-    "align",
-    "align_totals",
-    "format_bytes",
-    "format_count",
-    "format_experts",
-    "format_parameters",
-    "format_rank",
-    "format_share",
-    "format_time",
-]
-
 Cell = str | tuple[str, str]
 """One entry of a table, or a pair: the entry before and after."""
 
@@ -90,6 +77,15 @@ def format_rank(rank: int | tuple[int, ...] | None) -> str:
     return str(rank) if isinstance(rank, int) else ",".join(map(str, rank))
 
 
+def plain_rank(rank: int | tuple[int, ...] | None) -> int | list[int] | None:
+    """A rank as JSON has it.
+
+    >>> plain_rank((4, 4, 97)), plain_rank(64)
+    ([4, 4, 97], 64)
+    """
+    return list(rank) if isinstance(rank, tuple) else rank
+
+
 def format_experts(experts: Sequence[int]) -> str:
     """The number of experts, level by level.
 
@@ -108,7 +104,7 @@ def align(rows: Sequence[Sequence[Cell]]) -> list[str]:
     b       8 →  7
     """
     columns = []
-    for place, cells in enumerate(zip(*rows, strict=True)):
+    for index, cells in enumerate(zip(*rows, strict=True)):
         pairs = [cell for cell in cells if isinstance(cell, tuple)]
         left, right = (max((len(pair[side]) for pair in pairs), default=0) for side in (0, 1))
         texts = [
@@ -116,7 +112,7 @@ def align(rows: Sequence[Sequence[Cell]]) -> list[str]:
             for cell in cells
         ]
         width = max(map(len, texts))
-        columns.append([f"{text:{'>' if place else '<'}{width}}" for text in texts])
+        columns.append([f"{text:{'>' if index else '<'}{width}}" for text in texts])
     return ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
 
 

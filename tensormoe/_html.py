@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from tensormoe._drawing import Drawing
     from tensormoe._spec import LayerSpec
 
-__all__ = ["facts_html", "layer_html", "spec_html", "table_html", "text_html"]
-
 # no colours: those of the page are kept, light or dark
 _CELL = "text-align: left; padding: 0.1em 1.2em 0.1em 0; vertical-align: top"
 _NUMBER = "text-align: right; padding: 0.1em 0 0.1em 1.2em; white-space: nowrap"
@@ -46,9 +44,9 @@ def table_html(title: str, rows: Sequence[Sequence[Cell]], notes: Iterable[str] 
     lines = [_TABLE]
     for tag, cells in (("th" if not k else "td", row) for k, row in enumerate(rows)):
         written = (
-            f'<{tag} style="{_NUMBER if place else _CELL}">'
+            f'<{tag} style="{_NUMBER if index else _CELL}">'
             f"{_text(cell if isinstance(cell, str) else ' → '.join(cell))}</{tag}>"
-            for place, cell in enumerate(cells)
+            for index, cell in enumerate(cells)
         )
         lines.append(f"<tr>{''.join(written)}</tr>")
     return _page(title, [*lines, "</table>", *(f"<div>{_text(note)}</div>" for note in notes)], {})

@@ -18,16 +18,6 @@ from tensormoe.backend import Backend
 from tensormoe.checkpoint import check_arrays, check_config, read_block, save_checkpoint
 from tensormoe.planning import Cost, Library, Plan
 
-__all__ = [
-    "BlockMethods",
-    "Costs",
-    "EmbeddingSizes",
-    "LayerMethods",
-    "LinearSizes",
-    "Methods",
-    "check_constructor",
-]
-
 A = TypeVar("A")
 C = TypeVar("C", bound=LayerConfig | BlockConfig)
 
@@ -63,6 +53,22 @@ class Methods(Configured, Generic[A, C]):
 
     backend: ClassVar[Backend]
     config: C
+
+    def cost(self, batch: int, *, training: bool = False) -> Cost:
+        """Cost of one call for ``batch`` inputs, gate and activation included.
+
+        It is counted from the steps of an eager call on its own library: on the CPU for
+        PyTorch, and before XLA fuses them for JAX. Peak memory is that of a gate whose logits
+        differ; a wide gate that was never trained needs less for its coefficients.
+
+        Args:
+            batch: number of inputs, all leading axes multiplied.
+            training: forward and backward with all gradients, instead of forward alone.
+
+        Raises:
+            PlanError: the batch is not a size.
+        """
+        return self.config.cost(batch, training=training, **self._costs())
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a checkpoint that every backend opens; an interrupted save leaves the old file.
@@ -129,6 +135,9 @@ class Methods(Configured, Generic[A, C]):
         """The last arguments of the constructor, for ``repr``."""
         raise NotImplementedError
 
+    def _costs(self) -> Costs:
+        raise NotImplementedError
+
 
 class LayerMethods(Methods[A, LayerConfig]):
     """Methods of layers of one mixture."""
@@ -152,22 +161,6 @@ class LayerMethods(Methods[A, LayerConfig]):
         """Plan of the layer for ``batch`` inputs."""
         return self.config.plan(batch)
 
-    def cost(self, batch: int, *, training: bool = False) -> Cost:
-        """Cost of one call for ``batch`` inputs, the gate included.
-
-        It is counted from the steps of an eager call on the layer's own library: on the CPU for
-        PyTorch, and before XLA fuses them for JAX. Peak memory is that of a gate whose logits
-        differ; a wide gate that was never trained needs less for its coefficients.
-
-        Args:
-            batch: number of inputs, all leading axes multiplied.
-            training: forward and backward with all gradients, instead of forward alone.
-
-        Raises:
-            PlanError: the batch is not a size.
-        """
-        return self.config.cost(batch, training=training, **self._costs())
-
     def expert(self, *index: int) -> tuple[A, A | None]:
         """One expert's matrix (in, out) and bias (out,), without building 𝒲.
 
@@ -188,9 +181,6 @@ class LayerMethods(Methods[A, LayerConfig]):
     @classmethod
     def _read(cls, path: str | PathLike[str]) -> tuple[LayerConfig, Mapping[str, A]]:
         return read_block(path, cls._kind, LayerConfig, cls.backend)
-
-    def _costs(self) -> Costs:
-        raise NotImplementedError
 
 
 class LinearSizes:
@@ -260,13 +250,6 @@ class BlockMethods(Methods[A, BlockConfig]):
         """Plans of the two layers for ``batch`` inputs."""
         return self.config.plan(batch)
 
-    def cost(self, batch: int, *, training: bool = False) -> Cost:
-        """Cost of one call for ``batch`` inputs: both layers, gate and activation.
-
-        Arguments, conventions and errors are those of :meth:`MuMoE.cost`.
-        """
-        return self.config.cost(batch, training=training, **self._costs())
-
     def expert(self, *index: int) -> tuple[tuple[A, A | None], tuple[A, A | None]]:
         """One expert, an MLP of its own, as matrix and bias of both of its layers.
 
@@ -297,9 +280,6 @@ class BlockMethods(Methods[A, BlockConfig]):
         return read_block(path, cls._kind, BlockConfig, cls.backend)
 
     def _layers(self) -> tuple[LayerMethods[A], LayerMethods[A]]:
-        raise NotImplementedError
-
-    def _costs(self) -> Costs:
         raise NotImplementedError
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tensormoe._config import BlockConfig, LayerConfig
 from tensormoe._spec import LayerSpec
-from tensormoe._validation import flag, positive_int, positive_ints
+from tensormoe._validation import flag, is_number, positive_int, positive_ints
 from tensormoe.errors import RankError, SpecError
 from tensormoe.factorizations import (
     Factorization,
@@ -16,8 +16,6 @@ from tensormoe.factorizations import (
 )
 from tensormoe.gates import Gate
 from tensormoe.selection import Budget, select_block, select_rank
-
-__all__ = ["Options"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class Options:
         Raises:
             SpecError, RankError, BudgetError: as :meth:`layer`.
         """
-        if isinstance(drop, bool) or not isinstance(drop, (int, float)) or not 0.0 <= drop < 1.0:
+        if not is_number(drop) or not 0.0 <= drop < 1.0:
             raise SpecError(f"drop must be in [0, 1); got {drop!r}. Give the share to drop.")
         hidden = in_features if hidden_features is None else hidden_features
         out = in_features if out_features is None else out_features

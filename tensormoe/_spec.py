@@ -22,13 +22,11 @@ from tensormoe.factorizations import (
     rank_pattern,
     resolve_factorization,
 )
-from tensormoe.gates import Gate
-from tensormoe.planning import Cost, Plan, Routing, plan_layer
 
 if TYPE_CHECKING:
     from tensormoe._drawing import Drawing
-
-__all__ = ["MAX_LEVELS", "LayerSpec"]
+    from tensormoe.gates import Gate
+    from tensormoe.planning import Cost, Plan
 
 MAX_LEVELS = 32
 """Levels of experts that a layer may have; arrays of some libraries have 64 axes at most."""
@@ -182,14 +180,17 @@ class LayerSpec:
         Raises:
             PlanError: the options do not fit the layer, or no chunk keeps to the limit.
         """
+        # here, as importing it takes as long as all the rest; `from` would look names up each time
+        import tensormoe.planning as planning
+
         # checked here, since the cache below takes 1.0 and True for 1
         batch = non_negative_int(batch, "batch", PlanError)
         flag(prepared, "prepared", PlanError)
         flag(indexed_input, "indexed_input", PlanError)
         if memory_limit is not None:
             memory_limit = positive_int(memory_limit, "memory_limit", PlanError)
-        routing = Routing(top_k, indexed_input)
-        return plan_layer(
+        routing = planning.Routing(top_k, indexed_input)
+        return planning.plan_layer(
             self.network,
             batch,
             routing,

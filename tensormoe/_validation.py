@@ -10,16 +10,6 @@ from typing import Any
 
 from tensormoe.errors import SpecError, TensormoeError
 
-__all__ = [
-    "brief",
-    "choice",
-    "flag",
-    "instance",
-    "non_negative_int",
-    "positive_int",
-    "positive_ints",
-]
-
 # of levels and bonds; an endless generator is cut off
 _MOST = 64
 # what array libraries index with
@@ -76,6 +66,11 @@ def _integer(value: Any) -> int | None:
         return None if isinstance(value, bool) else index(value)
     except TypeError:
         return None
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is one of Python's real numbers; a boolean is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def choice(value: Any, options: Iterable[str], name: str, error: type[TensormoeError]) -> str:

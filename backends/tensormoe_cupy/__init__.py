@@ -7,14 +7,9 @@ from tensormoe._extras import missing
 if absent := missing("tensormoe_cupy", ("cupy",), "cupy"):
     raise absent
 
-from tensormoe_cupy._adapter import BACKEND as BACKEND
-from tensormoe_cupy._adapter import CupyBackend as CupyBackend
-from tensormoe_cupy._layers import MuMoE as MuMoE
-from tensormoe_cupy._layers import MuMoEEmbedding as MuMoEEmbedding
-from tensormoe_cupy._layers import MuMoEMLP as MuMoEMLP
-from tensormoe_numpy import Adam as Adam
-from tensormoe_numpy import Gradients as Gradients
-from tensormoe_numpy import Prepared as Prepared
+from tensormoe_cupy._adapter import BACKEND, CupyBackend
+from tensormoe_cupy._layers import MuMoE, MuMoEEmbedding, MuMoEMLP
+from tensormoe_numpy import Adam, Gradients, Prepared
 
 __all__ = [
     "BACKEND",

@@ -13,8 +13,6 @@ from tensormoe.errors import BackendError
 from tensormoe_cupy._namespace import Namespace
 from tensormoe_numpy import NumpyLikeBackend
 
-__all__ = ["BACKEND", "CupyBackend"]
-
 
 class CupyBackend(NumpyLikeBackend):
     """Adapter of :class:`tensormoe.backend.Backend` for ``cupy.ndarray``.

@@ -8,8 +8,6 @@ import tensormoe_numpy
 from tensormoe_cupy._adapter import BACKEND
 from tensormoe_numpy import NumpyLikeBackend
 
-__all__ = ["MuMoE", "MuMoEEmbedding", "MuMoEMLP"]
-
 
 class MuMoE(tensormoe_numpy.MuMoE):
     """A multilinear mixture of linear experts (Oldfield et al. 2024), on an NVIDIA GPU.

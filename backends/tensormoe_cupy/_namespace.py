@@ -12,8 +12,6 @@ from typing import Any
 
 from tensormoe.backend import Array
 
-__all__ = ["Namespace"]
-
 
 class Namespace:
     """A module of CuPy's interface as the standard has it.

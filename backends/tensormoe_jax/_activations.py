@@ -12,8 +12,6 @@ from jax import Array
 from tensormoe._validation import brief, choice
 from tensormoe.errors import SpecError
 
-__all__ = ["ACTIVATIONS", "Act", "activation_name", "own_activation"]
-
 Act = str | Callable[[Array], Array]
 
 

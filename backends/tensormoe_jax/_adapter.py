@@ -15,8 +15,6 @@ from tensormoe.backend import LoopStep, State, Step
 from tensormoe.errors import BackendError
 from tensormoe.planning import Library
 
-__all__ = ["BACKEND", "LIBRARY", "JaxBackend"]
-
 
 class JaxBackend:
     """Adapter of :class:`tensormoe.backend.Backend` for ``jax.Array``, concrete or traced."""

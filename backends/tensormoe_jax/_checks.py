@@ -15,8 +15,6 @@ from tensormoe.errors import BackendError, ShapeError
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe_jax._adapter import BACKEND
 
-__all__ = ["check_parameters", "check_range", "checked_buffers", "dtype_of", "input_dtype"]
-
 Parameters = Mapping[str, Array]
 Config = LayerConfig | BlockConfig
 

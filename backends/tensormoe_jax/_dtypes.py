@@ -11,8 +11,6 @@ import numpy as np
 from tensormoe._validation import brief
 from tensormoe.errors import SpecError
 
-__all__ = ["FLOATS", "checked_dtype", "checked_gate_dtype"]
-
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 

@@ -10,8 +10,6 @@ from jax import Array
 
 from tensormoe.errors import SpecError
 
-__all__ = ["checked_key", "shown"]
-
 
 def checked_key(key: Any, rule: str = "key must be one key of jax.random") -> Array:
     """``key`` if it is one of JAX's, new-style or raw, concrete or traced.

@@ -23,8 +23,6 @@ from tensormoe_jax._adapter import BACKEND, LIBRARY
 from tensormoe_jax._dtypes import FLOATS
 from tensormoe_jax._initialize import initial_buffers, initialize
 
-__all__ = ["Block", "Layer", "built", "first_values"]
-
 C = TypeVar("C", bound=LayerConfig | BlockConfig)
 M = TypeVar("M")
 
@@ -84,6 +82,9 @@ class _Named(Methods[Array, C]):
     def _weights(self) -> dict[str, Array]:
         return self.parameters
 
+    def _costs(self) -> Costs:
+        return {"itemsize": self.dtype.itemsize, "library": LIBRARY}
+
     def _dtype_text(self) -> str:
         # what transformations leave in the place of an array may have no dtype
         first, *_, last = self.parameters.values()
@@ -95,9 +96,6 @@ class _Named(Methods[Array, C]):
 
 class Layer(_Named[LayerConfig], LayerMethods[Array]):
     """Layers of one mixture; parameters are ``factors.<name>`` and ``gate.<name>``."""
-
-    def _costs(self) -> Costs:
-        return {"itemsize": self.dtype.itemsize, "library": LIBRARY}
 
 
 class Block(_Named[BlockConfig], BlockMethods[Array]):
@@ -115,6 +113,3 @@ class Block(_Named[BlockConfig], BlockMethods[Array]):
 
     def _layers(self) -> tuple[Layer, Layer]:
         return self.first, self.second
-
-    def _costs(self) -> Costs:
-        return {"itemsize": self.dtype.itemsize, "library": LIBRARY}

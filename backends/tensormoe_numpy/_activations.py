@@ -14,9 +14,6 @@ from tensormoe_numpy._like_numpy import NumpyLikeBackend
 
 Pair = tuple[Callable[[Array], Array], Callable[[Array], Array]]
 
-__all__ = ["ACTIVATIONS", "activations"]
-
-
 # of an array, entries that are worked on at a time: they and some temporaries stay in cache
 _BLOCK = 2**13
 

@@ -12,8 +12,6 @@ from tensormoe._validation import instance
 from tensormoe.backend import Array
 from tensormoe.errors import ShapeError, SpecError
 
-__all__ = ["Adam"]
-
 
 class Adam:
     """Adam (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019).

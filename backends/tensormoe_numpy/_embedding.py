@@ -15,8 +15,6 @@ from tensormoe.selection import Budget
 from tensormoe_numpy._base import Given, Gradients, Layer, check_cotangent
 from tensormoe_numpy._random import checked_dtype, draw
 
-__all__ = ["MuMoEEmbedding"]
-
 
 class MuMoEEmbedding(Layer, EmbeddingSizes):
     """A mixture of embedding tables: token ids pick a row of every expert, coefficients mix them.

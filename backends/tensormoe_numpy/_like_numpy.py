@@ -10,8 +10,6 @@ import numpy.typing as npt
 from tensormoe.backend import Array, State, Step
 from tensormoe.planning import Library
 
-__all__ = ["NumpyLikeBackend"]
-
 
 class NumpyLikeBackend:
     """Adapter of :class:`tensormoe.backend.Backend` for a library that has NumPy's interface.

@@ -13,26 +13,19 @@ from tensormoe._extras import missing
 if absent := missing("tensormoe_torch", ("torch",), "torch"):
     raise absent
 
-from tensormoe_torch._adapter import BACKEND as BACKEND
-from tensormoe_torch._adapter import TorchBackend as TorchBackend
-from tensormoe_torch._editing import replace_expert as replace_expert
-from tensormoe_torch._editing import restored as restored
-from tensormoe_torch._editing import scale_experts as scale_experts
-from tensormoe_torch._editing import silence_experts as silence_experts
-from tensormoe_torch._embedding import MuMoEEmbedding as MuMoEEmbedding
-from tensormoe_torch._factors import Factors as Factors
-from tensormoe_torch._gate import ExpertGate as ExpertGate
-from tensormoe_torch._groups import parameter_groups as parameter_groups
-from tensormoe_torch._layer import MuMoE as MuMoE
-from tensormoe_torch._mlp import MuMoEMLP as MuMoEMLP
-from tensormoe_torch._per_sample import per_sample_gradients as per_sample_gradients
-from tensormoe_torch._synchronize import synchronize_gates as synchronize_gates
-from tensormoe_torch.compression import compress as compress
-from tensormoe_torch.official import from_official as from_official
-from tensormoe_torch.official import to_official as to_official
-from tensormoe_torch.surgery import from_linear as from_linear
-from tensormoe_torch.surgery import from_mlp as from_mlp
-from tensormoe_torch.surgery import replace as replace
+from tensormoe_torch._adapter import BACKEND, TorchBackend
+from tensormoe_torch._editing import replace_expert, restored, scale_experts, silence_experts
+from tensormoe_torch._embedding import MuMoEEmbedding
+from tensormoe_torch._factors import Factors
+from tensormoe_torch._gate import ExpertGate
+from tensormoe_torch._groups import parameter_groups
+from tensormoe_torch._layer import MuMoE
+from tensormoe_torch._mlp import MuMoEMLP
+from tensormoe_torch._per_sample import per_sample_gradients
+from tensormoe_torch._synchronize import synchronize_gates
+from tensormoe_torch.compression import compress
+from tensormoe_torch.official import from_official, to_official
+from tensormoe_torch.surgery import from_linear, from_mlp, replace
 
 __all__ = [
     "BACKEND",

@@ -14,8 +14,6 @@ from tensormoe._validation import brief, choice
 from tensormoe.errors import SpecError
 from tensormoe_torch._hooks import has_hooks
 
-__all__ = ["ACTIVATIONS", "Act", "match", "own_activation", "probe", "read_activation"]
-
 Act: TypeAlias = "str | type[nn.Module] | Callable[[Tensor], Tensor]"
 """A name, a class of modules, or a module or function itself."""
 

@@ -20,8 +20,6 @@ from tensormoe_torch._gate import ExpertGate
 from tensormoe_torch._saving import OF, Stored
 from tensormoe_torch._sharded import gathered, put, stored
 
-__all__ = ["Mixture"]
-
 
 class Mixture(Stored[LayerConfig], LayerMethods[Tensor]):
     """Layers of one mixture; parameters are ``factors.<name>`` and ``gate.<name>``."""

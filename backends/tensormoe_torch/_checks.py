@@ -17,8 +17,6 @@ from tensormoe_torch._autograd import is_autocast
 from tensormoe_torch._sharded import is_sharded
 from tensormoe_torch._tracing import is_traced
 
-__all__ = ["Given", "check_ids", "check_input", "compute_dtype", "merged"]
-
 Given = Tensor | TopK | Sequence[Tensor | TopK]
 """Ready-made coefficients: a tensor (..., N_e) or a ``TopK`` a level."""
 

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from tensormoe.errors import SpecError
 
-__all__ = ["declared"]
-
 # numel is not among them: what the layer stores is another number
 _KNOWN = ("dtype", "device", "shape", "ndim", "itemsize", "requires_grad", "is_cuda", "is_meta")
 _METHODS = ("size", "dim", "is_floating_point", "is_complex", "element_size")

@@ -7,8 +7,6 @@ import torch
 from tensormoe._validation import brief
 from tensormoe.errors import SpecError
 
-__all__ = ["FLOATS", "checked_device", "checked_dtype"]
-
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

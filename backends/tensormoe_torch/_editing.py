@@ -25,8 +25,6 @@ from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._pre_normed import PreNormed
 from tensormoe_torch._sharded import gathered, opened, stored
 
-__all__ = ["replace_expert", "restored", "scale_experts", "silence_experts"]
-
 Editable = Mixture | MuMoEMLP | PreNormed
 """Modules that have experts by number; both layers of a block are edited together."""
 

@@ -12,8 +12,6 @@ from tensormoe.selection import Budget
 from tensormoe_torch._base import Mixture
 from tensormoe_torch._checks import Given, check_ids
 
-__all__ = ["MuMoEEmbedding"]
-
 
 class MuMoEEmbedding(Mixture, EmbeddingSizes):
     """A mixture of embedding tables: token ids pick a row of every expert, coefficients mix them.

@@ -13,8 +13,6 @@ from tensormoe.gates import TopK
 from tensormoe_torch._autograd import mix, no_autocast
 from tensormoe_torch._checks import compute_dtype
 
-__all__ = ["Factors", "mixture", "with_lead"]
-
 
 class Factors(nn.ParameterDict):
     """Factors and bias by name; called with inputs and coefficients, the mixture of the experts.

@@ -13,8 +13,6 @@ from tensormoe.factorizations import INPUT
 from tensormoe_torch._base import Mixture
 from tensormoe_torch._gate import ExpertGate
 
-__all__ = ["parameter_groups"]
-
 _EXEMPT = (
     nn.Embedding,
     nn.EmbeddingBag,

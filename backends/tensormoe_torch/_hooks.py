@@ -9,8 +9,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["has_hooks", "move_hooks", "without_hooks"]
-
 _TABLES = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",

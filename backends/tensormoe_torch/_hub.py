@@ -9,8 +9,6 @@ from torch import nn
 
 from tensormoe.errors import MissingDependencyError
 
-__all__ = ["mark"]
-
 
 def mark(model: nn.Module) -> None:
     """Let ``save_pretrained`` write what a changed model holds, if it is one of transformers.

@@ -15,8 +15,6 @@ from tensormoe_torch._checks import Given, check_input
 from tensormoe_torch._declared import declared
 from tensormoe_torch._gate import Gated
 
-__all__ = ["MuMoE"]
-
 
 class MuMoE(Mixture, Gated[LayerConfig], LinearSizes):
     """A multilinear mixture of linear experts (Oldfield et al. 2024) in place of a ``nn.Linear``.

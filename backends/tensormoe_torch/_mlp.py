@@ -24,8 +24,6 @@ from tensormoe_torch._gate import ExpertGate, Gated
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._saving import OF, Stored
 
-__all__ = ["MuMoEMLP"]
-
 
 class MuMoEMLP(Stored[BlockConfig], BlockMethods[Tensor], Gated[BlockConfig]):
     """A μMoE block in place of an MLP (Oldfield et al. 2024, section 3): two mixtures, one gate.

@@ -8,8 +8,6 @@ from tensormoe_torch._checks import Given, check_input
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._mlp import MuMoEMLP
 
-__all__ = ["PreNormed"]
-
 
 class PreNormed(nn.Module):
     """A layer or block whose experts read a normed input, and whose gate reads the input itself.

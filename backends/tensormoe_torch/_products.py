@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["copies_transposed", "product"]
-
 # below, starting oneDNN costs more than it saves
 _LEAST_ROWS = 8
 _LEAST_WORK = 2**20

@@ -19,8 +19,6 @@ from tensormoe_torch._dtypes import FLOATS, checked_device
 from tensormoe_torch._gate import ExpertGate
 from tensormoe_torch._sharded import save_whole
 
-__all__ = ["OF", "Stored", "save_module"]
-
 OF = "of(config, init, device, dtype), which load and restore call"
 
 C = TypeVar("C", bound=LayerConfig | BlockConfig)

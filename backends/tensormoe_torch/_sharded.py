@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from tensormoe.checkpoint import save_checkpoint
 from tensormoe.errors import SpecError
 
-__all__ = ["gathered", "is_sharded", "opened", "put", "save_whole", "stored"]
-
 
 def is_sharded(array: object) -> bool:
     """Whether ``array`` is a DTensor: a part here, the others in other processes."""

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["is_traced"]
-
 
 def is_traced(x: Tensor) -> bool:
     """Whether something follows the operations on ``x``: a compiler, an exporter, a transform.

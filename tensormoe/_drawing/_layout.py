@@ -9,8 +9,6 @@ from statistics import mean
 from tensormoe._drawing._shapes import PILL, Point, text_width
 from tensormoe.factorizations import INPUT, OUTPUT, Factor, Leg, Network, Term
 
-__all__ = ["HALF", "LINE", "REACH", "RISE", "Layout", "Node"]
-
 # distances in pixels: between factors, to the labels of open legs, and from the row to what is
 # drawn above it, level by level
 GAP, REACH, RISE = 36.0, 36.0, 58.0
@@ -133,9 +131,9 @@ class Layout:
         """Nodes from left to right, and which bonds run straight between neighbours."""
         self.straight: dict[Leg, Sequence[Node]] = {}
         x = 0.0
-        for place, node in enumerate(self.row):
-            if place:
-                before = self.row[place - 1]
+        for index, node in enumerate(self.row):
+            if index:
+                before = self.row[index - 1]
                 shared = [leg for leg, ends in bonds.items() if ends == [before, node]]
                 gap = GAP
                 if shared:

@@ -22,8 +22,6 @@ from tensormoe._drawing._shapes import (
 )
 from tensormoe.factorizations import INPUT, OUTPUT, Leg, Network
 
-__all__ = ["draw_network"]
-
 _MARGIN = 24.0
 
 
@@ -44,8 +42,8 @@ def draw_network(network: Network, title: str, subtitle: str) -> Drawing:
     head = 2.9 * LINE
     row = _MARGIN + head + rise
     groups, x = [], _MARGIN
-    for place, part in enumerate(parts):
-        if place:
+    for index, part in enumerate(parts):
+        if index:
             groups.append(Group("sum", "+", (Text((x + 24, row), "+", size=26.0),)))
             x += 48
         groups += _groups(part, x, row)

@@ -8,8 +8,6 @@ from typing import Any
 from tensormoe._drawing._shapes import Box, Dot, Drawing, Line
 from tensormoe._extras import require
 
-__all__ = ["painted"]
-
 
 def painted(drawing: Drawing, suffix: str) -> bytes:
     """The bytes of a file.

@@ -26,8 +26,6 @@ from tensormoe.factorizations import Leg
 if TYPE_CHECKING:
     from tensormoe.planning import Program, StepCost
 
-__all__ = ["draw_program"]
-
 _MARGIN, _ROW, _LANE, _BAR = 24.0, 30.0, 22.0, 90.0
 
 
@@ -76,7 +74,7 @@ def draw_program(
         Text((memory, top - 24), "memory", size=12.0, anchor="end"),
         Text((work, top - 24), "FLOPs", size=12.0, anchor="end"),
     )
-    y = {slot: top + _ROW * place for place, slot in enumerate(rows)}
+    y = {slot: top + _ROW * index for index, slot in enumerate(rows)}
     groups = [Group("title", title, heads), *_flows(program, rows, lanes, y)]
     count = len(program.operands)
     most = max((_work(cost) for cost in costs), default=0)

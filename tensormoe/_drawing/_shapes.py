@@ -11,25 +11,6 @@ from os import PathLike
 
 from tensormoe._files import check_picture, write_file
 
-__all__ = [
-    "BOND",
-    "DATA",
-    "FACTOR",
-    "INK",
-    "OPEN",
-    "PILL",
-    "RESULT",
-    "Box",
-    "Dot",
-    "Drawing",
-    "Group",
-    "Line",
-    "Point",
-    "Text",
-    "pill",
-    "text_width",
-]
-
 # Contrast of at least 4.5 with white letters on top, and of 3 with light and dark grounds alike:
 # a picture does not know what it is shown on.
 FACTOR, DATA, RESULT = "#1f6fb2", "#b4540a", "#0f7a5c"

@@ -8,8 +8,6 @@ from typing import Literal
 
 from tensormoe.factorizations import INPUT, OUTPUT, Leg, Network, Term
 
-__all__ = ["Role", "network_lines"]
-
 Role = Literal["data", "factor", "result", "leg", "wire"]
 Segment = tuple[str, Role]
 
@@ -72,15 +70,15 @@ def _lines(arrays: list[Array], sizes: Mapping[Leg, int]) -> list[list[Segment]]
             lines.append([blank, (rails.rstrip(), "wire")])
         last = max(legs.index(leg) for leg in array.legs)
         line: list[Segment] = [((" " * _INDENT + array.name).ljust(margin), array.role)]
-        for place, leg in enumerate(legs):
+        for index, leg in enumerate(legs):
             rail = rows[leg][0] < row < rows[leg][-1]
-            if place > last:
+            if index > last:
                 line.append((("│" if rail else " ").center(width), "wire"))
                 continue
             middle = "●" if leg in array.legs else "┼" if rail else "─"
             half = width // 2
             line.append(("─" * half, "wire"))
             line.append((middle, array.role if middle == "●" else "wire"))
-            line.append((("─" if place < last else " ") * half, "wire"))
+            line.append((("─" if index < last else " ") * half, "wire"))
         lines.append(line)
     return lines

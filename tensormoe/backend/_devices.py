@@ -6,8 +6,6 @@ from typing import Any
 
 from tensormoe.backend._protocol import Array
 
-__all__ = ["device_of"]
-
 
 def device_of(array: Array) -> Any:
     """The ``device`` argument that puts a new array beside ``array``.

@@ -9,8 +9,6 @@ from tensormoe.backend._protocol import Array, Backend, Exchange
 from tensormoe.backend._registry import backend_of, get_backend
 from tensormoe.errors import BackendError
 
-__all__ = ["convert"]
-
 # what libraries raise that can't lend an array, or can't take it
 _REFUSALS = (AttributeError, BufferError, TypeError, ValueError, RuntimeError)
 

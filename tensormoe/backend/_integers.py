@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["default_integer"]
-
 
 def default_integer(namespace: Any) -> Any:
     """The integer type that a library takes by default.

@@ -19,16 +19,6 @@ from tensormoe.errors import BackendError, MissingDependencyError
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-__all__ = [
-    "available_backends",
-    "backend_of",
-    "check_array",
-    "get_backend",
-    "kind_of",
-    "known_backends",
-    "loaded_backend",
-]
-
 ENTRY_POINT_GROUP = "tensormoe.backends"
 
 # root module of an array's type -> (module of the adapter, extra that installs the library)
@@ -97,7 +87,7 @@ def backend_of(*arrays: Array) -> Backend:
     """
     names = dict.fromkeys(_root(array) for array in arrays)
     if len(names) != 1:
-        listed = ", ".join(f"{kind_of(array)} at {place}" for place, array in enumerate(arrays))
+        listed = ", ".join(f"{kind_of(array)} at {index}" for index, array in enumerate(arrays))
         raise BackendError(
             f"arrays must come from one library; got {listed or 'no arrays'}. "
             "Convert them yourself: tensormoe never does it behind your back."
@@ -109,10 +99,10 @@ def backend_of(*arrays: Array) -> Backend:
             f"{kind_of(arrays[0])}. Convert it to an array."
         )
     backend = get_backend(name)
-    for place, array in enumerate(arrays):
+    for index, array in enumerate(arrays):
         if not backend.owns(array):
             raise BackendError(
-                f"arrays must be plain and dense; got {kind_of(array)} at {place}. Convert it to "
+                f"arrays must be plain and dense; got {kind_of(array)} at {index}. Convert it to "
                 "a plain array: neither masked, sparse nor nested, and not a matrix."
             )
     return backend

@@ -32,19 +32,18 @@ np.float64(6.0)
 
 from __future__ import annotations
 
-from tensormoe.checkpoint._blocks import check_arrays as check_arrays
-from tensormoe.checkpoint._blocks import check_config as check_config
-from tensormoe.checkpoint._blocks import read_block as read_block
-from tensormoe.checkpoint._checkpoint import ArrayMatch as ArrayMatch
-from tensormoe.checkpoint._checkpoint import Checkpoint as Checkpoint
-from tensormoe.checkpoint._checkpoint import match_arrays as match_arrays
-from tensormoe.checkpoint._checkpoint import peek_checkpoint as peek_checkpoint
-from tensormoe.checkpoint._checkpoint import read_checkpoint as read_checkpoint
-from tensormoe.checkpoint._checkpoint import save_checkpoint as save_checkpoint
-from tensormoe.checkpoint._files import PARTIAL_SUFFIX as PARTIAL_SUFFIX
-from tensormoe.checkpoint._format import SCHEMA_VERSION as SCHEMA_VERSION
-from tensormoe.checkpoint._format import CheckpointHeader as CheckpointHeader
-from tensormoe.checkpoint._safetensors import ArrayInfo as ArrayInfo
+from tensormoe.checkpoint._blocks import check_arrays, check_config, read_block
+from tensormoe.checkpoint._checkpoint import (
+    ArrayMatch,
+    Checkpoint,
+    match_arrays,
+    peek_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
+from tensormoe.checkpoint._files import PARTIAL_SUFFIX
+from tensormoe.checkpoint._format import SCHEMA_VERSION, CheckpointHeader
+from tensormoe.checkpoint._safetensors import ArrayInfo
 
 __all__ = [
     "PARTIAL_SUFFIX",

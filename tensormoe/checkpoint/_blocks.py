@@ -12,8 +12,6 @@ from tensormoe.backend import Array, Backend, check_array
 from tensormoe.checkpoint._checkpoint import match_arrays, read_checkpoint
 from tensormoe.errors import CheckpointError, ShapeError, SpecError, TensormoeError
 
-__all__ = ["check_arrays", "check_config", "read_block"]
-
 C = TypeVar("C", LayerConfig, BlockConfig)
 
 

@@ -19,15 +19,6 @@ from tensormoe.checkpoint._format import (
 from tensormoe.checkpoint._safetensors import ArrayInfo, read_frame
 from tensormoe.errors import BackendError, CheckpointError
 
-__all__ = [
-    "ArrayMatch",
-    "Checkpoint",
-    "match_arrays",
-    "peek_checkpoint",
-    "read_checkpoint",
-    "save_checkpoint",
-]
-
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:

@@ -11,8 +11,6 @@ from typing import IO
 
 from tensormoe.errors import CheckpointError
 
-__all__ = ["PARTIAL_SUFFIX", "checkpoint_path", "open_regular", "sync_folder", "write_whole"]
-
 PARTIAL_SUFFIX = ".tensormoe-partial"
 """End of a file's name while it is being written."""
 

@@ -29,15 +29,6 @@ from tensormoe.checkpoint._safetensors import (
 )
 from tensormoe.errors import CheckpointError
 
-__all__ = [
-    "FORMAT",
-    "SCHEMA_VERSION",
-    "CheckpointHeader",
-    "encode_header",
-    "file_order",
-    "parse_header",
-]
-
 FORMAT = "tensormoe"
 SCHEMA_VERSION = 1
 """Version of the files that are written; a newer one is an error."""

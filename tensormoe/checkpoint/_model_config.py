@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["IMPORT", "METHOD", "PROJECTION_NAMES", "SCHEMA_VERSION", "model_config"]
-
 METHOD = "tensormoe"
 """Value of ``quant_method``."""
 SCHEMA_VERSION = 1

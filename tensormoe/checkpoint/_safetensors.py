@@ -17,23 +17,6 @@ from typing import IO, Any, TypeGuard
 from tensormoe._validation import brief
 from tensormoe.errors import CheckpointError
 
-__all__ = [
-    "DAMAGED",
-    "DTYPES",
-    "MAX_HEADER_BYTES",
-    "METADATA",
-    "ArrayInfo",
-    "Placed",
-    "canonical_json",
-    "code_of",
-    "encode_frame",
-    "parse_entries",
-    "parse_json",
-    "parse_placed",
-    "read_frame",
-    "unknown_dtype",
-]
-
 DAMAGED = "The file is damaged or not a safetensors file: restore it from a copy."
 # enough for 50,000 arrays; JSON takes some twenty times its length once it is parsed
 MAX_HEADER_BYTES = 8 * 1024 * 1024
@@ -161,6 +144,11 @@ class Placed:
     shape: tuple[int, ...]
     begin: int
     end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.end - self.begin
 
 
 def parse_placed(entries: Mapping[str, Any], data_bytes: int) -> list[Placed]:

@@ -7,6 +7,6 @@ for programs, ``--plot`` writes a picture. Errors are one line on standard error
 
 from __future__ import annotations
 
-from tensormoe.cli._main import main as main
+from tensormoe.cli._main import main
 
 __all__ = ["main"]

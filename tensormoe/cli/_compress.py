@@ -23,8 +23,6 @@ from tensormoe.compression import (
 )
 from tensormoe.errors import BudgetError, SpecError
 
-__all__ = ["run_compress"]
-
 
 def run_compress(arguments: argparse.Namespace) -> None:
     """Compress a model, or say what that would do."""

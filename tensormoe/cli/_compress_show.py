@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tensormoe._format import (
@@ -13,6 +12,7 @@ from tensormoe._format import (
     format_rank,
     format_share,
     format_time,
+    plain_rank,
 )
 from tensormoe.cli._console import make_console, make_table
 from tensormoe.compression import (
@@ -28,8 +28,6 @@ from tensormoe.planning import Roofline
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-__all__ = ["bars", "plan_dict", "result_dict", "show_plan", "show_result"]
 
 _STAGES = {"experts": "decomposing", "files": "writing"}
 
@@ -200,7 +198,7 @@ def plan_dict(plan: CompressionPlan, device: Roofline, limit: int | None) -> dic
                 "in_features": each.group.in_features,
                 "out_features": each.group.out_features,
                 "dtype": each.group.dtype,
-                "ranks": [_plain(spec.factorization.rank) for spec in each.specs],
+                "ranks": [plain_rank(spec.factorization.rank) for spec in each.specs],
                 "dense_parameters": each.group.entries,
                 "parameters": each.parameters,
                 "memory": each.memory,
@@ -220,20 +218,8 @@ def result_dict(result: CompressionResult, settings: Compression) -> dict[str, A
         "settings": settings.to_dict(),
         "dense_parameters": result.dense_parameters,
         "parameters": result.parameters,
-        "groups": [_group_dict(each) for each in result.groups],
+        "groups": [each.to_dict() | {"svd_error": each.svd_error} for each in result.groups],
     }
-
-
-def _group_dict(report: GroupReport) -> dict[str, Any]:
-    return asdict(report) | {
-        "rank": _plain(report.rank),
-        "svd_error": report.svd_error,
-        "expert_errors": list(report.expert_errors),
-    }
-
-
-def _plain(rank: int | tuple[int, ...] | None) -> int | list[int] | None:
-    return list(rank) if isinstance(rank, tuple) else rank
 
 
 def _shape(experts: int, rows: int, columns: int) -> str:

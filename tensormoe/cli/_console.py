@@ -14,13 +14,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = [
-    "make_console",
-    "make_table",
-    "print_error",
-    "print_json",
-]
-
 # wide enough for every table where there is no terminal to be as wide as
 _PIPE_WIDTH = 160
 
@@ -50,8 +43,8 @@ def make_table(*columns: str, left: int = 1) -> Table:
         show_edge=False,
         header_style="bold",
     )
-    for place, name in enumerate(columns):
-        words = place < left
+    for index, name in enumerate(columns):
+        words = index < left
         table.add_column(name, justify="left" if words else "right", no_wrap=words)
     return table
 

@@ -11,10 +11,9 @@ from tensormoe._format import (
     format_parameters,
     format_rank,
     format_time,
+    plain_rank,
 )
 from tensormoe.planning import Cost, Roofline
-
-__all__ = ["COLUMNS", "Figures", "cost_dict"]
 
 COLUMNS = (
     "layer",
@@ -78,7 +77,7 @@ class Figures:
     def to_dict(self) -> dict[str, Any]:
         """Plain values: counts, bytes and seconds."""
         return {
-            "rank": list(self.rank) if isinstance(self.rank, tuple) else self.rank,
+            "rank": plain_rank(self.rank),
             **cost_dict(self.cost),
             "time": self.time,
             "expert_rank": self.expert_rank,

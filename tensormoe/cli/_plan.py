@@ -18,8 +18,6 @@ from tensormoe.planning import Plan, Routing, plan_layer
 from tensormoe.planning._describe import dense_size, step_rows
 from tensormoe.selection import select_rank
 
-__all__ = ["run_plan"]
-
 _ITEMSIZE = 4
 
 _STYLES: dict[Role, str] = {
@@ -90,8 +88,8 @@ def _show(
     console.print()
     console.print(Text(title, style="bold"))
     console.print()
-    for place, term in enumerate(network_lines(spec.network)):
-        if place:
+    for index, term in enumerate(network_lines(spec.network)):
+        if index:
             console.print(Text("\n  plus\n", style="bold"))
         for wires in term:
             text = Text.assemble(*((part, _STYLES[role]) for part, role in wires))

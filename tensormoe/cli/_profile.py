@@ -11,8 +11,6 @@ from tensormoe._files import make_folder, write_file
 from tensormoe.errors import PlanError, SpecError
 from tensormoe.planning import PUBLISHED_ROOFLINES, Roofline
 
-__all__ = ["DEVICES", "THIS_MACHINE", "profile_path", "resolve_device", "save_profile"]
-
 THIS_MACHINE = "this machine"
 DEVICES = ("this", *PUBLISHED_ROOFLINES)
 _DEFAULT = "cpu"

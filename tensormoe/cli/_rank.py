@@ -11,7 +11,7 @@ from typing import Any
 
 from tensormoe import LayerSpec
 from tensormoe._files import check_picture
-from tensormoe._format import format_bytes, format_count, format_time
+from tensormoe._format import format_bytes, format_count, format_time, plain_rank
 from tensormoe._validation import choice
 from tensormoe.cli._console import make_console, make_table, print_json
 from tensormoe.cli._figures import COLUMNS, Figures, cost_dict
@@ -29,8 +29,6 @@ from tensormoe.selection import (
     select_rank,
     sparse_moe_cost,
 )
-
-__all__ = ["run_rank"]
 
 Bonds = tuple[int | str | None, ...]
 
@@ -332,7 +330,7 @@ def _as_dict(
                 **(each.figures.to_dict() if each.figures is not None else {}),
                 "front": [
                     {
-                        "rank": list(point.rank) if isinstance(point.rank, tuple) else point.rank,
+                        "rank": plain_rank(point.rank),
                         "expert_rank": point.expert_rank,
                         "expert_span": point.expert_span,
                         "parameters": point.parameters,

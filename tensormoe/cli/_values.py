@@ -10,17 +10,6 @@ from tensormoe.factorizations import FACTORIZATIONS, factorization_class
 from tensormoe.planning import Roofline
 from tensormoe.selection import Budget
 
-__all__ = [
-    "parse_bonds",
-    "parse_budget",
-    "parse_bytes",
-    "parse_experts",
-    "parse_names",
-    "parse_parameters",
-    "parse_rank",
-    "parse_size",
-]
-
 _MOST_DIGITS = 15
 
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -85,11 +74,11 @@ def parse_rank(text: str | None) -> int | tuple[int, ...] | None:
     if text is None:
         return None
     sizes = []
-    for place, part in enumerate(text.split(",")):
+    for index, part in enumerate(text.split(",")):
         size = _whole(part)
         if size is None:
             raise RankError(
-                f"rank must be positive integers; got {part!r} for bond {place}. Write 64, or "
+                f"rank must be positive integers; got {part!r} for bond {index}. Write 64, or "
                 "4,4,97 for one size per bond."
             )
         sizes.append(size)
@@ -130,7 +119,7 @@ def parse_bonds(
         if name in found:
             raise SpecError(f"--bonds must be given once for {name}; got it twice. Drop one.")
         bonds: list[int | str | None] = []
-        for place, part in enumerate(listed.split(",")):
+        for index, part in enumerate(listed.split(",")):
             if part in ("free", "*"):
                 bonds.append(None)
             elif (size := _whole(part)) is not None:
@@ -140,7 +129,7 @@ def parse_bonds(
             else:
                 raise RankError(
                     f"bonds must be positive integers, 'free' or letters; got {part!r} for bond "
-                    f"{place}. Write --bonds 4,4,free."
+                    f"{index}. Write --bonds 4,4,free."
                 )
         found[name] = tuple(bonds)
     return found

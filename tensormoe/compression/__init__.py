@@ -38,21 +38,14 @@ missing, relative to those of the experts: 0 where nothing was lost, 1 where eve
 
 from __future__ import annotations
 
-from tensormoe.compression._groups import Group as Group
-from tensormoe.compression._measure import GroupReport as GroupReport
-from tensormoe.compression._patterns import LAYOUTS as LAYOUTS
-from tensormoe.compression._patterns import PRESETS as PRESETS
-from tensormoe.compression._patterns import Pattern as Pattern
-from tensormoe.compression._patterns import Preset as Preset
-from tensormoe.compression._plan import CompressionPlan as CompressionPlan
-from tensormoe.compression._plan import GroupPlan as GroupPlan
-from tensormoe.compression._plan import plan_compression as plan_compression
-from tensormoe.compression._progress import CompressionProgress as CompressionProgress
-from tensormoe.compression._run import CompressionResult as CompressionResult
-from tensormoe.compression._run import compress_checkpoint as compress_checkpoint
-from tensormoe.compression._settings import Compression as Compression
-from tensormoe.compression._shards import Model as Model
-from tensormoe.compression._shards import Shard as Shard
+from tensormoe.compression._groups import Group
+from tensormoe.compression._measure import GroupReport
+from tensormoe.compression._patterns import LAYOUTS, PRESETS, Pattern, Preset
+from tensormoe.compression._plan import CompressionPlan, GroupPlan, plan_compression
+from tensormoe.compression._progress import CompressionProgress
+from tensormoe.compression._run import CompressionResult, compress_checkpoint
+from tensormoe.compression._settings import Compression
+from tensormoe.compression._shards import Model, Shard
 
 __all__ = [
     "LAYOUTS",

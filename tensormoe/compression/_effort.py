@@ -6,7 +6,7 @@ factor at a time, the equations. Everything else is of the size of one expert's 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from math import prod
@@ -25,11 +25,9 @@ from tensormoe.decomposition._contractions import (
 from tensormoe.decomposition._controls import EXACT, TURNS, estimated
 from tensormoe.decomposition._fit import WORKSPACE
 from tensormoe.decomposition._runs import TRIAL
-from tensormoe.factorizations import INPUT, OUTPUT, Factor
+from tensormoe.factorizations import INPUT, OUTPUT, Factor, Leg
 from tensormoe.planning import Cost, Program, Roofline, StepCost
 from tensormoe.planning._cost import program_cost, program_peak
-
-__all__ = ["BASE_MEMORY", "memory_needed", "seconds_needed"]
 
 BASE_MEMORY = 144 * 2**20
 """Bytes of the interpreter, the libraries, and pieces of files."""
@@ -76,33 +74,23 @@ def _search_peak(structure: Structure, itemsize: int) -> int:
     """Bytes of a search beside its tensor, factors and matrices of experts."""
     if len(structure.factors) == 1:
         return 0
-    sizes, core = structure.sizes, _core(structure).sizes
-    workspace = round(WORKSPACE * prod(sizes[leg] for leg in structure.open_legs))
-    small = prod(core[leg] for leg in structure.open_legs) if core != sizes else 0
-    *others, last = structure.wanted
+    sizes, core = structure.sizes, _core(structure)
+    held = core.entries if core.sizes != sizes else 0
+    updates = [plan_update(structure, each.name) for each in structure.wanted]
+    programs = [gram.program for update in updates for gram in update.grams]
     # blocks of experts are as small as they get
-    first = structure.open_legs[0]
-    block = replace(structure, size_items=tuple({**sizes, first: 1}.items()))
-    programs = [plan_update(block, each.name).mttkrp for each in structure.wanted]
-    partial = 0
-    if uses_tree(structure, workspace):
-        partial = prod(sizes[leg] for leg in plan_node(structure, last.name)[1])
-        programs += [plan_update(structure, each.name, last.name).mttkrp for each in others]
-    squares = 0
-    for factor in structure.wanted:
-        update = plan_update(structure, factor.name)
-        programs += [gram.program for gram in update.grams]
-        shared = prod(sizes[leg] for leg in update.legs[: update.shared])
-        entries = sum(shared * prod(gram.bonds) ** 2 for gram in update.grams)
-        squares = max(squares, _SQUARES * 8 * entries)
+    block = _resized(structure, {structure.open_legs[0]: 1})
+    programs += [plan_update(block, each.name).mttkrp for each in structure.wanted]
+    if uses_tree(structure, round(WORKSPACE * structure.entries)):
+        *others, last = (each.name for each in structure.wanted)
+        held = max(held, prod(sizes[leg] for leg in plan_node(structure, last)[1]))
+        programs += [plan_update(structure, name, last).mttkrp for name in others]
+    squares = max(
+        _problems(structure, update) * sum(gram.size**2 for gram in update.grams)
+        for update in updates
+    )
     peak = max(program_peak(each, each.sizes, itemsize) for each in programs)
-    return itemsize * max(small, partial) + squares + peak
-
-
-def _estimated(spec: LayerSpec) -> int:
-    """Singular values that are estimated."""
-    narrow, wide = sorted((spec.in_features, spec.out_features))
-    return estimated(wide, spec.num_parameters // (spec.num_experts * narrow + wide))
+    return itemsize * held + _SQUARES * 8 * squares + peak
 
 
 @lru_cache(maxsize=256)
@@ -135,17 +123,21 @@ def seconds_needed(
     total = search(spec, _SWEEPS) + polish * sum(time(_sweep(term, itemsize)) for term in terms)
     total += polish * time(_subtractions(terms, itemsize))
     total += sum(search(each, TRIAL.sweeps) for each in (candidates if others else ()))
-    if compare:
-        narrow, wide = sorted((spec.in_features, spec.out_features))
-        flops = spec.num_experts * (2 * 2 * narrow**2 * wide + _EIGENVALUES * narrow**3)
-        entries = spec.num_experts * narrow * wide
-        if wide <= EXACT:
-            flops += 2 * 2 * entries * wide + _EIGENVALUES * wide**3
-        else:
-            flops += 2 * 2 * TURNS * entries * _estimated(spec)
-        flops += 2 * 2 * entries * min(spec.num_experts, EXACT)
-        total += time([StepCost("compare", round(flops))])
-    return total
+    return total + (time([_comparison(spec)]) if compare else 0.0)
+
+
+def _comparison(spec: LayerSpec) -> StepCost:
+    """Truncated singular value decompositions to compare with."""
+    narrow, wide = sorted((spec.in_features, spec.out_features))
+    flops = spec.num_experts * (2 * 2 * narrow**2 * wide + _EIGENVALUES * narrow**3)
+    entries = spec.num_experts * narrow * wide
+    if wide <= EXACT:
+        flops += 2 * 2 * entries * wide + _EIGENVALUES * wide**3
+    else:
+        count = estimated(wide, spec.num_parameters // (spec.num_experts * narrow + wide))
+        flops += 2 * 2 * TURNS * entries * count
+    flops += 2 * 2 * entries * min(spec.num_experts, EXACT)
+    return StepCost("compare", round(flops))
 
 
 def _terms(spec: LayerSpec) -> tuple[Structure, ...]:
@@ -155,19 +147,28 @@ def _terms(spec: LayerSpec) -> tuple[Structure, ...]:
 
 def _core(whole: Structure) -> Structure:
     """The network on the core that a tensor is compressed to first."""
-    sizes = whole.sizes | (core_counts(whole) if len(whole.wanted) > 1 else {})
-    return replace(whole, size_items=tuple(sizes.items()))
+    return _resized(whole, core_counts(whole) if len(whole.wanted) > 1 else {})
+
+
+def _resized(structure: Structure, sizes: Mapping[Leg, int]) -> Structure:
+    """The network with some legs of other sizes."""
+    return replace(structure, size_items=tuple({**structure.sizes, **sizes}.items()))
+
+
+def _problems(structure: Structure, update: Update) -> int:
+    """Problems that the equations for a factor fall apart into, one per entry of shared legs."""
+    sizes = structure.sizes
+    return prod(sizes[leg] for leg in update.legs[: update.shared])
 
 
 def _ranges(whole: Structure, core: Structure, itemsize: int) -> Iterator[StepCost]:
     """The passes over a tensor that compression takes."""
     sizes, small = whole.sizes, core.sizes
-    entries = prod(sizes[leg] for leg in whole.open_legs)
     for leg in (INPUT, OUTPUT):
         if small[leg] < sizes[leg]:
             # there and back in each pass
-            flops = 2 * (2 * PASSES) * entries * small[leg]
-            yield StepCost("range", flops, bytes_read=itemsize * entries)
+            flops = 2 * (2 * PASSES) * whole.entries * small[leg]
+            yield StepCost("range", flops, bytes_read=itemsize * whole.entries)
 
 
 def _sweep(structure: Structure, itemsize: int) -> Iterator[StepCost]:
@@ -192,20 +193,18 @@ def _sweep(structure: Structure, itemsize: int) -> Iterator[StepCost]:
 def _subtractions(terms: Sequence[Structure], itemsize: int) -> Iterator[StepCost]:
     """Residuals after the other terms: one for every factor of a term, and one for the error."""
     for term in terms:
-        entries = prod(term.sizes[leg] for leg in term.open_legs)
         for other in (each for each in terms if each != term):
             program = plan_whole(other)
             for _ in range(len(term.wanted) + (term == terms[-1])):
                 yield from program_cost(program, program.sizes, itemsize)
-                yield StepCost("left", 0, entries, bytes_read=3 * itemsize * entries)
+                yield StepCost("left", 0, term.entries, bytes_read=3 * itemsize * term.entries)
 
 
 def _solves(structure: Structure, factor: Factor, update: Update) -> Iterator[StepCost]:
     """Inverses, and products with them and with what they are inverses of, in float64."""
     entries = prod(structure.shape(factor))
-    shared = prod(structure.sizes[leg] for leg in update.legs[: update.shared])
+    count = _problems(structure, update)
     for gram in update.grams:
-        size = prod(gram.bonds)
-        flops = 2 * shared * size**3 + _PRODUCTS * 2 * entries * size
+        flops = 2 * count * gram.size**3 + _PRODUCTS * 2 * entries * gram.size
         # at half the speed of float32
         yield StepCost("solve", 2 * flops)

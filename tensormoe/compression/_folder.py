@@ -15,17 +15,6 @@ from tensormoe.compression._groups import Group
 from tensormoe.compression._shards import Model
 from tensormoe.errors import CheckpointError
 
-__all__ = [
-    "CONFIG",
-    "README",
-    "Place",
-    "Whole",
-    "config_bytes",
-    "place_of",
-    "readme",
-    "whole_model",
-]
-
 CONFIG, README = "config.json", "README.md"
 
 _MAX_BYTES = 64 * 2**20

@@ -13,8 +13,6 @@ from tensormoe.compression._match import Match, find_matches
 from tensormoe.compression._shards import Model
 from tensormoe.errors import CheckpointError
 
-__all__ = ["Group", "find_groups"]
-
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 _LISTED = 5
 

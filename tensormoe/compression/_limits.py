@@ -10,8 +10,6 @@ from tensormoe.compression._plan import CompressionPlan
 from tensormoe.compression._resume import Work
 from tensormoe.errors import CheckpointError, PlanError
 
-__all__ = ["check_apart", "check_disk", "check_memory"]
-
 
 def check_memory(plan: CompressionPlan, max_memory: int | None) -> None:
     if max_memory is None or plan.memory <= max_memory:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from tensormoe.compression._patterns import PRESETS, Pattern, closest, fitting
 from tensormoe.errors import CheckpointError
 
-__all__ = ["Match", "find_matches"]
-
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -82,7 +80,7 @@ def _matched(texts: tuple[str, ...], shapes: Shapes, stacked: bool | None) -> li
 
 def _unmatched(texts: tuple[str, ...], found: list[Match]) -> list[str]:
     there = {match.projection for match in found}
-    return [text for place, text in enumerate(texts) if place not in there]
+    return [text for index, text in enumerate(texts) if index not in there]
 
 
 def _nothing(missing: list[str], of: str, shapes: Shapes) -> CheckpointError:

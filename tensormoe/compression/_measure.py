@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensormoe._config import LayerConfig
+from tensormoe._format import plain_rank
 from tensormoe.backend import get_backend
 from tensormoe.compression._values import rounded
 from tensormoe.decomposition._controls import EACH, Control, best_joint, closest
@@ -14,7 +15,8 @@ from tensormoe.decomposition._errors import shares
 from tensormoe.decomposition._source import norm
 from tensormoe.functional import expert_weight
 
-__all__ = ["GroupReport", "stored_errors"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,8 @@ class GroupReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report in plain values, as JSON knows them."""
-        values = asdict(self)
-        rank = values["rank"]
-        return values | {
-            "rank": list(rank) if isinstance(rank, tuple) else rank,
-            "expert_errors": list(self.expert_errors),
-        }
+        expert_errors = list(self.expert_errors)
+        return asdict(self) | {"rank": plain_rank(self.rank), "expert_errors": expert_errors}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GroupReport:
@@ -96,7 +94,7 @@ class GroupReport:
 
 
 def stored_errors(
-    stack: Any, config: LayerConfig, factors: Mapping[str, Any], dtype: str, dense: bool
+    stack: NDArray[Any], config: LayerConfig, factors: Mapping[str, Any], dtype: str, dense: bool
 ) -> tuple[float, tuple[float, ...]]:
     """Relative error of all experts, and of each, as they are read back from the file.
 

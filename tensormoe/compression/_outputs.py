@@ -25,8 +25,6 @@ from tensormoe.compression._write import (
 )
 from tensormoe.errors import CheckpointError
 
-__all__ = ["EXPERTS", "factor_files", "write_model"]
-
 EXPERTS = "experts"
 """The folder of the factors."""
 
@@ -35,11 +33,11 @@ def factor_files(plan: CompressionPlan) -> dict[str, str]:
     """A file name for the factors of each group, whatever its key."""
     found: dict[str, str] = {}
     taken: set[str] = set()
-    for place, each in enumerate(plan.groups):
+    for index, each in enumerate(plan.groups):
         name = each.group.name.removesuffix(".weight").replace(".*", "")
         name = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:120].strip(".") or "experts"
         if name.lower() in taken:
-            name = f"{name}-{place}"
+            name = f"{name}-{index}"
         taken.add(name.lower())
         found[each.group.name] = f"{name}.safetensors"
     return found
@@ -101,7 +99,7 @@ def _write_shard(
 ) -> None:
     """Write a shard with rebuilt experts, or without experts, unless it is there or empty."""
     dropped = experts if rebuilt is None else ()
-    sizes = [each.end - each.begin for key, each in shard.entries.items() if key not in dropped]
+    sizes = [each.nbytes for key, each in shard.entries.items() if key not in dropped]
     done = count.done + sum(sizes)
     # a shard has its name when it is whole
     if sizes and not os.path.isfile(path):

@@ -11,8 +11,6 @@ from types import MappingProxyType
 
 from tensormoe.errors import SpecError
 
-__all__ = ["LAYOUTS", "PRESETS", "Pattern", "Preset", "closest", "fitting"]
-
 LAYOUTS = ("auto", "out_in", "in_out")
 """Layouts of a stored matrix: (out, in), (in, out), or ``"auto"``.
 
@@ -167,8 +165,8 @@ def _takes(text: str, key: str, shape: tuple[int, ...], stacked: bool) -> bool:
 @lru_cache(maxsize=256)
 def _compiled(parts: tuple[str, ...], expert: int | None) -> re.Pattern[str]:
     written = []
-    for place, part in enumerate(parts):
-        if place == expert:
+    for index, part in enumerate(parts):
+        if index == expert:
             written.append(_NUMBER)
         elif part == "*":
             written.append(_PARTS)

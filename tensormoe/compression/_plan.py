@@ -21,8 +21,6 @@ from tensormoe.errors import BudgetError, RankError, TensormoeError, located
 from tensormoe.factorizations import Factorization, resolve_factorization
 from tensormoe.planning import PUBLISHED_ROOFLINES, Roofline
 
-__all__ = ["CompressionPlan", "GroupPlan", "plan_compression"]
-
 
 @dataclass(frozen=True)
 class GroupPlan:
@@ -93,7 +91,7 @@ class CompressionPlan:
         """Bytes of the tensors that are not experts."""
         keys = self.expert_keys
         places = self.model.places.items()
-        return sum(each.end - each.begin for key, (_, each) in places if key not in keys)
+        return sum(each.nbytes for key, (_, each) in places if key not in keys)
 
     @property
     def output_bytes(self) -> int:

@@ -8,8 +8,6 @@ from typing import TypeAlias
 
 from tensormoe.decomposition._watch import Callback, Progress
 
-__all__ = ["CompressionCallback", "CompressionProgress", "Teller"]
-
 
 @dataclass(frozen=True)
 class CompressionProgress:

@@ -20,8 +20,6 @@ from tensormoe.checkpoint._files import PARTIAL_SUFFIX, checkpoint_path, sync_fo
 from tensormoe.checkpoint._safetensors import canonical_json
 from tensormoe.errors import CheckpointError
 
-__all__ = ["MANIFEST", "Work", "open_work"]
-
 MANIFEST = "tensormoe.json"
 """Name of the file that says what a compressed model consists of; it is written last."""
 

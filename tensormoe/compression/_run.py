@@ -22,8 +22,6 @@ from tensormoe.decomposition._search import Search
 from tensormoe.decomposition._watch import Callback
 from tensormoe.errors import TensormoeError
 
-__all__ = ["CompressionResult", "compress_checkpoint"]
-
 
 @dataclass(frozen=True)
 class CompressionResult:

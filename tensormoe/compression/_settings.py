@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tensormoe._format import plain_rank
 from tensormoe._validation import brief, choice, non_negative_int, positive_int, positive_ints
 from tensormoe.compression._patterns import LAYOUTS, PRESETS, Pattern
 from tensormoe.decomposition._choose import checked_tolerance
 from tensormoe.decomposition._search import checked_seconds
 from tensormoe.errors import BudgetError, RankError, SpecError
 from tensormoe.factorizations import Factorization, factorization_class, rank_pattern
-
-__all__ = ["Compression"]
 
 
 @dataclass(frozen=True)
@@ -112,9 +111,4 @@ class Compression:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings in plain values, as JSON knows them."""
-        values = asdict(self)
-        rank = values["rank"]
-        return values | {
-            "experts": list(self.experts),
-            "rank": list(rank) if isinstance(rank, tuple) else rank,
-        }
+        return asdict(self) | {"experts": list(self.experts), "rank": plain_rank(self.rank)}

@@ -21,8 +21,6 @@ from tensormoe.checkpoint._safetensors import (
 )
 from tensormoe.errors import CheckpointError
 
-__all__ = ["INDEX_SUFFIX", "WEIGHTS_SUFFIX", "Model", "Shard", "open_model", "read_range"]
-
 WEIGHTS_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -80,7 +78,7 @@ class Model:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(each.end - each.begin for _, each in self.places.values())
+        return sum(each.nbytes for _, each in self.places.values())
 
     @property
     def identity(self) -> list[Mapping[str, Any]]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensormoe.compression._groups import Group
 from tensormoe.compression._shards import Model, read_range
 from tensormoe.errors import CheckpointError
 
-__all__ = ["decoded", "encoded", "pieces", "read_stack", "rounded", "working_dtype"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # entries that are converted at a time
 _ENTRIES = 2**20
@@ -27,7 +28,7 @@ def working_dtype(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
-def decoded(data: bytes, dtype: str) -> Any:
+def decoded(data: bytes, dtype: str) -> NDArray[Any]:
     """A flat array in the working dtype."""
     import numpy as np
 
@@ -38,7 +39,7 @@ def decoded(data: bytes, dtype: str) -> Any:
     return np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).astype(working_dtype(dtype))
 
 
-def encoded(array: Any, dtype: str) -> bytes:
+def encoded(array: NDArray[Any], dtype: str) -> bytes:
     """The bytes of an array's entries in a dtype, rounded to the nearest."""
     import numpy as np
 
@@ -55,21 +56,21 @@ def encoded(array: Any, dtype: str) -> bytes:
     return data
 
 
-def rounded(array: Any, dtype: str) -> Any:
+def rounded(array: NDArray[Any], dtype: str) -> NDArray[Any]:
     """An array's entries as a dtype holds them, in the working dtype."""
     if dtype == working_dtype(dtype):
         return array
     return decoded(encoded(array, dtype), dtype).reshape(array.shape)
 
 
-def pieces(array: Any, dtype: str) -> Iterator[bytes]:
+def pieces(array: NDArray[Any], dtype: str) -> Iterator[bytes]:
     """:func:`encoded`, some of the first axis at a time."""
     step = max(1, _ENTRIES // max(prod(array.shape[1:]), 1))
     for start in range(0, len(array), step):
         yield encoded(array[start : start + step], dtype)
 
 
-def read_stack(model: Model, group: Group) -> Any:
+def read_stack(model: Model, group: Group) -> NDArray[Any]:
     """The experts of a group, (experts, in, out), a few rows in memory twice.
 
     Raises:
@@ -82,7 +83,7 @@ def read_stack(model: Model, group: Group) -> Any:
     for number in range(group.experts):
         key = group.keys[0 if group.stacked else number]
         shard, placed = model.places[key]
-        size = (placed.end - placed.begin) // (group.experts if group.stacked else 1)
+        size = placed.nbytes // (group.experts if group.stacked else 1)
         begin = placed.begin + (number * size if group.stacked else 0)
         matrix = stack[number].T if group.transposed else stack[number]
         itemsize = size // matrix.size

@@ -26,17 +26,6 @@ from tensormoe.compression._shards import (
 from tensormoe.compression._values import pieces
 from tensormoe.functional import expert_weight
 
-__all__ = [
-    "Rebuilt",
-    "copy_index",
-    "kept_name",
-    "side_files",
-    "write_dense",
-    "write_factors",
-    "write_index",
-    "write_rest",
-]
-
 # weights in other formats, which would hold the experts a second time
 _OTHER_WEIGHTS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth")
 
@@ -71,7 +60,7 @@ def write_rest(shard: Shard, dropped: Collection[str], path: str, report: Report
     kept = [each for key, each in shard.entries.items() if key not in dropped]
     head = shard.head
     if len(kept) < len(shard.entries):
-        placed = ((each.name, each.code, each.shape, each.end - each.begin) for each in kept)
+        placed = ((each.name, each.code, each.shape, each.nbytes) for each in kept)
         head = encode_frame(placed, shard.metadata)
 
     def parts() -> Iterator[bytes]:
@@ -167,7 +156,7 @@ def write_index(
         key: kept_name(shard.name) for key, (shard, _) in model.places.items() if key not in dropped
     }
     kept = [model.places[key][1] for key in places]
-    size = sum(each.end - each.begin for each in kept)
+    size = sum(each.nbytes for each in kept)
     for name, header in added.items():
         places |= {header.prefix + key: name for key in header.arrays}
         size += sum(each.nbytes for each in header.arrays.values())

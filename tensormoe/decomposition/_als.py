@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod, sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensormoe.backend import Array, Backend
 from tensormoe.decomposition._contractions import (
@@ -16,8 +16,11 @@ from tensormoe.decomposition._contractions import (
 )
 from tensormoe.decomposition._solve import from_host, inverse, to_host
 from tensormoe.decomposition._source import Source, run
+from tensormoe.factorizations import Leg
+from tensormoe.planning import Program
 
-__all__ = ["along_bonds", "solve_factor", "sweep", "uses_tree"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Factors = dict[str, Array]
 
@@ -108,7 +111,7 @@ def solve_factor(
         explain: whether the squared norm is wanted, which takes another product; else it is 0.
     """
 
-    def planned(each: Structure) -> Any:
+    def planned(each: Structure) -> tuple[Program, tuple[Leg, ...]]:
         update = plan_update(each, name)
         return update.mttkrp, update.legs
 
@@ -147,16 +150,24 @@ def _solved(
 
 def _equations(
     update: Update, factors: Mapping[str, Array], backend: Backend, damping: float
-) -> tuple[list[Any], list[Any]]:
+) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
     """The parts of G and their inverses, in float64 on the host."""
     grams, inverses = [], []
+    for square in squares(update, factors, backend):
+        inverses.append(inverse(square, damping))
+        grams.append(square.astype("float64"))
+        del square
+    return grams, inverses
+
+
+def squares(
+    update: Update, factors: Mapping[str, Array], backend: Backend
+) -> Iterator[NDArray[Any]]:
+    """The parts of G as matrices (shared…, bonds, bonds) on the host, one at a time."""
     for gram in update.grams:
         found = to_host(run(gram.program, factors, backend), backend)
-        found = found.reshape(*found.shape[: update.shared], *(prod(gram.bonds),) * 2)
-        inverses.append(inverse(found, damping))
-        grams.append(found.astype("float64"))
+        yield found.reshape(*found.shape[: update.shared], gram.size, gram.size)
         del found
-    return grams, inverses
 
 
 def _spans(shape: tuple[int, ...], square: int) -> Iterator[slice]:
@@ -165,10 +176,12 @@ def _spans(shape: tuple[int, ...], square: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, shape[-1], step))
 
 
-def along_bonds(matrices: Sequence[Any], array: Any, update: Update) -> Any:
+def along_bonds(
+    matrices: Sequence[NDArray[Any]], array: NDArray[Any], update: Update
+) -> NDArray[Any]:
     """Products with a matrix for each part of G along its bonds."""
     for matrix, gram in zip(matrices, update.grams, strict=True):
-        size, count = prod(gram.bonds), len(gram.bonds)
+        size, count = gram.size, len(gram.bonds)
         shape = array.shape
         batch_shape = shape[: update.shared]
         before, after = shape[update.shared : gram.axis], shape[gram.axis + count :]
@@ -178,7 +191,7 @@ def along_bonds(matrices: Sequence[Any], array: Any, update: Update) -> Any:
 
 
 def _inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(axes.index(place) for place in range(len(axes)))
+    return tuple(axes.index(index) for index in range(len(axes)))
 
 
 def _balance(structure: Structure, found: Factors, backend: Backend) -> None:

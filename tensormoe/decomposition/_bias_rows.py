@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from tensormoe.backend import Array, Backend
 from tensormoe.factorizations import INPUT, Network
 
-__all__ = ["with_bias_rows", "without_bias_rows"]
-
 
 def with_bias_rows(
     network: Network, factors: Mapping[str, Array], backend: Backend

@@ -10,8 +10,6 @@ from tensormoe.decomposition._source import Source
 from tensormoe.errors import BackendError, RankError, ShapeError
 from tensormoe.selection import excess
 
-__all__ = ["checked_bias", "checked_bonds", "checked_samples", "checked_weights"]
-
 
 def checked_weights(weights: Array, backend: Backend) -> None:
     """Refuse what is not a stack of finite matrices.
@@ -31,10 +29,10 @@ def checked_weights(weights: Array, backend: Backend) -> None:
             f"weights must be real floating point; got {weights.dtype}. Cast them, quantized ones "
             "times their scale."
         )
-    for place, matrix in enumerate(Source(weights, backend).matrices()):
+    for index, matrix in enumerate(Source(weights, backend).matrices()):
         if not isfinite(_value(backend.namespace.max(backend.namespace.abs(matrix)))):
             raise ShapeError(
-                f"weights must be finite; got NaN or infinity in expert {place}, all levels "
+                f"weights must be finite; got NaN or infinity in expert {index}, all levels "
                 "counted through. Repair or leave out that expert."
             )
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import product
-from math import isfinite
 from typing import Any
 
 from tensormoe._spec import LayerSpec
+from tensormoe._validation import is_number
 from tensormoe.errors import BudgetError, RankError, SpecError
 from tensormoe.factorizations import (
     Factorization,
@@ -16,8 +16,6 @@ from tensormoe.factorizations import (
     resolve_factorization,
 )
 from tensormoe.selection import Budget, excess, rank_front, select_rank
-
-__all__ = ["Sizes", "candidates", "checked_tolerance", "smallest"]
 
 # ranks of a front that are tried; more lie between them
 _MOST = 4
@@ -35,8 +33,7 @@ def checked_tolerance(tolerance: float) -> float:
     Raises:
         SpecError: not a number in (0, 1).
     """
-    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
-    if not number or not isfinite(tolerance) or not 0 < tolerance < 1:
+    if not is_number(tolerance) or not 0 < tolerance < 1:
         raise SpecError(
             f"tolerance must be a relative error in (0, 1); got {tolerance!r}. Give for example "
             "0.1 for weights that are off by a tenth."

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensormoe.backend import Array
 from tensormoe.decomposition._contractions import Structure
@@ -19,7 +19,9 @@ from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source, joined
 from tensormoe.factorizations import INPUT, OUTPUT, Leg
 
-__all__ = ["PASSES", "Core", "compress", "core_counts", "expand"]
+if TYPE_CHECKING:
+    from numpy.random import Generator
+    from numpy.typing import NDArray
 
 # a core of more than this share of a mode is not worth the detour
 _WORTH = 0.8
@@ -52,7 +54,7 @@ class Core:
     bases: Mapping[Leg, Array]
 
 
-def compress(structure: Structure, source: Source, squared_norm: float, rng: Any) -> Core:
+def compress(structure: Structure, source: Source, squared_norm: float, rng: Generator) -> Core:
     """The core of a tensor for a network; the tensor itself where compression gains nothing.
 
     A core that would be large beside tensor and factors leaves out directions that hold little next
@@ -107,9 +109,9 @@ def expand(core: Core, factors: Mapping[str, Array]) -> dict[str, Array]:
     for factor in core.structure.factors:
         for leg, basis in core.bases.items():
             if leg in factor.legs:
-                place = factor.legs.index(leg)
+                index = factor.legs.index(leg)
                 array = found[factor.name]
-                axes = (place, *(k for k in range(array.ndim) if k != place))
+                axes = (index, *(k for k in range(array.ndim) if k != index))
                 moved = backend.permute(array, axes)
                 rest = tuple(moved.shape[1:])
                 flat = backend.reshape(moved, (moved.shape[0], prod(rest)))
@@ -139,7 +141,7 @@ def _needed(structure: Structure, leg: Leg) -> int:
     return max((-(-(sizes[bond] ** 2) // filled) for bond in tied), default=0)
 
 
-def _enough(squares: Any, least: int, squared_norm: float) -> int:
+def _enough(squares: NDArray[Any], least: int, squared_norm: float) -> int:
     """Number of directions that a core keeps of those with given squares, which fall."""
     import numpy as np
 
@@ -149,7 +151,9 @@ def _enough(squares: Any, least: int, squared_norm: float) -> int:
     return max(int(np.argmax(lost <= spare)), min(least, len(squares)))
 
 
-def _range(source: Source, leg: Leg, count: int, left: Array | None, rng: Any) -> tuple[Array, Any]:
+def _range(
+    source: Source, leg: Leg, count: int, left: Array | None, rng: Generator
+) -> tuple[Array, NDArray[Any]]:
     """Orthonormal columns that span the leading subspace of a mode, nearly, and their squares.
 
     Args:

@@ -11,21 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 from tensormoe.factorizations import Factor, Leg, Network
 from tensormoe.planning import Operand, Program, contraction
 from tensormoe.planning._cost import program_cost
 from tensormoe.planning._tree import Builder
-
-__all__ = [
-    "SOURCE",
-    "Structure",
-    "Update",
-    "plan_node",
-    "plan_update",
-    "plan_whole",
-    "structures",
-]
 
 SOURCE = "source"
 """Name of the operand that is not a factor: the tensor, or the tensor contracted with a factor."""
@@ -52,6 +43,12 @@ class Structure:
     def sizes(self) -> dict[Leg, int]:
         """The size of every leg."""
         return dict(self.size_items)
+
+    @property
+    def entries(self) -> int:
+        """Entries of the tensor."""
+        sizes = self.sizes
+        return prod(sizes[leg] for leg in self.open_legs)
 
     @property
     def wanted(self) -> tuple[Factor, ...]:
@@ -99,6 +96,11 @@ class Gram:
     program: Program
     axis: int
     bonds: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Rows of the part."""
+        return prod(self.bonds)
 
 
 @dataclass(frozen=True)

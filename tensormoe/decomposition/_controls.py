@@ -10,26 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensormoe._format import format_share
 from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source
 from tensormoe.functional._dtypes import widened
 
-__all__ = [
-    "EACH",
-    "EXACT",
-    "TURNS",
-    "UNFOLDINGS",
-    "Control",
-    "Spectra",
-    "best_joint",
-    "closest",
-    "estimated",
-    "spectra",
-    "verdict",
-]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 EACH = "each expert"
 ROWS, COLUMNS, EXPERTS = UNFOLDINGS = ("N·in × out", "in × N·out", "N × in·out")
@@ -114,7 +103,7 @@ class _Spectrum:
         exact: whether they are exact, and all there are.
     """
 
-    squares: Any
+    squares: NDArray[Any]
     total: float
     cost: int
     exact: bool = True
@@ -153,16 +142,41 @@ def spectra(source: Source, parameters: int) -> Spectra:
         source: the tensor, without weights.
         parameters: the most that is asked for later.
     """
-    import numpy as np
-
     *levels, rows, columns = source.shape
     count = prod(levels)
-    narrow, wide = sorted((rows, columns))
+    costs = {ROWS: count * rows + columns, COLUMNS: rows + count * columns}
+    short, long = (COLUMNS, ROWS) if rows <= columns else (ROWS, COLUMNS)
+    each, narrow, wide = _along_both(source)
+    total = float(narrow.sum())
+    found = {short: _Spectrum(narrow, total, costs[short])}
+    # sides of which the other one has fewer have zeros at the end
+    most = min(max(rows, columns), count * min(rows, columns))
+    if wide is not None:
+        found[long] = _Spectrum(wide[:most], total, costs[long])
+    else:
+        kept = min(estimated(max(rows, columns), parameters // costs[long]), most)
+        squares = _largest(source, long == ROWS, kept)
+        found[long] = _Spectrum(squares, total, costs[long], False)
+    if min(count, rows * columns) <= EXACT:
+        squares = _eigenvalues(_gram_of_experts(source))
+        found[EXPERTS] = _Spectrum(squares, float(squares.sum()), count + rows * columns)
+    known = {EACH: _Spectrum(each, total, rows + columns)}
+    return Spectra(known | {name: found[name] for name in UNFOLDINGS if name in found})
+
+
+def _along_both(source: Source) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
+    """Squares of experts one by one, of all along the narrow side, and along the wide one.
+
+    The last is None where that side is above :data:`EXACT`.
+    """
+    import numpy as np
+
+    narrow, wide = sorted(source.shape[-2:])
     each, joint = [], np.zeros((narrow, narrow))
     other = np.zeros((wide, wide)) if wide <= EXACT else None
     for matrix in source.matrices():
         flat = to_host(matrix, source.backend).astype("float64")
-        flat = flat if rows <= columns else flat.T
+        flat = flat if len(flat) == narrow else flat.T
         gram = flat @ flat.T
         joint += gram
         each.append(np.linalg.eigvalsh(gram))
@@ -171,26 +185,9 @@ def spectra(source: Source, parameters: int) -> Spectra:
             step = max(1, _PIECE // wide)
             for start in range(0, wide, step):
                 other[start : start + step] += flat[:, start : start + step].T @ flat
-    total = float(np.trace(joint))
-    names = (COLUMNS, ROWS) if rows <= columns else (ROWS, COLUMNS)
-    costs = {ROWS: count * rows + columns, COLUMNS: rows + count * columns}
-    costs[EXPERTS] = count + rows * columns
-    known = {EACH: _Spectrum(_falling(np.concatenate(each)), total, rows + columns)}
-    found = {names[0]: _Spectrum(_eigenvalues(joint), total, costs[names[0]])}
-    del joint, each
-    if other is not None:
-        # sides of which the other one has fewer have zeros at the end
-        most = min(wide, count * narrow)
-        found[names[1]] = _Spectrum(_eigenvalues(other)[:most], total, costs[names[1]])
-        del other
-    else:
-        kept = min(estimated(wide, parameters // costs[names[1]]), count * narrow)
-        squares = _largest(source, names[1] == ROWS, kept)
-        found[names[1]] = _Spectrum(squares, total, costs[names[1]], False)
-    if min(count, rows * columns) <= EXACT:
-        squares = _eigenvalues(_gram_of_experts(source))
-        found[EXPERTS] = _Spectrum(squares, float(squares.sum()), costs[EXPERTS])
-    return Spectra(known | {name: found[name] for name in UNFOLDINGS if name in found})
+    squares = _falling(np.concatenate(each)), _eigenvalues(joint)
+    del joint
+    return *squares, None if other is None else _eigenvalues(other)
 
 
 def estimated(side: int, kept: int) -> int:
@@ -198,7 +195,7 @@ def estimated(side: int, kept: int) -> int:
     return min(kept + max(_SPARE, kept // 8), side)
 
 
-def _largest(source: Source, columns: bool, count: int) -> Any:
+def _largest(source: Source, columns: bool, count: int) -> NDArray[Any]:
     """Squares of the largest singular values, none above the true ones, of all columns or rows.
 
     Subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4) in the dtype of the work.
@@ -211,7 +208,7 @@ def _largest(source: Source, columns: bool, count: int) -> Any:
     for _ in range(TURNS):
         sketch = np.linalg.qr(sketch)[0]
         basis = from_host(sketch, source.like, backend)
-        total: Any = None
+        total: NDArray[Any] | None = None
         for matrix in source.matrices():
             matrix = matrix if columns else backend.permute(matrix, (1, 0))
             back = backend.permute(matrix, (1, 0))
@@ -224,7 +221,7 @@ def _largest(source: Source, columns: bool, count: int) -> Any:
     return _eigenvalues((inner + inner.T) / 2.0)
 
 
-def _gram_of_experts(source: Source) -> Any:
+def _gram_of_experts(source: Source) -> NDArray[Any]:
     """Of the matrix (N, in·out), its smaller side."""
     import numpy as np
 
@@ -244,7 +241,7 @@ def _gram_of_experts(source: Source) -> Any:
     return gram
 
 
-def _rows(source: Source) -> Iterator[Any]:
+def _rows(source: Source) -> Iterator[NDArray[Any]]:
     """The same rows of all experts, some at a time."""
     *levels, rows, columns = source.array.shape
     step = max(1, _PIECE // (prod(levels) * columns))
@@ -254,13 +251,13 @@ def _rows(source: Source) -> Iterator[Any]:
         yield widened(source.bias, source.backend) * source.scale
 
 
-def _eigenvalues(gram: Any) -> Any:
+def _eigenvalues(gram: NDArray[Any]) -> NDArray[Any]:
     import numpy as np
 
     return _falling(np.linalg.eigvalsh(gram))
 
 
-def _falling(values: Any) -> Any:
+def _falling(values: NDArray[Any]) -> NDArray[Any]:
     import numpy as np
 
     return np.sort(np.maximum(values, 0.0))[::-1]

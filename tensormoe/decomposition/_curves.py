@@ -25,8 +25,6 @@ from tensormoe.factorizations import (
 )
 from tensormoe.selection import Budget
 
-__all__ = ["ControlCurve", "ErrorCurve", "ErrorPoint", "control_curves", "error_curves"]
-
 Points: TypeAlias = "dict[str, dict[Factorization, Report]]"
 
 

@@ -36,8 +36,6 @@ from tensormoe.errors import ShapeError, SpecError
 from tensormoe.factorizations import FactorizationLike
 from tensormoe.selection import Budget
 
-__all__ = ["decompose"]
-
 
 def decompose(
     weights: Array,

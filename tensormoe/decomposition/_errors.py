@@ -15,8 +15,6 @@ from tensormoe.decomposition._starts import given
 from tensormoe.factorizations import INPUT, OUTPUT
 from tensormoe.functional._dtypes import cast, widened
 
-__all__ = ["bias_error", "output_error", "shares", "total_error", "weight_errors"]
-
 
 def shares(missing: Sequence[float], whole: Sequence[float]) -> tuple[float, tuple[float, ...]]:
     """Residual norms relative to the norms of the experts: of all together, and of each.
@@ -65,13 +63,13 @@ def output_error(
     lacking: Array = None
     total: Array = None
     pairs = zip(source.matrices(), _left(spec, factors, source).matrices(), strict=True)
-    for place, (matrix, left) in enumerate(pairs):
+    for index, (matrix, left) in enumerate(pairs):
         made, lost = backend.matmul(x, matrix), backend.matmul(x, left)
         if coefficients is None:
             missing.append(norm(lost, backend))
             whole.append(norm(made, backend))
             continue
-        weights = cast(coefficients[:, place : place + 1], source.dtype, backend)
+        weights = cast(coefficients[:, index : index + 1], source.dtype, backend)
         lacking = weights * lost if lacking is None else lacking + weights * lost
         total = weights * made if total is None else total + weights * made
     if coefficients is not None:

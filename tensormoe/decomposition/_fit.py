@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from math import inf, prod
 from operator import or_
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tensormoe.decomposition._als import Factors, solve_factor
 from tensormoe.decomposition._compress import Core, compress, expand
@@ -18,7 +18,8 @@ from tensormoe.decomposition._spectral import cuts
 from tensormoe.decomposition._starts import given, starts, zeros
 from tensormoe.decomposition._watch import Follower, Watch
 
-__all__ = ["WORKSPACE", "fit"]
+if TYPE_CHECKING:
+    from numpy.random import Generator
 
 WORKSPACE = 0.4
 """Of the tensor's entries, that a search may hold beside it."""
@@ -38,7 +39,7 @@ def fit(
     terms: Sequence[Structure],
     source: Source,
     search: Search,
-    rng: Any,
+    rng: Generator,
     follower: Follower | None = None,
 ) -> Found:
     """Factors of a tensor, the relative error after every sweep that counts, and why it ended.
@@ -65,13 +66,13 @@ def _fit_sum(
     source: Source,
     norm: float,
     search: Search,
-    rng: Any,
+    rng: Generator,
     follower: Follower,
 ) -> Found:
     """Each term for what those before it leave, then all of them in turn."""
     found: Factors = {}
-    for place, term in enumerate(terms):
-        left = source.without(terms[:place], found)
+    for index, term in enumerate(terms):
+        left = source.without(terms[:index], found)
         squares = left.squared_norm()
         if squares == 0.0:
             more = given(term, left) | zeros(term, left)
@@ -97,7 +98,7 @@ def _fit_term(
     source: Source,
     norm: float,
     search: Search,
-    rng: Any,
+    rng: Generator,
     follower: Follower,
 ) -> Found:
     """Factors of one network, what is given included: on the core, then on the tensor."""
@@ -140,7 +141,7 @@ def _fit_term(
     return Found(polished.factors, errors, worst(ended, polished.ended))
 
 
-def _on_core(small: Problem, core: Core, search: Search, rng: Any) -> Found:
+def _on_core(small: Problem, core: Core, search: Search, rng: Generator) -> Found:
     """Continue the search from the best of a few starts."""
     count, tolerance = min(_TRIAL, search.sweeps), search.tolerance
     tries = starts(core.structure, core.source, search.starts or _affordable(core), rng)

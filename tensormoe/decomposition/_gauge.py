@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import exp, frexp, fsum, log
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensormoe.factorizations import INPUT, OUTPUT, Factor, Leg, Network, Term
 
-__all__ = ["even", "orthonormal", "robust", "stretched"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
-def robust(network: Network, factors: Mapping[str, Any]) -> dict[str, Any]:
+def robust(network: Network, factors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """The same tensor from factors that can be rounded: orthonormal where possible, of one size.
 
     Args:
@@ -32,7 +33,7 @@ def robust(network: Network, factors: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def orthonormal(term: Term, factors: Mapping[str, Any]) -> dict[str, Any]:
+def orthonormal(term: Term, factors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Factors of a term without cycles, all but one orthonormal towards that one.
 
     Others stay as they are, and so do factors that are too small to be orthonormal.
@@ -53,12 +54,12 @@ def orthonormal(term: Term, factors: Mapping[str, Any]) -> dict[str, Any]:
             continue
         basis, rest = np.linalg.qr(matrix)
         found[name] = np.moveaxis(basis.reshape(moved.shape), -1, axis)
-        place = legs[parent].index(leg)
-        found[parent] = np.moveaxis(np.tensordot(rest, found[parent], (1, place)), 0, place)
+        index = legs[parent].index(leg)
+        found[parent] = np.moveaxis(np.tensordot(rest, found[parent], (1, index)), 0, index)
     return found
 
 
-def even(factors: Mapping[str, Any]) -> dict[str, Any]:
+def even(factors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """The same network with factors of one size: a dtype of few exponents loses the least so.
 
     A network is linear in each factor, so scales pass from one to the other.
@@ -87,8 +88,8 @@ def stretched(network: Network, factors: Mapping[str, Any], scale: float) -> dic
         return found
     for term in network.terms:
         count = len(term.factors)
-        for place, factor in enumerate(term.factors):
-            part = 2.0 ** (exponent * (place + 1) // count - exponent * place // count)
+        for index, factor in enumerate(term.factors):
+            part = 2.0 ** (exponent * (index + 1) // count - exponent * index // count)
             found[factor.name] = found[factor.name] * part
             # the bias takes the place of the input's factor
             if term.bias is not None and factor == term.input_factor:

@@ -15,8 +15,6 @@ from tensormoe.decomposition._source import Source
 from tensormoe.errors import BackendError
 from tensormoe.functional._dtypes import cast, widened
 
-__all__ = ["Workplace", "source_of"]
-
 
 @dataclass(frozen=True, eq=False)
 class Workplace:

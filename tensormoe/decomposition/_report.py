@@ -14,8 +14,6 @@ from tensormoe.decomposition._controls import EACH, Control, best_joint, closest
 from tensormoe.functional import LayerConfig
 from tensormoe.gates import Gate
 
-__all__ = ["Decomposition", "Report"]
-
 
 @dataclass(frozen=True)
 class Report:

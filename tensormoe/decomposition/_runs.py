@@ -24,8 +24,6 @@ from tensormoe.factorizations import (
 )
 from tensormoe.selection import Budget
 
-__all__ = ["LARGE", "TRIAL", "Runs"]
-
 TRIAL = Search(starts=1, sweeps=8, polish=0)
 """Enough to tell candidates apart."""
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import inf, isfinite, sqrt
+from math import inf, sqrt
 
+from tensormoe._validation import is_number
 from tensormoe.backend import Array
 from tensormoe.decomposition._als import Factors, sweep
 from tensormoe.decomposition._contractions import Structure
 from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._watch import Follower
 from tensormoe.errors import SpecError
-
-__all__ = ["ENDED", "Found", "Problem", "Search", "advance", "checked_seconds", "worst"]
 
 ENDED = ("converged", "sweeps", "stalled", "stopped", "time", "interrupted")
 """Reasons for a search to end, from the best reason to the worst, see :class:`Found`."""
@@ -67,8 +66,7 @@ class Search:
                     f"{name} must be an integer of at least {least}; got {count!r}. Leave it out "
                     "for the usual search."
                 )
-        number = isinstance(self.tolerance, (int, float)) and not isinstance(self.tolerance, bool)
-        if not number or not 0 <= self.tolerance < 1:
+        if not is_number(self.tolerance) or not 0 <= self.tolerance < 1:
             raise SpecError(
                 f"tolerance of a search must be a share of the error in [0, 1); got "
                 f"{self.tolerance!r}. Give for example 0.001."
@@ -83,8 +81,7 @@ def checked_seconds(seconds: float) -> float:
     Raises:
         SpecError: not a positive number.
     """
-    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-    if not number or not isfinite(seconds) or seconds <= 0:
+    if not is_number(seconds) or not 0 < seconds < inf:
         raise SpecError(
             f"seconds must be a positive number; got {seconds!r}. Leave it out for no limit."
         )

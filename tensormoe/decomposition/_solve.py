@@ -6,15 +6,17 @@ squares gets. One LAPACK serves all libraries, those without float64 included.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensormoe.backend import Array, Backend, convert, device_of
 from tensormoe.errors import BackendError
+from tensormoe.functional._dtypes import widened
 
-__all__ = ["from_host", "inverse", "to_host"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
-def to_host(array: Array, backend: Backend) -> Any:
+def to_host(array: Array, backend: Backend) -> NDArray[Any]:
     """The values as a NumPy array of the same dtype, in the same memory where that can be.
 
     Raises:
@@ -23,7 +25,7 @@ def to_host(array: Array, backend: Backend) -> Any:
     import numpy as np
 
     try:
-        return convert(array, "numpy")
+        return convert(array, "numpy")  # type: ignore[return-value]
     except BackendError as error:
         try:
             # libraries without DLPack
@@ -33,7 +35,12 @@ def to_host(array: Array, backend: Backend) -> Any:
     return np.frombuffer(content, np.dtype(dtype).newbyteorder("<")).reshape(shape)
 
 
-def from_host(array: Any, like: Array, backend: Backend) -> Array:
+def wide(array: Array, backend: Backend) -> NDArray[Any]:
+    """The values on the host in float64, whatever the dtype, cut off from differentiation."""
+    return to_host(widened(backend.stop_gradient(array), backend), backend).astype("float64")
+
+
+def from_host(array: NDArray[Any], like: Array, backend: Backend) -> Array:
     """An array of the library from NumPy's, in the dtype and on the device of ``like``.
 
     It may share memory with the one that is given.
@@ -53,7 +60,7 @@ def from_host(array: Any, like: Array, backend: Backend) -> Array:
     return xp.asarray(found, device=device)
 
 
-def inverse(gram: Any, damping: float = 0.0) -> Any:
+def inverse(gram: NDArray[Any], damping: float = 0.0) -> NDArray[Any]:
     """(G + λ)⁻¹ in float64 for a NumPy array G (…, K, K), symmetric and not negative.
 
     λ is what G's own rounding hides, or ``damping`` if that is more; for it, components are scaled
@@ -64,7 +71,7 @@ def inverse(gram: Any, damping: float = 0.0) -> Any:
 
     size, rounding = gram.shape[-1], float(np.finfo(gram.dtype).eps)
     ridge = max(size * rounding, damping)
-    wide = gram.astype(np.float64)
+    wide: NDArray[Any] = gram.astype(np.float64)
     scale = np.sqrt(np.maximum(np.diagonal(wide, axis1=-2, axis2=-1), 0.0))
     scale = np.maximum(scale, rounding * scale.max(axis=-1, keepdims=True))
     scale = np.where(scale > 0.0, scale, 1.0)

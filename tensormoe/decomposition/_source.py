@@ -16,8 +16,6 @@ from tensormoe.factorizations import Leg
 from tensormoe.functional._dtypes import widened
 from tensormoe.planning import Program
 
-__all__ = ["Source", "joined", "norm", "norms", "power", "run", "scaling"]
-
 # powers of two within which squares of entries are far from the ends of a dtype's range
 _SAFE = {32: 24, 64: 240}
 # entries of a block; larger ones are no faster, and what is made of them costs memory
@@ -113,8 +111,8 @@ class Source:
         for start, stop in self.blocks():
             block = self.block(start, stop)
             rows = self.backend.reshape(block, (-1, *self.shape[-2:]))
-            for place in range(rows.shape[0]):
-                yield rows[place]
+            for index in range(rows.shape[0]):
+                yield rows[index]
 
     def squared_norm(self) -> float:
         """The sum of squares."""
@@ -195,10 +193,10 @@ def norms(array: Array, backend: Backend) -> list[float]:
     # less may lack squares that are rounded to zero
     least = prod(array.shape[-2:]) * float(info.smallest_normal) / float(info.eps)
     found = []
-    for place, total in enumerate(to_host(squares, backend).tolist()):
+    for index, total in enumerate(to_host(squares, backend).tolist()):
         scale = 1.0
         if not least <= total < inf:
-            matrix = matrices[place]
+            matrix = matrices[index]
             scale = power(float(xp.max(xp.abs(matrix))), info.bits)
             total = _squares(matrix * scale, backend)
         found.append(sqrt(total) / scale)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensormoe.backend import Array
 from tensormoe.decomposition._contractions import Structure
@@ -21,7 +21,8 @@ from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source, joined
 from tensormoe.factorizations import Factor, Leg
 
-__all__ = ["Cuts", "Step", "cuts", "spectral"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # a mode of no more than so many times the directions that are wanted, and one that is small
 # anyway, is decomposed as a whole; others are compressed first
@@ -120,17 +121,25 @@ def cuts(structure: Structure) -> Cuts | None:
         left = {
             k: (legs - {bond}) | set(modes) if bond in legs else legs for k, legs in left.items()
         }
-    steps = []
+    steps = _steps(left, structure)
+    if steps is None:
+        return None
+    (last,) = set(left) - {step.name for step in steps}
+    return Cuts(steps, last, tuple(replaced.items()), tuple(plain), tuple(ones))
+
+
+def _steps(given: Mapping[str, set[Leg]], structure: Structure) -> tuple[Step, ...] | None:
+    """The cuts that leave one factor, the smallest first; None where there is a cycle."""
+    left, seen, steps = dict(given), set(structure.open_legs), []
     while len(left) > 1:
         options = [step for name in left if (step := _step(name, left, seen)) is not None]
         if not options:
             return None
-        step = min(options, key=lambda each: each.size(sizes))
+        step = min(options, key=lambda each: each.size(structure.sizes))
         steps.append(step)
         seen |= set(step.bonds)
         del left[step.name]
-    (last,) = left
-    return Cuts(tuple(steps), last, tuple(replaced.items()), tuple(plain), tuple(ones))
+    return tuple(steps)
 
 
 def _held(leg: Leg, left: Mapping[str, set[Leg]]) -> int:
@@ -280,12 +289,12 @@ class _Parts:
         size = prod(part.shape[self.batch : ends])
         return self.source.backend.reshape(part, (count, size, prod(part.shape[ends:])))
 
-    def leading(self, count: int) -> Any:
+    def leading(self, count: int) -> NDArray[Any]:
         """Leading orthonormal columns (batch, size, count), on the host."""
         import numpy as np
 
         backend = self.source.backend
-        grams: list[Any] = []
+        grams: list[NDArray[Any]] = []
         for part in self.arrays():
             matrix = self.matrix(part)
             gram = to_host(backend.matmul(matrix, backend.permute(matrix, (0, 2, 1))), backend)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import permutations
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensormoe.backend import device_of
 from tensormoe.decomposition._als import Factors, sweep
@@ -16,7 +16,9 @@ from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._spectral import cuts, spectral
 from tensormoe.factorizations import INPUT, OUTPUT, Factor, expert_leg
 
-__all__ = ["given", "start", "starts", "zeros"]
+if TYPE_CHECKING:
+    from numpy.random import Generator
+    from numpy.typing import NDArray
 
 # experts that are compared, for each one that is needed
 _SAMPLED = 4
@@ -28,7 +30,7 @@ _APART = 1e-6
 _SMALL = 2**19
 
 
-def starts(structure: Structure, source: Source, count: int, rng: Any) -> Iterator[Factors]:
+def starts(structure: Structure, source: Source, count: int, rng: Generator) -> Iterator[Factors]:
     """At most ``count`` factors to start a search from, one after the other.
 
     Args:
@@ -42,11 +44,11 @@ def starts(structure: Structure, source: Source, count: int, rng: Any) -> Iterat
     if first is not None:
         yield first
     if plan is None or first is None or not plan.exact:
-        for place in range(first is not None, count):
-            yield start(structure, source, place, rng)
+        for index in range(first is not None, count):
+            yield start(structure, source, index, rng)
 
 
-def start(structure: Structure, source: Source, place: int, rng: Any) -> Factors:
+def start(structure: Structure, source: Source, place: int, rng: Generator) -> Factors:
     """Factors to start a search from.
 
     Args:
@@ -74,8 +76,8 @@ def start(structure: Structure, source: Source, place: int, rng: Any) -> Factors
 
 
 def _around(
-    drawn: Mapping[str, Any], structure: Structure, source: Source, rng: Any
-) -> dict[str, Any]:
+    drawn: Mapping[str, NDArray[Any]], structure: Structure, source: Source, rng: Generator
+) -> dict[str, NDArray[Any]]:
     """Random factors around the best rank-one tensor, weighted by how much that explains.
 
     Where most of a tensor is one outer product, as where all factors are positive, factors that are
@@ -98,7 +100,7 @@ def _around(
     share = max(1.0 - error * error, 0.0)
     around = {}
     for factor in structure.wanted:
-        center: Any = 1.0
+        center: NDArray[Any] | float = 1.0
         if modes[factor.name]:
             array = to_host(found[factor.name], source.backend)
             size = float(np.sqrt(np.mean(array**2)))
@@ -151,7 +153,7 @@ def _shared_basis(structure: Structure) -> tuple[Factor, Factor, Factor] | None:
 
 
 def _from_experts(
-    structure: Structure, source: Source, trio: tuple[Factor, Factor, Factor], rng: Any
+    structure: Structure, source: Source, trio: tuple[Factor, Factor, Factor], rng: Generator
 ) -> Factors | None:
     """A shared basis from the column spaces of J + 1 experts, exact where there is one.
 
@@ -167,8 +169,10 @@ def _from_experts(
 
     mixing, basis, own = trio
     sizes = structure.sizes
-    bases, inner = (sizes[next(leg for leg in basis.legs if leg in f.legs)] for f in (mixing, own))
+    outer, bond = (next(leg for leg in basis.legs if leg in f.legs) for f in (mixing, own))
+    bases, inner = sizes[outer], sizes[bond]
     mode = next(leg for leg in basis.legs if leg in (INPUT, OUTPUT))
+    other = INPUT if mode == OUTPUT else OUTPUT
     tensor = to_host(source.block(0, source.shape[0]), source.backend).astype("float64")
     tensor = tensor.reshape(-1, *tensor.shape[-2:])
     if mode == OUTPUT:
@@ -191,27 +195,20 @@ def _from_experts(
         parts.reshape(count, bases, inner * parts.shape[-1]), full_matrices=False
     )
     levels = source.shape[:-2]
+    legs = [leg for leg in structure.open_legs if leg not in (INPUT, OUTPUT)]
     known = {
-        mixing: ((left[..., 0] * values[:, :1]).reshape(*levels, bases), (*_experts(structure), 0)),
-        basis: ((span @ joined).reshape(-1, bases, inner), (mode, 0, 1)),
-        own: (right[:, 0].reshape(*levels, inner, -1), (*_experts(structure), 1, 2)),
+        mixing: ((left[..., 0] * values[:, :1]).reshape(*levels, bases), [*legs, outer]),
+        basis: ((span @ joined).reshape(-1, bases, inner), [mode, outer, bond]),
+        own: (right[:, 0].reshape(*levels, inner, -1), [*legs, bond, other]),
     }
-    other = INPUT if mode == OUTPUT else OUTPUT
-    closed = [next(leg for leg in basis.legs if leg in f.legs) for f in (mixing, own)]
-    names = (*closed, other)
     found = {}
-    for factor, (array, legs) in known.items():
-        stored = [names[leg] if isinstance(leg, int) else leg for leg in legs]
+    for factor, (array, stored) in known.items():
         axes = [stored.index(leg) for leg in factor.legs]
         found[factor.name] = from_host(array.transpose(axes), source.like, source.backend)
     return found
 
 
-def _experts(structure: Structure) -> list[str]:
-    return [leg for leg in structure.open_legs if leg not in (INPUT, OUTPUT)]
-
-
-def _joined(pool: list[int], spaces: dict[int, Any], bases: int) -> Any:
+def _joined(pool: list[int], spaces: dict[int, NDArray[Any]], bases: int) -> NDArray[Any]:
     """B side by side (J·r, J·r), from the experts of a pool that are farthest apart."""
     import numpy as np
 
@@ -233,7 +230,7 @@ def _joined(pool: list[int], spaces: dict[int, Any], bases: int) -> Any:
     return np.concatenate(parts, axis=1)
 
 
-def _farthest(found: Mapping[int, Any]) -> int:
+def _farthest(found: Mapping[int, NDArray[Any]]) -> int:
     """The expert whose matrices have the largest smallest singular value.
 
     Raises:

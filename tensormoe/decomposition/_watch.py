@@ -16,8 +16,6 @@ from tensormoe.backend import Array
 from tensormoe.errors import SpecError
 from tensormoe.factorizations import Factorization
 
-__all__ = ["Callback", "Follower", "Progress", "Stopped", "Watch"]
-
 
 @dataclass(frozen=True)
 class Progress:

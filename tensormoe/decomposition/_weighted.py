@@ -11,16 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensormoe._spec import LayerSpec
-from tensormoe.backend import Array, Backend
-from tensormoe.decomposition._solve import from_host, to_host
+from tensormoe.backend import Array
+from tensormoe.decomposition._solve import from_host, wide
 from tensormoe.decomposition._source import Source, power
 from tensormoe.factorizations import INPUT, expert_leg
-from tensormoe.functional._dtypes import widened
 
-__all__ = ["Weighting", "weigh"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # of the mean second moment, added to all: directions that no sample shows are not free
 _FLOOR = 1e-3
@@ -37,8 +37,8 @@ class Weighting:
     """
 
     source: Source
-    back: Any = None
-    loads: Any = None
+    back: NDArray[Any] | None = None
+    loads: NDArray[Any] | None = None
 
     def undo(self, spec: LayerSpec, factors: Mapping[str, Array]) -> dict[str, Array]:
         """The factors of the tensor without weights."""
@@ -51,13 +51,13 @@ class Weighting:
                 continue
             # a mode that several factors have is taken back in one of them
             factor = next(each for each in term.factors if leg in each.legs)
-            place = factor.legs.index(leg)
-            host = to_host(found[factor.name], backend).astype("float64")
-            moved = host.swapaxes(0, place)
+            axis = factor.legs.index(leg)
+            host = wide(found[factor.name], backend)
+            moved = host.swapaxes(0, axis)
             flat = moved.reshape(moved.shape[0], -1)
             flat = inverse @ flat if inverse.ndim == 2 else flat / inverse[:, None]
-            wide = flat.reshape(moved.shape).swapaxes(0, place)
-            found[factor.name] = from_host(wide, found[factor.name], backend)
+            host = flat.reshape(moved.shape).swapaxes(0, axis)
+            found[factor.name] = from_host(host, found[factor.name], backend)
         return found
 
 
@@ -72,7 +72,7 @@ def weigh(source: Source, inputs: Array, coefficients: Array | None) -> Weightin
     import numpy as np
 
     backend = source.backend
-    samples = _wide(inputs, backend)
+    samples = wide(inputs, backend)
     if source.bias is not None:
         samples = np.concatenate([samples, np.ones((len(samples), 1))], axis=1)
     # only ratios count, and squares are to stay in range
@@ -83,7 +83,7 @@ def weigh(source: Source, inputs: Array, coefficients: Array | None) -> Weightin
     root = np.linalg.cholesky(moments)
     loads = None
     if coefficients is not None:
-        weights = _wide(coefficients, backend)
+        weights = wide(coefficients, backend)
         weights = weights * power(float(np.abs(weights).max()), 64)
         shares = np.mean(weights**2, axis=0).reshape(source.shape[0], -1).sum(axis=1)
         # experts that no sample used stay worth something
@@ -97,8 +97,3 @@ def weigh(source: Source, inputs: Array, coefficients: Array | None) -> Weightin
         weights=None if loads is None else from_host(loads, like, backend),
     )
     return Weighting(weighted, np.linalg.inv(root.T), loads)
-
-
-def _wide(array: Array, backend: Backend) -> Any:
-    """In float64 on the host, whatever the dtype."""
-    return to_host(widened(array, backend), backend).astype("float64")

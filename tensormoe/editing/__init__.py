@@ -15,8 +15,6 @@ keeping the old dictionary is enough to take an edit back.
 
 from __future__ import annotations
 
-from tensormoe.editing._edit import replace_expert as replace_expert
-from tensormoe.editing._edit import scale_experts as scale_experts
-from tensormoe.editing._edit import silence_experts as silence_experts
+from tensormoe.editing._edit import replace_expert, scale_experts, silence_experts
 
 __all__ = ["replace_expert", "scale_experts", "silence_experts"]

@@ -22,8 +22,6 @@ from tensormoe.editing._slices import (
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.factorizations import expert_axes
 
-__all__ = ["replace_expert", "scale_experts", "silence_experts"]
-
 Config = LayerConfig | BlockConfig
 Arrays = Mapping[str, Array]
 

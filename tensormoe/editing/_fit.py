@@ -8,15 +8,15 @@ they are solved by pseudoinverses, so that what makes no difference does not cha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod, sqrt
-from typing import Any
+from math import sqrt
+from typing import TYPE_CHECKING, Any
 
 from tensormoe.backend import Array, Backend, get_backend
-from tensormoe.decomposition._als import along_bonds
+from tensormoe.decomposition._als import along_bonds, squares
 from tensormoe.decomposition._bias_rows import with_bias_rows, without_bias_rows
 from tensormoe.decomposition._contractions import Structure, plan_update, structures
-from tensormoe.decomposition._solve import from_host, to_host
-from tensormoe.decomposition._source import Source, run
+from tensormoe.decomposition._solve import from_host, wide
+from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._starts import given
 from tensormoe.errors import ShapeError
 from tensormoe.factorizations import (
@@ -29,7 +29,8 @@ from tensormoe.factorizations import (
 )
 from tensormoe.functional._dtypes import cast, widened
 
-__all__ = ["fit_expert", "wide"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # a second round takes away what rounding in the first one left
 _ROUNDS = 2
@@ -41,8 +42,8 @@ def fit_expert(
     network: Network,
     level: int,
     slices: Mapping[str, Array],
-    weight: Any,
-    bias: Any | None,
+    weight: NDArray[Any],
+    bias: NDArray[Any] | None,
     backend: Backend,
 ) -> tuple[dict[str, Array], float]:
     """The slices that bring an expert closest to a given one, in the sum of squares.
@@ -71,7 +72,7 @@ def fit_expert(
     sizes = {**network.sizes, expert_leg(level): 1, INPUT: target.shape[-2]}
     terms = structures(network, (*network.expert_legs, INPUT, OUTPUT), sizes)
 
-    def stacked(arrays: Mapping[str, Array]) -> dict[str, Any]:
+    def stacked(arrays: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
         found = {name: wide(array, backend) for name, array in arrays.items()}
         if not all(host.namespace.isfinite(array).all() for array in found.values()):
             raise ShapeError(
@@ -101,7 +102,7 @@ def _solve(
     level: int,
     terms: tuple[Structure, ...],
     target: Source,
-    factors: dict[str, Any],
+    factors: dict[str, NDArray[Any]],
 ) -> None:
     """Replace the factors of an expert: those it is linear in first, then all of them by turns."""
     leg = expert_leg(level)
@@ -130,8 +131,8 @@ def _step(
     name: str,
     terms: tuple[Structure, ...],
     target: Source,
-    factors: Mapping[str, Any],
-) -> Any:
+    factors: Mapping[str, NDArray[Any]],
+) -> NDArray[Any]:
     """The smallest change of one factor that brings the network closest to the target."""
     import numpy as np
 
@@ -141,21 +142,13 @@ def _step(
         structure, lambda each: (plan_update(each, name).mttkrp, update.legs), factors
     )
     inverses = []
-    for gram in update.grams:
-        found = run(gram.program, factors, target.backend)
-        size = prod(gram.bonds)
-        square = found.reshape(*found.shape[: update.shared], size, size)
+    for square in squares(update, factors, target.backend):
         # below this, eigenvalues are rounding of the largest one
-        floor = size * np.finfo(found.dtype).eps
+        floor = square.shape[-1] * np.finfo(square.dtype).eps
         inverses.append(np.linalg.pinv(square, rcond=floor, hermitian=True))
     return along_bonds(inverses, right, update).transpose(update.axes)
 
 
-def wide(array: Array, backend: Backend) -> Any:
-    """The values on the host in float64."""
-    return to_host(widened(backend.stop_gradient(array), backend), backend).astype("float64")
-
-
-def _like(array: Any, like: Array, backend: Backend) -> Array:
+def _like(array: NDArray[Any], like: Array, backend: Backend) -> Array:
     """An array of the library from the host's, in the dtype and on the device of another."""
     return cast(from_host(array, widened(like, backend), backend), like.dtype, backend)

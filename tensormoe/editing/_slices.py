@@ -9,23 +9,13 @@ from typing import Any
 
 from tensormoe._extras import missing
 from tensormoe._spec import LayerSpec
-from tensormoe._validation import brief
+from tensormoe._validation import brief, is_number
 from tensormoe.backend import Array, Backend, check_array
-from tensormoe.editing._fit import fit_expert, wide
+from tensormoe.decomposition._solve import wide
+from tensormoe.editing._fit import fit_expert
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.factorizations import expert_axes, expert_carriers, has_common_part
 from tensormoe.functional._dtypes import cast, widened
-
-__all__ = [
-    "check_indices",
-    "check_scales",
-    "check_source",
-    "fitted",
-    "linear_axes",
-    "picked",
-    "scaled",
-    "with_slices",
-]
 
 
 def picked(array: Array, axis: int, index: int) -> Array:
@@ -71,12 +61,9 @@ def fitted(
     """
     if absent := missing("fitting an expert", ("numpy",), "numpy"):
         raise absent
-    names = ("weight", "bias")
     _check_expert(spec, *given, level, backend)
-    weight, bias = (
-        None if each is None else _finite(each, name, level, backend)
-        for name, each in zip(names, given, strict=True)
-    )
+    weight = _finite(given[0], "weight", level, backend)
+    bias = None if given[1] is None else _finite(given[1], "bias", level, backend)
     axes = expert_axes(spec.network, level)
     slices = {
         name: array[(*(slice(None),) * axes[name], slice(index, index + 1))]
@@ -133,8 +120,7 @@ def check_scales(
         )
     indices = check_indices(experts, factors, level)
     for index, factor in zip(indices, factors.values(), strict=True):
-        number = isinstance(factor, int | float) and not isinstance(factor, bool)
-        if not number or not isfinite(factor):
+        if not is_number(factor) or not isfinite(factor):
             raise SpecError(f"a factor must be a finite number; got {factor!r} for expert {index}.")
     return {k: float(factor) for k, factor in zip(indices, factors.values(), strict=True)}
 

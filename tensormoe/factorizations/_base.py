@@ -21,8 +21,6 @@ from tensormoe.factorizations._network import (
     expert_leg,
 )
 
-__all__ = ["INITIALIZATIONS", "Factorization", "Split"]
-
 Split = Callable[[int], "tuple[Array, Array]"]
 """From an inner size K to (rows, K) and (K, out): factors of the best product of that size."""
 

@@ -19,8 +19,6 @@ from tensormoe.factorizations._base import (
 from tensormoe.factorizations._initialization import Initializer
 from tensormoe.factorizations._network import INPUT, OUTPUT, Factor, Leg, Network, expert_leg
 
-__all__ = ["BaseDelta", "SharedDelta"]
-
 _DELTA = 1
 
 

@@ -8,8 +8,6 @@ from typing import Any
 from tensormoe.errors import SpecError
 from tensormoe.factorizations._base import Factorization
 
-__all__ = ["check_values", "checked_class", "sample"]
-
 
 def sample(kind: type[Factorization]) -> Factorization:
     """A value of a class before a rank is known: one for every bond, or no rank where it has none.

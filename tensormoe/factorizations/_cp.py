@@ -22,8 +22,6 @@ from tensormoe.factorizations._initialization import Initializer, noise_share
 from tensormoe.factorizations._layouts import pair_of, weights_of
 from tensormoe.factorizations._network import INPUT, OUTPUT, Factor, Leg, expert_leg
 
-__all__ = ["CP"]
-
 
 @dataclass(frozen=True)
 class CP(Factorization):

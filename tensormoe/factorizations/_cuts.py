@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import product
 from typing import Any, TypeVar
 
-__all__ = ["cut_sizes"]
-
 T = TypeVar("T")
 
 Structure = tuple[tuple[str, ...], ...]

@@ -14,8 +14,6 @@ from tensormoe.factorizations._initialization import Initializer
 from tensormoe.factorizations._layouts import is_array
 from tensormoe.factorizations._network import INPUT, OUTPUT, Factor, Leg, expert_leg
 
-__all__ = ["Dense"]
-
 
 @dataclass(frozen=True)
 class Dense(Factorization):

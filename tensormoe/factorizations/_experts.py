@@ -7,8 +7,6 @@ from math import prod
 
 from tensormoe.factorizations._network import Network, expert_leg
 
-__all__ = ["expert_axes", "expert_carriers", "has_common_part"]
-
 
 def expert_axes(network: Network, level: int) -> Mapping[str, int]:
     """The axis of a level's experts in every array that has one, the bias included, by name.

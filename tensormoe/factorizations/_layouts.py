@@ -8,8 +8,6 @@ from typing import Any
 from tensormoe.backend import Array
 from tensormoe.errors import ShapeError
 
-__all__ = ["cores_from_tensorly", "cores_of", "cores_to_tensorly", "pair_of", "weights_of"]
-
 _LEAST = 3
 """Modes of a mixture: one of experts, the input, the output."""
 

@@ -20,16 +20,6 @@ from tensormoe.factorizations._tensor_ring import TensorRing
 from tensormoe.factorizations._tensor_train import TensorTrain
 from tensormoe.factorizations._tucker import Tucker
 
-__all__ = [
-    "ENTRY_POINT_GROUP",
-    "FACTORIZATIONS",
-    "FactorizationLike",
-    "factorization_class",
-    "rank_pattern",
-    "register_factorization",
-    "resolve_factorization",
-]
-
 ENTRY_POINT_GROUP = "tensormoe.factorizations"
 
 FactorizationLike: TypeAlias = str | Factorization | type[Factorization]

@@ -10,8 +10,6 @@ from typing import Any
 
 from tensormoe.factorizations._cuts import cut_sizes
 
-__all__ = ["BATCH", "INPUT", "OUTPUT", "Factor", "Leg", "Network", "Term", "expert_leg"]
-
 Leg = str
 """A leg is known by its name; legs of one name are one (hyper)edge of the network."""
 

@@ -20,8 +20,6 @@ from tensormoe.factorizations._base import (
 from tensormoe.factorizations._initialization import Initializer, noise_share
 from tensormoe.factorizations._network import INPUT, OUTPUT, Factor, Leg, Network, expert_leg
 
-__all__ = ["SharedBasis"]
-
 
 @dataclass(frozen=True)
 class SharedBasis(Factorization):

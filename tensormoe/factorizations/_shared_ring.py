@@ -7,8 +7,6 @@ from typing import Any
 from tensormoe.backend import Array, Backend, device_of
 from tensormoe.factorizations._base import Split, tiled_columns
 
-__all__ = ["shared_ring"]
-
 
 def shared_ring(
     experts: tuple[int, ...], bonds: tuple[int, ...], table: Array, split: Split, backend: Backend

@@ -26,8 +26,6 @@ from tensormoe.factorizations._layouts import (
 from tensormoe.factorizations._network import INPUT, OUTPUT, Factor, Leg, expert_leg
 from tensormoe.factorizations._shared_ring import shared_ring
 
-__all__ = ["TensorRing"]
-
 
 @dataclass(frozen=True)
 class TensorRing(Factorization):

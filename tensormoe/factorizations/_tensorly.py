@@ -11,8 +11,6 @@ from tensormoe.errors import ShapeError
 from tensormoe.factorizations._base import Factorization
 from tensormoe.factorizations._network import INPUT, OUTPUT, Leg, expert_leg
 
-__all__ = ["from_tensorly", "to_tensorly"]
-
 
 def to_tensorly(factorization: Factorization, factors: Mapping[str, Array]) -> Any:
     """Factors as TensorLy's decomposition of 𝒲, without copies where the library has views.

@@ -7,19 +7,10 @@ from math import prod
 from typing import TypeVar
 
 from tensormoe._config import BlockConfig, LayerConfig
-from tensormoe.backend import Array, Backend, check_array, default_integer
+from tensormoe.backend import Array, Backend, default_integer
+from tensormoe.backend import check_array as check_array
 from tensormoe.errors import ShapeError
 from tensormoe.gates import TopK
-
-__all__ = [
-    "Coefficients",
-    "check_array",
-    "check_coefficients",
-    "check_ids",
-    "check_input",
-    "merged_coefficients",
-    "own_gate",
-]
 
 Coefficients = Sequence["Array | TopK"]
 """One entry per level: dense coefficients (batch, N_e), or indices and values (batch, k)."""

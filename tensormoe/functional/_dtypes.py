@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from tensormoe.backend import Array, Backend
 
-__all__ = ["cast", "widened"]
-
 
 def widened(array: Array, backend: Backend) -> Array:
     """``array`` in float32 if it is narrower."""

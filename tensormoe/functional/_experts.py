@@ -14,15 +14,6 @@ from tensormoe.functional._dtypes import cast
 from tensormoe.gates import TopK
 from tensormoe.planning import Program, Reverse, Routing, plan_regimes, reverse
 
-__all__ = [
-    "Residuals",
-    "apply_experts",
-    "experts_backward",
-    "experts_forward",
-    "experts_vjp",
-    "prepare",
-]
-
 
 def apply_experts(
     config: LayerConfig,

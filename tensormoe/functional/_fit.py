@@ -9,8 +9,6 @@ from tensormoe._config import LayerConfig
 from tensormoe._format import format_share
 from tensormoe._html import text_html
 
-__all__ = ["Fit"]
-
 
 @dataclass(frozen=True)
 class Fit:
@@ -72,7 +70,7 @@ class Fit:
             f"{self.parameters_before:,} → {self.parameters_after:,} parameters; "
             f"expert rank {self.expert_rank}, span {self.expert_span}"
         ]
-        lines += [f"  layer {place}: {part}" for place, part in enumerate(self.parts)]
+        lines += [f"  layer {index}: {part}" for index, part in enumerate(self.parts)]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:

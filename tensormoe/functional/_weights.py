@@ -12,8 +12,6 @@ from tensormoe.errors import ShapeError
 from tensormoe.execution import execute
 from tensormoe.planning import weight_program
 
-__all__ = ["expert_weight", "materialize"]
-
 
 def materialize(
     config: LayerConfig, parameters: Mapping[str, Array], backend: Backend

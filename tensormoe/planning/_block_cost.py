@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tensormoe._validation import flag
 from tensormoe.errors import PlanError
-from tensormoe.gates import Gate
 from tensormoe.planning._cost import Cost, StepCost
 from tensormoe.planning._gate_cost import GateCall
 from tensormoe.planning._layer_cost import ProgramCall
 from tensormoe.planning._library import DEFAULT, Library
 from tensormoe.planning._plan import Plan
 
-__all__ = ["block_cost", "block_held"]
+if TYPE_CHECKING:
+    from tensormoe.gates import Gate
 
 ACTIVATION_FLOPS = 8
 """Elementwise operations that one entry of an activation counts as, a nominal figure between those

@@ -21,17 +21,6 @@ from tensormoe.factorizations import BATCH, Leg
 from tensormoe.planning._library import DEFAULT, Library
 from tensormoe.planning._program import Program, Role, Step
 
-__all__ = [
-    "INDEX_BYTES",
-    "Cost",
-    "StepCost",
-    "batch_sizes",
-    "contraction_cost",
-    "live_memory",
-    "program_cost",
-    "program_peak",
-]
-
 INDEX_BYTES = 8
 """Size of an index: 64-bit integers, as NumPy, PyTorch and CuPy make them."""
 
@@ -203,10 +192,10 @@ def program_peak(
     """
     moments = live_memory(program, sizes, itemsize, owned=owned, kept=kept)
     # the first moment is before the first step
-    for place, step in enumerate(program.steps, 1):
+    for index, step in enumerate(program.steps, 1):
         copied = _transposed(step, sizes) if library.copies_transposed else 0
         copied += _unmerged(step, sizes) if library.merges_batch_axes else 0
-        moments[place] += itemsize * copied
+        moments[index] += itemsize * copied
     return max(moments)
 
 

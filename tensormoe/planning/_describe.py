@@ -15,15 +15,6 @@ if TYPE_CHECKING:
     from tensormoe.gates import Gate
     from tensormoe.planning._plan import Plan
 
-__all__ = [
-    "cost_html",
-    "dense_size",
-    "describe_plan",
-    "layer_sizes",
-    "plan_regime",
-    "step_rows",
-]
-
 _BAR = 12
 
 

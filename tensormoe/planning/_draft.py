@@ -19,8 +19,6 @@ from tensormoe.planning._path import WRITE_WEIGHT
 from tensormoe.planning._program import Operand
 from tensormoe.planning._tree import Builder
 
-__all__ = ["DENSE", "Draft", "Part", "Routing"]
-
 
 @dataclass(frozen=True)
 class Routing:

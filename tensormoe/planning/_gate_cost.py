@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import log2
+from typing import TYPE_CHECKING
 
 from tensormoe.factorizations import BATCH, INPUT, Leg, expert_leg
-from tensormoe.gates import Gate, workspace
 from tensormoe.planning._cost import Cost, StepCost, contraction_cost
 from tensormoe.planning._library import DEFAULT, Library
+
+if TYPE_CHECKING:
+    from tensormoe.gates import Gate
 
 __all__ = ["GATE_ITEMSIZE", "GateCall", "activation_flops", "gate_cost", "gate_parameters"]
 
@@ -27,6 +30,7 @@ def gate_cost(
 ) -> Cost:
     """The cost of a gate alone, in a forward call; nothing for None.
 
+    >>> from tensormoe import Gate
     >>> gate_cost(Gate(), 768, (16, 32), batch=64).parameters == 768 * (16 + 32)
     True
     """
@@ -124,7 +128,7 @@ class GateCall:
         peak, done = 0, self._widened(self.batch * self.in_features)
         for _, count, gate, _ in self._levels():
             logits = self._width * self.batch * count
-            work = workspace(gate, self.batch, count, self._width, self.library.row_block_bytes)
+            work = self._workspace(gate, count)
             peak = max(peak, done + logits + work + self._widened(self.in_features * count))
             # training keeps the logits for the backward pass
             done += logits * (2 if training else 1)
@@ -134,9 +138,8 @@ class GateCall:
         """Bytes live at the peak of a backward pass, beyond what is saved for it."""
         rows = self._width * self.batch * self.in_features
         peak, done = 0, self._widened(self.batch * self.in_features)
-        block = self.library.row_block_bytes
         for level, count, gate, _ in self._levels():
-            work = workspace(gate, self.batch, count, self._width, block, backward=True)
+            work = self._workspace(gate, count, backward=True)
             table = self.in_features * count
             # before and after the projection's gradient is made
             before = work + self._widened(self.batch * count)
@@ -145,6 +148,14 @@ class GateCall:
             peak = max(peak, done + rows * (level > 0) + max(before, behind))
             done += self.itemsize * (table + gate.bias * count)
         return peak
+
+    def _workspace(self, gate: Gate, count: int, *, backward: bool = False) -> int:
+        """Bytes of the temporaries of one level's activation."""
+        # plans without a gate need none of the package
+        from tensormoe.gates import workspace
+
+        rows = self.library.row_block_bytes
+        return workspace(gate, self.batch, count, self._width, rows, backward=backward)
 
     @property
     def _width(self) -> int:

@@ -6,11 +6,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import TYPE_CHECKING
 
 from tensormoe._validation import flag
 from tensormoe.errors import PlanError
 from tensormoe.factorizations import Leg
-from tensormoe.gates import Gate
 from tensormoe.planning._cost import (
     INDEX_BYTES,
     Cost,
@@ -24,7 +24,8 @@ from tensormoe.planning._library import DEFAULT, Library
 from tensormoe.planning._program import Program
 from tensormoe.planning._reverse import Reverse, reverse
 
-__all__ = ["ProgramCall", "layer_cost"]
+if TYPE_CHECKING:
+    from tensormoe.gates import Gate
 
 
 @dataclass(frozen=True)

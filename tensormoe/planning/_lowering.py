@@ -15,8 +15,6 @@ from math import prod
 from tensormoe.factorizations import BATCH, Leg
 from tensormoe.planning._program import IDENTITY, Kind, View
 
-__all__ = ["Lowered", "dims", "lower", "volume"]
-
 Order = tuple[Leg, ...]
 
 

@@ -9,8 +9,6 @@ from typing import Any, cast
 
 from tensormoe.factorizations import BATCH, Leg
 
-__all__ = ["WRITE_WEIGHT", "Node", "search_tree", "tree_cost"]
-
 WRITE_WEIGHT = 32
 """Multiply-adds that writing one entry is worth when paths are compared: the ratio of arithmetic
 to memory speed on current CPUs and GPUs is a few tens of operations per entry."""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from tensormoe._validation import flag, instance, non_negative_int, positive_int
 from tensormoe.errors import PlanError
 from tensormoe.factorizations import Network
-from tensormoe.gates import Gate
 from tensormoe.planning._cost import INDEX_BYTES, Cost, batch_sizes, program_cost
 from tensormoe.planning._describe import describe_plan, layer_sizes, plan_regime
 from tensormoe.planning._draft import DENSE, Routing
@@ -23,8 +22,7 @@ from tensormoe.planning._roofline import Roofline
 
 if TYPE_CHECKING:
     from tensormoe._drawing import Drawing
-
-__all__ = ["Plan", "plan_layer"]
+    from tensormoe.gates import Gate
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Plan:
             itemsize: bytes per entry: 4 for float32.
             library: how the array library runs a layer.
         """
-        gate = None if gate is None else Gate.parse(gate)
+        gate = _parsed(gate)
         positive_int(itemsize, "itemsize", PlanError)
         program = self.program.split()[1] if self.prepared else self.program
 
@@ -115,7 +113,7 @@ class Plan:
         CP(rank=3): 4 experts of 6 → 5, with bias
         y[b o] = coefficients_0[b n0] · x[b i] · expert_0[n0 r] · input[i r] · output[o r], ...
         """
-        gate = None if gate is None else Gate.parse(gate)
+        gate = _parsed(gate)
         flag(training, "training", PlanError)
         instance(roofline, (Roofline, NoneType), "roofline", "a Roofline or None", PlanError)
         cost = self.cost(gate, training=training, itemsize=itemsize)
@@ -148,6 +146,15 @@ class Plan:
 
         title, _, text = self.describe().partition("\n")
         return text_html(title, text, self.draw())
+
+
+def _parsed(gate: Gate | str | None) -> Gate | None:
+    if gate is None:
+        return None
+    # plans without a gate need none of the package
+    from tensormoe.gates import Gate
+
+    return Gate.parse(gate)
 
 
 def _chunked(of: Callable[[int], Cost], batch: int, chunk: int, row: int) -> Cost:

@@ -9,8 +9,6 @@ from typing import Literal
 
 from tensormoe.factorizations import BATCH, Leg
 
-__all__ = ["IDENTITY", "Kind", "Operand", "Program", "Role", "Step", "View"]
-
 Kind = Literal[
     "linear", "matmul", "multiply", "add", "gather", "scatter", "reduce", "expand", "permute", "eye"
 ]

@@ -17,16 +17,6 @@ from tensormoe.planning._path import WRITE_WEIGHT, Node, search_tree, tree_cost
 from tensormoe.planning._program import Program
 from tensormoe.planning._tree import Builder
 
-__all__ = [
-    "MAX_BATCH",
-    "WRITE_WEIGHT",
-    "Candidate",
-    "Regimes",
-    "Trees",
-    "batch_program",
-    "plan_regimes",
-]
-
 MAX_BATCH = 2**31 - 1
 """The batch size at which a plan for prepared weights is sought: work on weights alone is
 negligible there."""

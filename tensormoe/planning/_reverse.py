@@ -9,8 +9,6 @@ from tensormoe.factorizations import Leg
 from tensormoe.planning._program import Operand, Program, Step
 from tensormoe.planning._tree import Builder
 
-__all__ = ["COTANGENT", "Reverse", "reverse"]
-
 COTANGENT = "cotangent"
 """Name of the operand that holds the gradient of the result."""
 

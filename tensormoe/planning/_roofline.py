@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
 
+from tensormoe._validation import is_number
 from tensormoe.errors import PlanError
 from tensormoe.planning._cost import Cost
-
-__all__ = ["PUBLISHED_ROOFLINES", "Roofline"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,7 @@ class Roofline:
             value = getattr(self, key)
             if key in optional and value is None:
                 continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 < value < float("inf"):
+            if not is_number(value) or not 0 < value < float("inf"):
                 raise PlanError(f"{key} of a roofline must be a positive number; got {value!r}.")
 
     def time(self, cost: Cost) -> float:

@@ -11,8 +11,6 @@ from tensormoe.planning._lowering import Lowered, dims, lower, volume
 from tensormoe.planning._path import Node, search_tree
 from tensormoe.planning._program import Operand, Program, Step, View
 
-__all__ = ["Builder"]
-
 # a batch size at which copies are weighed against one another; only ratios matter
 _TYPICAL_BATCH = 256
 

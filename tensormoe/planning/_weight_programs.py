@@ -9,8 +9,6 @@ from tensormoe.factorizations import INPUT, OUTPUT, Leg, Network
 from tensormoe.planning._program import Operand, Program
 from tensormoe.planning._tree import Builder
 
-__all__ = ["contraction", "weight_program"]
-
 
 @lru_cache(maxsize=256)
 def weight_program(network: Network, *, single: bool, bias: bool) -> Program:

@@ -11,18 +11,12 @@ Drawing('CP(rank=64)', ...)
 
 from __future__ import annotations
 
-from tensormoe._drawing import Drawing as Drawing
-from tensormoe.plotting._errors import plot_errors as plot_errors
-from tensormoe.plotting._experts import plot_experts as plot_experts
-from tensormoe.plotting._figure import COLOURS as COLOURS
-from tensormoe.plotting._figure import INK as INK
-from tensormoe.plotting._figure import MUTED as MUTED
-from tensormoe.plotting._figure import figure as figure
-from tensormoe.plotting._figure import tidy as tidy
-from tensormoe.plotting._fronts import plot_fronts as plot_fronts
-from tensormoe.plotting._networks import draw_network as draw_network
-from tensormoe.plotting._networks import draw_plan as draw_plan
-from tensormoe.plotting._networks import network_text as network_text
+from tensormoe._drawing import Drawing
+from tensormoe.plotting._errors import plot_errors
+from tensormoe.plotting._experts import plot_experts
+from tensormoe.plotting._figure import COLOURS, INK, MUTED, figure, tidy
+from tensormoe.plotting._fronts import plot_fronts
+from tensormoe.plotting._networks import draw_network, draw_plan, network_text
 
 __all__ = [
     "COLOURS",

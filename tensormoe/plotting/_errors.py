@@ -12,8 +12,6 @@ from tensormoe.plotting._figure import COLOURS, MUTED, tidy
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_errors"]
-
 # of each expert, and of the three unfoldings
 _DASHES = ("--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
 # one more than colours, so that pairs repeat late
@@ -44,8 +42,8 @@ def plot_errors(axes: Axes, curves: Sequence[ErrorCurve], *, outputs: bool = Fal
     ...     with figure(Path(folder, "errors.svg")) as drawn:
     ...         plot_errors(drawn.add_subplot(), error_curves(experts, ["cp", "tucker"]))
     """
-    for place, curve in enumerate(curves):
-        colour, marker = _look(curve.name, place)
+    for index, curve in enumerate(curves):
+        colour, marker = _look(curve.name, index)
         front = curve.front(outputs=outputs)
         behind = [point for point in curve.points if point not in front]
         axes.plot(

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "INK", "MUTED", "figure", "tidy"]
-
 INK = "#1f2933"
 """Colour of letters and of reference lines on white."""
 

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from tensormoe.selection import RankChoice
 
-__all__ = ["plot_fronts"]
-
 _MARKERS = "osD^vP"
 
 
@@ -42,8 +40,8 @@ def plot_fronts(
     tidy(axes)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    for place, (name, front) in enumerate(fronts.items()):
-        colour, marker = COLOURS[place % len(COLOURS)], _MARKERS[place % len(_MARKERS)]
+    for index, (name, front) in enumerate(fronts.items()):
+        colour, marker = COLOURS[index % len(COLOURS)], _MARKERS[index % len(_MARKERS)]
         taken = (chosen or {}).get(name)
         x, y = [each.expert_rank for each in front], [each.expert_span for each in front]
         label = name if chosen is None else None

@@ -8,8 +8,6 @@ from tensormoe._validation import instance
 from tensormoe.errors import PlanError, SpecError
 from tensormoe.planning import Plan
 
-__all__ = ["draw_network", "draw_plan", "network_text"]
-
 
 def draw_network(spec: LayerSpec) -> Drawing:
     """A picture of the network that stores 𝒲: ``spec.draw()``.

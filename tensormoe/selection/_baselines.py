@@ -15,8 +15,6 @@ from tensormoe.planning._layer_cost import layer_cost
 from tensormoe.planning._program import Operand, Program
 from tensormoe.planning._tree import Builder
 
-__all__ = ["dense_moe_cost", "linear_cost", "mlp_cost", "sparse_moe_cost"]
-
 
 def linear_cost(
     in_features: int,

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import inf
 from typing import Any
 
-from tensormoe._validation import choice, flag, positive_int
+from tensormoe._validation import choice, flag, is_number, positive_int
 from tensormoe.errors import BudgetError
 from tensormoe.planning._cost import Cost
 from tensormoe.planning._roofline import PUBLISHED_ROOFLINES, Roofline
-
-__all__ = ["Budget", "mlp_budgets"]
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,7 @@ class Budget:
                 f"{self.gate!r}. Which gate there is, layers and select_rank are told."
             )
         if self.time is not None:
-            number = isinstance(self.time, (int, float)) and not isinstance(self.time, bool)
-            if not number or not isfinite(self.time) or self.time <= 0:
+            if not is_number(self.time) or not 0 < self.time < inf:
                 raise BudgetError(
                     f"time of a budget must be a positive number of seconds; got {self.time!r}."
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from tensormoe._spec import LayerSpec
@@ -20,8 +21,6 @@ from tensormoe.factorizations import (
     sample,
 )
 from tensormoe.selection._polynomial import Polynomial, least
-
-__all__ = ["INNER", "OUTER", "Choice", "Family"]
 
 Choice = tuple[int, int]
 """The sizes of the outer and the inner symbol; 1 for a symbol that the family does not have."""
@@ -105,11 +104,7 @@ class Family:
 
     def spec(self, sizes: Choice) -> LayerSpec:
         """The layer with these bonds."""
-        value = self._kind.with_rank(self.rank(sizes))
-        given = self.sizes
-        return LayerSpec(
-            given.in_features, given.out_features, given.experts, value, bias=given.bias
-        )
+        return replace(self.sizes, factorization=self._kind.with_rank(self.rank(sizes)))
 
     def figures(self, sizes: Choice) -> tuple[int, int]:
         """Expert rank and expert span."""
@@ -165,11 +160,11 @@ def _checked_bonds(
             "None where it is to be chosen, for every bond."
         )
     checked: list[int | str | None] = []
-    for place, bond in enumerate(bonds):
+    for index, bond in enumerate(bonds):
         if bond is None or isinstance(bond, str):
             checked.append(bond)
         else:
-            checked.append(positive_int(bond, f"bonds, at bond {place},", RankError))
+            checked.append(positive_int(bond, f"bonds, at bond {index},", RankError))
     return tuple(checked)
 
 

@@ -13,8 +13,6 @@ from tensormoe.selection._budget import Budget
 from tensormoe.selection._family import Family
 from tensormoe.selection._spending import spending_of_layer
 
-__all__ = ["infeasible", "levels_of", "refusal"]
-
 # levels that a remedy has at most, and numbers that are tried as divisors
 _MOST_LEVELS, _MOST_TRIED = 3, 10_000
 

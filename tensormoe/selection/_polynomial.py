@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["Polynomial", "least"]
-
 
 @dataclass(frozen=True, slots=True)
 class Polynomial:

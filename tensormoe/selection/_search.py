@@ -15,8 +15,6 @@ from itertools import product
 from tensormoe.selection._family import INNER, OUTER, Choice, Family
 from tensormoe.selection._spending import Spending
 
-__all__ = ["Figures", "best", "front"]
-
 Figures = tuple[int, int]
 """The figure that is maximized, and the tie-breaker."""
 

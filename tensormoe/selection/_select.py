@@ -17,10 +17,8 @@ from tensormoe.selection._budget import Budget
 from tensormoe.selection._family import Choice, Family
 from tensormoe.selection._infeasible import infeasible
 from tensormoe.selection._search import Figures, Measure, best, front
-from tensormoe.selection._spending import Spending, spending_of_layer
+from tensormoe.selection._spending import Spending, counted_gate, spending_of_layer
 from tensormoe.selection._useful import beyond_use, with_bonds, without_waste
-
-__all__ = ["OBJECTIVES", "RankChoice", "best_spec", "measure_of", "rank_front", "select_rank"]
 
 _MEASURES: dict[str, Measure] = {
     "capacity": lambda rank, span: (rank * span, rank),
@@ -131,7 +129,7 @@ experts=(16, 32) instead of 512 takes 3249; or leave the gate out, Budget(…, g
     """
     measure = measure_of(objective)
     family = Family(factorization, in_features, out_features, experts, bias, bonds)
-    built = None if gate is None or gate is False else Gate.parse(gate)
+    built = counted_gate(gate)
     limits, counted = _parsed(family, budget, built)
     found = best_spec(family, spending_of_layer(limits, counted, indexed_input), measure)
     if found is None:
@@ -176,7 +174,7 @@ def rank_front(
     [((2, 2, 191), 382, 4), ((1, 1, 383), 383, 1)]
     """
     family = Family(factorization, in_features, out_features, experts, bias, bonds)
-    built = None if gate is None or gate is False else Gate.parse(gate)
+    built = counted_gate(gate)
     limits, counted = _parsed(family, budget, built)
     spending = spending_of_layer(limits, counted)
     found = front(family, spending)

@@ -18,9 +18,7 @@ from tensormoe.selection._budget import Budget
 from tensormoe.selection._family import Family
 from tensormoe.selection._infeasible import levels_of, refusal
 from tensormoe.selection._select import best_spec, measure_of
-from tensormoe.selection._spending import Spending, idle, plan_within
-
-__all__ = ["select_block"]
+from tensormoe.selection._spending import Spending, counted_gate, idle, plan_within
 
 Kind = str | type[Factorization]
 
@@ -84,7 +82,7 @@ def select_block(
     measure = measure_of(objective)
     sizes = (in_features, hidden, out_features)
     limits = Budget.parse_block(budget, *sizes, bias, gated)
-    built = None if gate is None or gate is False else Gate.parse(gate)
+    built = counted_gate(gate)
     block = _Block(first, second, limits, built if limits.gate else None, gated)
     smallest = first.spec((1, 1)), second.spec((1, 1))
     one, two = (plan_within(limits, spec) for spec in smallest)

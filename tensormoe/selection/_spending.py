@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from tensormoe._spec import LayerSpec
 from tensormoe.gates import Gate
@@ -13,8 +14,6 @@ from tensormoe.planning._plan import Plan
 from tensormoe.planning._program import Program
 from tensormoe.planning._regimes import batch_program
 from tensormoe.selection._budget import Budget
-
-__all__ = ["Spending", "idle", "plan_within", "spending_of_layer"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,11 @@ class Spending:
         cost = self.cost(Plan(network, "", routing, batch, program, batch, batch, batch))
         limits = self.budget.limits
         return max(value / limits[name] for name, value in self.budget.spent(cost).items())
+
+
+def counted_gate(gate: Gate | str | Literal[False] | None) -> Gate | None:
+    """The gate that was asked for; None for a layer that is given its coefficients."""
+    return None if gate is None or gate is False else Gate.parse(gate)
 
 
 def spending_of_layer(budget: Budget, gate: Gate | None, indexed_input: bool = False) -> Spending:

@@ -8,8 +8,6 @@ from tensormoe._spec import LayerSpec
 from tensormoe.factorizations import INPUT, OUTPUT, Leg
 from tensormoe.selection._family import Family
 
-__all__ = ["beyond_use", "excess", "with_bonds", "without_waste"]
-
 
 def excess(spec: LayerSpec) -> dict[Leg, int]:
     """Bonds that are larger than any tensor of a shape can use, and the size that it can.
@@ -69,6 +67,6 @@ def without_waste(family: Family, rest: Family, spec: LayerSpec) -> Family | Non
 def with_bonds(spec: LayerSpec, changed: dict[int, int]) -> LayerSpec:
     """A layer with other sizes of some bonds, by index."""
     sizes = spec.factorization.bonds(spec.levels)
-    rank = tuple(changed.get(place, size) for place, size in enumerate(sizes))
+    rank = tuple(changed.get(index, size) for index, size in enumerate(sizes))
     value = spec.factorization.with_rank(rank)
     return LayerSpec(spec.in_features, spec.out_features, spec.experts, value, spec.bias)

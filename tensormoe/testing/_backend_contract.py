@@ -32,8 +32,6 @@ from tensormoe.gates import Gate, Statistics, activate, activate_vjp
 from tensormoe.testing._layer_checks import CHECKS, LayerChecks
 from tensormoe.testing._strategies import dtypes, factors, gates, inputs, seeds
 
-__all__ = ["BackendContract"]
-
 NDArray = npt.NDArray[Any]
 Convert = Callable[[Any], Any]
 Back = Callable[[Sequence[Any]], list[NDArray]]

@@ -11,8 +11,6 @@ import numpy as np
 from tensormoe.factorizations import Factorization
 from tensormoe.testing._oracle import reconstruct, reference_output
 
-__all__ = ["TOLERANCES", "Reconstruct", "assert_close", "assert_output"]
-
 Reconstruct = Callable[[Factorization, Mapping[str, Any]], Any]
 """From a factorization and its factors to 𝒲, the bias as its last input row."""
 

@@ -29,8 +29,6 @@ from tensormoe.testing._comparison import assert_close
 from tensormoe.testing._layer_checks import CHECKS, LayerChecks
 from tensormoe.testing._strategies import factorizations, factors, seeds, specs
 
-__all__ = ["FactorizationContract"]
-
 NDArray = npt.NDArray[Any]
 
 
@@ -148,7 +146,7 @@ class FactorizationContract(LayerChecks):
         statistic of every draw is one sample; their mean may be five standard errors off.
         """
         bonds = self.factorization.rank_pattern(levels)
-        rank = tuple(3 + uneven * (place % 2) for place in range(len(bonds)))
+        rank = tuple(3 + uneven * (index % 2) for index in range(len(bonds)))
         value = self.factorization.with_rank(rank)
         spec = LayerSpec(in_features, 4, (4, 3, 2)[:levels], value)
         rng = np.random.default_rng([levels, in_features])

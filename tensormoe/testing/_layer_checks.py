@@ -23,8 +23,6 @@ from tensormoe.testing._comparison import TOLERANCES, assert_close, assert_outpu
 from tensormoe.testing._oracle import reference_output
 from tensormoe.testing._strategies import coefficients, dtypes, factors, inputs, seeds, specs
 
-__all__ = ["CHECKS", "LayerChecks"]
-
 NDArray = npt.NDArray[Any]
 
 CHECKS = settings(

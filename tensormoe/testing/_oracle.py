@@ -12,8 +12,6 @@ import tensorly
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.factorizations import Factorization, to_tensorly
 
-__all__ = ["reconstruct", "reconstruct_by_einsum", "reference_output"]
-
 Doubles = npt.NDArray[np.float64]
 
 _KNOWN = (

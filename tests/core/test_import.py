@@ -82,16 +82,21 @@ def test_import_loads_what_is_asked_for_alone() -> None:
         code.format("tensormoe.LayerSpec(6, 5, 4, tensormoe.CP(3)).plan(2)")
     ).split()
     assert "tensormoe.planning" in loaded
+    assert "tensormoe.gates" not in loaded
     others = ("selection", "decomposition", "compression", "checkpoint", "functional", "cli")
     assert not {f"tensormoe.{name}" for name in others}.intersection(loaded)
 
 
 @pytest.mark.parametrize(
     ("statement", "most"),
-    [("import tensormoe", 0.5), ("from tensormoe import CP, LayerSpec", 2.0)],
+    [("import tensormoe", 0.4), ("from tensormoe import CP, LayerSpec", 0.65)],
 )
-def test_import_takes_a_share_of_numpy_s(statement: str, most: float) -> None:
+def test_import_takes_a_share_of_numpy_s(
+    statement: str, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("numpy")
+    # bytecode for both: NumPy has it from its installation
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     code = "import time; start = time.process_time(); {}; print(time.process_time() - start)"
     # the fastest of five: the others measure what else the machine is doing
     own, numpy = (

@@ -14,9 +14,9 @@ from tensormoe._extras import missing
 if absent := missing("tensormoe_jax.equinox", ("equinox",), "equinox"):
     raise absent
 
-from tensormoe_jax.equinox._embedding import MuMoEEmbedding as MuMoEEmbedding
-from tensormoe_jax.equinox._gate import ExpertGate as ExpertGate
-from tensormoe_jax.equinox._layer import MuMoE as MuMoE
-from tensormoe_jax.equinox._mlp import MuMoEMLP as MuMoEMLP
+from tensormoe_jax.equinox._embedding import MuMoEEmbedding
+from tensormoe_jax.equinox._gate import ExpertGate
+from tensormoe_jax.equinox._layer import MuMoE
+from tensormoe_jax.equinox._mlp import MuMoEMLP
 
 __all__ = ["ExpertGate", "MuMoE", "MuMoEEmbedding", "MuMoEMLP"]

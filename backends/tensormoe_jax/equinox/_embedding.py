@@ -15,8 +15,6 @@ from tensormoe_jax import _pure
 from tensormoe_jax._layers import first_values
 from tensormoe_jax.equinox._base import Mixture
 
-__all__ = ["MuMoEEmbedding"]
-
 
 class MuMoEEmbedding(Mixture, EmbeddingSizes, StatefulLayer):
     """A mixture of embedding tables: token ids pick a row of every expert, coefficients mix them.

@@ -15,9 +15,9 @@ from tensormoe._extras import missing
 if absent := missing("tensormoe_jax.nnx", ("flax",), "flax"):
     raise absent
 
-from tensormoe_jax.nnx._embedding import MuMoEEmbedding as MuMoEEmbedding
-from tensormoe_jax.nnx._gate import ExpertGate as ExpertGate
-from tensormoe_jax.nnx._layer import MuMoE as MuMoE
-from tensormoe_jax.nnx._mlp import MuMoEMLP as MuMoEMLP
+from tensormoe_jax.nnx._embedding import MuMoEEmbedding
+from tensormoe_jax.nnx._gate import ExpertGate
+from tensormoe_jax.nnx._layer import MuMoE
+from tensormoe_jax.nnx._mlp import MuMoEMLP
 
 __all__ = ["ExpertGate", "MuMoE", "MuMoEEmbedding", "MuMoEMLP"]

@@ -15,8 +15,6 @@ from tensormoe_jax._layers import first_values
 from tensormoe_jax.nnx._base import Mixture
 from tensormoe_jax.nnx._rngs import Source, parameters_key
 
-__all__ = ["MuMoEEmbedding"]
-
 
 class MuMoEEmbedding(Mixture, EmbeddingSizes):
     """A mixture of embedding tables: token ids pick a row of every expert, coefficients mix them.

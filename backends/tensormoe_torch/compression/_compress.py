@@ -30,8 +30,6 @@ from tensormoe_torch.surgery._replace import at, num_parameters, swap
 from tensormoe_torch.surgery._select import Select
 from tensormoe_torch.surgery._surroundings import check_surroundings
 
-__all__ = ["compress"]
-
 
 def compress(
     model: nn.Module,

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from tensormoe_torch.compression._experts import Activation, gated
 
-__all__ = ["ROLES", "DenseExperts", "Stack", "one_by_one"]
-
 ROLES = ("gate_proj", "up_proj", "down_proj")
 """The projections of an expert, in the order in which reports have them."""
 

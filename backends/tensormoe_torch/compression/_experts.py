@@ -12,8 +12,6 @@ from tensormoe.errors import ShapeError
 from tensormoe.gates import TopK
 from tensormoe_torch._layer import MuMoE
 
-__all__ = ["PROJECTIONS", "Activation", "FactorizedExperts", "gated"]
-
 PROJECTIONS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 """Roles of an expert's layers: gate and up projection are one layer or two."""
 
@@ -180,7 +178,7 @@ class FactorizedExperts(nn.Module):
 
     def __iter__(self) -> Iterator[_Expert]:
         """Every expert in turn."""
-        return (self[place] for place in range(self.num_experts))
+        return (self[index] for index in range(self.num_experts))
 
     def extra_repr(self) -> str:
         """The part of ``repr`` besides the layers."""

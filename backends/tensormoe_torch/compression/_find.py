@@ -12,8 +12,6 @@ from tensormoe.errors import SpecError
 from tensormoe_torch.surgery._linears import is_linear
 from tensormoe_torch.surgery._select import Select, nearby, select_modules
 
-__all__ = ["find_experts", "is_stacked", "linears_by_role"]
-
 
 def is_stacked(module: nn.Module) -> bool:
     """Whether it holds the weights of all experts in two parameters of three axes."""

@@ -13,8 +13,6 @@ from tensormoe_torch.compression._find import is_stacked, linears_by_role
 from tensormoe_torch.compression._recognize import own_activation, recognized
 from tensormoe_torch.surgery._linears import Linear, read_linear
 
-__all__ = ["read_experts"]
-
 
 def read_experts(module: nn.Module, name: str) -> DenseExperts:
     """The experts of a module: their weights, and the activation between.
@@ -68,32 +66,32 @@ def _stacks_of_list(module: nn.Module, name: str) -> dict[str, Stack]:
     """Experts one by one."""
     linears: list[dict[str, Linear]] = []
     kinds = []
-    for place, expert in enumerate(module.children()):
+    for index, expert in enumerate(module.children()):
         found = linears_by_role(expert)
         if not found:
             raise SpecError(
                 f"experts must have linear layers gate, up and down, and no others; "
-                f"{f'{name}.{place}'!r} is a {type(expert).__name__} of other parts. Leave "
+                f"{f'{name}.{index}'!r} is a {type(expert).__name__} of other parts. Leave "
                 f"{name!r} out of the selection."
             )
         own = {id(each) for linear in found.values() for each in linear.parameters()}
         held = dict(expert.named_parameters())
-        _check_held(held, {key for key, each in held.items() if id(each) in own}, f"{name}.{place}")
+        _check_held(held, {key for key, each in held.items() if id(each) in own}, f"{name}.{index}")
         linears.append(
-            {role: read_linear(each, f"{name}.{place}.{role}") for role, each in found.items()}
+            {role: read_linear(each, f"{name}.{index}.{role}") for role, each in found.items()}
         )
         kinds.append((type(expert), str(own_activation(expert))))
-    for place, each in enumerate(linears):
+    for index, each in enumerate(linears):
         if _described(each) != _described(linears[0]):
             raise ShapeError(
                 f"experts of {name!r} must all have the same shapes, biases, dtype and device; "
-                f"expert 0 has {_described(linears[0])}, expert {place} {_described(each)}. Select "
+                f"expert 0 has {_described(linears[0])}, expert {index} {_described(each)}. Select "
                 "lists of equal experts."
             )
-        if kinds[place] != kinds[0]:
+        if kinds[index] != kinds[0]:
             raise SpecError(
                 f"experts of {name!r} must be of one class and activation; expert 0 is {kinds[0]}, "
-                f"expert {place} {kinds[place]}. Leave {name!r} out of the selection."
+                f"expert {index} {kinds[index]}. Leave {name!r} out of the selection."
             )
     return {role: _stack([each[role] for each in linears]) for role in ROLES if role in linears[0]}
 

@@ -22,8 +22,6 @@ from tensormoe_torch.compression._dense import DenseExperts, one_by_one
 from tensormoe_torch.compression._experts import Activation, FactorizedExperts
 from tensormoe_torch.surgery._inputs import evaluating
 
-__all__ = ["own_activation", "recognized"]
-
 _TOKENS = 6
 _NAMES = ("act_fn", "act", "activation", "activation_fn")
 

@@ -12,8 +12,6 @@ from tensormoe.decomposition import Report
 from tensormoe.decomposition._controls import verdict
 from tensormoe.factorizations import Factorization
 
-__all__ = ["CompressedModule", "CompressedProjection", "CompressionReport"]
-
 
 @dataclass(frozen=True)
 class CompressedProjection:

@@ -14,8 +14,6 @@ from tensormoe_torch.compression._dense import DenseExperts, one_by_one
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.surgery._inputs import evaluating, run_model
 
-__all__ = ["Batch", "Samples", "collect", "output_error"]
-
 Batch: TypeAlias = "Tensor | tuple[Any, ...] | Mapping[str, Any]"
 """An input of a model, its arguments, or its arguments by name."""
 
@@ -63,8 +61,8 @@ def collect(
     handles = []
     for found, each in zip(parts, experts, strict=True):
         modules = [each.module] if each.together else [*each.module.children()]
-        for place, module in enumerate(modules):
-            hook = _chosen(found) if each.together else _alone(found, place)
+        for index, module in enumerate(modules):
+            hook = _chosen(found) if each.together else _alone(found, index)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     alone = isinstance(batches, Tensor | tuple | Mapping)
     listed: Any = [batches] if alone else batches

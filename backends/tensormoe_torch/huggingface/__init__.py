@@ -31,8 +31,8 @@ from tensormoe_torch.huggingface._requirements import lacking
 if absent := lacking():
     raise absent
 
-from tensormoe_torch.huggingface._attach import attach as attach
-from tensormoe_torch.huggingface._config import TensormoeConfig as TensormoeConfig
-from tensormoe_torch.huggingface._quantizer import TensormoeQuantizer as TensormoeQuantizer
+from tensormoe_torch.huggingface._attach import attach
+from tensormoe_torch.huggingface._config import TensormoeConfig
+from tensormoe_torch.huggingface._quantizer import TensormoeQuantizer
 
 __all__ = ["TensormoeConfig", "TensormoeQuantizer", "attach"]

@@ -14,8 +14,6 @@ from tensormoe_torch._activations import ACTIVATIONS
 from tensormoe_torch.compression._experts import Activation
 from tensormoe_torch.compression._recognize import own_activation
 
-__all__ = ["Own", "act_of", "activation_of", "name_of", "takes_routing"]
-
 
 class Own(nn.Module):
     """Activation of transformers' experts, between projections: (..., 2 · hidden) → (..., hidden).

@@ -10,8 +10,6 @@ from transformers import PreTrainedModel
 from tensormoe.errors import SpecError
 from tensormoe_torch.huggingface._config import TensormoeConfig
 
-__all__ = ["attach"]
-
 
 def attach(model: nn.Module) -> None:
     """Let ``save_pretrained`` of a model write which of its layers are factorized.

@@ -27,8 +27,6 @@ from tensormoe_torch.huggingface._describe import block_config, entry
 from tensormoe_torch.surgery._linears import is_linear, read_linear
 from tensormoe_torch.surgery._replace import at
 
-__all__ = ["install"]
-
 _DAMAGED = "One of them is damaged or incomplete: copy the folder anew."
 
 

@@ -14,8 +14,6 @@ from tensormoe.checkpoint._model_config import METHOD, SCHEMA_VERSION, model_con
 from tensormoe.errors import SpecError
 from tensormoe_torch.huggingface._describe import described, entry
 
-__all__ = ["TensormoeConfig"]
-
 
 @register_quantization_config(METHOD)
 class TensormoeConfig(QuantizationConfigMixin):

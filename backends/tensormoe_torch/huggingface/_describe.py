@@ -19,8 +19,6 @@ from tensormoe_torch.compression._experts import PROJECTIONS, Activation, Factor
 from tensormoe_torch.huggingface._activations import act_of, name_of
 from tensormoe_torch.surgery._replace import at
 
-__all__ = ["KINDS", "block_config", "described", "entry"]
-
 KINDS = (MuMoE, MuMoEEmbedding, MuMoEMLP, FactorizedExperts)
 _KEYS = {each.__name__: {"kind", "config"} for each in KINDS} | {
     MuMoEMLP.__name__: {"kind", "act", "config"},

@@ -16,8 +16,6 @@ from tensormoe.errors import BackendError, CheckpointError, SpecError
 from tensormoe_torch.huggingface._build import install
 from tensormoe_torch.huggingface._config import TensormoeConfig
 
-__all__ = ["TensormoeQuantizer"]
-
 
 @register_quantizer(METHOD)
 class TensormoeQuantizer(HfQuantizer):

@@ -8,8 +8,6 @@ from importlib.metadata import version
 from tensormoe._extras import missing
 from tensormoe.errors import MissingDependencyError
 
-__all__ = ["lacking"]
-
 _OLDEST = (5, 13)
 
 

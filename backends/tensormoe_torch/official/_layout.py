@@ -20,8 +20,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "Layout", "dotted", "factor_name", "find_layers"]
-
 ACTIVATIONS = ("entmax", "sparsemax", "softmax")
 """Activations of a gate; the released code takes any function, and saves none."""
 
@@ -97,10 +95,10 @@ class Layout:
         for layer in range(self.layers):
             source, target = (("in", "hidden"), ("hidden", "out"))[layer]
             modes = [*experts, f"{source}+", target if self.layers == 2 else "out"]
-            for place, mode in enumerate(modes):
-                before, after = self.bond(place), self.bond((place + 1) % len(modes))
+            for index, mode in enumerate(modes):
+                before, after = self.bond(index), self.bond((index + 1) % len(modes))
                 ring = (before, mode, after)
-                named[factor_name(layer, place)] = ring if self.ring else (mode, before)
+                named[factor_name(layer, index)] = ring if self.ring else (mode, before)
         if self.input_norm:
             named |= {"input_ln.weight": ("in",), "input_ln.bias": ("in",)}
         for level, mode in enumerate(experts if self.batch_norm else ()):

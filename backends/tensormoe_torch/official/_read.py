@@ -20,8 +20,6 @@ from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._pre_normed import PreNormed
 from tensormoe_torch.official._layout import ACTIVATIONS, Layout, dotted, factor_name, find_layers
 
-__all__ = ["from_official"]
-
 _FACTORIZATIONS = ("cp", "tensor_ring", "tensor_train")
 
 
@@ -153,7 +151,7 @@ def _configs(
     gate = replace(usual, activation=activation)
     experts = tuple(sizes[f"n{level}"] for level in range(layout.levels))
     modes = ["in", "hidden", "out"] if layout.layers == 2 else ["in", "out"]
-    bonds = tuple(sizes[layout.bond(place)] for place in range(layout.levels + 2))
+    bonds = tuple(sizes[layout.bond(index)] for index in range(layout.levels + 2))
     factorization: Factorization = CP(bonds[0])
     if layout.ring:
         factorization = TensorTrain(bonds[1:]) if train else TensorRing(bonds)

@@ -15,8 +15,6 @@ from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._pre_normed import PreNormed
 from tensormoe_torch.official._layout import ACTIVATIONS, dotted, factor_name
 
-__all__ = ["to_official"]
-
 
 @torch.no_grad()
 def to_official(
@@ -56,12 +54,12 @@ def to_official(
             + "\n".join(misfits)
         )
     state: dict[str, Tensor] = {}
-    for place, mixture in enumerate(_layers(block)):
+    for index, mixture in enumerate(_layers(block)):
         spec = mixture.spec
         factors = {name: mixture.factors[name] for name in spec.shapes}
         found = to_tensorly(spec.factorization, factors)
         for k, factor in enumerate(found[1] if isinstance(spec.factorization, CP) else found):
-            state[factor_name(place, k)] = factor
+            state[factor_name(index, k)] = factor
     if norm is not None:
         state |= {f"input_ln.{name}": array for name, array in norm.named_parameters()}
     gate: Any = block.gate
@@ -97,15 +95,15 @@ def _stored(mixture: MuMoE) -> str:
 def _misfits(block: MuMoE | MuMoEMLP, norm: nn.Module | None) -> list[str]:
     """Properties of a block that the released code cannot hold, one line for each."""
     lines = []
-    for place, mixture in enumerate(_layers(block)):
+    for index, mixture in enumerate(_layers(block)):
         spec = mixture.spec
         if not isinstance(spec.factorization, CP | TensorRing | TensorTrain):
             lines.append(
-                f"layer {place} must be CP, a tensor ring or a tensor train; got "
+                f"layer {index} must be CP, a tensor ring or a tensor train; got "
                 f"{spec.factorization!r}"
             )
         if spec.levels > 2:
-            lines.append(f"layer {place} must have one or two levels; got {spec.experts}")
+            lines.append(f"layer {index} must have one or two levels; got {spec.experts}")
     gate = None if block.gate is None else block.gate.gate
     if gate is None:
         lines.append("the layer must have a gate; got none")

@@ -21,8 +21,6 @@ from tensormoe_torch._activations import ACTIVATIONS, match, own_activation, rea
 from tensormoe_torch.surgery._linears import Linear, is_linear, read_linear
 from tensormoe_torch.surgery._watch import Watch, call_order, watch
 
-__all__ = ["Block", "read_block"]
-
 
 @dataclass(frozen=True, eq=False)
 class Block:
@@ -210,19 +208,19 @@ def _match(seen: Watch) -> _Matched | None:
     """The activation that takes what the first layers returned to what the last one was given."""
     if seen.middle is None:
         return None
-    for place, values in enumerate(seen.returned):
-        others = _without(seen.returned, place)
+    for index, values in enumerate(seen.returned):
+        others = _without(seen.returned, index)
         for part, given, result in seen.modules:
             held = any(True for _ in (*part.parameters(), *part.buffers()))
             if not torch.equal(given, values) or not _close(seen.middle, result, others):
                 continue
             name = None if held else match(given, result)
-            return _Matched(place, name, None if name else part)
+            return _Matched(index, name, None if name else part)
     named = [
-        _Matched(place, name, None)
-        for place, values in enumerate(seen.returned)
+        _Matched(index, name, None)
+        for index, values in enumerate(seen.returned)
         for name, function in ACTIVATIONS.items()
-        if _close(seen.middle, function(values), _without(seen.returned, place))
+        if _close(seen.middle, function(values), _without(seen.returned, index))
     ]
     # in 16 bits, several give the same values
     return named[0] if len(named) == 1 else None

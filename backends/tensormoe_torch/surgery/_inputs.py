@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from tensormoe.errors import SpecError
 
-__all__ = ["count_inputs", "evaluating", "run_model"]
-
 
 def count_inputs(
     model: nn.Module,

@@ -12,8 +12,6 @@ from torch.nn.parameter import is_lazy
 from tensormoe.errors import SpecError
 from tensormoe_torch._dtypes import FLOATS
 
-__all__ = ["Linear", "is_linear", "read_linear"]
-
 
 @dataclass(frozen=True, eq=False)
 class Linear:

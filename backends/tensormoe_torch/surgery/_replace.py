@@ -35,8 +35,6 @@ from tensormoe_torch.surgery._select import Select, nearby, select_modules
 from tensormoe_torch.surgery._surroundings import check_surroundings, leave_fused_paths
 from tensormoe_torch.surgery._trial import all_or_nothing, try_out
 
-__all__ = ["at", "num_parameters", "replace", "swap"]
-
 _STARTS = ("weights", *INITIALIZATIONS)
 
 

@@ -17,8 +17,6 @@ from tensormoe._html import table_html
 from tensormoe.functional import Fit
 from tensormoe.planning import Cost, Roofline
 
-__all__ = ["Replacement", "Surgery"]
-
 
 @dataclass(frozen=True)
 class Replacement:

@@ -12,8 +12,6 @@ from torch import nn
 from tensormoe._validation import brief
 from tensormoe.errors import SpecError
 
-__all__ = ["Select", "nearby", "select_modules"]
-
 Select: TypeAlias = "str | Iterable[str] | type[nn.Module] | Callable[[str, nn.Module], bool]"
 """Patterns on the names of modules, a class of modules, or a function of name and module."""
 
@@ -65,10 +63,10 @@ def _chosen(named: Mapping[str, nn.Module], select: Any) -> dict[str, nn.Module]
         found = {name: module for name, module in named.items() if isinstance(module, select)}
         what = f"of class {select.__name__}"
     elif isinstance(select, (list, tuple, set, frozenset)):
-        for place, pattern in enumerate(select):
+        for index, pattern in enumerate(select):
             if not isinstance(pattern, str):
                 raise SpecError(
-                    f"patterns of select must be strings; got {brief(pattern)} at place {place}."
+                    f"patterns of select must be strings; got {brief(pattern)} at place {index}."
                 )
         return _matching(named, list(select))
     elif callable(select) and not isinstance(select, (type, nn.Module)):

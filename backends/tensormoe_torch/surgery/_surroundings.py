@@ -11,8 +11,6 @@ from tensormoe.errors import SpecError
 from tensormoe_torch._hooks import has_hooks
 from tensormoe_torch.surgery._linears import is_linear
 
-__all__ = ["check_surroundings", "leave_fused_paths"]
-
 
 def check_surroundings(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     """Refuse modules that can't go without something else in the model changing.

@@ -12,8 +12,6 @@ from torch import nn
 from tensormoe.errors import SpecError
 from tensormoe_torch.surgery._inputs import evaluating, run_model
 
-__all__ = ["all_or_nothing", "try_out"]
-
 
 class _NotRun(Exception):
     """A model that fails on its example; the cause is what it raised."""

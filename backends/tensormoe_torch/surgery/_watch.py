@@ -15,8 +15,6 @@ from tensormoe_torch._activations import probe
 from tensormoe_torch._hooks import without_hooks
 from tensormoe_torch.surgery._linears import Linear, is_linear
 
-__all__ = ["Watch", "call_order", "watch"]
-
 
 @dataclass(eq=False)
 class Watch:

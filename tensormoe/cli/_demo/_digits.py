@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CLASSES", "PIXELS", "Digits", "load"]
-
 NDArray = npt.NDArray[Any]
 
 CLASSES, PIXELS = 10, 64

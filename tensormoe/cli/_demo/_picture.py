@@ -15,8 +15,6 @@ from tensormoe.plotting import COLOURS, figure, plot_experts, tidy
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw"]
-
 NDArray = npt.NDArray[Any]
 
 

@@ -10,8 +10,6 @@ import numpy.typing as npt
 
 from tensormoe_numpy import MuMoE
 
-__all__ = ["largest_error", "routing"]
-
 NDArray = npt.NDArray[Any]
 
 

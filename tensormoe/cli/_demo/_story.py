@@ -31,8 +31,6 @@ from tensormoe_numpy import MuMoE
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["tell"]
-
 _RUNS = 3
 _BATCH = 1024
 _GATE = Gate("entmax")

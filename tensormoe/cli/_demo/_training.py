@@ -14,8 +14,6 @@ import numpy.typing as npt
 from tensormoe.cli._demo._digits import CLASSES, PIXELS, Digits
 from tensormoe_numpy import ACTIVATIONS, Adam, Gradients, MuMoE
 
-__all__ = ["HIDDEN", "Classifier", "History", "Linear", "train"]
-
 NDArray = npt.NDArray[Any]
 Arrays = dict[str, NDArray]
 
