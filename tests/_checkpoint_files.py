@@ -1,11 +1,10 @@
-"""What the tests of checkpoints share: arrays, files made by hand, strategies, and a process."""
+"""What the tests of checkpoints share: arrays, files made by hand, and strategies."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,6 @@ from hypothesis import strategies as st
 
 from tensormoe_numpy import BACKEND
 
-ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "backends")]),
-    "OMP_NUM_THREADS": "1",
-}
 CONFIG = {
     "spec": {"in_features": 3, "experts": [4, 2], "rank": None, "bias": True},
     "gate": {"alpha": 1.5, "name": "entmax-μ"},

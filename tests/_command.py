@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tensormoe.cli import main
+from tests._python import run_python
 
-ROOT = Path(__file__).resolve().parents[1]
 LAYER = ("64", "64", "16")
 
 
@@ -21,15 +19,8 @@ def run(
     *words: str, code: str | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """The command, or ``code``, in a process of its own that turns warnings into errors."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
     start = ["-m", "tensormoe.cli"] if code is None else ["-c", code]
-    return subprocess.run(
-        [sys.executable, "-W", "error", *start, *words],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_python("-W", "error", *start, *words, **environment)
 
 
 def ask(capsys: pytest.CaptureFixture[str], *words: str) -> Any:

@@ -101,8 +101,9 @@ def separated(config: LayerConfig, arrays: Arrays, x: np.ndarray) -> np.ndarray:
                 (raw - raw.mean(axis=0)) / np.sqrt(spread**2 + gate.eps),
                 (raw - mean) / np.sqrt(variance + gate.eps),
             ]
+        scale = 1.0 if gate.normalization is None else gate.spread_of(raw.shape[1])
         for logits in every:
-            good &= _distance(gate, logits) > 0.0
+            good &= _distance(gate, scale * logits) > 0.0
     return good
 
 

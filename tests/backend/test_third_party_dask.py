@@ -16,6 +16,7 @@ from tensormoe.backend import Backend
 from tensormoe.checkpoint import read_block, save_checkpoint
 from tensormoe.functional import LayerConfig
 from tensormoe.testing import BackendContract
+from tests._examples import with_examples
 from tests._third_party import installed_package
 
 # chunks of a few entries are no way to compute, but a way to test
@@ -37,6 +38,8 @@ def chunked(array: np.ndarray) -> da.Array:
     return da.from_array(array.copy(), chunks=(*((size + 1) // 2 for size in first), *whole))
 
 
+# thousands of tasks for each layer
+@with_examples(operations=50, layers=15)
 class TestDask(BackendContract):
     @property
     def backend(self) -> Any:

@@ -89,11 +89,7 @@ def assert_refused_by(
     library: Library, call: Callable[[], Any], error: type[TensormoeError], message: str
 ) -> None:
     """An error whose message has the library's own words in place of ``{name}`` and others."""
-    words = {
-        "name": library.name,
-        "dtype": library.dtype,
-        "foreign": library.foreign[1],
-    }
+    words = {"name": library.name, "dtype": library.dtype, "foreign": library.foreign[1]}
     for key, value in words.items():
         message = message.replace(f"{{{key}}}", value)
     assert_refused(call, error, message)

@@ -9,7 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests._checkpoint_files import ENVIRONMENT
+from tests._python import ENVIRONMENT
 from tests.checkpoint._versions import (
     ONE_SAVE_AFTER_ANOTHER,
     assert_one_whole_version,

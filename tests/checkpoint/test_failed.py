@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tensormoe.errors import CheckpointError
-from tests._checkpoint_files import ENVIRONMENT, posix
+from tests._checkpoint_files import posix
+from tests._python import run_python
 from tests.checkpoint._versions import assert_one_whole_version, save_version
 
 LIMITED = """
@@ -31,14 +30,7 @@ except CheckpointError as error:
 def test_no_room_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a"
     save_version(path, 1, 9)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", LIMITED, path],
-        env=ENVIRONMENT,
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = run_python("-W", "error", "-c", LIMITED, path)
     assert "could not be written: File too large. What was there before is unchanged" in done.stdout
     assert not done.stderr
     assert assert_one_whole_version(path, 9) == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +14,8 @@ import safetensors.numpy
 from tensormoe.checkpoint import ArrayInfo, peek_checkpoint, read_checkpoint, save_checkpoint
 from tensormoe.errors import CheckpointError
 from tensormoe_numpy import BACKEND
-from tests._checkpoint_files import CONFIG, ENVIRONMENT, METADATA, equal, f32, raw_file, some_arrays
+from tests._checkpoint_files import CONFIG, METADATA, equal, f32, raw_file, some_arrays
+from tests._python import run_python
 
 
 def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
@@ -90,9 +90,8 @@ save_checkpoint(sys.argv[1], "MuMoE", {}, {"x": array})
 found = read_checkpoint(sys.argv[1], BACKEND).arrays["x"]
 assert found.dtype == array.dtype and (found == array).all()
 """
-    subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "a"], env=ENVIRONMENT, check=True, timeout=60
-    )
+    done = run_python("-c", script, tmp_path / "a")
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_core_alone_looks_inside(tmp_path: Path) -> None:
@@ -103,12 +102,5 @@ from tensormoe.checkpoint import peek_checkpoint
 print(peek_checkpoint(sys.argv[1]).arrays["factors.input"].shape)
 assert "numpy" not in sys.modules
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "a"],
-        env=ENVIRONMENT,
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.stdout == "(3, 4)\n"
+    done = run_python("-c", script, tmp_path / "a")
+    assert done.stdout == "(3, 4)\n", done.stderr

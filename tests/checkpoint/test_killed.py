@@ -15,7 +15,8 @@ import pytest
 from tensormoe.checkpoint import PARTIAL_SUFFIX, read_checkpoint
 from tensormoe.errors import CheckpointError
 from tensormoe_numpy import BACKEND
-from tests._checkpoint_files import ENVIRONMENT, posix
+from tests._checkpoint_files import posix
+from tests._python import ENVIRONMENT
 from tests.checkpoint._versions import (
     ONE_SAVE_AFTER_ANOTHER,
     assert_one_whole_version,
@@ -77,11 +78,7 @@ save_checkpoint(path, "MuMoE", {"version": 2}, {k: np.full(9, 2, np.float32) for
 @posix
 @pytest.mark.parametrize(
     ("function", "place", "version", "partial"),
-    [
-        ("fsync", "before", 1, 1),
-        ("replace", "before", 1, 1),
-        ("replace", "after", 2, 0),
-    ],
+    [("fsync", "before", 1, 1), ("replace", "before", 1, 1), ("replace", "after", 2, 0)],
 )
 def test_killed_at_each_step(
     tmp_path: Path, function: str, place: str, version: int, partial: int

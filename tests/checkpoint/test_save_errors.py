@@ -42,20 +42,12 @@ BAD_ARRAYS = [
     ({"": ZEROS}, CheckpointError, "non-empty strings"),
     ({"\udc00": ZEROS}, CheckpointError, "valid Unicode"),
     ({"__metadata__": ZEROS}, CheckpointError, "other than '__metadata__'"),
-    (
-        {"x": np.zeros(2, complex)},
-        CheckpointError,
-        "dtype must be one of .*; got 'complex128'",
-    ),
+    ({"x": np.zeros(2, complex)}, CheckpointError, "dtype must be one of .*; got 'complex128'"),
     ({"x": np.array([None])}, CheckpointError, "array 'x': dtype must be one of"),
     ({"x": np.array(["a"])}, CheckpointError, "array 'x': dtype must be one of"),
     ({"x": np.zeros((1,) * 40)}, CheckpointError, "array 'x': shape must hold at most 32"),
     ({"x": [1.0]}, BackendError, r"array 'x': arrays must come from one of .*builtins\.list"),
-    (
-        {"x": ZEROS, "y": 1.0},
-        BackendError,
-        r"'y' must be an array of numpy; got builtins\.float",
-    ),
+    ({"x": ZEROS, "y": 1.0}, BackendError, r"'y' must be an array of numpy; got builtins\.float"),
     ({"x": np.ma.masked_array([1.0], mask=[True])}, BackendError, "'x': arrays must be plain"),
     (
         {"x": ZEROS, "y": np.ones((1, 1)).view(np.matrix)},

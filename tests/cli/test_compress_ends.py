@@ -84,10 +84,7 @@ def test_interrupted_before_anything_was_done(model: Path, tmp_path: Path) -> No
 
 
 def test_the_command_says_how_to_go_on(
-    model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from tensormoe.compression import _run
 
@@ -111,10 +108,7 @@ def test_the_command_says_how_to_go_on(
 
 
 def test_a_time_limit(
-    model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["compress", str(model), "--experts", PATTERN[0], "--budget", "50%", "--json"]
     ticks = count()

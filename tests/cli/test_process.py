@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests._command import LAYER, ROOT, run
+from tests._command import LAYER, run
+from tests._python import ENVIRONMENT
 
 
 def test_help_and_version() -> None:
@@ -47,13 +48,12 @@ def test_output_that_cannot_be_encoded_is_no_failure() -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes and signals as POSIX has them")
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
     for words in ("rank 64 64 16", "rank 64 64 16 --json"):
         reading, writing = os.pipe()
         os.close(reading)
         done = subprocess.run(
             [sys.executable, "-W", "error", "-m", "tensormoe.cli", *words.split()],
-            env={**os.environ, "PYTHONPATH": path},
+            env=ENVIRONMENT,
             stdout=writing,
             stderr=subprocess.PIPE,
             check=False,
@@ -65,11 +65,10 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes and signals as POSIX has them")
 def test_an_interrupt_is_status_130(tmp_path: Path) -> None:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
     words = ["demo", "--epochs", "100000", "--out", str(tmp_path)]
     process = subprocess.Popen(
         [sys.executable, "-m", "tensormoe.cli", *words],
-        env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+        env={**ENVIRONMENT, "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -84,10 +84,7 @@ def test_a_table_and_the_same_as_json(
 
 
 def test_a_dry_run_reads_headers_and_writes_nothing(
-    model: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for path in model.glob("*.safetensors"):
         # numbers that a run would refuse

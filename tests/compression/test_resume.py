@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,11 @@ import numpy as np
 import pytest
 
 from tensormoe.checkpoint._files import PARTIAL_SUFFIX
-from tensormoe.compression import (
-    Compression,
-    CompressionProgress,
-    compress_checkpoint,
-)
+from tensormoe.compression import Compression, CompressionProgress, compress_checkpoint
 from tensormoe.errors import CheckpointError
 from tests._compress_models import PATTERN, content, experts, save_shards
+from tests._python import ENVIRONMENT, run_python
 
-ROOT = Path(__file__).resolve().parents[2]
 WANTED = Compression("tensor_ring", budget=0.5, experts=PATTERN)
 GROUPS = 3
 
@@ -65,50 +62,62 @@ compress_checkpoint(model, output, wanted)
 """
 
 
-@pytest.fixture
-def model(tmp_path: Path, rng: np.random.Generator) -> Path:
+def made(path: Path) -> Path:
     """Three groups in two shards, one of which is in both."""
+    rng = np.random.default_rng(0)
     first, second, third = (experts(rng, layer=layer) for layer in range(GROUPS))
     keys = list(second)
     halves = ({key: second[key] for key in part} for part in (keys[:2], keys[2:]))
     one, two = halves
     one |= {"model.norm.weight": third[next(iter(third))][0].clone()}
-    return save_shards(tmp_path / "model", first | one, two | third)
+    return save_shards(path, first | one, two | third)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("made") / "model")
+
+
+@cache
+def unstopped(model: Path, dense: bool) -> dict[str, bytes]:
+    """What a run that nobody stopped writes."""
+    output = model.with_name(f"dense {dense}")
+    compress_checkpoint(model, output, replace(WANTED, dense=dense))
+    return content(output)
 
 
 def run(model: Path, output: Path, dense: str, where: str, count: int) -> Any:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
-    return subprocess.run(
-        [sys.executable, "-c", _RUN, str(model), str(output), dense, where, str(count)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_python("-c", _RUN, model, output, dense, where, count)
 
 
-def same(first: Path, second: Path) -> None:
-    """Every byte of two outputs."""
-    one, other = content(first), content(second)
-    assert list(one) == list(other)
-    for name in one:
-        assert one[name] == other[name], name
+def continued(model: Path, output: Path, dense: bool) -> None:
+    """Run to the end, which leaves every byte of a run that nobody stopped, and nothing else."""
+    compress_checkpoint(model, output, replace(WANTED, dense=dense))
+    found, wanted = content(output), unstopped(model, dense)
+    assert list(found) == list(wanted)
+    for name in wanted:
+        assert found[name] == wanted[name], name
+    assert not output.with_name(f"{output.name}{PARTIAL_SUFFIX}").exists()
 
 
 @pytest.mark.parametrize(
-    ("where", "count"),
+    ("dense", "where", "count"),
     [
-        ("fsync", 0),  # before the journal's first line has its name
-        ("fsync", 3),  # the first factors have their name, and are not noted
-        ("fsync", 6),
-        ("replace", 2),
-        ("replace", 5),  # shards are being written
-        ("chunk", 0),  # in the middle of one
-        ("unlink", 0),  # the manifest is there, the journal is still
-        ("rename", 0),  # everything but the final name
+        ("factors", "fsync", 0),  # before the journal's first line has its name
+        ("factors", "fsync", 3),  # the first factors have their name, and are not noted
+        ("factors", "fsync", 6),
+        ("factors", "replace", 2),
+        ("factors", "replace", 5),  # shards are being written
+        ("factors", "chunk", 0),  # in the middle of one
+        ("factors", "unlink", 0),  # the manifest is there, the journal is still
+        ("factors", "rename", 0),  # everything but the final name
+        # with a folder of factors that is dropped at the end
+        ("dense", "fsync", 3),
+        ("dense", "replace", 5),
+        ("dense", "chunk", 0),
+        ("dense", "unlink", 0),
     ],
 )
-@pytest.mark.parametrize("dense", ["dense", "factors"])
 def test_killed_and_continued(
     where: str, count: int, dense: str, model: Path, tmp_path: Path
 ) -> None:
@@ -116,11 +125,7 @@ def test_killed_and_continued(
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "out").exists()
     assert (tmp_path / f"out{PARTIAL_SUFFIX}").exists()
-    wanted = replace(WANTED, dense=dense == "dense")
-    compress_checkpoint(model, tmp_path / "out", wanted)
-    compress_checkpoint(model, tmp_path / "whole", wanted)
-    same(tmp_path / "out", tmp_path / "whole")
-    assert not (tmp_path / f"out{PARTIAL_SUFFIX}").exists()
+    continued(model, tmp_path / "out", dense == "dense")
 
 
 def test_what_is_done_is_not_done_again(
@@ -158,7 +163,8 @@ def test_what_is_done_is_not_done_again(
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_another_command_on_the_same_output(whole: bool, model: Path, tmp_path: Path) -> None:
+def test_another_command_on_the_same_output(whole: bool, tmp_path: Path) -> None:
+    model = made(tmp_path / "model")
     if whole:
         compress_checkpoint(model, tmp_path / "out", WANTED)
     else:
@@ -179,8 +185,10 @@ def test_another_command_on_the_same_output(whole: bool, model: Path, tmp_path: 
         compress_checkpoint(model, tmp_path / "out", WANTED)
 
 
-@pytest.mark.parametrize("dense", ["dense", "factors"])
-@pytest.mark.parametrize("limit", [0, 600, 1500])
+@pytest.mark.parametrize(
+    ("limit", "dense"),
+    [(0, "factors"), (600, "factors"), (1500, "factors"), (600, "dense"), (1500, "dense")],
+)
 def test_a_full_disk(limit: int, dense: str, model: Path, tmp_path: Path) -> None:
     failed = run(model, tmp_path / "out", dense, "limit", limit)
     assert failed.returncode == 1
@@ -190,10 +198,7 @@ def test_a_full_disk(limit: int, dense: str, model: Path, tmp_path: Path) -> Non
     # no file but the journal was left in the middle
     for path in (tmp_path / f"out{PARTIAL_SUFFIX}").rglob("*"):
         assert not path.name.endswith(PARTIAL_SUFFIX)
-    wanted = replace(WANTED, dense=dense == "dense")
-    compress_checkpoint(model, tmp_path / "out", wanted)
-    compress_checkpoint(model, tmp_path / "whole", wanted)
-    same(tmp_path / "out", tmp_path / "whole")
+    continued(model, tmp_path / "out", dense == "dense")
 
 
 def test_a_disk_that_is_too_small_is_said_first(
@@ -206,7 +211,7 @@ def test_a_disk_that_is_too_small_is_said_first(
     monkeypatch.setattr(_run, "read_stack", None)
     with pytest.raises(CheckpointError, match=r"must have space for .* bytes; it has 100"):
         compress_checkpoint(model, tmp_path / "out", WANTED)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    assert not [*tmp_path.iterdir()]
 
 
 def test_two_at_once(model: Path, tmp_path: Path) -> None:
@@ -250,19 +255,15 @@ def test_damaged_journals(
     killed = run(model, tmp_path / "out", "factors", "chunk", 0)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(list(map(json.loads, journal.read_bytes().splitlines()))) == 1 + GROUPS
-    compress_checkpoint(model, tmp_path / "out", WANTED)
-    compress_checkpoint(model, tmp_path / "whole", WANTED)
-    same(tmp_path / "out", tmp_path / "whole")
+    continued(model, tmp_path / "out", dense=False)
 
 
 def test_a_killed_command_line(model: Path, tmp_path: Path) -> None:
     """A process that is killed at any moment, as long as it runs."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
     words = ["compress", str(model), "--experts", PATTERN[0], "--budget", "50%", "--json"]
     command = [sys.executable, "-m", "tensormoe.cli", *words, "--output", str(tmp_path / "out")]
-    environment = {**os.environ, "PYTHONPATH": path}
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         journal = tmp_path / f"out{PARTIAL_SUFFIX}" / ".tensormoe-journal"
         end = time.monotonic() + 60
@@ -270,7 +271,6 @@ def test_a_killed_command_line(model: Path, tmp_path: Path) -> None:
             time.sleep(0.001)
         process.kill()
         process.communicate()
-    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=True)
     assert len(json.loads(done.stdout)["groups"]) == GROUPS
-    compress_checkpoint(model, tmp_path / "whole", WANTED)
-    same(tmp_path / "out", tmp_path / "whole")
+    continued(model, tmp_path / "out", dense=False)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,28 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tensormoe import (
-    CP,
-    Hadamard,
-    LayerSpec,
-    TensorRing,
-    TensorTrain,
-    Tucker,
-    functional,
-)
-from tensormoe.compression import (
-    Compression,
-    Pattern,
-    compress_checkpoint,
-    plan_compression,
-)
+from tensormoe import CP, Hadamard, LayerSpec, TensorRing, TensorTrain, Tucker, functional
+from tensormoe.compression import Compression, Pattern, compress_checkpoint, plan_compression
 from tensormoe.compression._values import decoded, encoded
 from tensormoe.decomposition import decompose
 from tensormoe.decomposition._gauge import even, orthonormal
 from tensormoe.testing import reconstruct, reconstruct_by_einsum
 from tests._compress_models import PATTERN, experts, save
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests._python import run_python
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
@@ -299,13 +282,7 @@ def test_memory_stays_below_what_is_promised(
             file.write(encoded(matrix, "bfloat16"))
         # larger than what may be held, and of a dtype that nobody needs to know
         file.truncate(8 + len(head) + count * size + other)
-    path = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
-    done = subprocess.run(
-        [sys.executable, "-c", _MEASURED, model, tmp_path / "out", name, str(budget), dense],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_python("-c", _MEASURED, model, tmp_path / "out", name, budget, dense)
+    assert done.returncode == 0, done.stderr
     promised, peak = map(int, done.stdout.split())
     assert peak < promised < min(2.2 * peak, other)

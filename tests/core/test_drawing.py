@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests._python import run_python
 
 DRAW = """
 import sys
@@ -46,13 +43,7 @@ assert draw_network(spec).svg == spec.draw().svg
 
 def test_drawings_need_no_array_library(tmp_path: Path) -> None:
     svg, png = tmp_path / "network.svg", tmp_path / "plan.png"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", DRAW, str(svg), str(png)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python("-W", "error", "-c", DRAW, svg, png)
     assert done.returncode == 0, done.stderr
     assert ElementTree.fromstring(done.stdout).tag.endswith("svg")
     assert ElementTree.fromstring(svg.read_text("utf-8")).tag.endswith("svg")

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
-import sys
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 from typing import get_origin
 
 import pytest
 
 from tensormoe.errors import MissingDependencyError
+from tests._python import ROOT, run_python
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (ROOT / "tensormoe", ROOT / "backends")
 HEAVY = ("cupy", "jax", "jaxlib", "matplotlib", "numpy", "opt_einsum", "rich", "scipy", "torch")
 
@@ -31,15 +27,9 @@ json.dump({"seconds": seconds, "modules": sorted(set(sys.modules) - before)}, sy
 """
 
 
-def run_python(code: str) -> str:
+def printed(code: str) -> str:
     """Standard output of ``code`` in a new interpreter that turns warnings into errors."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "backends")])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python("-W", "error", "-c", code)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     return done.stdout
@@ -69,7 +59,7 @@ def load(name: str) -> ModuleType:
 
 
 def test_import_loads_no_array_library() -> None:
-    modules = json.loads(run_python(IMPORT_AND_MEASURE))["modules"]
+    modules = json.loads(printed(IMPORT_AND_MEASURE))["modules"]
     assert not {name.partition(".")[0] for name in modules}.intersection(HEAVY)
 
 
@@ -77,10 +67,8 @@ def test_import_loads_what_is_asked_for_alone() -> None:
     code = (
         "import sys, tensormoe; {}; print(*(name for name in sys.modules if 'tensormoe.' in name))"
     )
-    assert not run_python(code.format("pass")).split()
-    loaded = run_python(
-        code.format("tensormoe.LayerSpec(6, 5, 4, tensormoe.CP(3)).plan(2)")
-    ).split()
+    assert not printed(code.format("pass")).split()
+    loaded = printed(code.format("tensormoe.LayerSpec(6, 5, 4, tensormoe.CP(3)).plan(2)")).split()
     assert "tensormoe.planning" in loaded
     assert "tensormoe.gates" not in loaded
     others = ("selection", "decomposition", "compression", "checkpoint", "functional", "cli")
@@ -100,7 +88,7 @@ def test_import_takes_a_share_of_numpy_s(
     code = "import time; start = time.process_time(); {}; print(time.process_time() - start)"
     # the fastest of five: the others measure what else the machine is doing
     own, numpy = (
-        min(float(run_python(code.format(each))) for _ in range(5))
+        min(float(printed(code.format(each))) for _ in range(5))
         for each in (statement, "import numpy")
     )
     assert own < most * numpy, (own, numpy)

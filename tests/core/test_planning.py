@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests._python import run_python
 
 PLAN = """
 import sys
@@ -41,12 +36,6 @@ print(spec.plan(32).describe())
     ],
 )
 def test_plans_and_costs_need_no_array_library(factorization: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PLAN.format(factorization=factorization)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python("-W", "error", "-c", PLAN.format(factorization=factorization))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -53,10 +53,7 @@ ON_HOST: dict[str, tuple[str, Callable[[], Any]]] = {
     "input when prepared": ("x", lambda: layer().prepare()(HOST)),
     "coefficients": ("coefficients of level 0", lambda: layer()(device(HOST), SHARES)),
     "coefficients by index": ("coefficients of level 0", lambda: layer()(device(HOST), chosen())),
-    "cotangent": (
-        "the cotangent",
-        lambda: layer().vjp(device(HOST))[1](HOST[:, :5]),
-    ),
+    "cotangent": ("the cotangent", lambda: layer().vjp(device(HOST))[1](HOST[:, :5])),
     "cotangent of the gate": (
         "the cotangent of level 0",
         lambda: layer().route_vjp(device(HOST))[1]([SHARES]),

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from itertools import count, pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,9 @@ import pytest
 from tensormoe import CP, BaseDelta, SharedBasis, TensorRing, Tucker
 from tensormoe.decomposition import Decomposition, Progress, Search, _watch, decompose, error_curves
 from tensormoe.errors import SpecError
+from tests._python import ENVIRONMENT
 from tests.decomposition._cases import relative, weights_of
 
-ROOT = Path(__file__).resolve().parents[2]
 KINDS = [CP(9), TensorRing((2, 3, 3)), Tucker((3, 6, 6)), SharedBasis((2, 3)), BaseDelta(3)]
 
 
@@ -266,13 +265,12 @@ print(found.report.ended, f"{found.report.error:.4f}", flush=True)
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c() -> None:
     """A real SIGINT, in the middle of a long search."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "backends")])}
     with subprocess.Popen(
         [sys.executable, "-c", SCRIPT],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=ENVIRONMENT,
     ) as process:
         assert process.stdout is not None
         lines = [process.stdout.readline().split() for _ in range(20)]

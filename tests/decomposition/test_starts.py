@@ -29,10 +29,7 @@ SIZES = [(14, 10), (10, 14), (12, 12)]
 @pytest.mark.parametrize("levels", [(6,), (3, 4), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_few_experts_determine_a_shared_basis(
-    sizes: tuple[int, int],
-    levels: tuple[int, ...],
-    rank: tuple[int, int],
-    rng: np.random.Generator,
+    sizes: tuple[int, int], levels: tuple[int, ...], rank: tuple[int, int], rng: np.random.Generator
 ) -> None:
     """The start alone is exact, whichever side the shared matrices are on."""
     kind = SharedBasis(rank)

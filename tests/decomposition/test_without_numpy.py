@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
+
+from tests._python import run_python
 
 SCRIPT = """
 import sys
@@ -32,9 +31,7 @@ for call in (
 def test_decompose_says_what_to_install() -> None:
     """With PyTorch alone: small problems are solved on the host, by NumPy's LAPACK."""
     pytest.importorskip("torch")
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = run_python("-c", SCRIPT)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 2

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +17,7 @@ from tensormoe.errors import BackendError, ShapeError, SpecError
 from tensormoe.functional import BlockConfig, LayerConfig
 from tests._cupy_standin import device, host, installed
 from tests._kinds import KINDS
+from tests._python import run_python
 
 Arrays = dict[str, Any]
 
@@ -227,9 +226,7 @@ except MissingDependencyError as error:
 
 
 def test_only_fits_need_numpy() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = run_python("-c", SCRIPT)
     assert done.returncode == 0, done.stderr
     assert "fitting an expert needs numpy, which is not installed" in done.stdout
 

@@ -187,9 +187,7 @@ def _arrays() -> Iterator[Door]:
         "from_tensorly",
         tensormoe.from_tensorly,
         lambda: dict(
-            factorization=CP(2),
-            decomposition=tensormoe.to_tensorly(CP(2), factors()),
-            bias=True,
+            factorization=CP(2), decomposition=tensormoe.to_tensorly(CP(2), factors()), bias=True
         ),
     )
     for name in ("TensorRing", "TensorTrain", "Tucker", "Hadamard", "Dense"):

@@ -197,9 +197,7 @@ def _torch() -> Iterator[Door]:
         ),
     )
     yield Door(
-        "parameter_groups",
-        package.parameter_groups,
-        lambda: dict(model=layer(), weight_decay=0.1),
+        "parameter_groups", package.parameter_groups, lambda: dict(model=layer(), weight_decay=0.1)
     )
     yield Door(
         "ExpertGate",

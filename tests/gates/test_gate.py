@@ -98,8 +98,7 @@ def test_entropy_of_dense_and_sparse_coefficients():
 
 
 @pytest.mark.parametrize(
-    ("loss", "vjp"),
-    [(load_balance_loss, load_balance_loss_vjp), (entropy_loss, entropy_loss_vjp)],
+    ("loss", "vjp"), [(load_balance_loss, load_balance_loss_vjp), (entropy_loss, entropy_loss_vjp)]
 )
 def test_gradients_of_losses(loss, vjp):
     a = coefficients()

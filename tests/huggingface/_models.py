@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +14,6 @@ from tensormoe.decomposition import Search
 from tensormoe_torch import compress
 from tests._compress_models import family
 
-ROOT = Path(__file__).resolve().parents[2]
 QUICK = Search(sweeps=1, polish=0)
 FACTORIZED = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"]
 
@@ -41,19 +37,6 @@ def gpt2(dtype: torch.dtype = torch.float32) -> Any:
     sizes: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
     ids: dict[str, Any] = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
     return GPT2LMHeadModel(GPT2Config(**sizes, **ids, resid_pdrop=0.0)).eval().to(dtype)
-
-
-def run_python(code: str, *given: str) -> subprocess.CompletedProcess[str]:
-    """Code in a process of its own, with this checkout's packages."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
-    return subprocess.run(
-        [sys.executable, "-c", code, *given],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def load(folder: Path, **options: Any) -> Any:

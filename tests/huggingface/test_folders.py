@@ -18,7 +18,8 @@ from tensormoe.errors import SpecError
 from tensormoe_torch import MuMoE
 from tensormoe_torch.compression import FactorizedExperts
 from tests._compress_models import family, save_family
-from tests.huggingface._models import load, run_python
+from tests._python import run_python
+from tests.huggingface._models import load
 
 
 def compress(model: Path, output: Path, **options: Any) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def test_the_readme_says_what_to_import(factors: Path) -> None:
 
 def test_without_the_import_transformers_warns(factors: Path) -> None:
     code = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
-    run = run_python(code, str(factors))
+    run = run_python("-c", code, factors)
     assert "Unknown quantization type, got tensormoe" in run.stderr
     assert "config.json" in run.stderr
     config = json.loads((factors / "config.json").read_text())

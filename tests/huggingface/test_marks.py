@@ -22,7 +22,8 @@ from tensormoe_torch.compression import FactorizedExperts
 from tensormoe_torch.huggingface import _requirements, attach
 from tensormoe_torch.official import PreNormed
 from tests._compress_models import logits
-from tests.huggingface._models import compressed, gpt2, load, run_python
+from tests._python import run_python
+from tests.huggingface._models import compressed, gpt2, load
 
 
 def modules(model: Any) -> dict[str, Any]:
@@ -171,4 +172,4 @@ def test_old_releases_do_not_hinder_surgery(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_pytorch_layers_do_not_load_transformers() -> None:
     code = "import sys, tensormoe_torch; sys.exit('transformers' in sys.modules)"
-    assert run_python(code).returncode == 0
+    assert run_python("-c", code).returncode == 0

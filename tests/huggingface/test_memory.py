@@ -12,7 +12,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from tensormoe_torch import MuMoE
 from tensormoe_torch.compression import FactorizedExperts
 from tensormoe_torch.huggingface import attach
-from tests.huggingface._models import run_python
+from tests._python import run_python
 
 # the largest resident set since it was reset, pages of mapped files included, after every weight
 # was read once; in units of the model's own size
@@ -72,6 +72,6 @@ def test_loading_takes_the_compressed_size(tmp_path: Path) -> None:
     save(tmp_path / "warm", 16, 16, 2)
     dense = save(tmp_path / "model", 512, 1024, 128)
     assert dense > 5
-    run = run_python(MEASURE, str(tmp_path / "warm"), str(tmp_path / "model"))
+    run = run_python("-c", MEASURE, tmp_path / "warm", tmp_path / "model")
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < 1.3

@@ -19,6 +19,7 @@ import tensormoe_jax.nnx
 import tensormoe_numpy
 from tensormoe import CP, Gate, LayerSpec, TensorRing
 from tensormoe.functional import BlockConfig, LayerConfig
+from tests._frameworks import class_name
 
 Arrays = dict[str, np.ndarray]
 
@@ -68,13 +69,6 @@ def split(config: Any, arrays: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
         {name: array for name, array in arrays.items() if name in names},
         {name: array for name, array in arrays.items() if name not in names},
     )
-
-
-def class_name(config: Any) -> str:
-    """Name of the class of a configuration, the same in every framework."""
-    if isinstance(config, BlockConfig):
-        return "MuMoEMLP"
-    return "MuMoEEmbedding" if config.indexed_input else "MuMoE"
 
 
 def numpys(config: Any, arrays: Arrays) -> Any:

@@ -90,10 +90,7 @@ for each in ("entmax", "alpha 3"):
 
         # with its defaults, which check what varies between devices
         mapped = jax.shard_map(
-            total,
-            mesh=where,
-            in_specs=(P(), P("data")),
-            out_specs=(P(), P("data")),
+            total, mesh=where, in_specs=(P(), P("data")), out_specs=(P(), P("data"))
         )
         found = jax.jit(jax.grad(mapped, (0, 1), has_aux=True))(parameters, X)
         same(found, jax.jit(slopes(config))(parameters, X))

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, is_hypothesis_test, settings
-from hypothesis import strategies as st
 
 from tensormoe.testing import BackendContract
-from tensormoe.testing._layer_checks import CHECKS
 from tensormoe_jax import BACKEND
-
-
-def fewer(contract: type[BackendContract], examples: int) -> dict[str, Any]:
-    """The tests of a contract with fewer examples: JAX compiles each operation on each shape."""
-    return {
-        name: settings(CHECKS, max_examples=examples)(given(data=st.data())(inner))
-        for name, test in inspect.getmembers(contract, is_hypothesis_test)
-        for inner in [test.hypothesis.inner_test]
-    }
+from tests._examples import with_examples
 
 
 class OnJax(BackendContract):
@@ -36,13 +24,15 @@ class OnJax(BackendContract):
         return np.asarray(array)
 
 
-TestJax = pytest.mark.usefixtures("wide")(
-    type("TestJax", (OnJax,), {"__test__": True, **fewer(BackendContract, 15)})
-)
+# JAX compiles each operation on each shape
+@with_examples(operations=15, layers=6)
+@pytest.mark.usefixtures("wide")
+class TestJax(OnJax):
+    __test__ = True
+
 
 # as users get it: indices are of 32 bits, and there is no float64
-TestJaxIn32Bits = type(
-    "TestJaxIn32Bits",
-    (OnJax,),
-    {"__test__": True, "dtypes": ("float32",), **fewer(BackendContract, 5)},
-)
+@with_examples(operations=5, layers=3)
+class TestJaxIn32Bits(OnJax):
+    __test__ = True
+    dtypes = ("float32",)

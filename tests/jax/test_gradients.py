@@ -14,7 +14,7 @@ from flax import nnx
 import tensormoe_jax
 from tensormoe import CP, Gate, TensorRing
 from tensormoe.gates import entropy_loss, entropy_loss_vjp, load_balance_loss, load_balance_loss_vjp
-from tests._kinds import KINDS
+from tests._kinds import DELTAS
 from tests.jax._helpers import (
     Arrays,
     assert_same,
@@ -53,8 +53,8 @@ def jax_gradients(config: Any, arrays: Arrays, x: np.ndarray) -> tuple[Any, Any,
     return *slopes, kept
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_of_factorizations(kind: Any) -> None:
+@pytest.mark.parametrize("kind", DELTAS, ids=str)
+def test_of_sums_of_networks(kind: Any) -> None:
     config = config_of(kind, gate=Gate())
     arrays, x = values(config), normal(7, 5)
     assert_same(jax_gradients(config, arrays, x), numpys_gradients(config, arrays, x))
@@ -118,8 +118,7 @@ def dot(left: Any, right: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("loss", "vjp"),
-    [(load_balance_loss, load_balance_loss_vjp), (entropy_loss, entropy_loss_vjp)],
+    ("loss", "vjp"), [(load_balance_loss, load_balance_loss_vjp), (entropy_loss, entropy_loss_vjp)]
 )
 def test_losses_of_routing(loss: Any, vjp: Any) -> None:
     weights = jax.nn.softmax(jnp.asarray(normal(5, 4)), axis=-1)

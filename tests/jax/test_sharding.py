@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests._python import run_python
+
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str]:
     """All checks in one process, as starting JAX takes longer than most of them."""
     flags = os.environ.get("XLA_FLAGS", "")
-    environment = os.environ | {
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "backends")]),
-    }
-    ended = subprocess.run(
-        [sys.executable, "-W", "error", str(HERE / "_on_four_devices.py")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    flags += " --xla_force_host_platform_device_count=4"
+    script = HERE / "_on_four_devices.py"
+    ended = run_python("-W", "error", script, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
     assert not ended.returncode, ended.stderr
     found: dict[str, str] = json.loads(ended.stdout)
     return found

@@ -17,6 +17,7 @@ from tensormoe import CP, Gate, LayerSpec
 from tensormoe.functional import LayerConfig
 from tensormoe_jax import equinox as in_equinox
 from tensormoe_jax import nnx as in_nnx
+from tests._task import task
 from tests.jax._helpers import (
     assert_same,
     block_of,
@@ -31,15 +32,6 @@ from tests.jax._helpers import (
 )
 
 BATCH_NORM = Gate(normalization="batch", bias=True)
-
-
-def task() -> tuple[Any, Any, float]:
-    """The sign of the first feature picks the matrix; and the loss of the best linear layer."""
-    x, maps = normal(256, 8, dtype="float32"), normal(2, 8, 3, seed=1, dtype="float32")
-    target = np.where(x[:, :1] > 0, x @ maps[0], x @ maps[1])
-    design = np.concatenate([x, np.ones((256, 1), "float32")], axis=1)
-    best = design @ np.linalg.lstsq(design, target, rcond=None)[0]
-    return jnp.asarray(x), jnp.asarray(target), float(((best - target) ** 2).mean())
 
 
 def nnx_loop(module: Any, x: Any, target: Any, steps: int) -> list[float]:
@@ -83,6 +75,7 @@ def eqx_loop(
 @pytest.mark.parametrize("normalization", ["layer", "batch"])
 def test_loops_lower_the_loss_and_agree(normalization: str) -> None:
     x, target, linear = task()
+    x, target = to_jax((x, target))
     config = LayerConfig(LayerSpec(8, 3, 8, CP(12)), Gate(normalization=normalization))
     arrays = tensormoe_jax.initialize(config, jax.random.key(0))
     arrays |= tensormoe_jax.initial_buffers(config)
@@ -237,7 +230,7 @@ def test_sequential_hands_states_on() -> None:
 
 def test_parts_may_be_frozen() -> None:
     """Of a layer, the gate alone learns."""
-    x, target, _ = task()
+    x, target = to_jax(task()[:2])
     module = in_nnx.MuMoE(8, 3, 4, rank=3, rngs=0)
     before = jax.tree.map(jnp.copy, module.parameters)
     wanted = nnx.All(nnx.Param, nnx.PathContains("gate"))

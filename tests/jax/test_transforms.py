@@ -225,9 +225,13 @@ class TestStackedLayers:
         assert_same(output, self.want(apart, x))
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    "config", [SEVERAL, block_of(BATCH_NORM), config_of(gate=Gate("top_k", k=2))]
+    ("config", "form"),
+    [
+        *((SEVERAL, form) for form in FORMS),
+        (block_of(BATCH_NORM), "nnx"),
+        (config_of(gate=Gate("top_k", k=2)), "equinox"),
+    ],
 )
 def test_export_with_an_open_batch(config: Any, form: str) -> None:
     """Through bytes and back, one function serves every batch size."""

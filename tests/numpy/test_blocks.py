@@ -5,41 +5,12 @@ from __future__ import annotations
 import copy
 
 import numpy as np
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from tensormoe import CP, TensorRing
-from tensormoe.testing import assert_output, batch_shapes, coefficients, specs
-from tensormoe_numpy import MuMoEEmbedding, MuMoEMLP
-from tests._blocks import ACTIVATIONS, block_output
+from tensormoe_numpy import MuMoEMLP
 from tests.numpy._helpers import randomize
 
 
 class TestMLP:
-    @pytest.mark.parametrize("name", ACTIVATIONS)
-    @pytest.mark.parametrize("lead", [(), (0,), (4,), (2, 3)])
-    def test_it_is_two_mixtures_with_one_gate(self, name: str, lead: tuple[int, ...]) -> None:
-        block = randomize(
-            MuMoEMLP(
-                6,
-                7,
-                5,
-                act_layer=name,
-                experts=(3, 2),
-                factorization=(TensorRing(2), CP(3)),
-                dtype="float64",
-            )
-        )
-        x = np.random.default_rng(1).standard_normal((*lead, 6))
-        made = block.coefficients(x)
-        layers = [block.first.materialize(), block.second.materialize()]
-        want = block_output(name, layers, made, x)
-        got = block(x)
-        assert got.shape == (*lead, 5)
-        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9)
-        np.testing.assert_allclose(block(x, made), want, rtol=1e-9, atol=1e-9)
-
     def test_sizes_default_to_the_inputs(self) -> None:
         block = MuMoEMLP(6, experts=3, factorization="cp", rank=2)
         assert (block.first.spec.out_features, block.second.spec.out_features) == (6, 6)
@@ -56,20 +27,3 @@ class TestMLP:
         output, _ = block.vjp(x)
         assert 0.45 < np.mean(output == 0) < 0.55
         assert not np.array_equal(block.vjp(x)[0], output)
-
-
-@given(data=st.data())
-def test_embeddings_are_mixtures_of_rows(data: st.DataObject) -> None:
-    spec = data.draw(specs(bias=False), "spec")
-    lead = data.draw(batch_shapes(), "batch shape")
-    table = randomize(
-        MuMoEEmbedding(
-            spec.in_features, spec.out_features, spec.experts, spec.factorization, dtype="float64"
-        )
-    )
-    ids = np.random.default_rng(0).integers(spec.in_features, size=lead)
-    made = data.draw(coefficients(spec.experts, lead))
-    output = table(ids, made)
-    one_hot = np.eye(spec.in_features)[ids]
-    assert output.shape == (*lead, spec.out_features)
-    assert_output(output, spec.factorization, table.factors, made, one_hot)

@@ -73,25 +73,6 @@ def test_ready_made_coefficients(data: st.DataObject) -> None:
 
 
 @given(data=st.data())
-def test_top_k_coefficients_are_gathered(data: st.DataObject) -> None:
-    spec = data.draw(specs(), "spec")
-    layer = build(spec)
-    lead = data.draw(batch_shapes(), "batch shape")
-    k = data.draw(st.integers(1, min(spec.experts)), "k")
-    x = draw_input(data, spec.in_features, lead, "float64")
-    chosen, dense = [], []
-    rng = np.random.default_rng(0)
-    for count in spec.experts:
-        order = np.argsort(rng.random((*lead, count)), axis=-1)[..., :k]
-        values = rng.standard_normal((*lead, k))
-        full = np.zeros((*lead, count))
-        np.put_along_axis(full, order, values, axis=-1)
-        chosen.append(TopK(order, values))
-        dense.append(full)
-    assert_output(layer(x, chosen), spec.factorization, layer.factors, dense, x)
-
-
-@given(data=st.data())
 def test_nothing_is_written_to(data: st.DataObject) -> None:
     """Inputs, coefficients, cotangents and parameters may be read-only, and stay as they are."""
     spec = data.draw(specs(), "spec")

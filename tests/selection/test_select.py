@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import process_time
@@ -21,6 +19,7 @@ from tensormoe.factorizations import FACTORIZATIONS, rank_pattern, resolve_facto
 from tensormoe.gates import Gate
 from tensormoe.planning import PUBLISHED_ROOFLINES
 from tensormoe.selection import Budget, mlp_budgets, rank_front, select_rank
+from tests._python import run_python
 
 KINDS = ("parameters", "flops", "memory", "time")
 SEARCHED = ("cp", "tensor_ring", "tensor_train", "tucker")
@@ -335,12 +334,6 @@ print(select_rank("tucker", 64, 64, (8, 4), budget=Budget(time=1e-3)))
 """
 
 
-def test_selection_needs_no_array_library(pytestconfig: pytest.Config) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_ARRAYS],
-        cwd=pytestconfig.rootpath,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_selection_needs_no_array_library() -> None:
+    done = run_python("-c", WITHOUT_ARRAYS)
     assert done.returncode == 0, done.stderr

@@ -159,7 +159,7 @@ def test_the_front_of_a_large_family_is_whole(many: Many) -> None:
 PLANNED = [
     Many("tucker", 24, 20, (20,), 20, 20),
     Many("tensor_train", 24, 20, (20,), 20, 20),
-    Many("tensor_ring", 24, 20, (300,), 18, 20),
+    Many("tensor_ring", 24, 20, (100,), 13, 20),
     Many("cp", 300, 310, (20,), 1, 320),
     # few inputs, for which the planner contracts weights beforehand
     Many("tucker", 24, 20, (20,), 20, 20, batch=16),
@@ -186,7 +186,7 @@ def test_no_rank_within_work_memory_or_time_is_better(many: Many, kind: str) -> 
     assert len(taken) > 256
     # ranks with less than bonds of one are left out: overheads can make paths of small ones dear
     limits = sorted({value for value in taken.values() if value >= taken[1, 1]})
-    for limit in random.Random(3).sample(limits, min(len(limits), 30)):
+    for limit in random.Random(3).sample(limits, 12):
         budget = Budget(**{kind: limit}, batch=many.batch)  # type: ignore[arg-type]
         for objective in ("capacity", "expert_span"):
             fitting = {sizes: known[sizes] for sizes, value in taken.items() if value <= limit}
@@ -227,7 +227,8 @@ def test_a_rank_beyond_others_that_do_not_fit_is_found() -> None:
         return [*itertools.product(range(1, sizes[0] + 1), range(1, sizes[1] + 1))]
 
     tried = 0
-    for limit in sorted({*taken.values()}):
+    limits = sorted({*taken.values()})
+    for limit in random.Random(4).sample(limits, len(limits) // 3):
         fitting = {sizes: known[sizes] for sizes, value in taken.items() if value <= limit}
         wanted = bests(fitting, "capacity")
         if all(taken[each] <= limit for each in smaller(wanted)):

@@ -57,10 +57,7 @@ def official(
 
 
 def forward(
-    state: Mapping[str, Tensor],
-    x: Tensor,
-    training: bool = False,
-    activation: Any = entmax15,
+    state: Mapping[str, Tensor], x: Tensor, training: bool = False, activation: Any = entmax15
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The released layer from its formulas; with batch norm's statistics behind a training step."""
     x = x[:, None, :] if x.ndim == 2 else x

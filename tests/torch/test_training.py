@@ -14,13 +14,17 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
-import tensormoe_numpy
 from tensormoe import CP, Gate, LayerSpec, TensorRing, TopK
 from tensormoe.gates import entropy_loss, entropy_loss_vjp, load_balance_loss, load_balance_loss_vjp
 from tensormoe.testing import batch_shapes, coefficients, gates, specs
 from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP
 from tests._kinds import ABLE, GATES, KINDS
+from tests._task import task
+from tests.numpy._helpers import build as numpys_layer
 from tests.torch._helpers import build, gradients, normal, numpy_of, randomize, traced
+
+# neither depends on the other
+PAIRS = [*((kind, GATES[0]) for kind in KINDS), *((KINDS[0], gate) for gate in GATES[1:])]
 
 
 def as_function(module: nn.Module, *data: Tensor, call: Callable[..., Any] | None = None) -> Any:
@@ -51,20 +55,14 @@ class TestDifferences:
 
     @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.parametrize(
-        "gate",
-        [*GATES, Gate(normalization=None), Gate("softmax", normalization="batch")],
-        ids=str,
+        "gate", [*GATES, Gate(normalization=None), Gate("softmax", normalization="batch")], ids=str
     )
     def test_of_gates(self, gate: Gate, training: bool) -> None:
         layer = build(LayerSpec(4, 3, (5, 3), CP(3)), gate).train(training)
         run, arguments = as_function(layer, normal(4, 4, seed=3).requires_grad_())
         assert gradcheck(run, arguments)
 
-    @pytest.mark.parametrize(
-        "gate",
-        GATES,
-        ids=str,
-    )
+    @pytest.mark.parametrize("gate", GATES, ids=str)
     def test_second_derivatives_of_gates(self, gate: Gate) -> None:
         layer = build(LayerSpec(4, 3, 5, CP(3)), gate)
         run, arguments = as_function(layer, normal(4, 4, seed=3).requires_grad_())
@@ -136,15 +134,7 @@ def test_every_way_gives_the_same_gradients(data: st.DataObject) -> None:
     lead = data.draw(st.sampled_from([(4,), (2, 2), (2, 1, 3)]), "batch shape")
     layer = build(spec, gate, seed=data.draw(st.integers(0, 99), "seed")).train(training)
     kept = {name: each.clone() for name, each in layer.state_dict().items()}
-    twin = tensormoe_numpy.MuMoE(
-        spec.in_features,
-        spec.out_features,
-        spec.experts,
-        spec.factorization,
-        bias=spec.bias,
-        gate=gate,
-        dtype="float64",
-    )
+    twin = numpys_layer(spec, gate)
     for name, array in (twin.parameters | twin.buffers).items():
         array[...] = numpy_of(kept[name])
     x = normal(*lead, spec.in_features, seed=data.draw(st.integers(0, 99), "input seed"))
@@ -196,8 +186,7 @@ def test_gradients_of_given_coefficients_and_ids(data: st.DataObject) -> None:
         torch.testing.assert_close(other[name], expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("gate", GATES, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(("kind", "gate"), PAIRS, ids=str)
 def test_parts_may_be_frozen(kind: Any, gate: Gate) -> None:
     """What is wanted gets the gradient that it gets when all is wanted; the rest gets none."""
     layer = build(LayerSpec(5, 4, (3, 2), kind), gate).eval()
@@ -223,8 +212,7 @@ def test_parts_may_be_frozen(kind: Any, gate: Gate) -> None:
                 assert grad is None, f"{name} beside {wanted}"
 
 
-@pytest.mark.parametrize("gate", GATES, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(("kind", "gate"), PAIRS, ids=str)
 def test_gradients_with_a_graph_are_the_same(kind: Any, gate: Gate) -> None:
     layer = build(LayerSpec(5, 4, (3, 2), kind), gate).eval()
     x = normal(4, 5).requires_grad_()
@@ -315,15 +303,13 @@ class TestLosses:
         torch.testing.assert_close(got, vjp(weights.detach(), 3.0))
 
 
-@pytest.mark.parametrize("kind", ABLE, ids=str)
-@pytest.mark.parametrize("normalization", ["layer", "batch"])
+@pytest.mark.parametrize(
+    ("kind", "normalization"), [*((kind, "layer") for kind in ABLE), (ABLE[0], "batch")], ids=str
+)
 def test_training_lowers_the_loss(kind: Any, normalization: str) -> None:
-    """A task that one linear layer cannot do: the sign of the first feature picks the matrix."""
     torch.manual_seed(0)
-    x, maps = normal(256, 8, dtype=torch.float32), normal(2, 8, 3, seed=1, dtype=torch.float32)
-    target = torch.where(x[:, :1] > 0, x @ maps[0], x @ maps[1])
-    design = torch.cat([x, torch.ones(256, 1)], dim=1)
-    linear = float(((design @ torch.linalg.lstsq(design, target)[0] - target) ** 2).mean())
+    *data, linear = task()
+    x, target = map(torch.from_numpy, data)
     layer = MuMoE(8, 3, 8, kind, gate=Gate(normalization=normalization))
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
     losses = []

@@ -51,8 +51,7 @@ def while_loop(step: Step, state: State, max_steps: int, tolerance: float) -> St
     owner = {key: layer for layer, keys in layers.layers.items() for key in keys}
     used = {key for _, begin, outside in tasks.values() for key in (*begin, *outside)}
     wired = HighLevelGraph(
-        {**layers.layers, name: tasks},
-        {**layers.dependencies, name: {owner[key] for key in used}},
+        {**layers.layers, name: tasks}, {**layers.dependencies, name: {owner[key] for key in used}}
     )
     found = da.Array(wired, name, chunks, dtype=object)
     return tuple(
