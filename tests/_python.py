@@ -21,7 +21,7 @@ def run_python(*words: object, **environment: str) -> subprocess.CompletedProces
     """
     return subprocess.run(
         [sys.executable, *map(str, words)],
-        env={**ENVIRONMENT, **environment},
+        env={**os.environ, "PYTHONPATH": ENVIRONMENT["PYTHONPATH"], **environment},
         capture_output=True,
         text=True,
         timeout=600,
