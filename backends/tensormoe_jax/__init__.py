@@ -15,6 +15,7 @@ from tensormoe_jax._initialize import initialize as initialize
 from tensormoe_jax._pure import Given as Given
 from tensormoe_jax._pure import apply as apply
 from tensormoe_jax._pure import coefficients as coefficients
+from tensormoe_jax._pure import route as route
 from tensormoe_jax._pure import train as train
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "coefficients",
     "initial_buffers",
     "initialize",
+    "route",
     "train",
 ]

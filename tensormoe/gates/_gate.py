@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
 from typing import Any
 
@@ -14,6 +14,9 @@ from tensormoe.gates._top_k import check_k
 
 ACTIVATIONS = ("entmax", "sparsemax", "softmax", "top_k")
 NORMALIZATIONS = ("layer", "batch", None)
+
+# fields that came later: files without them were written by gates that had neither
+_LATER = ("noise", "balance")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,14 @@ class Gate:
         bias: whether the projection has a bias. The paper's has none.
         eps: added to the variance by both normalizations; positive.
         momentum: weight of a new batch in batch norm's running statistics, in (0, 1].
+        noise: for "top_k": standard deviation of the normal noise that is added, in training, to
+            the normalized logits by which experts are chosen (Shazeer et al. 2017). It picks
+            experts, and does not enter their coefficients.
+        balance: for "top_k": speed of balancing without a loss (Wang et al. 2024, DeepSeek-V3).
+            Each expert has a bias, which is added to its normalized logits for the choice alone,
+            and which each forward pass in training moves by this much: up for experts with less
+            than the mean load, down for those with more. It is kept as batch norm's statistics
+            are. 0 for no such bias; 0.001 is usual.
 
     Raises:
         GateError: a field has an unknown name or an impossible value.
@@ -39,7 +50,7 @@ class Gate:
     Example:
         >>> Gate()
         Gate(activation='entmax', alpha=1.5, normalization='layer', k=None, bias=False, eps=1e-05, \
-momentum=0.1)
+momentum=0.1, noise=0.0, balance=0.0)
         >>> Gate("top_k", k=2, normalization=None).k
         2
     """
@@ -51,6 +62,8 @@ momentum=0.1)
     bias: bool = False
     eps: float = 1e-5
     momentum: float = 0.1
+    noise: float = 0.0
+    balance: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
@@ -90,6 +103,21 @@ momentum=0.1)
             raise GateError(f"eps must be a positive number; got {self.eps!r}. Use 1e-5.")
         if not _is_number(self.momentum) or not 0 < self.momentum <= 1:
             raise GateError(f"momentum must be in (0, 1]; got {self.momentum!r}. Use 0.1.")
+        self._check_choice()
+
+    def _check_choice(self) -> None:
+        for name in _LATER:
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value < float("inf"):
+                raise GateError(
+                    f"{name} must be a number that is not negative; got {brief(value)}. Use 0 for "
+                    "none."
+                )
+            if value > 0 and self.k is None:
+                raise GateError(
+                    f"{name} is for gates that choose k experts; got {value} with activation "
+                    f"{self.activation!r}. Leave it out or use top_k."
+                )
 
     @classmethod
     def parse(cls, value: Gate | str) -> Gate:
@@ -114,6 +142,18 @@ momentum=0.1)
             return float(self._alpha)  # type: ignore[attr-defined]
         return 2.0 if self.activation == "sparsemax" else 1.0
 
+    @property
+    def uncut(self) -> Gate:
+        """The gate without its cut: softmax over all experts, with the same normalization.
+
+        :func:`activate` makes of it, and of the logits, the router's probabilities that the
+        losses of Switch and GShard need.
+
+        >>> Gate("top_k", k=2, noise=1.0).uncut == Gate("softmax")
+        True
+        """
+        return replace(self, activation="softmax", alpha=1.5, k=None, noise=0.0, balance=0.0)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as checkpoints store them."""
         return asdict(self)
@@ -121,6 +161,8 @@ momentum=0.1)
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Gate:
         """The gate that :meth:`to_dict` described; every field must be there and no other.
+
+        Descriptions from before ``noise`` and ``balance`` are of gates without them.
 
         >>> Gate.from_dict(Gate("sparsemax").to_dict()).activation
         'sparsemax'
@@ -131,14 +173,14 @@ momentum=0.1)
                 "Gate.to_dict() returned."
             )
         names = [field.name for field in fields(cls)]
-        missing = [name for name in names if name not in values]
+        missing = [name for name in names if name not in values and name not in _LATER]
         unknown = [str(name) for name in values if name not in names]
         if missing or unknown:
             raise GateError(
                 f"a gate's description must have the fields {', '.join(names)}; got missing "
                 f"{missing} and unknown {unknown}. Pass what Gate.to_dict() returned."
             )
-        return cls(**{name: values[name] for name in names})
+        return cls(**{name: values[name] for name in names if name in values})
 
 
 def _is_number(value: object) -> bool:
