@@ -102,7 +102,8 @@ def separated(config: LayerConfig, arrays: Arrays, x: np.ndarray) -> np.ndarray:
                 (raw - mean) / np.sqrt(variance + gate.eps),
             ]
         for logits in every:
-            good &= _distance(gate, logits) > 0.0
+            # a bias for the choice moves the jumps
+            good &= _distance(gate, logits + arrays.get(f"gate.choice_bias_{level}", 0.0)) > 0.0
     return good
 
 

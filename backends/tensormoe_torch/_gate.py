@@ -109,6 +109,9 @@ class ExpertGate(nn.Module):
         for name, buffer in self.named_buffers(recurse=False):
             buffer.fill_(1.0 if "variance" in name else 0.0)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
     def extra_repr(self) -> str:
         return f"{self.config.spec.in_features}, {self.config.spec.experts}, {self.config.gate!r}"
 

@@ -225,8 +225,6 @@ def _log_sum(backend: Backend, logits: Array) -> tuple[Array, Array]:
     """The softmax of each row, and (rows, 1) logarithms of the sums of the exponentials."""
     xp = backend.namespace
     top = backend.stop_gradient(xp.max(logits, axis=-1, keepdims=True))
-    # rows without any expert have no finite top, and no finite loss
-    top = xp.where(xp.isinf(top), xp.zeros_like(top), top)
     powers = xp.exp(logits - top)
     total = xp.sum(powers, axis=-1, keepdims=True)
     return powers / total, xp.log(total) + top
