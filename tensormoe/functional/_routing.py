@@ -97,7 +97,7 @@ def route(
             changed[f"gate.running_variance_{level}"] = found.statistics.variance
         if training and bias is not None:
             changed[f"gate.choice_bias_{level}"] = balanced_bias(
-                bias, made[-1], gate.balance, across=across
+                bias, made[-1], gate.balance, across=across, backend=backend
             )
     return Routed(made, kept, changed)
 

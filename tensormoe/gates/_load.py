@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import isfinite
 
-from tensormoe.backend import Array, default_integer
+from tensormoe.backend import Array, Backend, default_integer
 from tensormoe.errors import GateError
 from tensormoe.gates._normalization import Across
 from tensormoe.gates._top_k import TopK
@@ -44,7 +44,12 @@ def expert_load(
 
 
 def balanced_bias(
-    bias: Array, coefficients: Array | TopK, speed: float = 0.001, *, across: Across | None = None
+    bias: Array,
+    coefficients: Array | TopK,
+    speed: float = 0.001,
+    *,
+    across: Across | None = None,
+    backend: Backend | None = None,
 ) -> Array:
     """Next biases of balancing without a loss (Wang et al. 2024; DeepSeek-V3, section 2.1.2).
 
@@ -60,6 +65,7 @@ def balanced_bias(
             nothing.
         speed: what a step changes, positive.
         across: where others have further tokens of the step, the sum of an array over all of them.
+        backend: the adapter to run on; that of the coefficients' library by default.
 
     Returns:
         (experts,), in the dtype of ``bias``; constant to differentiation.
@@ -81,7 +87,7 @@ def balanced_bias(
         raise GateError(
             f"bias must have one entry per expert; got shape {tuple(bias.shape)}. Start with zeros."
         )
-    weights = as_weights(coefficients, bias.shape[0], any_tokens=True)
+    weights = as_weights(coefficients, bias.shape[0], any_tokens=True, backend=backend)
     load = counts(weights)
     load = load if across is None else weights.backend.stop_gradient(across(load))
     xp = weights.backend.namespace

@@ -51,6 +51,7 @@ def as_weights(
     name: str = "coefficients",
     *,
     any_tokens: bool = False,
+    backend: Backend | None = None,
 ) -> Weights:
     """One level's coefficients as a matrix.
 
@@ -59,13 +60,14 @@ def as_weights(
         experts: their number, which a ``TopK`` needs.
         name: of what is given, for messages.
         any_tokens: whether there may be none.
+        backend: adapter of their library, for callers that know it.
 
     Raises:
         GateError: no tokens, no experts, no floating point, or a number of experts that is unknown
             or does not fit.
     """
     if not isinstance(given, TopK):
-        backend, matrix = _matrix(given, name, any_tokens)
+        backend, matrix = _matrix(given, name, any_tokens, backend)
         if experts is not None and experts != matrix.shape[-1]:
             raise GateError(f"{name} must have {experts} experts; got {matrix.shape[-1]}.")
         return Weights(backend, matrix, tuple(given.shape))
@@ -74,7 +76,7 @@ def as_weights(
             f"the number of experts must be known for a TopK; got experts={experts!r}. Pass "
             "experts=8, for instance."
         )
-    backend, values = _matrix(given.values, name, any_tokens)
+    backend, values = _matrix(given.values, name, any_tokens, backend)
     xp = backend.namespace
     tokens, k = values.shape
     indices = backend.reshape(given.indices, (tokens, k))
@@ -85,8 +87,10 @@ def as_weights(
     return Weights(backend, matrix, tuple(given.values.shape), indices)
 
 
-def _matrix(array: Array, name: str, any_tokens: bool) -> tuple[Backend, Array]:
-    backend = backend_of(array)
+def _matrix(
+    array: Array, name: str, any_tokens: bool, backend: Backend | None
+) -> tuple[Backend, Array]:
+    backend = backend_of(array) if backend is None else backend
     xp = backend.namespace
     if not xp.isdtype(array.dtype, "real floating"):
         raise GateError(

@@ -37,7 +37,6 @@ BLOCK = BlockConfig(
 NARROW: list[Config] = [
     *(LayerConfig(LayerSpec(6, 5, (3, 2), kind), Gate()) for kind in UNEVEN),
     LayerConfig(LayerSpec(6, 5, 4, CP(3), False), Gate("top_k", k=2)),
-    LayerConfig(LayerSpec(6, 5, 4, CP(3)), Gate("top_k", k=2, balance=0.01)),
     LayerConfig(LayerSpec(6, 5, 4, CP(3)), None),
     BLOCK,
     *(replace(BLOCK, act_layer=name) for name in ("gelu_tanh", "relu", "silu", "tanh")),
