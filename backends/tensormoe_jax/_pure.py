@@ -139,9 +139,10 @@ def route(
     rows = x.reshape(prod(lead), layer.spec.in_features)
     names = axis_name if isinstance(axis_name, list | tuple) else (axis_name,)
     shared = axis_name is not None and training and bool(layer.buffer_shapes())
+    noise = _noise(layer, rows, key) if training else None
     for name in reversed(names if shared else ()):
         # under jax.vmap, one batch for all of its calls
-        rows = jax.lax.all_gather(rows, name, tiled=True)
+        rows, noise = jax.lax.all_gather((rows, noise), name, tiled=True)
     routed = functional.route(
         layer,
         parameters,
@@ -150,7 +151,7 @@ def route(
         buffers=kept,
         keep=True,
         training=training,
-        noise=_noise(layer, rows, key) if training else None,
+        noise=noise,
     )
     kept |= jax.lax.stop_gradient(routed.buffers)
 

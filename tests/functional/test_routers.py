@@ -215,6 +215,23 @@ def test_balance_needs_its_biases() -> None:
             )
 
 
+def test_one_batch_over_the_axis_of_a_vmap() -> None:
+    """Each call draws its own noise, and all move the biases by the load of the whole batch."""
+    gate = Gate("top_k", k=2, noise=1.0, balance=0.5)
+    made = eqx.nn.make_with_state(tensormoe_jax.equinox.MuMoE)
+    layer, state = made(IN, 4, N, CP(2), gate=gate, axis_name="b", key=jax.random.key(0))
+    keys = jax.random.split(jax.random.key(1), 64)
+    (coefficients,), after = jax.vmap(
+        lambda x, key: layer.coefficients(x, state, key=key), axis_name="b", out_axes=(0, None)
+    )(jnp.asarray(tokens(64)), keys)
+    loads = load(np.asarray(coefficients))
+    np.testing.assert_array_equal(
+        layer.buffers(after)["gate.choice_bias_0"], 0.5 * np.sign(16 - loads)
+    )
+    (quiet,), _ = layer.coefficients(jnp.asarray(tokens(64)), state, inference=True)
+    assert np.any((np.asarray(quiet) > 0) != (np.asarray(coefficients) > 0))
+
+
 # logits beside coefficients
 
 GATES = [
