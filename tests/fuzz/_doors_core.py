@@ -88,6 +88,8 @@ def _values() -> Iterator[Door]:
             bias=False,
             eps=1e-5,
             momentum=0.1,
+            noise=0.0,
+            balance=0.0,
         ),
     )
     yield Door(

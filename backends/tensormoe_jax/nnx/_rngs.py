@@ -52,7 +52,8 @@ def noise_stream(rngs: nnx.Rngs) -> nnx.RngStream:
     Raises:
         SpecError: no stream for noise.
     """
-    return _stream(rngs, "noise").fork()
+    stream: nnx.RngStream = _stream(rngs, "noise").fork()
+    return stream
 
 
 def _stream(rngs: nnx.Rngs, name: str) -> nnx.RngStream:
