@@ -87,6 +87,14 @@ def test_second_derivatives_of_coefficients_and_logits(synchronized: bool) -> No
     arguments = (x, layer.gate.projection_0.detach().requires_grad_())
     assert torch.autograd.gradcheck(run, arguments)
     assert torch.autograd.gradgradcheck(run, arguments)
+    # a graph of the backward pass makes the same choice, and so has the same gradients
+    plain, graphed = (
+        torch.autograd.grad(
+            [each.sin().sum() for each in run(*arguments)], arguments, create_graph=graph
+        )
+        for graph in (False, True)
+    )
+    torch.testing.assert_close(graphed, plain)
     assert not torch.equal(layer.gate.choice_bias_0, state)
 
 
