@@ -139,13 +139,18 @@ class LayerConfig:
         return shapes
 
     def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every array that is kept but not trained: batch norm's statistics."""
+        """The shape of every array that is kept but not trained.
+
+        Those are batch norm's statistics, and the biases of a gate with ``balance``.
+        """
         batch = self.gate is not None and self.gate.normalization == "batch"
+        balanced = self.gate is not None and self.gate.balance > 0
+        names = [*(("running_mean", "running_variance") if batch else ())]
+        names += ["choice_bias"] if balanced else []
         return {
-            f"gate.running_{name}_{level}": (count,)
+            f"gate.{name}_{level}": (count,)
             for level, count in enumerate(self.spec.experts)
-            for name in ("mean", "variance")
-            if batch
+            for name in names
         }
 
     @property

@@ -103,7 +103,9 @@ def separated(config: LayerConfig, arrays: Arrays, x: np.ndarray) -> np.ndarray:
             ]
         scale = 1.0 if gate.normalization is None else gate.spread_of(raw.shape[1])
         for logits in every:
-            good &= _distance(gate, scale * logits) > 0.0
+            # a bias for the choice moves the jumps
+            bias = arrays.get(f"gate.choice_bias_{level}", 0.0)
+            good &= _distance(gate, scale * logits + bias) > 0.0
     return good
 
 

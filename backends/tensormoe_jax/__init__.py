@@ -10,7 +10,7 @@ if absent := missing("tensormoe_jax", ("jax",), "jax"):
 from tensormoe_jax._activations import ACTIVATIONS
 from tensormoe_jax._adapter import BACKEND, JaxBackend
 from tensormoe_jax._initialize import initial_buffers, initialize
-from tensormoe_jax._pure import Given, apply, coefficients, train
+from tensormoe_jax._pure import Given, apply, coefficients, route, train
 
 __all__ = [
     "ACTIVATIONS",
@@ -21,5 +21,6 @@ __all__ = [
     "coefficients",
     "initial_buffers",
     "initialize",
+    "route",
     "train",
 ]

@@ -30,7 +30,10 @@ def initialize(
     dtype: Any = None,
     gate_dtype: Any = None,
 ) -> dict[str, Array]:
-    """Draw all parameters; projections of the gate start at zero, so that experts start alike.
+    """Draw all parameters.
+
+    Projections of the gate start at zero, so that experts start alike; those of a gate that chooses
+    k experts start as the weight of ``torch.nn.Linear``, so that tokens choose different experts.
 
     Args:
         config: of a layer, an embedding or a block, as the layers' ``config``.
@@ -80,7 +83,7 @@ def initialize(
 
 
 def initial_buffers(config: Config, *, dtype: Any = None) -> dict[str, Array]:
-    """Fresh running statistics of a batch-norm gate; empty for other gates.
+    """Fresh statistics of batch norm, and biases of a gate with ``balance``; else empty.
 
     Args:
         config: of a layer or a block.

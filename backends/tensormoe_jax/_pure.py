@@ -36,6 +36,7 @@ __all__ = [
     "apply",
     "coefficients",
     "mix_block",
+    "route",
     "train",
 ]
 
@@ -59,6 +60,7 @@ def coefficients(
     buffers: Parameters | None = None,
     training: bool = False,
     axis_name: Hashable = None,
+    key: Array | None = None,
 ) -> tuple[tuple[Array, ...], dict[str, Array]]:
     """The coefficients of inputs (..., in), and the gate's buffers afterwards.
 
@@ -66,16 +68,67 @@ def coefficients(
         config: of a layer or a block with a gate.
         parameters: by canonical name.
         x: (..., in), in the layer's dtype.
-        buffers: running statistics of a batch-norm gate.
-        training: whether a batch-norm gate uses the batch's own statistics.
+        buffers: running statistics of a batch-norm gate; biases of one with ``balance``.
+        training: whether a batch-norm gate uses the batch's own statistics, noise is added, and
+            buffers move.
         axis_name: names of the axes of ``jax.vmap`` that are part of this batch.
+        key: of ``jax.random``, for a gate with ``noise``, in training.
 
     Returns:
         One array (..., N_e) per level, rows sum to one; and the buffers, which training changes.
 
     Raises:
         BackendError, ShapeError: the input does not fit, or the layer has no gate.
-        GateError: a batch-norm gate without buffers, outside training.
+        GateError: a batch-norm gate without buffers, outside training; one with ``balance`` without
+            its biases.
+        SpecError: a gate with ``noise`` in training, and no key.
+    """
+    (made, _), kept = route(
+        config, parameters, x, buffers=buffers, training=training, axis_name=axis_name, key=key
+    )
+    return made, kept
+
+
+def route(
+    config: Config,
+    parameters: Parameters,
+    x: Array,
+    *,
+    buffers: Parameters | None = None,
+    training: bool = False,
+    axis_name: Hashable = None,
+    key: Array | None = None,
+) -> tuple[tuple[tuple[Array, ...], tuple[Array, ...]], dict[str, Array]]:
+    """Coefficients and logits of inputs (..., in), and the gate's buffers afterwards.
+
+    Logits are those of the projection, before normalization, noise and the choice of experts.
+    Losses are made of both, and the coefficients are given to the layer, so that a step computes
+    them once.
+
+    Args:
+        config: as for :func:`coefficients`, like all other arguments.
+        parameters: by canonical name.
+        x: (..., in), in the layer's dtype.
+        buffers: running statistics of a batch-norm gate; biases of one with ``balance``.
+        training: whether the call is one in training.
+        axis_name: names of the axes of ``jax.vmap`` that are part of this batch.
+        key: of ``jax.random``, for a gate with ``noise``, in training.
+
+    Returns:
+        A pair of coefficients and logits, one array (..., N_e) per level each; and the buffers.
+
+    Raises:
+        BackendError, GateError, ShapeError, SpecError: as :func:`coefficients`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from tensormoe.functional import LayerConfig
+    >>> from tensormoe import CP, Gate, LayerSpec
+    >>> from tensormoe_jax import initialize
+    >>> config = LayerConfig(LayerSpec(8, 4, 3, CP(2)), Gate("top_k", k=2))
+    >>> parameters = initialize(config, jax.random.key(0))
+    >>> (made, logits), _ = route(config, parameters, jnp.ones((5, 8)), training=True)
+    >>> made[0].shape, logits[0].shape
+    ((5, 3), (5, 3))
     """
     check_parameters(config, parameters, "gate.")
     flag(training, "training")
@@ -86,18 +139,42 @@ def coefficients(
     rows = x.reshape(prod(lead), layer.spec.in_features)
     names = axis_name if isinstance(axis_name, list | tuple) else (axis_name,)
     shared = axis_name is not None and training and bool(layer.buffer_shapes())
+    noise = _noise(layer, rows, key) if training else None
     for name in reversed(names if shared else ()):
         # under jax.vmap, one batch for all of its calls
-        rows = jax.lax.all_gather(rows, name, tiled=True)
-    routed = functional.route(layer, parameters, rows, BACKEND, buffers=kept, training=training)
-    for level, found in enumerate(routed.statistics or () if training else ()):
-        kept[f"gate.running_mean_{level}"] = jax.lax.stop_gradient(found.mean)
-        kept[f"gate.running_variance_{level}"] = jax.lax.stop_gradient(found.variance)
-    made = routed.coefficients
-    if shared:
-        start = jax.lax.axis_index(tuple(names)) * prod(lead)
-        made = [jax.lax.dynamic_slice_in_dim(each, start, prod(lead)) for each in made]
-    return tuple(each.reshape(*lead, each.shape[-1]) for each in made), kept
+        rows, noise = jax.lax.all_gather((rows, noise), name, tiled=True)
+    routed = functional.route(
+        layer,
+        parameters,
+        rows,
+        BACKEND,
+        buffers=kept,
+        keep=True,
+        training=training,
+        noise=noise,
+    )
+    kept |= jax.lax.stop_gradient(routed.buffers)
+
+    def own(made: list[Array]) -> tuple[Array, ...]:
+        if shared:
+            start = jax.lax.axis_index(tuple(names)) * prod(lead)
+            made = [jax.lax.dynamic_slice_in_dim(each, start, prod(lead)) for each in made]
+        return tuple(each.reshape(*lead, each.shape[-1]) for each in made)
+
+    return (own(routed.coefficients), own(routed.logits)), kept
+
+
+def _noise(config: LayerConfig, rows: Array, key: Array | None) -> list[Array] | None:
+    """Noise for the choice of experts, one standard normal array (rows, N_e) per level."""
+    if config.gate is None or not config.gate.noise:
+        return None
+    rule = f"a gate with noise={config.gate.noise} needs a key in training"
+    keys = jax.random.split(checked_key(key, rule), config.spec.levels)
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    return [
+        jax.random.normal(each, (rows.shape[0], count), wide)
+        for each, count in zip(keys, config.spec.experts, strict=True)
+    ]
 
 
 def apply(
@@ -117,7 +194,7 @@ def apply(
         x: (..., in) in the layer's dtype; ids (...) for an embedding.
         coefficients: ready-made ones, an array (..., N_e) or a ``TopK`` a level; the gate makes
             them otherwise.
-        buffers: running statistics of a batch-norm gate.
+        buffers: running statistics of a batch-norm gate; biases of one with ``balance``.
         act: the activation of a block whose configuration names none; any function of arrays.
 
     Returns:
@@ -150,15 +227,15 @@ def train(
     key: Array | None = None,
     act: Act | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """:func:`apply` in training: a batch-norm gate uses the batch's own statistics, blocks drop.
+    """:func:`apply` in training: with the batch's own statistics, noise and dropped entries.
 
     Args:
         config: as for :func:`apply`, like ``parameters``, ``x``, ``coefficients``.
         parameters: by canonical name.
         x: (..., in), or ids (...).
         coefficients: ready-made ones; the gate makes them otherwise.
-        buffers: running statistics of a batch-norm gate.
-        key: of ``jax.random``, for a block that drops entries.
+        buffers: running statistics of a batch-norm gate; biases of one with ``balance``.
+        key: of ``jax.random``, for a block that drops entries, and for a gate with ``noise``.
         act: as for :func:`apply`.
 
     Returns:
@@ -166,7 +243,7 @@ def train(
 
     Raises:
         BackendError, ShapeError: as :func:`apply`.
-        SpecError: a block that drops entries, and no key.
+        SpecError: a block that drops entries or a gate with ``noise``, and no key.
     """
     return _run(config, parameters, x, coefficients, buffers, True, key, act)
 
@@ -185,7 +262,7 @@ def _run(
     if isinstance(config, BlockConfig):
         return _run_block(config, parameters, x, given, kept, training, key, act)
     if given is None:
-        given, kept = coefficients(config, parameters, x, buffers=kept, training=training)
+        given, kept = coefficients(config, parameters, x, buffers=kept, training=training, key=key)
     check_parameters(config, parameters, "factors.")
     return _mix(config, parameters, x, given), kept
 
@@ -204,8 +281,10 @@ def _run_block(
     if training and config.drop:
         first, second = jax.random.split(checked_key(key, "a block that drops entries needs a key"))
         drops = (_dropping(config.drop, first), _dropping(config.drop, second))
+        # entries are dropped by the key's halves, and noise is drawn by another number of parts
+        key = jax.random.fold_in(checked_key(key), 2)
     if given is None:
-        given, kept = coefficients(config, parameters, x, buffers=kept, training=training)
+        given, kept = coefficients(config, parameters, x, buffers=kept, training=training, key=key)
     return mix_block(config, parameters, x, given, *drops, act), kept
 
 

@@ -95,8 +95,14 @@ class Layer(Held[LayerConfig], LayerMethods[Array]):
         layer._hold(config, arrays)
         return layer
 
-    def _hold(self, config: LayerConfig, arrays: Mapping[str, Array]) -> None:
+    def _hold(
+        self,
+        config: LayerConfig,
+        arrays: Mapping[str, Array],
+        generator: np.random.Generator | None = None,
+    ) -> None:
         self.config = config
+        self._generator = np.random.default_rng(generator)
         self.parameters = {name: arrays[name] for name in config.parameter_shapes()}
         self.buffers = {name: arrays[name] for name in config.buffer_shapes()}
 

@@ -19,7 +19,7 @@ from tensormoe.functional import Routed
 from tensormoe.gates import Gate, TopK
 from tensormoe.selection import Budget
 from tensormoe_numpy._base import Given, Gradients, Layer, check_cotangent
-from tensormoe_numpy._random import checked_dtype, draw
+from tensormoe_numpy._random import checked_dtype, checked_generator, draw
 
 __all__ = ["MuMoE", "Prepared"]
 
@@ -46,11 +46,13 @@ class MuMoE(Layer, LinearSizes):
             activation; None for a layer that is always given coefficients.
         init: ``"variance"`` (every expert starts like ``torch.nn.Linear``) or ``"paper"``.
         dtype: ``"float16"``, ``"float32"`` or ``"float64"``; inputs must have it.
-        seed: of the initial values; a NumPy generator is drawn from.
+        seed: of the initial values, and of the noise of a gate that has some; a NumPy generator is
+            drawn from.
 
     Attributes:
         parameters: the trainable arrays by canonical name; update them in place.
-        buffers: batch norm's running statistics, empty for other gates.
+        buffers: batch norm's running statistics and the biases of ``balance``; empty for other
+            gates.
 
     Raises:
         SpecError: sizes, names or options that cannot be.
@@ -82,7 +84,9 @@ class MuMoE(Layer, LinearSizes):
     ) -> None:
         options = functional.Options(experts, factorization, rank, budget, bias, gate)
         config = options.layer(in_features, out_features)
-        self._hold(config, draw(config, checked_dtype(dtype), seed, init, self.backend))
+        generator = checked_generator(seed)
+        arrays = draw(config, checked_dtype(dtype), generator, init, self.backend)
+        self._hold(config, arrays, generator)
 
     def coefficients(self, x: Array) -> tuple[Array, ...]:
         """The coefficients of inputs (..., in): one array (..., N_e) per level, rows sum to one.
@@ -92,7 +96,19 @@ class MuMoE(Layer, LinearSizes):
         """
         lead, rows = self._rows(x)
         routed = self._route(rows)
-        return tuple(weights.reshape(*lead, weights.shape[-1]) for weights in routed.coefficients)
+        return _led(routed.coefficients, lead)
+
+    def route(self, x: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """Coefficients and logits of inputs (..., in): one array (..., N_e) per level each.
+
+        Logits are those of the projection, before normalization and the choice of experts.
+
+        Raises:
+            ShapeError: the input does not fit, or the layer has no gate.
+        """
+        lead, rows = self._rows(x)
+        routed = self._route(rows, keep=True)
+        return _led(routed.coefficients, lead), _led(routed.logits, lead)
 
     def __call__(
         self,
@@ -145,8 +161,8 @@ class MuMoE(Layer, LinearSizes):
         Args:
             x: (..., in), in the layer's dtype.
             coefficients: ready-made ones; the gate makes them otherwise.
-            training: whether a batch-norm gate uses the batch's own statistics and updates
-                ``buffers``.
+            training: whether a batch-norm gate uses the batch's own statistics, one with
+                ``noise`` draws it from the layer's generator, and ``buffers`` are updated.
 
         Returns:
             The output (..., out), and a function from its cotangent, of the same shape, to
@@ -156,7 +172,8 @@ class MuMoE(Layer, LinearSizes):
         lead, rows = self._rows(x)
         pull_gate = None
         if coefficients is None:
-            given, pull_gate = self._route_vjp(rows, training)
+            routed, pull_gate = self._route_vjp(rows, training)
+            given = list(routed.coefficients)
         else:
             given = self._merged(coefficients, lead)
         result, pull = functional.experts_vjp(
@@ -179,39 +196,53 @@ class MuMoE(Layer, LinearSizes):
         return result.reshape(shape), pullback
 
     def route_vjp(
-        self, x: Array, *, training: bool = True
+        self, x: Array, *, training: bool = True, logits: bool = False
     ) -> tuple[tuple[Array, ...], Callable[[Sequence[Array]], tuple[Array, dict[str, Array]]]]:
         """The coefficients (..., N_e) per level, with their backward pass.
 
         Args:
             x: (..., in), in the layer's dtype.
-            training: whether a batch-norm gate uses the batch's own statistics and updates
-                ``buffers``.
+            training: as for :meth:`vjp`.
+            logits: whether the logits (..., N_e) follow, one per level, before normalization.
 
         Returns:
-            One array per level, and a function from their cotangents to the gradient by ``x`` and
-            the gate's parameters by canonical name.
+            One array per level, or two; and a function from their cotangents, in the same order, to
+            the gradient by ``x`` and the gate's parameters by canonical name.
         """
         flag(training, "training")
+        flag(logits, "logits")
         lead, rows = self._rows(x)
-        weights, pull = self._route_vjp(rows, training)
+        routed, pull = self._route_vjp(rows, training)
+        made = [*routed.coefficients, *(routed.logits if logits else ())]
 
         def pullback(cotangents: Sequence[Array]) -> tuple[Array, dict[str, Array]]:
-            for level, each in enumerate(cotangents):
-                functional.check_array(each, self.backend, f"the cotangent of level {level}")
+            if len(cotangents) != len(made):
+                raise ShapeError(
+                    f"there must be one cotangent per result, {len(made)}; got {len(cotangents)}."
+                )
+            for place, (each, result) in enumerate(zip(cotangents, made, strict=True)):
+                functional.check_array(each, self.backend, f"cotangent {place}")
+                if tuple(each.shape) != (*lead, result.shape[-1]):
+                    raise ShapeError(
+                        f"cotangent {place} must have the result's shape "
+                        f"{(*lead, result.shape[-1])}; got {tuple(each.shape)}."
+                    )
             merged = [each.reshape(-1, each.shape[-1]) for each in cotangents]
-            by_input, named = pull(merged)
+            levels = self.spec.levels
+            by_input, named = pull(merged[:levels], merged[levels:] or None)
             return by_input.reshape(x.shape), named
 
-        return tuple(each.reshape(*lead, each.shape[-1]) for each in weights), pullback
+        return _led(made, lead), pullback
 
     def _route_vjp(
         self, rows: Array, training: bool
-    ) -> tuple[list[Any], Callable[[Sequence[Array]], tuple[Array, dict[str, Array]]]]:
+    ) -> tuple[Routed, Callable[..., tuple[Array, dict[str, Array]]]]:
         buffers = dict(self.buffers)
         routed = self._route(rows, keep=True, training=training)
 
-        def pullback(cotangents: Sequence[Array]) -> tuple[Array, dict[str, Array]]:
+        def pullback(
+            cotangents: Sequence[Array], by_logits: Sequence[Array] | None = None
+        ) -> tuple[Array, dict[str, Array]]:
             total, named = functional.gate_vjp(
                 self.config,
                 self.parameters,
@@ -221,18 +252,19 @@ class MuMoE(Layer, LinearSizes):
                 self.backend,
                 buffers=buffers,
                 training=training,
+                by_logits=by_logits,
             )
             assert total is not None
             return total, named
 
-        return list(routed.coefficients), pullback
+        return routed, pullback
 
     def prepare(self) -> Prepared:
         """The layer for inference: work that depends on weights alone is done once, now."""
         return Prepared(self)
 
     def _route(self, rows: Array, *, keep: bool = False, training: bool = False) -> Routed:
-        """Coefficients; the logits too with ``keep``; ``training`` updates the statistics."""
+        """Coefficients; the logits too with ``keep``; ``training`` updates the buffers."""
         routed = functional.route(
             self.config,
             self.parameters,
@@ -241,12 +273,21 @@ class MuMoE(Layer, LinearSizes):
             buffers=self.buffers,
             keep=keep,
             training=training,
+            noise=self._noise(len(rows)) if training else None,
         )
-        if training and routed.statistics is not None:
-            for level, found in enumerate(routed.statistics):
-                self.buffers[f"gate.running_mean_{level}"] = found.mean
-                self.buffers[f"gate.running_variance_{level}"] = found.variance
+        self.buffers |= routed.buffers
         return routed
+
+    def _noise(self, rows: int) -> list[Array] | None:
+        """Noise for the choice of experts, one standard normal array (rows, N_e) per level."""
+        if self.config.gate is None or not self.config.gate.noise:
+            return None
+        width = self.dtype if self.dtype.itemsize >= 4 else np.dtype("float32")
+        # drawn on the host, as initial values are: a seed means one thing in every library
+        return [
+            self.backend.from_host(self._generator.standard_normal((rows, count)).astype(width))
+            for count in self.spec.experts
+        ]
 
     def _forward(self, rows: Array, given: list[Any] | None) -> Array:
         weights = self._route(rows).coefficients if given is None else given
@@ -296,6 +337,10 @@ class Prepared:
         weights.clear()
         result: Array = execute(self._program, arrays, layer.backend)[0][0]
         return result.reshape(*lead, layer.spec.out_features)
+
+
+def _led(rows: Sequence[Array], lead: tuple[int, ...]) -> tuple[Array, ...]:
+    return tuple(each.reshape(*lead, each.shape[-1]) for each in rows)
 
 
 def _slice(given: list[Any] | None, start: int, stop: int) -> list[Any] | None:

@@ -66,11 +66,12 @@ class MuMoEMLP(Held[BlockConfig], BlockMethods[Array]):
         gate: how inputs become coefficients, or None for a block that is always given them.
         init: ``"variance"`` or ``"paper"``.
         dtype: ``"float16"``, ``"float32"`` or ``"float64"``.
-        seed: of the initial values and of dropped entries; a NumPy generator is drawn from.
+        seed: of the initial values, of dropped entries, and of the noise of a gate that has some; a
+            NumPy generator is drawn from.
 
     Attributes:
         parameters: the trainable arrays by canonical name: ``first.…``, ``second.…``, ``gate.…``.
-        buffers: batch norm's running statistics, empty for other gates.
+        buffers: as for :class:`MuMoE`.
 
     Raises:
         SpecError, RankError, BudgetError: as :class:`MuMoE`.
@@ -114,6 +115,7 @@ class MuMoEMLP(Held[BlockConfig], BlockMethods[Array]):
             )
             for layer in (self.config.first, self.config.second)
         )
+        self.first._generator = self._generator
 
     @property
     def parameters(self) -> dict[str, Array]:  # type: ignore[override]
@@ -122,12 +124,16 @@ class MuMoEMLP(Held[BlockConfig], BlockMethods[Array]):
 
     @property
     def buffers(self) -> dict[str, Array]:  # type: ignore[override]
-        """Batch norm's running statistics by canonical name."""
+        """Arrays that training changes without gradients, by canonical name."""
         return self.first.buffers
 
     def coefficients(self, x: Array) -> tuple[Array, ...]:
         """The coefficients (..., N_e) per level that both layers share."""
         return self.first.coefficients(x)
+
+    def route(self, x: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """Coefficients and logits, as :meth:`MuMoE.route`."""
+        return self.first.route(x)
 
     def __call__(self, x: Array, coefficients: Given | None = None) -> Array:
         """Run the block: (..., in) → (..., out); nothing is dropped.

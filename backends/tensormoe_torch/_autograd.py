@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tensormoe import functional
 from tensormoe.functional import LayerConfig, Routed
-from tensormoe.gates import Across, Statistics, TopK
+from tensormoe.gates import Across, TopK
 from tensormoe.planning import Reverse
 from tensormoe_torch._adapter import BACKEND, EAGER, TorchBackend
 from tensormoe_torch._tracing import is_traced
@@ -45,21 +45,34 @@ def route(
     *,
     training: bool,
     across: Across | None = None,
-) -> tuple[Sequence[Tensor], list[Statistics] | None]:
-    """Coefficients (*lead, N_e) per level of inputs (batch, in); batch norm's new statistics."""
-    options: dict[str, Any] = {"buffers": buffers, "training": training, "across": across}
+    noise: Sequence[Tensor] | None = None,
+    keep: bool = False,
+) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+    """Coefficients (*lead, N_e) per level of inputs (batch, in); buffers that training changed.
+
+    With ``keep``, the logits follow the coefficients.
+    """
+    options: dict[str, Any] = {
+        "buffers": buffers,
+        "training": training,
+        "across": across,
+        "noise": noise,
+        "keep": keep,
+    }
     if is_traced(x):
         routed = functional.route(config, parameters, x, BACKEND, **options)
-        return [_led(each, lead) for each in routed.coefficients], routed.statistics
+        return _made(routed, lead), routed.buffers
     if torch.is_grad_enabled():
         arrays = tuple(parameters.values())
         if _any_differentiated(x, *arrays):
             names = tuple(parameters)
-            call = _GateCall(config, _direct(x), names, dict(buffers), lead, training, across)
+            call = _GateCall(
+                config, _direct(x), names, dict(buffers), lead, training, across, noise, keep
+            )
             made = _Gate.apply(call, x, *arrays)
-            return made, call.statistics
+            return made, call.changed
     routed = functional.route(config, parameters, x, _direct(x), **options)
-    return [_led(each, lead) for each in routed.coefficients], routed.statistics
+    return _made(routed, lead), routed.buffers
 
 
 def mix(
@@ -95,6 +108,10 @@ def mix(
     return _led(functional.apply_experts(config, parameters, x, coefficients, _direct(x)), lead)
 
 
+def _made(routed: Routed, lead: tuple[int, ...]) -> list[Tensor]:
+    return [_led(each, lead) for each in (*routed.coefficients, *routed.logits)]
+
+
 def _led(result: Tensor, lead: tuple[int, ...]) -> Tensor:
     """Rows of a result with the leading axes of the call."""
     return result if len(lead) == 1 else result.reshape(*lead, result.shape[-1])
@@ -127,7 +144,7 @@ def _any_differentiated(*arrays: Tensor) -> bool:
 
 @dataclass(eq=False)
 class _GateCall:
-    """Values that a gate's node keeps besides tensors; ``statistics`` are those of the call."""
+    """Values that a gate's node keeps besides tensors; ``changed`` are the call's new buffers."""
 
     config: LayerConfig
     backend: TorchBackend
@@ -136,11 +153,13 @@ class _GateCall:
     lead: tuple[int, ...]
     training: bool
     across: Across | None
-    statistics: list[Statistics] | None = field(default=None)
+    noise: Sequence[Tensor] | None
+    keep: bool
+    changed: dict[str, Tensor] = field(default_factory=dict)
 
 
 class _Gate(torch.autograd.Function):
-    """From inputs to coefficients, as one node."""
+    """From inputs to coefficients, and to logits where they are wanted, as one node."""
 
     @staticmethod
     def forward(ctx: Any, call: _GateCall, x: Tensor, *arrays: Tensor) -> tuple[Tensor, ...]:
@@ -154,15 +173,19 @@ class _Gate(torch.autograd.Function):
             keep=True,
             training=call.training,
             across=call.across,
+            noise=call.noise,
         )
-        call.statistics = routed.statistics
-        # running statistics have no part in the backward pass of training, and are about to change
-        kept = {} if call.training else call.buffers
+        call.changed = routed.buffers
+        kept = call.buffers
+        if call.training:
+            # running statistics have no part in the backward pass, and biases are about to change
+            kept = {name: each.clone() for name, each in kept.items() if "choice_bias" in name}
         ctx.call, ctx.count, ctx.buffers = call, len(arrays), tuple(kept)
         call.buffers = {}
         made = [_own(each, call.lead) for each in routed.coefficients]
-        ctx.save_for_backward(x, *arrays, *kept.values(), *routed.logits, *made)
-        return tuple(made)
+        logits = [_own(each, call.lead) for each in routed.logits]
+        ctx.save_for_backward(x, *arrays, *kept.values(), *logits, *made)
+        return (*made, *logits) if call.keep else tuple(made)
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
@@ -173,10 +196,9 @@ class _Gate(torch.autograd.Function):
         buffers = dict(zip(ctx.buffers, rest, strict=False))
         rest = rest[len(buffers) :]
         levels = len(rest) // 2
-        logits = rest[:levels]
-        weights, cotangents = (
+        logits, weights, cotangents = (
             [each.reshape(x.shape[0], each.shape[-1]) for each in results]
-            for results in (rest[levels:], given)
+            for results in (rest[:levels], rest[levels:], given)
         )
         by_input, *by_array = ctx.needs_input_grad[1:]
         with no_autocast(x.device.type):
@@ -191,20 +213,24 @@ class _Gate(torch.autograd.Function):
                     buffers=buffers,
                     training=call.training,
                     across=call.across,
+                    noise=call.noise,
+                    keep=call.keep,
                 )
-                return _again(ctx, routed.coefficients, inputs, cotangents)
-            routed = Routed(weights, logits, None)
+                outputs = (*routed.coefficients, *routed.logits)
+                return _again(ctx, outputs, inputs, cotangents)
+            routed = Routed(weights, logits)
             total, named = functional.gate_vjp(
                 call.config,
                 parameters,
                 x,
                 routed,
-                cotangents,
+                cotangents[:levels],
                 call.backend,
                 buffers=buffers,
                 training=call.training,
                 by_input=by_input,
                 across=call.across,
+                by_logits=cotangents[levels:] or None,
             )
         found = (
             named[name] if want else None for name, want in zip(call.names, by_array, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 from typing import Any, TypeVar
 
@@ -10,18 +11,30 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tensormoe._layers import Methods
+from tensormoe._validation import flag
 from tensormoe.checkpoint import check_config
 from tensormoe.errors import SpecError
-from tensormoe.functional import BlockConfig, LayerConfig, own_gate
-from tensormoe.gates import Across, Gate, Statistics
+from tensormoe.functional import BlockConfig, LayerConfig, initial_span, own_gate
+from tensormoe.gates import Across, Gate
 from tensormoe_torch._autograd import no_autocast, route
 from tensormoe_torch._checks import check_input
 from tensormoe_torch._dtypes import checked_device, checked_dtype
-from tensormoe_torch._sharded import stored
+from tensormoe_torch._sharded import put, stored
 
-__all__ = ["ExpertGate", "Gated"]
+__all__ = ["ExpertGate", "Gated", "Logits"]
 
 C = TypeVar("C", bound=LayerConfig | BlockConfig)
+
+
+class Logits(nn.Module):
+    """A place for forward hooks that see the logits of a gate: one tensor (..., N_e) per level.
+
+    It passes them on, when hooks are there or logits are asked for. Coefficients are made of the
+    logits already: what a hook returns changes what :meth:`Gated.route` returns, and no more.
+    """
+
+    def forward(self, *logits: Tensor) -> tuple[Tensor, ...]:
+        return logits
 
 
 class ExpertGate(nn.Module):
@@ -29,8 +42,9 @@ class ExpertGate(nn.Module):
 
     A layer makes its own. Its parameters are ``projection_<level>`` (in, N_e) and, if the gate has
     one, ``bias_<level>`` (N_e,); its buffers are batch norm's ``running_mean_<level>`` and
-    ``running_variance_<level>``. Logits and coefficients are float32 at least. A forward hook on
-    this module sees which experts every input uses.
+    ``running_variance_<level>``, and with ``balance`` the ``choice_bias_<level>``, (N_e,) each.
+    Logits and coefficients are float32 at least. A forward hook on this module sees which experts
+    every input uses, and one on its ``logits`` sees the logits.
 
     Args:
         config: the layer, which has a gate.
@@ -39,8 +53,9 @@ class ExpertGate(nn.Module):
 
     Attributes:
         config: the layer.
-        synchronized: whether a batch norm in training takes its statistics over all processes of a
-            group; :func:`synchronize_gates` sets it.
+        logits: passes the logits on, for hooks.
+        synchronized: whether, in training, batch norm takes its statistics, and ``balance`` the
+            load, over all processes of a group; :func:`synchronize_gates` sets it.
         process_group: that group; None for all processes.
 
     >>> import torch
@@ -62,6 +77,7 @@ class ExpertGate(nn.Module):
         if config.gate is None:
             raise SpecError("config must have a gate; got None for it. Give LayerConfig one.")
         self.config = config
+        self.logits = Logits()
         self.synchronized = False
         self.process_group: dist.ProcessGroup | None = None
         for name, shape in config.parameter_shapes().items():
@@ -79,11 +95,22 @@ class ExpertGate(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start anew: projections of zero, so that experts start alike, and fresh statistics."""
-        for parameter in stored(self, self._names.values()).values():
-            parameter.zero_()
+        """Start anew, with fresh statistics and biases for the choice.
+
+        Projections start at zero, so that experts start alike; those of a gate that chooses k
+        experts are drawn from PyTorch's generator as the weight of ``nn.Linear`` is, so that
+        different tokens choose different experts.
+        """
+        for name, parameter in stored(self, self._names.values()).items():
+            drawn = torch.zeros(parameter.shape, device=parameter.device, dtype=parameter.dtype)
+            if span := initial_span(self.config, name):
+                drawn.uniform_(-span, span)
+            put(parameter, drawn)
         for name, buffer in self.named_buffers(recurse=False):
             buffer.fill_(1.0 if "variance" in name else 0.0)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
 
     def extra_repr(self) -> str:
         return f"{self.config.spec.in_features}, {self.config.spec.experts}, {self.config.gate!r}"
@@ -94,21 +121,28 @@ class ExpertGate(nn.Module):
         assert self.config.gate is not None
         return self.config.gate
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, logits: bool = False) -> tuple[Tensor, ...]:
         """The coefficients of inputs (..., in): one tensor (..., N_e) per level, rows sum to one.
 
-        In training, a batch-norm gate uses the batch's own statistics and updates its buffers.
+        In training, a batch-norm gate uses the batch's own statistics and updates its buffers; one
+        with ``noise`` draws from PyTorch's generator; and one with ``balance`` moves its biases.
+
+        Args:
+            x: (..., in), in the layer's dtype.
+            logits: whether the logits follow, one tensor (..., N_e) per level.
 
         Raises:
             BackendError, ShapeError: the input does not fit.
         """
+        flag(logits, "logits")
+        keep = logits or bool(self.logits._forward_hooks or self.logits._forward_pre_hooks)
         features = self.config.spec.in_features
         parameters = {name: getattr(self, short) for name, short in self._names.items()}
         lead = check_input(x, features, parameters["gate.projection_0"], narrower=True)
         rows = x if len(lead) == 1 else x.reshape(prod(lead), features)
         buffers = {name: getattr(self, short) for name, short in self._buffer_names.items()}
         with no_autocast(x.device.type):
-            made, statistics = route(
+            made, changed = route(
                 self.config,
                 parameters,
                 rows,
@@ -116,10 +150,22 @@ class ExpertGate(nn.Module):
                 lead,
                 training=self.training,
                 across=self._across() if self.synchronized and self.training else None,
+                noise=self._noise(rows) if self.training and self.gate.noise else None,
+                keep=keep,
             )
-        if self.training and statistics is not None:
-            self._update(statistics)
-        return tuple(made)
+        self._update(changed)
+        levels = self.config.spec.levels
+        if not keep:
+            return tuple(made)
+        seen = self.logits(*made[levels:])
+        return (*made[:levels], *seen) if logits else tuple(made[:levels])
+
+    def _noise(self, rows: Tensor) -> list[Tensor]:
+        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        return [
+            torch.randn(rows.shape[0], count, device=rows.device, dtype=wide)
+            for count in self.config.spec.experts
+        ]
 
     def _across(self) -> Across | None:
         """The sum over all processes that share the batch, where there are others."""
@@ -131,10 +177,9 @@ class ExpertGate(nn.Module):
         return lambda array: _Sum.apply(array, group)
 
     @torch.no_grad()
-    def _update(self, statistics: list[Statistics]) -> None:
-        for level, found in enumerate(statistics):
-            getattr(self, f"running_mean_{level}").copy_(found.mean)
-            getattr(self, f"running_variance_{level}").copy_(found.variance)
+    def _update(self, changed: Mapping[str, Tensor]) -> None:
+        for name, array in changed.items():
+            getattr(self, self._buffer_names[name]).copy_(array)
 
 
 class Gated(Methods[Tensor, C]):
@@ -152,6 +197,26 @@ class Gated(Methods[Tensor, C]):
         """
         made: tuple[Tensor, ...] = own_gate(self.gate, self.config)(x)
         return made
+
+    def route(self, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Coefficients and logits of inputs (..., in): one tensor (..., N_e) per level each.
+
+        Logits are those of the projection, before normalization, noise and the choice of experts.
+        Losses are made of both, and the coefficients are given to the layer, so that a step
+        computes them once.
+
+        Raises:
+            BackendError, ShapeError: the input does not fit, or there is no gate.
+
+        >>> import torch
+        >>> from tensormoe.gates import Gate, z_loss
+        >>> from tensormoe_torch import MuMoE
+        >>> layer, x = MuMoE(8, 4, experts=3, rank=2, gate=Gate("top_k", k=2)), torch.ones(5, 8)
+        >>> coefficients, logits = layer.route(x)
+        >>> y, loss = layer(x, coefficients), z_loss(logits)
+        """
+        made: tuple[Tensor, ...] = own_gate(self.gate, self.config)(x, logits=True)
+        return made[: len(made) // 2], made[len(made) // 2 :]
 
 
 class _Sum(torch.autograd.Function):

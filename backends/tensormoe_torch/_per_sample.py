@@ -37,8 +37,9 @@ def per_sample_gradients(
 
     Raises:
         SpecError: a gate of several levels, of whose results only the first one's derivative is
-            given; a gate with batch norm, where a sample has no gradient of its own; parameters
-            that are computed from others.
+            given; a gate with batch norm, where a sample has no gradient of its own; one with noise
+            or balance, whose choice is not known any more; parameters that are computed from
+            others.
 
     >>> import torch
     >>> from tensormoe_torch import MuMoE
@@ -48,9 +49,12 @@ def per_sample_gradients(
     torch.Size([5, 8, 2])
     """
     config, is_gate = module.config, isinstance(module, ExpertGate)
-    if is_gate and (config.spec.levels > 1 or config.buffer_shapes()):
+    gate = config.gate
+    shares = config.buffer_shapes() or (gate is not None and gate.noise > 0)
+    if is_gate and (config.spec.levels > 1 or shares):
         raise SpecError(
-            "gradients of single samples need a gate of one level without batch norm; got "
+            "gradients of single samples need a gate of one level, without batch norm, noise and "
+            "balance; got "
             f"{config.spec.levels} levels and {config.gate!r}. Freeze the gate, or give the layer "
             "coefficients."
         )

@@ -1,4 +1,4 @@
-"""Batch norm of gates over all processes that train on one batch."""
+"""Batch norm and balance of gates over all processes that train on one batch."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def synchronize_gates(model: M, process_group: dist.ProcessGroup | None = None) 
 
     In training, a gate with ``Gate(normalization="batch")`` then takes mean and variance over the
     logits of all processes, whose batches may differ in size, and gradients are those of the whole
-    batch. Every process must call the layer equally often. Other gates see each token by itself and
-    stay as they are, and so do all batch norms of PyTorch's, which
-    ``nn.SyncBatchNorm.convert_sync_batchnorm`` converts.
+    batch. One with ``balance`` moves its biases by the load of all of them. Every process must call
+    the layer equally often. Other gates see each token by itself and stay as they are, and so do
+    all batch norms of PyTorch's, which ``nn.SyncBatchNorm.convert_sync_batchnorm`` converts.
 
     Without it, each process normalizes by its own part of the batch and keeps its own running
-    statistics; those of the first one are saved.
+    statistics and biases; those of the first one are saved.
 
     Args:
         model: any module, with μMoE layers anywhere inside; changed in place.
@@ -45,6 +45,6 @@ def synchronize_gates(model: M, process_group: dist.ProcessGroup | None = None) 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__qualname__}.")
     for module in model.modules():
-        if isinstance(module, ExpertGate) and module.gate.normalization == "batch":
+        if isinstance(module, ExpertGate) and module.config.buffer_shapes():
             module.synchronized, module.process_group = True, process_group
     return model

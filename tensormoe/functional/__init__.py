@@ -24,6 +24,7 @@ from tensormoe.functional._experts import experts_forward as experts_forward
 from tensormoe.functional._experts import experts_vjp as experts_vjp
 from tensormoe.functional._experts import prepare as prepare
 from tensormoe.functional._fit import Fit as Fit
+from tensormoe.functional._initialize import initial_span as initial_span
 from tensormoe.functional._initialize import initialize as initialize
 from tensormoe.functional._routing import Routed as Routed
 from tensormoe.functional._routing import gate_vjp as gate_vjp
@@ -52,6 +53,7 @@ __all__ = [
     "experts_forward",
     "experts_vjp",
     "gate_vjp",
+    "initial_span",
     "initialize",
     "materialize",
     "merged_coefficients",

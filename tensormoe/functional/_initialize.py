@@ -1,4 +1,4 @@
-"""First values of a layer's parameters."""
+"""Initial values of a layer's parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,22 @@ from tensormoe._config import LayerConfig
 from tensormoe.backend import Array, Backend
 from tensormoe.factorizations import Draw, draw_factor
 
-__all__ = ["initialize"]
+__all__ = ["initial_span", "initialize"]
+
+
+def initial_span(config: LayerConfig, name: str) -> float:
+    """Half the width of the interval around 0 that an array of the gate starts in; 0 for zeros.
+
+    Gates start at zero, so that experts start alike. A gate that chooses k experts would then
+    choose the same ones for every token, and the others would never learn: its projections start
+    uniform on ±1/√in, as the weight of ``torch.nn.Linear``.
+
+    Args:
+        config: the layer.
+        name: of the array, such as ``gate.projection_0``.
+    """
+    chooses = config.gate is not None and config.gate.k is not None
+    return 1.0 / sqrt(config.spec.in_features) if chooses and "projection" in name else 0.0
 
 
 def initialize(
@@ -19,7 +34,7 @@ def initialize(
     zeros: Draw,
     init: str = "variance",
 ) -> dict[str, Array]:
-    """Draw all parameters; projections of the gate start at zero, so that experts start alike.
+    """Draw all parameters, those of the gate as :func:`initial_span` says.
 
     Args:
         config: the layer.
@@ -45,4 +60,7 @@ def initialize(
             parameters[name] = array
         else:
             parameters[name] = zeros(shape)
+            if span := initial_span(config, name):
+                dtype = parameters[name].dtype
+                parameters[name] = backend.namespace.astype(uniform(shape) * span, dtype)
     return parameters

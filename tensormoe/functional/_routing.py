@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tensormoe._config import LayerConfig
 from tensormoe.backend import Array, Backend
+from tensormoe.errors import GateError
 from tensormoe.execution import plus
 from tensormoe.functional._checks import own_gate
 from tensormoe.functional._dtypes import cast, widened
-from tensormoe.gates import Across, Activation, Statistics, activate, activate_vjp
+from tensormoe.gates import (
+    Across,
+    Gate,
+    Statistics,
+    activate,
+    activate_vjp,
+    balanced_bias,
+)
 
 __all__ = ["Routed", "gate_vjp", "route"]
 
@@ -21,13 +29,13 @@ class Routed:
 
     Args:
         coefficients: one array (batch, N_e) a level.
-        logits: what they came from, for the backward pass.
-        statistics: batch norm's new running statistics, one a level; None for other gates.
+        logits: what they came from, before normalization: for the backward pass, and for losses.
+        buffers: those that training changed, by canonical name.
     """
 
     coefficients: list[Array]
     logits: list[Array]
-    statistics: list[Statistics] | None
+    buffers: dict[str, Array] = field(default_factory=dict)
 
 
 def route(
@@ -40,6 +48,7 @@ def route(
     keep: bool = False,
     training: bool = False,
     across: Across | None = None,
+    noise: Sequence[Array] | None = None,
 ) -> Routed:
     """Coefficients of inputs (batch, in), from the layer's own gate.
 
@@ -50,35 +59,47 @@ def route(
         parameters: by canonical name.
         x: (batch, in).
         backend: the adapter of the arrays' library.
-        buffers: batch norm's running statistics by canonical name.
-        keep: whether to return the logits, for the backward pass.
-        training: whether batch norm uses the batch's own statistics.
+        buffers: batch norm's running statistics, and biases for the choice, by canonical name.
+        keep: whether to return the logits.
+        training: whether batch norm uses the batch's own statistics, and buffers move.
         across: as for :func:`tensormoe.gates.activate`.
+        noise: standard normal arrays (batch, N_e), one per level, for a gate with ``noise`` in
+            training; other calls leave them out.
+
+    Raises:
+        GateError: a gate with noise in training, and none given.
     """
     gate = own_gate(config.gate, config)
     wide = widened(x, backend)
-    found: list[Activation] = []
-    kept = []
+    noises = _checked_noise(gate, noise, training, config.spec.levels)
+    made, kept, changed = [], [], {}
     for level in range(config.spec.levels):
         projection = widened(parameters[f"gate.projection_{level}"], backend)
         logits = backend.matmul(wide, projection)
         if gate.bias:
             logits = plus(logits, widened(parameters[f"gate.bias_{level}"], backend), backend)
-        found.append(
-            activate(
-                gate,
-                logits,
-                statistics=_statistics(buffers, level),
-                training=training,
-                backend=backend,
-                across=across,
-            )
+        bias = _choice_bias(gate, buffers, level)
+        found = activate(
+            gate,
+            logits,
+            statistics=_statistics(buffers, level),
+            training=training,
+            backend=backend,
+            across=across,
+            choice=_choice(gate, bias, noises[level], backend),
         )
+        made.append(found.coefficients)
         if keep:
             kept.append(logits)
         del logits
-    statistics = [each.statistics for each in found if each.statistics is not None]
-    return Routed([each.coefficients for each in found], kept, statistics or None)
+        if training and found.statistics is not None:
+            changed[f"gate.running_mean_{level}"] = found.statistics.mean
+            changed[f"gate.running_variance_{level}"] = found.statistics.variance
+        if training and bias is not None:
+            changed[f"gate.choice_bias_{level}"] = balanced_bias(
+                bias, made[-1], gate.balance, across=across, backend=backend
+            )
+    return Routed(made, kept, changed)
 
 
 def gate_vjp(
@@ -93,6 +114,7 @@ def gate_vjp(
     training: bool = True,
     by_input: bool = True,
     across: Across | None = None,
+    by_logits: Sequence[Array | None] | None = None,
 ) -> tuple[Array | None, dict[str, Array]]:
     """Gradients of :func:`route` by its input and its parameters.
 
@@ -107,6 +129,8 @@ def gate_vjp(
         training: whether batch norm used the batch's own statistics.
         by_input: whether the gradient by ``x`` is wanted too.
         across: as in the forward call.
+        by_logits: further derivatives, with respect to the logits, that losses on them have: one
+            array (batch, N_e) or None per level.
 
     Returns:
         The gradient by ``x`` or None, and the parameters' by canonical name.
@@ -129,6 +153,9 @@ def gate_vjp(
             backend=backend,
             across=across,
         )
+        more = None if by_logits is None else by_logits[level]
+        if more is not None:
+            inner = plus(inner, widened(more, backend), backend)
         projection = parameters[f"gate.projection_{level}"]
         dtype = projection.dtype
         table = backend.matmul(backend.permute(wide, (1, 0)), inner)
@@ -146,8 +173,41 @@ def gate_vjp(
 
 
 def _statistics(buffers: Mapping[str, Array] | None, level: int) -> Statistics | None:
-    if not buffers:
+    if not buffers or f"gate.running_mean_{level}" not in buffers:
         return None
     return Statistics(
         buffers[f"gate.running_mean_{level}"], buffers[f"gate.running_variance_{level}"]
     )
+
+
+def _choice_bias(gate: Gate, buffers: Mapping[str, Array] | None, level: int) -> Array | None:
+    if not gate.balance:
+        return None
+    name = f"gate.choice_bias_{level}"
+    if not buffers or name not in buffers:
+        raise GateError(
+            f"a gate with balance={gate.balance} needs its biases; got no {name!r}. Pass the "
+            "buffers that the layer started with or that training returned."
+        )
+    return buffers[name]
+
+
+def _choice(gate: Gate, bias: Array | None, noise: Array | None, backend: Backend) -> Array | None:
+    """What is added to the normalized logits for the choice of experts."""
+    if noise is None:
+        return bias
+    noise = widened(noise, backend) * gate.noise
+    return noise if bias is None else noise + bias
+
+
+def _checked_noise(
+    gate: Gate, noise: Sequence[Array] | None, training: bool, levels: int
+) -> Sequence[Array | None]:
+    if not gate.noise or not training:
+        return [None] * levels
+    if noise is None:
+        raise GateError(
+            f"a gate with noise={gate.noise} needs a source of random numbers in training; got "
+            "none. Pass one, a key for instance, or train a gate without noise."
+        )
+    return noise

@@ -55,6 +55,7 @@ def activate(
     training: bool = False,
     backend: Backend | None = None,
     across: Across | None = None,
+    choice: Array | None = None,
 ) -> Activation:
     """Normalize logits and apply the gate's activation.
 
@@ -73,25 +74,40 @@ def activate(
         backend: the adapter to run on; that of the logits' library by default.
         across: where others have further rows of the batch, the sum of an array over all of them;
             batch norm's statistics in training are then those of the whole batch.
+        choice: for "top_k": (experts,), or of the logits' shape. It is added to the normalized
+            logits to find the k largest, and is left out of their coefficients: noise, or the
+            biases of :func:`balanced_bias`. Nothing is differentiated by it.
 
     Returns:
         Coefficients, and new statistics where batch norm trains.
 
     Raises:
         GateError: as :func:`entmax` and :func:`top_k`; also where the logits' variance overflows,
-            or batch norm lacks statistics, or trains on a batch of fewer than two tokens.
+            ``choice`` does not fit, or batch norm lacks statistics, or trains on a batch of fewer
+            than two tokens.
 
     Example:
         >>> import numpy as np
         >>> activate(Gate("sparsemax"), np.array([[3.0, 1.0, -4.0]])).coefficients.round(3)
         array([[0.84, 0.16, 0.  ]])
+        >>> gate, bias = Gate("top_k", k=1), np.array([0.0, 5.0, 0.0])
+        >>> activate(gate, np.array([[3.0, 1.0, -4.0]]), choice=bias).coefficients
+        array([[0., 1., 0.]])
     """
     rows = as_rows(logits, mask=mask, backend=backend)
     backend = rows.backend
     how, updated = _standardize(gate, rows, statistics, training, across)
+    added = None if choice is None else _choice(gate, rows, choice)
     if gate.activation == "top_k":
         k = check_k(gate.k, rows.shape[-1])
-        weights = map_rows(rows, lambda x, m, first: top_k_block(backend, x, m, first, how, k))
+
+        def cut(x: Array, m: Array | None, first: int) -> Array:
+            block = added
+            if block is not None and block.shape[0] != 1:
+                block = block[first : first + x.shape[0], :]
+            return top_k_block(backend, x, m, first, how, k, block)
+
+        weights = map_rows(rows, cut)
     else:
         alpha = gate.effective_alpha
         weights = map_rows(rows, lambda x, m, first: entmax_block(backend, x, m, first, how, alpha))
@@ -99,6 +115,25 @@ def activate(
         # this part of the batch has no rows, but the others wait for its part in the gradients
         weights = weights + how.mean + how.scale
     return Activation(rows.restore(weights), updated)
+
+
+def _choice(gate: Gate, rows: Rows, choice: Array) -> Array:
+    """What is added for the choice, as (1, experts) or (rows, experts)."""
+    shape = tuple(choice.shape)
+    if gate.k is None:
+        raise GateError(
+            f"choice is for gates that choose k experts; got activation {gate.activation!r}. Leave "
+            "it out or use top_k."
+        )
+    if shape not in (rows.shape[-1:], rows.shape):
+        raise GateError(
+            f"choice must have one entry per expert, shape {rows.shape[-1:]}, or the logits' shape "
+            f"{rows.shape}; got {shape}."
+        )
+    backend = rows.backend
+    choice = backend.namespace.astype(backend.stop_gradient(choice), rows.values.dtype)
+    matrix = (1, *shape) if len(shape) == 1 else tuple(rows.values.shape)
+    return backend.reshape(choice, matrix)
 
 
 def _standardize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
 from typing import Any
 
@@ -14,6 +14,9 @@ from tensormoe.gates._top_k import check_k
 
 ACTIVATIONS = ("entmax", "sparsemax", "softmax", "top_k")
 NORMALIZATIONS = ("layer", "batch", None)
+
+# fields that came later: files without them were written by gates that did as these say
+_LATER = {"spread": 1.0, "noise": 0.0, "balance": 0.0}
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,14 @@ class Gate:
             :meth:`spread_of`, which depends on α and the number of experts.
         eps: added to the variance by both normalizations; positive.
         momentum: weight of a new batch in batch norm's running statistics, in (0, 1].
+        noise: for "top_k": standard deviation of the normal noise that is added, in training, to
+            the normalized logits by which experts are chosen (Shazeer et al. 2017). It picks
+            experts, and does not enter their coefficients.
+        balance: for "top_k": speed of balancing without a loss (Wang et al. 2024, DeepSeek-V3).
+            Each expert has a bias, which is added to its normalized logits for the choice alone,
+            and which each forward pass in training moves by this much: up for experts with less
+            than the mean load, down for those with more. It is kept as batch norm's statistics
+            are. 0 for no such bias; 0.001 is usual.
 
     Raises:
         GateError: a field has an unknown name or an impossible value.
@@ -41,7 +52,7 @@ class Gate:
     Example:
         >>> Gate()
         Gate(activation='entmax', alpha=1.5, normalization='layer', k=None, bias=False, \
-spread=None, eps=1.0, momentum=0.1)
+spread=None, eps=1.0, momentum=0.1, noise=0.0, balance=0.0)
         >>> Gate("top_k", k=2, normalization=None).k
         2
     """
@@ -54,6 +65,8 @@ spread=None, eps=1.0, momentum=0.1)
     spread: float | None = None
     eps: float = 1.0
     momentum: float = 0.1
+    noise: float = 0.0
+    balance: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
@@ -94,6 +107,21 @@ spread=None, eps=1.0, momentum=0.1)
         self._check_spread()
         if not _is_number(self.momentum) or not 0 < self.momentum <= 1:
             raise GateError(f"momentum must be in (0, 1]; got {self.momentum!r}. Use 0.1.")
+        self._check_choice()
+
+    def _check_choice(self) -> None:
+        for name in ("noise", "balance"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value < float("inf"):
+                raise GateError(
+                    f"{name} must be a number that is not negative; got {brief(value)}. Use 0 for "
+                    "none."
+                )
+            if value > 0 and self.k is None:
+                raise GateError(
+                    f"{name} is for gates that choose k experts; got {value} with activation "
+                    f"{self.activation!r}. Leave it out or use top_k."
+                )
 
     def _check_spread(self) -> None:
         if self.spread is None:
@@ -158,6 +186,18 @@ spread=None, eps=1.0, momentum=0.1)
             return float(self.spread)
         return float((16.0 / experts) ** (self.effective_alpha - 1.0))
 
+    @property
+    def uncut(self) -> Gate:
+        """The gate without its cut: softmax over all experts, with the same normalization.
+
+        :func:`activate` makes of it, and of the logits, the router's probabilities that the
+        losses of Switch and GShard need.
+
+        >>> Gate("top_k", k=2, noise=1.0).uncut == Gate("softmax")
+        True
+        """
+        return replace(self, activation="softmax", alpha=1.5, k=None, noise=0.0, balance=0.0)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as checkpoints store them."""
         return asdict(self)
@@ -165,6 +205,9 @@ spread=None, eps=1.0, momentum=0.1)
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Gate:
         """The gate that :meth:`to_dict` described; every field must be there and no other.
+
+        Descriptions from before ``noise`` and ``balance`` are of gates without them, and those
+        without ``spread`` of gates whose spread was 1.
 
         >>> Gate.from_dict(Gate("sparsemax").to_dict()).activation
         'sparsemax'
@@ -175,14 +218,15 @@ spread=None, eps=1.0, momentum=0.1)
                 "Gate.to_dict() returned."
             )
         names = [field.name for field in fields(cls)]
-        missing = [name for name in names if name not in values]
+        missing = [name for name in names if name not in values and name not in _LATER]
         unknown = [str(name) for name in values if name not in names]
         if missing or unknown:
             raise GateError(
                 f"a gate's description must have the fields {', '.join(names)}; got missing "
                 f"{missing} and unknown {unknown}. Pass what Gate.to_dict() returned."
             )
-        return cls(**{name: values[name] for name in names})
+        earlier = dict(_LATER, spread=None) if values["normalization"] is None else _LATER
+        return cls(**{**earlier, **values})
 
 
 def _is_number(value: object) -> bool:

@@ -1,56 +1,73 @@
-"""Losses and measures of routing: pure functions of the coefficients."""
+"""Losses of routing: pure functions of coefficients and logits, with their gradients.
+
+Each takes one level's array, or a list or tuple of all levels', over which it sums. Gradients then
+are a tuple with one array per level.
+"""
 
 from __future__ import annotations
 
-from math import prod
+from collections.abc import Sequence
+from typing import Any
 
-from tensormoe.backend import Array, Backend, backend_of, default_integer, device_of
+from tensormoe.backend import Array, Backend, device_of
 from tensormoe.errors import GateError
+from tensormoe.gates._top_k import TopK
+from tensormoe.gates._weights import (
+    Experts,
+    Given,
+    Weights,
+    as_weights,
+    counts,
+    gradients,
+    summed,
+)
 
 
-def _matrix(coefficients: Array) -> tuple[Backend, Array]:
-    backend = backend_of(coefficients)
+def _share(weights: Weights, chosen: Array | TopK | None) -> Array:
+    """Share of the choices that fall on each expert."""
+    backend, experts = weights.backend, weights.matrix.shape[-1]
     xp = backend.namespace
-    if not xp.isdtype(coefficients.dtype, "real floating"):
+    if chosen is None:
+        matrix = backend.stop_gradient(weights.matrix)
+        first = xp.argmax(matrix, axis=-1, keepdims=True)
+        columns = xp.arange(experts, device=device_of(matrix))[None, :]
+        return xp.mean(xp.astype(first == columns, matrix.dtype), axis=0)
+    made = as_weights(chosen, experts, "chosen")
+    if made.matrix.shape[0] != weights.matrix.shape[0]:
         raise GateError(
-            f"coefficients must be real floating point; got dtype {coefficients.dtype}. Pass what "
-            "a gate returned."
+            f"chosen must be of the same tokens, {weights.matrix.shape[0]}; got "
+            f"{made.matrix.shape[0]}. Pass results of one call."
         )
-    shape = tuple(coefficients.shape)
-    if not shape or 0 in shape:
-        raise GateError(
-            f"coefficients must have at least one token and one expert; got shape {shape}. Skip "
-            "empty batches."
-        )
-    if xp.finfo(coefficients.dtype).bits < 32:
-        coefficients = xp.astype(coefficients, xp.float32)
-    return backend, backend.reshape(coefficients, (prod(shape[:-1]), shape[-1]))
+    each = xp.astype(counts(made), weights.matrix.dtype)
+    return each / xp.sum(each)
 
 
-def _share(backend: Backend, weights: Array) -> Array:
-    xp = backend.namespace
-    first = xp.argmax(backend.stop_gradient(weights), axis=-1, keepdims=True)
-    hits = xp.astype(
-        first == xp.arange(weights.shape[-1], device=device_of(weights))[None, :], weights.dtype
-    )
-    return xp.mean(hits, axis=0)
-
-
-def load_balance_loss(coefficients: Array) -> Array:
+def load_balance_loss(
+    coefficients: Given, chosen: Given | None = None, *, experts: Experts = None
+) -> Array:
     """Imbalance of the experts' use: N Σₙ fₙ Pₙ (Fedus, Zoph & Shazeer 2022, eq. 4).
 
-    fₙ is the share of tokens whose largest coefficient is expert n's (the first of equals) and Pₙ
-    the mean coefficient of expert n. Only P is differentiated. The loss is 1 where both are
+    Pₙ is the mean coefficient of expert n, and fₙ the share of tokens whose largest coefficient is
+    expert n's (the first of equals). Only P is differentiated. The loss is 1 where both are
     uniform, and N where all tokens use one expert alone.
 
+    For top-k gates, the papers take P before the cut and f after it (GShard; Switch Transformers):
+    pass the router's probabilities, ``activate(gate.uncut, logits).coefficients``, and as
+    ``chosen`` the gate's coefficients. fₙ then is the share of all choices that fall on expert n, a
+    k-th of the share of tokens that choose it, so that the loss is 1 where all are uniform for any
+    k. (Some libraries leave out the division by k, and are k times as large.)
+
     Args:
-        coefficients: (..., experts) with rows that sum to one, at least one token.
+        coefficients: (..., experts) with rows that sum to one, at least one token; a ``TopK`` with
+            ``experts``; or a list or tuple with one of these per level.
+        chosen: coefficients of the same tokens, which are not zero where an expert was chosen.
+        experts: number of experts, for a ``TopK``; one per level for a list of them.
 
     Returns:
-        A scalar, in float32 at least.
+        A scalar, in float32 at least; the sum over levels.
 
     Raises:
-        GateError: no tokens, no experts, or no floating point.
+        GateError: no tokens, no experts, no floating point, or ``chosen`` of other tokens.
 
     Example:
         >>> import numpy as np
@@ -58,14 +75,21 @@ def load_balance_loss(coefficients: Array) -> Array:
         1.0
         >>> float(load_balance_loss(np.array([[1.0, 0.0], [1.0, 0.0]])))
         2.0
+        >>> probabilities = np.array([[0.5, 0.25, 0.25], [0.5, 0.25, 0.25]])
+        >>> chosen = np.array([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> float(load_balance_loss(probabilities, chosen))
+        1.5
     """
-    backend, weights = _matrix(coefficients)
-    xp = backend.namespace
-    mean = xp.mean(weights, axis=0)
-    return xp.sum(_share(backend, weights) * mean) * float(weights.shape[-1])
+    return summed(_load_balance, coefficients, chosen, experts)
 
 
-def load_balance_loss_vjp(coefficients: Array, cotangent: Array | float = 1.0) -> Array:
+def load_balance_loss_vjp(
+    coefficients: Given,
+    cotangent: Array | float = 1.0,
+    *,
+    chosen: Given | None = None,
+    experts: Experts = None,
+) -> Any:
     """The gradient of :func:`load_balance_loss` times ``cotangent``, of the coefficients' shape.
 
     >>> import numpy as np
@@ -73,85 +97,140 @@ def load_balance_loss_vjp(coefficients: Array, cotangent: Array | float = 1.0) -
     array([[1., 0.],
            [1., 0.]])
     """
-    backend, weights = _matrix(coefficients)
-    tokens, experts = weights.shape
-    slope = _share(backend, weights) * (experts / tokens) * cotangent
-    row = backend.reshape(slope, (1,) * (coefficients.ndim - 1) + (experts,))
-    return row + backend.namespace.zeros_like(backend.reshape(weights, tuple(coefficients.shape)))
+
+    def one(given: Array | TopK, of: Array | TopK | None, number: int | None) -> Array:
+        weights = as_weights(given, number)
+        tokens, count = weights.matrix.shape
+        return _each_token(weights, _share(weights, of) * (count / tokens) * cotangent)
+
+    return gradients(one, coefficients, chosen, experts)
 
 
-def entropy(coefficients: Array) -> Array:
-    """The entropy of each token's coefficients in nats, -Σ a log a with 0 log 0 = 0.
+def _load_balance(given: Array | TopK, chosen: Array | TopK | None, experts: int | None) -> Array:
+    weights = as_weights(given, experts)
+    xp = weights.backend.namespace
+    mean = xp.mean(weights.matrix, axis=0)
+    return xp.sum(_share(weights, chosen) * mean) * float(weights.matrix.shape[-1])
+
+
+def importance_loss(coefficients: Given, *, experts: Experts = None) -> Array:
+    """Squared coefficient of variation of the experts' importance (Shazeer et al. 2017, eq. 7).
+
+    An expert's importance is the sum of its coefficients over all tokens. The loss is their
+    variance over their squared mean: 0 where they are equal, and N - 1 where all tokens use one
+    expert alone.
 
     Args:
-        coefficients: (..., experts).
+        coefficients: as for :func:`load_balance_loss`.
+        experts: as for :func:`load_balance_loss`.
 
     Returns:
-        (...), from 0 for one expert alone to log N for all alike.
+        A scalar, in float32 at least; the sum over levels.
 
     Raises:
         GateError: no tokens, no experts, or no floating point.
 
     Example:
         >>> import numpy as np
-        >>> entropy(np.array([[1.0, 0.0], [0.5, 0.5]])).round(4)
-        array([0.    , 0.6931])
+        >>> float(importance_loss(np.array([[1.0, 0.0], [0.0, 1.0]])))
+        0.0
+        >>> float(importance_loss(np.array([[1.0, 0.0], [1.0, 0.0]])))
+        1.0
     """
-    backend, weights = _matrix(coefficients)
-    xp = backend.namespace
-    used = ~(weights <= 0.0)  # NaN as well, which stays NaN
-    logs = xp.log(xp.where(used, weights, xp.ones_like(weights)))
-    return backend.reshape(-xp.sum(weights * logs, axis=-1) + 0.0, tuple(coefficients.shape[:-1]))
+    return summed(_importance, coefficients, experts)
 
 
-def entropy_loss(coefficients: Array) -> Array:
-    """The mean of :func:`entropy` over all tokens: a scalar that is smaller for sparser routing.
+def _importance(given: Array | TopK, experts: int | None) -> Array:
+    weights = as_weights(given, experts)
+    xp = weights.backend.namespace
+    importance = xp.mean(weights.matrix, axis=0)
+    mean = xp.mean(importance)
+    away = (importance - mean) / mean
+    return xp.mean(away * away)
+
+
+def importance_loss_vjp(
+    coefficients: Given, cotangent: Array | float = 1.0, *, experts: Experts = None
+) -> Any:
+    """The gradient of :func:`importance_loss` times ``cotangent``, of the coefficients' shape.
 
     >>> import numpy as np
-    >>> round(float(entropy_loss(np.array([[1.0, 0.0], [0.5, 0.5]]))), 4)
-    0.3466
+    >>> importance_loss_vjp(np.array([[1.0, 0.0], [1.0, 0.0]]))
+    array([[ 0., -2.],
+           [ 0., -2.]])
     """
-    return backend_of(coefficients).namespace.mean(entropy(coefficients))
+
+    def one(given: Array | TopK, number: int | None) -> Array:
+        weights = as_weights(given, number)
+        xp = weights.backend.namespace
+        tokens, count = weights.matrix.shape
+        importance = xp.mean(weights.matrix, axis=0)
+        mean = xp.mean(importance)
+        # the loss is mean(I²) / mean(I)² - 1
+        ratio = xp.mean(importance * importance) / mean
+        slope = (importance - ratio) / (mean * mean) * (2.0 / (count * tokens)) * cotangent
+        return _each_token(weights, slope)
+
+    return gradients(one, coefficients, experts)
 
 
-def entropy_loss_vjp(coefficients: Array, cotangent: Array | float = 1.0) -> Array:
-    """The gradient of :func:`entropy_loss` times ``cotangent``, of the coefficients' shape.
+def z_loss(logits: Array | Sequence[Array]) -> Array:
+    """Size of the logits: the mean over tokens of (log Σₙ exp xₙ)² (Zoph et al. 2022, eq. 5).
 
-    It is -(1 + log a) / tokens where a > 0; unused experts, whose slope is infinite, get 0: they
-    can't change under the activations that leave experts unused.
-    """
-    backend, weights = _matrix(coefficients)
-    xp = backend.namespace
-    used = ~(weights <= 0.0)  # NaN as well, which stays NaN
-    logs = xp.log(xp.where(used, weights, xp.ones_like(weights)))
-    slope = xp.where(used, (1.0 + logs) * (-1.0 / weights.shape[0]), xp.zeros_like(logs))
-    return backend.reshape(slope * cotangent, tuple(coefficients.shape))
-
-
-def expert_load(coefficients: Array, threshold: float = 0.5) -> Array:
-    """Tokens that give each expert at least ``threshold`` (Oldfield et al. 2024, section 4.1).
+    It keeps the logits of a router small, where rounding matters least; 0.001 is the usual weight.
+    A gate with normalization rescales its logits anyway.
 
     Args:
-        coefficients: (..., experts).
-        threshold: the smallest coefficient that counts, in (0, 1].
+        logits: (..., experts), at least one token; or a list or tuple with one array per level.
+            Experts of logit -inf do not count.
 
     Returns:
-        (experts,) integers.
+        A scalar, in float32 at least; the sum over levels.
 
     Raises:
-        GateError: ``threshold`` is out of range, or as in :func:`entropy`.
+        GateError: no tokens, no experts, or no floating point.
 
     Example:
         >>> import numpy as np
-        >>> expert_load(np.array([[0.75, 0.25], [0.5, 0.5], [0.4, 0.6]]))
-        array([2, 2])
+        >>> round(float(z_loss(np.array([[0.0, 0.0], [1.0, 1.0]]))), 4)
+        1.6736
     """
-    if (
-        isinstance(threshold, bool)
-        or not isinstance(threshold, int | float)
-        or not (0 < threshold <= 1)
-    ):
-        raise GateError(f"threshold must be in (0, 1]; got {threshold!r}. Use 0.5.")
-    backend, weights = _matrix(coefficients)
+    return summed(_z_loss, logits)
+
+
+def _z_loss(logits: Array) -> Array:
+    weights = as_weights(logits, name="logits")
+    xp = weights.backend.namespace
+    _, total = _log_sum(weights.backend, weights.matrix)
+    return xp.mean(total * total)
+
+
+def z_loss_vjp(logits: Array | Sequence[Array], cotangent: Array | float = 1.0) -> Any:
+    """The gradient of :func:`z_loss` times ``cotangent``, of the logits' shape.
+
+    >>> import numpy as np
+    >>> z_loss_vjp(np.array([[0.0, 0.0]])).round(4)
+    array([[0.6931, 0.6931]])
+    """
+
+    def one(given: Array) -> Array:
+        weights = as_weights(given, name="logits")
+        shares, total = _log_sum(weights.backend, weights.matrix)
+        return weights.restore(shares * total * (2.0 / weights.matrix.shape[0]) * cotangent)
+
+    return gradients(one, logits)
+
+
+def _log_sum(backend: Backend, logits: Array) -> tuple[Array, Array]:
+    """The softmax of each row, and (rows, 1) logarithms of the sums of the exponentials."""
     xp = backend.namespace
-    return xp.sum(xp.astype(weights >= threshold, default_integer(xp)), axis=0)
+    top = backend.stop_gradient(xp.max(logits, axis=-1, keepdims=True))
+    powers = xp.exp(logits - top)
+    total = xp.sum(powers, axis=-1, keepdims=True)
+    return powers / total, xp.log(total) + top
+
+
+def _each_token(weights: Weights, slope: Array) -> Array:
+    """A gradient (experts,) that is the same for every token, in the caller's layout."""
+    row = weights.backend.reshape(slope, (1, weights.matrix.shape[-1]))
+    return weights.restore(row + weights.backend.namespace.zeros_like(weights.matrix))

@@ -68,21 +68,30 @@ def largest(backend: Backend, values: Array, k: int) -> tuple[Array, Array]:
 
 
 def top_k_block(
-    backend: Backend, values: Array, mask: Array | None, first_row: int, how: Standardize, k: int
+    backend: Backend,
+    values: Array,
+    mask: Array | None,
+    first_row: int,
+    how: Standardize,
+    k: int,
+    choice: Array | None = None,
 ) -> Array:
-    """Standardize a (rows, experts) block and keep the softmax of its k largest entries."""
+    """Standardize a (rows, experts) block and keep the softmax of its k largest entries.
+
+    ``choice``, (rows, experts) or (1, experts), is added to find the largest and left out after.
+    """
     if values.shape[0] == 0:
         return values
     xp = backend.namespace
     shifted = shift(backend, values, mask, first_row, how, 1.0)
-    chosen = _chosen(xp, backend, shifted, k)
+    chosen = _chosen(xp, backend, shifted, k, choice)
     if shifted.usable is not None:
         chosen = chosen & shifted.usable
     return keep_nan(backend, shifted, _softmax(backend, Shifted(shifted.values, chosen)))
 
 
-def _chosen(xp: Any, backend: Backend, shifted: Shifted, k: int) -> Array:
-    values = shifted.values
+def _chosen(xp: Any, backend: Backend, shifted: Shifted, k: int, choice: Array | None) -> Array:
+    values = shifted.values if choice is None else shifted.values + choice
     if shifted.usable is not None:
         values = xp.where(shifted.usable, values, xp.full_like(values, -float("inf")))
     return largest(backend, values, k)[1]

@@ -45,7 +45,7 @@ WIDE = LayerConfig(
     LayerSpec(5, 3, (3, 2, 2), TensorTrain((2, 3, 2, 3)), False),
     Gate("sparsemax", normalization=None, bias=True),
 )
-CHOSEN = LayerConfig(LayerSpec(6, 4, (4, 3), Hadamard()), Gate("top_k", k=2))
+CHOSEN = LayerConfig(LayerSpec(6, 4, (4, 3), Hadamard()), Gate("top_k", k=2, balance=0.01))
 EVERY = LayerConfig(LayerSpec(4, 3, (2, 3), Dense()), Gate("softmax", normalization="batch"))
 STEEP = LayerConfig(LayerSpec(4, 6, 3, Tucker((2, 3, 4))), Gate(alpha=3.0))
 SOFT = LayerConfig(

@@ -19,7 +19,16 @@ from tensormoe.checkpoint import (
 from tensormoe.compression import Compression, compress_checkpoint, plan_compression
 from tensormoe.decomposition import Search, decompose, error_curves
 from tensormoe.functional import BlockConfig, LayerConfig
-from tensormoe.gates import entropy, entropy_loss, expert_load, load_balance_loss, top_k
+from tensormoe.gates import (
+    balanced_bias,
+    entropy,
+    entropy_loss,
+    expert_load,
+    importance_loss,
+    load_balance_loss,
+    top_k,
+    z_loss,
+)
 from tensormoe_numpy import BACKEND
 from tests.fuzz._doors import Door
 
@@ -80,6 +89,8 @@ def _values() -> Iterator[Door]:
             spread=1.0,
             eps=1e-5,
             momentum=0.1,
+            noise=0.0,
+            balance=0.0,
         ),
     )
     yield Door(
@@ -172,8 +183,11 @@ def _gates() -> Iterator[Door]:
     for name in ("softmax", "sparsemax"):
         yield Door(name, getattr(tensormoe, name), lambda: dict(logits=X, axis=-1, mask=None))
     yield Door("top_k", top_k, lambda: dict(logits=X, k=2, axis=-1, mask=None))
-    for loss in (entropy, entropy_loss, expert_load, load_balance_loss):
+    for loss in (entropy, entropy_loss, expert_load, importance_loss, load_balance_loss):
         yield Door(loss.__name__, loss, lambda: {"coefficients": X / 8})
+    yield Door("z_loss", z_loss, lambda: {"logits": X})
+    given: dict[str, Any] = dict(bias=X[0], coefficients=X / 8, speed=0.01)
+    yield Door("balanced_bias", balanced_bias, lambda: given)
 
 
 def _arrays() -> Iterator[Door]:

@@ -13,9 +13,13 @@ from tensormoe.gates import (
     entropy_loss,
     entropy_loss_vjp,
     expert_load,
+    importance_loss,
+    importance_loss_vjp,
     load_balance_loss,
     load_balance_loss_vjp,
     softmax,
+    z_loss,
+    z_loss_vjp,
 )
 
 
@@ -25,7 +29,7 @@ from tensormoe.gates import (
         Gate(),
         Gate.paper(),
         Gate(spread=2),
-        Gate("top_k", k=2, normalization=None),
+        Gate("top_k", k=2, normalization=None, noise=0.5, balance=0.01),
         Gate("entmax", 1.25, "batch", bias=True),
     ],
 )
@@ -51,6 +55,11 @@ def test_round_trips(gate):
         (lambda: Gate(spread="1"), "spread must be a positive number or None; got '1'"),
         (lambda: Gate(normalization=None, spread=1.0), "spread belongs to a normalization"),
         (lambda: Gate(momentum=1.5), r"momentum must be in \(0, 1\]; got 1.5"),
+        (lambda: Gate("top_k", k=2, noise=-1.0), "noise must be a number that is not negative"),
+        (lambda: Gate("top_k", k=2, noise=True), "noise must be a number"),
+        (lambda: Gate("top_k", k=2, balance=float("inf")), "balance must be a number"),
+        (lambda: Gate("softmax", noise=0.5), "noise is for gates that choose k experts; got 0.5"),
+        (lambda: Gate(balance=0.1), "balance is for gates that choose k experts; got 0.1"),
         (lambda: Gate.parse("top_k"), r"Gate\('top_k', k=2\)"),
         (lambda: Gate.parse(3), "gate must be a Gate or the name"),
         (lambda: Gate.from_dict({"activation": "entmax"}), "missing .*'alpha'"),
@@ -73,6 +82,19 @@ def test_a_small_logit_changes_a_coefficient_by_the_same_factor_for_any_number(a
         a = activate(Gate("entmax", alpha), x).coefficients[0]
         factors.append((a[0] / a[1] - 1) / 1e-6)
     np.testing.assert_allclose(factors, 16 ** (alpha - 1), rtol=1e-3)
+
+
+@pytest.mark.parametrize("gate", [Gate.paper(), Gate("top_k", k=2, normalization=None)])
+def test_descriptions_without_later_fields_are_of_gates_without(gate):
+    old = gate.to_dict()
+    del old["noise"], old["balance"], old["spread"]
+    assert Gate.from_dict(old) == gate
+
+
+def test_uncut_gates_keep_the_normalization():
+    for normalization in ("layer", "batch", None):
+        gate = Gate("top_k", k=2, normalization=normalization, eps=0.1, noise=1.0, balance=0.1)
+        assert gate.uncut == Gate("softmax", normalization=normalization, eps=0.1)
 
 
 def coefficients():
@@ -98,7 +120,13 @@ def test_entropy_of_dense_and_sparse_coefficients():
 
 
 @pytest.mark.parametrize(
-    ("loss", "vjp"), [(load_balance_loss, load_balance_loss_vjp), (entropy_loss, entropy_loss_vjp)]
+    ("loss", "vjp"),
+    [
+        (load_balance_loss, load_balance_loss_vjp),
+        (entropy_loss, entropy_loss_vjp),
+        (importance_loss, importance_loss_vjp),
+        (z_loss, z_loss_vjp),
+    ],
 )
 def test_gradients_of_losses(loss, vjp):
     a = coefficients()
@@ -122,7 +150,9 @@ def test_expert_load_counts_from_the_threshold_on():
             expert_load(a, bad)
 
 
-@pytest.mark.parametrize("loss", [load_balance_loss, entropy_loss, expert_load])
+@pytest.mark.parametrize(
+    "loss", [load_balance_loss, entropy_loss, expert_load, importance_loss, z_loss]
+)
 def test_losses_refuse_what_is_no_coefficients(loss):
     with pytest.raises(GateError, match="at least one token"):
         loss(np.zeros((0, 3)))

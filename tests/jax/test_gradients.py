@@ -13,7 +13,16 @@ from flax import nnx
 
 import tensormoe_jax
 from tensormoe import CP, Gate, TensorRing
-from tensormoe.gates import entropy_loss, entropy_loss_vjp, load_balance_loss, load_balance_loss_vjp
+from tensormoe.gates import (
+    entropy_loss,
+    entropy_loss_vjp,
+    importance_loss,
+    importance_loss_vjp,
+    load_balance_loss,
+    load_balance_loss_vjp,
+    z_loss,
+    z_loss_vjp,
+)
 from tests._kinds import DELTAS
 from tests.jax._helpers import (
     Arrays,
@@ -118,7 +127,13 @@ def dot(left: Any, right: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("loss", "vjp"), [(load_balance_loss, load_balance_loss_vjp), (entropy_loss, entropy_loss_vjp)]
+    ("loss", "vjp"),
+    [
+        (load_balance_loss, load_balance_loss_vjp),
+        (entropy_loss, entropy_loss_vjp),
+        (importance_loss, importance_loss_vjp),
+        (z_loss, z_loss_vjp),
+    ],
 )
 def test_losses_of_routing(loss: Any, vjp: Any) -> None:
     weights = jax.nn.softmax(jnp.asarray(normal(5, 4)), axis=-1)

@@ -111,6 +111,24 @@ def test_compiled(ranks: Ranks) -> None:
     ranks(compiled)
 
 
+def balanced(rank: int) -> None:
+    gate, x = Gate("top_k", k=2, balance=0.01), normal(8, 6)
+    whole, *others = (
+        randomize(MuMoE(6, 5, 5, rank=2, gate=gate, dtype=torch.float64)).train()
+        for _ in range(1 + len(SPLITS))
+    )
+    before = whole.gate.choice_bias_0.clone()
+    whole(x)
+    assert not torch.equal(whole.gate.choice_bias_0, before)
+    for split, layer in zip(SPLITS, others, strict=True):
+        synchronize_gates(layer)(x[:split] if rank == 0 else x[split:])
+        assert torch.equal(layer.gate.choice_bias_0, whole.gate.choice_bias_0)
+
+
+def test_biases_move_by_the_load_of_all_processes(ranks: Ranks) -> None:
+    ranks(balanced)
+
+
 def test_only_batch_norms_are_synchronized() -> None:
     block = MuMoEMLP(6, 7, experts=3, rank=2, gate=Gate(normalization="batch"))
     model = nn.ModuleList([build(), MuMoE(6, 5, experts=3, rank=2), nn.BatchNorm1d(3), block])

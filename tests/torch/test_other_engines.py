@@ -253,8 +253,10 @@ def test_gates_that_have_no_gradients_of_single_samples() -> None:
     for layer in (
         MuMoE(6, 5, (3, 2), rank=2),
         MuMoE(6, 5, 3, rank=2, gate=Gate(normalization="batch")),
+        MuMoE(6, 5, 3, rank=2, gate=Gate("top_k", k=2, noise=0.5)),
+        MuMoE(6, 5, 3, rank=2, gate=Gate("top_k", k=2, balance=0.01)),
     ):
-        with pytest.raises(SpecError, match="need a gate of one level without batch norm; got"):
+        with pytest.raises(SpecError, match="need a gate of one level, without batch norm, noise"):
             per_sample_gradients(layer.gate, [x], torch.ones(4, 3))
 
 

@@ -15,7 +15,16 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
 from tensormoe import CP, Gate, LayerSpec, TensorRing, TopK
-from tensormoe.gates import entropy_loss, entropy_loss_vjp, load_balance_loss, load_balance_loss_vjp
+from tensormoe.gates import (
+    entropy_loss,
+    entropy_loss_vjp,
+    importance_loss,
+    importance_loss_vjp,
+    load_balance_loss,
+    load_balance_loss_vjp,
+    z_loss,
+    z_loss_vjp,
+)
 from tensormoe.testing import batch_shapes, coefficients, gates, specs
 from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP
 from tests._kinds import ABLE, GATES, KINDS
@@ -293,7 +302,12 @@ class TestLosses:
 
     @pytest.mark.parametrize(
         ("loss", "vjp"),
-        [(load_balance_loss, load_balance_loss_vjp), (entropy_loss, entropy_loss_vjp)],
+        [
+            (load_balance_loss, load_balance_loss_vjp),
+            (entropy_loss, entropy_loss_vjp),
+            (importance_loss, importance_loss_vjp),
+            (z_loss, z_loss_vjp),
+        ],
     )
     def test_they_are_the_closed_forms(self, loss: Any, vjp: Any) -> None:
         weights = torch.rand(5, 4, dtype=torch.float64).softmax(-1)

@@ -23,12 +23,12 @@ C = TypeVar("C", bound=LayerConfig | BlockConfig)
 
 
 class Stateful(Methods[Array, C], eqx.Module):
-    """Layers and blocks whose gate may need a state, for the statistics of batch norm."""
+    """Layers and blocks whose gate may need a state: statistics of batch norm, biases."""
 
     gate: eqx.AbstractVar[ExpertGate | None]
 
     def is_stateful(self) -> bool:
-        """Whether a call needs a state: for the statistics of batch norm."""
+        """Whether a call needs a state: for the statistics of batch norm, or ``balance``."""
         return self.gate is not None and bool(self.gate.statistics)
 
     def buffers(self, state: State | None = None) -> dict[str, Array]:

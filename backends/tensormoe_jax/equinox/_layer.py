@@ -42,7 +42,7 @@ class MuMoE(Mixture, Gated[LayerConfig], LinearSizes, StatefulLayer):
         bias: whether every expert has a bias.
         gate: how inputs become coefficients: a :class:`tensormoe.Gate` or the name of its
             activation; None for a layer that is always given coefficients. One with batch norm
-            keeps its statistics in a state: make the layer by ``equinox.nn.make_with_state``.
+            or balance keeps arrays in a state: make the layer by ``equinox.nn.make_with_state``.
         init: ``"variance"`` (every expert starts like ``torch.nn.Linear``) or ``"paper"``.
         dtype: of the parameters, JAX's default one for None; inputs must have it.
         gate_dtype: of the gate's parameters: ``dtype`` for None, or float32 beside factors of 16
@@ -128,8 +128,8 @@ class MuMoE(Mixture, Gated[LayerConfig], LinearSizes, StatefulLayer):
             x: (..., in), in the layer's dtype.
             coefficients: ready-made ones, an array (..., N_e) or a ``TopK`` a level; the gate
                 makes them otherwise.
-            state: running statistics of batch norm.
-            key: ignored.
+            state: running statistics of batch norm, biases of ``balance``.
+            key: what a gate's noise is drawn by, in training; other layers ignore it.
             inference: takes the place of the gate's attribute.
 
         Returns:
@@ -138,12 +138,13 @@ class MuMoE(Mixture, Gated[LayerConfig], LinearSizes, StatefulLayer):
         Raises:
             BackendError: no array of JAX's.
             ShapeError: input or coefficients do not fit the layer.
-            GateError: batch norm without a state.
+            GateError: batch norm or balance without a state.
+            SpecError: noise is to be drawn, and there is no key.
         """
         if coefficients is None and self.gate is not None:
             if state is None:
-                coefficients = self.gate(x, inference=inference)
+                coefficients = self.gate(x, key=key, inference=inference)
             else:
-                coefficients, state = self.gate(x, state, inference=inference)
+                coefficients, state = self.gate(x, state, key=key, inference=inference)
         result = _pure.apply(self.config, self.parameters, x, coefficients)
         return result if state is None else (result, state)

@@ -181,8 +181,8 @@ class MuMoEMLP(Pair, Gated[BlockConfig], StatefulLayer):
         Args:
             x: (..., in), in the block's dtype.
             coefficients: ready-made ones for both layers; the gate makes them otherwise.
-            state: running statistics of batch norm.
-            key: what to drop entries by.
+            state: running statistics of batch norm, biases of ``balance``.
+            key: what to drop entries by, and what a gate's noise is drawn by.
             inference: takes the place of the attribute of gate and dropout.
 
         Returns:
@@ -193,10 +193,12 @@ class MuMoEMLP(Pair, Gated[BlockConfig], StatefulLayer):
             RuntimeError: entries are to be dropped, and there is no key.
         """
         if coefficients is None:
+            # entries are dropped by the key's halves
+            own = None if key is None else jax.random.fold_in(checked_key(key), 2)
             if state is None:
-                coefficients = self.coefficients(x, inference=inference)
+                coefficients = self.coefficients(x, key=own, inference=inference)
             else:
-                coefficients, state = self.coefficients(x, state, inference=inference)
+                coefficients, state = self.coefficients(x, state, key=own, inference=inference)
         keys = (None, None) if key is None else jax.random.split(checked_key(key))
         middle, last = (partial(self.dropout, key=each, inference=inference) for each in keys)
         result = _pure.mix_block(

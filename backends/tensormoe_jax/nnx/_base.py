@@ -22,11 +22,13 @@ class Mixture(Layer, nnx.Module):
     factors: nnx.Dict[Any]
     gate: ExpertGate | None
 
-    def __init__(self, config: LayerConfig, arrays: Mapping[str, Array]) -> None:
+    def __init__(
+        self, config: LayerConfig, arrays: Mapping[str, Array], rngs: nnx.Rngs | None = None
+    ) -> None:
         self.config = config
         named = split_names(arrays)["factors"]
         self.factors = nnx.Dict({name: nnx.Param(named[name]) for name in config.spec.shapes})
-        self.gate = None if config.gate is None else ExpertGate(config, arrays)
+        self.gate = None if config.gate is None else ExpertGate(config, arrays, rngs=rngs)
 
     @property
     def parameters(self) -> dict[str, Array]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any, Self
 
 from jax import Array
 
@@ -12,10 +14,10 @@ from tensormoe.functional import LayerConfig, Options
 from tensormoe.gates import Gate
 from tensormoe.selection import Budget
 from tensormoe_jax import _pure
-from tensormoe_jax._layers import first_values
+from tensormoe_jax._layers import built, first_values
 from tensormoe_jax.nnx._base import Mixture
 from tensormoe_jax.nnx._gate import Gated
-from tensormoe_jax.nnx._rngs import Source, parameters_key
+from tensormoe_jax.nnx._rngs import Source, checked_rngs, parameters_key
 
 __all__ = ["MuMoE"]
 
@@ -44,7 +46,8 @@ class MuMoE(Mixture, Gated[LayerConfig], LinearSizes):
         dtype: of the parameters, JAX's default one for None; inputs must have it.
         gate_dtype: of the gate's parameters: ``dtype`` for None, or float32 beside factors of 16
             bits, whose logits are in float32 anyway.
-        rngs: ``nnx.Rngs`` with a stream ``params`` or a default one; a seed or a key will do.
+        rngs: ``nnx.Rngs`` with a stream ``params`` or a default one; a seed or a key will do. A
+            gate with noise keeps the stream ``noise``.
 
     Attributes:
         factors: the factors and the bias by name, an ``nnx.Dict`` of ``nnx.Param``.
@@ -83,8 +86,9 @@ class MuMoE(Mixture, Gated[LayerConfig], LinearSizes):
     ) -> None:
         options = Options(experts, factorization, rank, budget, bias, gate)
         config = options.layer(in_features, out_features)
-        key = parameters_key(rngs)
-        super().__init__(config, first_values(config, key, init, dtype, gate_dtype))
+        source = checked_rngs(rngs)
+        arrays = first_values(config, parameters_key(source), init, dtype, gate_dtype)
+        super().__init__(config, arrays, source)
 
     def __call__(
         self,
@@ -111,3 +115,37 @@ class MuMoE(Mixture, Gated[LayerConfig], LinearSizes):
         if coefficients is None and self.gate is not None:
             coefficients = self.gate(x, use_running_average)
         return _pure.apply(self.config, self.parameters, x, coefficients)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, rngs: Source | None = None) -> Self:
+        """The layer of a checkpoint, whichever backend wrote it.
+
+        Args:
+            path: the file.
+            rngs: what a gate's noise is drawn by, for a layer that goes on training.
+
+        Raises:
+            CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit.
+        """
+        return cls.restore(*cls._read(path), rngs=rngs)
+
+    @classmethod
+    def restore(
+        cls, config: LayerConfig, arrays: Mapping[str, Array], *, rngs: Source | None = None
+    ) -> Self:
+        """A layer of arrays that exist already; they are used as they are, not copied.
+
+        Args:
+            config: the layer.
+            arrays: parameters and buffers by canonical name.
+            rngs: what a gate's noise is drawn by, for a layer that goes on training.
+
+        Raises:
+            BackendError: arrays of another library.
+            CheckpointError: names or shapes that are not the layer's; lists every difference.
+            ShapeError: parameters of different dtypes, or of one that no layer has.
+            SpecError: the configuration of another kind of layer.
+        """
+        cls._check(config, arrays)
+        source = None if rngs is None else checked_rngs(rngs)
+        return built(cls, Mixture, config, arrays, source)

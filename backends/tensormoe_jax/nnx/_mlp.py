@@ -43,7 +43,8 @@ class Pair(Block, nnx.Module):
         self.act = own_activation(config.act_layer, act)
         self.first = MuMoE.restore(replace(config.first, gate=None), parts["first"])
         self.second = MuMoE.restore(config.second, parts["second"])
-        self.gate = None if config.first.gate is None else ExpertGate(config.first, arrays)
+        has_gate = config.first.gate is not None
+        self.gate = ExpertGate(config.first, arrays, rngs=rngs) if has_gate else None
         # a block that drops nothing needs no state for it
         self.dropout = nnx.Dropout(config.drop, rngs=rngs if config.drop > 0.0 else None)
 
@@ -96,7 +97,8 @@ class MuMoEMLP(Pair, Gated[BlockConfig]):
         dtype: of the parameters.
         gate_dtype: of the gate's parameters: ``dtype`` for None, or float32 beside factors of 16
             bits, whose logits are in float32 anyway.
-        rngs: as for :class:`MuMoE`; a block that drops entries keeps its stream ``dropout``.
+        rngs: as for :class:`MuMoE`; a block that drops entries keeps its stream ``dropout``, and a
+            gate with noise its stream ``noise``.
 
     Attributes:
         first: the layer before the activation, a :class:`MuMoE` without a gate.
@@ -176,7 +178,7 @@ class MuMoEMLP(Pair, Gated[BlockConfig]):
 
         Args:
             path: the file.
-            rngs: what to drop entries by, for a block that does and goes on training.
+            rngs: what to drop entries by, and a gate's noise, for a block that goes on training.
 
         Raises:
             CheckpointError: no checkpoint, another kind of layer, or arrays that do not fit.
@@ -198,7 +200,7 @@ class MuMoEMLP(Pair, Gated[BlockConfig]):
             config: the block.
             arrays: parameters and buffers by canonical name.
             act: the activation, where the configuration names none.
-            rngs: what to drop entries by, for a block that does and goes on training.
+            rngs: what to drop entries by, and a gate's noise, for a block that goes on training.
 
         Raises:
             BackendError, CheckpointError, ShapeError: as :meth:`MuMoE.restore`.

@@ -11,7 +11,7 @@ from jax import Array
 from tensormoe.errors import SpecError
 from tensormoe_jax._keys import shown
 
-__all__ = ["Source", "checked_rngs", "parameters_key"]
+__all__ = ["Source", "checked_rngs", "noise_stream", "parameters_key"]
 
 Source = nnx.Rngs | int | Array
 """Streams of random keys, or the seed or the key that makes them."""
@@ -42,11 +42,26 @@ def parameters_key(rngs: Any) -> Array:
     Raises:
         SpecError: not a source of keys, or one without a stream for parameters.
     """
+    key: Array = _stream(checked_rngs(rngs), "params")()
+    return key
+
+
+def noise_stream(rngs: nnx.Rngs) -> nnx.RngStream:
+    """The stream that a gate's noise is drawn by, which the gate keeps.
+
+    Raises:
+        SpecError: no stream for noise.
+    """
+    stream: nnx.RngStream = _stream(rngs, "noise").fork()
+    return stream
+
+
+def _stream(rngs: nnx.Rngs, name: str) -> nnx.RngStream:
     try:
-        key: Array = checked_rngs(rngs).params()
+        stream: nnx.RngStream = getattr(rngs, name)
     except AttributeError as error:
         raise SpecError(
-            f"rngs must have a stream named 'params', or a default one; got {[*rngs]}. Pass "
+            f"rngs must have a stream named {name!r}, or a default one; got {[*rngs]}. Pass "
             "nnx.Rngs(0), for instance."
         ) from error
-    return key
+    return stream

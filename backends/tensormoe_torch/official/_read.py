@@ -64,8 +64,8 @@ def from_official(
      ('projs.0', (8, 3))]
     >>> from_official(state)
     MuMoE(8, 4, experts=3, factorization=CP(rank=2), bias=True, gate=Gate(activation='entmax', \
-alpha=1.5, normalization='layer', k=None, bias=False, spread=1.0, eps=1e-05, \
-momentum=0.1), dtype=torch.float32)
+alpha=1.5, normalization='layer', k=None, bias=False, spread=1.0, eps=1e-05, momentum=0.1, \
+noise=0.0, balance=0.0), dtype=torch.float32)
     """
     choice(activation, ACTIVATIONS, "activation", SpecError)
     if factorization is not None:
