@@ -1,0 +1,78 @@
+"""Tables of the study of gates, from the runs that are there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from statistics import mean
+from typing import Any
+
+from _gates_runs import Found, Runs
+
+__all__ = ["print_tables"]
+
+Row = dict[str, Any]
+
+
+def print_tables(runs: Runs) -> None:
+    """Print one table for each task, with rows in the order in which they were run."""
+    rows: dict[str, tuple[Row, list[Found]]] = {}
+    for key, found in runs.known.items():
+        setting = json.loads(key)
+        if setting["held_out"]:
+            continue
+        same = {name: value for name, value in setting.items() if name not in ("rate", "seed")}
+        rows.setdefault(json.dumps(same), (setting, []))[1].append(found)
+    for name in dict.fromkeys(setting["task"] for setting, _ in rows.values()):
+        _print_task(name, [row for row in rows.values() if row[0]["task"] == name])
+
+
+def _print_task(name: str, rows: list[tuple[Row, list[Found]]]) -> None:
+    print(f"\n{name}\n")
+    print("| model | experts | parameters | optimizer | rate | test accuracy, % ", end="")
+    print("| less the linear layer | dead, % | active | effective | polysemanticity ", end="")
+    print("| gate's first gradient, × factors' | keep their first expert, % |")
+    print("| --- |" + " ---: |" * 12)
+    base = {
+        setting["optimizer"]: mean(_all(found, "accuracy"))
+        for setting, found in rows
+        if setting["model"] == "linear"
+    }
+    for setting, found in rows:
+        accuracy = [100 * value for value in _all(found, "accuracy")]
+        more = ""
+        if setting["optimizer"] in base:
+            more = f"{mean(accuracy) - 100 * base[setting['optimizer']]:+.2f}"
+        experts = " × ".join(map(str, setting["experts"]))
+        kind = {"tensor_ring": ", ring"}.get(setting["factorization"], "")
+        total = ", in all" if setting["total"] else ""
+        cells = [
+            f"{setting['model']}{kind}{total}",
+            experts or "–",
+            f"{found[0]['parameters']:,}",
+            setting["optimizer"],
+            f"{setting['rate']:g}",
+            f"{mean(accuracy):.2f} ({min(accuracy):.2f} – {max(accuracy):.2f})",
+            more,
+        ]
+        if "dead" in found[0]:
+            cells += [
+                _levels(found, "dead", 100),
+                _levels(found, "active"),
+                _levels(found, "effective"),
+            ]
+            cells.append(_levels(found, "polysemanticity", digits=3))
+            cells.append(f"{mean(_all(found, 'gradient_ratio')):.2g}")
+            if "kept_first" in found[0]:  # of runs long enough to tell
+                cells.append(f"{100 * mean(_all(found, 'kept_first')):.0f}")
+        print("| " + " | ".join(cells + [""] * (13 - len(cells))) + " |")
+
+
+def _all(found: Iterable[Found], name: str) -> list[float]:
+    return [float(each[name]) for each in found]
+
+
+def _levels(found: list[Found], name: str, unit: float = 1.0, digits: int = 1) -> str:
+    """Means over runs, one per level."""
+    levels = zip(*(each[name] for each in found), strict=True)
+    return ", ".join(f"{unit * mean(level):.{digits}f}" for level in levels)

@@ -1,0 +1,139 @@
+"""Gates compared on real tasks: which one should be the default?
+
+    python benchmarks/study_gates.py screen
+    python benchmarks/study_gates.py confirm
+    python benchmarks/study_gates.py optimizers
+    python benchmarks/study_gates.py table
+    python benchmarks/study_gates.py --quick
+
+Experts take the place of the only layer of a classifier (text, images, characters) or of a residual
+block (letters). ``screen`` tries every candidate on two tasks; ``confirm`` runs the best few on all
+tasks, for 16 to 1024 experts in one level and 32 × 32 in two, as CP and tensor ring, with the gate
+on top of the linear layer's parameters and inside them; ``optimizers`` repeats some with SGD and
+Muon. Every row, those of the linear layer, the low-rank layer and the MLP included, gets the rate
+that is best for it on held-out data, from the same grid; then three seeds are scored on the test
+data.
+
+Runs are written to ``out/gates/runs.jsonl`` as they end; a second call goes on from there, and
+``table`` prints what is there. Needs PyTorch, and the data that ``benchmarks/_gates_tasks.py``
+names, in ``out/gates``. One core is used; the whole takes some hours, ``--quick`` some seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from _gates_candidates import CANDIDATES
+from _gates_report import print_tables
+from _gates_runs import Runs, Setting
+from _gates_tasks import TASKS, Task, load_task
+
+RATES = {"adamw": (0.003, 0.01, 0.03), "sgd": (0.03, 0.1, 0.3), "muon": (0.003, 0.01, 0.03)}
+SEEDS = (1, 2, 3)
+TUNED = 0  # the seed of runs that choose a rate
+COUNTS: tuple[tuple[int, ...], ...] = ((16,), (64,), (256,), (1024,), (32, 32))
+PAPER, DEFAULT = [*CANDIDATES][:2]
+FEW = (PAPER, DEFAULT)
+CONTROLS = ("linear", "mlp")
+
+
+def screen() -> Iterator[Setting]:
+    """Every candidate on two tasks."""
+    for task in ("text", "images"):
+        for model in CONTROLS:
+            yield Setting(task, model)
+        for name in CANDIDATES:
+            for experts in ((16,), (256,)):
+                yield Setting(task, name, experts, "cp")
+
+
+def confirm() -> Iterator[Setting]:
+    """The default and the paper's gate on all tasks."""
+    for task in TASKS:
+        for model in CONTROLS:
+            yield Setting(task, model)
+        for experts in COUNTS:
+            for name in FEW:
+                yield Setting(task, name, experts, "cp")
+    for task in TASKS:
+        for experts in ((16,), (64,), (8, 8)):
+            for name in (*FEW, "low rank"):
+                yield Setting(task, name, experts, "cp", total=True)
+    for task in ("text", "images"):
+        for experts in ((16,), (256,), (32, 32)):
+            for name in FEW:
+                yield Setting(task, name, experts, "tensor_ring")
+
+
+def optimizers() -> Iterator[Setting]:
+    """SGD and Muon."""
+    for optimizer in ("sgd", "muon"):
+        for task in ("text", "images"):
+            yield Setting(task, "linear", optimizer=optimizer)
+            for experts in ((16,), (256,)):
+                for name in FEW:
+                    yield Setting(task, name, experts, "cp", optimizer=optimizer)
+
+
+STAGES = {"screen": screen, "confirm": confirm, "optimizers": optimizers}
+
+
+def tuned(runs: Runs, setting: Setting) -> Setting:
+    """The setting with the rate that is best on held-out data."""
+
+    def accuracy(rate: float) -> float:
+        tried = replace(setting, rate=rate, seed=TUNED, held_out=True)
+        return float(runs.get(tried, CANDIDATES.get(setting.model))["accuracy"])
+
+    return replace(setting, rate=max(RATES[setting.optimizer], key=accuracy), held_out=False)
+
+
+def quick() -> None:
+    """Every candidate on scikit-learn's digits, one seed and rate."""
+    from sklearn.datasets import load_digits
+
+    images, labels = (torch.from_numpy(each) for each in load_digits(return_X_y=True))
+    pixels = ((images - images.mean()) / images.std()).float()
+    parts = [(pixels[part], labels[part]) for part in (slice(1200), slice(1200, 1500))]
+    digits = Task("digits", "images of 8 × 8", parts[0], parts[1], parts[1], 10, 2, batch=64)
+    with TemporaryDirectory() as folder:
+        runs = Runs(Path(folder) / "runs.jsonl", lambda name: digits)
+        for model in (*CONTROLS, *CANDIDATES):
+            experts, kind = ((16,), "cp") if model in CANDIDATES else ((), "")
+            setting = Setting("digits", model, experts, kind, rate=0.01, held_out=False)
+            runs.get(setting, CANDIDATES.get(model))
+        print_tables(runs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("stage", nargs="?", choices=(*STAGES, "table"), default="table")
+    parser.add_argument("--quick", action="store_true", help="one small task, few steps")
+    parser.add_argument("--out", type=Path, default=Path("out/gates"), help="data and runs")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+
+    @cache
+    def task(name: str) -> Task:
+        return load_task(name, options.out)
+
+    if options.quick:
+        quick()
+        return
+    runs = Runs(options.out / "runs.jsonl", task)
+    if options.stage in STAGES:
+        for setting in STAGES[options.stage]():
+            best = tuned(runs, setting)
+            for seed in SEEDS:
+                runs.get(replace(best, seed=seed), CANDIDATES.get(setting.model))
+    print_tables(runs)
+
+
+if __name__ == "__main__":
+    main()
