@@ -20,7 +20,8 @@ from tensormoe import functional
 from tensormoe.functional import LayerConfig, Routed
 from tensormoe.gates import Across, Statistics, TopK
 from tensormoe.planning import Reverse
-from tensormoe_torch._adapter import BACKEND, EAGER, TorchBackend
+from tensormoe_torch._adapter import BACKEND, TorchBackend
+from tensormoe_torch._operator import activate_by_operator, direct, is_compiled
 from tensormoe_torch._tracing import is_traced
 
 __all__ = ["is_autocast", "mix", "no_autocast", "route"]
@@ -49,16 +50,18 @@ def route(
     """Coefficients (*lead, N_e) per level of inputs (batch, in); batch norm's new statistics."""
     options: dict[str, Any] = {"buffers": buffers, "training": training, "across": across}
     if is_traced(x):
+        if is_compiled(x):
+            options["activation"] = activate_by_operator
         routed = functional.route(config, parameters, x, BACKEND, **options)
         return [_led(each, lead) for each in routed.coefficients], routed.statistics
     if torch.is_grad_enabled():
         arrays = tuple(parameters.values())
         if _any_differentiated(x, *arrays):
             names = tuple(parameters)
-            call = _GateCall(config, _direct(x), names, dict(buffers), lead, training, across)
+            call = _GateCall(config, direct(x), names, dict(buffers), lead, training, across)
             made = _Gate.apply(call, x, *arrays)
             return made, call.statistics
-    routed = functional.route(config, parameters, x, _direct(x), **options)
+    routed = functional.route(config, parameters, x, direct(x), **options)
     return [_led(each, lead) for each in routed.coefficients], routed.statistics
 
 
@@ -89,10 +92,10 @@ def mix(
                 given = given.values
             named[f"coefficients_{level}"] = given
         if _any_differentiated(x, *named.values()):
-            call = _ExpertsCall(config, _direct(x), tuple(named), lead)
+            call = _ExpertsCall(config, direct(x), tuple(named), lead)
             result: Tensor = _Experts.apply(call, x, *named.values())
             return result
-    return _led(functional.apply_experts(config, parameters, x, coefficients, _direct(x)), lead)
+    return _led(functional.apply_experts(config, parameters, x, coefficients, direct(x)), lead)
 
 
 def _led(result: Tensor, lead: tuple[int, ...]) -> Tensor:
@@ -114,11 +117,6 @@ def _dense(given: Tensor | TopK, count: int) -> Tensor:
         return given
     zeros = given.values.new_zeros((given.values.shape[0], count))
     return torch.scatter_add(zeros, 1, given.indices.to(torch.int64), given.values)
-
-
-def _direct(x: Tensor) -> TorchBackend:
-    # reading a value from another device waits for all the work that it was given
-    return EAGER if x.device.type == "cpu" else BACKEND
 
 
 def _any_differentiated(*arrays: Tensor) -> bool:

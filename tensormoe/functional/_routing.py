@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tensormoe._config import LayerConfig
@@ -40,6 +40,7 @@ def route(
     keep: bool = False,
     training: bool = False,
     across: Across | None = None,
+    activation: Callable[..., Activation] = activate,
 ) -> Routed:
     """Coefficients of inputs (batch, in), from the layer's own gate.
 
@@ -54,6 +55,7 @@ def route(
         keep: whether to return the logits, for the backward pass.
         training: whether batch norm uses the batch's own statistics.
         across: as for :func:`tensormoe.gates.activate`.
+        activation: that function, or another with its arguments.
     """
     gate = own_gate(config.gate, config)
     wide = widened(x, backend)
@@ -65,7 +67,7 @@ def route(
         if gate.bias:
             logits = plus(logits, widened(parameters[f"gate.bias_{level}"], backend), backend)
         found.append(
-            activate(
+            activation(
                 gate,
                 logits,
                 statistics=_statistics(buffers, level),

@@ -9,6 +9,7 @@ from tensormoe.gates._activate import Activation as Activation
 from tensormoe.gates._activate import Statistics as Statistics
 from tensormoe.gates._activate import activate as activate
 from tensormoe.gates._activate import activate_vjp as activate_vjp
+from tensormoe.gates._activate import batch_norm as batch_norm
 from tensormoe.gates._functions import entmax as entmax
 from tensormoe.gates._functions import softmax as softmax
 from tensormoe.gates._functions import sparsemax as sparsemax
@@ -34,6 +35,7 @@ __all__ = [
     "TopK",
     "activate",
     "activate_vjp",
+    "batch_norm",
     "entmax",
     "entropy",
     "entropy_loss",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from math import isfinite
@@ -68,6 +69,7 @@ momentum=0.1)
         object.__setattr__(self, "alpha", check_alpha(self.alpha))
         # a compiler takes a number that it finds for a variable, and text for a constant
         object.__setattr__(self, "_alpha", repr(self.alpha))
+        object.__setattr__(self, "_text", json.dumps(asdict(self)))
         if self.activation != "entmax" and self.alpha != 1.5:
             raise GateError(
                 f"alpha belongs to entmax; got {self.alpha} with activation {self.activation!r}. "
@@ -113,6 +115,11 @@ momentum=0.1)
         if self.activation == "entmax":
             return float(self._alpha)  # type: ignore[attr-defined]
         return 2.0 if self.activation == "sparsemax" else 1.0
+
+    @property
+    def text(self) -> str:
+        """The gate as JSON, made once: what operators of a compiler take for it."""
+        return self._text  # type: ignore[attr-defined, no-any-return]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as checkpoints store them."""
