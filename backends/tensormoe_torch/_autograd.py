@@ -3,7 +3,8 @@
 Where PyTorch runs eagerly, a gate and a mixture are one node of its graph each. What they save and
 their backward pass then costs what the core's reverse programs say, and no operation inside is
 recorded. Under ``torch.compile``, export and ``torch.func`` the same programs run as plain
-operations, which those follow and differentiate by themselves; so does a second derivative.
+operations, which those follow and differentiate by themselves; so does a second derivative. A
+compiler for the CPU finds one operator among them (:mod:`tensormoe_torch._operator`).
 """
 
 from __future__ import annotations
