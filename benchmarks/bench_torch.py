@@ -10,7 +10,11 @@ gate included in every time:
   norm and ``entmax15`` of the entmax package, which sorts) against the layer;
 - ``training``: the same for a forward and backward call, gradients of input and parameters.
 
-The last lines are for a single input, compiled (``torch.compile``, whole graph).
+Then lines for a single input, compiled (``torch.compile``, whole graph). The last ones are for
+compiling itself, four blocks in a row, forward and backward, with nothing in the compiler's caches:
+seconds with the usual gate and with ``torch.softmax`` of the logits in its place, each in a process
+of its own, after another function has been compiled (which loads the compiler and its headers).
+Processor time, that of the C++ compiler included.
 
     python benchmarks/bench_torch.py
 """
@@ -20,18 +24,23 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
+from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
+from time import perf_counter
 from typing import Any
 
 import torch
 from _shared import interleaved
 from entmax import entmax15
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from tensormoe import CP, select_rank
 from tensormoe.errors import BudgetError
-from tensormoe_torch import MuMoE, TorchBackend
+from tensormoe_torch import MuMoE, MuMoEMLP, TorchBackend
 
 FEATURES = 768
 Call = Callable[[], object]
@@ -136,12 +145,71 @@ def compare_compiled(layer: MuMoE, seconds: float) -> tuple[float, float]:
     return ours * 1e6, ours / plain
 
 
+class SoftmaxGate(nn.Module):
+    """The least that a gate can be."""
+
+    def __init__(self, features: int, experts: int) -> None:
+        super().__init__()
+        self.projection_0 = nn.Parameter(torch.zeros(features, experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (torch.softmax(x @ self.projection_0, dim=-1),)
+
+
+def compile_blocks(gate: str) -> None:
+    """Compile four blocks, and print the seconds on the clock and on processors."""
+
+    def timed(call: Callable[[], Tensor]) -> tuple[float, float]:
+        def processor() -> float:
+            usage = [getrusage(which) for which in (RUSAGE_SELF, RUSAGE_CHILDREN)]
+            return sum(each.ru_utime + each.ru_stime for each in usage)
+
+        start, busy = perf_counter(), processor()
+        call().backward()
+        return perf_counter() - start, processor() - busy
+
+    blocks = [MuMoEMLP(256, 1024, 256, experts=64, factorization="cp", rank=64) for _ in range(4)]
+    for block in blocks:
+        block.gate = SoftmaxGate(256, 64) if gate == "softmax" else block.gate
+    other = torch.randn(64, 64, requires_grad=True)
+    timed(lambda: torch.compile(lambda x: (x.sin() @ x).exp().sum())(other))
+    x = torch.randn(512, 256)
+    compiled = torch.compile(nn.Sequential(*blocks), fullgraph=True)
+    print(*timed(lambda: compiled(x).sum()))
+
+
+def compile_times() -> None:
+    """A table of what compiling takes, each gate in a process with empty caches."""
+    print(f"\n{'compiling':>12} {'wall s':>9} {'processor s':>12}", flush=True)
+    for gate in ("usual", "softmax"):
+        with tempfile.TemporaryDirectory() as folder:
+            ran = subprocess.run(
+                [sys.executable, __file__, "--compile-blocks", gate],
+                env=os.environ
+                | {
+                    "TORCHINDUCTOR_CACHE_DIR": folder,
+                    "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
+                    # in this process: workers that go on would not be counted
+                    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+                },
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+        wall, busy = map(float, ran.stdout.split())
+        print(f"{gate:>12} {wall:9.1f} {busy:12.1f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each comparison")
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled lines out")
+    parser.add_argument("--compile-blocks", choices=("usual", "softmax"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.manual_seed(0)
+    if options.compile_blocks:
+        compile_blocks(options.compile_blocks)
+        return
     print(
         f"PyTorch, {FEATURES} → {FEATURES}, float32, gate included; PyTorch {torch.__version__}, "
         f"Python {platform.python_version()}, {torch.get_num_threads()} threads of "
@@ -173,6 +241,7 @@ def main() -> None:
             print(
                 f"{name:>12} {rank!s:>12} {experts:7} {1:5} {taken:9.0f} {ratio:14.2f}", flush=True
             )
+    compile_times()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Where PyTorch runs eagerly, a gate and a mixture are one node of its graph each. What they save and
 their backward pass then costs what the core's reverse programs say, and no operation inside is
 recorded. Under ``torch.compile``, export and ``torch.func`` the same programs run as plain
-operations, which those follow and differentiate by themselves; so does a second derivative.
+operations, which those follow and differentiate by themselves; so does a second derivative. A
+compiler for the CPU finds one operator among them (:mod:`tensormoe_torch._operator`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from tensormoe import functional
 from tensormoe.functional import LayerConfig, Routed
 from tensormoe.gates import Across, TopK
 from tensormoe.planning import Reverse
-from tensormoe_torch._adapter import BACKEND, EAGER, TorchBackend
+from tensormoe_torch._adapter import BACKEND, TorchBackend
+from tensormoe_torch._operator import activate_by_operator, direct, is_compiled
 from tensormoe_torch._tracing import is_traced
 
 __all__ = ["is_autocast", "mix", "no_autocast", "route"]
@@ -60,6 +62,8 @@ def route(
         "keep": keep,
     }
     if is_traced(x):
+        if is_compiled(x):
+            options["activation"] = activate_by_operator
         routed = functional.route(config, parameters, x, BACKEND, **options)
         return _made(routed, lead), routed.buffers
     if torch.is_grad_enabled():
@@ -67,11 +71,11 @@ def route(
         if _any_differentiated(x, *arrays):
             names = tuple(parameters)
             call = _GateCall(
-                config, _direct(x), names, dict(buffers), lead, training, across, noise, keep
+                config, direct(x), names, dict(buffers), lead, training, across, noise, keep
             )
             made = _Gate.apply(call, x, *arrays)
             return made, call.changed
-    routed = functional.route(config, parameters, x, _direct(x), **options)
+    routed = functional.route(config, parameters, x, direct(x), **options)
     return _made(routed, lead), routed.buffers
 
 
@@ -102,10 +106,10 @@ def mix(
                 given = given.values
             named[f"coefficients_{level}"] = given
         if _any_differentiated(x, *named.values()):
-            call = _ExpertsCall(config, _direct(x), tuple(named), lead)
+            call = _ExpertsCall(config, direct(x), tuple(named), lead)
             result: Tensor = _Experts.apply(call, x, *named.values())
             return result
-    return _led(functional.apply_experts(config, parameters, x, coefficients, _direct(x)), lead)
+    return _led(functional.apply_experts(config, parameters, x, coefficients, direct(x)), lead)
 
 
 def _made(routed: Routed, lead: tuple[int, ...]) -> list[Tensor]:
@@ -131,11 +135,6 @@ def _dense(given: Tensor | TopK, count: int) -> Tensor:
         return given
     zeros = given.values.new_zeros((given.values.shape[0], count))
     return torch.scatter_add(zeros, 1, given.indices.to(torch.int64), given.values)
-
-
-def _direct(x: Tensor) -> TorchBackend:
-    # reading a value from another device waits for all the work that it was given
-    return EAGER if x.device.type == "cpu" else BACKEND
 
 
 def _any_differentiated(*arrays: Tensor) -> bool:

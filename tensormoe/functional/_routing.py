@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tensormoe._config import LayerConfig
@@ -13,6 +13,7 @@ from tensormoe.functional._checks import own_gate
 from tensormoe.functional._dtypes import cast, widened
 from tensormoe.gates import (
     Across,
+    Activation,
     Gate,
     Statistics,
     activate,
@@ -49,6 +50,7 @@ def route(
     training: bool = False,
     across: Across | None = None,
     noise: Sequence[Array] | None = None,
+    activation: Callable[..., Activation] = activate,
 ) -> Routed:
     """Coefficients of inputs (batch, in), from the layer's own gate.
 
@@ -65,6 +67,7 @@ def route(
         across: as for :func:`tensormoe.gates.activate`.
         noise: standard normal arrays (batch, N_e), one per level, for a gate with ``noise`` in
             training; other calls leave them out.
+        activation: that function, or another with its arguments.
 
     Raises:
         GateError: a gate with noise in training, and none given.
@@ -79,7 +82,7 @@ def route(
         if gate.bias:
             logits = plus(logits, widened(parameters[f"gate.bias_{level}"], backend), backend)
         bias = _choice_bias(gate, buffers, level)
-        found = activate(
+        found = activation(
             gate,
             logits,
             statistics=_statistics(buffers, level),

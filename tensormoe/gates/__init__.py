@@ -9,6 +9,7 @@ from tensormoe.gates._activate import Activation as Activation
 from tensormoe.gates._activate import Statistics as Statistics
 from tensormoe.gates._activate import activate as activate
 from tensormoe.gates._activate import activate_vjp as activate_vjp
+from tensormoe.gates._activate import batch_norm as batch_norm
 from tensormoe.gates._entropy import entropy as entropy
 from tensormoe.gates._entropy import entropy_loss as entropy_loss
 from tensormoe.gates._entropy import entropy_loss_vjp as entropy_loss_vjp
@@ -40,6 +41,7 @@ __all__ = [
     "activate",
     "activate_vjp",
     "balanced_bias",
+    "batch_norm",
     "entmax",
     "entropy",
     "entropy_loss",

@@ -15,6 +15,7 @@ from tensormoe.gates._normalization import (
     Standardize,
     batch_moments,
     layer_norm_vjp,
+    scaled,
 )
 from tensormoe.gates._rows import Rows, as_rows, blocks, map_rows
 from tensormoe.gates._top_k import check_k, top_k_block
@@ -134,6 +135,43 @@ def _choice(gate: Gate, rows: Rows, choice: Array) -> Array:
     choice = backend.namespace.astype(backend.stop_gradient(choice), rows.values.dtype)
     matrix = (1, *shape) if len(shape) == 1 else tuple(rows.values.shape)
     return backend.reshape(choice, matrix)
+
+
+def batch_norm(
+    gate: Gate,
+    logits: Array,
+    *,
+    statistics: Statistics | None = None,
+    training: bool = False,
+    backend: Backend | None = None,
+    across: Across | None = None,
+) -> tuple[Array, Statistics | None]:
+    """The first half of :func:`activate` for gates with batch norm, with its arguments.
+
+    What follows is the same gate without normalization. So the activation can be one operation,
+    whatever differentiates the mean and the variance of a batch.
+
+    Returns:
+        Normalized logits of the logits' shape, in float32 at least, and new statistics.
+
+    Raises:
+        GateError: as :func:`activate`, or the gate has another normalization.
+
+    Example:
+        >>> import numpy as np
+        >>> gate = Gate(normalization="batch")
+        >>> normed, _ = batch_norm(gate, np.array([[3.0], [1.0]]), training=True)
+        >>> normed.round(3).tolist()
+        [[1.0], [-1.0]]
+    """
+    rows = as_rows(logits, backend=backend)
+    how, updated = _standardize(gate, rows, statistics, training, across)
+    if not isinstance(how, Affine):
+        raise GateError(
+            f"gate must have batch normalization; got {gate.normalization!r}. Call activate, which "
+            "takes every gate."
+        )
+    return rows.restore(scaled(rows.backend, rows.values, how)), updated
 
 
 def _standardize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
@@ -84,6 +85,7 @@ spread=None, eps=1.0, momentum=0.1, noise=0.0, balance=0.0)
         object.__setattr__(self, "alpha", check_alpha(self.alpha))
         # a compiler takes a number that it finds for a variable, and text for a constant
         object.__setattr__(self, "_alpha", repr(self.alpha))
+        object.__setattr__(self, "_text", json.dumps(asdict(self)))
         if self.activation != "entmax" and self.alpha != 1.5:
             raise GateError(
                 f"alpha belongs to entmax; got {self.alpha} with activation {self.activation!r}. "
@@ -197,6 +199,11 @@ spread=None, eps=1.0, momentum=0.1, noise=0.0, balance=0.0)
         True
         """
         return replace(self, activation="softmax", alpha=1.5, k=None, noise=0.0, balance=0.0)
+
+    @property
+    def text(self) -> str:
+        """The gate as JSON, made once: what operators of a compiler take for it."""
+        return self._text  # type: ignore[attr-defined, no-any-return]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as checkpoints store them."""

@@ -97,11 +97,7 @@ def _to_zero(
         values = xp.where(mask, values, xp.full_like(values[:, :1], -inf))
     logits = values
     if isinstance(how, Affine):
-        live = None if backend.eager else ~xp.isinf(values)
-        if live is not None:  # an infinite logit would make derivatives NaN
-            values = xp.where(live, values, xp.zeros_like(values[:, :1]))
-        values = (values - how.mean) * how.scale
-        values = values if live is None else xp.where(live, values, logits)
+        values = scaled(backend, values, how)
     top = backend.stop_gradient(xp.max(values, axis=-1, keepdims=True))
     if backend.eager and mask is None and is_finite(xp, values, top):
         return Shifted(values - top)
@@ -116,6 +112,17 @@ def _to_zero(
     level = xp.where(crowned | (top == -inf), zeros, top)
     values = xp.where(usable & ~infinite, values - level, zeros)
     return Shifted(values, usable, xp.isnan(top))
+
+
+def scaled(backend: Backend, values: Array, how: Affine) -> Array:
+    """(x - mean) · scale of (rows, experts) logits; infinite ones stay as they are."""
+    if backend.eager:
+        return (values - how.mean) * how.scale
+    # an infinite logit would make derivatives NaN
+    xp = backend.namespace
+    live = ~xp.isinf(values)
+    finite = xp.where(live, values, xp.zeros_like(values[:, :1]))
+    return xp.where(live, (finite - how.mean) * how.scale, values)
 
 
 def _row_moments(
