@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from tensormoe import CP, Gate, LayerSpec, TensorRing
 from tensormoe.errors import SpecError
@@ -181,8 +182,8 @@ def test_the_rate_of_gates_must_be_a_number(rate: Any) -> None:
 
 def test_what_expert_factors_are_computed_from_does_not_decay() -> None:
     layer = MuMoE(8, 6, 3, CP(4))
-    nn.utils.prune.l1_unstructured(layer.factors, "expert_0", 2)
-    nn.utils.prune.l1_unstructured(layer.factors, "input", 2)
+    prune.l1_unstructured(layer.factors, "expert_0", 2)
+    prune.l1_unstructured(layer.factors, "input", 2)
     nn.utils.parametrize.register_parametrization(layer.factors, "bias", nn.Identity())
     decayed, kept = names(layer, parameter_groups(layer, 0.1))
     assert decayed == {"factors.input_orig", "factors.output", "gate.projection_0"}

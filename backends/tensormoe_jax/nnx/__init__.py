@@ -19,5 +19,6 @@ from tensormoe_jax.nnx._embedding import MuMoEEmbedding as MuMoEEmbedding
 from tensormoe_jax.nnx._gate import ExpertGate as ExpertGate
 from tensormoe_jax.nnx._layer import MuMoE as MuMoE
 from tensormoe_jax.nnx._mlp import MuMoEMLP as MuMoEMLP
+from tensormoe_jax.nnx._rules import parameter_rules as parameter_rules
 
-__all__ = ["ExpertGate", "MuMoE", "MuMoEEmbedding", "MuMoEMLP"]
+__all__ = ["ExpertGate", "MuMoE", "MuMoEEmbedding", "MuMoEMLP", "parameter_rules"]
