@@ -39,8 +39,11 @@ HEAD_RATE, DECAY = 0.003, 0.05
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 SIZES: dict[str, tuple[tuple[Factorization, int], ...]] = {
     "cp": ((CP(8), 16), (CP(256), 16), (CP(32), 256)),
-    "tensor_ring": ((TensorRing((2, 2, 4)), 16), (TensorRing((4, 4, 64)), 16))
-    + ((TensorRing((8, 8, 16)), 256),),
+    "tensor_ring": (
+        (TensorRing((2, 2, 4)), 16),
+        (TensorRing((4, 4, 64)), 16),
+        (TensorRing((8, 8, 16)), 256),
+    ),
 }
 MODES = ("one rate", "multipliers")
 

@@ -78,7 +78,7 @@ def parameter_rules(
     factors.expert_0   experts   21.62 False
     factors.input      factors    0.55 True
     factors.output     factors    0.11 True
-    factors.bias       bias       0.96 False
+    factors.bias       bias       0.94 False
     gate.projection_0  gate       1.00 True
     """
     if isinstance(config, BlockConfig):
@@ -122,5 +122,7 @@ def _starts(config: LayerConfig, init: str) -> dict[str, Initializer]:
         for term in config.spec.network.terms:
             name = term.input_factor.name
             start = starts[name]
-            starts[name] = replace(start, std=start.std * scale, center_std=start.center_std * scale)
+            starts[name] = replace(
+                start, std=start.std * scale, center_std=start.center_std * scale
+            )
     return starts
