@@ -9,6 +9,10 @@ with every rate of a grid, once with one learning rate for all parameters of the
 with ``parameter_groups(…, lr=…)``, which has multipliers. Then the best rate of each size is used
 at the other sizes: the regret is what the loss on held-out images is above that of their own best.
 
+Last, starts are compared at the largest number of experts: with and without a warm-up over a tenth
+of the steps, projections of the gate that start at zero or at random, and experts that start closer
+together or further apart than by default.
+
 Runs are written to ``out/rates.jsonl`` as they end; a second call goes on from there. It takes some
 three minutes of one core. Needs PyTorch, and scikit-learn where Fashion-MNIST is not installed.
 """
@@ -22,6 +26,7 @@ import sys
 from itertools import product
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +51,8 @@ SIZES: dict[str, tuple[tuple[Factorization, int], ...]] = {
     ),
 }
 MODES = ("one rate", "multipliers")
+START_RATE = 0.003
+STARTS = ("default", "no warm-up", "random projections", "noise x 0.3", "noise x 3")
 
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -68,20 +75,38 @@ def load(folder: Path) -> Data:
     )
 
 
+@torch.no_grad()
+def change(block: MuMoEMLP, start: str) -> None:
+    """Other initial values: of projections, or of what tells experts apart."""
+    for name, parameter in block.named_parameters():
+        if start == "random projections" and "projection" in name:
+            nn.init.normal_(parameter, std=0.1 / parameter.shape[0] ** 0.5)
+        if start.startswith("noise") and "expert_" in name:
+            middle = parameter.mean(0)
+            parameter.copy_(middle + float(start.split()[-1]) * (parameter - middle))
+
+
 def run(
-    data: Data, factorization: Factorization, experts: int, mode: str, rate: float, seed: int
+    data: Data,
+    factorization: Factorization,
+    experts: int,
+    mode: str,
+    rate: float,
+    seed: int,
+    start: str = STARTS[0],
 ) -> float:
     """Train one model; returns its loss on the held-out images in nats."""
     train, labels, held, held_labels = data
     torch.manual_seed(seed)
     width = train.shape[1]
     block = MuMoEMLP(width, HIDDEN, WIDTH, experts=experts, factorization=factorization)
+    change(block, start)
     head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 10))
     model = nn.Sequential(block, head)
     groups = parameter_groups(block, DECAY, lr=None if mode == MODES[0] else rate)
     fixed = [{**group, "lr": HEAD_RATE} for group in parameter_groups(head, DECAY)]
     optimizer = torch.optim.AdamW([*groups, *fixed], lr=rate, betas=(0.9, 0.98))
-    warm = STEPS // 10
+    warm = 0 if start == "no warm-up" else STEPS // 10
 
     def share(step: int) -> float:
         if step < warm:
@@ -114,17 +139,35 @@ def main() -> None:
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     known = {tuple(key): loss for key, loss in map(json.loads, lines)}
     data = load(words.data)
+
+    def get(*call: Any) -> float:
+        key = (repr(call[0]), *call[1:])
+        if key not in known:
+            known[key] = run(data, *call)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([key, known[key]]) + "\n")
+            print(*key, f"{known[key]:.4f}", file=sys.stderr, flush=True)
+        return known[key]
+
     # seeds outermost: an interrupted study is a smaller one
-    for seed, (name, sizes), mode, rate in product(range(seeds), SIZES.items(), MODES, rates):
+    for seed, sizes, mode, rate in product(range(seeds), SIZES.values(), MODES, rates):
         for factorization, experts in sizes:
-            key = (repr(factorization), experts, mode, rate, seed)
-            if key not in known:
-                known[key] = run(data, factorization, experts, mode, rate, seed)
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps([key, known[key]]) + "\n")
-                print(name, *key, f"{known[key]:.4f}", file=sys.stderr, flush=True)
+            get(factorization, experts, mode, rate, seed)
     for name, mode in product(SIZES, MODES):
         report(name, mode, rates, seeds, known)
+    print(f"\nstarts: loss at rate {START_RATE:g} with multipliers, each of {seeds} seeds")
+    print("| size |" + "".join(f" {start} |" for start in STARTS))
+    print("| --- |" + " ---: |" * len(STARTS))
+    for sizes in SIZES.values():
+        factorization, experts = max(sizes, key=lambda size: size[1])
+        row = [
+            " ".join(
+                f"{get(factorization, experts, MODES[1], START_RATE, seed, start):.3f}"
+                for seed in range(seeds)
+            )
+            for start in STARTS
+        ]
+        print(f"| {factorization}, N = {experts} |" + "".join(f" {each} |" for each in row))
 
 
 def report(
