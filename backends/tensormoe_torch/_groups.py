@@ -113,10 +113,11 @@ def parameter_groups(
             sorted_in.setdefault(key, []).append(parameter)
     groups = []
     for (gate, multiplier, decays), parameters in sorted_in.items():
-        group = {"params": parameters, "weight_decay": weight_decay / multiplier * decays}
-        if gate or lr is not None:
-            group["lr"] = gate_lr if gate else lr * multiplier
-        groups.append(group)
+        rate = gate_lr if gate else None if lr is None else lr * multiplier
+        groups.append(
+            {"params": parameters, "weight_decay": weight_decay / multiplier if decays else 0.0}
+            | ({} if rate is None else {"lr": rate})
+        )
     return groups
 
 

@@ -47,7 +47,7 @@ def responses(
         indexed_input: whether inputs pick a row each instead of summing over all.
     """
     picked = {*network.expert_legs} | ({INPUT} if indexed_input else set())
-    found = {}
+    found: dict[str, Response] = {}
     for term in network.terms:
         found |= _of_product(term.factors, network, starts, picked)
         if term.bias is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import isfinite, sqrt
+from math import sqrt
 from typing import Literal
 
 from tensormoe._config import BlockConfig, LayerConfig
@@ -69,7 +69,7 @@ def parameter_rules(
         Rules by canonical name, as :meth:`LayerConfig.parameter_shapes`.
 
     Raises:
-        SpecError: no configuration, an unknown scheme, or ``directions`` that are not positive.
+        SpecError: no configuration, an unknown scheme, or ``directions`` below 1.
 
     >>> from tensormoe import CP, Gate, LayerSpec
     >>> rules = parameter_rules(LayerConfig(LayerSpec(64, 64, 16, CP(256)), Gate()))
@@ -88,8 +88,9 @@ def parameter_rules(
         )
     instance(config, LayerConfig, "config", "a LayerConfig or a BlockConfig", SpecError)
     number = isinstance(directions, int | float) and not isinstance(directions, bool)
-    if not number or not isfinite(directions) or directions <= 0:
-        raise SpecError(f"directions must be a positive number; got {brief(directions)}.")
+    if not number or not directions >= 1:
+        raise SpecError(f"directions must be a number of at least 1; got {brief(directions)}.")
+    directions = float(min(directions, 1e300))
     network = config.spec.network
     starts = _starts(config, init)
     share = sqrt(len(network.factors))

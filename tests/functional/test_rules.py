@@ -162,11 +162,18 @@ def test_a_mean_square_counts_the_center() -> None:
     assert diagonal.mean_square(shape) == pytest.approx(5.0 * 2 / 12)
 
 
-@pytest.mark.parametrize("directions", [0, -1.0, float("nan"), float("inf"), "20", None, True])
-def test_directions_must_be_positive(directions: Any) -> None:
+@pytest.mark.parametrize("directions", [0, -1.0, 0.5, float("nan"), "20", None, True])
+def test_directions_must_be_a_number(directions: Any) -> None:
     config = LayerConfig(LayerSpec(8, 4, 3, CP(2)), None)
-    with pytest.raises(SpecError, match="directions must be a positive number; got"):
+    with pytest.raises(SpecError, match="directions must be a number of at least 1; got"):
         parameter_rules(config, directions=directions)
+
+
+def test_directions_without_end() -> None:
+    config = LayerConfig(LayerSpec(8, 4, 3, CP(2)), None)
+    wanted = parameter_rules(config, directions=1e200)
+    for directions in (float("inf"), 10**400):
+        assert parameter_rules(config, directions=directions) == wanted
 
 
 def test_rules_need_a_configuration() -> None:
