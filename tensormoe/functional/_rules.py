@@ -75,7 +75,7 @@ def parameter_rules(
     >>> rules = parameter_rules(LayerConfig(LayerSpec(64, 64, 16, CP(256)), Gate()))
     >>> for name, rule in rules.items():
     ...     print(f"{name:18} {rule.group:8} {rule.multiplier:6.2f} {rule.decays}")
-    factors.expert_0   experts   21.62 False
+    factors.expert_0   experts   21.17 False
     factors.input      factors    0.55 True
     factors.output     factors    0.11 True
     factors.bias       bias       0.94 False
