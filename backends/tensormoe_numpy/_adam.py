@@ -8,7 +8,7 @@ from math import sqrt
 import numpy as np
 
 from tensormoe import backend_of, functional
-from tensormoe._validation import instance
+from tensormoe._validation import brief, instance
 from tensormoe.backend import Array
 from tensormoe.errors import ShapeError, SpecError
 
@@ -22,9 +22,12 @@ class Adam:
         betas: decay of the running mean and of the running square.
         eps: added to the root of the running square.
         weight_decay: share of a parameter, times ``lr``, taken off at each step.
+        rules: by name, as :func:`tensormoe.functional.parameter_rules` makes them: multipliers of
+            ``lr``, and which parameters ``weight_decay`` is for; the share that it takes off is the
+            same for all of these. A parameter without a rule has ``lr``, and decays.
 
     Raises:
-        SpecError: a number outside its range.
+        SpecError: a number outside its range, or a rule for a name that is not a parameter's.
         BackendError: parameters of no known library, or of several.
 
     >>> import numpy as np
@@ -42,6 +45,7 @@ class Adam:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        rules: Mapping[str, functional.ParameterRule] | None = None,
     ) -> None:
         pair = isinstance(betas, tuple | list) and len(betas) == 2
         if not pair or not all(_is_number(beta) and 0.0 <= beta < 1.0 for beta in betas):
@@ -52,6 +56,7 @@ class Adam:
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         instance(parameters, Mapping, "parameters", "a mapping from names to arrays", SpecError)
         self._parameters = dict(parameters)
+        self._rules = _checked_rules(rules, parameters)
         self._means, self._squares = _zeros(parameters), _zeros(parameters)
         self._steps = 0
 
@@ -77,15 +82,34 @@ class Adam:
         self._steps += 1
         first, second = self.betas
         scale = self.lr / (1.0 - first**self._steps)
+        usual = functional.ParameterRule("other")
         root = 1.0 / sqrt(1.0 - second**self._steps)
         for name, value in self._parameters.items():
             gradient, mean, square = gradients[name], self._means[name], self._squares[name]
             mean += (1.0 - first) * (gradient - mean)
             square += (1.0 - second) * (gradient * gradient - square)
-            if self.weight_decay:
+            rule = self._rules.get(name, usual)
+            if self.weight_decay and rule.decays:
                 value *= 1.0 - self.lr * self.weight_decay
             deviation = backend.namespace.sqrt(square)
-            value -= scale * mean / (deviation * root + self.eps)
+            value -= rule.multiplier * scale * mean / (deviation * root + self.eps)
+
+
+def _checked_rules(
+    rules: Mapping[str, functional.ParameterRule] | None, parameters: Mapping[str, Array]
+) -> dict[str, functional.ParameterRule]:
+    """Rules, each for a parameter that is there."""
+    if rules is None:
+        return {}
+    instance(rules, Mapping, "rules", "a mapping from names to rules", SpecError)
+    for name, rule in rules.items():
+        instance(rule, functional.ParameterRule, f"rules[{name!r}]", "a ParameterRule", SpecError)
+    if unknown := [name for name in rules if name not in parameters]:
+        raise SpecError(
+            f"rules must be for parameters; got one for {brief(unknown[0])}, and the parameters "
+            f"are {brief([*parameters])}. Pass parameter_rules of the layer's own config."
+        )
+    return dict(rules)
 
 
 def _zeros(arrays: Mapping[str, Array]) -> dict[str, Array]:

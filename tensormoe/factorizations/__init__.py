@@ -49,6 +49,8 @@ from tensormoe.factorizations._tensor_train import TensorTrain as TensorTrain
 from tensormoe.factorizations._tensorly import from_tensorly as from_tensorly
 from tensormoe.factorizations._tensorly import to_tensorly as to_tensorly
 from tensormoe.factorizations._tucker import Tucker as Tucker
+from tensormoe.factorizations._updates import Response as Response
+from tensormoe.factorizations._updates import responses as responses
 
 __all__ = [
     "BATCH",
@@ -66,6 +68,7 @@ __all__ = [
     "Initializer",
     "Leg",
     "Network",
+    "Response",
     "SharedBasis",
     "SharedDelta",
     "TensorRing",
@@ -82,5 +85,6 @@ __all__ = [
     "rank_pattern",
     "register_factorization",
     "resolve_factorization",
+    "responses",
     "to_tensorly",
 ]

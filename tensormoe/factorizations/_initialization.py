@@ -38,6 +38,24 @@ class Initializer:
     expert_axes: tuple[int, ...] = ()
     diagonal: bool = False
 
+    def mean_square(self, shape: tuple[int, ...]) -> float:
+        """Expected square of an entry, on average over an array of ``shape``.
+
+        >>> Initializer(0.5, center="one").mean_square((4, 3))
+        1.25
+        """
+        noise = self.std**2
+        if self.center == "zero":
+            return noise
+        if self.center == "shared":
+            return noise + self.center_std**2
+        if self.center == "one":
+            return noise + 1.0
+        rows, columns = shape[-2:]
+        ones = max(rows, columns) if self.center == "tiled" else min(rows, columns)
+        share = ones / (rows * columns)
+        return share * (1.0 + noise) if self.diagonal else share + noise
+
 
 def noise_share(levels: int) -> float:
     """Noise variance of an expert factor, relative to its center, for ``levels`` levels.

@@ -29,17 +29,22 @@ from tensormoe.functional._initialize import initialize as initialize
 from tensormoe.functional._routing import Routed as Routed
 from tensormoe.functional._routing import gate_vjp as gate_vjp
 from tensormoe.functional._routing import route as route
+from tensormoe.functional._rules import DIRECTIONS as DIRECTIONS
+from tensormoe.functional._rules import ParameterRule as ParameterRule
+from tensormoe.functional._rules import parameter_rules as parameter_rules
 from tensormoe.functional._upcycling import checked_noise as checked_noise
 from tensormoe.functional._upcycling import upcycle as upcycle
 from tensormoe.functional._weights import expert_weight as expert_weight
 from tensormoe.functional._weights import materialize as materialize
 
 __all__ = [
+    "DIRECTIONS",
     "BlockConfig",
     "Coefficients",
     "Fit",
     "LayerConfig",
     "Options",
+    "ParameterRule",
     "Residuals",
     "Routed",
     "apply_experts",
@@ -58,6 +63,7 @@ __all__ = [
     "materialize",
     "merged_coefficients",
     "own_gate",
+    "parameter_rules",
     "prepare",
     "route",
     "upcycle",

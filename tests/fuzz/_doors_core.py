@@ -18,7 +18,7 @@ from tensormoe.checkpoint import (
 )
 from tensormoe.compression import Compression, compress_checkpoint, plan_compression
 from tensormoe.decomposition import Search, decompose, error_curves
-from tensormoe.functional import BlockConfig, LayerConfig
+from tensormoe.functional import BlockConfig, LayerConfig, parameter_rules
 from tensormoe.gates import (
     balanced_bias,
     entropy,
@@ -100,6 +100,11 @@ def _values() -> Iterator[Door]:
     )
     yield Door(
         "LayerConfig", LayerConfig, lambda: {"spec": spec(), "gate": Gate(), "indexed_input": False}
+    )
+    yield Door(
+        "parameter_rules",
+        parameter_rules,
+        lambda: {"config": config(), "init": "variance", "directions": 20.0},
     )
 
 

@@ -150,7 +150,12 @@ def _numpy() -> Iterator[Door]:
         "Adam",
         package.Adam,
         lambda: dict(
-            parameters={"a": x()}, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+            parameters={"a": x()},
+            lr=1e-3,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=0.0,
+            rules=None,
         ),
     )
     yield Door(
@@ -197,7 +202,9 @@ def _torch() -> Iterator[Door]:
         ),
     )
     yield Door(
-        "parameter_groups", package.parameter_groups, lambda: dict(model=layer(), weight_decay=0.1)
+        "parameter_groups",
+        package.parameter_groups,
+        lambda: dict(model=layer(), weight_decay=0.1, lr=0.01, gate_lr=0.01),
     )
     yield Door(
         "ExpertGate",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from tensormoe import CP, Gate, LayerSpec, TensorRing
 from tensormoe.errors import SpecError
+from tensormoe.functional import parameter_rules
 from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP, parameter_groups
 from tensormoe_torch.official import PreNormed
 from tests._kinds import KINDS
@@ -181,9 +184,82 @@ def test_the_rate_of_gates_must_be_a_number(rate: Any) -> None:
 
 def test_what_expert_factors_are_computed_from_does_not_decay() -> None:
     layer = MuMoE(8, 6, 3, CP(4))
-    nn.utils.prune.l1_unstructured(layer.factors, "expert_0", 2)
-    nn.utils.prune.l1_unstructured(layer.factors, "input", 2)
+    prune.l1_unstructured(layer.factors, "expert_0", 2)
+    prune.l1_unstructured(layer.factors, "input", 2)
     nn.utils.parametrize.register_parametrization(layer.factors, "bias", nn.Identity())
     decayed, kept = names(layer, parameter_groups(layer, 0.1))
     assert decayed == {"factors.input_orig", "factors.output", "gate.projection_0"}
     assert kept == {"factors.expert_0_orig", "factors.parametrizations.bias.original"}
+
+
+def test_learning_rates_of_factors() -> None:
+    model = mixed()
+    together = names(model, parameter_groups(model, 0.1))
+    groups = parameter_groups(model, 0.1, lr=0.01)
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    listed = [(known[id(each)], group) for group in groups for each in group["params"]]
+    rates = {name: group["lr"] for name, group in listed}
+    decays = {name: group["weight_decay"] for name, group in listed}
+    assert sorted(rates) == sorted(name for name, _ in listed) == sorted(known.values())
+    wanted = dict.fromkeys(rates, 0.01)
+    for prefix in ("table", "layer", "block.block"):
+        layer = model.get_submodule(prefix)
+        for name, rule in parameter_rules(layer.config).items():
+            wanted[f"{prefix}.{name}"] = 0.01 * rule.multiplier
+    assert rates == pytest.approx(wanted)
+    assert len({*rates.values()}) > 5
+    for name, decay in decays.items():
+        assert decay * rates[name] == pytest.approx(0.1 * 0.01 if name in together[0] else 0.0)
+
+
+def test_rates_of_gates_among_others() -> None:
+    model = mixed()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1, lr=0.01, gate_lr=0.5))
+    gates = {id(each) for name, each in model.named_parameters() if ".gate." in name}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert (group["lr"] == 0.5) == (id(parameter) in gates)
+
+
+def test_a_layer_moves_like_a_linear_one() -> None:
+    """At any rank, where one rate for all is too small for some and too large for others."""
+    x = normal(256, 64, dtype=torch.float64)
+    x[:, 4:] = x[:, :4] @ normal(4, 60, dtype=torch.float64) / 2  # few directions, as in data
+    head, target = normal(64, 10, dtype=torch.float64) / 8, torch.randint(10, (256,))
+    even = [torch.full((256, 8), 1 / 8, dtype=torch.float64)]
+    moved = {}
+    for rank in (None, 4, 32, 512):
+        for lr in (None, 1e-4):
+            torch.manual_seed(0)
+            if rank is None:
+                model = nn.Linear(64, 64, dtype=torch.float64)
+                run = partial(model, x)
+            else:
+                model = MuMoE(64, 64, 8, CP(rank), gate=None, dtype=torch.float64)
+                run = partial(model, x, even)
+            adam = torch.optim.AdamW(parameter_groups(model, 0.0, lr=lr), lr=1e-4)
+            before = run()
+            nn.functional.cross_entropy(before @ head, target).backward()
+            adam.step()
+            moved[rank, lr] = (run() - before).square().mean().sqrt().item()
+    for lr in (None, 1e-4):
+        ratios = [moved[rank, lr] / moved[None, lr] for rank in (4, 32, 512)]
+        alike = max(ratios) < 2.0 and min(ratios) > 0.5
+        assert alike == (lr is not None), ratios
+
+
+def test_shared_factors_have_the_smallest_rate() -> None:
+    model = nn.Sequential(MuMoE(16, 4, 3, CP(4)), MuMoE(4, 16, 3, CP(4)))
+    model[1].factors["expert_0"] = model[0].factors["expert_0"]
+    rates = [parameter_rules(each.config)["factors.expert_0"].multiplier for each in model]
+    groups = parameter_groups(model, 0.1, lr=1.0)
+    shared = model[0].factors["expert_0"]
+    found = [group["lr"] for group in groups if any(each is shared for each in group["params"])]
+    assert found == [min(rates)]
+    assert rates[0] != rates[1]
+
+
+@pytest.mark.parametrize("rate", [-0.1, float("nan"), "0.1", True])
+def test_the_rate_of_linear_layers_must_be_a_number(rate: Any) -> None:
+    with pytest.raises(SpecError, match=r"^lr must be a number of at least 0; got"):
+        parameter_groups(MuMoE(4, 3, 2, rank=2), 0.1, lr=rate)

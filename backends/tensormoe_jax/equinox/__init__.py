@@ -18,5 +18,6 @@ from tensormoe_jax.equinox._embedding import MuMoEEmbedding
 from tensormoe_jax.equinox._gate import ExpertGate
 from tensormoe_jax.equinox._layer import MuMoE
 from tensormoe_jax.equinox._mlp import MuMoEMLP
+from tensormoe_jax.equinox._rules import parameter_rules
 
-__all__ = ["ExpertGate", "MuMoE", "MuMoEEmbedding", "MuMoEMLP"]
+__all__ = ["ExpertGate", "MuMoE", "MuMoEEmbedding", "MuMoEMLP", "parameter_rules"]
