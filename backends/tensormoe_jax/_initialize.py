@@ -32,6 +32,8 @@ def initialize(
 ) -> dict[str, Array]:
     """Draw all parameters; projections of the gate start at zero, so that experts start alike.
 
+    Those of a "relu_top_k" gate start like ``torch.nn.Linear``: zeros would stay zeros.
+
     Args:
         config: of a layer, an embedding or a block, as the layers' ``config``.
         key: of ``jax.random``.
@@ -73,7 +75,7 @@ def initialize(
         BACKEND,
         normal=lambda shape: jax.random.normal(fresh(), shape, kind),
         uniform=lambda shape: jax.random.uniform(fresh(), shape, kind, -1.0, 1.0),
-        # nothing but a gate starts at zero
+        # nothing but a gate starts at zero, or in the dtype of these zeros
         zeros=lambda shape: jnp.zeros(shape, gate_kind),
         init=init,
     )

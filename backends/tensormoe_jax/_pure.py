@@ -71,7 +71,8 @@ def coefficients(
         axis_name: names of the axes of ``jax.vmap`` that are part of this batch.
 
     Returns:
-        One array (..., N_e) per level, rows sum to one; and the buffers, which training changes.
+        One array (..., N_e) per level, whose rows sum to one if ``gate.sums_to_one``; and the
+        buffers, which training changes.
 
     Raises:
         BackendError, ShapeError: the input does not fit, or the layer has no gate.

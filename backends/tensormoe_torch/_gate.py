@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from tensormoe._layers import Methods
 from tensormoe.checkpoint import check_config
 from tensormoe.errors import SpecError
-from tensormoe.functional import BlockConfig, LayerConfig, own_gate
+from tensormoe.functional import BlockConfig, LayerConfig, gate_bound, own_gate
 from tensormoe.gates import Across, Gate, Statistics
 from tensormoe_torch._autograd import no_autocast, route
 from tensormoe_torch._checks import check_input
 from tensormoe_torch._dtypes import checked_device, checked_dtype
-from tensormoe_torch._sharded import stored
+from tensormoe_torch._sharded import put, stored
 
 __all__ = ["ExpertGate", "Gated"]
 
@@ -79,9 +79,17 @@ class ExpertGate(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start anew: projections of zero, so that experts start alike, and fresh statistics."""
+        """Start anew: projections of zero, so that experts start alike, and fresh statistics.
+
+        Projections of a "relu_top_k" gate start like those of ``nn.Linear``.
+        """
+        bound = gate_bound(self.config)
         for parameter in stored(self, self._names.values()).values():
-            parameter.zero_()
+            if bound:
+                like: Any = {"device": parameter.device, "dtype": parameter.dtype}
+                put(parameter, torch.empty(parameter.shape, **like).uniform_(-bound, bound))
+            else:
+                parameter.zero_()
         for name, buffer in self.named_buffers(recurse=False):
             buffer.fill_(1.0 if "variance" in name else 0.0)
 
@@ -95,7 +103,9 @@ class ExpertGate(nn.Module):
         return self.config.gate
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The coefficients of inputs (..., in): one tensor (..., N_e) per level, rows sum to one.
+        """The coefficients of inputs (..., in): one tensor (..., N_e) per level.
+
+        Rows sum to one if ``gate.sums_to_one``.
 
         In training, a batch-norm gate uses the batch's own statistics and updates its buffers.
 
@@ -145,7 +155,7 @@ class Gated(Methods[Tensor, C]):
     def coefficients(self, x: Tensor) -> tuple[Tensor, ...]:
         """The coefficients of inputs (..., in): one tensor (..., N_e) per level.
 
-        Rows sum to one. Both layers of a block share them.
+        Rows sum to one if ``gate.sums_to_one``. Both layers of a block share them.
 
         Raises:
             BackendError, ShapeError: the input does not fit, or there is no gate.

@@ -15,6 +15,7 @@ from tensormoe.backend._protocol import Array as Array
 from tensormoe.backend._protocol import Backend as Backend
 from tensormoe.backend._protocol import Exchange as Exchange
 from tensormoe.backend._protocol import LoopStep as LoopStep
+from tensormoe.backend._protocol import Selects as Selects
 from tensormoe.backend._protocol import State as State
 from tensormoe.backend._protocol import Step as Step
 from tensormoe.backend._registry import available_backends as available_backends
@@ -30,6 +31,7 @@ __all__ = [
     "Backend",
     "Exchange",
     "LoopStep",
+    "Selects",
     "State",
     "Step",
     "available_backends",

@@ -24,6 +24,7 @@ from tensormoe.functional._experts import experts_forward as experts_forward
 from tensormoe.functional._experts import experts_vjp as experts_vjp
 from tensormoe.functional._experts import prepare as prepare
 from tensormoe.functional._fit import Fit as Fit
+from tensormoe.functional._initialize import gate_bound as gate_bound
 from tensormoe.functional._initialize import initialize as initialize
 from tensormoe.functional._routing import Routed as Routed
 from tensormoe.functional._routing import gate_vjp as gate_vjp
@@ -51,6 +52,7 @@ __all__ = [
     "experts_backward",
     "experts_forward",
     "experts_vjp",
+    "gate_bound",
     "gate_vjp",
     "initialize",
     "materialize",

@@ -7,8 +7,9 @@ from math import sqrt
 from tensormoe._config import LayerConfig
 from tensormoe.backend import Array, Backend
 from tensormoe.factorizations import Draw, draw_factor
+from tensormoe.functional._dtypes import cast
 
-__all__ = ["initialize"]
+__all__ = ["gate_bound", "initialize"]
 
 
 def initialize(
@@ -19,7 +20,7 @@ def initialize(
     zeros: Draw,
     init: str = "variance",
 ) -> dict[str, Array]:
-    """Draw all parameters; projections of the gate start at zero, so that experts start alike.
+    """Draw all parameters; the gate's start as :func:`gate_bound` says.
 
     Args:
         config: the layer.
@@ -34,7 +35,7 @@ def initialize(
     """
     starts = config.spec.initializers(init)
     tables = {term.input_factor.name for term in config.spec.network.terms}
-    parameters = {}
+    parameters, bound = {}, gate_bound(config)
     for name, shape in config.parameter_shapes().items():
         kind, _, factor = name.partition(".")
         if kind == "factors":
@@ -45,4 +46,23 @@ def initialize(
             parameters[name] = array
         else:
             parameters[name] = zeros(shape)
+            if bound:
+                drawn = cast(uniform(shape), parameters[name].dtype, backend)
+                parameters[name] = bound * drawn
     return parameters
+
+
+def gate_bound(config: LayerConfig) -> float:
+    """Bound of the uniform initial values of a gate's projection and bias; 0 for zeros.
+
+    Zeros make experts start alike. A gate whose coefficients are positive logits would stay at
+    zero, without a gradient: it starts like ``torch.nn.Linear``.
+
+    >>> from tensormoe import CP, Gate, LayerSpec
+    >>> spec = LayerSpec(16, 4, 3, CP(2))
+    >>> gate_bound(LayerConfig(spec, Gate())), gate_bound(LayerConfig(spec, Gate("relu_top_k", k=1)))
+    (0.0, 0.25)
+    """
+    if config.gate is None or config.gate.sums_to_one:
+        return 0.0
+    return float(config.spec.in_features**-0.5)

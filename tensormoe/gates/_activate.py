@@ -16,6 +16,11 @@ from tensormoe.gates._normalization import (
     batch_moments,
     layer_norm_vjp,
 )
+from tensormoe.gates._relu_top_k import (
+    centred_layer_norm_vjp,
+    relu_top_k_block,
+    relu_top_k_vjp,
+)
 from tensormoe.gates._rows import Rows, as_rows, blocks, map_rows
 from tensormoe.gates._top_k import check_k, top_k_block
 
@@ -38,7 +43,8 @@ class Activation:
     """Coefficients of logits.
 
     Attributes:
-        coefficients: the logits' shape, non-negative, summing to one over the last axis.
+        coefficients: the logits' shape, non-negative, summing to one over the last axis if
+            ``gate.sums_to_one``.
         statistics: new running statistics where batch norm trains, else the ones passed in.
     """
 
@@ -78,7 +84,7 @@ def activate(
         Coefficients, and new statistics where batch norm trains.
 
     Raises:
-        GateError: as :func:`entmax` and :func:`top_k`; also where the logits' variance overflows,
+        GateError: as :func:`entmax`, :func:`top_k` and :func:`relu_top_k`; also where the logits' variance overflows,
             or batch norm lacks statistics, or trains on a batch of fewer than two tokens.
 
     Example:
@@ -89,9 +95,10 @@ def activate(
     rows = as_rows(logits, mask=mask, backend=backend)
     backend = rows.backend
     how, updated = _standardize(gate, rows, statistics, training, across)
-    if gate.activation == "top_k":
+    if gate.k is not None:
         k = check_k(gate.k, rows.shape[-1])
-        weights = map_rows(rows, lambda x, m, first: top_k_block(backend, x, m, first, how, k))
+        block = top_k_block if gate.sums_to_one else relu_top_k_block
+        weights = map_rows(rows, lambda x, m, first: block(backend, x, m, first, how, k))
     else:
         alpha = gate.effective_alpha
         weights = map_rows(rows, lambda x, m, first: entmax_block(backend, x, m, first, how, alpha))
@@ -220,13 +227,18 @@ def activate_vjp(
     weights = backend.reshape(coefficients, matrix)
     cotangent = backend.reshape(cotangent, matrix)
     alpha = gate.effective_alpha
+    # only activations that are blind to a shift of all logits spare the term of the mean
+    layer_vjp = layer_norm_vjp if gate.sums_to_one else centred_layer_norm_vjp
 
     def gradient(values: Array, some: Array | None, first: int) -> Array:
         stop = first + values.shape[0]
         some_weights, some_cotangent = weights[first:stop, :], cotangent[first:stop, :]
-        inner = activation_vjp(backend, some_weights, some_cotangent, alpha)
+        if gate.sums_to_one:
+            inner = activation_vjp(backend, some_weights, some_cotangent, alpha)
+        else:
+            inner = relu_top_k_vjp(some_weights, some_cotangent, backend)
         if gate.normalization == "layer":
-            return layer_norm_vjp(backend, values, some, first, gate.eps, inner)
+            return layer_vjp(backend, values, some, first, gate.eps, inner)
         return xp.where(xp.isinf(values), xp.zeros_like(inner), inner)
 
     result = map_rows(rows, gradient)

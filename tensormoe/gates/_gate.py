@@ -12,8 +12,10 @@ from tensormoe.errors import GateError
 from tensormoe.gates._functions import check_alpha
 from tensormoe.gates._top_k import check_k
 
-ACTIVATIONS = ("entmax", "sparsemax", "softmax", "top_k")
-NORMALIZATIONS = ("layer", "batch", None)
+ACTIVATIONS = ("entmax", "sparsemax", "softmax", "top_k", "relu_top_k")
+"""By name; the last one has coefficients that do not sum to one."""
+SPARSE = ("top_k", "relu_top_k")
+"""Those that keep k experts per token."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,15 @@ class Gate:
     lets a token see the others. Neither has an affine part.
 
     Attributes:
-        activation: "entmax", "sparsemax", "softmax" or "top_k".
+        activation: "entmax", "sparsemax", "softmax", "top_k", or "relu_top_k", the k largest
+            logits above zero as they are (Oldfield et al. 2025, arXiv 2505.21364), whose rows do
+            not sum to one. Its projection starts like ``torch.nn.Linear``, as zeros would stay
+            zeros; those of the others start at zero.
         alpha: the α of entmax, at least 1; 1.5 unless given. Other activations do not use it.
-        normalization: "layer", "batch" or ``None``.
-        k: experts per token for "top_k", ``None`` for the others.
+        normalization: "layer", "batch" or ``None``; unless given "layer", but ``None`` for
+            "relu_top_k", whose coefficients have the size of its logits.
+        k: experts per token for "top_k", the most of them for "relu_top_k", ``None`` for the
+            others.
         bias: whether the projection has a bias. The paper's has none.
         eps: added to the variance by both normalizations; positive.
         momentum: weight of a new batch in batch norm's running statistics, in (0, 1].
@@ -42,11 +49,14 @@ class Gate:
 momentum=0.1)
         >>> Gate("top_k", k=2, normalization=None).k
         2
+        >>> gate = Gate("relu_top_k", k=2, bias=True)
+        >>> gate.normalization, gate.sums_to_one
+        (None, False)
     """
 
     activation: str = "entmax"
     alpha: float = 1.5
-    normalization: str | None = "layer"
+    normalization: str | None = "default"
     k: int | None = None
     bias: bool = False
     eps: float = 1e-5
@@ -59,8 +69,10 @@ momentum=0.1)
                 f"{brief(self.activation)}. Compute other coefficients yourself and pass them to "
                 "the layer."
             )
+        if isinstance(self.normalization, str) and self.normalization == "default":
+            object.__setattr__(self, "normalization", "layer" if self.sums_to_one else None)
         named = self.normalization is None or isinstance(self.normalization, str)
-        if not named or self.normalization not in NORMALIZATIONS:
+        if not named or self.normalization not in ("layer", "batch", None):
             raise GateError(
                 f"normalization must be 'layer', 'batch' or None; got {brief(self.normalization)}. "
                 "Use 'layer' unless you reproduce a model with another."
@@ -73,17 +85,17 @@ momentum=0.1)
                 f"alpha belongs to entmax; got {self.alpha} with activation {self.activation!r}. "
                 "Leave it out or use entmax."
             )
-        if self.activation == "top_k":
+        if self.activation in SPARSE:
             if self.k is None:
                 raise GateError(
-                    "top_k needs the number of experts per token uses; got k=None. Write "
-                    "Gate('top_k', k=2), for instance."
+                    f"{self.activation} needs the number of experts per token; got k=None. Write "
+                    f"Gate({self.activation!r}, k=2), for instance."
                 )
             check_k(self.k)
         elif self.k is not None:
             raise GateError(
-                f"k belongs to top_k; got {self.k!r} with activation {self.activation!r}. Leave it "
-                "out or use top_k."
+                f"k belongs to top_k and relu_top_k; got {self.k!r} with activation "
+                f"{self.activation!r}. Leave it out or use one of these."
             )
         flag(self.bias, "bias", GateError)
         if not _is_number(self.eps) or not (self.eps > 0 and isfinite(self.eps)):
@@ -108,8 +120,17 @@ momentum=0.1)
         return cls(value)
 
     @property
+    def sums_to_one(self) -> bool:
+        """Whether a token's coefficients sum to one, whatever its logits.
+
+        >>> Gate("top_k", k=2).sums_to_one, Gate("relu_top_k", k=2).sums_to_one
+        (True, False)
+        """
+        return self.activation != "relu_top_k"
+
+    @property
     def effective_alpha(self) -> float:
-        """The α whose derivative the activation has; 1 for softmax and top-k."""
+        """The α whose derivative the activation has; 1 for softmax and those that keep k."""
         if self.activation == "entmax":
             return float(self._alpha)  # type: ignore[attr-defined]
         return 2.0 if self.activation == "sparsemax" else 1.0

@@ -44,7 +44,8 @@ def load_balance_loss(coefficients: Array) -> Array:
     uniform, and N where all tokens use one expert alone.
 
     Args:
-        coefficients: (..., experts) with rows that sum to one, at least one token.
+        coefficients: (..., experts) with rows that sum to one, at least one token; as for
+            :func:`entropy`.
 
     Returns:
         A scalar, in float32 at least.
@@ -84,7 +85,8 @@ def entropy(coefficients: Array) -> Array:
     """The entropy of each token's coefficients in nats, -Σ a log a with 0 log 0 = 0.
 
     Args:
-        coefficients: (..., experts).
+        coefficients: (..., experts) with rows that sum to one. Divide those of a "relu_top_k"
+            gate by their sums first.
 
     Returns:
         (...), from 0 for one expert alone to log N for all alike.

@@ -74,7 +74,7 @@ def shift(
     shifted = _to_zero(backend, values, mask, first_row, how)
     values, usable = shifted.values, shifted.usable
     if isinstance(how, LayerNorm):
-        _, variance, _ = _row_moments(backend, values, usable, first_row)
+        _, variance, _ = row_moments(backend, values, usable, first_row)
         # subtracting the mean would change no coefficient
         values = values * (factor / xp.sqrt(variance + how.eps))
     elif factor != 1.0:
@@ -117,7 +117,7 @@ def _to_zero(
     return Shifted(values, usable, xp.isnan(top))
 
 
-def _row_moments(
+def row_moments(
     backend: Backend, values: Array, usable: Array | None, first_row: int
 ) -> tuple[Array, Array, Array | float]:
     """Entries minus their mean, biased variance, and count of each row's usable entries.
@@ -179,7 +179,7 @@ def layer_norm_vjp(
     xp = backend.namespace
     shifted = _to_zero(backend, values, mask, first_row, LayerNorm(eps))
     usable = shifted.usable
-    unit, variance, count = _row_moments(backend, shifted.values, usable, first_row)
+    unit, variance, count = row_moments(backend, shifted.values, usable, first_row)
     del shifted  # an array of the block's size, of which there are at most three at once
     spread = 1.0 / xp.sqrt(variance + eps)
     unit *= spread
