@@ -11,8 +11,8 @@ the same four. Then each takes the MLP's place, and the cross-entropy on the tes
 lost; an MLP that returns zero tells what there is to lose.
 
 Runs are written to ``out/mxd.jsonl`` as they end, and the model to ``out/mxd.pt``; a second call
-goes on from there. The text is the King James Bible (Debian's package bible-kjv), else what Python's
-``help()`` shows. The full study takes half an hour on one core, ``--quick`` some seconds.
+goes on from there. The text is the King James Bible (Debian's package bible-kjv), else what
+Python's ``help()`` shows. The full study takes half an hour on one core, ``--quick`` some seconds.
 
 Needs PyTorch, and what ``examples/gpt_on_text.py`` needs, whose model it is.
 """
@@ -110,18 +110,30 @@ class Plan:
         scored: tokens that a cross-entropy is of.
     """
 
-    sizes: Sizes = Sizes(depth=4, channels=128, heads=4, context=128)
-    recipe: Recipe = Recipe(steps=1400, batch=16, rate=3e-3, scores=1)
-    layer: int = 2
-    width: int = 2048
-    ks: tuple[int, ...] = (8, 16, 32)
-    steps: int = 600
-    batch: int = 1024
-    inputs: int = 400_000
-    seeds: int = 3
-    scored: int = 65_536
+    sizes: Sizes
+    recipe: Recipe
+    layer: int
+    width: int
+    ks: tuple[int, ...]
+    steps: int
+    batch: int
+    inputs: int
+    seeds: int
+    scored: int
 
 
+FULL = Plan(
+    Sizes(depth=4, channels=128, heads=4, context=128),
+    Recipe(steps=1400, batch=16, rate=3e-3, scores=1),
+    layer=2,
+    width=2048,
+    ks=(8, 16, 32),
+    steps=600,
+    batch=1024,
+    inputs=400_000,
+    seeds=3,
+    scored=65_536,
+)
 QUICK = Plan(
     Sizes(depth=2, channels=32, heads=2, context=32),
     Recipe(steps=20, batch=8, rate=3e-3, scores=1),
@@ -191,7 +203,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for runs and model")
     words = parser.parse_args()
     torch.set_num_threads(1)
-    plan = QUICK if words.quick else Plan()
+    plan = QUICK if words.quick else FULL
     words.out.mkdir(parents=True, exist_ok=True)
     path = words.out / ("mxd_quick.pt" if words.quick else "mxd.pt")
     host = make_host(
@@ -204,7 +216,7 @@ def main() -> None:
     print(f"test cross-entropy {original:.4f} nats per piece, without the MLP", end=" ")
     print(f"{host.loss('test', Nothing()) - original:+.4f}\n")
     print(
-        "| | parameters | rate | K | gap, nats (lowest – highest) | transcoder's gap, × |", end=""
+        "| | parameters | rate | K | gap, nats (lowest – highest) | below transcoder, × |", end=""
     )
     print(" explained variance | active | dead |")
     print("| --- |" + " ---: |" * 8)

@@ -60,8 +60,8 @@ def gate_bound(config: LayerConfig) -> float:
 
     >>> from tensormoe import CP, Gate, LayerSpec
     >>> spec = LayerSpec(16, 4, 3, CP(2))
-    >>> gate_bound(LayerConfig(spec, Gate())), gate_bound(LayerConfig(spec, Gate("relu_top_k", k=1)))
-    (0.0, 0.25)
+    >>> [gate_bound(LayerConfig(spec, gate)) for gate in (Gate(), Gate("relu_top_k", k=1))]
+    [0.0, 0.25]
     """
     if config.gate is None or config.gate.sums_to_one:
         return 0.0

@@ -84,8 +84,9 @@ def activate(
         Coefficients, and new statistics where batch norm trains.
 
     Raises:
-        GateError: as :func:`entmax`, :func:`top_k` and :func:`relu_top_k`; also where the logits' variance overflows,
-            or batch norm lacks statistics, or trains on a batch of fewer than two tokens.
+        GateError: as :func:`entmax`, :func:`top_k` and :func:`relu_top_k`; also where the logits'
+            variance overflows, or batch norm lacks statistics, or trains on a batch of fewer than
+            two tokens.
 
     Example:
         >>> import numpy as np

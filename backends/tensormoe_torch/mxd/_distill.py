@@ -112,7 +112,13 @@ def imitate(
             (rows, out) with a method ``coefficients`` that returns tensors (rows, N): a
             transcoder whose coefficients are its hidden units, for instance.
         mlp: a module or a function of tensors (rows, in).
-        inputs: as for :func:`distill`, like all other arguments; in the student's dtype.
+        inputs: as for :func:`distill`, in the student's dtype.
+        held: as for :func:`distill`, like the following arguments.
+        steps: updates.
+        batch: rows per step.
+        rate: the highest learning rate.
+        decay: weight decay.
+        seed: of batches.
 
     Returns:
         The report.
