@@ -66,7 +66,8 @@ def relu_top_k_block(
     if isinstance(how, Affine):
         values = (values - how.mean) * how.scale
     elif isinstance(how, LayerNorm):
-        values = _unit(backend, found, first_row, how.eps)[0]
+        centred, variance, _ = _moments(backend, found, first_row)
+        values = centred / xp.sqrt(variance + how.eps)
     if usable is not None:
         values = xp.where(usable, values, xp.full_like(values[:, :1], -1.0))
     weights = xp.where(_kept(backend, values, k), values, xp.zeros_like(values[:, :1]))
@@ -105,17 +106,21 @@ def centred_layer_norm_vjp(
 ) -> Array:
     """The transpose of layer norm's derivative at ``values``, the term of the mean included.
 
-    Activations that are blind to a shift of all logits need no such term.
+    ``cotangent`` is zero where experts are not usable, and is overwritten. Activations
+    that are blind to a shift of all logits need no such term.
     """
     xp = backend.namespace
     found = _finite(backend, values, mask, first_row)
-    unit, spread, count = _unit(backend, found, first_row, eps)
-    mean = backend.row_sums(cotangent) / count
-    along = xp.vecdot(unit, cotangent)[:, None] / count
-    gradient = (cotangent - mean - unit * along) * spread
+    unit, variance, count = _moments(backend, found, first_row)
+    spread = 1.0 / xp.sqrt(variance + eps)
+    unit *= spread
+    unit *= xp.vecdot(unit, cotangent)[:, None] / count
+    cotangent -= backend.row_sums(cotangent) / count
+    cotangent -= unit
+    cotangent *= spread
     if found.usable is not None:
-        gradient = xp.where(found.usable, gradient, xp.zeros_like(spread))
-    return gradient
+        cotangent = xp.where(found.usable, cotangent, xp.zeros_like(spread))
+    return cotangent
 
 
 def _finite(backend: Backend, values: Array, mask: Array | None, first_row: int) -> Shifted:
@@ -140,10 +145,10 @@ def _finite(backend: Backend, values: Array, mask: Array | None, first_row: int)
     return Shifted(values, usable, xp.isnan(top) | (top == inf))
 
 
-def _unit(
-    backend: Backend, found: Shifted, first_row: int, eps: float
+def _moments(
+    backend: Backend, found: Shifted, first_row: int
 ) -> tuple[Array, Array, Array | float]:
-    """Rows after layer norm, 1 / √(variance + eps), and the count of each row's usable entries."""
+    """Entries minus their mean, biased variance, and count of each row's usable entries."""
     xp = backend.namespace
     values, usable = found.values, found.usable
     # moments are of entries below zero, which loses no digits of rows far from it
@@ -151,6 +156,4 @@ def _unit(
     values = values - level
     if usable is not None:
         values = xp.where(usable, values, xp.zeros_like(level))
-    centred, variance, count = row_moments(backend, values, usable, first_row)
-    spread = 1.0 / xp.sqrt(variance + eps)
-    return centred * spread, spread, count
+    return row_moments(backend, values, usable, first_row)

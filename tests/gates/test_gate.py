@@ -20,7 +20,12 @@ from tensormoe.gates import (
 
 @pytest.mark.parametrize(
     "gate",
-    [Gate(), Gate("top_k", k=2, normalization=None), Gate("entmax", 1.25, "batch", bias=True)],
+    [
+        Gate(),
+        Gate("top_k", k=2, normalization=None),
+        Gate("relu_top_k", k=3),
+        Gate("entmax", 1.25, "batch", bias=True),
+    ],
 )
 def test_round_trips(gate):
     assert eval(repr(gate)) == gate  # repr reconstructs
@@ -37,7 +42,8 @@ def test_round_trips(gate):
         (lambda: Gate("softmax", alpha=2.0), "alpha belongs to entmax"),
         (lambda: Gate("top_k"), r"Gate\('top_k', k=2\)"),
         (lambda: Gate("top_k", k=0), "k must be a positive integer; got 0"),
-        (lambda: Gate(k=2), "k belongs to top_k"),
+        (lambda: Gate(k=2), "k belongs to top_k and relu_top_k"),
+        (lambda: Gate("relu_top_k"), r"relu_top_k needs .* Gate\('relu_top_k', k=2\)"),
         (lambda: Gate(bias=1), "bias must be True or False"),
         (lambda: Gate(eps=0), "eps must be a positive number"),
         (lambda: Gate(momentum=1.5), r"momentum must be in \(0, 1\]; got 1.5"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from tensormoe import Gate, Hadamard, LayerSpec
+from tensormoe import Gate, Hadamard
 from tensormoe._validation import flag, positive_int
-from tensormoe.functional import LayerConfig
+from tensormoe.functional import Options
 from tensormoe_torch._activations import ACTIVATIONS, Act, own_activation, read_activation
 from tensormoe_torch._checks import Given, check_input
 from tensormoe_torch._dtypes import checked_device, checked_dtype
@@ -50,8 +51,8 @@ class MixtureOfDecoders(nn.Module):
         act: the activation, if it has no name; None otherwise.
 
     Raises:
-        SpecError: sizes, names or options that cannot be.
-        GateError: ``k`` is no count, or larger than the number of experts.
+        SpecError: sizes, names or options that cannot be, or a ``k`` above the number of experts.
+        GateError: ``k`` is no count.
 
     >>> import torch
     >>> block = MixtureOfDecoders(16, experts=200, k=8)
@@ -85,17 +86,17 @@ class MixtureOfDecoders(nn.Module):
         out = size if out_features is None else out_features
         self._name, act = read_activation(act_layer)
         self.act = own_activation(self._name, act, device, dtype)
-        spec = LayerSpec(hidden, out, experts, Hadamard(), bias=False)
-        gate = LayerConfig(
-            LayerSpec(size, spec.out_features, experts, Hadamard(), bias=False),
-            Gate("relu_top_k", k=k, bias=True),
-        )
+        gate = Options(experts, Hadamard(), bias=False, gate=Gate("relu_top_k", k=k, bias=True))
+        reads = gate.layer(size, out)
+        writes = replace(reads, spec=replace(reads.spec, in_features=hidden), gate=None)
         self.encoder = nn.Linear(size, hidden, device=device, dtype=dtype)
-        self.decoder = MuMoE.of(LayerConfig(spec, None), device=device, dtype=dtype)
-        self.gate = ExpertGate(gate, device, dtype)
+        self.decoder = MuMoE.of(writes, device=device, dtype=dtype)
+        self.gate = ExpertGate(reads, device, dtype)
         self.bias: nn.Parameter | None = None
         if flag(bias, "bias"):
-            self.bias = nn.Parameter(torch.empty(spec.out_features, device=device, dtype=dtype))
+            self.bias = nn.Parameter(
+                torch.empty(reads.spec.out_features, device=device, dtype=dtype)
+            )
         self._start()
 
     def extra_repr(self) -> str:

@@ -68,11 +68,11 @@ def distill(
         The block, in evaluation mode, in the dtype and on the device of the inputs; and the report.
 
     Raises:
-        SpecError: sizes or options that cannot be, both or neither of ``experts`` and
-            ``transcoder``, an MLP whose hidden size or activation is not known, inputs that are
-            empty, not finite, of no floating-point dtype, of another width, or too few for the
-            steps; or training diverged.
-        GateError: ``k`` is no count, or larger than the number of experts.
+        SpecError: sizes or options that cannot be, a ``k`` above the number of experts, both or
+            neither of ``experts`` and ``transcoder``, an MLP whose hidden size or activation is not
+            known, inputs that are empty, not finite, of no floating-point dtype, of another width,
+            or too few for the steps; or training diverged.
+        GateError: ``k`` is no count.
 
     >>> import torch
     >>> from torch import nn
