@@ -31,7 +31,6 @@ import torch
 from _mxd_model import Host, Recipe, Sizes, load_parts, make_host
 from torch import Tensor, nn
 
-from tensormoe.gates import relu_top_k
 from tensormoe_torch.mxd import MixtureOfDecoders, imitate
 
 RATES = (0.001, 0.003, 0.01, 0.03)
@@ -59,10 +58,9 @@ class Transcoder(nn.Module):
                     nn.init.zeros_(parameter)
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, ...]:
-        logits = self.encoder(x)
-        # what is kept has the gradient of the logits
-        kept = relu_top_k(logits.detach(), self.k) > 0
-        return (torch.where(kept, logits, 0.0),)
+        logits = self.encoder(x).relu()
+        kept, places = logits.topk(self.k)
+        return (torch.zeros_like(logits).scatter(-1, places, kept),)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.decoder(*self.coefficients(x))
@@ -83,7 +81,7 @@ def decoders(features: int, width: int, k: int) -> nn.Module:
 
 def skipping(features: int, width: int, k: int) -> nn.Module:
     # the skip's parameters are those of so many units
-    return Transcoder(features, width - features**2 // (2 * features + 1), k, skip=True)
+    return Transcoder(features, width + -(features**2) // (2 * features + 1), k, skip=True)
 
 
 KINDS = (

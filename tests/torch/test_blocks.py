@@ -115,7 +115,7 @@ def test_embeddings_under_vmap(kind: Any) -> None:
 class TestTransforms:
     """``torch.func`` follows a layer."""
 
-    @pytest.mark.parametrize("gate", GATES[:5], ids=str)
+    @pytest.mark.parametrize("gate", GATES[:6], ids=str)
     @pytest.mark.parametrize("kind", UNEVEN, ids=str)
     def test_vmap_and_grad(self, kind: Any, gate: Gate) -> None:
         layer = build(LayerSpec(6, 5, (3, 2), kind), gate)
