@@ -16,6 +16,7 @@ from tensormoe_torch._checks import Given, check_input
 from tensormoe_torch._dtypes import checked_device, checked_dtype
 from tensormoe_torch._gate import ExpertGate
 from tensormoe_torch._layer import MuMoE
+from tensormoe_torch._sharded import stored
 
 __all__ = ["MixtureOfDecoders"]
 
@@ -118,7 +119,7 @@ class MixtureOfDecoders(nn.Module):
 
     @torch.no_grad()
     def _start(self) -> None:
-        self.decoder.factors.input.zero_()
+        stored(self.decoder.factors, ("input",))["input"].zero_()
         if self.bias is not None:
             self.bias.zero_()
 
@@ -126,7 +127,8 @@ class MixtureOfDecoders(nn.Module):
         """z, the hidden units (..., hidden) of inputs (..., in)."""
         function = self.act if self._name is None else ACTIVATIONS[self._name]
         assert function is not None
-        return function(self.encoder(x))
+        found: Tensor = function(self.encoder(x))
+        return found
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, ...]:
         """a, the coefficients of inputs (..., in): one tensor (..., N_e) per level.
