@@ -92,9 +92,9 @@ class Host:
     losses: dict[str, float] = field(default_factory=dict)
 
     @property
-    def mlp(self) -> nn.Module:
+    def mlp(self) -> nn.Sequential:
         """The MLP itself."""
-        found: nn.Module = self.model.layers[self.layer].mlp
+        found: nn.Sequential = self.model.layers[self.layer].mlp
         return found
 
     def loss(self, part: str, student: nn.Module | None = None) -> float:

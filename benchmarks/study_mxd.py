@@ -5,10 +5,11 @@
 
 A small GPT is trained on real text. The third of its four MLPs is then imitated by a transcoder
 (K hidden units per token, all others zero), one with a linear layer beside it, and a mixture of
-decoders (K experts per token), all three with the same number of parameters, loss, inputs, steps
-and optimizer. Each kind gets the learning rate that is best for it on held-out text at K = 16, of
-the same four. Then each takes the MLP's place, and the cross-entropy on the test text tells what it
-lost; an MLP that returns zero tells what there is to lose.
+decoders (K experts per token), all with the same number of parameters, loss, inputs, steps and
+optimizer. The first and the last are tried again with encoders that start as the MLP's first layer.
+Each kind gets the learning rate that is best for it on held-out text at K = 16, of the same three.
+Then each takes the MLP's place, and the cross-entropy on the test text tells what it lost; an MLP
+that returns zero tells what there is to lose.
 
 Runs are written to ``out/mxd.jsonl`` as they end, and the model to ``out/mxd.pt``; a second call
 goes on from there. The text is the King James Bible (Debian's package bible-kjv), else what
@@ -26,6 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from _mxd_model import Host, Recipe, Sizes, load_parts, make_host
@@ -33,7 +35,7 @@ from torch import Tensor, nn
 
 from tensormoe_torch.mxd import MixtureOfDecoders, imitate
 
-RATES = (0.001, 0.003, 0.01, 0.03)
+RATES = (0.003, 0.01, 0.03)
 TUNED_K, TUNING = 16, 100  # K and seed of the runs that choose a rate
 
 
@@ -57,6 +59,14 @@ class Transcoder(nn.Module):
                 for parameter in layer.parameters():
                     nn.init.zeros_(parameter)
 
+    @torch.no_grad()
+    def encode_like(self, mlp: nn.Sequential) -> None:
+        """Start as many units as there are in the MLP as these; the others stay."""
+        first = mlp[0]
+        assert isinstance(first, nn.Linear)
+        self.encoder.weight[: first.out_features] = first.weight
+        self.encoder.bias[: first.out_features] = first.bias
+
     def coefficients(self, x: Tensor) -> tuple[Tensor, ...]:
         logits = self.encoder(x).relu()
         kept, places = logits.topk(self.k)
@@ -69,10 +79,23 @@ class Transcoder(nn.Module):
 
 @dataclass(frozen=True)
 class Kind:
-    """What takes the MLP's place: from features, parameters' width and K to a module."""
+    """What takes the MLP's place: from features, a transcoder's width and K to a module.
+
+    Args:
+        name: for people.
+        build: from these numbers to a module with fresh values.
+        copies: whether its encoder starts as the MLP's first layer, as far as that goes.
+    """
 
     name: str
     build: Callable[[int, int, int], nn.Module]
+    copies: bool = False
+
+    def start(self, plan: Plan, k: int, mlp: nn.Sequential) -> nn.Module:
+        student: Any = self.build(plan.sizes.channels, plan.width, k)
+        if self.copies:
+            student.encode_like(mlp)
+        return student
 
 
 def decoders(features: int, width: int, k: int) -> nn.Module:
@@ -88,6 +111,8 @@ KINDS = (
     Kind("transcoder", Transcoder),
     Kind("skip transcoder", skipping),
     Kind("mixture of decoders", decoders),
+    Kind("transcoder, MLP's first layer", Transcoder, copies=True),
+    Kind("mixture of decoders, MLP's first layer", decoders, copies=True),
 )
 
 
@@ -126,11 +151,11 @@ FULL = Plan(
     layer=2,
     width=2048,
     ks=(8, 16, 32),
-    steps=600,
-    batch=1024,
-    inputs=400_000,
+    steps=400,
+    batch=512,
+    inputs=200_000,
     seeds=3,
-    scored=65_536,
+    scored=32_768,
 )
 QUICK = Plan(
     Sizes(depth=2, channels=32, heads=2, context=32),
@@ -166,7 +191,7 @@ class Runs:
         key = (kind.name, repr(plan), part, k, rate, seed)
         if key not in self.known:
             torch.manual_seed(seed)
-            student = kind.build(plan.sizes.channels, plan.width, k)
+            student = kind.start(plan, k, self.host.mlp)
             report = imitate(
                 student,
                 self.host.mlp,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tensormoe import Gate, Hadamard
 from tensormoe._validation import flag, positive_int
+from tensormoe.errors import SpecError
 from tensormoe.functional import Options
 from tensormoe_torch._activations import ACTIVATIONS, Act, own_activation, read_activation
 from tensormoe_torch._checks import Given, check_input
@@ -17,6 +19,7 @@ from tensormoe_torch._dtypes import checked_device, checked_dtype
 from tensormoe_torch._gate import ExpertGate
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._sharded import stored
+from tensormoe_torch.surgery._block import read_block
 
 __all__ = ["MixtureOfDecoders"]
 
@@ -122,6 +125,28 @@ class MixtureOfDecoders(nn.Module):
         stored(self.decoder.factors, ("input",))["input"].zero_()
         if self.bias is not None:
             self.bias.zero_()
+
+    @torch.no_grad()
+    def encode_like(self, mlp: nn.Module | tuple[nn.Module, Any, nn.Module]) -> None:
+        """Copy an MLP's first layer into the encoder: z is then what the MLP's second layer reads.
+
+        Args:
+            mlp: an MLP without a gate of its own, as for :func:`from_mlp`.
+
+        Raises:
+            SpecError: no such MLP, or one of other sizes or another activation.
+        """
+        found = read_block(mlp, "mlp")
+        wanted = (self.encoder.in_features, self.encoder.out_features)
+        if found.up is not None or found.first.sizes != wanted or found.activation != self._name:
+            raise SpecError(
+                f"mlp must have a first layer of sizes {wanted}, the activation {self._name!r} and "
+                f"no gate; got {found.first.sizes}, {found.activation!r} and "
+                f"{'one' if found.up else 'none'}. Leave the encoder as it is."
+            )
+        weight, bias = found.first.weight.t(), found.first.bias
+        self.encoder.weight.copy_(weight)
+        self.encoder.bias.copy_(torch.zeros_like(self.encoder.bias) if bias is None else bias)
 
     def hidden(self, x: Tensor) -> Tensor:
         """z, the hidden units (..., hidden) of inputs (..., in)."""

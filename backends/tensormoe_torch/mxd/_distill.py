@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tensormoe._validation import brief, positive_int
+from tensormoe._validation import brief, choice, positive_int
 from tensormoe.errors import SpecError
 from tensormoe_torch._activations import Act
 from tensormoe_torch.mxd._block import MixtureOfDecoders
@@ -29,6 +29,7 @@ def distill(
     transcoder: int | None = None,
     hidden_features: int | None = None,
     act_layer: Act | None = None,
+    start: str = "fresh",
     held: Tensor | None = None,
     steps: int = 1000,
     batch: int = 1024,
@@ -56,6 +57,8 @@ def distill(
             many parameters, N = T − hidden_features.
         hidden_features: of the block; those of the MLP by default.
         act_layer: of the block; that of the MLP by default.
+        start: ``"fresh"``, as in the paper; or ``"mlp"``: the encoder starts as the MLP's first
+            layer (:meth:`MixtureOfDecoders.encode_like`), which takes a fraction of the steps.
         held: inputs (..., in) that the report's figures are of; by default up to 8192 rows of
             ``inputs``, or the last step's batch.
         steps: updates.
@@ -81,6 +84,7 @@ def distill(
     >>> report.losses[-1] < 0.5 * report.losses[0], report.active <= 4
     (True, True)
     """
+    choice(start, ("fresh", "mlp"), "start", SpecError)
     hidden, act = _known(mlp, hidden_features, act_layer)
     count = _experts(experts, transcoder, hidden)
     course = Course(steps, batch, rate, decay, seed)
@@ -90,6 +94,8 @@ def distill(
         torch.manual_seed(seed)
         sizes = (feed.first.shape[1], hidden, feed.teacher(feed.first).shape[1])
         block = MixtureOfDecoders(*sizes, act, experts=count, k=k, **like)
+    if start == "mlp":
+        block.encode_like(cast(nn.Module, mlp))
     return block.eval(), train(block, feed, course, held)
 
 
