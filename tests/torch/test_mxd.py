@@ -16,9 +16,12 @@ from tensormoe_torch.mxd import Distillation, MixtureOfDecoders, distill, imitat
 from tests.torch._helpers import randomized
 
 
-def mlp(seed: int = 0, width: int = 8, hidden: int = 32) -> nn.Sequential:
+def mlp(seed: int = 7, width: int = 8, hidden: int = 32) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, width))
+    first = nn.Linear(width, hidden)
+    # far from linear, as trained ones are
+    first.weight.data *= 3.0
+    return nn.Sequential(first, nn.SiLU(), nn.Linear(hidden, width))
 
 
 def rows(count: int, width: int = 8, seed: int = 1) -> Tensor:
@@ -180,6 +183,41 @@ def test_sizes_are_those_of_a_transcoder_or_given() -> None:
     assert block.act is not given[1]
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_encoder_starts_as_the_first_layer(bias: bool) -> None:
+    taught = mlp()
+    if not bias:
+        taught[0] = nn.Linear(8, 32, bias=False)
+    block = MixtureOfDecoders(8, 32, act_layer="silu", experts=20, k=2)
+    block.encode_like(taught)
+    x = rows(9)
+    torch.testing.assert_close(block.hidden(x), taught[:2](x))
+    block.encoder.weight.data.zero_()
+    assert taught[0].weight.any()
+
+
+def test_such_a_start_takes_fewer_steps() -> None:
+    options: Any = {"steps": 150, "batch": 256, "rate": 0.01}
+    taught, x = mlp(), rows(2000)
+    reports = [distill(taught, 64, 8, x, start=start, **options)[1] for start in ("fresh", "mlp")]
+    assert 1 - reports[1].explained_variance < 0.5 * (1 - reports[0].explained_variance)
+    # D starts at zero all the same
+    assert reports[1].losses[0] == pytest.approx(reports[0].losses[0])
+
+
+def test_an_encoder_needs_an_mlp_like_it() -> None:
+    for block in (
+        MixtureOfDecoders(8, 16, act_layer="silu", experts=4, k=2),
+        MixtureOfDecoders(8, 32, act_layer="gelu", experts=4, k=2),
+    ):
+        with pytest.raises(SpecError, match=r"got \(8, 32\), 'silu' and none"):
+            block.encode_like(mlp())
+    block = MixtureOfDecoders(8, 32, act_layer="silu", experts=4, k=2)
+    gated = (nn.Linear(8, 32), "silu", nn.Linear(8, 32), nn.Linear(32, 8))
+    with pytest.raises(SpecError, match="and one"):
+        block.encode_like(gated)  # type: ignore[arg-type]
+
+
 def test_dropout_of_the_mlp_is_off() -> None:
     taught = nn.Sequential(*mlp(), nn.Dropout(0.9))
     _, report = distill(taught, 4, 2, rows(64), steps=3, batch=8)
@@ -254,6 +292,12 @@ def with_nan() -> Tensor:
         ({"rate": 0}, "rate must be a positive number; got 0"),
         ({"decay": -1}, "weight_decay must be"),
         ({"k": 5}, "at most the experts"),
+        ({"start": "paper"}, "start must be"),
+        ({"start": "mlp", "hidden_features": 16}, "first layer of sizes"),
+        (
+            {"start": "mlp", "mlp": torch.tanh, "hidden_features": 16, "act_layer": "tanh"},
+            "mlp must be a module with two linear layers",
+        ),
         ({"experts": None}, "one of the two; got None and None"),
         ({"transcoder": 64}, "one of the two; got 4 and 64"),
         ({"experts": None, "transcoder": 32}, "wider than the block's 32 hidden units.*256"),
