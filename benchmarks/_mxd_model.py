@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import mean
 
@@ -42,6 +43,7 @@ class Parts:
     pieces: int
 
 
+@cache
 def load_parts() -> Parts:
     """The King James Bible of Debian's package bible-kjv, else what ``help()`` shows of Python.
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensormoe import Gate
 from tensormoe.errors import GateError, ShapeError, SpecError
-from tensormoe_torch import from_linear, from_mlp
+from tensormoe_torch import from_linear, from_mlp, replace, restored, silence_experts
 from tensormoe_torch.mxd import Distillation, MixtureOfDecoders, distill, imitate
 from tests.torch._helpers import randomized
 
@@ -67,6 +68,19 @@ def test_it_is_a_sum_of_full_experts() -> None:
     torch.testing.assert_close(
         block(x, coefficients=2.0 * a) - block.bias, 2 * (total - block.bias)
     )
+
+
+def test_its_experts_are_edited_as_any() -> None:
+    block, x = randomized(MixtureOfDecoders(6, experts=7, k=7, dtype=torch.float64)), rows(5, 6)
+    x = x.double()
+    (a,) = block.coefficients(x)
+    want = block(x, coefficients=a * (torch.arange(7) != 3))
+    before = block(x)
+    with restored(block):
+        silence_experts(block.decoder, 3)
+        torch.testing.assert_close(block(x), want)
+        assert not torch.allclose(want, before)
+    torch.testing.assert_close(block(x), before, rtol=0, atol=0)
 
 
 def test_it_starts_at_zero_and_learns_from_there() -> None:
@@ -339,12 +353,11 @@ def test_bad_teachers(made: Any, words: str) -> None:
 
 
 def test_equal_experts_need_coefficients_that_sum_to_one() -> None:
-    from tensormoe import Gate
-
     gate = Gate("relu_top_k", k=2)
     for call in (
         lambda: from_linear(nn.Linear(4, 4), 8, "hadamard", gate=gate),
         lambda: from_mlp(mlp(), 8, "hadamard", gate=gate),
+        lambda: replace(nn.Sequential(nn.Linear(4, 4)), "0", experts=8, gate=gate),
     ):
         with pytest.raises(SpecError, match=r"sum to one.*got 'relu_top_k'.*distill"):
             call()
