@@ -193,3 +193,28 @@ def test_gates_start_where_they_learn() -> None:
             assert abs(values.mean()) < 0.05
     (made,) = other.coefficients(torch.randn(8, 64))
     assert ((made > 0).sum(-1) == 5).all()
+
+
+@pytest.mark.parametrize("normalization", [None, "layer", "batch"])
+@pytest.mark.parametrize("k", [3, 9])
+def test_gradients_are_those_of_every_library(normalization: str | None, k: int) -> None:
+    gate = Gate("relu_top_k", k=k, normalization=normalization)
+    rng = np.random.default_rng(3)
+    x, given = rng.standard_normal((2, 7, 12)).astype("f4")
+    x[2, 4] = -np.inf
+    options: Any = {"training": normalization == "batch"}
+    made = activate(gate, x.astype("f8"), **options).coefficients
+    want = activate_vjp(gate, x.astype("f8"), made, given.astype("f8"), **options)
+
+    def loss(array: Any) -> Any:
+        return (activate(gate, array, **options).coefficients * given).sum()
+
+    leaf, logits = torch.from_numpy(x).requires_grad_(), torch.from_numpy(x)
+    weights = torch.from_numpy(given)
+    (activate(gate, leaf, backend=BACKEND, **options).coefficients * weights).sum().backward()
+    assert leaf.grad is not None
+    eager = activate(gate, logits, backend=EAGER, **options).coefficients
+    closed = activate_vjp(gate, logits, eager, weights, backend=EAGER, **options)
+    found = [leaf.grad, closed, jax.jit(jax.grad(loss))(jnp.asarray(x))]
+    for gradient in found:
+        np.testing.assert_allclose(np.asarray(gradient), want, atol=2e-5)
