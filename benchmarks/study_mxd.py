@@ -24,7 +24,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -224,9 +224,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model and few steps")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for runs and model")
+    parser.add_argument("--steps", type=int, help="of an imitation")
     words = parser.parse_args()
     torch.set_num_threads(1)
     plan = QUICK if words.quick else FULL
+    plan = replace(plan, steps=words.steps or plan.steps)
     words.out.mkdir(parents=True, exist_ok=True)
     path = words.out / ("mxd_quick.pt" if words.quick else "mxd.pt")
     host = make_host(
