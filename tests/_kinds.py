@@ -80,6 +80,7 @@ GATES = [
     Gate("sparsemax", normalization=None),
     Gate("softmax", normalization=None, bias=True),
     Gate("top_k", k=2),
+    Gate("relu_top_k", k=2, bias=True),
     Gate(normalization="batch", bias=True),
 ]
 """Every activation and every normalization."""

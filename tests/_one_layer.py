@@ -118,6 +118,15 @@ def _distance(gate: Gate, logits: np.ndarray) -> np.ndarray:
             return far
         ordered = -np.sort(-logits, axis=1)
         return ordered[:, gate.k - 1] - ordered[:, gate.k] - 1e-3
+    if gate.activation == "relu_top_k":
+        assert gate.k is not None
+        far = np.min(np.abs(logits), axis=1) - 1e-3
+        if gate.k == logits.shape[1]:
+            return far
+        ordered = -np.sort(-np.maximum(logits, 0.0), axis=1)
+        # only a positive logit can be the last that is kept
+        apart = ordered[:, gate.k - 1] - ordered[:, gate.k] - 1e-3
+        return np.where(ordered[:, gate.k - 1] > 0.0, np.minimum(far, apart), far)
     alpha = gate.effective_alpha
     # below, the derivative goes to zero with the coefficient
     if alpha <= 1.5:

@@ -35,6 +35,8 @@ def initialize(
     Projections of the gate start at zero, so that experts start alike; those of a gate that chooses
     k experts start as the weight of ``torch.nn.Linear``, so that tokens choose different experts.
 
+    Those of a "relu_top_k" gate start like ``torch.nn.Linear``: zeros would stay zeros.
+
     Args:
         config: of a layer, an embedding or a block, as the layers' ``config``.
         key: of ``jax.random``.
@@ -76,7 +78,7 @@ def initialize(
         BACKEND,
         normal=lambda shape: jax.random.normal(fresh(), shape, kind),
         uniform=lambda shape: jax.random.uniform(fresh(), shape, kind, -1.0, 1.0),
-        # nothing but a gate starts at zero
+        # nothing but a gate starts at zero, or in the dtype of these zeros
         zeros=lambda shape: jnp.zeros(shape, gate_kind),
         init=init,
     )

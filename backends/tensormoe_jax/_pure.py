@@ -75,7 +75,8 @@ def coefficients(
         key: of ``jax.random``, for a gate with ``noise``, in training.
 
     Returns:
-        One array (..., N_e) per level, rows sum to one; and the buffers, which training changes.
+        One array (..., N_e) per level, whose rows sum to one if ``gate.sums_to_one``; and the
+        buffers, which training changes.
 
     Raises:
         BackendError, ShapeError: the input does not fit, or the layer has no gate.

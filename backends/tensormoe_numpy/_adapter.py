@@ -58,6 +58,10 @@ class NumpyBackend(NumpyLikeBackend):
         sums = total + np.vecdot(rest, rest)[:, None]
         return sums
 
+    def kth_largest(self, array: NDArray, k: int, /) -> NDArray:
+        place = array.shape[1] - k
+        return np.partition(array, place, axis=-1)[:, place : place + 1]
+
     def while_loop(self, step: Step, state: State, max_steps: int, tolerance: float, /) -> State:
         for _ in range(max_steps):
             state, change = step(*state)

@@ -89,7 +89,9 @@ class MuMoE(Layer, LinearSizes):
         self._hold(config, arrays, generator)
 
     def coefficients(self, x: Array) -> tuple[Array, ...]:
-        """The coefficients of inputs (..., in): one array (..., N_e) per level, rows sum to one.
+        """The coefficients of inputs (..., in): one array (..., N_e) per level.
+
+        Rows sum to one if ``gate.sums_to_one``.
 
         Raises:
             ShapeError: the input does not fit, or the layer has no gate.

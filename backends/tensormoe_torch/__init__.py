@@ -1,6 +1,7 @@
 """tensormoe on PyTorch: layers as modules, for training, compiling and exporting.
 
 What works on models of others has rooms with their own names: :mod:`tensormoe_torch.surgery`,
+:mod:`tensormoe_torch.mxd` (MLPs imitated by mixtures of decoders),
 :mod:`tensormoe_torch.compression`, :mod:`tensormoe_torch.official` (state dicts of the paper's
 code) and :mod:`tensormoe_torch.huggingface`. The verbs to start with are here as well; classes of
 reports and of replaced modules are in the rooms alone.

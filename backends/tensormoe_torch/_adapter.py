@@ -81,6 +81,9 @@ class TorchBackend:
             return norm * norm
         return torch.sum(array * array, dim=-1, keepdim=True)
 
+    def kth_largest(self, array: Tensor, k: int, /) -> Tensor:
+        return torch.topk(array, k, dim=-1, sorted=True).values[:, -1:]
+
     def while_loop(self, step: Step, state: State, max_steps: int, tolerance: float, /) -> State:
         for _ in range(max_steps):
             state, change = step(*state)

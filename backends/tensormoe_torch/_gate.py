@@ -122,7 +122,9 @@ class ExpertGate(nn.Module):
         return self.config.gate
 
     def forward(self, x: Tensor, logits: bool = False) -> tuple[Tensor, ...]:
-        """The coefficients of inputs (..., in): one tensor (..., N_e) per level, rows sum to one.
+        """The coefficients of inputs (..., in): one tensor (..., N_e) per level.
+
+        Rows sum to one if ``gate.sums_to_one``.
 
         In training, a batch-norm gate uses the batch's own statistics and updates its buffers; one
         with ``noise`` draws from PyTorch's generator; and one with ``balance`` moves its biases.
@@ -190,7 +192,7 @@ class Gated(Methods[Tensor, C]):
     def coefficients(self, x: Tensor) -> tuple[Tensor, ...]:
         """The coefficients of inputs (..., in): one tensor (..., N_e) per level.
 
-        Rows sum to one. Both layers of a block share them.
+        Rows sum to one if ``gate.sums_to_one``. Both layers of a block share them.
 
         Raises:
             BackendError, ShapeError: the input does not fit, or there is no gate.

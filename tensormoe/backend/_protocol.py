@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-__all__ = ["Array", "Backend", "Exchange", "LoopStep", "State", "Step"]
+__all__ = ["Array", "Backend", "Exchange", "LoopStep", "Selects", "State", "Step"]
 
 Array: TypeAlias = Any
 """An array of any library; the core has no array type of its own."""
@@ -147,6 +147,18 @@ class Backend(Protocol):
 
     def from_bytes(self, dtype: str, shape: tuple[int, ...], data: bytes, /) -> Array:
         """The array that :meth:`to_bytes` described."""
+        ...
+
+
+@runtime_checkable
+class Selects(Protocol):
+    """Optional member of an eager adapter, by which gates keep k experts without a sort."""
+
+    def kth_largest(self, array: Array, k: int, /) -> Array:
+        """The k-th largest entry of each row of a floating-point matrix, (rows, 1).
+
+        Any value will do for a row with NaN.
+        """
         ...
 
 

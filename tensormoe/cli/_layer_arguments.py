@@ -59,7 +59,8 @@ class LayerArguments:
         name = (arguments.gate or gate).replace("-", "_")
         found = None
         if name != "none":
-            found = Gate(name, k=min(top_k or 2, *experts)) if name == "top_k" else Gate(name)
+            kept = min(top_k or 2, *experts) if name in ("top_k", "relu_top_k") else None
+            found = Gate(name, k=kept)
         return cls(
             parse_size(arguments.in_features, "in_features"),
             parse_size(arguments.out_features, "out_features"),

@@ -257,8 +257,8 @@ def _add_gate(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument(
         "--gate",
         metavar="NAME",
-        help="entmax (the default), sparsemax, softmax or top_k, or none for a layer that is given "
-        f"its coefficients: {text}",
+        help="entmax (the default), sparsemax, softmax, top_k or relu_top_k, or none for a "
+        f"layer that is given its coefficients: {text}",
     )
     parser.add_argument(
         "--gate-on-top",

@@ -57,6 +57,7 @@ __all__ = [
     "experts_backward",
     "experts_forward",
     "experts_vjp",
+    "gate_bound",
     "gate_vjp",
     "initial_span",
     "initialize",

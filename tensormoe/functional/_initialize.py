@@ -7,6 +7,7 @@ from math import sqrt
 from tensormoe._config import LayerConfig
 from tensormoe.backend import Array, Backend
 from tensormoe.factorizations import Draw, draw_factor
+from tensormoe.functional._dtypes import cast
 
 __all__ = ["initial_span", "initialize"]
 
@@ -16,14 +17,23 @@ def initial_span(config: LayerConfig, name: str) -> float:
 
     Gates start at zero, so that experts start alike. A gate that chooses k experts would then
     choose the same ones for every token, and the others would never learn: its projections start
-    uniform on ±1/√in, as the weight of ``torch.nn.Linear``.
+    uniform on ±1/√in, as the weight of ``torch.nn.Linear``. So do the biases of a gate whose
+    coefficients are positive logits, which at zero have no gradient.
 
     Args:
         config: the layer.
         name: of the array, such as ``gate.projection_0``.
+
+    >>> from tensormoe import CP, Gate, LayerSpec
+    >>> spec = LayerSpec(16, 4, 3, CP(2))
+    >>> configs = [LayerConfig(spec, gate) for gate in (Gate(), Gate("top_k", k=1))]
+    >>> [initial_span(config, "gate.projection_0") for config in configs]
+    [0.0, 0.25]
     """
-    chooses = config.gate is not None and config.gate.k is not None
-    return 1.0 / sqrt(config.spec.in_features) if chooses and "projection" in name else 0.0
+    gate = config.gate
+    if gate is None or gate.k is None or (gate.sums_to_one and "projection" not in name):
+        return 0.0
+    return 1.0 / sqrt(config.spec.in_features)
 
 
 def initialize(
@@ -61,6 +71,5 @@ def initialize(
         else:
             parameters[name] = zeros(shape)
             if span := initial_span(config, name):
-                dtype = parameters[name].dtype
-                parameters[name] = backend.namespace.astype(uniform(shape) * span, dtype)
+                parameters[name] = span * cast(uniform(shape), parameters[name].dtype, backend)
     return parameters

@@ -29,7 +29,8 @@ def upcycle(
 ) -> tuple[dict[str, Array], float, float]:
     """Factors with which every expert equals a linear layer ``y = x W + b``.
 
-    Coefficients sum to one, so the mixture then equals the linear layer whatever its gate says. The
+    Coefficients that sum to one make a mixture that equals the linear layer whatever its gate says;
+    a gate of another kind (``Gate.sums_to_one``) is refused by the functions above this one. The
     bias is a row of the input mode, so W and b are one table (in + 1, out). Where the bonds do not
     admit its rank, the experts equal its truncated singular value decomposition, the nearest table
     of that rank (Eckart and Young 1936).

@@ -17,6 +17,11 @@ from tensormoe.gates._normalization import (
     layer_norm_vjp,
     scaled,
 )
+from tensormoe.gates._relu_top_k import (
+    centred_layer_norm_vjp,
+    relu_top_k_block,
+    relu_top_k_vjp,
+)
 from tensormoe.gates._rows import Rows, as_rows, blocks, map_rows
 from tensormoe.gates._top_k import check_k, top_k_block
 
@@ -39,7 +44,8 @@ class Activation:
     """Coefficients of logits.
 
     Attributes:
-        coefficients: the logits' shape, non-negative, summing to one over the last axis.
+        coefficients: the logits' shape, non-negative, summing to one over the last axis if
+            ``gate.sums_to_one``.
         statistics: new running statistics where batch norm trains, else the ones passed in.
     """
 
@@ -83,9 +89,9 @@ def activate(
         Coefficients, and new statistics where batch norm trains.
 
     Raises:
-        GateError: as :func:`entmax` and :func:`top_k`; also where the logits' variance overflows,
-            ``choice`` does not fit, or batch norm lacks statistics, or trains on a batch of fewer
-            than two tokens.
+        GateError: as :func:`entmax`, :func:`top_k` and :func:`relu_top_k`; also where the logits'
+            variance overflows, ``choice`` does not fit, or batch norm lacks statistics, or trains
+            on a batch of fewer than two tokens.
 
     Example:
         >>> import numpy as np
@@ -109,6 +115,9 @@ def activate(
             return top_k_block(backend, x, m, first, how, k, block)
 
         weights = map_rows(rows, cut)
+    elif gate.k is not None:
+        k = check_k(gate.k, rows.shape[-1])
+        weights = map_rows(rows, lambda x, m, first: relu_top_k_block(backend, x, m, first, how, k))
     else:
         alpha = gate.effective_alpha
         weights = map_rows(rows, lambda x, m, first: entmax_block(backend, x, m, first, how, alpha))
@@ -121,10 +130,10 @@ def activate(
 def _choice(gate: Gate, rows: Rows, choice: Array) -> Array:
     """What is added for the choice, as (1, experts) or (rows, experts)."""
     shape = tuple(choice.shape)
-    if gate.k is None:
+    if gate.activation != "top_k":
         raise GateError(
-            f"choice is for gates that choose k experts; got activation {gate.activation!r}. Leave "
-            "it out or use top_k."
+            f"choice belongs to top_k; got activation {gate.activation!r}. Leave it out or use "
+            "top_k."
         )
     if shape not in (rows.shape[-1:], rows.shape):
         raise GateError(
@@ -295,13 +304,18 @@ def activate_vjp(
     cotangent = backend.reshape(cotangent, matrix)
     alpha = gate.effective_alpha
     norm = LayerNorm(gate.eps, gate.spread_of(rows.shape[-1]))
+    # only activations that are blind to a shift of all logits spare the term of the mean
+    layer_vjp = layer_norm_vjp if gate.sums_to_one else centred_layer_norm_vjp
 
     def gradient(values: Array, some: Array | None, first: int) -> Array:
         stop = first + values.shape[0]
         some_weights, some_cotangent = weights[first:stop, :], cotangent[first:stop, :]
-        inner = activation_vjp(backend, some_weights, some_cotangent, alpha)
+        if gate.sums_to_one:
+            inner = activation_vjp(backend, some_weights, some_cotangent, alpha)
+        else:
+            inner = relu_top_k_vjp(some_weights, some_cotangent, backend)
         if gate.normalization == "layer":
-            return layer_norm_vjp(backend, values, some, first, norm, inner)
+            return layer_vjp(backend, values, some, first, norm, inner)
         return xp.where(xp.isinf(values), xp.zeros_like(inner), inner)
 
     result = map_rows(rows, gradient)

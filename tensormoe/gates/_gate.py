@@ -13,8 +13,10 @@ from tensormoe.errors import GateError
 from tensormoe.gates._functions import check_alpha
 from tensormoe.gates._top_k import check_k
 
-ACTIVATIONS = ("entmax", "sparsemax", "softmax", "top_k")
-NORMALIZATIONS = ("layer", "batch", None)
+ACTIVATIONS = ("entmax", "sparsemax", "softmax", "top_k", "relu_top_k")
+"""By name; the last one has coefficients that do not sum to one."""
+SPARSE = ("top_k", "relu_top_k")
+"""Those that keep k experts per token."""
 
 # fields that came later: files without them were written by gates that did as these say
 _LATER = {"spread": 1.0, "noise": 0.0, "balance": 0.0}
@@ -29,10 +31,15 @@ class Gate:
     lets a token see the others. Neither has an affine part.
 
     Attributes:
-        activation: "entmax", "sparsemax", "softmax" or "top_k".
+        activation: "entmax", "sparsemax", "softmax", "top_k", or "relu_top_k", the k largest
+            logits above zero as they are (Oldfield et al. 2025, arXiv 2505.21364), whose rows do
+            not sum to one. Its projection starts like ``torch.nn.Linear``, as zeros would stay
+            zeros; those of the others start at zero.
         alpha: the α of entmax, at least 1; 1.5 unless given. Other activations do not use it.
-        normalization: "layer", "batch" or ``None``.
-        k: experts per token for "top_k", ``None`` for the others.
+        normalization: "layer", "batch" or ``None``; unless given "layer", but ``None`` for
+            "relu_top_k", whose coefficients have the size of its logits.
+        k: experts per token for "top_k", the most of them for "relu_top_k", ``None`` for the
+            others.
         bias: whether the projection has a bias. The paper's has none.
         spread: standard deviation that both normalizations give to logits, positive; ``None`` for
             :meth:`spread_of`, which depends on α and the number of experts.
@@ -56,11 +63,14 @@ class Gate:
 spread=None, eps=1.0, momentum=0.1, noise=0.0, balance=0.0)
         >>> Gate("top_k", k=2, normalization=None).k
         2
+        >>> gate = Gate("relu_top_k", k=2, bias=True)
+        >>> gate.normalization, gate.sums_to_one
+        (None, False)
     """
 
     activation: str = "entmax"
     alpha: float = 1.5
-    normalization: str | None = "layer"
+    normalization: str | None = "default"
     k: int | None = None
     bias: bool = False
     spread: float | None = None
@@ -76,8 +86,10 @@ spread=None, eps=1.0, momentum=0.1, noise=0.0, balance=0.0)
                 f"{brief(self.activation)}. Compute other coefficients yourself and pass them to "
                 "the layer."
             )
+        if isinstance(self.normalization, str) and self.normalization == "default":
+            object.__setattr__(self, "normalization", "layer" if self.sums_to_one else None)
         named = self.normalization is None or isinstance(self.normalization, str)
-        if not named or self.normalization not in NORMALIZATIONS:
+        if not named or self.normalization not in ("layer", "batch", None):
             raise GateError(
                 f"normalization must be 'layer', 'batch' or None; got {brief(self.normalization)}. "
                 "Use 'layer' unless you reproduce a model with another."
@@ -91,17 +103,17 @@ spread=None, eps=1.0, momentum=0.1, noise=0.0, balance=0.0)
                 f"alpha belongs to entmax; got {self.alpha} with activation {self.activation!r}. "
                 "Leave it out or use entmax."
             )
-        if self.activation == "top_k":
+        if self.activation in SPARSE:
             if self.k is None:
                 raise GateError(
-                    "top_k needs the number of experts per token uses; got k=None. Write "
-                    "Gate('top_k', k=2), for instance."
+                    f"{self.activation} needs the number of experts per token; got k=None. Write "
+                    f"Gate({self.activation!r}, k=2), for instance."
                 )
             check_k(self.k)
         elif self.k is not None:
             raise GateError(
-                f"k belongs to top_k; got {self.k!r} with activation {self.activation!r}. Leave it "
-                "out or use top_k."
+                f"k belongs to top_k and relu_top_k; got {self.k!r} with activation "
+                f"{self.activation!r}. Leave it out or use one of these."
             )
         flag(self.bias, "bias", GateError)
         if not _is_number(self.eps) or not (self.eps > 0 and isfinite(self.eps)):
@@ -119,10 +131,10 @@ spread=None, eps=1.0, momentum=0.1, noise=0.0, balance=0.0)
                     f"{name} must be a number that is not negative; got {brief(value)}. Use 0 for "
                     "none."
                 )
-            if value > 0 and self.k is None:
+            if value > 0 and self.activation != "top_k":
                 raise GateError(
-                    f"{name} is for gates that choose k experts; got {value} with activation "
-                    f"{self.activation!r}. Leave it out or use top_k."
+                    f"{name} belongs to top_k; got {value} with activation {self.activation!r}. "
+                    "Leave it out or use top_k."
                 )
 
     def _check_spread(self) -> None:
@@ -168,8 +180,17 @@ spread=None, eps=1.0, momentum=0.1, noise=0.0, balance=0.0)
         return cls(value)
 
     @property
+    def sums_to_one(self) -> bool:
+        """Whether a token's coefficients sum to one, whatever its logits.
+
+        >>> Gate("top_k", k=2).sums_to_one, Gate("relu_top_k", k=2).sums_to_one
+        (True, False)
+        """
+        return self.activation != "relu_top_k"
+
+    @property
     def effective_alpha(self) -> float:
-        """The α whose derivative the activation has; 1 for softmax and top-k."""
+        """The α whose derivative the activation has; 1 for softmax and those that keep k."""
         if self.activation == "entmax":
             return float(self._alpha)  # type: ignore[attr-defined]
         return 2.0 if self.activation == "sparsemax" else 1.0
@@ -195,9 +216,17 @@ spread=None, eps=1.0, momentum=0.1, noise=0.0, balance=0.0)
         :func:`activate` makes of it, and of the logits, the router's probabilities that the
         losses of Switch and GShard need.
 
+        Raises:
+            GateError: the coefficients of the gate are not a softmax.
+
         >>> Gate("top_k", k=2, noise=1.0).uncut == Gate("softmax")
         True
         """
+        if self.activation not in ("top_k", "softmax"):
+            raise GateError(
+                f"uncut must be of a top_k gate; got activation {self.activation!r}. Losses of "
+                "other gates take their coefficients."
+            )
         return replace(self, activation="softmax", alpha=1.5, k=None, noise=0.0, balance=0.0)
 
     @property

@@ -59,7 +59,8 @@ def load_balance_loss(
 
     Args:
         coefficients: (..., experts) with rows that sum to one, at least one token; a ``TopK`` with
-            ``experts``; or a list or tuple with one of these per level.
+            ``experts``; or a list or tuple with one of these per level. Divide those of a
+            "relu_top_k" gate by their sums first.
         chosen: coefficients of the same tokens, which are not zero where an expert was chosen.
         experts: number of experts, for a ``TopK``; one per level for a list of them.
 

@@ -75,7 +75,7 @@ def shift(
     shifted = _to_zero(backend, values, mask, first_row, how)
     values, usable = shifted.values, shifted.usable
     if isinstance(how, LayerNorm):
-        _, variance, _ = _row_moments(backend, values, usable, first_row)
+        _, variance, _ = row_moments(backend, values, usable, first_row)
         # subtracting the mean would change no coefficient
         values = values * (factor * how.spread / xp.sqrt(variance + how.eps))
     elif factor != 1.0:
@@ -125,7 +125,7 @@ def scaled(backend: Backend, values: Array, how: Affine) -> Array:
     return xp.where(live, (finite - how.mean) * how.scale, values)
 
 
-def _row_moments(
+def row_moments(
     backend: Backend, values: Array, usable: Array | None, first_row: int
 ) -> tuple[Array, Array, Array | float]:
     """Entries minus their mean, biased variance, and count of each row's usable entries.
@@ -187,7 +187,7 @@ def layer_norm_vjp(
     xp = backend.namespace
     shifted = _to_zero(backend, values, mask, first_row, how)
     usable = shifted.usable
-    unit, variance, count = _row_moments(backend, shifted.values, usable, first_row)
+    unit, variance, count = row_moments(backend, shifted.values, usable, first_row)
     del shifted  # an array of the block's size, of which there are at most three at once
     scale = 1.0 / xp.sqrt(variance + how.eps)
     unit *= scale

@@ -49,6 +49,8 @@ _VECTORS, _BUFFER = 9, 8192
 
 
 def _forward_arrays(gate: Gate) -> tuple[int, int, int]:
+    if gate.activation == "relu_top_k":
+        return 2 + {None: 0, "batch": 1, "layer": 2}[gate.normalization], 2, 0
     if gate.normalization == "layer" and gate.effective_alpha == 1.5:
         return 1, 0, 0
     if gate.activation == "entmax" and gate.alpha not in (1.0, 1.5, 2.0):

@@ -43,11 +43,14 @@ def activation_flops(gate: Gate, experts: int) -> int:
 
     A nominal count: layer norm 6, batch norm 2; exponential and division 4; a Newton step of
     entmax 5, with as many steps as a root search over N experts typically takes (1 + ½ log₂ N);
-    top-k one comparison for every halving of N. Used for predicted time only.
+    top-k one comparison for every halving of N; relu_top_k only these and two more. Used for
+    predicted time only.
     """
     norm = {"layer": 6, "batch": 2}.get(gate.normalization or "", 0)
     newton = 5 * (2 + round(log2(experts) / 2)) + 4
-    active = {"softmax": 4, "top_k": 4 + round(log2(experts))}.get(gate.activation, newton)
+    halvings = round(log2(experts))
+    named = {"softmax": 4, "top_k": 4 + halvings, "relu_top_k": 2 + halvings}
+    active = named.get(gate.activation, newton)
     return norm + active
 
 

@@ -138,12 +138,12 @@ def gates(draw: st.DrawFn, experts: Sequence[int], *, batch_norm: bool = False) 
         experts: one size per level; top-k gates keep at most the smallest of them.
         batch_norm: whether to draw batch norm too, which mixes the inputs of a batch.
     """
-    activation = draw(st.sampled_from(["entmax", "sparsemax", "softmax", "top_k"]))
+    activation = draw(st.sampled_from(["entmax", "sparsemax", "softmax", "top_k", "relu_top_k"]))
     norms = ["layer", None, "batch"] if batch_norm else ["layer", None]
     options: dict[str, Any] = {}
     if activation == "entmax":
         options["alpha"] = draw(st.sampled_from([1.0, 1.25, 1.5, 1.75, 2.0, 3.0]))
-    if activation == "top_k":
+    if activation.endswith("top_k"):
         options["k"] = draw(st.integers(1, min(experts)))
     options["normalization"] = norm = draw(st.sampled_from(norms))
     if norm is not None:

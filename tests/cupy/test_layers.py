@@ -134,6 +134,7 @@ GATES = [
     Gate("softmax"),
     Gate("top_k", k=2),
     Gate("top_k", k=20),
+    Gate("relu_top_k", k=2),
     Gate(normalization="batch"),
 ]
 

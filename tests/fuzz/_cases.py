@@ -93,13 +93,13 @@ def _pattern(kind: type[Factorization], levels: int) -> tuple[str, ...]:
 
 
 def _gate(experts: tuple[int, ...], rng: np.random.Generator) -> Gate:
-    name = str(rng.choice(["entmax", "entmax", "sparsemax", "softmax", "top_k"]))
+    name = str(rng.choice(["entmax", "entmax", "sparsemax", "softmax", "top_k", "relu_top_k"]))
     options: dict[str, Any] = {"normalization": [None, "layer", "batch"][rng.integers(3)]}
     if name == "entmax":
         # beyond 2, whole batches away from the threshold are too rare to be drawn
         most = 2.0 if options["normalization"] == "batch" else 3.0
         options["alpha"] = float(rng.choice([1.25, 1.5, 1.5, 1.75, 2.0, min(2.5, most)]))
-    if name == "top_k":
+    if name.endswith("top_k"):
         options["k"] = int(rng.integers(1, min(experts) + 1))
     if options["normalization"] is not None:
         options["spread"] = [None, 0.25, 1.0, 3.0][rng.integers(4)]

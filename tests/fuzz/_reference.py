@@ -104,6 +104,12 @@ def activate(gate: Gate, rows: np.ndarray) -> np.ndarray:
         masked = np.full_like(rows, -np.inf)
         np.put_along_axis(masked, kept, np.take_along_axis(rows, kept, 1), 1)
         rows = masked
+    if gate.activation == "relu_top_k":
+        assert gate.k is not None
+        kept = np.argsort(-rows, axis=1, kind="stable")[:, : gate.k]
+        found = np.zeros_like(rows)
+        np.put_along_axis(found, kept, np.maximum(np.take_along_axis(rows, kept, 1), 0.0), 1)
+        return found
     if gate.activation in ("softmax", "top_k"):
         shares = np.exp(rows - rows.max(axis=1, keepdims=True))
         return shares / shares.sum(axis=1, keepdims=True)

@@ -135,6 +135,7 @@ GATES = [
     *(Gate("entmax", a, n) for a in (1.0, 1.1, 1.5, 2.0, 3.0) for n in ("layer", "batch", None)),
     *(Gate(name, normalization=n) for name in ("sparsemax", "softmax") for n in ("layer", None)),
     *(Gate("top_k", k=k, normalization=n) for k in (2, 9) for n in ("layer", "batch", None)),
+    *(Gate("relu_top_k", k=k, normalization=n) for k in (2, 12) for n in ("layer", "batch", None)),
 ]
 
 
@@ -189,11 +190,13 @@ def test_the_vjp_refuses_other_shapes():
         activate_vjp(Gate(), x, x, np.zeros((3, 2)))
 
 
-@pytest.mark.parametrize("activation", ["entmax", "sparsemax", "softmax", "top_k"])
+@pytest.mark.parametrize("activation", ["entmax", "sparsemax", "softmax", "top_k", "relu_top_k"])
 @pytest.mark.parametrize("normalization", ["layer", None])
 @pytest.mark.parametrize("shape", [(256, 512), (1024, 1024), (300, 8192)])
 def test_the_workspace_is_predicted(activation, normalization, shape):
-    gate = Gate(activation, normalization=normalization, k=3 if activation == "top_k" else None)
+    gate = Gate(
+        activation, normalization=normalization, k=3 if activation.endswith("top_k") else None
+    )
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     activate(gate, x)
     found = peak(lambda: activate(gate, x))

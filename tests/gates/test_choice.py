@@ -81,7 +81,7 @@ def test_choice_in_blocks_of_rows():
 
 def test_choices_that_cannot_be():
     x = logits(5, 3)
-    with pytest.raises(GateError, match="choice is for gates that choose k experts"):
+    with pytest.raises(GateError, match="choice belongs to top_k"):
         activate(Gate(), x, choice=np.zeros(3))
     with pytest.raises(GateError, match=r"shape \(3,\), or the logits' shape \(5, 3\); got \(4,\)"):
         activate(Gate("top_k", k=2), x, choice=np.zeros(4))

@@ -117,7 +117,7 @@ class TestTransforms:
 
     @pytest.mark.parametrize(
         ("kind", "gate"),
-        [*((kind, GATES[0]) for kind in UNEVEN), *((UNEVEN[0], gate) for gate in GATES[1:5])],
+        [*((kind, GATES[0]) for kind in UNEVEN), *((UNEVEN[0], gate) for gate in GATES[1:6])],
         ids=str,
     )
     def test_vmap_and_grad(self, kind: Any, gate: Gate) -> None:

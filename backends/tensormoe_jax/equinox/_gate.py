@@ -127,7 +127,9 @@ class ExpertGate(eqx.Module):
         key: Any = None,
         inference: bool | None = None,
     ) -> tuple[Array, ...] | tuple[tuple[Array, ...], State]:
-        """The coefficients of inputs (..., in): one array (..., N_e) per level, rows sum to one.
+        """The coefficients of inputs (..., in): one array (..., N_e) per level.
+
+        Rows sum to one if ``gate.sums_to_one``.
 
         Args:
             x: (..., in), in the layer's dtype.
@@ -231,7 +233,7 @@ class Gated(Methods[Array, C]):
     ) -> tuple[Array, ...] | tuple[tuple[Array, ...], State]:
         """The coefficients of inputs (..., in): one array (..., N_e) per level.
 
-        Rows sum to one. Both layers of a block share them.
+        Rows sum to one if ``gate.sums_to_one``. Both layers of a block share them.
 
         Args:
             x: (..., in), in the layer's dtype.

@@ -84,7 +84,9 @@ class ExpertGate(nnx.Module):
         return {name: self._variable(name).get_value() for name in self.config.buffer_shapes()}
 
     def __call__(self, x: Array, use_running_average: bool | None = None) -> tuple[Array, ...]:
-        """The coefficients of inputs (..., in): one array (..., N_e) per level, rows sum to one.
+        """The coefficients of inputs (..., in): one array (..., N_e) per level.
+
+        Rows sum to one if ``gate.sums_to_one``.
 
         Args:
             x: (..., in), in the layer's dtype.
@@ -157,7 +159,7 @@ class Gated(Methods[Array, C]):
     ) -> tuple[Array, ...]:
         """The coefficients of inputs (..., in): one array (..., N_e) per level.
 
-        Rows sum to one. Both layers of a block share them.
+        Rows sum to one if ``gate.sums_to_one``. Both layers of a block share them.
 
         Args:
             x: (..., in), in the layer's dtype.

@@ -213,6 +213,12 @@ def copied(act: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]
 @torch.no_grad()
 def _fit(layer: MuMoE, config: LayerConfig, linear: Linear, noise: float, before: int) -> Fit:
     """Fill a layer's factors from a linear layer; ``config`` counts the gate that runs it."""
+    if config.gate is not None and not config.gate.sums_to_one:
+        raise SpecError(
+            f"gate must have coefficients that sum to one, so that equal experts stand for the old "
+            f"layer; got {config.gate.activation!r}. Use another activation, start from fresh "
+            "values, or distill an MLP with tensormoe_torch.mxd.distill."
+        )
     like = linear.weight
     wide = torch.float32 if like.dtype.itemsize < 4 else like.dtype
     arrays, error, norm = upcycle(
