@@ -332,7 +332,6 @@ def with_nan() -> Tensor:
         ({"held": rows(4, 7)}, "one width; got 7 after 8"),
         ({"rate": 1e30, "steps": 20}, "must not diverge.*Lower rate, which is 1e.30"),
     ],
-    ids=str,
 )
 def test_bad_input(options: dict[str, Any], words: str) -> None:
     with pytest.raises(SpecError, match=words):
