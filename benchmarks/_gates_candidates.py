@@ -22,7 +22,8 @@ class Candidate:
         norm: "layer", "rms", "batch", "centred" (layer norm of logits less their running mean over
             earlier batches) or "none".
         eps: added to the variance; times N where ``eps_grows``.
-        spread: standard deviation of normalized logits; None for (16 / N)^(α - 1).
+        spread: standard deviation of normalized logits; None for (scale / N)^(α - 1).
+        scale: number of experts whose logits are spread by 1.
         eps_grows: whether ``eps`` is that of one expert.
         activation: "entmax" or "top_k".
         alpha: of entmax; 1 is softmax, 2 is sparsemax.
@@ -34,6 +35,7 @@ class Candidate:
     norm: str = "layer"
     eps: float = 1.0
     spread: float | None = None
+    scale: float = 8.0
     eps_grows: bool = False
     activation: str = "entmax"
     alpha: float = 1.5
@@ -48,20 +50,24 @@ class Candidate:
         """The spread of a gate of so many experts."""
         if self.norm == "none":
             return 1.0
-        spread = (16.0 / experts) ** (self.alpha - 1.0) if self.spread is None else self.spread
+        spread = (
+            (self.scale / experts) ** (self.alpha - 1.0) if self.spread is None else self.spread
+        )
         return float(spread)
 
 
 def _candidates() -> dict[str, Candidate]:
     new = Candidate()
     old = Candidate(eps=1e-5, spread=1.0)
-    found = {"paper: layer norm, eps 1e-5, spread 1": old, "default: eps 1, spread 4/√N": new}
+    found = {"paper: layer norm, eps 1e-5, spread 1": old, "default: eps 1, spread √(8/N)": new}
     found |= {f"eps {eps:g}, spread 1": replace(old, eps=eps) for eps in (1.0, 10.0, 100.0)}
     found |= {
         "eps 0.1 N, spread 1": replace(old, eps=0.1, eps_grows=True),
-        "eps 1e-5, spread 4/√N": replace(new, eps=1e-5),
-        "eps 0.1, spread 4/√N": replace(new, eps=0.1),
-        "eps 10, spread 4/√N": replace(new, eps=10.0),
+        "eps 1, spread 2/√N": replace(new, scale=4.0),
+        "eps 1, spread 4/√N": replace(new, scale=16.0),
+        "eps 1e-5, spread √(8/N)": replace(new, eps=1e-5),
+        "eps 0.1, spread √(8/N)": replace(new, eps=0.1),
+        "eps 10, spread √(8/N)": replace(new, eps=10.0),
         "eps 1, spread 1/4": replace(new, spread=0.25),
         "no norm": replace(old, norm="none"),
         "rms norm": replace(new, norm="rms"),

@@ -198,16 +198,16 @@ spread=None, eps=1.0, momentum=0.1, noise=0.0, balance=0.0)
     def spread_of(self, experts: int) -> float:
         """Standard deviation of the normalized logits of so many experts.
 
-        Unless given it is (16 / N)^(α - 1), for which a change of one standard deviation changes
+        Unless given it is (8 / N)^(α - 1), for which a change of one standard deviation changes
         a coefficient by the same factor for any N: at equal coefficients 1/N, entmax has
         ∂a/∂x = a^(2 - α), N^(α - 1) times the coefficient.
 
-        >>> Gate().spread_of(16), Gate().spread_of(1024), Gate("softmax").spread_of(1024)
+        >>> Gate().spread_of(8), Gate().spread_of(512), Gate("softmax").spread_of(512)
         (1.0, 0.125, 1.0)
         """
         if self.spread is not None:
             return float(self.spread)
-        return float((16.0 / experts) ** (self.effective_alpha - 1.0))
+        return float((8.0 / experts) ** (self.effective_alpha - 1.0))
 
     @property
     def uncut(self) -> Gate:
