@@ -96,7 +96,7 @@ def activate(
     Example:
         >>> import numpy as np
         >>> activate(Gate("sparsemax"), np.array([[3.0, 1.0, -4.0]])).coefficients.round(3)
-        array([[0.84, 0.16, 0.  ]])
+        array([[0.822, 0.178, 0.   ]])
         >>> gate, bias = Gate("top_k", k=1), np.array([0.0, 5.0, 0.0])
         >>> activate(gate, np.array([[3.0, 1.0, -4.0]]), choice=bias).coefficients
         array([[0., 1., 0.]])
@@ -171,7 +171,7 @@ def batch_norm(
         >>> gate = Gate(normalization="batch")
         >>> normed, _ = batch_norm(gate, np.array([[3.0], [1.0]]), training=True)
         >>> normed.round(3).tolist()
-        [[1.0], [-1.0]]
+        [[0.707], [-0.707]]
     """
     rows = as_rows(logits, backend=backend)
     how, updated = _standardize(gate, rows, statistics, training, across)

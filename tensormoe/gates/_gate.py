@@ -43,7 +43,8 @@ class Gate:
         bias: whether the projection has a bias. The paper's has none.
         spread: standard deviation that both normalizations give to logits, positive; ``None`` for
             :meth:`spread_of`, which depends on α and the number of experts.
-        eps: added to the variance by both normalizations; positive.
+        eps: added to the variance by both normalizations; positive. Unless given it is 1, or 1e-5
+            for gates that keep k experts, whose projections do not start at zero.
         momentum: weight of a new batch in batch norm's running statistics, in (0, 1].
         noise: for "top_k": standard deviation of the normal noise that is added, in training, to
             the normalized logits by which experts are chosen (Shazeer et al. 2017). It picks
@@ -74,7 +75,7 @@ spread=None, eps=1.0, momentum=0.1, noise=0.0, balance=0.0)
     k: int | None = None
     bias: bool = False
     spread: float | None = None
-    eps: float = 1.0
+    eps: float = None  # type: ignore[assignment]  # a number once the gate is made
     momentum: float = 0.1
     noise: float = 0.0
     balance: float = 0.0
@@ -97,7 +98,6 @@ spread=None, eps=1.0, momentum=0.1, noise=0.0, balance=0.0)
         object.__setattr__(self, "alpha", check_alpha(self.alpha))
         # a compiler takes a number that it finds for a variable, and text for a constant
         object.__setattr__(self, "_alpha", repr(self.alpha))
-        object.__setattr__(self, "_text", json.dumps(asdict(self)))
         if self.activation != "entmax" and self.alpha != 1.5:
             raise GateError(
                 f"alpha belongs to entmax; got {self.alpha} with activation {self.activation!r}. "
@@ -116,12 +116,17 @@ spread=None, eps=1.0, momentum=0.1, noise=0.0, balance=0.0)
                 f"{self.activation!r}. Leave it out or use one of these."
             )
         flag(self.bias, "bias", GateError)
+        if self.eps is None:
+            object.__setattr__(  # type: ignore[unreachable]
+                self, "eps", 1.0 if self.k is None else 1e-5
+            )
         if not _is_number(self.eps) or not (self.eps > 0 and isfinite(self.eps)):
             raise GateError(f"eps must be a positive number; got {self.eps!r}. Use 1.0.")
         self._check_spread()
         if not _is_number(self.momentum) or not 0 < self.momentum <= 1:
             raise GateError(f"momentum must be in (0, 1]; got {self.momentum!r}. Use 0.1.")
         self._check_choice()
+        object.__setattr__(self, "_text", json.dumps(asdict(self)))
 
     def _check_choice(self) -> None:
         for name in ("noise", "balance"):
@@ -198,28 +203,29 @@ spread=None, eps=1.0, momentum=0.1, noise=0.0, balance=0.0)
     def spread_of(self, experts: int) -> float:
         """Standard deviation of the normalized logits of so many experts.
 
-        Unless given it is (8 / N)^(α - 1), for which a change of one standard deviation changes
-        a coefficient by the same factor for any N: at equal coefficients 1/N, entmax has
-        ∂a/∂x = a^(2 - α), N^(α - 1) times the coefficient.
+        Unless given it is (8 / N)^(α - 1), for which a change of one standard deviation changes a
+        coefficient by the same factor for any N: at equal coefficients 1/N, entmax has
+        ∂a/∂x = a^(2 - α), N^(α - 1) times the coefficient. For fewer than 8 experts it is 1.
 
         >>> Gate().spread_of(8), Gate().spread_of(512), Gate("softmax").spread_of(512)
         (1.0, 0.125, 1.0)
         """
         if self.spread is not None:
             return float(self.spread)
-        return float((8.0 / experts) ** (self.effective_alpha - 1.0))
+        return float(min(8.0 / experts, 1.0) ** (self.effective_alpha - 1.0))
 
     @property
     def uncut(self) -> Gate:
         """The gate without its cut: softmax over all experts, with the same normalization.
 
         :func:`activate` makes of it, and of the logits, the router's probabilities that the
-        losses of Switch and GShard need.
+        losses of Switch and GShard need. Make it outside of functions that PyTorch compiles, which
+        cannot follow the making of a gate.
 
         Raises:
             GateError: the coefficients of the gate are not a softmax.
 
-        >>> Gate("top_k", k=2, noise=1.0).uncut == Gate("softmax")
+        >>> Gate("top_k", k=2, noise=1.0).uncut == Gate("softmax", eps=1e-5)
         True
         """
         if self.activation not in ("top_k", "softmax"):

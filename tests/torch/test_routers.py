@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from tensormoe import CP, Gate
-from tensormoe.gates import activate, load_balance_loss, z_loss
+from tensormoe.gates import (
+    activate,
+    entmax,
+    entropy_loss,
+    expert_load,
+    importance_loss,
+    load_balance_loss,
+    z_loss,
+)
 from tensormoe_torch import MuMoE, MuMoEMLP, synchronize_gates
 
 BUSY = Gate("top_k", k=2, noise=0.5, balance=0.01)
@@ -172,3 +180,13 @@ def test_no_expert_of_sixteen_dies_on_digits() -> None:
         assert share.min() > 0.01
         assert accuracy > before - 0.015
         assert accuracy > 0.94
+
+
+@pytest.mark.parametrize(
+    "measure", [load_balance_loss, importance_loss, entropy_loss, z_loss, entmax, expert_load]
+)
+def test_losses_and_measures_compile_whole(measure: Any) -> None:
+    x = torch.randn(6, 4).softmax(-1)
+    torch._dynamo.reset()
+    found = torch.compile(measure, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(found, measure(x))
