@@ -29,10 +29,11 @@ def print_tables(runs: Runs) -> None:
 
 def _print_task(name: str, rows: list[tuple[Row, list[Found]]]) -> None:
     print(f"\n{name}\n")
-    print("| model | experts | parameters | optimizer | rate | test accuracy, % ", end="")
-    print("| less the linear layer | dead, % | active | effective | polysemanticity ", end="")
-    print("| gate's first gradient, × factors' | keep their first expert, % |")
-    print("| --- |" + " ---: |" * 12)
+    print(
+        "| gate | experts | parameters | rate | test accuracy, % | less the linear layer ", end=""
+    )
+    print("| dead, % | active | polysemanticity | first gradient | kept, % |")
+    print("| --- |" + " ---: |" * 10)
     base = {
         setting["optimizer"]: mean(_all(found, "accuracy"))
         for setting, found in rows
@@ -41,31 +42,27 @@ def _print_task(name: str, rows: list[tuple[Row, list[Found]]]) -> None:
     for setting, found in rows:
         accuracy = [100 * value for value in _all(found, "accuracy")]
         more = ""
-        if setting["optimizer"] in base:
+        if setting["optimizer"] in base and setting["model"] != "linear":
             more = f"{mean(accuracy) - 100 * base[setting['optimizer']]:+.2f}"
-        experts = " × ".join(map(str, setting["experts"]))
-        kind = {"tensor_ring": ", ring"}.get(setting["factorization"], "")
-        total = ", in all" if setting["total"] else ""
+        words = [setting["model"]]
+        words += ["ring"] * (setting["factorization"] == "tensor_ring")
+        words += ["in all"] * setting["total"]
+        words += [setting["optimizer"]] * (setting["optimizer"] != "adamw")
         cells = [
-            f"{setting['model']}{kind}{total}",
-            experts or "–",
+            ", ".join(words),
+            " × ".join(map(str, setting["experts"])) or "–",
             f"{found[0]['parameters']:,}",
-            setting["optimizer"],
             f"{setting['rate']:g}",
             f"{mean(accuracy):.2f} ({min(accuracy):.2f} – {max(accuracy):.2f})",
             more,
         ]
         if "dead" in found[0]:
-            cells += [
-                _levels(found, "dead", 100),
-                _levels(found, "active"),
-                _levels(found, "effective"),
-            ]
-            cells.append(_levels(found, "polysemanticity", digits=3))
+            cells += [_levels(found, "dead", 100), _levels(found, "active")]
+            cells.append(_levels(found, "polysemanticity", digits=2))
             cells.append(f"{mean(_all(found, 'gradient_ratio')):.2g}")
             if "kept_first" in found[0]:  # of runs long enough to tell
                 cells.append(f"{100 * mean(_all(found, 'kept_first')):.0f}")
-        print("| " + " | ".join(cells + [""] * (13 - len(cells))) + " |")
+        print("| " + " | ".join(cells + [""] * (11 - len(cells))) + " |")
 
 
 def _all(found: Iterable[Found], name: str) -> list[float]:

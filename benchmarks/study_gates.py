@@ -101,7 +101,7 @@ def quick() -> None:
     images, labels = (torch.from_numpy(each) for each in load_digits(return_X_y=True))
     pixels = ((images - images.mean()) / images.std()).float()
     parts = [(pixels[part], labels[part]) for part in (slice(1200), slice(1200, 1500))]
-    digits = Task("digits", "images of 8 × 8", parts[0], parts[1], parts[1], 10, 2, batch=64)
+    digits = Task("digits", "images of 8 × 8", parts[0], parts[1], parts[1], 10, 1, batch=64)
     with TemporaryDirectory() as folder:
         runs = Runs(Path(folder) / "runs.jsonl", lambda name: digits)
         for model in (*CONTROLS, *CANDIDATES):
