@@ -223,10 +223,10 @@ class MuMoE(Layer, LinearSizes):
                     f"there must be one cotangent per result, {len(made)}; got {len(cotangents)}."
                 )
             for place, (each, result) in enumerate(zip(cotangents, made, strict=True)):
-                functional.check_array(each, self.backend, f"cotangent {place}")
+                functional.check_array(each, self.backend, f"cotangents[{place}]")
                 if tuple(each.shape) != (*lead, result.shape[-1]):
                     raise ShapeError(
-                        f"cotangent {place} must have the result's shape "
+                        f"cotangents[{place}] must have the result's shape "
                         f"{(*lead, result.shape[-1])}; got {tuple(each.shape)}."
                     )
             merged = [each.reshape(-1, each.shape[-1]) for each in cotangents]

@@ -57,7 +57,6 @@ __all__ = [
     "experts_backward",
     "experts_forward",
     "experts_vjp",
-    "gate_bound",
     "gate_vjp",
     "initial_span",
     "initialize",

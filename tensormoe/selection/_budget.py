@@ -22,7 +22,9 @@ class Budget:
     Args:
         parameters: stored entries.
         flops: FLOPs of one forward call, a multiply-add being 2.
-        memory: bytes live at the worst moment of a forward call, beyond input and parameters.
+        memory: bytes live at the worst moment of a forward call, beyond input and parameters. What
+            a library copies besides is not in it, so that ranks are the same in every framework;
+            ``layer.cost`` counts it.
         time: predicted seconds of a forward call.
         batch: number of inputs of that call, all leading axes multiplied.
         roofline: the device that ``time`` is predicted for, as a value or the name of a published

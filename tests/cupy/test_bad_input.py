@@ -55,7 +55,7 @@ ON_HOST: dict[str, tuple[str, Callable[[], Any]]] = {
     "coefficients by index": ("coefficients of level 0", lambda: layer()(device(HOST), chosen())),
     "cotangent": ("the cotangent", lambda: layer().vjp(device(HOST))[1](HOST[:, :5])),
     "cotangent of the gate": (
-        "the cotangent of level 0",
+        r"cotangents\[0\]",
         lambda: layer().route_vjp(device(HOST))[1]([SHARES]),
     ),
     "input of a block": ("x", lambda: block()(HOST)),

@@ -54,7 +54,8 @@ def test_coefficients_are_the_gates(data: st.DataObject) -> None:
         want = activate(gate, logits, statistics=kept).coefficients
         # a product of one row rounds otherwise than one of many
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-7)
-        np.testing.assert_allclose(got.sum(-1), 1.0, atol=1e-9)
+        if gate.sums_to_one:
+            np.testing.assert_allclose(got.sum(-1), 1.0, atol=1e-9)
         assert np.all(got >= 0)
 
 

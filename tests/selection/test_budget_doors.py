@@ -142,7 +142,8 @@ def test_a_blocks_work_memory_and_time_keep_to_the_budget(
     block = tensormoe_torch.MuMoEMLP(
         48, 96, 48, experts=(4, 4), factorization=factorization, budget=budget, device="meta"
     )
-    spent = budget.spent(block.cost(64))
+    # budgets give the same ranks in every framework, so that what one library copies is not in them
+    spent = budget.spent(block.config.cost(64))
     assert all(spent[name] <= limit for name, limit in budget.limits.items())
     # memory stops to grow with the rank where weights are contracted beforehand
     least = 0.1 if set(budget.limits) == {"memory"} else 0.8
