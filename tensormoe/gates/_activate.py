@@ -190,7 +190,9 @@ def _standardize(
     training: bool,
     across: Across | None,
 ) -> tuple[Standardize, Statistics | None]:
-    if gate.normalization is None:
+    alone = rows.shape[-1] == 1 and gate.sums_to_one and gate.normalization == "layer"
+    if gate.normalization is None or alone:
+        # one expert's coefficient is 1 under any norm, whose second derivative is 1/eps times zero
         return None, statistics
     spread = gate.spread_of(rows.shape[-1])
     if gate.normalization == "layer":

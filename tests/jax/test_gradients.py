@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 import tensormoe_jax
-from tensormoe import CP, Gate, TensorRing
+from tensormoe import CP, Gate, LayerSpec, TensorRing
+from tensormoe.functional import LayerConfig
 from tensormoe.gates import (
     entropy_loss,
     entropy_loss_vjp,
@@ -138,3 +139,28 @@ def dot(left: Any, right: Any) -> Any:
 def test_losses_of_routing(loss: Any, vjp: Any) -> None:
     weights = jax.nn.softmax(jnp.asarray(normal(5, 4)), axis=-1)
     assert_same(jax.grad(lambda each: 3 * loss(each))(weights), vjp(weights, 3.0))
+
+
+def test_one_expert_has_second_derivatives_without_its_gate() -> None:
+    """A layer norm over one logit would multiply what cancels by 1/eps."""
+    config = LayerConfig(LayerSpec(5, 4, 1, CP(3)), Gate("softmax", eps=1e-5))
+    drawn = tensormoe_jax.initialize(config, jax.random.key(0))
+    parameters = {name: array.astype("float32") for name, array in drawn.items()}
+    keys = jax.random.split(jax.random.key(1), len(parameters))
+    ways = {
+        name: jax.random.normal(key, parameters[name].shape, "float32")
+        for name, key in zip(parameters, keys, strict=True)
+    }
+    x = jnp.asarray(normal(7, 5), "float32")
+    weights = 30 * jnp.asarray(normal(7, 4), "float32")
+
+    def bend(coefficients: Any) -> float:
+        def total(parameters: Any) -> Any:
+            return jnp.sum(
+                tensormoe_jax.apply(config, parameters, x, coefficients=coefficients) * weights
+            )
+
+        _, bends = jax.jit(lambda p: jax.jvp(jax.grad(total), (p,), (ways,)))(parameters)
+        return float(sum(jnp.sum(bends[name] * way) for name, way in ways.items()))
+
+    assert bend(None) == pytest.approx(bend([jnp.ones((7, 1), "float32")]), rel=1e-4)
