@@ -79,7 +79,7 @@ class Transcoder(nn.Module):
 
 @dataclass(frozen=True)
 class Kind:
-    """What takes the MLP's place: from features, a transcoder's width and K to a module.
+    """Replacement of the MLP: from features, a transcoder's width and K to a module.
 
     Args:
         name: for people.

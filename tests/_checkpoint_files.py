@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share: arrays, files made by hand, and strategies."""
+"""Shared parts of the checkpoint tests: arrays, files made by hand, and strategies."""
 
 from __future__ import annotations
 

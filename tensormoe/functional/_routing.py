@@ -196,7 +196,7 @@ def _choice_bias(gate: Gate, buffers: Mapping[str, Array] | None, level: int) ->
 
 
 def _choice(gate: Gate, bias: Array | None, noise: Array | None, backend: Backend) -> Array | None:
-    """What is added to the normalized logits for the choice of experts."""
+    """Terms added to the normalized logits for the choice of experts."""
     if noise is None:
         return bias
     noise = widened(noise, backend) * gate.noise

@@ -128,7 +128,7 @@ def activate(
 
 
 def _choice(gate: Gate, rows: Rows, choice: Array) -> Array:
-    """What is added for the choice, as (1, experts) or (rows, experts)."""
+    """Terms added for the choice, as (1, experts) or (rows, experts)."""
     shape = tuple(choice.shape)
     if gate.activation != "top_k":
         raise GateError(

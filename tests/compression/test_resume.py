@@ -80,7 +80,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def unstopped(model: Path, dense: bool) -> dict[str, bytes]:
-    """What a run that nobody stopped writes."""
+    """Files of a run that nobody stopped."""
     output = model.with_name(f"dense {dense}")
     compress_checkpoint(model, output, replace(WANTED, dense=dense))
     return content(output)

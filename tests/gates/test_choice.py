@@ -1,4 +1,4 @@
-"""What is added for the choice of experts alone, loads, and losses of what routers return."""
+"""Terms for the choice of experts alone, loads, and losses of routers."""
 
 from __future__ import annotations
 
