@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from math import isfinite
-
 from tensormoe.backend import Array, Backend, default_integer
 from tensormoe.errors import GateError
 from tensormoe.gates._normalization import Across
@@ -79,10 +77,10 @@ def balanced_bias(
         >>> balanced_bias(np.zeros(3), np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]), speed=0.1)
         array([-0.1,  0. ,  0.1])
     """
-    if isinstance(speed, bool) or not isinstance(speed, int | float) or not speed > 0:
-        raise GateError(f"speed must be a positive number; got {speed!r}. Use 0.001.")
-    if not isfinite(speed):
-        raise GateError(f"speed must be finite; got {speed!r}. Use 0.001.")
+    number = isinstance(speed, int | float) and not isinstance(speed, bool)
+    # by comparison, since a compiler that takes the number for a variable follows no isfinite
+    if not number or not 0 < speed < float("inf"):
+        raise GateError(f"speed must be a positive, finite number; got {speed!r}. Use 0.001.")
     if len(bias.shape) != 1:
         raise GateError(
             f"bias must have one entry per expert; got shape {tuple(bias.shape)}. Start with zeros."

@@ -190,3 +190,12 @@ def test_losses_and_measures_compile_whole(measure: Any) -> None:
     torch._dynamo.reset()
     found = torch.compile(measure, backend="eager", fullgraph=True)(x)
     torch.testing.assert_close(found, measure(x))
+
+
+def test_gates_of_other_numbers_compile_one_after_the_other() -> None:
+    """A compiler takes a number that has changed for a variable."""
+    torch._dynamo.reset()
+    for gate in (Gate("top_k", k=2), BUSY, Gate("top_k", k=2, noise=0.1, balance=0.1)):
+        layer = layer_of(gate).train()
+        torch.compile(layer, backend="eager", fullgraph=True)(inputs()).sum().backward()
+        assert layer.gate.projection_0.grad is not None
