@@ -68,27 +68,33 @@ def layer_html(layer: Any) -> str:
     """A layer of any framework: what it is made of, and how to make it again.
 
     Args:
-        layer: has a ``config``, of one layer or of a block of two.
+        layer: has a ``config``, of one layer, of a block of two, or of a mixture of layers.
     """
     config = layer.config
-    specs = (
-        {"": config.spec}
-        if hasattr(config, "spec")
-        else {
-            "first ": config.first.spec,
-            "second ": config.second.spec,
-        }
-    )
-    gate = config.gate if hasattr(config, "gate") else config.first.gate
+    parts = _layers_of(config)
+    specs = {name: each.spec for name, each in parts.items()}
     facts: dict[str, object] = {}
     for name, spec in specs.items():
         facts |= {f"{name}{key}": value for key, value in _spec_facts(spec).items()}
-    facts["gate"] = "none: takes coefficients" if gate is None else repr(gate)
+    if hasattr(config, "layers"):
+        facts["router"] = repr(getattr(config, "router", "–"))
+    else:
+        gate = next(iter(parts.values())).gate
+        facts["gate"] = "none: takes coefficients" if gate is None else repr(gate)
     facts["parameters"] = format_parameters(config.num_parameters)
     facts["dtype"] = getattr(layer, "dtype", None) or "–"
     facts["as code"] = repr(layer)
     drawings = {f"{name}network": spec.draw() for name, spec in specs.items()}
     return facts_html(type(layer).__name__, facts, drawings)
+
+
+def _layers_of(config: Any) -> dict[str, Any]:
+    """Configurations of the layers, by what stands before their facts."""
+    if hasattr(config, "spec"):
+        return {"": config}
+    if hasattr(config, "layers"):
+        return {f"{name} ": each for name, each in config.layers.items()}
+    return {"first ": config.first, "second ": config.second}
 
 
 def _spec_facts(spec: LayerSpec) -> dict[str, object]:

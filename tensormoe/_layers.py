@@ -13,13 +13,15 @@ from typing import ClassVar, Generic, Self, TypedDict, TypeVar
 from tensormoe import functional
 from tensormoe._config import BlockConfig, LayerConfig
 from tensormoe._html import layer_html
+from tensormoe._mixture import MixtureConfig
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Backend
 from tensormoe.checkpoint import check_arrays, check_config, read_block, save_checkpoint
 from tensormoe.planning import Cost, Library, Plan
 
 A = TypeVar("A")
-C = TypeVar("C", bound=LayerConfig | BlockConfig)
+C = TypeVar("C", bound=LayerConfig | BlockConfig | MixtureConfig)
+M = TypeVar("M", bound=MixtureConfig)
 
 
 class Costs(TypedDict):
@@ -35,7 +37,7 @@ class Configured:
     # the name in checkpoints, also of classes that users or wrappers derive
     _kind: ClassVar[str]
 
-    config: LayerConfig | BlockConfig
+    config: LayerConfig | BlockConfig | MixtureConfig
 
     _repr_html_ = layer_html
 
@@ -281,6 +283,30 @@ class BlockMethods(Methods[A, BlockConfig]):
 
     def _layers(self) -> tuple[LayerMethods[A], LayerMethods[A]]:
         raise NotImplementedError
+
+
+class MixtureMethods(Methods[A, M]):
+    """Methods of mixtures whose experts are run one by one."""
+
+    _config_kind: ClassVar[type[MixtureConfig]]
+
+    @property
+    def in_features(self) -> int:
+        """Size of a token."""
+        return self.config.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of an output."""
+        return self.config.out_features
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.config.arguments()}, {self._dtype_text()})"
+
+    @classmethod
+    def _read(cls, path: str | PathLike[str]) -> tuple[M, Mapping[str, A]]:
+        config, arrays = read_block(path, cls._kind, cls._config_kind, cls.backend)
+        return config, arrays  # type: ignore[return-value]
 
 
 def check_constructor(kind: type, override: str) -> None:

@@ -65,3 +65,18 @@ class MuMoEEmbedding(tensormoe_numpy.MuMoEEmbedding):
     """
 
     backend: ClassVar[NumpyLikeBackend] = BACKEND
+
+
+class SparseMoE(tensormoe_numpy.SparseMoE):
+    """A sparse mixture of experts, on an NVIDIA GPU: the forward pass, as on NumPy.
+
+    Raises:
+        BackendError: no NVIDIA GPU or driver, or arrays of another library.
+
+    >>> import cupy  # doctest: +SKIP
+    >>> layer = SparseMoE(32, 64, experts=8, top_k=2, seed=0)  # doctest: +SKIP
+    >>> layer(cupy.ones((5, 32), dtype="float32")).shape  # doctest: +SKIP
+    (5, 32)
+    """
+
+    backend: ClassVar[NumpyLikeBackend] = BACKEND

@@ -13,13 +13,14 @@ from tensormoe import functional
 from tensormoe._names import block_names
 from tensormoe.checkpoint import check_config
 from tensormoe.functional import BlockConfig, LayerConfig
+from tensormoe.mixtures import MixtureConfig, initialize_mixture
 from tensormoe_jax._adapter import BACKEND
 from tensormoe_jax._dtypes import checked_dtype, checked_gate_dtype
 from tensormoe_jax._keys import checked_key
 
 __all__ = ["initial_buffers", "initialize"]
 
-Config = LayerConfig | BlockConfig
+Config = LayerConfig | BlockConfig | MixtureConfig
 
 
 def initialize(
@@ -38,7 +39,7 @@ def initialize(
     Those of a "relu_top_k" gate start like ``torch.nn.Linear``: zeros would stay zeros.
 
     Args:
-        config: of a layer, an embedding or a block, as the layers' ``config``.
+        config: of a layer, an embedding, a block or a mixture, as the layers' ``config``.
         key: of ``jax.random``.
         init: ``"variance"`` or ``"paper"``.
         dtype: of the parameters; JAX's default one for None.
@@ -73,15 +74,15 @@ def initialize(
     def fresh() -> Array:
         return jax.random.fold_in(key, next(numbers))
 
-    return functional.initialize(
-        config,
-        BACKEND,
-        normal=lambda shape: jax.random.normal(fresh(), shape, kind),
-        uniform=lambda shape: jax.random.uniform(fresh(), shape, kind, -1.0, 1.0),
-        # nothing but a gate starts at zero, or in the dtype of these zeros
-        zeros=lambda shape: jnp.zeros(shape, gate_kind),
-        init=init,
-    )
+    draws: dict[str, Any] = {
+        "normal": lambda shape: jax.random.normal(fresh(), shape, kind),
+        "uniform": lambda shape: jax.random.uniform(fresh(), shape, kind, -1.0, 1.0),
+        # nothing but a gate or a router starts at zero, or in the dtype of these zeros
+        "zeros": lambda shape: jnp.zeros(shape, gate_kind),
+    }
+    if isinstance(config, MixtureConfig):
+        return initialize_mixture(config, BACKEND, init=init, **draws)
+    return functional.initialize(config, BACKEND, init=init, **draws)
 
 
 def initial_buffers(config: Config, *, dtype: Any = None) -> dict[str, Array]:

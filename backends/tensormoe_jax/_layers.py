@@ -19,16 +19,21 @@ from tensormoe._layers import (
 )
 from tensormoe.backend import Backend
 from tensormoe.functional import BlockConfig, LayerConfig
+from tensormoe.mixtures import MixtureConfig
 from tensormoe_jax._adapter import BACKEND, LIBRARY
 from tensormoe_jax._dtypes import FLOATS
 from tensormoe_jax._initialize import initial_buffers, initialize
 
-C = TypeVar("C", bound=LayerConfig | BlockConfig)
+C = TypeVar("C", bound=LayerConfig | BlockConfig | MixtureConfig)
 M = TypeVar("M")
 
 
 def first_values(
-    config: LayerConfig | BlockConfig, key: Array, init: str, dtype: Any, gate_dtype: Any = None
+    config: LayerConfig | BlockConfig | MixtureConfig,
+    key: Array,
+    init: str,
+    dtype: Any,
+    gate_dtype: Any = None,
 ) -> dict[str, Array]:
     """Initial parameters and buffers by canonical name.
 

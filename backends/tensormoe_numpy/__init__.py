@@ -15,6 +15,7 @@ from tensormoe_numpy._embedding import MuMoEEmbedding
 from tensormoe_numpy._layer import MuMoE, Prepared
 from tensormoe_numpy._like_numpy import NumpyLikeBackend
 from tensormoe_numpy._mlp import MuMoEMLP
+from tensormoe_numpy.mixtures import SparseMoE
 
 __all__ = [
     "ACTIVATIONS",
@@ -27,4 +28,5 @@ __all__ = [
     "NumpyBackend",
     "NumpyLikeBackend",
     "Prepared",
+    "SparseMoE",
 ]

@@ -16,13 +16,14 @@ from tensormoe.backend import Array
 from tensormoe.errors import ShapeError
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.gates import Gate, TopK
+from tensormoe.mixtures import MixtureConfig
 from tensormoe_numpy._adapter import BACKEND
 from tensormoe_numpy._like_numpy import NumpyLikeBackend
 from tensormoe_numpy._random import FLOATS
 
 __all__ = ["Given", "Gradients", "Held", "Layer", "check_cotangent"]
 
-C = TypeVar("C", bound=LayerConfig | BlockConfig)
+C = TypeVar("C", bound=LayerConfig | BlockConfig | MixtureConfig)
 
 Given: TypeAlias = Array | TopK | Sequence[Array | TopK]
 

@@ -12,6 +12,7 @@ from tensormoe._validation import brief, non_negative_int
 from tensormoe.backend import Array
 from tensormoe.errors import SpecError
 from tensormoe.functional import LayerConfig
+from tensormoe.mixtures import MixtureConfig, initialize_mixture
 from tensormoe_numpy._adapter import BACKEND
 from tensormoe_numpy._like_numpy import NumpyLikeBackend
 
@@ -52,7 +53,7 @@ def checked_generator(seed: int | np.random.Generator | None) -> np.random.Gener
 
 
 def draw(
-    config: LayerConfig,
+    config: LayerConfig | MixtureConfig,
     dtype: np.dtype[Any],
     seed: int | np.random.Generator | None,
     init: str,
@@ -63,15 +64,16 @@ def draw(
     They are drawn in float64 and on the host: a seed means one thing in all dtypes and libraries.
     """
     backend.check_device()
-    generator = checked_generator(seed)
-    arrays = functional.initialize(
-        config,
-        BACKEND,
-        normal=lambda shape: generator.standard_normal(shape).astype(dtype),
-        uniform=lambda shape: generator.uniform(-1.0, 1.0, shape).astype(dtype),
-        zeros=lambda shape: np.zeros(shape, dtype),
-        init=init,
-    )
+    generator: Any = checked_generator(seed)
+    draws: dict[str, Any] = {
+        "normal": lambda shape: generator.standard_normal(shape).astype(dtype),
+        "uniform": lambda shape: generator.uniform(-1.0, 1.0, shape).astype(dtype),
+        "zeros": lambda shape: np.zeros(shape, dtype),
+    }
+    if isinstance(config, MixtureConfig):
+        arrays = initialize_mixture(config, BACKEND, init=init, **draws)
+    else:
+        arrays = functional.initialize(config, BACKEND, init=init, **draws)
     width = np.dtype("float32") if dtype.itemsize < 4 else dtype
     for name, shape in config.buffer_shapes().items():
         arrays[name] = (np.ones if "variance" in name else np.zeros)(shape, width)

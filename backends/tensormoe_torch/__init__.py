@@ -1,6 +1,7 @@
 """tensormoe on PyTorch: layers as modules, for training, compiling and exporting.
 
-What works on models of others has rooms with their own names: :mod:`tensormoe_torch.surgery`,
+Mixtures that are run expert by expert are in :mod:`tensormoe_torch.mixtures`. What works on models
+of others has rooms with their own names: :mod:`tensormoe_torch.surgery`,
 :mod:`tensormoe_torch.mxd` (MLPs imitated by mixtures of decoders),
 :mod:`tensormoe_torch.compression`, :mod:`tensormoe_torch.official` (state dicts of the paper's
 code) and :mod:`tensormoe_torch.huggingface`. The verbs to start with are here as well; classes of
@@ -25,6 +26,7 @@ from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._per_sample import per_sample_gradients
 from tensormoe_torch._synchronize import synchronize_gates
 from tensormoe_torch.compression import compress
+from tensormoe_torch.mixtures import SparseMoE
 from tensormoe_torch.official import from_official, to_official
 from tensormoe_torch.surgery import from_linear, from_mlp, replace
 
@@ -35,6 +37,7 @@ __all__ = [
     "MuMoE",
     "MuMoEEmbedding",
     "MuMoEMLP",
+    "SparseMoE",
     "TorchBackend",
     "compress",
     "from_linear",

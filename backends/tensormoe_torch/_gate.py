@@ -151,7 +151,11 @@ class ExpertGate(nn.Module):
                 buffers,
                 lead,
                 training=self.training,
-                across=self._across() if self.synchronized and self.training else None,
+                across=(
+                    across_processes(self.process_group)
+                    if self.synchronized and self.training
+                    else None
+                ),
                 noise=self._noise(rows) if self.training and self.gate.noise else None,
                 keep=keep,
             )
@@ -168,15 +172,6 @@ class ExpertGate(nn.Module):
             torch.randn(rows.shape[0], count, device=rows.device, dtype=wide)
             for count in self.config.spec.experts
         ]
-
-    def _across(self) -> Across | None:
-        """The sum over all processes that share the batch, where there are others."""
-        if not dist.is_available() or not dist.is_initialized():
-            return None
-        group = self.process_group or dist.group.WORLD
-        if dist.get_world_size(group) == 1:
-            return None
-        return lambda array: _Sum.apply(array, group)
 
     @torch.no_grad()
     def _update(self, changed: Mapping[str, Tensor]) -> None:
@@ -219,6 +214,16 @@ class Gated(Methods[Tensor, C]):
         """
         made: tuple[Tensor, ...] = own_gate(self.gate, self.config)(x, logits=True)
         return made[: len(made) // 2], made[len(made) // 2 :]
+
+
+def across_processes(process_group: dist.ProcessGroup | None) -> Across | None:
+    """The sum over all processes that share the batch, where there are others."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    group = process_group or dist.group.WORLD
+    if dist.get_world_size(group) == 1:
+        return None
+    return lambda array: _Sum.apply(array, group)
 
 
 class _Sum(torch.autograd.Function):

@@ -121,3 +121,7 @@ def permute_dims(x: Tensor, axes: Sequence[int]) -> Tensor:
 
 def expand_dims(x: Tensor, *, axis: int = 0) -> Tensor:
     return torch.unsqueeze(x, axis)
+
+
+def cumulative_sum(x: Tensor, *, axis: int) -> Tensor:
+    return torch.cumsum(x, dim=axis)

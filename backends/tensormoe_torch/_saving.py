@@ -14,6 +14,7 @@ from tensormoe.backend import Backend
 from tensormoe.checkpoint import match_arrays
 from tensormoe.errors import BackendError, CheckpointError
 from tensormoe.functional import BlockConfig, LayerConfig
+from tensormoe.mixtures import MixtureConfig
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._dtypes import FLOATS, checked_device
 from tensormoe_torch._gate import ExpertGate
@@ -21,7 +22,7 @@ from tensormoe_torch._sharded import save_whole
 
 OF = "of(config, init, device, dtype), which load and restore call"
 
-C = TypeVar("C", bound=LayerConfig | BlockConfig)
+C = TypeVar("C", bound=LayerConfig | BlockConfig | MixtureConfig)
 
 
 class Stored(Methods[Tensor, C], nn.Module):
@@ -133,7 +134,7 @@ class Stored(Methods[Tensor, C], nn.Module):
 
 
 def save_module(
-    module: nn.Module, path: str | PathLike[str], config: LayerConfig | BlockConfig
+    module: nn.Module, path: str | PathLike[str], config: LayerConfig | BlockConfig | MixtureConfig
 ) -> None:
     """Write a layer or block, whose state dict must have its parameters and buffers, and no more.
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tensormoe_torch._gate import ExpertGate
+from tensormoe_torch.mixtures import SparseRouter
 
 __all__ = ["synchronize_gates"]
 
@@ -19,7 +20,8 @@ def synchronize_gates(model: M, process_group: dist.ProcessGroup | None = None) 
 
     In training, a gate with ``Gate(normalization="batch")`` then takes mean and variance over the
     logits of all processes, whose batches may differ in size, and gradients are those of the whole
-    batch. One with ``balance`` moves its biases by the load of all of them. Every process must call
+    batch. Gates and routers with ``balance`` move their biases by the load
+    of all of them. Every process must call
     the layer equally often. Other gates see each token by itself and stay as they are, and so do
     all batch norms of PyTorch's, which ``nn.SyncBatchNorm.convert_sync_batchnorm`` converts.
 
@@ -45,6 +47,6 @@ def synchronize_gates(model: M, process_group: dist.ProcessGroup | None = None) 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__qualname__}.")
     for module in model.modules():
-        if isinstance(module, ExpertGate) and module.config.buffer_shapes():
+        if isinstance(module, ExpertGate | SparseRouter) and module.config.buffer_shapes():
             module.synchronized, module.process_group = True, process_group
     return model

@@ -7,12 +7,16 @@ from os import PathLike
 from typing import TypeVar
 
 from tensormoe._config import BlockConfig, LayerConfig
+from tensormoe._mixture import MixtureConfig
 from tensormoe._validation import brief, instance
 from tensormoe.backend import Array, Backend, check_array
 from tensormoe.checkpoint._checkpoint import match_arrays, read_checkpoint
 from tensormoe.errors import CheckpointError, ShapeError, SpecError, TensormoeError
 
-C = TypeVar("C", LayerConfig, BlockConfig)
+ROUTING = ("gate.", "router.")
+"""Beginnings of the names of arrays that logits are made of."""
+
+C = TypeVar("C", bound=LayerConfig | BlockConfig | MixtureConfig)
 
 
 def read_block(
@@ -36,20 +40,20 @@ def read_block(
             f"the file must hold a {block}; got a {saved.block}. Open it with {saved.block}.load."
         )
     try:
-        config = kind.from_dict(saved.config)
+        config: C = kind.from_dict(saved.config)  # type: ignore[assignment]
     except TensormoeError as error:
         raise CheckpointError(f"the file does not describe a {block}: {error}") from error
     match_arrays({**config.parameter_shapes(), **config.buffer_shapes()}, saved.arrays)
     return config, saved.arrays
 
 
-def check_config(config: LayerConfig | BlockConfig, *blocks: str) -> None:
+def check_config(config: LayerConfig | BlockConfig | MixtureConfig, *blocks: str) -> None:
     """Refuse what is not the configuration of a layer of the given classes; of any by default.
 
     Raises:
         SpecError: not a configuration, or that of another class of layers.
     """
-    known = isinstance(config, LayerConfig | BlockConfig)
+    known = isinstance(config, LayerConfig | BlockConfig | MixtureConfig)
     if not known or (blocks and config.block not in blocks):
         found = f"that of a {config.block}" if known else brief(config)
         raise SpecError(
@@ -59,7 +63,7 @@ def check_config(config: LayerConfig | BlockConfig, *blocks: str) -> None:
 
 
 def check_arrays(
-    config: LayerConfig | BlockConfig,
+    config: LayerConfig | BlockConfig | MixtureConfig,
     arrays: Mapping[str, Array],
     backend: Backend,
     dtypes: Collection[object],
@@ -86,7 +90,7 @@ def check_arrays(
     shapes = config.parameter_shapes()
     match_arrays({**shapes, **config.buffer_shapes()}, arrays)
     dtype = arrays[next(iter(shapes))].dtype
-    gates = [name for name in shapes if name.startswith("gate.")]
+    gates = [name for name in shapes if name.startswith(ROUTING)]
     # logits are float32 at least: a gate in float32 is what they are made of
     apart = bool(gates) and _widens(dtype, arrays[gates[0]].dtype, backend)
     for name in shapes:

@@ -20,5 +20,6 @@ from tensormoe_jax.nnx._gate import ExpertGate
 from tensormoe_jax.nnx._layer import MuMoE
 from tensormoe_jax.nnx._mlp import MuMoEMLP
 from tensormoe_jax.nnx._rules import parameter_rules
+from tensormoe_jax.nnx.mixtures import SparseMoE
 
-__all__ = ["ExpertGate", "MuMoE", "MuMoEEmbedding", "MuMoEMLP", "parameter_rules"]
+__all__ = ["ExpertGate", "MuMoE", "MuMoEEmbedding", "MuMoEMLP", "SparseMoE", "parameter_rules"]

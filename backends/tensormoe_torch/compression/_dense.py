@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tensormoe_torch.compression._experts import Activation, gated
+from tensormoe.mixtures import hidden_units
+from tensormoe_torch.compression._experts import Activation
 
 ROLES = ("gate_proj", "up_proj", "down_proj")
 """The projections of an expert, in the order in which reports have them."""
@@ -90,7 +91,8 @@ class DenseExperts:
         def project(role: str, rows: Tensor) -> Tensor:
             return self.stacks[role].routed(rows, index)
 
-        return gated(project, self.act, "gate_proj" in self.stacks, x)
+        units: Tensor = hidden_units(self.stacks, project, self.act, x)
+        return units
 
     def routed(self, x: Tensor, index: Tensor) -> Tensor:
         """One expert's output per row: (rows, in) and (rows,) → (rows, out)."""

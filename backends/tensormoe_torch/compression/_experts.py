@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from tensormoe.errors import ShapeError
 from tensormoe.gates import TopK
+from tensormoe.mixtures import run_expert, send
+from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._layer import MuMoE
 
 PROJECTIONS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
@@ -17,21 +19,6 @@ PROJECTIONS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
 Activation = Callable[[Tensor], Tensor]
 """The activation between the projections: a module without parameters, or a function."""
-
-
-def gated(
-    project: Callable[[str, Tensor], Tensor], act: Activation, has_gate: bool, x: Tensor
-) -> Tensor:
-    """Inputs of the down projection, act(gate(x)) · up(x), or act(up(x)) without a gate.
-
-    Args:
-        project: runs a projection by its role.
-        act: the activation.
-        has_gate: whether there is a gate projection.
-        x: (rows, in).
-    """
-    up = project("up_proj", x)
-    return act(project("gate_proj", x)) * up if has_gate else act(up)
 
 
 class FactorizedExperts(nn.Module):
@@ -132,10 +119,16 @@ class FactorizedExperts(nn.Module):
                 f"row per token; got {tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}. "
                 "Give what the router gives."
             )
-        count = top_k_index.shape[-1]
-        rows = hidden_states.unsqueeze(-2).expand(*batch_shape, count, hidden_states.shape[-1])
-        found = self.routed(rows, top_k_index) * top_k_weights.unsqueeze(-1)
-        return found.sum(dim=-2).to(hidden_states.dtype)
+        k, features = top_k_index.shape[-1], hidden_states.shape[-1]
+        made = send(
+            self.routed,
+            hidden_states.reshape(-1, features),
+            top_k_index.reshape(-1, k),
+            top_k_weights.reshape(-1, k),
+            self.num_experts,
+            BACKEND,
+        )
+        return made.reshape(*batch_shape, made.shape[-1])
 
     def routed(self, x: Tensor, index: Tensor) -> Tensor:
         """The output of one expert per row.
@@ -148,18 +141,21 @@ class FactorizedExperts(nn.Module):
             (..., out).
         """
         only = index.unsqueeze(-1)
-        chosen = TopK(only, torch.ones_like(only, dtype=self.down_proj.dtype))
+        return self._run(x, TopK(only, torch.ones_like(only, dtype=self.down_proj.dtype)), index)
 
+    def everywhere(self, x: Tensor) -> Tensor:
+        """The output (..., out) of the only expert that there is, for rows (..., in)."""
+        ones = torch.ones_like(x[..., :1].detach(), dtype=self.down_proj.dtype)
+        return self._run(x, ones, torch.zeros((), device=x.device, dtype=torch.long))
+
+    def _run(self, x: Tensor, given: Tensor | TopK, index: Tensor) -> Tensor:
         def project(role: str, rows: Tensor) -> Tensor:
-            found: Tensor = self.projections[role](rows, chosen)
+            found: Tensor = self.projections[role](rows, given)
             bias: Tensor | None = self._parameters.get(f"{role}_bias")
             return found if bias is None else found + bias[index]
 
-        if "gate_up_proj" in self.projections:
-            hidden = self.act_fn(project("gate_up_proj", x))
-        else:
-            hidden = gated(project, self.act_fn, "gate_proj" in self.projections, x)
-        return project("down_proj", hidden)
+        made: Tensor = run_expert(dict(self.projections.items()), project, self.act_fn, x)
+        return made
 
     def __len__(self) -> int:
         """N, as a list of experts has it."""

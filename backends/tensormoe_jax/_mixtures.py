@@ -1,0 +1,109 @@
+"""Mixtures whose experts are run one by one, as pure functions of a dictionary of arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tensormoe import functional
+from tensormoe._layers import Costs, MixtureMethods
+from tensormoe.backend import Backend
+from tensormoe.mixtures import MixtureConfig, Parts
+from tensormoe.routing import Routes
+from tensormoe_jax._activations import ACTIVATIONS
+from tensormoe_jax._adapter import BACKEND, LIBRARY
+from tensormoe_jax._dtypes import FLOATS
+from tensormoe_jax._keys import checked_key
+
+M = TypeVar("M", bound=MixtureConfig)
+
+# a routing record goes through transformations as other arguments do
+jax.tree_util.register_dataclass(
+    Routes, data_fields=["top_k_index", "top_k_weights", "logits", "scores"], meta_fields=[]
+)
+
+
+def route_mixture(
+    config: MixtureConfig,
+    arrays: Mapping[str, Array],
+    x: Array,
+    *,
+    training: bool = False,
+    key: Array | None = None,
+) -> tuple[Any, dict[str, Array]]:
+    """The routing record of tokens (..., in), and the buffers that training changed.
+
+    Args:
+        config: the mixture.
+        arrays: parameters and buffers by canonical name.
+        x: (..., in), in the mixture's dtype.
+        training: whether noise is added, and buffers move.
+        key: of ``jax.random``, for a router with ``noise`` in training.
+
+    Raises:
+        BackendError, ShapeError: the input does not fit.
+        SpecError: noise is to be drawn, and there is no key.
+    """
+    batch_shape, rows = _rows(config, arrays, x)
+    noise, shape = None, config.noise_shape(rows.shape[0])
+    if training and shape is not None:
+        wide = jnp.promote_types(rows.dtype, jnp.float32)
+        rule = "a router with noise needs a key in training"
+        noise = jax.random.normal(checked_key(key, rule), shape, wide)
+    routes, changed = config.route(_parts(config, arrays), rows, training=training, noise=noise)
+    return routes.reshaped(batch_shape, BACKEND), changed
+
+
+def run_mixture(config: MixtureConfig, arrays: Mapping[str, Array], x: Array, routes: Any) -> Array:
+    """Outputs (..., out) of tokens (..., in) that are routed already.
+
+    Raises:
+        BackendError, ShapeError: input or record do not fit.
+    """
+    batch_shape, rows = _rows(config, arrays, x)
+    config.check_routes(routes, batch_shape)
+    merged = routes.reshaped(rows.shape[:-1], BACKEND)
+    y: Array = config.run(_parts(config, arrays), rows, merged)
+    return y.reshape(*batch_shape, config.out_features)
+
+
+def _parts(config: MixtureConfig, arrays: Mapping[str, Array]) -> Parts:
+    return Parts.of(config, arrays, ACTIVATIONS.__getitem__, BACKEND)
+
+
+def _rows(
+    config: MixtureConfig, arrays: Mapping[str, Array], x: Array
+) -> tuple[tuple[int, ...], Array]:
+    dtype = arrays[next(iter(config.parameter_shapes()))].dtype
+    batch_shape = functional.check_input(x, config.in_features, dtype, BACKEND)
+    return batch_shape, x.reshape(config.merged_shape(batch_shape))
+
+
+class MixtureLayer(MixtureMethods[Array, M]):
+    """What the mixtures of Flax and Equinox share."""
+
+    _dtypes = FLOATS
+
+    backend: ClassVar[Backend] = BACKEND
+
+    @property
+    def parameters(self) -> dict[str, Array]:
+        """The trainable arrays by canonical name."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of the factors; inputs must have it. A router may be in float32 beside them."""
+        dtype: np.dtype[Any] = next(iter(self.parameters.values())).dtype
+        return dtype
+
+    def _costs(self) -> Costs:
+        return {"itemsize": self.dtype.itemsize, "library": LIBRARY}
+
+    def _dtype_text(self) -> str:
+        return f"dtype={getattr(next(iter(self.parameters.values())), 'dtype', '?')!s}"

@@ -1,0 +1,8 @@
+"""Mixtures whose experts are run one by one."""
+
+from __future__ import annotations
+
+from tensormoe_jax.equinox.mixtures._base import MixtureModule as MixtureModule
+from tensormoe_jax.equinox.mixtures._sparse import SparseMoE as SparseMoE
+
+__all__ = ["MixtureModule", "SparseMoE"]

@@ -1,0 +1,92 @@
+"""The sparse mixture."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from jax import Array
+
+from tensormoe.factorizations import FactorizationLike
+from tensormoe.mixtures import MixtureConfig, SparseConfig, sparse_config
+from tensormoe.routing import Router
+from tensormoe_jax.equinox.mixtures._base import MixtureModule
+
+
+class SparseMoE(MixtureModule[SparseConfig]):
+    """A sparse mixture of experts: a router sends each token to k of N experts.
+
+    ``y = Σ_k w_k(x) E_{n_k}(x)``, plus an expert that all tokens share if there is one
+    (DeepSeekMoE). No token is dropped unless the router has a ``capacity``. Experts are dense, or
+    all matrices of a role are one tensor network, of which k experts' entries are taken per token.
+
+    Args:
+        in_features: size of a token.
+        hidden_features: size between the layers of an expert; None for ``kind="linear"``.
+        out_features: size of an output; ``in_features`` by default.
+        experts: N.
+        top_k: experts per token.
+        kind: "swiglu" (``D(act(G x) · U x)``), "mlp" (``D act(U x)``) or "linear".
+        act_layer: name of the activation; "silu" for "swiglu" and "gelu" for "mlp" by default.
+        bias: whether experts have biases.
+        factorization: "dense", or a value or name for both layers of the experts, or a pair.
+        rank: bond sizes of both, with a name. Without one, a named factorization gets the rank
+            whose factors have the parameters of one expert's linear layer.
+        router: a :class:`tensormoe.routing.Router`, or the name of its scores.
+        shared_features: hidden size of an expert that every token runs, of the same kind; None for
+            none.
+        init: ``"variance"`` or ``"paper"``, of every layer.
+        dtype: of the parameters; inputs must have it. Logits and scores are float32 at least.
+        router_dtype: of the router's parameters: ``dtype`` for None, or float32 beside factors of
+            16 bits.
+        key: of ``jax.random``.
+
+    Raises:
+        SpecError: sizes, names or options that cannot be, or a ``top_k`` above N.
+        RankError: a rank that does not fit the factorization.
+        GateError: a router that cannot be.
+
+    >>> import jax, jax.numpy as jnp
+    >>> layer = SparseMoE(32, 64, experts=8, top_k=2, key=jax.random.key(0))
+    >>> routes = layer.route(jnp.ones((5, 32)))
+    >>> layer(jnp.ones((5, 32)), routes).shape, routes.top_k_index.shape
+    ((5, 32), (5, 2))
+    """
+
+    _kind: ClassVar[str] = "SparseMoE"
+    _config_kind: ClassVar[type[MixtureConfig]] = SparseConfig
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        *,
+        experts: int,
+        top_k: int,
+        kind: str = "swiglu",
+        act_layer: str | None = None,
+        bias: bool = False,
+        factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "dense",
+        rank: int | tuple[int, ...] | None = None,
+        router: Router | str = "softmax",
+        shared_features: int | None = None,
+        init: str = "variance",
+        dtype: Any = None,
+        router_dtype: Any = None,
+        key: Array,
+    ) -> None:
+        config = sparse_config(
+            in_features,
+            hidden_features,
+            out_features,
+            experts=experts,
+            top_k=top_k,
+            kind=kind,
+            act_layer=act_layer,
+            bias=bias,
+            factorization=factorization,
+            rank=rank,
+            router=router,
+            shared_features=shared_features,
+        )
+        self._start(config, init, dtype, router_dtype, key)

@@ -1,0 +1,8 @@
+"""Mixtures whose experts are run one by one."""
+
+from __future__ import annotations
+
+from tensormoe_numpy.mixtures._base import MixtureLayer as MixtureLayer
+from tensormoe_numpy.mixtures._sparse import SparseMoE as SparseMoE
+
+__all__ = ["MixtureLayer", "SparseMoE"]

@@ -1,0 +1,52 @@
+"""Mixtures whose experts are run one by one, beside those that are one tensor.
+
+A mixture is a configuration (:class:`tensormoe._mixture.MixtureConfig`), made of layers and a few
+arrays of its own, and a formula that runs them (:class:`Parts` say how). Every framework's classes
+are thin wrappers of these.
+"""
+
+from __future__ import annotations
+
+from tensormoe._mixture import MixtureConfig as MixtureConfig
+from tensormoe._mixture import OwnArray as OwnArray
+from tensormoe.mixtures._experts import ExpertsConfig as ExpertsConfig
+from tensormoe.mixtures._experts import experts_config as experts_config
+from tensormoe.mixtures._experts import gated as gated
+from tensormoe.mixtures._experts import hidden_units as hidden_units
+from tensormoe.mixtures._experts import run_expert as run_expert
+from tensormoe.mixtures._initialize import draw_own as draw_own
+from tensormoe.mixtures._initialize import initialize_mixture as initialize_mixture
+from tensormoe.mixtures._parts import Parts as Parts
+from tensormoe.mixtures._parts import activation as activation
+from tensormoe.mixtures._parts import check_routes as check_routes
+from tensormoe.mixtures._parts import layers_of as layers_of
+from tensormoe.mixtures._parts import run_all as run_all
+from tensormoe.mixtures._parts import run_routed as run_routed
+from tensormoe.mixtures._parts import run_shared as run_shared
+from tensormoe.mixtures._parts import send as send
+from tensormoe.mixtures._routing import route_tokens as route_tokens
+from tensormoe.mixtures._sparse import SparseConfig as SparseConfig
+from tensormoe.mixtures._sparse import sparse_config as sparse_config
+
+__all__ = [
+    "ExpertsConfig",
+    "MixtureConfig",
+    "OwnArray",
+    "Parts",
+    "SparseConfig",
+    "activation",
+    "check_routes",
+    "draw_own",
+    "experts_config",
+    "gated",
+    "hidden_units",
+    "initialize_mixture",
+    "layers_of",
+    "route_tokens",
+    "run_all",
+    "run_expert",
+    "run_routed",
+    "run_shared",
+    "send",
+    "sparse_config",
+]

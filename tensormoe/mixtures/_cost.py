@@ -1,0 +1,108 @@
+"""Cost of routers, and of experts that are run one by one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tensormoe.gates import Gate
+from tensormoe.mixtures._experts import ExpertsConfig
+from tensormoe.planning import Cost, Library, Routing, StepCost, plan_layer
+from tensormoe.planning._block_cost import ACTIVATION_FLOPS
+from tensormoe.planning._cost import INDEX_BYTES
+from tensormoe.planning._gate_cost import GATE_ITEMSIZE, GateCall
+
+
+def router_cost(
+    in_features: int,
+    experts: int,
+    top_k: int,
+    batch: int,
+    *,
+    bias: bool = False,
+    itemsize: int = 4,
+    library: Library,
+    training: bool = False,
+) -> Cost:
+    """The cost of logits, scores and the choice of experts.
+
+    Args:
+        in_features: size of a token.
+        experts: N.
+        top_k: experts per token.
+        batch: number of tokens.
+        bias: whether the projection has a bias.
+        itemsize: bytes per entry.
+        library: how the array library runs a layer.
+        training: forward and backward with all gradients, instead of forward alone.
+    """
+    gate = Gate("top_k", k=top_k, normalization=None, bias=bias)
+    call = GateCall(gate, in_features, (experts,), batch, itemsize, library)
+    if not training:
+        return Cost(call.parameters, call.steps(), call.peak())
+    steps = call.steps() + call.backward_steps()
+    return Cost(call.parameters, steps, call.peak(training=True), call.saved)
+
+
+def experts_cost(
+    experts: ExpertsConfig,
+    batch: int,
+    top_k: int,
+    *,
+    itemsize: int = 4,
+    library: Library,
+    training: bool = False,
+) -> Cost:
+    """The cost of ``top_k`` experts for each of ``batch`` tokens, sent to them and summed.
+
+    Args:
+        experts: the experts.
+        batch: number of tokens.
+        top_k: experts per token.
+        itemsize: bytes per entry.
+        library: how the array library runs a layer.
+        training: forward and backward with all gradients, instead of forward alone.
+    """
+    rows = batch * top_k
+    routing = Routing(1) if experts.num_experts > 1 else Routing()
+    calls = [
+        plan_layer(layer.spec.network, rows, routing, title=repr(layer.spec.factorization)).cost(
+            training=training, itemsize=itemsize, library=library
+        )
+        for layer in experts.layers.values()
+    ]
+    moves = 2 if training else 1
+    sent, made = itemsize * rows * experts.in_features, itemsize * rows * experts.out_features
+    shares = rows * (max(itemsize, GATE_ITEMSIZE) + INDEX_BYTES)
+    steps = [StepCost("dispatch", 0, 0, sent + shares, sent)]
+    held = peak = sent + shares
+    for place, call in enumerate(calls):
+        if place:
+            hidden = itemsize * rows * (experts.hidden_features or 0)
+            inner = hidden * (2 if experts.kind == "swiglu" else 1)
+            entries = hidden // itemsize * (2 if experts.kind == "swiglu" else 1)
+            steps.append(StepCost("activation", 0, ACTIVATION_FLOPS * entries, inner, hidden))
+            peak = max(peak, held + inner + hidden)
+            held += hidden + (inner if training else 0)
+        steps += call.steps
+        peak = max(peak, held + call.peak_memory)
+        held += call.saved_memory
+    result = itemsize * batch * experts.out_features
+    combined = 2 * rows * experts.out_features
+    steps.append(StepCost("combine", 0, combined, made + shares, result))
+    if training:
+        steps.append(
+            StepCost("backward combine", 0, moves * combined, result + made, made, backward=True)
+        )
+        steps.append(
+            StepCost(
+                "backward dispatch",
+                0,
+                rows * experts.in_features,
+                sent,
+                itemsize * batch * experts.in_features,
+                backward=True,
+            )
+        )
+    parameters = sum(call.parameters for call in calls)
+    total = Cost(parameters, tuple(steps), max(peak, held + 2 * made + result), held)
+    return total if training else replace(total, saved_memory=0)

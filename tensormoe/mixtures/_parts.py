@@ -1,0 +1,191 @@
+"""Parts of a mixture at work: how a framework runs its layers and holds its arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from tensormoe._config import LayerConfig
+from tensormoe._mixture import MixtureConfig
+from tensormoe.backend import Array, Backend
+from tensormoe.errors import ShapeError
+from tensormoe.functional import apply_experts
+from tensormoe.functional._dtypes import cast, widened
+from tensormoe.gates import TopK
+from tensormoe.mixtures._experts import Act, ExpertsConfig, gated, run_expert
+from tensormoe.routing import Routes, by_expert
+
+Call = Callable[[str, Array, Array | TopK], Array]
+"""Runs a layer by its name, on rows (rows, in) and their coefficients."""
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What the formula of a mixture is made of.
+
+    Args:
+        call: runs a layer.
+        arrays: the mixture's own arrays by canonical name, and its buffers.
+        acts: activations by name.
+        backend: the adapter of the arrays' library.
+    """
+
+    call: Call
+    arrays: Mapping[str, Array]
+    acts: Callable[[str], Act]
+    backend: Backend
+
+    @classmethod
+    def of(
+        cls,
+        config: MixtureConfig,
+        arrays: Mapping[str, Array],
+        acts: Callable[[str], Act],
+        backend: Backend,
+    ) -> Parts:
+        """Parts of a mixture whose arrays are one flat mapping by canonical name."""
+
+        def call(name: str, x: Array, given: Array | TopK) -> Array:
+            layer = config.layers[name]
+            named = {each: arrays[f"{name}.{each}"] for each in layer.parameter_shapes()}
+            return apply_experts(layer, named, x, [given], backend)
+
+        return cls(call, arrays, acts, backend)
+
+    def logits(self, x: Array, name: str = "router") -> Array:
+        """Logits (tokens, N) of a router, in float32 at least.
+
+        Args:
+            x: (tokens, in).
+            name: what stands before ``.projection`` and ``.bias``.
+        """
+        wide = widened(x, self.backend)
+        logits = self.backend.matmul(wide, widened(self.arrays[f"{name}.projection"], self.backend))
+        bias = self.arrays.get(f"{name}.bias")
+        return logits if bias is None else logits + widened(bias, self.backend)
+
+
+def run_routed(
+    experts: ExpertsConfig, parts: Parts, name: str, x: Array, index: Array, weights: Array
+) -> Array:
+    """Outputs (tokens, out) of the experts that each token goes to, weighted and summed.
+
+    Args:
+        experts: the experts.
+        parts: runs their layers, ``<name>.projections.<role>``.
+        name: of the experts among the parts.
+        x: (tokens, in).
+        index: (tokens, k) numbers of experts.
+        weights: (tokens, k).
+    """
+
+    def run(rows: Array, expert: Array) -> Array:
+        ones = parts.backend.namespace.ones_like(parts.backend.stop_gradient(rows[:, :1]))
+        given = TopK(parts.backend.reshape(expert, (-1, 1)), ones)
+        return run_all(experts, parts, name, rows, given)
+
+    return send(run, x, index, weights, experts.num_experts, parts.backend)
+
+
+def run_all(
+    experts: ExpertsConfig, parts: Parts, name: str, x: Array, given: Array | TopK
+) -> Array:
+    """Outputs (rows, out) of experts for rows of their own.
+
+    Args:
+        experts: the experts.
+        parts: runs their layers.
+        name: of the experts among the parts.
+        x: (rows, in).
+        given: coefficients that name one expert per row.
+    """
+
+    def project(role: str, rows: Array) -> Array:
+        return parts.call(f"{name}.projections.{role}", rows, given)
+
+    return run_expert(experts.layers, project, activation(experts, parts.acts), x)
+
+
+def run_shared(shared: ExpertsConfig, parts: Parts, name: str, x: Array) -> Array:
+    """Outputs of an expert that every token runs."""
+    ones = parts.backend.namespace.ones_like(parts.backend.stop_gradient(x[:, :1]))
+    return run_all(shared, parts, name, x, ones)
+
+
+def activation(experts: ExpertsConfig, acts: Callable[[str], Act]) -> Act:
+    """The activation between the layers of experts, of both halves where they are gated."""
+    if experts.act_layer is None:
+        return _same
+    act = acts(experts.act_layer)
+    return gated(act) if experts.kind == "swiglu" else act
+
+
+def _same(x: Array) -> Array:
+    return x
+
+
+def send(
+    run: Callable[[Array, Array], Array],
+    x: Array,
+    index: Array,
+    weights: Array,
+    experts: int,
+    backend: Backend,
+    *,
+    sort: bool = False,
+) -> Array:
+    """Send tokens to their experts, and sum the weighted outputs.
+
+    Args:
+        run: from rows (rows, in) and their experts (rows,) to (rows, out).
+        x: (tokens, in).
+        index: (tokens, k) numbers of experts.
+        weights: (tokens, k), in any floating-point dtype.
+        experts: N.
+        backend: the adapter of the arrays' library.
+        sort: whether rows reach ``run`` in the order of their experts.
+
+    Returns:
+        (tokens, out), in the dtype of ``x``.
+    """
+    tokens, k = index.shape
+    if not sort:
+        xp = backend.namespace
+        each = xp.broadcast_to(x[:, None, :], (tokens, k, x.shape[-1]))
+        rows = backend.reshape(each, (tokens * k, x.shape[-1]))
+        made = run(rows, backend.reshape(index, (tokens * k,)))
+        made = backend.reshape(made, (tokens, k, made.shape[-1]))
+        made = made * cast(weights, made.dtype, backend)[..., None]
+        return cast(backend.sum(made, (1,)), x.dtype, backend)
+    sent = by_expert(index, experts, backend)
+    made = run(backend.take(x, sent.token, 0), sent.expert)
+    shares = backend.take(backend.reshape(weights, (tokens * k, 1)), sent.order, 0)
+    made = made * cast(shares, made.dtype, backend)
+    return cast(backend.scatter_add(made, sent.token, 0, tokens), x.dtype, backend)
+
+
+def check_routes(routes: Routes, batch_shape: tuple[int, ...], experts: int, k: int) -> None:
+    """Refuse the routing record of other tokens or of another layer.
+
+    Raises:
+        ShapeError: arrays of other shapes.
+    """
+    wanted = {
+        "top_k_index": (*batch_shape, k),
+        "top_k_weights": (*batch_shape, k),
+        "logits": (*batch_shape, experts),
+        "scores": (*batch_shape, experts),
+    }
+    for name, shape in wanted.items():
+        found = getattr(getattr(routes, name, None), "shape", None)
+        if found is None or tuple(found) != shape:
+            raise ShapeError(
+                f"routes must be the record of these tokens and this layer, with {name} of shape "
+                f"{shape}; got {None if found is None else tuple(found)}. Pass what route(x) "
+                "returned."
+            )
+
+
+def layers_of(name: str, experts: ExpertsConfig) -> dict[str, LayerConfig]:
+    """The layers of experts by their names in a mixture."""
+    return {f"{name}.projections.{role}": layer for role, layer in experts.layers.items()}

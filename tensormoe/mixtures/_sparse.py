@@ -1,0 +1,196 @@
+"""Sparse mixture of experts: a router sends each token to k of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import sqrt
+from typing import Any, ClassVar
+
+from tensormoe._config import LayerConfig
+from tensormoe._mixture import MixtureConfig, OwnArray, checked_fields
+from tensormoe._validation import positive_int
+from tensormoe.backend import Array
+from tensormoe.errors import SpecError
+from tensormoe.factorizations import FactorizationLike
+from tensormoe.gates import Across
+from tensormoe.mixtures._cost import experts_cost, router_cost
+from tensormoe.mixtures._experts import ExpertsConfig, experts_config
+from tensormoe.mixtures._parts import Parts, check_routes, layers_of, run_routed, run_shared
+from tensormoe.mixtures._routing import route_tokens
+from tensormoe.planning import Cost, Library
+from tensormoe.planning._library import DEFAULT
+from tensormoe.routing import Router, Routes
+
+
+@dataclass(frozen=True)
+class SparseConfig(MixtureConfig):
+    """A sparse mixture without its arrays.
+
+    Args:
+        experts: the experts that are chosen from.
+        top_k: experts per token.
+        router: rule by which they are chosen.
+        shared: the expert that every token runs besides, or None (DeepSeekMoE).
+
+    Raises:
+        SpecError: more experts per token than there are, or a shared expert of other sizes.
+    """
+
+    experts: ExpertsConfig
+    top_k: int
+    router: Router
+    shared: ExpertsConfig | None
+
+    block: ClassVar[str] = "SparseMoE"
+
+    def __post_init__(self) -> None:
+        k, count = positive_int(self.top_k, "top_k"), self.experts.num_experts
+        object.__setattr__(self, "top_k", k)
+        if k > count:
+            raise SpecError(f"top_k must be at most the {count} experts; got {k}. Lower it.")
+        if self.shared is None:
+            return
+        sizes = self.in_features, self.out_features
+        found = self.shared.in_features, self.shared.out_features
+        if sizes != found or self.shared.num_experts != 1:
+            raise SpecError(
+                f"shared must be one expert {sizes[0]} → {sizes[1]}, as wide as is wanted; got "
+                f"{self.shared.num_experts} of {found[0]} → {found[1]}."
+            )
+
+    @property
+    def in_features(self) -> int:
+        return self.experts.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.experts.out_features
+
+    @cached_property
+    def layers(self) -> Mapping[str, LayerConfig]:
+        found = layers_of("experts", self.experts)
+        return found if self.shared is None else found | layers_of("shared", self.shared)
+
+    @cached_property
+    def own(self) -> Mapping[str, OwnArray]:
+        count, span = self.experts.num_experts, 1.0 / sqrt(self.in_features)
+        arrays = {"router.projection": OwnArray((self.in_features, count), "uniform", span)}
+        return arrays | ({"router.bias": OwnArray((count,))} if self.router.bias else {})
+
+    def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
+        balanced = self.router.balance > 0
+        return {"router.choice_bias": (self.experts.num_experts,)} if balanced else {}
+
+    def noise_shape(self, tokens: int) -> tuple[int, ...] | None:
+        return (tokens, self.experts.num_experts) if self.router.noise else None
+
+    def route(
+        self,
+        parts: Parts,
+        x: Array,
+        *,
+        training: bool = False,
+        noise: Array | None = None,
+        across: Across | None = None,
+    ) -> tuple[Routes, dict[str, Array]]:
+        return route_tokens(self.router, self.top_k, parts, "router", x, training, noise, across)
+
+    def run(self, parts: Parts, x: Array, routes: Routes) -> Array:
+        index, weights = routes.top_k_index, routes.top_k_weights
+        y = run_routed(self.experts, parts, "experts", x, index, weights)
+        return y if self.shared is None else y + run_shared(self.shared, parts, "shared", x)
+
+    def check_routes(self, routes: Any, batch_shape: tuple[int, ...]) -> None:
+        check_routes(routes, batch_shape, self.experts.num_experts, self.top_k)
+
+    def cost(
+        self,
+        batch: int,
+        *,
+        itemsize: int = 4,
+        library: Library = DEFAULT,
+        training: bool = False,
+    ) -> Cost:
+        options: Any = {"itemsize": itemsize, "library": library, "training": training}
+        count = self.experts.num_experts
+        cost = router_cost(
+            self.in_features, count, self.top_k, batch, bias=self.router.bias, **options
+        )
+        cost = cost.then(experts_cost(self.experts, batch, self.top_k, **options))
+        if self.shared is not None:
+            cost = cost.then(experts_cost(self.shared, batch, 1, **options))
+        return cost
+
+    def arguments(self) -> str:
+        shared = None if self.shared is None else self.shared.hidden_features
+        return (
+            f"{self.experts.arguments()}, top_k={self.top_k}, router={self.router!r}, "
+            f"shared_features={shared}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "experts": self.experts.to_dict(),
+            "top_k": self.top_k,
+            "router": self.router.to_dict(),
+            "shared": None if self.shared is None else self.shared.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SparseConfig:
+        found = checked_fields(values, {"experts", "top_k", "router", "shared"}, "sparse mixture")
+        shared = found["shared"]
+        return cls(
+            ExpertsConfig.from_dict(found["experts"]),
+            found["top_k"],
+            Router.from_dict(found["router"]),
+            None if shared is None else ExpertsConfig.from_dict(shared),
+        )
+
+
+def sparse_config(
+    in_features: int,
+    hidden_features: int | None,
+    out_features: int | None,
+    *,
+    experts: int,
+    top_k: int,
+    kind: str = "swiglu",
+    act_layer: str | None = None,
+    bias: bool = False,
+    factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "dense",
+    rank: int | tuple[int, ...] | None = None,
+    router: Router | str = "softmax",
+    shared_features: int | None = None,
+) -> SparseConfig:
+    """The configuration that constructors make of their arguments, planned already.
+
+    Raises:
+        SpecError: sizes, names or options that cannot be.
+        RankError: a rank that does not fit the factorization.
+        GateError: a router that cannot be.
+    """
+    options: Any = {"kind": kind, "act_layer": act_layer, "bias": bias}
+    built = experts_config(
+        in_features,
+        hidden_features,
+        out_features,
+        experts,
+        factorization=factorization,
+        rank=rank,
+        **options,
+    )
+    shared = None
+    if shared_features is not None:
+        width = positive_int(shared_features, "shared_features")
+        if kind == "linear":
+            raise SpecError(
+                f"shared_features must be None for linear experts; got {shared_features}. Add a "
+                "linear layer beside the mixture."
+            )
+        shared = experts_config(in_features, width, built.out_features, 1, **options)
+    config = SparseConfig(built, top_k, Router.parse(router), shared)
+    config.plan_ahead()
+    return config

@@ -1,0 +1,15 @@
+"""How tokens meet experts: routers that choose k of them, and tokens in the order of experts.
+
+Pure functions of arrays of any library. A gate makes coefficients of all experts, which a
+factorized layer mixes at once; a router chooses experts that are run one by one.
+"""
+
+from __future__ import annotations
+
+from tensormoe.routing._order import ByExpert as ByExpert
+from tensormoe.routing._order import by_expert as by_expert
+from tensormoe.routing._router import Router as Router
+from tensormoe.routing._routes import Routes as Routes
+from tensormoe.routing._routes import choose as choose
+
+__all__ = ["ByExpert", "Router", "Routes", "by_expert", "choose"]

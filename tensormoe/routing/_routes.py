@@ -1,0 +1,157 @@
+"""Routing record of a batch of tokens: the experts that a router chose, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from tensormoe.backend import Array, Backend, backend_of, default_integer, device_of
+from tensormoe.errors import GateError
+from tensormoe.gates import Across, TopK, balanced_bias
+from tensormoe.gates._top_k import check_k, largest
+from tensormoe.routing._router import Router
+
+
+@dataclass(frozen=True, eq=False)
+class Routes:
+    """Routing record: the experts of every token, and what they were chosen by.
+
+    Losses are functions of it: ``z_loss(routes.logits)``, ``load_balance_loss(routes.scores,
+    routes.chosen, experts=N)`` and others of :mod:`tensormoe.gates`. Sigmoid scores do not sum to
+    one: divide them by their sums first.
+
+    Attributes:
+        top_k_index: (..., k) numbers of the chosen experts, the best first.
+        top_k_weights: (..., k) their weights, in float32 at least.
+        logits: (..., N), in float32 at least.
+        scores: (..., N) of all experts, without noise and biases.
+    """
+
+    top_k_index: Array
+    top_k_weights: Array
+    logits: Array
+    scores: Array
+
+    @property
+    def chosen(self) -> TopK:
+        """The chosen experts as coefficients by index, which losses and layers take."""
+        return TopK(self.top_k_index, self.top_k_weights)
+
+    def reshaped(self, batch_shape: tuple[int, ...], backend: Backend) -> Routes:
+        """The record with other leading axes."""
+        return Routes(
+            *(
+                backend.reshape(array, (*batch_shape, array.shape[-1]))
+                for array in (self.top_k_index, self.top_k_weights, self.logits, self.scores)
+            )
+        )
+
+
+def choose(
+    router: Router,
+    logits: Array,
+    k: int,
+    *,
+    choice_bias: Array | None = None,
+    noise: Array | None = None,
+    backend: Backend | None = None,
+) -> Routes:
+    """The experts of every token and their weights, from logits.
+
+    Ties go to the lower index. An expert of logit -inf has score 0; a token with no other expert
+    gets NaN weights from a softmax, and so does one with a NaN logit.
+
+    Args:
+        router: the rule.
+        logits: (tokens, N), in float32 or wider.
+        k: experts per token, from 1 to N.
+        choice_bias: (N,), added to scores for the choice alone.
+        noise: (tokens, N), standard normal, for a router with ``noise`` in training.
+        backend: the adapter to run on; that of the logits' library by default.
+
+    Returns:
+        The record. Weights and scores are differentiable, the choice is not.
+
+    Raises:
+        GateError: k is out of range, or logits are not a floating-point matrix; where the backend
+            checks values, also where logits are NaN.
+
+    >>> import numpy as np
+    >>> routes = choose(Router(), np.log([[0.5, 0.125, 0.375]]), 2)
+    >>> routes.top_k_index.tolist(), routes.top_k_weights.round(3).tolist()
+    ([[0, 2]], [[0.571, 0.429]])
+    """
+    backend = backend or backend_of(logits)
+    xp = backend.namespace
+    if logits.ndim != 2 or not xp.isdtype(logits.dtype, "real floating"):
+        raise GateError(
+            f"logits must be a floating-point matrix (tokens, N); got {logits.dtype} "
+            f"{tuple(logits.shape)}. Merge leading axes."
+        )
+    check_k(k, logits.shape[1])
+    if backend.checks_values and bool(xp.any(xp.isnan(logits))):
+        raise GateError("logits must not be NaN; got some. Look for the layer that made them.")
+    scores = _scores(router, logits, backend)
+    ranked = scores if noise is None else _scores(router, logits + router.noise * noise, backend)
+    if choice_bias is not None:
+        ranked = ranked + choice_bias[None, :]
+    index = _largest(ranked, k, backend)
+    weights = xp.take_along_axis(scores, index, axis=-1)
+    if router.capacity is not None:
+        fits = within_capacity(index, logits.shape[1], router.capacity, backend)
+        weights = weights * xp.astype(fits, weights.dtype)
+    if router.renormalize:
+        total = xp.sum(weights, axis=-1, keepdims=True)
+        # a token that lost all of its experts, or whose scores underflow
+        weights = weights / xp.where(total == 0.0, xp.ones_like(total), total)
+    if router.scale != 1.0:
+        weights = weights * router.scale
+    return Routes(index, weights, logits, scores)
+
+
+def next_bias(
+    router: Router, bias: Array, routes: Routes, backend: Backend, across: Across | None = None
+) -> Array:
+    """Biases for the choice of the next step, by the load of this one."""
+    # a choice counts whatever its weight is, which may have underflowed
+    ones = backend.namespace.ones_like(backend.stop_gradient(routes.top_k_weights))
+    taken = TopK(routes.top_k_index, ones)
+    return balanced_bias(bias, taken, router.balance, across=across, backend=backend)
+
+
+def within_capacity(index: Array, experts: int, capacity: float, backend: Backend) -> Array:
+    """Whether each choice is among those that its expert has a place for, booleans (tokens, k).
+
+    Places go to first choices before second ones, and to earlier tokens before later ones (GShard;
+    Lepikhin et al. 2021).
+    """
+    xp = backend.namespace
+    tokens, k = index.shape
+    places = ceil(capacity * k * tokens / experts)
+    first = backend.reshape(backend.permute(index, (1, 0)), (k * tokens, 1))
+    columns = xp.arange(experts, device=device_of(index))[None, :]
+    here = xp.astype(first == columns, default_integer(xp))
+    before = xp.sum((xp.cumulative_sum(here, axis=0) - here) * here, axis=1)
+    return backend.permute(backend.reshape(before < places, (k, tokens)), (1, 0))
+
+
+def _scores(router: Router, logits: Array, backend: Backend) -> Array:
+    xp: Any = backend.namespace
+    if router.scores == "sigmoid":
+        # of both signs without overflow
+        small = xp.exp(-xp.abs(logits))
+        return xp.where(logits >= 0, xp.ones_like(small), small) / (1.0 + small)
+    if logits.shape[0] == 0:
+        return logits
+    top = backend.stop_gradient(xp.max(logits, axis=-1, keepdims=True))
+    powers = xp.exp(logits - top)
+    return powers / xp.sum(powers, axis=-1, keepdims=True)
+
+
+def _largest(ranked: Array, k: int, backend: Backend) -> Array:
+    """Indices (tokens, k) of the k largest entries, the largest first."""
+    xp = backend.namespace
+    if ranked.shape[0] == 0:
+        return xp.zeros((0, k), dtype=default_integer(xp), device=device_of(ranked))
+    return largest(backend, ranked, k)[0]
