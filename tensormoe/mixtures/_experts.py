@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from tensormoe._config import ACTIVATIONS, LayerConfig
@@ -241,9 +241,10 @@ def run_expert(roles: Collection[str], project: Project, act: Act, x: Array) -> 
 
 def gated(act: Act) -> Act:
     """The function of both halves, (..., 2 · hidden) → (..., hidden), of a gated unit."""
+    # a partial, as modules that keep it must be pickled
+    return partial(_both_halves, act)
 
-    def both_halves(both: Array) -> Array:
-        half = both.shape[-1] // 2
-        return act(both[..., :half]) * both[..., half:]
 
-    return both_halves
+def _both_halves(act: Act, both: Array) -> Array:
+    half = both.shape[-1] // 2
+    return act(both[..., :half]) * both[..., half:]
