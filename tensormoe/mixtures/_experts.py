@@ -15,6 +15,8 @@ from tensormoe._validation import choice, positive_int
 from tensormoe.backend import Array
 from tensormoe.errors import SpecError
 from tensormoe.factorizations import FactorizationLike
+from tensormoe.mixtures._budget import within_budget
+from tensormoe.selection import Budget
 
 KINDS: Mapping[str, str | None] = {"swiglu": "silu", "mlp": "gelu", "linear": None}
 """Kinds of experts, each with its default activation."""
@@ -148,6 +150,9 @@ def experts_config(
     bias: bool = False,
     factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "dense",
     rank: int | tuple[int, ...] | None = None,
+    budget: Budget | int | None = None,
+    router: int = 0,
+    others: int = 0,
 ) -> ExpertsConfig:
     """Experts from the arguments that all mixtures share.
 
@@ -162,10 +167,15 @@ def experts_config(
         factorization: of every layer, or a pair.
         rank: bond sizes of both, with a name. Without one, a named factorization gets the rank
             whose factors have the parameters of one expert's linear layer.
+        budget: parameters of the whole mixture instead of a rank: a number, or a
+            ``Budget(parameters=…)``, whose ``gate=False`` leaves the router out.
+        router: parameters of the router, for a budget.
+        others: parameters of what is built besides experts and router, for a budget.
 
     Raises:
         SpecError: sizes, names or options that cannot be.
-        RankError: a rank that does not fit.
+        RankError: a rank that does not fit, or both a rank and a budget.
+        BudgetError: not a number of parameters, or too few; says how many are needed.
     """
     choice(kind, KINDS, "kind", SpecError)
     count = positive_int(experts, "experts")
@@ -183,6 +193,10 @@ def experts_config(
                     f"{name} must be None for linear experts; got {value!r}. Leave it out, or use "
                     "kind='mlp'."
                 )
+        if budget is not None:
+            sizes = inner, None, outer
+            bought: Any = {"bias": bias, "router": router, "others": others}
+            pair = within_budget(budget, pair, rank, sizes, count, **bought)
         return ExpertsConfig(kind, None, _spec(pair[1], rank, inner, outer, count, bias), None)
     if hidden_features is None:
         raise SpecError(
@@ -191,6 +205,9 @@ def experts_config(
         )
     hidden = positive_int(hidden_features, "hidden_features")
     width = 2 * hidden if kind == "swiglu" else hidden
+    if budget is not None:
+        bought = {"gated": kind == "swiglu", "bias": bias, "router": router, "others": others}
+        pair = within_budget(budget, pair, rank, (inner, hidden, outer), count, **bought)
     return ExpertsConfig(
         kind,
         _spec(pair[0], rank, inner, width, count, bias),
