@@ -193,6 +193,11 @@ def experts_config(
                     f"{name} must be None for linear experts; got {value!r}. Leave it out, or use "
                     "kind='mlp'."
                 )
+        if isinstance(factorization, tuple):
+            raise SpecError(
+                f"factorization must be one for linear experts; got {factorization!r}. Pairs are "
+                "for experts of two layers."
+            )
         if budget is not None:
             sizes = inner, None, outer
             bought: Any = {"bias": bias, "router": router, "others": others}
@@ -205,13 +210,15 @@ def experts_config(
         )
     hidden = positive_int(hidden_features, "hidden_features")
     width = 2 * hidden if kind == "swiglu" else hidden
+    # of a pair, the rank is of the layer that takes one
+    first, second = (None if one == "dense" != other else rank for one, other in (pair, pair[::-1]))
     if budget is not None:
         bought = {"gated": kind == "swiglu", "bias": bias, "router": router, "others": others}
         pair = within_budget(budget, pair, rank, (inner, hidden, outer), count, **bought)
     return ExpertsConfig(
         kind,
-        _spec(pair[0], rank, inner, width, count, bias),
-        _spec(pair[1], rank, hidden, outer, count, bias),
+        _spec(pair[0], first, inner, width, count, bias),
+        _spec(pair[1], second, hidden, outer, count, bias),
         KINDS[kind] if act_layer is None else act_layer,
     )
 
@@ -224,8 +231,6 @@ def _spec(
     experts: int,
     bias: bool,
 ) -> LayerSpec:
-    if factorization == "dense":
-        rank = None
     options = Options(experts, factorization, rank, None, bias, None)
     return options.layer(rows, columns).spec
 
