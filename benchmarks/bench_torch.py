@@ -78,14 +78,15 @@ def direct(layer: MuMoE, x: Tensor) -> Callable[[], Tensor]:
     """The formulation of the paper's appendix, written with einsum."""
     factors: Any = layer.factors
     assert layer.gate is not None
-    projection = layer.gate.projection_0
+    projection, gate = layer.gate.projection_0, layer.gate.gate
     cp = isinstance(layer.spec.factorization, CP)
     equation = "bn,nr,bi,ir,or->bo" if cp else "bn,npq,bi,iqs,osp->bo"
     joined = torch.cat([factors["input"], factors["bias"][None]]).detach().requires_grad_()
     experts = projection.shape[1]
+    spread = gate.spread_of(experts)
 
     def run() -> Tensor:
-        weights = entmax15(layer_norm(x @ projection, (experts,)), dim=-1)
+        weights = entmax15(spread * layer_norm(x @ projection, (experts,), eps=gate.eps), dim=-1)
         extended = torch.cat([x, torch.ones(len(x), 1)], dim=-1)
         output: Tensor = torch.einsum(
             equation, weights, factors["expert_0"], extended, joined, factors["output"]
