@@ -13,6 +13,7 @@ from tensormoe.backend import get_backend
 from tensormoe.errors import GateError
 from tensormoe.gates import importance_loss, load_balance_loss, z_loss
 from tensormoe.routing import Router, by_expert, choose
+from tensormoe_torch import SparseMoE
 
 rng = np.random.default_rng(0)
 LOGITS = rng.standard_normal((40, 6))
@@ -97,6 +98,13 @@ def test_dropped_choices_count_for_the_load() -> None:
     loss = load_balance_loss(routes.scores, routes.choices, experts=3)
     np.testing.assert_allclose(loss, 3 * softmax(logits, 1).mean(0) @ [0.8, 0.2, 0.0])
     assert loss > load_balance_loss(routes.scores, routes.chosen, experts=3)
+    # balance counts them as well: the second expert is below the mean load of ten
+    router = Router("sigmoid", capacity=1.0, balance=0.1)
+    layer = SparseMoE(3, None, experts=3, top_k=1, kind="linear", router=router)
+    with torch.no_grad():
+        layer.router.projection.copy_(torch.eye(3))
+    layer.route(torch.tensor(logits, dtype=torch.float32))
+    np.testing.assert_allclose(layer.router.choice_bias, [-0.1, 0.1, 0.1], rtol=1e-6)
 
 
 def test_first_choices_go_before_second_ones() -> None:
