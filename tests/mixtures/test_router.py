@@ -121,14 +121,19 @@ def test_ties_masked_experts_and_tokens_without_any() -> None:
     assert routes.scores[0].tolist()[0::2] == [0.0, 0.0]
     assert routes.top_k_weights[0, 2] == 0.0
     assert np.isfinite(routes.top_k_weights).all()
-    for name in ("numpy", "torch"):
-        logits: Any = np.array([[-inf] * 3, [0.0, 1.0, 2.0]])
-        logits = torch.tensor(logits) if name == "torch" else logits
-        with np.errstate(invalid="ignore"):
-            routes = choose(Router(), logits, 2)
-        found = np.asarray(routes.top_k_weights)
-        assert np.isnan(found[0]).all()
-        np.testing.assert_allclose(found[1], softmax([2.0, 1.0]))
+    for first, message in (
+        ([-inf] * 3, "at least one expert; got none in row 1, where all logits are -inf"),
+        ([inf, 0.0, 0.0], "logits of a softmax must be less than infinity; got inf in row 1"),
+    ):
+        logits = np.array([[0.0, 1.0, 2.0], first])
+        with pytest.raises(GateError, match=message):
+            choose(Router(), logits, 2)
+        found = choose(Router(), torch.tensor(logits), 2).top_k_weights
+        assert torch.isnan(found[1]).all()
+        np.testing.assert_allclose(found[0], softmax([2.0, 1.0]))
+    with pytest.raises(GateError, match="at least one expert; got none in row 0"):
+        choose(Router("sigmoid"), np.full((2, 3), -inf), 2)
+    assert choose(Router("sigmoid"), np.array([[inf, 0.0]]), 1).top_k_weights == 1.0
 
 
 def test_a_nan_logit_is_its_tokens_own() -> None:
