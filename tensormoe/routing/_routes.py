@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 from typing import Any
 
 from tensormoe.backend import Array, Backend, backend_of, default_integer, device_of
@@ -70,8 +70,10 @@ def choose(
 ) -> Routes:
     """The experts of every token and their weights, from logits.
 
-    Ties go to the lower index. An expert of logit -inf has score 0; a token with no other expert
-    gets NaN weights from a softmax, and so does one with a NaN logit.
+    Ties go to the lower index. An expert of logit -inf has score 0. Where the backend checks
+    values, a token with no other expert is refused, and so is one with a NaN logit, or with an
+    infinite one in a softmax. Elsewhere such tokens get NaN weights, but zeros for logits of -inf
+    alone from sigmoids.
 
     Args:
         router: the rule.
@@ -86,7 +88,7 @@ def choose(
 
     Raises:
         GateError: k is out of range, or logits are not a floating-point matrix; where the backend
-            checks values, also where logits are NaN.
+            checks values, also where they are not those of any choice.
 
     >>> import numpy as np
     >>> routes = choose(Router(), np.log([[0.5, 0.125, 0.375]]), 2)
@@ -101,8 +103,8 @@ def choose(
             f"{tuple(logits.shape)}. Merge leading axes."
         )
     check_k(k, logits.shape[1])
-    if backend.checks_values and bool(xp.any(xp.isnan(logits))):
-        raise GateError("logits must not be NaN; got some. Look for the layer that made them.")
+    if backend.checks_values and logits.shape[0]:
+        _check_values(logits, router, xp)
     scores = _scores(router, logits, backend)
     ranked = scores if noise is None else _scores(router, logits + router.noise * noise, backend)
     if choice_bias is not None:
@@ -142,6 +144,26 @@ def within_capacity(index: Array, experts: int, capacity: float, backend: Backen
     here = xp.astype(first == columns, default_integer(xp))
     before = xp.sum((xp.cumulative_sum(here, axis=0) - here) * here, axis=1)
     return backend.permute(backend.reshape(before < places, (k, tokens)), (1, 0))
+
+
+def _check_values(logits: Array, router: Router, xp: Any) -> None:
+    """Refuse logits that no choice follows from."""
+    if bool(xp.any(xp.isnan(logits))):
+        raise GateError("logits must not be NaN; got some. Look for the layer that made them.")
+    top = xp.max(logits, axis=-1)
+    nowhere = top == -inf
+    if bool(xp.any(nowhere)):
+        row = int(xp.argmax(xp.astype(nowhere, top.dtype)))
+        raise GateError(
+            f"every token must have at least one expert; got none in row {row}, where all logits "
+            "are -inf. Leave each token one expert."
+        )
+    if router.scores == "softmax" and bool(xp.any(top == inf)):
+        row = int(xp.argmax(top))
+        raise GateError(
+            f"logits of a softmax must be less than infinity; got inf in row {row}. Scale the "
+            "router's projection or its input down."
+        )
 
 
 def _scores(router: Router, logits: Array, backend: Backend) -> Array:

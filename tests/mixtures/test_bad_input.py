@@ -194,6 +194,8 @@ def test_tokens_that_may_go_nowhere() -> None:
     assert {*layer.route(x).top_k_index.ravel().tolist()} == {1, 2}
     assert np.isfinite(layer(x)).all()
     nowhere = arrays | {"router.bias": np.full(4, -np.inf)}
+    with pytest.raises(GateError, match=r"at least one expert; got none in row 0, .* -inf\. Leave"):
+        tensormoe_numpy.SparseMoE.restore(config, nowhere)(x)
     found = torch_layer(config, nowhere)(torch.tensor(x))
     assert torch.isnan(found).all()
 

@@ -13,6 +13,7 @@ from tensormoe.backend import get_backend
 from tensormoe.errors import GateError
 from tensormoe.gates import importance_loss, load_balance_loss, z_loss
 from tensormoe.routing import Router, by_expert, choose
+from tensormoe_torch import SparseMoE
 
 rng = np.random.default_rng(0)
 LOGITS = rng.standard_normal((40, 6))
@@ -97,6 +98,13 @@ def test_dropped_choices_count_for_the_load() -> None:
     loss = load_balance_loss(routes.scores, routes.choices, experts=3)
     np.testing.assert_allclose(loss, 3 * softmax(logits, 1).mean(0) @ [0.8, 0.2, 0.0])
     assert loss > load_balance_loss(routes.scores, routes.chosen, experts=3)
+    # balance counts them as well: the second expert is below the mean load of ten
+    router = Router("sigmoid", capacity=1.0, balance=0.1)
+    layer = SparseMoE(3, None, experts=3, top_k=1, kind="linear", router=router)
+    with torch.no_grad():
+        layer.router.projection.copy_(torch.eye(3))
+    layer.route(torch.tensor(logits, dtype=torch.float32))
+    np.testing.assert_allclose(layer.router.choice_bias, [-0.1, 0.1, 0.1], rtol=1e-6)
 
 
 def test_first_choices_go_before_second_ones() -> None:
@@ -113,14 +121,19 @@ def test_ties_masked_experts_and_tokens_without_any() -> None:
     assert routes.scores[0].tolist()[0::2] == [0.0, 0.0]
     assert routes.top_k_weights[0, 2] == 0.0
     assert np.isfinite(routes.top_k_weights).all()
-    for name in ("numpy", "torch"):
-        logits: Any = np.array([[-inf] * 3, [0.0, 1.0, 2.0]])
-        logits = torch.tensor(logits) if name == "torch" else logits
-        with np.errstate(invalid="ignore"):
-            routes = choose(Router(), logits, 2)
-        found = np.asarray(routes.top_k_weights)
-        assert np.isnan(found[0]).all()
-        np.testing.assert_allclose(found[1], softmax([2.0, 1.0]))
+    for first, message in (
+        ([-inf] * 3, "at least one expert; got none in row 1, where all logits are -inf"),
+        ([inf, 0.0, 0.0], "logits of a softmax must be less than infinity; got inf in row 1"),
+    ):
+        logits = np.array([[0.0, 1.0, 2.0], first])
+        with pytest.raises(GateError, match=message):
+            choose(Router(), logits, 2)
+        found = choose(Router(), torch.tensor(logits), 2).top_k_weights
+        assert torch.isnan(found[1]).all()
+        np.testing.assert_allclose(found[0], softmax([2.0, 1.0]))
+    with pytest.raises(GateError, match="at least one expert; got none in row 0"):
+        choose(Router("sigmoid"), np.full((2, 3), -inf), 2)
+    assert choose(Router("sigmoid"), np.array([[inf, 0.0]]), 1).top_k_weights == 1.0
 
 
 def test_a_nan_logit_is_its_tokens_own() -> None:

@@ -170,7 +170,9 @@ def test_noise_is_drawn_in_training_alone_from_the_frameworks_generator() -> Non
     assert np.array_equal(records[0], records[1])
     assert not np.array_equal(records[0], records[2])
     assert not np.array_equal(records[0], quiet)
+    before = torch.get_rng_state()
     assert np.array_equal(layer.eval().route(torch.tensor(x)).top_k_index, quiet)
+    assert torch.equal(torch.get_rng_state(), before)
     given = {name: jnp.asarray(each) for name, each in arrays.items()}
     module = tensormoe_jax.nnx.SparseMoE.restore(NOISY, given, rngs=nnx.Rngs(0))
     first, second = (np.asarray(module.route(x_).top_k_index) for x_ in [jnp.asarray(x)] * 2)

@@ -37,7 +37,7 @@ class MixtureLayer(Held[M], MixtureMethods[Array, M]):
 
         Raises:
             BackendError, ShapeError: the input does not fit.
-            GateError: logits are NaN.
+            GateError: logits that no choice follows from: NaN, or -inf alone.
         """
         batch_shape, rows = self._rows(x)
         return self.config.route(self._parts, rows)[0].reshaped(batch_shape, self.backend)
@@ -51,7 +51,7 @@ class MixtureLayer(Held[M], MixtureMethods[Array, M]):
 
         Raises:
             BackendError, ShapeError: input or record do not fit.
-            GateError: logits are NaN.
+            GateError: logits that no choice follows from: NaN, or -inf alone.
         """
         batch_shape, rows = self._rows(x)
         routes = self.route(x) if routes is None else routes
