@@ -23,6 +23,7 @@ from tensormoe.planning import (
     plan_layer,
     plan_regimes,
 )
+from tensormoe.planning._each import each_regimes
 from tensormoe.planning._library import DEFAULT
 
 __all__ = ["ACTIVATIONS", "BlockConfig", "LayerConfig"]
@@ -54,6 +55,11 @@ class LayerConfig:
     def regimes(self) -> Regimes:
         """The programs for every batch size; planned on first use."""
         return plan_regimes(self.spec.network, Routing(None, self.indexed_input))
+
+    @cached_property
+    def each_regimes(self) -> Regimes:
+        """The programs for rows in the order of experts, by rows per expert."""
+        return each_regimes(self.spec.network)
 
     def plan_ahead(self) -> None:
         """Plan now, so that a forward call only looks up programs.
