@@ -310,10 +310,8 @@ class MixtureMethods(Methods[A, M]):
         return config, arrays  # type: ignore[return-value]
 
 
-class SoftMethods:
+class SoftMethods(MixtureMethods[A, SoftConfig]):
     """Methods of soft mixtures, whose tokens come in sets."""
-
-    config: SoftConfig
 
     def cost(self, batch: int, *, sets: int = 1, training: bool = False) -> Cost:
         """Cost of one call for ``batch`` tokens in ``sets`` sets of one size.
@@ -331,9 +329,6 @@ class SoftMethods:
             SpecError: tokens that cannot be divided into so many sets.
         """
         return self.config.cost(batch, sets=sets, training=training, **self._costs())
-
-    def _costs(self) -> Costs:
-        raise NotImplementedError
 
 
 def check_constructor(kind: type, override: str) -> None:

@@ -90,7 +90,7 @@ def select_soft(
     batch_shape, rows, merged = _routed(config, arrays, x, routes, mask)
     scores = None
     if random is not None:
-        shape = rows.shape[0], config.experts.num_experts
+        shape = rows.shape[0], config.num_experts
         scores = jax.random.uniform(checked_key(random, "random must be a key"), shape)
     y: Array = config.select(parts_of(config, arrays), rows, merged, k, scores)
     return y.reshape(*batch_shape, config.out_features)

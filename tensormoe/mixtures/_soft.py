@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import inf, sqrt
+from math import inf, prod, sqrt
 from typing import Any, ClassVar, NoReturn
 
 from tensormoe._config import LayerConfig
@@ -70,13 +70,19 @@ class SoftConfig(MixtureConfig):
     def out_features(self) -> int:
         return self.experts.out_features
 
+    @property
+    def num_experts(self) -> int:
+        """N."""
+        # no cached property, which locks on first use: compilers cannot follow that
+        return prod(self.experts.down.experts)
+
     @cached_property
     def layers(self) -> Mapping[str, LayerConfig]:
         return layers_of("experts", self.experts)
 
     @cached_property
     def own(self) -> Mapping[str, OwnArray]:
-        shape = self.in_features, self.experts.num_experts, self.slots
+        shape = self.in_features, self.num_experts, self.slots
         arrays = {"router.projection": OwnArray(shape, "normal", 1.0 / sqrt(self.in_features))}
         # one axis, as fully_shard takes no scalars
         return arrays | ({"router.scale": OwnArray((1,), "ones")} if self.normalize else {})
@@ -95,7 +101,7 @@ class SoftConfig(MixtureConfig):
         return super().merged_shape(batch_shape)
 
     def noise_shape(self, *tokens: int) -> tuple[int, ...] | None:
-        return (*tokens, self.experts.num_experts, self.slots) if self.noise else None
+        return (*tokens, self.num_experts, self.slots) if self.noise else None
 
     def route(
         self,
@@ -128,7 +134,7 @@ class SoftConfig(MixtureConfig):
         if self.normalize:
             scale = widened(parts.arrays["router.scale"], backend)
             tokens, phi = _unit(tokens, -1, backend), _unit(phi, 0, backend) * scale
-        shape = *x.shape[:2], self.experts.num_experts, self.slots
+        shape = *x.shape[:2], self.num_experts, self.slots
         logits = backend.reshape(backend.matmul(tokens, phi), shape)
         if training and self.noise:
             if noise is None:
@@ -205,7 +211,7 @@ class SoftConfig(MixtureConfig):
         return _combined(combine, made, x, backend)
 
     def check_routes(self, routes: Any, batch_shape: tuple[int, ...]) -> None:
-        shape = *batch_shape, self.experts.num_experts, self.slots
+        shape = *batch_shape, self.num_experts, self.slots
         for name in ("logits", "dispatch", "combine"):
             found = getattr(getattr(routes, name, None), "shape", None)
             if found is None or tuple(found) != shape:

@@ -15,7 +15,7 @@ from tensormoe_numpy._random import checked_dtype, checked_generator, draw
 from tensormoe_numpy.mixtures._base import MixtureLayer
 
 
-class SoftMoE(SoftMethods, MixtureLayer[SoftConfig]):
+class SoftMoE(SoftMethods[Array], MixtureLayer[SoftConfig]):
     """A soft mixture of experts: experts run averages of tokens; forward alone.
 
     With logits ``L = X Φ`` of the tokens X of a set, every expert runs p slots, the averages
@@ -171,7 +171,7 @@ class SoftMoE(SoftMethods, MixtureLayer[SoftConfig]):
         batch_shape, rows, routes = self._routed(x, routes, mask)
         scores = None
         if random is not None:
-            shape = rows.shape[0], self.config.experts.num_experts
+            shape = rows.shape[0], self.config.num_experts
             scores = self.backend.from_host(checked_generator(random).random(shape))
         y = self.config.select(self._parts, rows, routes, k, scores)
         return y.reshape(*batch_shape, self.config.out_features)

@@ -54,7 +54,7 @@ class SoftRouter(nn.Module):
         """The part of ``repr`` between the brackets."""
         config = self.config
         return (
-            f"{config.in_features}, {config.experts.num_experts}, slots={config.slots}, "
+            f"{config.in_features}, {config.num_experts}, slots={config.slots}, "
             f"normalize={config.normalize}, noise={config.noise}"
         )
 
@@ -88,7 +88,7 @@ class SoftRouter(nn.Module):
         return routes.reshaped(batch_shape, BACKEND) if len(batch_shape) != 2 else routes
 
 
-class SoftMoE(SoftMethods, MixtureModule[SoftConfig]):
+class SoftMoE(SoftMethods[Tensor], MixtureModule[SoftConfig]):
     """A soft mixture of experts (Puigcerver et al. 2024): experts run averages of tokens.
 
     With logits ``L = X Φ`` of the tokens X of a set, every expert runs p slots, the averages
@@ -256,7 +256,7 @@ class SoftMoE(SoftMethods, MixtureModule[SoftConfig]):
         batch_shape, rows, routes = self._routed(x, routes, mask)
         scores = None
         if random is not None:
-            shape = rows.shape[0], self.config.experts.num_experts
+            shape = rows.shape[0], self.config.num_experts
             drawn = torch.rand(shape, generator=random, device=random.device)
             scores = drawn.to(x.device)
         y: Tensor = self.config.select(self._parts(), rows, routes, k, scores)

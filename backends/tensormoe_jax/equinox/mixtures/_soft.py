@@ -16,7 +16,7 @@ from tensormoe_jax._soft import route_soft, run_soft, select_soft
 from tensormoe_jax.equinox.mixtures._base import MixtureModule
 
 
-class SoftMoE(SoftMethods, MixtureModule[SoftConfig]):
+class SoftMoE(SoftMethods[Array], MixtureModule[SoftConfig]):
     """A soft mixture of experts (Puigcerver et al. 2024): experts run averages of tokens.
 
     With logits ``L = X Φ`` of the tokens X of a set, every expert runs p slots, the averages

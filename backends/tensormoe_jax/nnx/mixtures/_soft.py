@@ -16,7 +16,7 @@ from tensormoe_jax.nnx._rngs import Source
 from tensormoe_jax.nnx.mixtures._base import MixtureModule
 
 
-class SoftMoE(SoftMethods, MixtureModule[SoftConfig]):
+class SoftMoE(SoftMethods[Array], MixtureModule[SoftConfig]):
     """A soft mixture of experts (Puigcerver et al. 2024): experts run averages of tokens.
 
     With logits ``L = X Φ`` of the tokens X of a set, every expert runs p slots, the averages
