@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tensormoe.errors import ShapeError
 from tensormoe.functional import EachExpert, LayerConfig, apply_each
-from tensormoe.gates import TopK
+from tensormoe.gates import OneExpert, TopK
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._autograd import mix, no_autocast
 from tensormoe_torch._checks import compute_dtype
@@ -40,7 +40,9 @@ class Factors(nn.ParameterDict):
         """The factors by canonical name, computed ones too."""
         return {name: getattr(self, short) for name, short in self._names}
 
-    def forward(self, x: Tensor, *coefficients: Tensor | TopK | EachExpert) -> Tensor:
+    def forward(
+        self, x: Tensor, *coefficients: Tensor | TopK | OneExpert | EachExpert
+    ) -> Tensor:
         """The mixture (..., out) of the experts' outputs.
 
         Args:
@@ -63,7 +65,7 @@ def mixture(
     config: LayerConfig,
     parameters: Mapping[str, Tensor],
     x: Tensor,
-    coefficients: Sequence[Tensor | TopK],
+    coefficients: Sequence[Tensor | TopK | OneExpert],
 ) -> Tensor:
     """The mixture (..., out) of a layer with its factors by canonical name."""
     lead = tuple(x.shape if config.indexed_input else x.shape[:-1])
@@ -98,8 +100,10 @@ def _narrowed(parameters: Mapping[str, Tensor]) -> tuple[torch.dtype, Mapping[st
     return dtype, {name: array.to(dtype) for name, array in parameters.items()}
 
 
-def with_lead(given: Tensor | TopK, lead: tuple[int, ...]) -> Tensor | TopK:
+def with_lead(given: Tensor | TopK | OneExpert, lead: tuple[int, ...]) -> Tensor | TopK | OneExpert:
     """Coefficients of as many inputs with other leading axes."""
+    if isinstance(given, OneExpert):
+        return OneExpert(given.indices.reshape(lead), given.counts)
     if isinstance(given, TopK):
         shape = (*lead, given.values.shape[-1])
         return TopK(given.indices.reshape(shape), given.values.reshape(shape))

@@ -79,18 +79,18 @@ def within_budget(
 def _parameters(budget: Budget | int) -> tuple[int, bool]:
     """A number of parameters, and whether it covers the router."""
     remedy = "Write a number, or Budget(parameters=…, gate=False) to leave the router out."
-    if isinstance(budget, str) or budget is None:
+    if not isinstance(budget, Budget):
+        if isinstance(budget, bool) or not hasattr(budget, "__index__"):
+            raise BudgetError(
+                "budget of a mixture must be a number of parameters, as it takes the place of no "
+                f"one linear layer; got {brief(budget)}. {remedy}"
+            )
+        budget = Budget(parameters=budget)
+    if not budget.counts_parameters_alone or budget.parameters is None:
         raise BudgetError(
-            "budget of a mixture must be a number of parameters, as it takes the place of no one "
-            f"linear layer; got {brief(budget)}. {remedy}"
+            f"budget of a mixture must limit parameters alone; got {budget!r}. {remedy}"
         )
-    # sizes matter for names alone
-    parsed = Budget.parse(budget, 1, 1)
-    if not parsed.counts_parameters_alone or parsed.parameters is None:
-        raise BudgetError(
-            f"budget of a mixture must limit parameters alone; got {parsed!r}. {remedy}"
-        )
-    return parsed.parameters, parsed.gate
+    return budget.parameters, budget.gate
 
 
 def _refused(error: BudgetError, limit: int, besides: int, router: int) -> BudgetError:

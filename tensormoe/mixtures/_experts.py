@@ -97,6 +97,10 @@ class ExpertsConfig:
     def _up(self) -> str:
         return "gate_up_proj" if self.kind == "swiglu" else "up_proj"
 
+    def sorts(self, rows: int) -> bool:
+        """Whether so many rows of one expert each run faster when they are sorted by expert."""
+        return any(layer.sorts(rows) for layer in self.layers.values())
+
     def arguments(self) -> str:
         """Arguments of a constructor that give these experts, for ``repr``."""
         sizes = [self.in_features, self.hidden_features, self.out_features]
@@ -193,6 +197,11 @@ def experts_config(
                     f"{name} must be None for linear experts; got {value!r}. Leave it out, or use "
                     "kind='mlp'."
                 )
+        if isinstance(factorization, tuple):
+            raise SpecError(
+                f"factorization must be one for linear experts; got {factorization!r}. Pairs are "
+                "for experts of two layers."
+            )
         if budget is not None:
             sizes = inner, None, outer
             bought: Any = {"bias": bias, "router": router, "others": others}
@@ -205,13 +214,15 @@ def experts_config(
         )
     hidden = positive_int(hidden_features, "hidden_features")
     width = 2 * hidden if kind == "swiglu" else hidden
+    # of a pair, the rank is of the layer that takes one
+    first, second = (None if one == "dense" != other else rank for one, other in (pair, pair[::-1]))
     if budget is not None:
         bought = {"gated": kind == "swiglu", "bias": bias, "router": router, "others": others}
         pair = within_budget(budget, pair, rank, (inner, hidden, outer), count, **bought)
     return ExpertsConfig(
         kind,
-        _spec(pair[0], rank, inner, width, count, bias),
-        _spec(pair[1], rank, hidden, outer, count, bias),
+        _spec(pair[0], first, inner, width, count, bias),
+        _spec(pair[1], second, hidden, outer, count, bias),
         KINDS[kind] if act_layer is None else act_layer,
     )
 
@@ -224,8 +235,6 @@ def _spec(
     experts: int,
     bias: bool,
 ) -> LayerSpec:
-    if factorization == "dense":
-        rank = None
     options = Options(experts, factorization, rank, None, bias, None)
     return options.layer(rows, columns).spec
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf, prod, sqrt
@@ -25,6 +25,9 @@ from tensormoe.planning._library import DEFAULT
 from tensormoe.routing import SoftRoutes, select_experts, soft_routes
 from tensormoe.routing._soft import most
 from tensormoe.selection import Budget
+
+Routed = Callable[[Array, Array, Array], Array]
+"""Outputs (rows, out) for rows (rows, in), numbers (rows, k) of experts and weights (rows, k)."""
 
 EPS = 1e-6
 """Added to the squares of a token, and of a column of Φ, before the root that it is divided by."""
@@ -159,7 +162,13 @@ class SoftConfig(MixtureConfig):
         return _combined(routes.combine, made, x, backend)
 
     def select(
-        self, parts: Parts, x: Array, routes: SoftRoutes, k: int, scores: Array | None = None
+        self,
+        parts: Parts,
+        x: Array,
+        routes: SoftRoutes,
+        k: int,
+        scores: Array | None = None,
+        routed: Routed | None = None,
     ) -> Array:
         """Outputs of k experts of each set alone: those of the largest combine weights.
 
@@ -169,6 +178,7 @@ class SoftConfig(MixtureConfig):
             routes: what :meth:`route` returned for them.
             k: experts to run, from 1 to N.
             scores: (sets, N) by which experts are chosen instead.
+            routed: as for :meth:`run_selected`.
 
         Raises:
             GateError: k is out of range.
@@ -178,9 +188,16 @@ class SoftConfig(MixtureConfig):
             index = select_experts(routes.combine, k, backend=backend)
         else:
             index = most(scores, k, backend)
-        return self.run_selected(parts, x, routes, index)
+        return self.run_selected(parts, x, routes, index, routed)
 
-    def run_selected(self, parts: Parts, x: Array, routes: SoftRoutes, index: Array) -> Array:
+    def run_selected(
+        self,
+        parts: Parts,
+        x: Array,
+        routes: SoftRoutes,
+        index: Array,
+        routed: Routed | None = None,
+    ) -> Array:
         """Outputs of some experts of each set alone (Chung et al. 2025); no others are run.
 
         Combine weights stay as they are: those of the experts left out are missing in the sum.
@@ -190,6 +207,7 @@ class SoftConfig(MixtureConfig):
             x: (sets, tokens, in).
             routes: what :meth:`route` returned for them.
             index: (sets, k) numbers of the experts, each at most once in a set.
+            routed: runs experts as :func:`run_routed` does, for a framework that calls a module.
         """
         backend = parts.backend
         xp = backend.namespace
@@ -206,7 +224,10 @@ class SoftConfig(MixtureConfig):
             xp.broadcast_to(index[:, :, None], (sets, k, p)), (sets * k * p, 1)
         )
         ones = xp.ones_like(backend.stop_gradient(rows[:, :1]))
-        made = run_routed(self.experts, parts, "experts", rows, expert, ones)
+        if routed is None:
+            made = run_routed(self.experts, parts, "experts", rows, expert, ones)
+        else:
+            made = routed(rows, expert, ones)
         made = backend.reshape(made, (sets, k * p, self.out_features))
         return _combined(combine, made, x, backend)
 

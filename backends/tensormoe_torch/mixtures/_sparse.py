@@ -66,7 +66,7 @@ class SparseMoE(MixtureModule[SparseConfig]):
     >>> y = layer(x, routes)
     >>> y.shape, routes.top_k_index.shape
     (torch.Size([5, 7, 32]), torch.Size([5, 7, 2]))
-    >>> loss = load_balance_loss(routes.scores, routes.chosen, experts=8)
+    >>> loss = load_balance_loss(routes.scores, routes.choices, experts=8)
     """
 
     _kind = "SparseMoE"
@@ -153,4 +153,5 @@ class SparseMoE(MixtureModule[SparseConfig]):
         y: Tensor = self.experts(rows, index, weights)
         if self.shared is not None:
             y = y + self.shared.everywhere(rows)
-        return y.reshape(*batch_shape, config.out_features)
+        # fully_shard warns of outputs that are views
+        return y if len(batch_shape) == 1 else y.reshape(*batch_shape, config.out_features)
