@@ -110,7 +110,7 @@ def run(images: Images, experts: int, scale_rate: float, seed: int, epochs: int)
     model = trained(images, experts, scale_rate, seed, epochs)
     layer = model.experts
     found: Run = {"all": accuracy(model, images), "seconds": perf_counter() - start}
-    found["scale"] = float(layer.router.get_parameter("scale"))
+    found["scale"] = layer.router.get_parameter("scale").item()
     for share in SHARES:
         k = experts // share
         found[f"selected {share}"] = accuracy(model, images, partial(layer.select, k=k))
@@ -162,11 +162,8 @@ def main() -> None:
             runs.get(images, experts, rate, seed, epochs)
 
     print(f"{images.name}: {len(images.train)} images, {epochs} epochs, {seeds} seeds\n")
-    print(
-        "| experts | hidden | rate of the scale | scale | kept | test accuracy of all, % | of those selected, % |",
-        end="",
-    )
-    print(" share of all, % | of random ones, % | selected − random |")
+    print("| experts | hidden | rate of the scale | scale | kept | accuracy of all, % ", end="")
+    print("| of those selected, % | share of all, % | of random ones, % | selected − random |")
     print("|" + " ---: |" * 10)
     for experts, rate in kinds:
         found = [runs.get(images, experts, rate, seed, epochs) for seed in range(seeds)]
