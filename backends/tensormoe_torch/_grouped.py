@@ -38,12 +38,9 @@ def grouped_outer(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
 
 
 def _products(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
-    # PyTorch's own wants rows that begin at multiples of 16 bytes
-    aligned = all(size * rows.dtype.itemsize % _ALIGNMENT == 0 for size in matrices.shape[1:])
-    if _GROUPED is not None and rows.dtype in _DTYPES and aligned and len(rows):
-        offsets = counts.cumsum(0).to(torch.int32)
+    if _fits(rows, *matrices.shape[1:]):
         # gradients of sums are rows that lie on one another in memory
-        made: Tensor = _GROUPED(rows.contiguous(), matrices, offs=offsets)
+        made: Tensor = _GROUPED(rows.contiguous(), matrices, offs=_offsets(counts))
         return made
     parts = [rows[some] @ matrices[expert] for expert, some in _groups(counts) if some is not None]
     return torch.cat(parts) if parts else rows.new_zeros((0, matrices.shape[2]))
@@ -55,6 +52,9 @@ def _outers(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
         return torch.stack(
             [empty if some is None else left[some].T @ right[some] for _, some in _groups(counts)]
         )
+    if _fits(left, left.shape[1], right.shape[1]):
+        own: Tensor = _GROUPED(left.contiguous().T, right.contiguous(), offs=_offsets(counts))
+        return own
     made = left.new_empty((counts.shape[0], left.shape[1], right.shape[1]))
     for expert, some in _groups(counts):
         if some is None:
@@ -62,6 +62,20 @@ def _outers(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
         else:
             torch.mm(left[some].T, right[some], out=made[expert])
     return made
+
+
+def _fits(rows: Tensor, *sizes: int) -> bool:
+    """Whether PyTorch's own grouped product takes such operands.
+
+    It wants rows that begin at multiples of 16 bytes.
+    """
+    aligned = all(size * rows.dtype.itemsize % _ALIGNMENT == 0 for size in sizes)
+    return _GROUPED is not None and rows.dtype in _DTYPES and aligned and len(rows) > 0
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    """Where each expert's rows end."""
+    return counts.cumsum(0).to(torch.int32)
 
 
 def _groups(counts: Tensor) -> Iterator[tuple[int, slice | None]]:

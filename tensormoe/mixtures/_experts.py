@@ -22,6 +22,7 @@ KINDS: Mapping[str, str | None] = {"swiglu": "silu", "mlp": "gelu", "linear": No
 """Kinds of experts, each with its default activation."""
 
 Act = Callable[[Array], Array]
+Halves = Callable[[Array], tuple[Array, Array]]
 Project = Callable[[str, Array], Array]
 
 
@@ -265,12 +266,22 @@ def run_expert(roles: Collection[str], project: Project, act: Act, x: Array) -> 
     return project("down_proj", hidden_units(roles, project, act, x))
 
 
-def gated(act: Act) -> Act:
-    """The function of both halves, (..., 2 · hidden) → (..., hidden), of a gated unit."""
+def gated(act: Act, halves: Halves | None = None) -> Act:
+    """The function of both halves, (..., 2 · hidden) → (..., hidden), of a gated unit.
+
+    Args:
+        act: the activation of the first half.
+        halves: cuts an array in two along its last axis; slices by default.
+    """
     # a partial, as modules that keep it must be pickled
-    return partial(_both_halves, act)
+    return partial(_both_halves, act, halves or _halves)
 
 
-def _both_halves(act: Act, both: Array) -> Array:
+def _both_halves(act: Act, halves: Halves, both: Array) -> Array:
+    gate, up = halves(both)
+    return act(gate) * up
+
+
+def _halves(both: Array) -> tuple[Array, Array]:
     half = both.shape[-1] // 2
-    return act(both[..., :half]) * both[..., half:]
+    return both[..., :half], both[..., half:]

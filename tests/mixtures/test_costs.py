@@ -73,5 +73,6 @@ def test_work_grows_with_choices_and_tokens(name: str) -> None:
     assert two.cost(20).matmul_flops > one.cost(20).matmul_flops
     assert one.cost(40).matmul_flops == 2 * one.cost(20).matmul_flops
     trained = two.cost(64, training=True)
-    assert 2.4 < trained.matmul_flops / two.cost(64).matmul_flops < 3.1
+    # outer products of single rows are elementwise work
+    assert 2.4 < trained.flops / two.cost(64).flops < 3.6
     assert two.cost(64).saved_memory == 0 < trained.saved_memory < trained.peak_memory
