@@ -214,11 +214,20 @@ def test_noise_in_training_alone() -> None:
     x = torch.randn(2, 3, 6)
     assert not torch.equal(layer(x), layer(x))
     assert torch.equal(layer.eval()(x), layer(x))
-    module = tensormoe_jax.nnx.SoftMoE(6, 7, 5, experts=4, noise=1.0, rngs=0)
-    given = jax.numpy.asarray(x.numpy())
-    first, second = module.route(given).logits, module.route(given).logits
-    assert not np.array_equal(first, second)
-    assert abs(float((first - second).std()) - 2**0.5) < 0.7
+    ours = _layer(noise=0.5)
+    drawn = np.random.default_rng(0).standard_normal((2, 3, 4, 2))
+    quiet = ours.route(x.double().numpy())
+    routes, _ = ours.config.route(ours._parts, x.double().numpy(), training=True, noise=drawn)
+    np.testing.assert_allclose(routes.logits, quiet.logits + 0.5 * drawn)
+    with pytest.raises(GateError, match=r"noise=0\.5 needs a source of random numbers"):
+        ours.config.route(ours._parts, x.double().numpy(), training=True)
+    arrays = {name: jax.numpy.asarray(each, "float32") for name, each in ours.arrays.items()}
+    flax = tensormoe_jax.nnx.SoftMoE.restore(ours.config, arrays)
+    with pytest.raises(GateError, match="needs random numbers in training"):
+        flax(jax.numpy.asarray(x.numpy()))
+    equinox = tensormoe_jax.equinox.SoftMoE.restore(ours.config, arrays)
+    with pytest.raises(SpecError, match="noise needs a key in training"):
+        equinox(jax.numpy.asarray(x.numpy()))
 
 
 def test_initial_values() -> None:
