@@ -157,6 +157,7 @@ def test_masks_everywhere() -> None:
     wanted, some = ours(x, mask=mask), ours.select(x, 2, mask=mask)
     with jax.enable_x64(True):
         arrays = {name: jax.numpy.asarray(each) for name, each in ours.arrays.items()}
+        given, counts = jax.numpy.asarray(x), jax.numpy.asarray(mask)
         for package in (tensormoe_jax.nnx, tensormoe_jax.equinox):
             module = package.SoftMoE.restore(ours.config, arrays)
             np.testing.assert_allclose(module(given, mask=counts), wanted, atol=1e-12)
