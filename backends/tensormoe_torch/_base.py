@@ -122,8 +122,9 @@ class Mixture(Stored[LayerConfig], LayerMethods[Tensor]):
     ) -> Tensor:
         """The experts, mixed by the gate's coefficients or by given ones."""
         if isinstance(coefficients, EachExpert):
-            given = [coefficients]
-        elif coefficients is None:
+            made: Tensor = self.factors(x, coefficients)
+            return made
+        if coefficients is None:
             given = functional.own_gate(self.gate, self.config)(x)
         else:
             given = merged(self.config, coefficients, lead, weight)

@@ -40,9 +40,7 @@ class Factors(nn.ParameterDict):
         """The factors by canonical name, computed ones too."""
         return {name: getattr(self, short) for name, short in self._names}
 
-    def forward(
-        self, x: Tensor, *coefficients: Tensor | TopK | OneExpert | EachExpert
-    ) -> Tensor:
+    def forward(self, x: Tensor, *coefficients: Tensor | TopK | OneExpert | EachExpert) -> Tensor:
         """The mixture (..., out) of the experts' outputs.
 
         Args:
@@ -53,12 +51,13 @@ class Factors(nn.ParameterDict):
         if len(coefficients) == 1 and isinstance(coefficients[0], EachExpert):
             return each(self.config, self.by_name(), x)
         levels = self.config.spec.levels
-        if len(coefficients) != levels:
+        given = [one for one in coefficients if not isinstance(one, EachExpert)]
+        if len(given) != levels:
             raise ShapeError(
                 f"factors are called with an input and {levels} coefficients, one per level; got "
-                f"{len(coefficients)}. Call the layer, or register per_sample_gradients in opacus."
+                f"{len(given)}. Call the layer, or register per_sample_gradients in opacus."
             )
-        return mixture(self.config, self.by_name(), x, coefficients)
+        return mixture(self.config, self.by_name(), x, given)
 
 
 def mixture(

@@ -259,9 +259,7 @@ class SoftMoE(SoftMethods[Tensor], MixtureModule[SoftConfig]):
             shape = rows.shape[0], self.config.num_experts
             drawn = torch.rand(shape, generator=random, device=random.device)
             scores = drawn.to(x.device)
-        y: Tensor = self.config.select(
-            self._parts(), rows, routes, k, scores, routed=self.experts
-        )
+        y: Tensor = self.config.select(self._parts(), rows, routes, k, scores, routed=self.experts)
         return y.reshape(*batch_shape, self.config.out_features)
 
     def _routed(
