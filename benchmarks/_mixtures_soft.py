@@ -1,9 +1,10 @@
 """Soft mixtures beside soft-moe-pytorch, on PyTorch: forward, and forward with backward.
 
 MLPs of 64 → 128 → 64 with biases, batches of 64 sets of 16 tokens, float32, one thread; processor
-time, ratios in one run. Both have the same weights, and outputs are compared. The other package runs experts in a
-loop; moving unused experts to the CPU is switched off there. It averages tokens of normalized
-length, which ours is given for the comparison of outputs. Above 1, the other one takes longer.
+time, ratios in one run. Both have the same weights, and outputs are compared. The other package
+runs experts in a loop; moving unused experts to the CPU is switched off there. It averages tokens
+of normalized length, which ours is given for the comparison of outputs. Above 1, the other one
+takes longer.
 
     python benchmarks/bench_mixtures.py soft
 """
