@@ -314,10 +314,7 @@ class SoftMethods(MixtureMethods[A, SoftConfig]):
     """Methods of soft mixtures, whose tokens come in sets."""
 
     def cost(self, batch: int, *, sets: int = 1, training: bool = False) -> Cost:
-        """Cost of one call for ``batch`` tokens in ``sets`` sets of one size.
-
-        Experts run as many slots for a small set as for a large one: the cost of a call depends on
-        both numbers.
+        """Cost of one call for ``batch`` tokens in ``sets`` sets of one size, all with N · p slots.
 
         Args:
             batch: number of tokens, all leading axes multiplied.
@@ -325,8 +322,7 @@ class SoftMethods(MixtureMethods[A, SoftConfig]):
             training: forward and backward with all gradients, instead of forward alone.
 
         Raises:
-            PlanError: the batch is not a size.
-            SpecError: tokens that cannot be divided into so many sets.
+            PlanError, SpecError: not a size, or tokens that so many sets cannot share.
         """
         return self.config.cost(batch, sets=sets, training=training, **self._costs())
 

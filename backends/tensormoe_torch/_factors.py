@@ -14,6 +14,8 @@ from tensormoe.gates import OneExpert, TopK
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._autograd import mix, no_autocast
 from tensormoe_torch._checks import compute_dtype
+from tensormoe_torch._operator import direct
+from tensormoe_torch._tracing import is_traced
 
 
 class Factors(nn.ParameterDict):
@@ -85,8 +87,11 @@ def each(config: LayerConfig, parameters: Mapping[str, Tensor], x: Tensor) -> Te
     dtype, parameters = _narrowed(parameters)
     # an exported model must not be bound to the numbers of rows that one plan is the cheapest for
     any_batch = torch.compiler.is_exporting()
+    # what nobody differentiates may be written into
+    plain = not is_traced(x) and not torch.is_grad_enabled()
+    backend = direct(x) if plain else BACKEND
     with no_autocast(x.device.type):
-        made: Tensor = apply_each(config, parameters, x.to(dtype), BACKEND, any_batch=any_batch)
+        made: Tensor = apply_each(config, parameters, x.to(dtype), backend, any_batch=any_batch)
     return made
 
 

@@ -27,7 +27,7 @@ from tensormoe.mixtures._parts import send as send
 from tensormoe.mixtures._routing import route_tokens as route_tokens
 from tensormoe.mixtures._soft import SoftConfig as SoftConfig
 from tensormoe.mixtures._soft import counting_tokens as counting_tokens
-from tensormoe.mixtures._soft import soft_config as soft_config
+from tensormoe.mixtures._soft_options import soft_config as soft_config
 from tensormoe.mixtures._sparse import SparseConfig as SparseConfig
 from tensormoe.mixtures._sparse import sparse_config as sparse_config
 

@@ -6,25 +6,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf, prod, sqrt
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from tensormoe._config import LayerConfig
 from tensormoe._mixture import MixtureConfig, OwnArray, checked_fields
 from tensormoe._validation import brief, flag, is_number, positive_int
 from tensormoe.backend import Array, Backend, check_array
 from tensormoe.errors import GateError, ShapeError, SpecError
-from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import EachExpert
 from tensormoe.functional._dtypes import cast, widened
 from tensormoe.gates import Across
-from tensormoe.mixtures._experts import ExpertsConfig, experts_config
+from tensormoe.mixtures._experts import ExpertsConfig
 from tensormoe.mixtures._parts import Parts, layers_of, run_all, run_routed
 from tensormoe.mixtures._soft_cost import soft_cost
 from tensormoe.planning import Cost, Library
 from tensormoe.planning._library import DEFAULT
 from tensormoe.routing import SoftRoutes, select_experts, soft_routes
 from tensormoe.routing._soft import most
-from tensormoe.selection import Budget
 
 Routed = Callable[[Array, Array, Array], Array]
 """Outputs (rows, out) for rows (rows, in), numbers (rows, k) of experts and weights (rows, k)."""
@@ -287,63 +285,6 @@ class SoftConfig(MixtureConfig):
         found = checked_fields(values, names, "soft mixture")
         experts = ExpertsConfig.from_dict(found["experts"])
         return cls(experts, found["slots"], found["normalize"], found["noise"])
-
-
-def soft_config(
-    in_features: int,
-    hidden_features: int | None,
-    out_features: int | None,
-    *,
-    experts: int,
-    slots: int = 1,
-    kind: str = "mlp",
-    act_layer: str | None = None,
-    bias: bool = False,
-    factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "dense",
-    rank: int | tuple[int, ...] | None = None,
-    budget: Budget | int | None = None,
-    normalize: bool = True,
-    noise: float = 0.0,
-    causal: bool = False,
-) -> SoftConfig:
-    """The configuration that constructors make of their arguments, planned already.
-
-    Raises:
-        SpecError: sizes, names or options that cannot be, or ``causal``.
-        RankError: a rank that does not fit the factorization, or both a rank and a budget.
-        BudgetError: not a number of parameters, or too few; says how many are needed.
-    """
-    flag(causal, "causal")
-    if causal:
-        _refuse_causal()
-    sizes = [
-        positive_int(value, name)
-        for name, value in (("in_features", in_features), ("experts", experts), ("slots", slots))
-    ]
-    built = experts_config(
-        in_features,
-        hidden_features,
-        out_features,
-        experts,
-        kind=kind,
-        act_layer=act_layer,
-        bias=bias,
-        factorization=factorization,
-        rank=rank,
-        budget=budget,
-        router=sizes[0] * sizes[1] * sizes[2] + bool(normalize),
-    )
-    config = SoftConfig(built, slots, normalize, noise)
-    config.plan_ahead()
-    return config
-
-
-def _refuse_causal() -> NoReturn:
-    raise SpecError(
-        "causal must be False for a soft mixture; got True. Every slot is an average of all tokens "
-        "of a set, so that the output of a token depends on those behind it, and a model that "
-        "predicts them would see what it predicts. Use SparseMoE, whose tokens are independent."
-    )
 
 
 def counting_tokens(
