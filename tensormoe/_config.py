@@ -23,6 +23,7 @@ from tensormoe.planning import (
     plan_layer,
     plan_regimes,
 )
+from tensormoe.planning._each import each_regimes
 from tensormoe.planning._library import DEFAULT
 
 __all__ = ["ACTIVATIONS", "BlockConfig", "LayerConfig"]
@@ -67,6 +68,11 @@ class LayerConfig:
         """Whether so many rows of one expert each run faster when they are sorted by expert."""
         program = self.routed_regimes[1].program(rows)
         return any(step.kind == "grouped" for step in program.steps)
+
+    @cached_property
+    def each_regimes(self) -> Regimes:
+        """The programs for rows in the order of experts, by rows per expert."""
+        return each_regimes(self.spec.network)
 
     def plan_ahead(self) -> None:
         """Plan now, so that a forward call only looks up programs.

@@ -17,6 +17,7 @@ from tensormoe._mixture import MixtureConfig
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Backend
 from tensormoe.checkpoint import check_arrays, check_config, read_block, save_checkpoint
+from tensormoe.mixtures import SoftConfig
 from tensormoe.planning import Cost, Library, Plan
 
 A = TypeVar("A")
@@ -307,6 +308,23 @@ class MixtureMethods(Methods[A, M]):
     def _read(cls, path: str | PathLike[str]) -> tuple[M, Mapping[str, A]]:
         config, arrays = read_block(path, cls._kind, cls._config_kind, cls.backend)
         return config, arrays  # type: ignore[return-value]
+
+
+class SoftMethods(MixtureMethods[A, SoftConfig]):
+    """Methods of soft mixtures, whose tokens come in sets."""
+
+    def cost(self, batch: int, *, sets: int = 1, training: bool = False) -> Cost:
+        """Cost of one call for ``batch`` tokens in ``sets`` sets of one size, all with N · p slots.
+
+        Args:
+            batch: number of tokens, all leading axes multiplied.
+            sets: number of sets, all leading axes but that of the tokens multiplied.
+            training: forward and backward with all gradients, instead of forward alone.
+
+        Raises:
+            PlanError, SpecError: not a size, or tokens that so many sets cannot share.
+        """
+        return self.config.cost(batch, sets=sets, training=training, **self._costs())
 
 
 def check_constructor(kind: type, override: str) -> None:

@@ -104,8 +104,12 @@ class MixtureConfig(ABC):
         for layer in self.layers.values():
             layer.plan_ahead()
 
-    def noise_shape(self, tokens: int) -> tuple[int, ...] | None:
-        """Shape of the standard normal noise that routing takes in training; None for none."""
+    def noise_shape(self, *tokens: int) -> tuple[int, ...] | None:
+        """Shape of the standard normal noise that routing takes in training; None for none.
+
+        Args:
+            tokens: the axes of tokens: (tokens,), or (sets, tokens) if :attr:`mixes_tokens`.
+        """
         return None
 
     @abstractmethod

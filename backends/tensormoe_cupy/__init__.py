@@ -8,7 +8,7 @@ if absent := missing("tensormoe_cupy", ("cupy",), "cupy"):
     raise absent
 
 from tensormoe_cupy._adapter import BACKEND, CupyBackend
-from tensormoe_cupy._layers import MuMoE, MuMoEEmbedding, MuMoEMLP, SparseMoE
+from tensormoe_cupy._layers import MuMoE, MuMoEEmbedding, MuMoEMLP, SoftMoE, SparseMoE
 from tensormoe_numpy import Adam, Gradients, Prepared
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "MuMoEEmbedding",
     "MuMoEMLP",
     "Prepared",
+    "SoftMoE",
     "SparseMoE",
 ]

@@ -80,3 +80,18 @@ class SparseMoE(tensormoe_numpy.SparseMoE):
     """
 
     backend: ClassVar[NumpyLikeBackend] = BACKEND
+
+
+class SoftMoE(tensormoe_numpy.SoftMoE):
+    """A soft mixture of experts, on an NVIDIA GPU: the forward pass, as on NumPy.
+
+    Raises:
+        BackendError: no NVIDIA GPU or driver, or arrays of another library.
+
+    >>> import cupy  # doctest: +SKIP
+    >>> layer = SoftMoE(32, 64, experts=8, seed=0)  # doctest: +SKIP
+    >>> layer(cupy.ones((5, 7, 32), dtype="float32")).shape  # doctest: +SKIP
+    (5, 7, 32)
+    """
+
+    backend: ClassVar[NumpyLikeBackend] = BACKEND

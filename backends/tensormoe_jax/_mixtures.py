@@ -49,13 +49,13 @@ def route_mixture(
         BackendError, ShapeError: the input does not fit.
         SpecError: noise is to be drawn, and there is no key.
     """
-    batch_shape, rows = _rows(config, arrays, x)
-    noise, shape = None, config.noise_shape(rows.shape[0])
+    batch_shape, rows = merged_rows(config, arrays, x)
+    noise, shape = None, config.noise_shape(*rows.shape[:-1])
     if training and shape is not None:
         wide = jnp.promote_types(rows.dtype, jnp.float32)
         rule = "a router with noise needs a key in training"
         noise = jax.random.normal(checked_key(key, rule), shape, wide)
-    routes, changed = config.route(_parts(config, arrays), rows, training=training, noise=noise)
+    routes, changed = config.route(parts_of(config, arrays), rows, training=training, noise=noise)
     return routes.reshaped(batch_shape, BACKEND), changed
 
 
@@ -65,20 +65,22 @@ def run_mixture(config: MixtureConfig, arrays: Mapping[str, Array], x: Array, ro
     Raises:
         BackendError, ShapeError: input or record do not fit.
     """
-    batch_shape, rows = _rows(config, arrays, x)
+    batch_shape, rows = merged_rows(config, arrays, x)
     config.check_routes(routes, batch_shape)
     merged = routes.reshaped(rows.shape[:-1], BACKEND)
-    y: Array = config.run(_parts(config, arrays), rows, merged)
+    y: Array = config.run(parts_of(config, arrays), rows, merged)
     return y.reshape(*batch_shape, config.out_features)
 
 
-def _parts(config: MixtureConfig, arrays: Mapping[str, Array]) -> Parts:
+def parts_of(config: MixtureConfig, arrays: Mapping[str, Array]) -> Parts:
+    """What the formula of a mixture is made of."""
     return Parts.of(config, arrays, ACTIVATIONS.__getitem__, BACKEND)
 
 
-def _rows(
+def merged_rows(
     config: MixtureConfig, arrays: Mapping[str, Array], x: Array
 ) -> tuple[tuple[int, ...], Array]:
+    """The leading shape of a checked input, and the input as the formula takes it."""
     dtype = arrays[next(iter(config.parameter_shapes()))].dtype
     batch_shape = functional.check_input(x, config.in_features, dtype, BACKEND)
     return batch_shape, x.reshape(config.merged_shape(batch_shape))

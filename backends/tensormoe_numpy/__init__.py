@@ -15,7 +15,7 @@ from tensormoe_numpy._embedding import MuMoEEmbedding
 from tensormoe_numpy._layer import MuMoE, Prepared
 from tensormoe_numpy._like_numpy import NumpyLikeBackend
 from tensormoe_numpy._mlp import MuMoEMLP
-from tensormoe_numpy.mixtures import SparseMoE
+from tensormoe_numpy.mixtures import SoftMoE, SparseMoE
 
 __all__ = [
     "ACTIVATIONS",
@@ -28,5 +28,6 @@ __all__ = [
     "NumpyBackend",
     "NumpyLikeBackend",
     "Prepared",
+    "SoftMoE",
     "SparseMoE",
 ]

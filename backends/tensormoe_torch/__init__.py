@@ -26,7 +26,7 @@ from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._per_sample import per_sample_gradients
 from tensormoe_torch._synchronize import synchronize_gates
 from tensormoe_torch.compression import compress
-from tensormoe_torch.mixtures import SparseMoE
+from tensormoe_torch.mixtures import SoftMoE, SparseMoE
 from tensormoe_torch.official import from_official, to_official
 from tensormoe_torch.surgery import from_linear, from_mlp, replace
 
@@ -37,6 +37,7 @@ __all__ = [
     "MuMoE",
     "MuMoEEmbedding",
     "MuMoEMLP",
+    "SoftMoE",
     "SparseMoE",
     "TorchBackend",
     "compress",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tensormoe import functional
 from tensormoe._layers import Costs, LayerMethods, check_constructor
 from tensormoe.errors import SpecError
-from tensormoe.functional import LayerConfig
+from tensormoe.functional import EachExpert, LayerConfig
 from tensormoe_torch._adapter import BACKEND, library
 from tensormoe_torch._checks import Given, merged
 from tensormoe_torch._dtypes import checked_device, checked_dtype
@@ -121,6 +121,9 @@ class Mixture(Stored[LayerConfig], LayerMethods[Tensor]):
         self, x: Tensor, coefficients: Given | None, lead: tuple[int, ...], weight: Tensor
     ) -> Tensor:
         """The experts, mixed by the gate's coefficients or by given ones."""
+        if isinstance(coefficients, EachExpert):
+            made: Tensor = self.factors(x, coefficients)
+            return made
         if coefficients is None:
             given = functional.own_gate(self.gate, self.config)(x)
         else:

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from tensormoe import functional
 from tensormoe.errors import BackendError
-from tensormoe.functional import LayerConfig
+from tensormoe.functional import EachExpert, LayerConfig
 from tensormoe.gates import OneExpert, TopK
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._autograd import is_autocast
 from tensormoe_torch._sharded import is_sharded
 from tensormoe_torch._tracing import is_traced
 
-Given = Tensor | TopK | OneExpert | Sequence[Tensor | TopK | OneExpert]
-"""Ready-made coefficients: a tensor (..., N_e) or a ``TopK`` a level."""
+Given = Tensor | TopK | OneExpert | EachExpert | Sequence[Tensor | TopK | OneExpert]
+"""Ready-made coefficients: a tensor (..., N_e) or a ``TopK`` a level, or ``EachExpert``."""
 
 _NARROWED = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import prod
 
+import torch
 from torch import Tensor, nn
 
 from tensormoe.errors import ShapeError
-from tensormoe.functional import LayerConfig
+from tensormoe.functional import EachExpert, LayerConfig, apply_each
 from tensormoe.gates import OneExpert, TopK
+from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._autograd import mix, no_autocast
 from tensormoe_torch._checks import compute_dtype
+from tensormoe_torch._operator import direct
+from tensormoe_torch._tracing import is_traced
 
 
 class Factors(nn.ParameterDict):
@@ -38,20 +42,24 @@ class Factors(nn.ParameterDict):
         """The factors by canonical name, computed ones too."""
         return {name: getattr(self, short) for name, short in self._names}
 
-    def forward(self, x: Tensor, *coefficients: Tensor | TopK | OneExpert) -> Tensor:
+    def forward(self, x: Tensor, *coefficients: Tensor | TopK | OneExpert | EachExpert) -> Tensor:
         """The mixture (..., out) of the experts' outputs.
 
         Args:
             x: (..., in), or ids (...) for a layer whose input is indexed.
-            coefficients: (..., N_e) or a ``TopK`` a level, checked already.
+            coefficients: (..., N_e) or a ``TopK`` a level, checked already; or one ``EachExpert``,
+                for inputs (experts…, rows, in).
         """
+        if len(coefficients) == 1 and isinstance(coefficients[0], EachExpert):
+            return each(self.config, self.by_name(), x)
         levels = self.config.spec.levels
-        if len(coefficients) != levels:
+        given = [one for one in coefficients if not isinstance(one, EachExpert)]
+        if len(given) != levels:
             raise ShapeError(
                 f"factors are called with an input and {levels} coefficients, one per level; got "
-                f"{len(coefficients)}. Call the layer, or register per_sample_gradients in opacus."
+                f"{len(given)}. Call the layer, or register per_sample_gradients in opacus."
             )
-        return mixture(self.config, self.by_name(), x, coefficients)
+        return mixture(self.config, self.by_name(), x, given)
 
 
 def mixture(
@@ -62,10 +70,7 @@ def mixture(
 ) -> Tensor:
     """The mixture (..., out) of a layer with its factors by canonical name."""
     lead = tuple(x.shape if config.indexed_input else x.shape[:-1])
-    weight = next(iter(parameters.values()))
-    dtype = compute_dtype(weight)
-    if dtype != weight.dtype:
-        parameters = {name: array.to(dtype) for name, array in parameters.items()}
+    dtype, parameters = _narrowed(parameters)
     rows, given = x, [*coefficients]
     if len(lead) != 1:
         count = (prod(lead),)
@@ -75,6 +80,28 @@ def mixture(
         rows = rows.to(dtype)
     with no_autocast(x.device.type):
         return mix(config, parameters, rows, given, lead)
+
+
+def each(config: LayerConfig, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Outputs (experts…, rows, out) of every expert for its own rows (experts…, rows, in)."""
+    dtype, parameters = _narrowed(parameters)
+    # an exported model must not be bound to the numbers of rows that one plan is the cheapest for
+    any_batch = torch.compiler.is_exporting()
+    # what nobody differentiates may be written into
+    plain = not is_traced(x) and not torch.is_grad_enabled()
+    backend = direct(x) if plain else BACKEND
+    with no_autocast(x.device.type):
+        made: Tensor = apply_each(config, parameters, x.to(dtype), backend, any_batch=any_batch)
+    return made
+
+
+def _narrowed(parameters: Mapping[str, Tensor]) -> tuple[torch.dtype, Mapping[str, Tensor]]:
+    """The dtype that a layer runs in, and its factors in it."""
+    weight = next(iter(parameters.values()))
+    dtype = compute_dtype(weight)
+    if dtype == weight.dtype:
+        return dtype, parameters
+    return dtype, {name: array.to(dtype) for name, array in parameters.items()}
 
 
 def with_lead(given: Tensor | TopK | OneExpert, lead: tuple[int, ...]) -> Tensor | TopK | OneExpert:

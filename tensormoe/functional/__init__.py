@@ -17,6 +17,8 @@ from tensormoe.functional._checks import check_ids as check_ids
 from tensormoe.functional._checks import check_input as check_input
 from tensormoe.functional._checks import merged_coefficients as merged_coefficients
 from tensormoe.functional._checks import own_gate as own_gate
+from tensormoe.functional._each import EachExpert as EachExpert
+from tensormoe.functional._each import apply_each as apply_each
 from tensormoe.functional._experts import Residuals as Residuals
 from tensormoe.functional._experts import apply_experts as apply_experts
 from tensormoe.functional._experts import experts_backward as experts_backward
@@ -41,12 +43,14 @@ __all__ = [
     "DIRECTIONS",
     "BlockConfig",
     "Coefficients",
+    "EachExpert",
     "Fit",
     "LayerConfig",
     "Options",
     "ParameterRule",
     "Residuals",
     "Routed",
+    "apply_each",
     "apply_experts",
     "check_array",
     "check_coefficients",

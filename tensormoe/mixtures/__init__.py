@@ -25,6 +25,9 @@ from tensormoe.mixtures._parts import run_routed as run_routed
 from tensormoe.mixtures._parts import run_shared as run_shared
 from tensormoe.mixtures._parts import send as send
 from tensormoe.mixtures._routing import route_tokens as route_tokens
+from tensormoe.mixtures._soft import SoftConfig as SoftConfig
+from tensormoe.mixtures._soft import counting_tokens as counting_tokens
+from tensormoe.mixtures._soft_options import soft_config as soft_config
 from tensormoe.mixtures._sparse import SparseConfig as SparseConfig
 from tensormoe.mixtures._sparse import sparse_config as sparse_config
 
@@ -33,9 +36,11 @@ __all__ = [
     "MixtureConfig",
     "OwnArray",
     "Parts",
+    "SoftConfig",
     "SparseConfig",
     "activation",
     "check_routes",
+    "counting_tokens",
     "draw_own",
     "experts_config",
     "gated",
@@ -48,5 +53,6 @@ __all__ = [
     "run_routed",
     "run_shared",
     "send",
+    "soft_config",
     "sparse_config",
 ]

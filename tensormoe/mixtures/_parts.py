@@ -9,14 +9,17 @@ from tensormoe._config import LayerConfig
 from tensormoe._mixture import MixtureConfig
 from tensormoe.backend import Array, Backend, Groups
 from tensormoe.errors import ShapeError
-from tensormoe.functional import apply_experts
+from tensormoe.functional import EachExpert, apply_each, apply_experts
 from tensormoe.functional._dtypes import cast, widened
 from tensormoe.gates import OneExpert
 from tensormoe.mixtures._experts import Act, ExpertsConfig, gated, run_expert
 from tensormoe.routing import Routes, by_expert
 
-Call = Callable[[str, Array, Array | OneExpert], Array]
-"""Runs a layer by its name, on rows (rows, in) and their coefficients."""
+Call = Callable[[str, Array, Array | OneExpert | EachExpert], Array]
+"""Runs a layer by its name, on rows (rows, in) and their coefficients.
+
+With ``EachExpert`` for these, rows are (N, rows, in), as many for each expert.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +48,11 @@ class Parts:
     ) -> Parts:
         """Parts of a mixture whose arrays are one flat mapping by canonical name."""
 
-        def call(name: str, x: Array, given: Array | OneExpert) -> Array:
+        def call(name: str, x: Array, given: Array | OneExpert | EachExpert) -> Array:
             layer = config.layers[name]
             named = {each: arrays[f"{name}.{each}"] for each in layer.parameter_shapes()}
+            if isinstance(given, EachExpert):
+                return apply_each(layer, named, x, backend)
             return apply_experts(layer, named, x, [given], backend)
 
         return cls(call, arrays, acts, backend)
@@ -92,7 +97,7 @@ def run_routed(
 
 
 def run_all(
-    experts: ExpertsConfig, parts: Parts, name: str, x: Array, given: Array | OneExpert
+    experts: ExpertsConfig, parts: Parts, name: str, x: Array, given: Array | OneExpert | EachExpert
 ) -> Array:
     """Outputs (rows, out) of experts for rows of their own.
 
@@ -100,8 +105,8 @@ def run_all(
         experts: the experts.
         parts: runs their layers.
         name: of the experts among the parts.
-        x: (rows, in).
-        given: coefficients that name one expert per row.
+        x: (rows, in), or (N, rows, in) for ``EachExpert``.
+        given: coefficients that name one expert per row, or ``EachExpert``.
     """
 
     def project(role: str, rows: Array) -> Array:

@@ -84,8 +84,8 @@ class SparseConfig(MixtureConfig):
         balanced = self.router.balance > 0
         return {"router.choice_bias": (self.experts.num_experts,)} if balanced else {}
 
-    def noise_shape(self, tokens: int) -> tuple[int, ...] | None:
-        return (tokens, self.experts.num_experts) if self.router.noise else None
+    def noise_shape(self, *tokens: int) -> tuple[int, ...] | None:
+        return (*tokens, self.experts.num_experts) if self.router.noise else None
 
     def route(
         self,

@@ -1,7 +1,8 @@
-"""How tokens meet experts: routers that choose k of them, and tokens in the order of experts.
+"""How tokens meet experts: routers that choose k, tokens in the order of experts, and slots.
 
 Pure functions of arrays of any library. A gate makes coefficients of all experts, which a
-factorized layer mixes at once; a router chooses experts that are run one by one.
+factorized layer mixes at once; a router chooses experts that are run one by one, and
+soft routing gives every expert averages of tokens.
 """
 
 from __future__ import annotations
@@ -11,5 +12,17 @@ from tensormoe.routing._order import by_expert as by_expert
 from tensormoe.routing._router import Router as Router
 from tensormoe.routing._routes import Routes as Routes
 from tensormoe.routing._routes import choose as choose
+from tensormoe.routing._soft import SoftRoutes as SoftRoutes
+from tensormoe.routing._soft import select_experts as select_experts
+from tensormoe.routing._soft import soft_routes as soft_routes
 
-__all__ = ["ByExpert", "Router", "Routes", "by_expert", "choose"]
+__all__ = [
+    "ByExpert",
+    "Router",
+    "Routes",
+    "SoftRoutes",
+    "by_expert",
+    "choose",
+    "select_experts",
+    "soft_routes",
+]

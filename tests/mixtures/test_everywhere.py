@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from tensormoe import CP, TensorRing
-from tensormoe.mixtures import sparse_config
+from tensormoe.mixtures import soft_config, sparse_config
 from tensormoe.routing import Router
 from tests.mixtures._contract import MixtureContract
 
@@ -31,3 +31,20 @@ class TestSparseMoE(MixtureContract):
     }
     other = _sparse(experts=3, top_k=1)
     compiled = ("swiglu", "mlp, ring, balance")
+
+
+def _soft(hidden: int | None = None, **options: Any) -> Any:
+    kind = "linear" if hidden is None else "mlp"
+    return soft_config(6, hidden, 5, **{"experts": 4, "kind": kind} | options)
+
+
+class TestSoftMoE(MixtureContract):
+    configs: ClassVar[Any] = {
+        "mlp": _soft(7, slots=2, bias=True),
+        "swiglu, ring, cp": _soft(
+            7, kind="swiglu", factorization=(TensorRing((2, 3, 2)), CP(4)), bias=True
+        ),
+        "linear, noise": _soft(normalize=False, noise=1.0),
+    }
+    other = _soft(experts=3)
+    compiled = ("mlp", "swiglu, ring, cp")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tensormoe_numpy.mixtures._base import MixtureLayer as MixtureLayer
+from tensormoe_numpy.mixtures._soft import SoftMoE as SoftMoE
 from tensormoe_numpy.mixtures._sparse import SparseMoE as SparseMoE
 
-__all__ = ["MixtureLayer", "SparseMoE"]
+__all__ = ["MixtureLayer", "SoftMoE", "SparseMoE"]

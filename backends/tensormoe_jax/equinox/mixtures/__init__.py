@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tensormoe_jax.equinox.mixtures._base import MixtureModule as MixtureModule
+from tensormoe_jax.equinox.mixtures._soft import SoftMoE as SoftMoE
 from tensormoe_jax.equinox.mixtures._sparse import SparseMoE as SparseMoE
 
-__all__ = ["MixtureModule", "SparseMoE"]
+__all__ = ["MixtureModule", "SoftMoE", "SparseMoE"]

@@ -72,20 +72,24 @@ class MixtureModule(MixtureLayer[M], nnx.Module):
             BackendError, ShapeError: the input does not fit.
             GateError: noise is to be drawn, and the module was made without ``rngs``.
         """
-        stored = self.use_running_average if use_running_average is None else use_running_average
-        key = None
-        if self.config.noise_shape(1) is not None and not stored:
-            if self.rngs is None:
-                raise GateError(
-                    "a router with noise needs random numbers in training; got none. Pass rngs=… "
-                    "where the module is made, restored or loaded, or call eval()."
-                )
-            key = self.rngs()
+        training, key = self._noise(use_running_average)
         arrays = self.parameters | self.buffers
-        routes, changed = route_mixture(self.config, arrays, x, training=not stored, key=key)
+        routes, changed = route_mixture(self.config, arrays, x, training=training, key=key)
         for name, array in changed.items():
             self._variable(name)[...] = array
         return routes
+
+    def _noise(self, use_running_average: bool | None) -> tuple[bool, Array | None]:
+        """Whether a call is one of training, and the key of its noise if it has some."""
+        stored = self.use_running_average if use_running_average is None else use_running_average
+        if stored or self.config.noise_shape(1) is None:
+            return not stored, None
+        if self.rngs is None:
+            raise GateError(
+                "a router with noise needs random numbers in training; got none. Pass rngs=… "
+                "where the module is made, restored or loaded, or call eval()."
+            )
+        return True, self.rngs()
 
     def __call__(
         self, x: Array, routes: Any = None, *, use_running_average: bool | None = None

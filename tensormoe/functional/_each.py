@@ -1,0 +1,57 @@
+"""Rows in the order of experts, as many for each, instead of coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tensormoe._config import LayerConfig
+from tensormoe.backend import Array, Backend
+from tensormoe.errors import ShapeError
+from tensormoe.execution import execute
+
+
+@dataclass(frozen=True)
+class EachExpert:
+    """In the place of coefficients: every expert runs rows of its own, as many as the others.
+
+    A layer called with it takes (experts…, rows, in) and gives (experts…, rows, out). No expert's
+    matrix is copied, as it is where coefficients name one expert per row: dense experts are one
+    batched product.
+    """
+
+
+def apply_each(
+    config: LayerConfig,
+    parameters: Mapping[str, Array],
+    x: Array,
+    backend: Backend,
+    *,
+    any_batch: bool = False,
+) -> Array:
+    """Outputs (experts…, rows, out) of every expert for its own rows.
+
+    Args:
+        config: the layer.
+        parameters: by canonical name.
+        x: (experts…, rows, in).
+        backend: the adapter of the arrays' library.
+        any_batch: whether to run the program for many rows, which is right for all.
+
+    Raises:
+        ShapeError: other leading axes than the experts'.
+    """
+    experts = config.spec.experts
+    if x.ndim != len(experts) + 2 or tuple(x.shape[:-2]) != experts:
+        raise ShapeError(
+            f"x must have shape {(*experts, 'rows', config.spec.in_features)}, as many rows for "
+            f"each expert; got {tuple(x.shape)}."
+        )
+    regimes = config.each_regimes
+    program = regimes.programs[-1] if any_batch else regimes.program(x.shape[-2])
+    arrays = [
+        x if operand.name == "x" else parameters[f"factors.{operand.name}"]
+        for operand in program.operands
+    ]
+    made: Array = execute(program, arrays, backend)[0][0]
+    return made
