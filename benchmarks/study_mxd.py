@@ -151,9 +151,9 @@ FULL = Plan(
     layer=2,
     width=2048,
     ks=(8, 16, 32),
-    steps=400,
+    steps=2000,
     batch=512,
-    inputs=200_000,
+    inputs=800_000,
     seeds=3,
     scored=32_768,
 )
