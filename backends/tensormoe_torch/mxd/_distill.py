@@ -58,7 +58,7 @@ def distill(
             many parameters, N = T − hidden_features.
         hidden_features: of the block; those of the MLP by default.
         act_layer: of the block; that of the MLP by default.
-        start: ``"fresh"``, as in the paper; or ``"mlp"``: the encoder starts as the MLP's first
+        start: ``"fresh"``, all of it drawn; or ``"mlp"``: the encoder starts as the MLP's first
             layer (:meth:`MixtureOfDecoders.encode_like`), which takes a fraction of the steps.
         held: inputs (..., in) that the report's figures are of; by default up to 8192 rows of
             ``inputs``, or the last step's batch.

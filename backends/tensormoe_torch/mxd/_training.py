@@ -46,7 +46,7 @@ class Course:
         positive_int(self.steps, "steps")
         positive_int(self.batch, "batch")
         non_negative_int(self.seed, "seed")
-        rates: dict[str, object] = {"rate": self.rate}
+        rates: dict[str, Any] = {"rate": self.rate}
         if self.gate_rate is not None:
             rates["gate_rate"] = self.gate_rate
         for name, rate in rates.items():
