@@ -13,7 +13,8 @@ that returns zero tells what there is to lose.
 
 Runs are written to ``out/mxd.jsonl`` as they end, and the model to ``out/mxd.pt``; a second call
 goes on from there. The text is the King James Bible (Debian's package bible-kjv), else what
-Python's ``help()`` shows. The full study takes half an hour on one core, ``--quick`` some seconds.
+Python's ``help()`` shows. The full study takes one and a half hours on one core,
+``--quick`` some seconds.
 
 Needs PyTorch, and what ``examples/gpt_on_text.py`` needs, whose model it is.
 """
