@@ -13,7 +13,8 @@ that returns zero tells what there is to lose.
 
 Runs are written to ``out/mxd.jsonl`` as they end, and the model to ``out/mxd.pt``; a second call
 goes on from there. The text is the King James Bible (Debian's package bible-kjv), else what
-Python's ``help()`` shows. The full study takes half an hour on one core, ``--quick`` some seconds.
+Python's ``help()`` shows. The full study takes one and a half hours on one core,
+``--quick`` some seconds.
 
 Needs PyTorch, and what ``examples/gpt_on_text.py`` needs, whose model it is.
 """
@@ -151,9 +152,9 @@ FULL = Plan(
     layer=2,
     width=2048,
     ks=(8, 16, 32),
-    steps=400,
+    steps=2000,
     batch=512,
-    inputs=200_000,
+    inputs=800_000,
     seeds=3,
     scored=32_768,
 )

@@ -15,7 +15,9 @@ language reference that Python's ``help()`` shows, else sources of the standard 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 
 from tensormoe import Gate
 
+Make = Callable[[int, int, int], nn.Module]
 # batch norm would let a token see later ones in training
 GATE = Gate("entmax", normalization="layer")
 
@@ -84,10 +87,11 @@ class GPT(Model):
     Args:
         sizes: of the model; T is at most ``sizes.context``.
         symbols: number of different characters.
-        variant: what its MLPs are.
+        mlp: what its MLPs are: a variant, or a function from features, hidden size and number of
+            experts to a module.
     """
 
-    def __init__(self, sizes: Sizes, symbols: int, variant: Variant) -> None:
+    def __init__(self, sizes: Sizes, symbols: int, mlp: Variant | Make) -> None:
         super().__init__()
         self.sizes = sizes
         channels = sizes.channels
@@ -99,8 +103,9 @@ class GPT(Model):
         self.norm = nn.LayerNorm(channels)
         self.head = nn.Linear(channels, symbols)
         attentions = [Attention(channels, sizes.heads) for _ in range(sizes.depth)]
+        make = partial(make_mlp, mlp, gate=GATE) if isinstance(mlp, Variant) else mlp
         self.layers = nn.ModuleList(
-            Layer(channels, each, make_mlp(variant, channels, 4 * channels, sizes.experts, GATE))
+            Layer(channels, each, make(channels, 4 * channels, sizes.experts))
             for each in attentions
         )
 

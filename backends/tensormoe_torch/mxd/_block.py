@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import sqrt
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -32,9 +34,10 @@ class MixtureOfDecoders(nn.Module):
     ``W_n = D diag(c_n)``, every one of full rank: :class:`tensormoe.Hadamard`. It is a
     linear layer, a :class:`MuMoE` that is given its coefficients, and an :class:`ExpertGate`.
 
-    D starts at zero, and so does the output; the rest starts as in these layers. An expert takes as
-    many parameters as a hidden unit of a transcoder: with N = T − H experts the block has as many
-    as a transcoder of width T.
+    D starts at zero, and so does the output; the rest starts as in these layers, C divided so that
+    ``Cᵀa`` is one on average for inputs of unit variance, whatever N and k: D then learns as the
+    second layer of an MLP does. An expert takes as many parameters as a hidden unit of a
+    transcoder: with N = T − H experts the block has as many as a transcoder of width T.
 
     Args:
         in_features: size of an input.
@@ -122,7 +125,14 @@ class MixtureOfDecoders(nn.Module):
 
     @torch.no_grad()
     def _start(self) -> None:
-        stored(self.decoder.factors, ("input",))["input"].zero_()
+        experts = self.decoder.config.spec.experts
+        names = [f"expert_{level}" for level in range(len(experts))]
+        factors = stored(self.decoder.factors, (*names, "input"))
+        factors["input"].zero_()
+        k = self.gate.gate.k
+        assert k is not None
+        for name, count in zip(names, experts, strict=True):
+            factors[name].div_(_usual_sum(count, k, self.encoder.in_features))
         if self.bias is not None:
             self.bias.zero_()
 
@@ -180,3 +190,15 @@ class MixtureOfDecoders(nn.Module):
         given = self.gate(x) if coefficients is None else coefficients
         y: Tensor = self.decoder(self.hidden(x), given)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def _usual_sum(experts: int, k: int, features: int) -> float:
+    """Expected sum of the k largest positive ones of a fresh gate's logits.
+
+    Weights and biases are uniform on ±1/√features. So logits of an input of unit variance are close
+    to normal, and the mean of all above a quantile q of N normal ones is N φ(q), times their
+    standard deviation.
+    """
+    normal = NormalDist()
+    cut = normal.inv_cdf(1.0 - min(k / experts, 0.5))
+    return experts * normal.pdf(cut) * sqrt((1.0 + 1.0 / features) / 3.0)

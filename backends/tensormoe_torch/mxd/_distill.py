@@ -34,6 +34,7 @@ def distill(
     steps: int = 1000,
     batch: int = 1024,
     rate: float = 1e-3,
+    gate_rate: float | None = None,
     decay: float = 0.0,
     seed: int = 0,
 ) -> tuple[MixtureOfDecoders, Distillation]:
@@ -57,13 +58,16 @@ def distill(
             many parameters, N = T − hidden_features.
         hidden_features: of the block; those of the MLP by default.
         act_layer: of the block; that of the MLP by default.
-        start: ``"fresh"``, as in the paper; or ``"mlp"``: the encoder starts as the MLP's first
+        start: ``"fresh"``, all of it drawn; or ``"mlp"``: the encoder starts as the MLP's first
             layer (:meth:`MixtureOfDecoders.encode_like`), which takes a fraction of the steps.
         held: inputs (..., in) that the report's figures are of; by default up to 8192 rows of
             ``inputs``, or the last step's batch.
         steps: updates.
         batch: rows per step, of ``inputs`` that are a tensor.
         rate: the highest learning rate.
+        gate_rate: that of the gate, if another. A tenth keeps more experts in use where ``rate`` is
+            high: a step of Adam moves a logit by nearly ``in_features`` times the rate, however
+            small logits are.
         decay: weight decay of those parameters that :func:`parameter_groups` lets decay.
         seed: of initial values and batches. PyTorch's generator stays as it is.
 
@@ -87,7 +91,7 @@ def distill(
     choice(start, ("fresh", "mlp"), "start", SpecError)
     hidden, act = _known(mlp, hidden_features, act_layer)
     count = _experts(experts, transcoder, hidden)
-    course = Course(steps, batch, rate, decay, seed)
+    course = Course(steps, batch, rate, decay, seed, gate_rate)
     feed = Feed.of(mlp, inputs, course)
     like: Any = {"device": feed.first.device, "dtype": feed.first.dtype}
     with torch.random.fork_rng([feed.first.device] if feed.first.device.type != "cpu" else []):
@@ -108,6 +112,7 @@ def imitate(
     steps: int = 1000,
     batch: int = 1024,
     rate: float = 1e-3,
+    gate_rate: float | None = None,
     decay: float = 0.0,
     seed: int = 0,
 ) -> Distillation:
@@ -123,6 +128,7 @@ def imitate(
         steps: updates.
         batch: rows per step.
         rate: the highest learning rate.
+        gate_rate: that of every :class:`tensormoe_torch.ExpertGate` in the student, if another.
         decay: weight decay.
         seed: of batches.
 
@@ -143,7 +149,7 @@ def imitate(
         raise SpecError(
             f"student must be a module with a method coefficients; got {brief(student)}."
         )
-    course = Course(steps, batch, rate, decay, seed)
+    course = Course(steps, batch, rate, decay, seed, gate_rate)
     return train(student, Feed.of(mlp, inputs, course), course, held)
 
 

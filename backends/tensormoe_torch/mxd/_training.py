@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tensormoe._validation import brief, non_negative_int, positive_int
 from tensormoe.errors import SpecError
+from tensormoe_torch._gate import ExpertGate
 from tensormoe_torch._groups import parameter_groups
 from tensormoe_torch.mxd._report import Distillation
 from tensormoe_torch.surgery._inputs import evaluating
@@ -39,14 +40,19 @@ class Course:
     rate: float
     decay: float
     seed: int
+    gate_rate: float | None = None
 
     def __post_init__(self) -> None:
         positive_int(self.steps, "steps")
         positive_int(self.batch, "batch")
         non_negative_int(self.seed, "seed")
-        number = isinstance(self.rate, int | float) and not isinstance(self.rate, bool)
-        if not number or not 0 < self.rate < float("inf"):
-            raise SpecError(f"rate must be a positive number; got {brief(self.rate)}. Use 0.001.")
+        rates: dict[str, Any] = {"rate": self.rate}
+        if self.gate_rate is not None:
+            rates["gate_rate"] = self.gate_rate
+        for name, rate in rates.items():
+            number = isinstance(rate, int | float) and not isinstance(rate, bool)
+            if not number or not 0 < rate < float("inf"):
+                raise SpecError(f"{name} must be a positive number; got {brief(rate)}. Use 0.001.")
 
     def share(self, step: int) -> float:
         """The learning rate of a step, as a share of the highest."""
@@ -171,14 +177,22 @@ def train(student: nn.Module, feed: Feed, course: Course, held: Tensor | None) -
         SpecError: inputs or outputs that cannot be, or the loss is no longer finite.
     """
     shown = None if held is None else _rows(held, "held")
+    gates = any(isinstance(module, ExpertGate) for module in student.modules())
+    if course.gate_rate is not None and not gates:
+        raise SpecError(
+            f"gate_rate must be left out for a student without an ExpertGate; got "
+            f"{course.gate_rate:g} for {type(student).__name__}."
+        )
     mode = student.training
     student.train()
     x, losses = feed.first, []
     with torch.enable_grad():
-        optimizer = torch.optim.AdamW(parameter_groups(student, course.decay), lr=course.rate)
+        groups = parameter_groups(student, course.decay, gate_lr=course.gate_rate)
+        optimizer = torch.optim.AdamW(groups, lr=course.rate)
+        highest = [group["lr"] for group in optimizer.param_groups]
         for step, x in enumerate(feed.batches(course.steps)):
-            for group in optimizer.param_groups:
-                group["lr"] = course.rate * course.share(step)
+            for group, rate in zip(optimizer.param_groups, highest, strict=True):
+                group["lr"] = rate * course.share(step)
             target = feed.teacher(x)
             made = student(x)
             if made.shape != target.shape:
