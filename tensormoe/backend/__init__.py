@@ -11,7 +11,16 @@ from __future__ import annotations
 from tensormoe.backend._devices import device_of
 from tensormoe.backend._exchange import convert
 from tensormoe.backend._integers import default_integer
-from tensormoe.backend._protocol import Array, Backend, Exchange, LoopStep, Selects, State, Step
+from tensormoe.backend._protocol import (
+    Array,
+    Backend,
+    Exchange,
+    LoopStep,
+    Ranks,
+    Selects,
+    State,
+    Step,
+)
 from tensormoe.backend._registry import (
     available_backends,
     backend_of,
@@ -27,6 +36,7 @@ __all__ = [
     "Backend",
     "Exchange",
     "LoopStep",
+    "Ranks",
     "Selects",
     "State",
     "Step",

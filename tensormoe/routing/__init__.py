@@ -8,8 +8,18 @@ from __future__ import annotations
 
 from tensormoe.routing._order import ByExpert as ByExpert
 from tensormoe.routing._order import by_expert as by_expert
+from tensormoe.routing._product import ProductRoutes as ProductRoutes
+from tensormoe.routing._product import choose_product as choose_product
 from tensormoe.routing._router import Router as Router
 from tensormoe.routing._routes import Routes as Routes
 from tensormoe.routing._routes import choose as choose
 
-__all__ = ["ByExpert", "Router", "Routes", "by_expert", "choose"]
+__all__ = [
+    "ByExpert",
+    "ProductRoutes",
+    "Router",
+    "Routes",
+    "by_expert",
+    "choose",
+    "choose_product",
+]
