@@ -6,6 +6,9 @@ factorized layer mixes at once; a router chooses experts that are run one by one
 
 from __future__ import annotations
 
+from tensormoe.routing._levels import LevelRoutes as LevelRoutes
+from tensormoe.routing._levels import choose_levels as choose_levels
+from tensormoe.routing._levels import spread as spread
 from tensormoe.routing._order import ByExpert as ByExpert
 from tensormoe.routing._order import by_expert as by_expert
 from tensormoe.routing._product import ProductRoutes as ProductRoutes
@@ -16,10 +19,13 @@ from tensormoe.routing._routes import choose as choose
 
 __all__ = [
     "ByExpert",
+    "LevelRoutes",
     "ProductRoutes",
     "Router",
     "Routes",
     "by_expert",
     "choose",
+    "choose_levels",
     "choose_product",
+    "spread",
 ]

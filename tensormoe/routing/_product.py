@@ -116,7 +116,7 @@ def choose_product(
     check_product_router(router)
     logits = tuple(logits)
     backend = backend or backend_of(*logits)
-    sizes = _checked(logits, k, backend)
+    sizes = check_logits(logits, k, backend)
     lead = tuple(logits[0].shape[:-1])
     rows = [_merged(each, backend) for each in logits]
     ranked = list(map(backend.stop_gradient, rows))
@@ -212,8 +212,12 @@ def _weights(
     return weights * router.scale if router.scale != 1.0 else weights
 
 
-def _checked(logits: tuple[Array, ...], k: int, backend: Backend) -> tuple[int, ...]:
-    """Sizes of the levels of logits that fit one another."""
+def check_logits(logits: tuple[Array, ...], k: int, backend: Backend) -> tuple[int, ...]:
+    """Sizes of the levels of logits that fit one another and k.
+
+    Raises:
+        GateError: they do not fit, or are NaN where the backend checks values.
+    """
     xp = backend.namespace
     for place, each in enumerate(logits):
         same = each.ndim >= 1 and each.shape[:-1] == logits[0].shape[:-1] and each.shape[-1] > 0
