@@ -56,9 +56,7 @@ def run_vertical(parts: Parts, act: Act, x: Array, routes: LevelRoutes) -> Array
     return parts.backend.namespace.concat([left, right], axis=1)
 
 
-def _side(
-    parts: Parts, side: str, mine: Array, other: Array, units: Array, others: Array
-) -> Array:
+def _side(parts: Parts, side: str, mine: Array, other: Array, units: Array, others: Array) -> Array:
     """Outputs of one side: of its own hidden units, and of those of the other side, mixed."""
     backend = parts.backend
     own = units * _use(mine, other, backend)

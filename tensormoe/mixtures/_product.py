@@ -12,7 +12,7 @@ from tensormoe._config import ACTIVATIONS, LayerConfig
 from tensormoe._mixture import MixtureConfig, OwnArray, checked_fields
 from tensormoe._resolve import Options
 from tensormoe._validation import choice, positive_int, positive_ints
-from tensormoe.backend import Array
+from tensormoe.backend import Array, Backend
 from tensormoe.errors import RankError, ShapeError, SpecError
 from tensormoe.factorizations import Dense, FactorizationLike
 from tensormoe.gates import Across, TopK
@@ -137,15 +137,13 @@ class ProductConfig(MixtureConfig):
 
     def run(self, parts: Parts, x: Array, routes: ProductRoutes) -> Array:
         backend, act = parts.backend, parts.acts(self.act_layer)
-        index, weights = merged_choices(routes, parts)
+        index, weights = merged_choices(routes, backend)
         if self.factorized is None:
 
             def look_up(role: str, rows: Array) -> Array:
                 return backend.take(parts.arrays[f"experts.{role}.weight"], rows, 0)
 
-            return run_tables(
-                look_up, None, act, self.hidden_features, x, index, weights, backend
-            )
+            return run_tables(look_up, None, act, self.hidden_features, x, index, weights, backend)
 
         def project(role: str, rows: Array, given: tuple[TopK, ...]) -> Array:
             return parts.call(f"experts.projections.{role}", rows, given)
@@ -154,7 +152,7 @@ class ProductConfig(MixtureConfig):
 
     def check_routes(self, routes: Any, batch_shape: tuple[int, ...]) -> None:
         lead = (*batch_shape, self.keys.heads)
-        shapes = {name: (*lead, self.top_k) for name in ("top_k_index", "top_k_weights")}
+        shapes = dict.fromkeys(("top_k_index", "top_k_weights"), (*lead, self.top_k))
         for name, shape in shapes.items():
             found = getattr(getattr(routes, name, None), "shape", None)
             if found is None or tuple(found) != shape:
@@ -213,11 +211,11 @@ class ProductConfig(MixtureConfig):
         return cls(**found)
 
 
-def merged_choices(routes: ProductRoutes, parts: Parts) -> tuple[Array, Array]:
+def merged_choices(routes: ProductRoutes, backend: Backend) -> tuple[Array, Array]:
     """Numbers and weights (tokens, heads · k) of the experts of all heads."""
     tokens, heads, k = routes.top_k_index.shape
     index, weights = (
-        parts.backend.reshape(each, (tokens, heads * k))
+        backend.reshape(each, (tokens, heads * k))
         for each in (routes.top_k_index, routes.top_k_weights)
     )
     return index, weights

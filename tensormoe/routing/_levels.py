@@ -8,7 +8,7 @@ from math import prod
 
 from tensormoe.backend import Array, Backend, backend_of, default_integer, device_of
 from tensormoe.gates import TopK
-from tensormoe.routing._product import check_product_router, check_logits
+from tensormoe.routing._product import check_logits, check_product_router
 from tensormoe.routing._router import Router
 from tensormoe.routing._routes import Routes, choose
 

@@ -191,8 +191,7 @@ def _weights(
     """Weights (rows, k) of chosen experts, differentiable."""
     xp = backend.namespace
     picked = [
-        xp.take_along_axis(level, place, axis=-1)
-        for level, place in zip(rows, places, strict=True)
+        xp.take_along_axis(level, place, axis=-1) for level, place in zip(rows, places, strict=True)
     ]
     if router.scores == "softmax" and not router.renormalize:
         each = [scores_of(router, level, backend) for level in rows]

@@ -19,6 +19,15 @@ from tensormoe_jax.equinox._gate import ExpertGate
 from tensormoe_jax.equinox._layer import MuMoE
 from tensormoe_jax.equinox._mlp import MuMoEMLP
 from tensormoe_jax.equinox._rules import parameter_rules
-from tensormoe_jax.equinox.mixtures import SparseMoE
+from tensormoe_jax.equinox.mixtures import MonetMoE, ProductMoE, SparseMoE
 
-__all__ = ["ExpertGate", "MuMoE", "MuMoEEmbedding", "MuMoEMLP", "SparseMoE", "parameter_rules"]
+__all__ = [
+    "ExpertGate",
+    "MonetMoE",
+    "MuMoE",
+    "MuMoEEmbedding",
+    "MuMoEMLP",
+    "ProductMoE",
+    "SparseMoE",
+    "parameter_rules",
+]

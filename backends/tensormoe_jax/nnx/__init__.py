@@ -20,6 +20,15 @@ from tensormoe_jax.nnx._gate import ExpertGate
 from tensormoe_jax.nnx._layer import MuMoE
 from tensormoe_jax.nnx._mlp import MuMoEMLP
 from tensormoe_jax.nnx._rules import parameter_rules
-from tensormoe_jax.nnx.mixtures import SparseMoE
+from tensormoe_jax.nnx.mixtures import MonetMoE, ProductMoE, SparseMoE
 
-__all__ = ["ExpertGate", "MuMoE", "MuMoEEmbedding", "MuMoEMLP", "SparseMoE", "parameter_rules"]
+__all__ = [
+    "ExpertGate",
+    "MonetMoE",
+    "MuMoE",
+    "MuMoEEmbedding",
+    "MuMoEMLP",
+    "ProductMoE",
+    "SparseMoE",
+    "parameter_rules",
+]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from tensormoe_numpy.mixtures._base import MixtureLayer as MixtureLayer
+from tensormoe_numpy.mixtures._monet import MonetMoE as MonetMoE
+from tensormoe_numpy.mixtures._product import ProductMoE as ProductMoE
 from tensormoe_numpy.mixtures._sparse import SparseMoE as SparseMoE
 
-__all__ = ["MixtureLayer", "SparseMoE"]
+__all__ = ["MixtureLayer", "MonetMoE", "ProductMoE", "SparseMoE"]
