@@ -108,4 +108,10 @@ class MixtureLayer(MixtureMethods[Array, M]):
         return {"itemsize": self.dtype.itemsize, "library": LIBRARY}
 
     def _dtype_text(self) -> str:
-        return f"dtype={getattr(next(iter(self.parameters.values())), 'dtype', '?')!s}"
+        found = self.parameters
+        # what transformations leave in the place of an array may have no dtype
+        if not all(hasattr(array, "dtype") for array in found.values()):
+            return "dtype=?"
+        routers = {each.dtype.name for name, each in found.items() if name.startswith("router.")}
+        apart = "".join(f", router_dtype={each!r}" for each in routers - {self.dtype.name})
+        return f"dtype={self.dtype.name!r}{apart}"

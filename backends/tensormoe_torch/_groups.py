@@ -12,6 +12,7 @@ from tensormoe.errors import SpecError
 from tensormoe.functional import ParameterRule, parameter_rules
 from tensormoe_torch._base import Mixture
 from tensormoe_torch._gate import ExpertGate
+from tensormoe_torch.mixtures import SparseRouter
 
 _EXEMPT = (
     nn.Embedding,
@@ -54,8 +55,8 @@ def parameter_groups(
             lets a fresh layer move like a linear one under Adam; ``lr`` for all else. Their weight
             decay is divided by the same multiplier, so that AdamW's product of both is the same
             for all. By default every group has the optimizer's learning rate.
-        gate_lr: a learning rate for gates alone, not negative; by default they have the
-            optimizer's, as everything else.
+        gate_lr: a learning rate for gates and routers alone, not negative; by default they have
+            the optimizer's, as everything else.
 
     Returns:
         Two groups, the decaying one first; with ``gate_lr``, two more that have it, the gates'
@@ -93,7 +94,7 @@ def parameter_groups(
     gates: set[int] = set()
     if gate_lr is not None:
         _check_number(gate_lr, "gate_lr", "Leave it out to train gates as everything else.")
-        found = (module for module in model.modules() if isinstance(module, ExpertGate))
+        found = (module for module in model.modules() if isinstance(module, ExpertGate | SparseRouter))
         gates = {id(each) for gate in found for each in gate.parameters()}
     multipliers: dict[int, float] = {}
     if lr is not None:

@@ -17,7 +17,6 @@ from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.mixtures import MixtureConfig
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._dtypes import FLOATS, checked_device
-from tensormoe_torch._gate import ExpertGate
 from tensormoe_torch._sharded import save_whole
 
 OF = "of(config, init, device, dtype), which load and restore call"
@@ -119,14 +118,13 @@ class Stored(Methods[Tensor, C], nn.Module):
 
     @classmethod
     def _empty(cls, config: C, arrays: Mapping[str, Tensor], init: str = "variance") -> Self:
-        """A module on the meta device in the dtypes of its tensors, of the gate too."""
+        """A module on the meta device in the dtypes of its tensors, of gate and router too."""
         dtype = arrays[next(iter(config.parameter_shapes()))].dtype
         module = cls.of(config, init, "meta", dtype)
-        gate = getattr(module, "gate", None)
-        if isinstance(gate, ExpertGate):
-            # statistics are float32 at least anyhow
-            for parameter in gate.parameters():
-                parameter.data = parameter.data.to(arrays["gate.projection_0"].dtype)
+        # statistics and other buffers are float32 at least anyhow
+        for name, parameter in module.named_parameters():
+            if name in arrays:
+                parameter.data = parameter.data.to(arrays[name].dtype)
         return module
 
     def _dtype_text(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from tensormoe._config import ACTIVATIONS, LayerConfig
@@ -15,6 +15,8 @@ from tensormoe._validation import choice, positive_int
 from tensormoe.backend import Array
 from tensormoe.errors import SpecError
 from tensormoe.factorizations import FactorizationLike
+from tensormoe.mixtures._budget import within_budget
+from tensormoe.selection import Budget
 
 KINDS: Mapping[str, str | None] = {"swiglu": "silu", "mlp": "gelu", "linear": None}
 """Kinds of experts, each with its default activation."""
@@ -148,6 +150,9 @@ def experts_config(
     bias: bool = False,
     factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "dense",
     rank: int | tuple[int, ...] | None = None,
+    budget: Budget | int | None = None,
+    router: int = 0,
+    others: int = 0,
 ) -> ExpertsConfig:
     """Experts from the arguments that all mixtures share.
 
@@ -162,10 +167,15 @@ def experts_config(
         factorization: of every layer, or a pair.
         rank: bond sizes of both, with a name. Without one, a named factorization gets the rank
             whose factors have the parameters of one expert's linear layer.
+        budget: parameters of the whole mixture instead of a rank: a number, or a
+            ``Budget(parameters=…)``, whose ``gate=False`` leaves the router out.
+        router: parameters of the router, for a budget.
+        others: parameters of what is built besides experts and router, for a budget.
 
     Raises:
         SpecError: sizes, names or options that cannot be.
-        RankError: a rank that does not fit.
+        RankError: a rank that does not fit, or both a rank and a budget.
+        BudgetError: not a number of parameters, or too few; says how many are needed.
     """
     choice(kind, KINDS, "kind", SpecError)
     count = positive_int(experts, "experts")
@@ -183,6 +193,10 @@ def experts_config(
                     f"{name} must be None for linear experts; got {value!r}. Leave it out, or use "
                     "kind='mlp'."
                 )
+        if budget is not None:
+            sizes = inner, None, outer
+            bought: Any = {"bias": bias, "router": router, "others": others}
+            pair = within_budget(budget, pair, rank, sizes, count, **bought)
         return ExpertsConfig(kind, None, _spec(pair[1], rank, inner, outer, count, bias), None)
     if hidden_features is None:
         raise SpecError(
@@ -191,6 +205,9 @@ def experts_config(
         )
     hidden = positive_int(hidden_features, "hidden_features")
     width = 2 * hidden if kind == "swiglu" else hidden
+    if budget is not None:
+        bought = {"gated": kind == "swiglu", "bias": bias, "router": router, "others": others}
+        pair = within_budget(budget, pair, rank, (inner, hidden, outer), count, **bought)
     return ExpertsConfig(
         kind,
         _spec(pair[0], rank, inner, width, count, bias),
@@ -241,9 +258,10 @@ def run_expert(roles: Collection[str], project: Project, act: Act, x: Array) -> 
 
 def gated(act: Act) -> Act:
     """The function of both halves, (..., 2 · hidden) → (..., hidden), of a gated unit."""
+    # a partial, as modules that keep it must be pickled
+    return partial(_both_halves, act)
 
-    def both_halves(both: Array) -> Array:
-        half = both.shape[-1] // 2
-        return act(both[..., :half]) * both[..., half:]
 
-    return both_halves
+def _both_halves(act: Act, both: Array) -> Array:
+    half = both.shape[-1] // 2
+    return act(both[..., :half]) * both[..., half:]

@@ -22,6 +22,7 @@ from tensormoe.mixtures._routing import route_tokens
 from tensormoe.planning import Cost, Library
 from tensormoe.planning._library import DEFAULT
 from tensormoe.routing import Router, Routes
+from tensormoe.selection import Budget
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ def sparse_config(
     bias: bool = False,
     factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "dense",
     rank: int | tuple[int, ...] | None = None,
+    budget: Budget | int | None = None,
     router: Router | str = "softmax",
     shared_features: int | None = None,
 ) -> SparseConfig:
@@ -169,20 +171,19 @@ def sparse_config(
 
     Raises:
         SpecError: sizes, names or options that cannot be.
-        RankError: a rank that does not fit the factorization.
+        RankError: a rank that does not fit the factorization, or both a rank and a budget.
+        BudgetError: not a number of parameters, or too few; says how many are needed.
         GateError: a router that cannot be.
+
+    >>> config = sparse_config(
+    ...     32, 64, None, experts=8, top_k=2, factorization="cp", budget=10_000
+    ... )
+    >>> config.experts.up.factorization, config.num_parameters
+    (CP(rank=38), 9968)
     """
     options: Any = {"kind": kind, "act_layer": act_layer, "bias": bias}
-    built = experts_config(
-        in_features,
-        hidden_features,
-        out_features,
-        experts,
-        factorization=factorization,
-        rank=rank,
-        **options,
-    )
-    shared = None
+    rule = Router.parse(router)
+    shared, others = None, 0
     if shared_features is not None:
         width = positive_int(shared_features, "shared_features")
         if kind == "linear":
@@ -190,7 +191,21 @@ def sparse_config(
                 f"shared_features must be None for linear experts; got {shared_features}. Add a "
                 "linear layer beside the mixture."
             )
-        shared = experts_config(in_features, width, built.out_features, 1, **options)
-    config = SparseConfig(built, top_k, Router.parse(router), shared)
+        shared = experts_config(in_features, width, out_features, 1, **options)
+        others = sum(layer.num_parameters for layer in shared.layers.values())
+    rows = positive_int(in_features, "in_features") + rule.bias
+    built = experts_config(
+        in_features,
+        hidden_features,
+        out_features,
+        experts,
+        factorization=factorization,
+        rank=rank,
+        budget=budget,
+        router=rows * positive_int(experts, "experts"),
+        others=others,
+        **options,
+    )
+    config = SparseConfig(built, top_k, rule, shared)
     config.plan_ahead()
     return config

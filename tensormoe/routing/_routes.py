@@ -21,7 +21,7 @@ class Routes:
     """Routing record: the experts of every token, and what they were chosen by.
 
     Losses are functions of it: ``z_loss(routes.logits)``, ``load_balance_loss(routes.scores,
-    routes.chosen, experts=N)`` and others of :mod:`tensormoe.gates`. Sigmoid scores do not sum to
+    routes.choices, experts=N)`` and others of :mod:`tensormoe.gates`. Sigmoid scores do not sum to
     one: divide them by their sums first.
 
     Attributes:
@@ -40,6 +40,17 @@ class Routes:
     def chosen(self) -> TopK:
         """The chosen experts as coefficients by index, which losses and layers take."""
         return TopK(self.top_k_index, self.top_k_weights)
+
+    @property
+    def choices(self) -> TopK:
+        """The chosen experts, each with weight one, for losses that count choices.
+
+        A choice that ``capacity`` drops has weight 0 in :attr:`chosen`, but counts for the load: an
+        expert that overflows is chosen too often.
+        """
+        backend = backend_of(self.top_k_weights)
+        weights = backend.stop_gradient(self.top_k_weights)
+        return TopK(self.top_k_index, backend.namespace.ones_like(weights))
 
     def reshaped(self, batch_shape: tuple[int, ...], backend: Backend) -> Routes:
         """The record with other leading axes."""
@@ -117,10 +128,7 @@ def next_bias(
     router: Router, bias: Array, routes: Routes, backend: Backend, across: Across | None = None
 ) -> Array:
     """Biases for the choice of the next step, by the load of this one."""
-    # a choice counts whatever its weight is, which may have underflowed
-    ones = backend.namespace.ones_like(backend.stop_gradient(routes.top_k_weights))
-    taken = TopK(routes.top_k_index, ones)
-    return balanced_bias(bias, taken, router.balance, across=across, backend=backend)
+    return balanced_bias(bias, routes.choices, router.balance, across=across, backend=backend)
 
 
 def within_capacity(index: Array, experts: int, capacity: float, backend: Backend) -> Array:

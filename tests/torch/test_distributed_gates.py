@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tensormoe import Gate
 from tensormoe.errors import GateError
-from tensormoe_torch import MuMoE, MuMoEMLP, synchronize_gates
+from tensormoe.routing import Router
+from tensormoe_torch import MuMoE, MuMoEMLP, SparseMoE, synchronize_gates
 from tests.torch._helpers import normal, randomize, traced
 from tests.torch._ranks import Ranks
 
@@ -127,6 +128,26 @@ def balanced(rank: int) -> None:
 
 def test_biases_move_by_the_load_of_all_processes(ranks: Ranks) -> None:
     ranks(balanced)
+
+
+def routed(rank: int) -> None:
+    router, x = Router("sigmoid", balance=0.01), normal(8, 6)
+    options = {"experts": 5, "top_k": 2, "kind": "linear", "router": router}
+    whole, alone, *others = (
+        randomize(SparseMoE(6, **options, dtype=torch.float64)).train()
+        for _ in range(2 + len(SPLITS))
+    )
+    whole(x)
+    alone(x[:4] if rank == 0 else x[4:])
+    assert not torch.equal(alone.router.choice_bias, whole.router.choice_bias)
+    for split, layer in zip(SPLITS, others, strict=True):
+        synchronize_gates(layer)(x[:split] if rank == 0 else x[split:])
+        assert torch.equal(layer.router.choice_bias, whole.router.choice_bias)
+    others[0].eval()(x[:rank])
+
+
+def test_routers_too(ranks: Ranks) -> None:
+    ranks(routed)
 
 
 def test_only_batch_norms_are_synchronized() -> None:

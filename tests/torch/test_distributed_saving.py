@@ -14,8 +14,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_module, distri
 
 from tensormoe import CP, Gate, TensorRing
 from tensormoe.checkpoint import peek_checkpoint
-from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP
-from tests.torch._helpers import randomize
+from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP, SparseMoE
+from tests.torch._helpers import normal, randomize
 from tests.torch._ranks import Ranks
 
 BATCH = Gate(normalization="batch", bias=True)
@@ -64,6 +64,34 @@ def test_fully_sharded_layers(ranks: Ranks, tmp_path: Path) -> None:
     for name, layer in layers().items():
         layer.save(tmp_path / "alone")
         assert (tmp_path / "alone").read_bytes() == (tmp_path / name).read_bytes()
+
+
+def run_sharded_mixture(rank: int, folder: Path) -> None:
+    """Parts sharded one by one, as for models, and then the whole."""
+    x = normal(6, 6, dtype=torch.float32)
+    options: dict[str, Any] = {"experts": 3, "top_k": 2, "shared_features": 4}
+    plain, sharded = (
+        randomize(SparseMoE(6, 7, factorization=("dense", CP(4)), **options)) for _ in range(2)
+    )
+    before = values(plain)
+    for part in (sharded.experts.projections["down_proj"], sharded.router, sharded):
+        fully_shard(part)
+    outputs = [layer(x) for layer in (plain, sharded)]
+    torch.testing.assert_close(outputs[1], outputs[0])
+    for output in outputs:
+        output.square().sum().backward()
+    grads = {name: each.grad.full_tensor() for name, each in sharded.named_parameters()}
+    for name, each in plain.named_parameters():
+        torch.testing.assert_close(grads[name], each.grad, msg=name)
+    sharded.save(folder / "mixture")
+    again = SparseMoE.load(folder / "mixture").state_dict()
+    assert again.keys() == before.keys()
+    assert all(torch.equal(array, before[name]) for name, array in again.items())
+    sharded.reset_parameters()
+
+
+def test_sharded_mixtures(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(run_sharded_mixture, tmp_path)
 
 
 def save_between_shards(rank: int, folder: Path) -> bool:

@@ -13,7 +13,8 @@ from torch.nn.utils import prune
 from tensormoe import CP, Gate, LayerSpec, TensorRing
 from tensormoe.errors import SpecError
 from tensormoe.functional import parameter_rules
-from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP, parameter_groups
+from tensormoe.routing import Router
+from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP, SparseMoE, parameter_groups
 from tensormoe_torch.official import PreNormed
 from tests._kinds import KINDS
 from tests.torch._helpers import build, normal
@@ -85,6 +86,25 @@ def test_factors_that_start_around_zero_decay(
     assert {name for name in decayed if "gate" in name} == {
         f"gate.projection_{level}" for level in range(len(experts))
     }
+
+
+def test_routers_are_gates() -> None:
+    router = Router("sigmoid", bias=True, balance=0.01)
+    layer = SparseMoE(
+        8, 12, experts=3, top_k=2, factorization=("dense", CP(4)), router=router, bias=True
+    )
+    groups = parameter_groups(nn.Sequential(layer), 0.1, lr=1e-3, gate_lr=1e-4)
+    known = {id(each): name for name, each in layer.named_parameters()}
+    listed = [(known[id(each)], group) for group in groups for each in group["params"]]
+    assert sorted(name for name, _ in listed) == sorted(known.values())
+    gates = {name: group for name, group in listed if group["lr"] == 1e-4}
+    assert {*gates} == {"router.projection", "router.bias"}
+    assert gates["router.projection"]["weight_decay"] == 0.1
+    assert gates["router.bias"]["weight_decay"] == 0.0
+    kept = {name for name, group in listed if group["weight_decay"] == 0.0}
+    down = "experts.projections.down_proj.factors."
+    assert {f"{down}bias", f"{down}expert_0"} <= kept
+    assert "experts.projections.gate_up_proj.factors.weight" not in kept
 
 
 def test_dense_tables_do_not_decay() -> None:

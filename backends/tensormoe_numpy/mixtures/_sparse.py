@@ -8,6 +8,7 @@ import numpy.typing as npt
 from tensormoe.factorizations import FactorizationLike
 from tensormoe.mixtures import SparseConfig, sparse_config
 from tensormoe.routing import Router
+from tensormoe.selection import Budget
 from tensormoe_numpy._random import checked_dtype, draw
 from tensormoe_numpy.mixtures._base import MixtureLayer
 
@@ -30,6 +31,9 @@ class SparseMoE(MixtureLayer[SparseConfig]):
         factorization: "dense", or a value or name for both layers of the experts, or a pair.
         rank: bond sizes of both, with a name. Without one, a named factorization gets the rank
             whose factors have the parameters of one expert's linear layer.
+        budget: parameters of all that is built instead of a rank, experts, router and shared
+            expert: a number, or a ``Budget(parameters=…)``, whose ``gate=False`` leaves the router
+            out.
         router: a :class:`tensormoe.routing.Router`, or the name of its scores.
         shared_features: hidden size of an expert that every token runs, of the same kind; None for
             none.
@@ -39,7 +43,8 @@ class SparseMoE(MixtureLayer[SparseConfig]):
 
     Raises:
         SpecError: sizes, names or options that cannot be, or a ``top_k`` above N.
-        RankError: a rank that does not fit the factorization.
+        RankError: a rank that does not fit the factorization, or both a rank and a budget.
+        BudgetError: not a number of parameters, or too few; says how many are needed.
         GateError: a router that cannot be.
 
     >>> layer = SparseMoE(32, 64, experts=8, top_k=2, seed=0)
@@ -63,6 +68,7 @@ class SparseMoE(MixtureLayer[SparseConfig]):
         bias: bool = False,
         factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "dense",
         rank: int | tuple[int, ...] | None = None,
+        budget: Budget | int | None = None,
         router: Router | str = "softmax",
         shared_features: int | None = None,
         init: str = "variance",
@@ -80,6 +86,7 @@ class SparseMoE(MixtureLayer[SparseConfig]):
             bias=bias,
             factorization=factorization,
             rank=rank,
+            budget=budget,
             router=router,
             shared_features=shared_features,
         )

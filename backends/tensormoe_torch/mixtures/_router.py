@@ -17,6 +17,9 @@ from tensormoe_torch._checks import check_input
 from tensormoe_torch._gate import across_processes
 from tensormoe_torch.mixtures._base import reset_own
 
+# fully_shard finds the tensors of a record, and without them no gradient reaches a sharded router
+torch.export.register_dataclass(Routes, serialized_type_name="tensormoe.routing.Routes")
+
 
 class MixtureRouter(nn.Module):
     """Routing of a mixture: (..., in) to the routing record.

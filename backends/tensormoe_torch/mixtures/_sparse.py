@@ -10,6 +10,7 @@ from torch import Tensor
 from tensormoe.factorizations import FactorizationLike
 from tensormoe.mixtures import SparseConfig, sparse_config
 from tensormoe.routing import Router, Routes
+from tensormoe.selection import Budget
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.mixtures._base import MixtureModule, make_experts
 from tensormoe_torch.mixtures._router import SparseRouter
@@ -34,6 +35,9 @@ class SparseMoE(MixtureModule[SparseConfig]):
         factorization: "dense", or a value or name for both layers of the experts, or a pair.
         rank: bond sizes of both, with a name. Without one, a named factorization gets the rank
             whose factors have the parameters of one expert's linear layer.
+        budget: parameters of all that is built instead of a rank, experts, router and shared
+            expert: a number, or a ``Budget(parameters=…)``, whose ``gate=False`` leaves the router
+            out.
         router: a :class:`tensormoe.routing.Router`, or the name of its scores.
         shared_features: hidden size of an expert that every token runs, of the same kind; None for
             none.
@@ -50,7 +54,8 @@ class SparseMoE(MixtureModule[SparseConfig]):
 
     Raises:
         SpecError: sizes, names or options that cannot be, or a ``top_k`` above N.
-        RankError: a rank that does not fit the factorization.
+        RankError: a rank that does not fit the factorization, or both a rank and a budget.
+        BudgetError: not a number of parameters, or too few; says how many are needed.
         GateError: a router that cannot be.
 
     >>> import torch
@@ -61,7 +66,7 @@ class SparseMoE(MixtureModule[SparseConfig]):
     >>> y = layer(x, routes)
     >>> y.shape, routes.top_k_index.shape
     (torch.Size([5, 7, 32]), torch.Size([5, 7, 2]))
-    >>> loss = load_balance_loss(routes.scores, routes.chosen, experts=8)
+    >>> loss = load_balance_loss(routes.scores, routes.choices, experts=8)
     """
 
     _kind = "SparseMoE"
@@ -84,6 +89,7 @@ class SparseMoE(MixtureModule[SparseConfig]):
         bias: bool = False,
         factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "dense",
         rank: int | tuple[int, ...] | None = None,
+        budget: Budget | int | None = None,
         router: Router | str = "softmax",
         shared_features: int | None = None,
         init: str = "variance",
@@ -101,6 +107,7 @@ class SparseMoE(MixtureModule[SparseConfig]):
             bias=bias,
             factorization=factorization,
             rank=rank,
+            budget=budget,
             router=router,
             shared_features=shared_features,
         )
@@ -146,4 +153,5 @@ class SparseMoE(MixtureModule[SparseConfig]):
         y: Tensor = self.experts(rows, index, weights)
         if self.shared is not None:
             y = y + self.shared.everywhere(rows)
-        return y.reshape(*batch_shape, config.out_features)
+        # fully_shard warns of outputs that are views
+        return y if len(batch_shape) == 1 else y.reshape(*batch_shape, config.out_features)

@@ -9,6 +9,7 @@ from jax import Array
 from tensormoe.factorizations import FactorizationLike
 from tensormoe.mixtures import MixtureConfig, SparseConfig, sparse_config
 from tensormoe.routing import Router
+from tensormoe.selection import Budget
 from tensormoe_jax.equinox.mixtures._base import MixtureModule
 
 
@@ -31,6 +32,9 @@ class SparseMoE(MixtureModule[SparseConfig]):
         factorization: "dense", or a value or name for both layers of the experts, or a pair.
         rank: bond sizes of both, with a name. Without one, a named factorization gets the rank
             whose factors have the parameters of one expert's linear layer.
+        budget: parameters of all that is built instead of a rank, experts, router and shared
+            expert: a number, or a ``Budget(parameters=…)``, whose ``gate=False`` leaves the router
+            out.
         router: a :class:`tensormoe.routing.Router`, or the name of its scores.
         shared_features: hidden size of an expert that every token runs, of the same kind; None for
             none.
@@ -42,7 +46,8 @@ class SparseMoE(MixtureModule[SparseConfig]):
 
     Raises:
         SpecError: sizes, names or options that cannot be, or a ``top_k`` above N.
-        RankError: a rank that does not fit the factorization.
+        RankError: a rank that does not fit the factorization, or both a rank and a budget.
+        BudgetError: not a number of parameters, or too few; says how many are needed.
         GateError: a router that cannot be.
 
     >>> import jax, jax.numpy as jnp
@@ -68,6 +73,7 @@ class SparseMoE(MixtureModule[SparseConfig]):
         bias: bool = False,
         factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "dense",
         rank: int | tuple[int, ...] | None = None,
+        budget: Budget | int | None = None,
         router: Router | str = "softmax",
         shared_features: int | None = None,
         init: str = "variance",
@@ -86,6 +92,7 @@ class SparseMoE(MixtureModule[SparseConfig]):
             bias=bias,
             factorization=factorization,
             rank=rank,
+            budget=budget,
             router=router,
             shared_features=shared_features,
         )

@@ -9,6 +9,7 @@ from jax import Array
 from tensormoe.factorizations import FactorizationLike
 from tensormoe.mixtures import SparseConfig, sparse_config
 from tensormoe.routing import Router, Routes
+from tensormoe.selection import Budget
 from tensormoe_jax.nnx._rngs import Source
 from tensormoe_jax.nnx.mixtures._base import MixtureModule
 
@@ -32,6 +33,9 @@ class SparseMoE(MixtureModule[SparseConfig]):
         factorization: "dense", or a value or name for both layers of the experts, or a pair.
         rank: bond sizes of both, with a name. Without one, a named factorization gets the rank
             whose factors have the parameters of one expert's linear layer.
+        budget: parameters of all that is built instead of a rank, experts, router and shared
+            expert: a number, or a ``Budget(parameters=…)``, whose ``gate=False`` leaves the router
+            out.
         router: a :class:`tensormoe.routing.Router`, or the name of its scores.
         shared_features: hidden size of an expert that every token runs, of the same kind; None for
             none.
@@ -44,7 +48,8 @@ class SparseMoE(MixtureModule[SparseConfig]):
 
     Raises:
         SpecError: sizes, names or options that cannot be, or a ``top_k`` above N.
-        RankError: a rank that does not fit the factorization.
+        RankError: a rank that does not fit the factorization, or both a rank and a budget.
+        BudgetError: not a number of parameters, or too few; says how many are needed.
         GateError: a router that cannot be.
 
     >>> import jax.numpy as jnp
@@ -70,6 +75,7 @@ class SparseMoE(MixtureModule[SparseConfig]):
         bias: bool = False,
         factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "dense",
         rank: int | tuple[int, ...] | None = None,
+        budget: Budget | int | None = None,
         router: Router | str = "softmax",
         shared_features: int | None = None,
         init: str = "variance",
@@ -88,6 +94,7 @@ class SparseMoE(MixtureModule[SparseConfig]):
             bias=bias,
             factorization=factorization,
             rank=rank,
+            budget=budget,
             router=router,
             shared_features=shared_features,
         )
