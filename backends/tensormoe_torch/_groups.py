@@ -94,7 +94,9 @@ def parameter_groups(
     gates: set[int] = set()
     if gate_lr is not None:
         _check_number(gate_lr, "gate_lr", "Leave it out to train gates as everything else.")
-        found = (module for module in model.modules() if isinstance(module, ExpertGate | SparseRouter))
+        found = (
+            module for module in model.modules() if isinstance(module, ExpertGate | SparseRouter)
+        )
         gates = {id(each) for gate in found for each in gate.parameters()}
     multipliers: dict[int, float] = {}
     if lr is not None:

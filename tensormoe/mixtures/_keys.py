@@ -48,11 +48,11 @@ class Keys:
 
     in_features: int
     experts: tuple[int, ...]
-    heads: int = 1
-    key_features: int | None = 128
-    share_keys: bool = True
-    query_norm: bool = True
-    router: Router = Router()
+    heads: int
+    key_features: int | None
+    share_keys: bool
+    query_norm: bool
+    router: Router
 
     def __post_init__(self) -> None:
         for name in ("in_features", "heads"):

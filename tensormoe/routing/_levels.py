@@ -17,7 +17,7 @@ from tensormoe.routing._routes import Routes, choose
 class LevelRoutes:
     """Routing record of experts (i, j, …) whose weights are products of one weight per level.
 
-    Losses are functions of its levels: ``load_balance_loss(routes.scores, routes.chosen,
+    Losses are functions of its levels: ``load_balance_loss(routes.scores, routes.choices,
     experts=sizes)``.
 
     Attributes:
@@ -30,6 +30,11 @@ class LevelRoutes:
     def chosen(self) -> list[TopK]:
         """What each level chose, with its weights."""
         return [level.chosen for level in self.levels]
+
+    @property
+    def choices(self) -> list[TopK]:
+        """The same, each with weight one, for losses that count choices."""
+        return [level.choices for level in self.levels]
 
     @property
     def scores(self) -> list[Array]:

@@ -25,7 +25,7 @@ from tensormoe.routing._routes import best_indices, scores_of
 class ProductRoutes:
     """Routing record of experts that are numbered by one index per level.
 
-    Losses are functions of its levels, ``load_balance_loss(routes.scores, routes.chosen,
+    Losses are functions of its levels, ``load_balance_loss(routes.scores, routes.choices,
     experts=sizes)`` for instance: nothing has an entry for every expert.
 
     Attributes:
@@ -43,8 +43,18 @@ class ProductRoutes:
 
     @property
     def chosen(self) -> list[TopK]:
-        """Places of the chosen experts in each level with the experts' weights, for losses."""
+        """Places of the chosen experts in each level, with the experts' weights."""
         return [TopK(index, self.top_k_weights) for index in self.level_index]
+
+    @property
+    def choices(self) -> list[TopK]:
+        """The same, each with weight one, for losses that count choices.
+
+        A place that several experts of one choice share counts once.
+        """
+        backend = backend_of(self.top_k_weights)
+        ones = backend.namespace.ones_like(backend.stop_gradient(self.top_k_weights))
+        return [TopK(index, ones) for index in self.level_index]
 
     @property
     def scores(self) -> list[Array]:
@@ -175,7 +185,7 @@ def check_product_router(router: Router) -> None:
             raise GateError(
                 f"a router of a product of experts must have {name}={none}, since it keeps nothing "
                 f"for every expert; got {value!r}. Balance levels by a loss: "
-                "load_balance_loss(routes.scores, routes.chosen, experts=sizes)."
+                "load_balance_loss(routes.scores, routes.choices, experts=sizes)."
             )
 
 

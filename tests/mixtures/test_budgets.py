@@ -38,9 +38,10 @@ def test_everything_counts_and_nothing_in_the_family_is_better(kind: str) -> Non
     wider = build(factorization="cp", budget=free, **options)
     router = 8 * 4 + 4
     assert 1200 < wider.num_parameters <= 1200 + router
-    assert wider.num_parameters == build(
-        factorization="cp", budget=1200 + router, **options
-    ).num_parameters
+    assert (
+        wider.num_parameters
+        == build(factorization="cp", budget=1200 + router, **options).num_parameters
+    )
 
 
 @pytest.mark.parametrize("budget", range(90, 400, 31))

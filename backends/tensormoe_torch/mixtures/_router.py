@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tensormoe.mixtures import MixtureConfig, Parts, SparseConfig
+from tensormoe.routing import LevelRoutes, ProductRoutes, Routes
 from tensormoe_torch._activations import ACTIVATIONS
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._autograd import no_autocast
@@ -18,7 +19,10 @@ from tensormoe_torch._gate import across_processes
 from tensormoe_torch.mixtures._base import reset_own
 
 # fully_shard finds the tensors of a record, and without them no gradient reaches a sharded router
-torch.export.register_dataclass(Routes, serialized_type_name="tensormoe.routing.Routes")
+for _record in (Routes, ProductRoutes, LevelRoutes):
+    torch.export.register_dataclass(
+        _record, serialized_type_name=f"tensormoe.routing.{_record.__name__}"
+    )
 
 
 class MixtureRouter(nn.Module):

@@ -52,7 +52,8 @@ class ProductMoE(MixtureModule[ProductConfig]):
         GateError: a router that cannot be.
 
     >>> import jax, jax.numpy as jnp
-    >>> layer = ProductMoE(32, experts=(20, 30), top_k=4, heads=2, key_features=8, key=jax.random.key(0))
+    >>> key = jax.random.key(0)
+    >>> layer = ProductMoE(32, experts=(20, 30), top_k=4, heads=2, key_features=8, key=key)
     >>> layer(jnp.ones((5, 32))).shape
     (5, 32)
     """
