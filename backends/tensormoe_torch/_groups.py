@@ -12,7 +12,7 @@ from tensormoe.errors import SpecError
 from tensormoe.functional import ParameterRule, parameter_rules
 from tensormoe_torch._base import Mixture
 from tensormoe_torch._gate import ExpertGate
-from tensormoe_torch.mixtures import SparseRouter
+from tensormoe_torch.mixtures import MixtureRouter
 
 _EXEMPT = (
     nn.Embedding,
@@ -95,7 +95,7 @@ def parameter_groups(
     if gate_lr is not None:
         _check_number(gate_lr, "gate_lr", "Leave it out to train gates as everything else.")
         found = (
-            module for module in model.modules() if isinstance(module, ExpertGate | SparseRouter)
+            module for module in model.modules() if isinstance(module, ExpertGate | MixtureRouter)
         )
         gates = {id(each) for gate in found for each in gate.parameters()}
     multipliers: dict[int, float] = {}
