@@ -128,5 +128,8 @@ def product_cost(
             keys.num_experts, sizes, chosen, batch, itemsize=itemsize, training=training
         )
         return cost.then(tables)
-    options = {"itemsize": itemsize, "training": training}
-    return cost.then(experts_cost(factorized, batch, chosen, library=library, **options))
+    return cost.then(
+        experts_cost(
+            factorized, batch, chosen, itemsize=itemsize, library=library, training=training
+        )
+    )

@@ -23,17 +23,19 @@ def _monet(**options: Any) -> MonetConfig:
 
 class TestMonetMoE(MixtureContract):
     configs: ClassVar[Any] = {
-        "horizontal": _monet(),
+        "horizontal": _monet(bias=False, key_features=3, router=Router("sigmoid", noise=1.0)),
         "vertical": _monet(kind="vertical"),
-        "horizontal, keys, noise": _monet(
-            bias=False, key_features=3, router=Router("sigmoid", noise=1.0)
-        ),
-        "vertical, all of the smaller kind": _monet(
-            kind="vertical", bias=False, top_k=4, router=Router(renormalize=False)
-        ),
     }
     other = _monet(experts=(4, 4), top_k=1)
-    compiled = ("horizontal", "vertical")
+
+
+FORMULAS: dict[str, MonetConfig] = {
+    **TestMonetMoE.configs,
+    "horizontal, biases": _monet(),
+    "vertical, all of the smaller kind": _monet(
+        kind="vertical", bias=False, top_k=4, router=Router(renormalize=False)
+    ),
+}
 
 
 def _gelu(x: np.ndarray) -> np.ndarray:
@@ -107,9 +109,9 @@ def _weights(config: MonetConfig, arrays: Any, x: np.ndarray, level: int) -> np.
     return weights / weights.sum(-1, keepdims=True) if router.renormalize else weights
 
 
-@pytest.mark.parametrize("name", TestMonetMoE.configs)
+@pytest.mark.parametrize("name", FORMULAS)
 def test_a_weighted_sum_over_all_pairs(name: str) -> None:
-    config = TestMonetMoE.configs[name]
+    config = FORMULAS[name]
     arrays, x = drawn(config), tokens(config, (4,))
     first, second = (_weights(config, arrays, x, level) for level in (0, 1))
     wanted = 0.0

@@ -29,21 +29,30 @@ def _product(*sizes: int | None, **options: Any) -> ProductConfig:
 class TestProductMoE(MixtureContract):
     configs: ClassVar[Any] = {
         "tables": _product(),
-        "two units, keys of heads, sigmoid": _product(
-            2, 5, share_keys=False, query_norm=False, router=Router("sigmoid", renormalize=False)
-        ),
         "cp, projected, noise": _product(
             factorization=CP(3),
             key_features=None,
             act_layer="silu",
             router=Router(renormalize=False, noise=1.0),
         ),
-        "ring, three levels": _product(
-            3, 5, experts=(2, 3, 2), factorization=(TensorRing((2, 2, 2, 2, 2)), CP(4))
+        "ring, keys of heads, three levels": _product(
+            3,
+            5,
+            experts=(2, 3, 2),
+            factorization=(TensorRing((2, 2, 2, 2, 2)), CP(4)),
+            share_keys=False,
         ),
     }
     other = _product(experts=(4, 4), top_k=2)
-    compiled = ("tables", "cp, projected, noise")
+
+
+FORMULAS: dict[str, ProductConfig] = {
+    **TestProductMoE.configs,
+    "two units": _product(2, 5),
+    "keys of heads, sigmoid": _product(
+        share_keys=False, query_norm=False, router=Router("sigmoid", renormalize=False)
+    ),
+}
 
 
 def _gelu(x: np.ndarray) -> np.ndarray:
@@ -88,9 +97,9 @@ def _all_experts(config: ProductConfig, arrays: Any, x: np.ndarray) -> np.ndarra
     return np.einsum("tnh,nho->tno", units, made[1])
 
 
-@pytest.mark.parametrize("name", TestProductMoE.configs)
+@pytest.mark.parametrize("name", FORMULAS)
 def test_a_weighted_sum_of_the_best_of_all_experts(name: str) -> None:
-    config = TestProductMoE.configs[name]
+    config = FORMULAS[name]
     arrays, x = drawn(config), tokens(config, (7,))
     one, *others = _logits(config, arrays, x)
     for level in others:
@@ -128,6 +137,20 @@ def test_sparse_gradients_are_those_of_the_rows_that_were_read(hidden: int) -> N
         assert not wanted.is_sparse
         torch.testing.assert_close(found.to_dense(), wanted)
     torch.testing.assert_close(layer.router.query.grad, plain.router.query.grad)
+
+
+# the compiler looks at gradients of what is no leaf
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_a_compiler_leaves_sparse_gradients_alone() -> None:
+    layer = ProductMoE(6, experts=(8, 9), top_k=2, key_features=4, sparse=True)
+    x = torch.randn(5, 6)
+    whole = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="must have dense gradients to be compiled"):
+        whole(x)
+    parts = torch.compile(layer, backend="aot_eager")
+    torch.testing.assert_close(parts(x), layer(x))
+    parts(x).sum().backward()
+    assert layer.experts.up_proj.weight.grad.is_sparse
 
 
 def test_tables_learn_with_a_sparse_optimizer() -> None:

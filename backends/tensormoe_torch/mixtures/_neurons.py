@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from functools import cache
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tensormoe.errors import BackendError
 from tensormoe.gates import TopK
 from tensormoe.mixtures import ProductConfig, run_networks, run_tables
 from tensormoe_torch._activations import ACTIVATIONS
@@ -38,17 +41,25 @@ class NeuronTables(nn.Module):
         super().__init__()
         self.config = config
         for role, table in config.tables.items():
+            count, width = table.shape
             # no table is drawn twice: a million rows take seconds
-            empty = torch.empty(table.shape, device=device, dtype=dtype)
-            self.add_module(role, nn.Embedding(*table.shape, sparse=sparse, _weight=empty))
+            empty = torch.empty((count, width), device=device, dtype=dtype)
+            self.add_module(role, nn.Embedding(count, width, sparse=sparse, _weight=empty))
         self.reset_parameters()
+
+    @property
+    def tables(self) -> dict[str, nn.Embedding]:
+        """The tables by role."""
+        found = {role: self.get_submodule(role) for role in self.config.tables}
+        return {role: table for role, table in found.items() if isinstance(table, nn.Embedding)}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw both tables anew."""
-        for role, table in self.config.tables.items():
+        for role, table in self.tables.items():
             # in place: a million rows are gigabytes
-            self.get_submodule(role).weight.uniform_(-table.size, table.size)
+            span = self.config.tables[role].size
+            table.weight.uniform_(-span, span)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Outputs (tokens, out) of experts, weighted.
@@ -57,19 +68,22 @@ class NeuronTables(nn.Module):
             hidden_states: (tokens, in).
             top_k_index: (tokens, k) numbers of experts.
             top_k_weights: (tokens, k), in any floating-point dtype.
+
+        Raises:
+            BackendError: tables with sparse gradients under a compiler.
         """
+        run = run_tables
+        if torch.is_grad_enabled() and any(table.sparse for table in self.tables.values()):
+            run = _uncompiled()
 
         def look_up(role: str, index: Tensor) -> Tensor:
             rows: Tensor = self.get_submodule(role)(index)
             return rows
 
-        down: nn.Embedding = self.get_submodule("down_proj")  # type: ignore[assignment]
-        # one pass over the rows without a copy; compilers fuse the two steps by themselves
-        plain = not is_traced(hidden_states) and hidden_states.dtype == down.weight.dtype
-        hooked = bool(down._forward_hooks or down._forward_pre_hooks or down._backward_hooks)
-        made: Tensor = run_tables(
+        down = self.get_submodule("down_proj")
+        made: Tensor = run(
             look_up,
-            _summed(down) if plain and not hooked else None,
+            _summed(down) if _is_plain(down, hidden_states) else None,
             ACTIVATIONS[self.config.act_layer],
             self.config.hidden_features,
             hidden_states,
@@ -120,7 +134,43 @@ class NeuronNetworks(nn.Module):
         return made
 
 
+def _is_plain(table: nn.Module, x: Tensor) -> TypeGuard[nn.Embedding]:
+    """Whether calling a table does no more than reading its rows, for inputs of its dtype.
+
+    Compilers fuse the reading and the sum by themselves.
+    """
+    if type(table) is not nn.Embedding or table.max_norm is not None:
+        return False
+    hooks = table._forward_hooks, table._forward_pre_hooks, table._backward_hooks
+    if any(hooks) or is_traced(x) or is_traced(table.weight):
+        return False
+    return x.dtype == table.weight.dtype
+
+
+def _uncompiled() -> Any:
+    """The formula as the compiler must leave it, for it fails at sparse gradients.
+
+    Raises:
+        BackendError: inside of what is being compiled; the compiler takes this for the end of a
+            graph, or reports it where there must be one graph.
+    """
+    if torch.compiler.is_compiling():
+        raise BackendError(
+            "tables must have dense gradients to be compiled for training; got sparse=True. Call "
+            "sparse_gradients(False), or factorize the experts."
+        )
+    # to load the compiler takes a second
+    return _disabled() if "torch._dynamo" in sys.modules else run_tables
+
+
+@cache
+def _disabled() -> Any:
+    return torch.compiler.disable(run_tables)
+
+
 def _summed(table: nn.Embedding) -> Any:
+    """The sum of rows by weights in one pass, without a copy of the rows."""
+
     def combine(role: str, index: Tensor, weights: Tensor) -> Tensor:
         return F.embedding_bag(
             index,

@@ -136,8 +136,8 @@ class ProductMoE(MixtureModule[ProductConfig]):
                 "sparse gradients are those of tables; got factorized experts, whose factors are "
                 "small. Leave sparse=False."
             )
-        for role in self.config.tables:
-            self.experts.get_submodule(role).sparse = sparse
+        for table in self.experts.tables.values():
+            table.sparse = sparse
         return self
 
     def route(self, x: Tensor) -> ProductRoutes:
