@@ -31,7 +31,10 @@ class TestMonetMoE(MixtureContract):
 
 FORMULAS: dict[str, MonetConfig] = {
     **TestMonetMoE.configs,
-    "horizontal, biases": _monet(),
+    "horizontal, weights of any sum": _monet(router=Router(renormalize=False)),
+    "vertical, weights of any sum": _monet(
+        kind="vertical", router=Router("sigmoid", renormalize=False)
+    ),
     "vertical, all of the smaller kind": _monet(
         kind="vertical", bias=False, top_k=4, router=Router(renormalize=False)
     ),
