@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-NAMES = ("product",)
+NAMES = ("product", "soft", "sparse")
 """Parts, each in a file ``_mixtures_<name>.py`` with a function ``run`` of the other arguments."""
 
 

@@ -55,6 +55,19 @@ class LayerConfig:
         """The programs for every batch size; planned on first use."""
         return plan_regimes(self.spec.network, Routing(None, self.indexed_input))
 
+    @cached_property
+    def routed_regimes(self) -> tuple[Regimes, Regimes]:
+        """The programs for rows of one expert each: in any order, and sorted by expert."""
+        any_order = Routing(None, self.indexed_input, one_expert=True)
+        by_expert = Routing(None, self.indexed_input, one_expert=True, by_expert=True)
+        network = self.spec.network
+        return plan_regimes(network, any_order), plan_regimes(network, by_expert)
+
+    def sorts(self, rows: int) -> bool:
+        """Whether so many rows of one expert each run faster when they are sorted by expert."""
+        program = self.routed_regimes[1].program(rows)
+        return any(step.kind == "grouped" for step in program.steps)
+
     def plan_ahead(self) -> None:
         """Plan now, so that a forward call only looks up programs.
 

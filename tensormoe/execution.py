@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from tensormoe.backend import Array, Backend, device_of
+from tensormoe.backend import Array, Backend, Groups, device_of
 from tensormoe.planning._program import Program, Step
 
 __all__ = ["execute", "plus"]
@@ -108,6 +108,16 @@ def _scatter(program: Program, step: Step, operands: list[Array], backend: Backe
     return backend.reshape(total, tuple(program.sizes[leg] for leg in step.legs))
 
 
+def _grouped(program: Program, step: Step, operands: list[Array], backend: Backend) -> Array:
+    assert isinstance(backend, Groups)
+    return backend.grouped_matmul(operands[0], operands[1], operands[2])
+
+
+def _outer(program: Program, step: Step, operands: list[Array], backend: Backend) -> Array:
+    assert isinstance(backend, Groups)
+    return backend.grouped_outer(operands[0], operands[1], operands[2])
+
+
 def _eye(program: Program, step: Step, operands: list[Array], backend: Backend) -> Array:
     (like,) = operands
     size = program.sizes[step.legs[0]]
@@ -141,6 +151,8 @@ _Run = Callable[[Program, Step, list[Array], Backend], Array]
 _RUN: Mapping[str, _Run] = {
     "linear": _matmul,
     "matmul": _matmul,
+    "grouped": _grouped,
+    "outer": _outer,
     "multiply": _multiply,
     "add": _add,
     "permute": _permute,

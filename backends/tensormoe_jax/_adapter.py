@@ -86,6 +86,15 @@ class JaxBackend:
         place = (slice(None),) * axis + (_no_wrap(indices, size),)
         return total.at[place].add(values, mode="drop")
 
+    def grouped_matmul(self, rows: Array, matrices: Array, counts: Array, /) -> Array:
+        return jax.lax.ragged_dot(rows, matrices, counts.astype(jnp.int32))
+
+    def grouped_outer(self, left: Array, right: Array, counts: Array, /) -> Array:
+        numbers = jax.lax.RaggedDotDimensionNumbers(  # type: ignore[no-untyped-call]
+            (((0,), (0,)), ((), ())), (0,), ()
+        )
+        return jax.lax.ragged_dot_general(left, right, counts.astype(jnp.int32), numbers)
+
     def floats(self, array: Array, /) -> list[float]:
         listed: list[float] = array.tolist()
         return listed

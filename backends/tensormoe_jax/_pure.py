@@ -19,7 +19,7 @@ from tensormoe._names import split_names
 from tensormoe._validation import brief, flag
 from tensormoe.errors import SpecError
 from tensormoe.functional import BlockConfig, LayerConfig
-from tensormoe.gates import TopK
+from tensormoe.gates import OneExpert, TopK
 from tensormoe_jax._activations import ACTIVATIONS
 from tensormoe_jax._adapter import BACKEND
 from tensormoe_jax._checks import (
@@ -43,8 +43,10 @@ __all__ = [
 # ready-made coefficients go through transformations as other arguments do
 jax.tree_util.register_dataclass(TopK, data_fields=["indices", "values"], meta_fields=[])
 
-Given = Array | TopK | Sequence[Array | TopK]
-"""Ready-made coefficients: an array (..., N_e) or a ``TopK`` a level."""
+jax.tree_util.register_dataclass(OneExpert, data_fields=["indices", "counts"], meta_fields=[])
+
+Given = Array | TopK | OneExpert | Sequence[Array | TopK | OneExpert]
+"""Ready-made coefficients: an array (..., N_e), a ``TopK`` or a ``OneExpert`` per level."""
 
 Parameters = Mapping[str, Array]
 Config = LayerConfig | BlockConfig
@@ -337,7 +339,7 @@ def _mix(config: LayerConfig, parameters: Parameters, x: Array, given: Given) ->
         lead = functional.check_input(x, config.spec.in_features, dtype_of(parameters), BACKEND)
     listed = given if isinstance(given, list | tuple) else (given,)
     for each, experts in zip(listed, config.spec.experts, strict=False):
-        if isinstance(each, TopK):
+        if isinstance(each, TopK | OneExpert):
             check_range(each.indices, experts, "indices of coefficients")
     merged = functional.merged_coefficients(config, given, lead, BACKEND, look=False)
     rows = x.reshape(prod(lead), *x.shape[len(lead) :])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,18 @@ class NumpyBackend(NumpyLikeBackend):
         place = array.shape[1] - k
         return np.partition(array, place, axis=-1)[:, place : place + 1]
 
+    def grouped_matmul(self, rows: NDArray, matrices: NDArray, counts: NDArray, /) -> NDArray:
+        made = np.empty((len(rows), matrices.shape[2]), dtype=rows.dtype)
+        for expert, some in _groups(counts):
+            np.matmul(rows[some], matrices[expert], out=made[some])
+        return made
+
+    def grouped_outer(self, left: NDArray, right: NDArray, counts: NDArray, /) -> NDArray:
+        made = np.zeros((len(counts), left.shape[1], right.shape[1]), dtype=left.dtype)
+        for expert, some in _groups(counts):
+            np.matmul(left[some].T, right[some], out=made[expert])
+        return made
+
     def while_loop(self, step: Step, state: State, max_steps: int, tolerance: float, /) -> State:
         for _ in range(max_steps):
             state, change = step(*state)
@@ -93,6 +106,15 @@ _SPECIAL = (np.ma.MaskedArray, np.matrix)
 # A product that runs along a whole row adds up rounding errors over its length. Longer rows than
 # _LONG are therefore cut into pieces, whose sums are added pairwise.
 _LONG, _PIECE = 1024, 256
+
+
+def _groups(counts: NDArray) -> Iterator[tuple[int, slice]]:
+    """Experts that have rows, each with its rows."""
+    start = 0
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            yield expert, slice(start, start + count)
+        start += count
 
 
 def _pieces(array: NDArray) -> tuple[NDArray, NDArray]:

@@ -34,6 +34,12 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
 """Function by name; ``gelu`` is the exact one, ``gelu_tanh`` GPT-2's."""
 
 
+def halves(both: Tensor) -> tuple[Tensor, Tensor]:
+    """Both halves of the last axis; their gradients are joined, where those of slices are added."""
+    first, second = both.chunk(2, dim=-1)
+    return first, second
+
+
 def probe(count: int, device: torch.device) -> Tensor:
     """At least 64 values where activations differ, float32, (1, rows, ``count``)."""
     rows = max(4, -(-64 // count))

@@ -18,6 +18,7 @@ from tensormoe.backend import State, Step
 from tensormoe.errors import BackendError
 from tensormoe.planning import Library
 from tensormoe_torch import _namespace
+from tensormoe_torch._grouped import grouped_matmul, grouped_outer
 from tensormoe_torch._products import copies_transposed, product
 from tensormoe_torch._tracing import is_traced
 
@@ -111,6 +112,12 @@ class TorchBackend:
         total = values.new_zeros((*before, size, *after))
         flat = values.reshape(*before, indices.numel(), *after)
         return torch.index_add(total, axis, indices.reshape(-1), flat)
+
+    def grouped_matmul(self, rows: Tensor, matrices: Tensor, counts: Tensor, /) -> Tensor:
+        return grouped_matmul(rows, matrices, counts)
+
+    def grouped_outer(self, left: Tensor, right: Tensor, counts: Tensor, /) -> Tensor:
+        return grouped_outer(left, right, counts)
 
     def floats(self, array: Tensor, /) -> list[float]:
         return array.tolist()

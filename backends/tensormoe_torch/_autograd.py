@@ -19,8 +19,9 @@ from torch import Tensor
 
 from tensormoe import functional
 from tensormoe.functional import LayerConfig, Routed
-from tensormoe.gates import Across, TopK
+from tensormoe.gates import Across, OneExpert, TopK
 from tensormoe.planning import Reverse
+from tensormoe.planning._grouping import COUNTS
 from tensormoe_torch._adapter import BACKEND, TorchBackend
 from tensormoe_torch._operator import activate_by_operator, direct, is_compiled
 from tensormoe_torch._tracing import is_traced
@@ -83,7 +84,7 @@ def mix(
     config: LayerConfig,
     parameters: Mapping[str, Tensor],
     x: Tensor,
-    coefficients: list[Tensor | TopK],
+    coefficients: list[Tensor | TopK | OneExpert],
     lead: tuple[int, ...],
 ) -> Tensor:
     """The mixture (*lead, out) for inputs (batch, in), or ids (batch,), all in one dtype."""
@@ -101,6 +102,11 @@ def mix(
     if torch.is_grad_enabled():
         named = dict(parameters)
         for level, given in enumerate(coefficients):
+            if isinstance(given, OneExpert):
+                named[f"indices_{level}"] = given.indices
+                if given.counts is not None:
+                    named[COUNTS] = given.counts
+                continue
             if isinstance(given, TopK):
                 named[f"indices_{level}"] = given.indices
                 given = given.values
@@ -129,8 +135,8 @@ def _own(result: Tensor, lead: tuple[int, ...]) -> Tensor:
     return _led(result, lead).data
 
 
-def _dense(given: Tensor | TopK, count: int) -> Tensor:
-    """Coefficients (batch, N_e), whichever form they come in."""
+def _dense(given: Tensor | TopK | OneExpert, count: int) -> Tensor | OneExpert:
+    """Coefficients (batch, N_e) in the place of those of a few experts."""
     if not isinstance(given, TopK):
         return given
     zeros = given.values.new_zeros((given.values.shape[0], count))
@@ -290,13 +296,18 @@ class _Experts(torch.autograd.Function):
         return None, *(found.get(name) for name in ("x", *call.names))
 
 
-def _coefficients(named: Mapping[str, Tensor]) -> list[Tensor | TopK]:
+def _coefficients(named: Mapping[str, Tensor]) -> list[Tensor | TopK | OneExpert]:
     """The coefficients among a node's tensors, one entry per level."""
-    found: list[Tensor | TopK] = []
-    while (values := named.get(f"coefficients_{len(found)}")) is not None:
+    found: list[Tensor | TopK | OneExpert] = []
+    while True:
+        values = named.get(f"coefficients_{len(found)}")
         indices = named.get(f"indices_{len(found)}")
-        found.append(values if indices is None else TopK(indices, values))
-    return found
+        if values is not None:
+            found.append(values if indices is None else TopK(indices, values))
+        elif indices is not None:
+            found.append(OneExpert(indices, named.get(COUNTS)))
+        else:
+            return found
 
 
 def _views(*arrays: Tensor) -> tuple[Tensor, ...]:

@@ -11,13 +11,13 @@ from torch import Tensor
 from tensormoe import functional
 from tensormoe.errors import BackendError
 from tensormoe.functional import LayerConfig
-from tensormoe.gates import TopK
+from tensormoe.gates import OneExpert, TopK
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._autograd import is_autocast
 from tensormoe_torch._sharded import is_sharded
 from tensormoe_torch._tracing import is_traced
 
-Given = Tensor | TopK | Sequence[Tensor | TopK]
+Given = Tensor | TopK | OneExpert | Sequence[Tensor | TopK | OneExpert]
 """Ready-made coefficients: a tensor (..., N_e) or a ``TopK`` a level."""
 
 _NARROWED = (torch.float32, torch.float16, torch.bfloat16)
@@ -89,12 +89,19 @@ def merged(
     """
     # before anything is read: indices on the CPU are looked at
     for given in coefficients if isinstance(coefficients, list | tuple) else (coefficients,):
-        for array in (given.indices, given.values) if isinstance(given, TopK) else (given,):
+        for array in arrays_of(given):
             if isinstance(array, Tensor):
                 _check_device(array, weight, "coefficients")
     return functional.merged_coefficients(
         config, coefficients, lead, BACKEND, look=_readable(weight)
     )
+
+
+def arrays_of(given: object) -> tuple[object, ...]:
+    """Arrays of the coefficients of one level."""
+    if isinstance(given, OneExpert):
+        return given.indices, given.counts
+    return (given.indices, given.values) if isinstance(given, TopK) else (given,)
 
 
 def _readable(array: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tensormoe.errors import ShapeError
 from tensormoe.functional import LayerConfig
-from tensormoe.gates import TopK
+from tensormoe.gates import OneExpert, TopK
 from tensormoe_torch._autograd import mix, no_autocast
 from tensormoe_torch._checks import compute_dtype
 
@@ -38,7 +38,7 @@ class Factors(nn.ParameterDict):
         """The factors by canonical name, computed ones too."""
         return {name: getattr(self, short) for name, short in self._names}
 
-    def forward(self, x: Tensor, *coefficients: Tensor | TopK) -> Tensor:
+    def forward(self, x: Tensor, *coefficients: Tensor | TopK | OneExpert) -> Tensor:
         """The mixture (..., out) of the experts' outputs.
 
         Args:
@@ -58,7 +58,7 @@ def mixture(
     config: LayerConfig,
     parameters: Mapping[str, Tensor],
     x: Tensor,
-    coefficients: Sequence[Tensor | TopK],
+    coefficients: Sequence[Tensor | TopK | OneExpert],
 ) -> Tensor:
     """The mixture (..., out) of a layer with its factors by canonical name."""
     lead = tuple(x.shape if config.indexed_input else x.shape[:-1])
@@ -77,8 +77,10 @@ def mixture(
         return mix(config, parameters, rows, given, lead)
 
 
-def with_lead(given: Tensor | TopK, lead: tuple[int, ...]) -> Tensor | TopK:
+def with_lead(given: Tensor | TopK | OneExpert, lead: tuple[int, ...]) -> Tensor | TopK | OneExpert:
     """Coefficients of as many inputs with other leading axes."""
+    if isinstance(given, OneExpert):
+        return OneExpert(given.indices.reshape(lead), given.counts)
     if isinstance(given, TopK):
         shape = (*lead, given.values.shape[-1])
         return TopK(given.indices.reshape(shape), given.values.reshape(shape))

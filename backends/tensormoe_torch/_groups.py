@@ -94,10 +94,12 @@ def parameter_groups(
     gates: set[int] = set()
     if gate_lr is not None:
         _check_number(gate_lr, "gate_lr", "Leave it out to train gates as everything else.")
-        found = (
-            module for module in model.modules() if isinstance(module, ExpertGate | MixtureRouter)
-        )
-        gates = {id(each) for gate in found for each in gate.parameters()}
+        gates = {
+            id(each)
+            for module in model.modules()
+            if isinstance(module, ExpertGate | MixtureRouter)
+            for each in module.parameters()
+        }
     multipliers: dict[int, float] = {}
     if lr is not None:
         _check_number(lr, "lr", "Leave it out to give the optimizer one rate for all.")

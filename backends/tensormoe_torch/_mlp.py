@@ -16,7 +16,7 @@ from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import BlockConfig
 from tensormoe.gates import Gate
 from tensormoe.selection import Budget
-from tensormoe_torch._activations import ACTIVATIONS, Act, own_activation, read_activation
+from tensormoe_torch._activations import ACTIVATIONS, Act, halves, own_activation, read_activation
 from tensormoe_torch._adapter import library
 from tensormoe_torch._checks import Given
 from tensormoe_torch._dtypes import checked_dtype
@@ -169,8 +169,8 @@ class MuMoEMLP(Stored[BlockConfig], BlockMethods[Tensor], Gated[BlockConfig]):
         assert function is not None
         middle = self.first(x, given)
         if self.config.gated:
-            hidden = self.config.hidden_features
-            middle = function(middle[..., :hidden]) * middle[..., hidden:]
+            gate, up = halves(middle)
+            middle = function(gate) * up
         else:
             middle = function(middle)
         result: Tensor = self.second(F.dropout(middle, self.config.drop, self.training), given)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-__all__ = ["Array", "Backend", "Exchange", "LoopStep", "Selects", "State", "Step"]
+__all__ = ["Array", "Backend", "Exchange", "Groups", "LoopStep", "Selects", "State", "Step"]
 
 Array: TypeAlias = Any
 """An array of any library; the core has no array type of its own."""
@@ -170,6 +170,28 @@ class Ranks(Protocol):
         """Indices (rows, k) of the k largest entries, the largest first, ties to the lower index.
 
         None where the library would have to sort: the caller does it then.
+        """
+        ...
+
+
+@runtime_checkable
+class Groups(Protocol):
+    """Optional members of an adapter: products of rows that are sorted by expert.
+
+    Without them, layers gather an expert's matrix for every row.
+    """
+
+    def grouped_matmul(self, rows: Array, matrices: Array, counts: Array, /) -> Array:
+        """One product per expert: (rows, in), (N, in, out), (N,) → (rows, out).
+
+        The first ``counts[0]`` rows meet the first matrix, and so on.
+        """
+        ...
+
+    def grouped_outer(self, left: Array, right: Array, counts: Array, /) -> Array:
+        """Sums of outer products over each expert's rows.
+
+        (rows, in), (rows, out), (N,) → (N, in, out).
         """
         ...
 

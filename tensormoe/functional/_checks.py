@@ -10,10 +10,11 @@ from tensormoe._config import BlockConfig, LayerConfig
 from tensormoe.backend import Array, Backend, default_integer
 from tensormoe.backend import check_array as check_array
 from tensormoe.errors import ShapeError
-from tensormoe.gates import TopK
+from tensormoe.gates import OneExpert, TopK
 
-Coefficients = Sequence["Array | TopK"]
-"""One entry per level: dense coefficients (batch, N_e), or indices and values (batch, k)."""
+Coefficients = Sequence["Array | TopK | OneExpert"]
+"""One entry per level: dense coefficients (batch, N_e), indices and values (batch, k), or one
+expert per row (batch,)."""
 
 G = TypeVar("G")
 
@@ -91,11 +92,11 @@ def check_ids(
 
 def merged_coefficients(
     config: LayerConfig,
-    coefficients: Array | TopK | Coefficients,
+    coefficients: Array | TopK | OneExpert | Coefficients,
     lead: tuple[int, ...],
     backend: Backend,
     look: bool | None = None,
-) -> list[Array | TopK]:
+) -> list[Array | TopK | OneExpert]:
     """Ready-made coefficients, checked, with their leading axes merged into one.
 
     Args:
@@ -109,11 +110,14 @@ def merged_coefficients(
         BackendError, ShapeError: as :func:`check_coefficients` and :func:`check_ids`.
     """
     rows = prod(lead)
-    merged: list[Array | TopK] = []
+    merged: list[Array | TopK | OneExpert] = []
     checked = check_coefficients(config, coefficients, lead, backend)
     for given, count in zip(checked, config.spec.experts, strict=True):
-        if isinstance(given, TopK):
-            name = "indices of coefficients"
+        name = "indices of coefficients"
+        if isinstance(given, OneExpert):
+            indices = check_ids(given.indices, count, backend, name, look)
+            merged.append(OneExpert(backend.reshape(indices, (rows,)), given.counts))
+        elif isinstance(given, TopK):
             indices = check_ids(given.indices, count, backend, name, look)
             shape = (rows, given.values.shape[-1])
             values = backend.reshape(given.values, shape)
@@ -125,17 +129,17 @@ def merged_coefficients(
 
 def check_coefficients(
     config: LayerConfig,
-    coefficients: Array | TopK | Coefficients,
+    coefficients: Array | TopK | OneExpert | Coefficients,
     lead: tuple[int, ...],
     backend: Backend,
-) -> list[Array | TopK]:
+) -> list[Array | TopK | OneExpert]:
     """Ready-made coefficients, one entry per level, their shapes checked.
 
     Raises:
         BackendError: no arrays of the layer's library.
         ShapeError: another number of levels, or shapes that do not fit the input.
     """
-    listed: list[Array | TopK]
+    listed: list[Array | TopK | OneExpert]
     listed = [*coefficients] if isinstance(coefficients, list | tuple) else [coefficients]
     experts = config.spec.experts
     if len(listed) != len(experts):
@@ -144,6 +148,18 @@ def check_coefficients(
         )
     for level, (given, count) in enumerate(zip(listed, experts, strict=True)):
         name = f"coefficients of level {level}"
+        if isinstance(given, OneExpert):
+            check_array(given.indices, backend, name)
+            if tuple(given.indices.shape) != lead:
+                raise ShapeError(
+                    f"{name} must name one expert per input, {lead}; got "
+                    f"{tuple(given.indices.shape)}."
+                )
+            if given.counts is not None and tuple(given.counts.shape) != (count,):
+                raise ShapeError(
+                    f"counts of {name} must have shape {(count,)}; got {tuple(given.counts.shape)}."
+                )
+            continue
         for array in (given.indices, given.values) if isinstance(given, TopK) else (given,):
             check_array(array, backend, name)
         values = given.values if isinstance(given, TopK) else given

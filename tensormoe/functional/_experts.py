@@ -11,8 +11,9 @@ from tensormoe.errors import ShapeError
 from tensormoe.execution import execute
 from tensormoe.functional._checks import Coefficients
 from tensormoe.functional._dtypes import cast
-from tensormoe.gates import TopK
+from tensormoe.gates import OneExpert, TopK
 from tensormoe.planning import Program, Reverse, Routing, plan_regimes, reverse
+from tensormoe.planning._grouping import COUNTS
 
 
 def apply_experts(
@@ -133,6 +134,14 @@ def prepare(
 
 
 def _program(config: LayerConfig, coefficients: Coefficients, batch: int | None) -> Program:
+    first = coefficients[0]
+    if isinstance(first, OneExpert):
+        if not all(isinstance(each, OneExpert) for each in coefficients):
+            raise ShapeError(
+                "coefficients of all levels must name one expert per row; got a mixture."
+            )
+        chosen = config.routed_regimes[first.counts is not None]
+        return chosen.programs[-1] if batch is None else chosen.program(batch)
     kinds = {None if not isinstance(c, TopK) else int(c.values.shape[-1]) for c in coefficients}
     if len(kinds) > 1:
         raise ShapeError(
@@ -156,6 +165,9 @@ def _operands(
     dtype = next(value.dtype for name, value in parameters.items() if name.startswith("factors."))
     data = {"x": x, "ids": x}
     for level, given in enumerate(coefficients):
+        if isinstance(given, OneExpert):
+            data[f"indices_{level}"], data[COUNTS] = given.indices, given.counts
+            continue
         if isinstance(given, TopK):
             data[f"indices_{level}"] = given.indices
             given = given.values

@@ -26,6 +26,7 @@ from tensormoe.gates._losses import load_balance_loss_vjp as load_balance_loss_v
 from tensormoe.gates._losses import z_loss as z_loss
 from tensormoe.gates._losses import z_loss_vjp as z_loss_vjp
 from tensormoe.gates._normalization import Across as Across
+from tensormoe.gates._one_expert import OneExpert as OneExpert
 from tensormoe.gates._relu_top_k import relu_top_k as relu_top_k
 from tensormoe.gates._top_k import TopK as TopK
 from tensormoe.gates._top_k import top_k as top_k
@@ -37,6 +38,7 @@ __all__ = [
     "Across",
     "Activation",
     "Gate",
+    "OneExpert",
     "Statistics",
     "TopK",
     "activate",

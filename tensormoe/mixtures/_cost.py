@@ -63,7 +63,7 @@ def experts_cost(
         training: forward and backward with all gradients, instead of forward alone.
     """
     rows = batch * top_k
-    routing = Routing(1) if experts.num_experts > 1 else Routing()
+    routing = Routing(one_expert=True, by_expert=True) if experts.num_experts > 1 else Routing()
     calls = [
         plan_layer(layer.spec.network, rows, routing, title=repr(layer.spec.factorization)).cost(
             training=training, itemsize=itemsize, library=library

@@ -22,6 +22,7 @@ KINDS: Mapping[str, str | None] = {"swiglu": "silu", "mlp": "gelu", "linear": No
 """Kinds of experts, each with its default activation."""
 
 Act = Callable[[Array], Array]
+Halves = Callable[[Array], tuple[Array, Array]]
 Project = Callable[[str, Array], Array]
 
 
@@ -96,6 +97,10 @@ class ExpertsConfig:
     @property
     def _up(self) -> str:
         return "gate_up_proj" if self.kind == "swiglu" else "up_proj"
+
+    def sorts(self, rows: int) -> bool:
+        """Whether so many rows of one expert each run faster when they are sorted by expert."""
+        return any(layer.sorts(rows) for layer in self.layers.values())
 
     def arguments(self) -> str:
         """Arguments of a constructor that give these experts, for ``repr``."""
@@ -193,6 +198,11 @@ def experts_config(
                     f"{name} must be None for linear experts; got {value!r}. Leave it out, or use "
                     "kind='mlp'."
                 )
+        if isinstance(factorization, tuple):
+            raise SpecError(
+                f"factorization must be one for linear experts; got {factorization!r}. Pairs are "
+                "for experts of two layers."
+            )
         if budget is not None:
             sizes = inner, None, outer
             bought: Any = {"bias": bias, "router": router, "others": others}
@@ -205,13 +215,15 @@ def experts_config(
         )
     hidden = positive_int(hidden_features, "hidden_features")
     width = 2 * hidden if kind == "swiglu" else hidden
+    # of a pair, the rank is of the layer that takes one
+    first, second = (None if one == "dense" != other else rank for one, other in (pair, pair[::-1]))
     if budget is not None:
         bought = {"gated": kind == "swiglu", "bias": bias, "router": router, "others": others}
         pair = within_budget(budget, pair, rank, (inner, hidden, outer), count, **bought)
     return ExpertsConfig(
         kind,
-        _spec(pair[0], rank, inner, width, count, bias),
-        _spec(pair[1], rank, hidden, outer, count, bias),
+        _spec(pair[0], first, inner, width, count, bias),
+        _spec(pair[1], second, hidden, outer, count, bias),
         KINDS[kind] if act_layer is None else act_layer,
     )
 
@@ -224,8 +236,6 @@ def _spec(
     experts: int,
     bias: bool,
 ) -> LayerSpec:
-    if factorization == "dense":
-        rank = None
     options = Options(experts, factorization, rank, None, bias, None)
     return options.layer(rows, columns).spec
 
@@ -256,12 +266,22 @@ def run_expert(roles: Collection[str], project: Project, act: Act, x: Array) -> 
     return project("down_proj", hidden_units(roles, project, act, x))
 
 
-def gated(act: Act) -> Act:
-    """The function of both halves, (..., 2 · hidden) → (..., hidden), of a gated unit."""
+def gated(act: Act, halves: Halves | None = None) -> Act:
+    """The function of both halves, (..., 2 · hidden) → (..., hidden), of a gated unit.
+
+    Args:
+        act: the activation of the first half.
+        halves: cuts an array in two along its last axis; slices by default.
+    """
     # a partial, as modules that keep it must be pickled
-    return partial(_both_halves, act)
+    return partial(_both_halves, act, halves or _halves)
 
 
-def _both_halves(act: Act, both: Array) -> Array:
+def _both_halves(act: Act, halves: Halves, both: Array) -> Array:
+    gate, up = halves(both)
+    return act(gate) * up
+
+
+def _halves(both: Array) -> tuple[Array, Array]:
     half = both.shape[-1] // 2
-    return act(both[..., :half]) * both[..., half:]
+    return both[..., :half], both[..., half:]

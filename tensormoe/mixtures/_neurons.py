@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 from tensormoe.backend import Array, Backend
 from tensormoe.functional._dtypes import cast
-from tensormoe.gates import TopK
+from tensormoe.gates import OneExpert
 from tensormoe.mixtures._experts import Act
 
 LookUp = Callable[[str, Array], Array]
 """Rows (*index, row) of a table, by its name and their numbers."""
 Combine = Callable[[str, Array, Array], Array]
 """Sums (tokens, row) of rows of a table, by its name, their numbers and weights (tokens, rows)."""
-Project = Callable[[str, Array, tuple[TopK, ...]], Array]
+Project = Callable[[str, Array, tuple[OneExpert, ...]], Array]
 """Runs a layer, by its role, on rows (rows, in) and one expert per level."""
 
 UP, DOWN = "up_proj", "down_proj"
@@ -82,9 +82,8 @@ def run_networks(
     xp = backend.namespace
     each = xp.broadcast_to(x[:, None, :], (tokens, k, x.shape[1]))
     rows = backend.reshape(each, (tokens * k, x.shape[1]))
-    ones = xp.ones_like(backend.stop_gradient(rows[:, :1]))
     given = tuple(
-        TopK(backend.reshape(place, (tokens * k, 1)), ones) for place in level_places(index, sizes)
+        OneExpert(backend.reshape(place, (tokens * k,))) for place in level_places(index, sizes)
     )
     units = act(project(UP, rows, given))
     # weighted where rows are narrow: what comes behind is linear

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 from tensormoe._config import LayerConfig
 from tensormoe._mixture import MixtureConfig
-from tensormoe.backend import Array, Backend
+from tensormoe.backend import Array, Backend, Groups
 from tensormoe.errors import ShapeError
 from tensormoe.functional import apply_experts
 from tensormoe.functional._dtypes import cast, widened
-from tensormoe.gates import TopK
+from tensormoe.gates import OneExpert
 from tensormoe.mixtures._experts import Act, ExpertsConfig, gated, run_expert
 from tensormoe.routing import Routes, by_expert
 
-Given = Array | TopK | tuple[TopK, ...]
+Given = Array | OneExpert | tuple[OneExpert, ...]
 """Coefficients of a layer of one level, or of each level."""
 
 Call = Callable[[str, Array, Given], Array]
@@ -82,17 +82,21 @@ def run_routed(
         index: (tokens, k) numbers of experts.
         weights: (tokens, k).
     """
-
-    def run(rows: Array, expert: Array) -> Array:
-        ones = parts.backend.namespace.ones_like(parts.backend.stop_gradient(rows[:, :1]))
-        given = TopK(parts.backend.reshape(expert, (-1, 1)), ones)
-        return run_all(experts, parts, name, rows, given)
-
-    return send(run, x, index, weights, experts.num_experts, parts.backend)
+    backend = parts.backend
+    rows = index.shape[0] * index.shape[1]
+    return send(
+        lambda rows, given: run_all(experts, parts, name, rows, given),
+        x,
+        index,
+        weights,
+        experts.num_experts,
+        backend,
+        sort=isinstance(backend, Groups) and experts.sorts(rows),
+    )
 
 
 def run_all(
-    experts: ExpertsConfig, parts: Parts, name: str, x: Array, given: Array | TopK
+    experts: ExpertsConfig, parts: Parts, name: str, x: Array, given: Array | OneExpert
 ) -> Array:
     """Outputs (rows, out) of experts for rows of their own.
 
@@ -129,7 +133,7 @@ def _same(x: Array) -> Array:
 
 
 def send(
-    run: Callable[[Array, Array], Array],
+    run: Callable[[Array, OneExpert], Array],
     x: Array,
     index: Array,
     weights: Array,
@@ -141,13 +145,13 @@ def send(
     """Send tokens to their experts, and sum the weighted outputs.
 
     Args:
-        run: from rows (rows, in) and their experts (rows,) to (rows, out).
+        run: from rows (rows, in), and which expert each has, to (rows, out).
         x: (tokens, in).
         index: (tokens, k) numbers of experts.
         weights: (tokens, k), in any floating-point dtype.
         experts: N.
         backend: the adapter of the arrays' library.
-        sort: whether rows reach ``run`` in the order of their experts.
+        sort: whether rows reach ``run`` in the order of their experts, with counts.
 
     Returns:
         (tokens, out), in the dtype of ``x``.
@@ -157,12 +161,12 @@ def send(
         xp = backend.namespace
         each = xp.broadcast_to(x[:, None, :], (tokens, k, x.shape[-1]))
         rows = backend.reshape(each, (tokens * k, x.shape[-1]))
-        made = run(rows, backend.reshape(index, (tokens * k,)))
+        made = run(rows, OneExpert(backend.reshape(index, (tokens * k,))))
         made = backend.reshape(made, (tokens, k, made.shape[-1]))
         made = made * cast(weights, made.dtype, backend)[..., None]
         return cast(backend.sum(made, (1,)), x.dtype, backend)
     sent = by_expert(index, experts, backend)
-    made = run(backend.take(x, sent.token, 0), sent.expert)
+    made = run(backend.take(x, sent.token, 0), OneExpert(sent.expert, sent.counts))
     shares = backend.take(backend.reshape(weights, (tokens * k, 1)), sent.order, 0)
     made = made * cast(shares, made.dtype, backend)
     return cast(backend.scatter_add(made, sent.token, 0, tokens), x.dtype, backend)

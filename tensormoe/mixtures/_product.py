@@ -15,7 +15,7 @@ from tensormoe._validation import choice, positive_int, positive_ints
 from tensormoe.backend import Array, Backend
 from tensormoe.errors import RankError, ShapeError, SpecError
 from tensormoe.factorizations import Dense, FactorizationLike
-from tensormoe.gates import Across, TopK
+from tensormoe.gates import Across, OneExpert
 from tensormoe.mixtures._experts import ExpertsConfig
 from tensormoe.mixtures._keys import Keys
 from tensormoe.mixtures._neurons import DOWN, UP, run_networks, run_tables
@@ -145,7 +145,7 @@ class ProductConfig(MixtureConfig):
 
             return run_tables(look_up, None, act, self.hidden_features, x, index, weights, backend)
 
-        def project(role: str, rows: Array, given: tuple[TopK, ...]) -> Array:
+        def project(role: str, rows: Array, given: tuple[OneExpert, ...]) -> Array:
             return parts.call(f"experts.projections.{role}", rows, given)
 
         return run_networks(project, act, self.keys.experts, x, index, weights, backend)

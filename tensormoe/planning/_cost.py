@@ -155,6 +155,8 @@ def _step_cost(
     ]
     if step.kind in _PRODUCTS:
         return contraction_cost(label, step.input_legs, step.legs, sizes, itemsize)
+    if step.kind in ("grouped", "outer"):
+        return _grouped_cost(label, step, sizes, itemsize)
     volumes = [prod(sizes[leg] for leg in legs) for legs in step.input_legs]
     written = prod(sizes[leg] for leg in step.legs)
     if step.kind == "gather":
@@ -169,6 +171,21 @@ def _step_cost(
     work = {"reduce": volumes[0], "scatter": volumes[0]}.get(step.kind, 0)
     work = written if step.kind in _ELEMENTWISE else work
     return StepCost(label, 0, work, read, itemsize * written)
+
+
+def _grouped_cost(label: str, step: Step, sizes: Mapping[Leg, int], itemsize: int) -> StepCost:
+    """The cost of products grouped by expert: each row meets one of the matrices."""
+    first, second = (prod(sizes[leg] for leg in legs) for legs in step.input_legs[:2])
+    written, (expert,) = prod(sizes[leg] for leg in step.legs), step.input_legs[2]
+    if step.kind == "outer":
+        work = second * (first // sizes[BATCH] if sizes[BATCH] else 0)
+    else:
+        matrix = second // sizes[expert]
+        work = sizes[BATCH] * matrix
+        # experts without rows are not read
+        second = matrix * min(sizes[expert], sizes[BATCH])
+    read = itemsize * (first + second) + INDEX_BYTES * sizes[expert]
+    return StepCost(label, 2 * work, 0, read, itemsize * written)
 
 
 def program_peak(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from tensormoe._validation import positive_int
 from tensormoe.errors import PlanError
 from tensormoe.factorizations import BATCH, INPUT, Leg, Network, Term
+from tensormoe.planning._grouping import COUNTS
 from tensormoe.planning._lowering import volume
 from tensormoe.planning._path import WRITE_WEIGHT
 from tensormoe.planning._program import Operand
@@ -29,14 +30,25 @@ class Routing:
             their factors are gathered, or the values are spread over all experts, whichever is
             cheaper; None for dense coefficients (…, N).
         indexed_input: whether inputs are integer ids, one-hot rows that were never built.
+        one_expert: whether every row has one expert per level, with coefficient 1, given by index.
+        by_expert: whether such rows are sorted by expert, of one level: experts' matrices are then
+            gathered for every row, or multiplied once with all rows of an expert, whichever is
+            cheaper.
     """
 
     top_k: int | None = None
     indexed_input: bool = False
+    one_expert: bool = False
+    by_expert: bool = False
 
     def __post_init__(self) -> None:
         if self.top_k is not None:
             object.__setattr__(self, "top_k", positive_int(self.top_k, "top_k", PlanError))
+        if (self.one_expert and self.top_k is not None) or (self.by_expert and not self.one_expert):
+            raise PlanError(
+                "rows have either top_k experts, or one_expert, which may be sorted (by_expert); "
+                f"got {self}."
+            )
 
 
 DENSE = Routing()
@@ -66,9 +78,18 @@ class Draft:
         routing: what its data operands look like.
         spread: whether coefficients that come by index are spread over all experts. Otherwise
             the rows of every factor that they name are gathered.
+        grouped: whether gathers of large matrices become products grouped by expert.
     """
 
-    def __init__(self, network: Network, routing: Routing, *, spread: bool = False) -> None:
+    def __init__(
+        self,
+        network: Network,
+        routing: Routing,
+        *,
+        spread: bool = False,
+        grouped: bool = False,
+    ) -> None:
+        self.grouped = grouped
         self.terms = network.terms
         self.sizes: dict[Leg, int] = dict(network.sizes)
         operands: list[Operand] = []
@@ -77,6 +98,10 @@ class Draft:
         self.spread: dict[int, tuple[int, Leg]] = {}
         self.data: list[int] = []
         for level, leg in enumerate(network.expert_legs):
+            if routing.one_expert:
+                self.indices[leg] = len(operands)
+                operands.append(Operand(f"indices_{level}", (BATCH,), "indices"))
+                continue
             kept = leg
             if routing.top_k is not None:
                 if routing.top_k > self.sizes[leg]:
@@ -95,6 +120,8 @@ class Draft:
                 operands.append(Operand(f"indices_{level}", (BATCH, kept), "indices"))
             self.data.append(len(operands))
             operands.append(Operand(f"coefficients_{level}", (BATCH, kept), "data"))
+        if grouped:
+            operands.append(Operand(COUNTS, network.expert_legs, "indices"))
         self.x: int | None = None
         if routing.indexed_input:
             self.indices[INPUT] = len(operands)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -10,12 +10,25 @@ from typing import Literal
 from tensormoe.factorizations import BATCH, Leg
 
 Kind = Literal[
-    "linear", "matmul", "multiply", "add", "gather", "scatter", "reduce", "expand", "permute", "eye"
+    "linear",
+    "matmul",
+    "grouped",
+    "outer",
+    "multiply",
+    "add",
+    "gather",
+    "scatter",
+    "reduce",
+    "expand",
+    "permute",
+    "eye",
 ]
 """Kind of a step.
 
 ``linear`` is one matrix product of an operand over the batch with one that is not; ``matmul`` any
-other, batched or between weights; ``multiply`` and ``add`` are elementwise with broadcasting;
+other, batched or between weights; ``grouped`` is one product per expert, of rows sorted by expert
+with the experts' matrices, and ``outer`` the sum over each expert's rows of their outer products;
+``multiply`` and ``add`` are elementwise with broadcasting;
 ``gather`` picks rows by index and ``scatter`` is its transpose; ``reduce`` sums legs away and
 ``expand`` is its transpose; ``permute`` is a copy into another leg order; ``eye`` is an identity
 matrix in the dtype and on the device of its operand, of which it takes nothing else.
@@ -161,13 +174,10 @@ class Program:
             tuple(self.operands[k] for k in sources), tuple(hoisted), tuple(cached), self.size_items
         )
         second = Program(tuple(operands), tuple(rest), self.outputs, self.size_items)
-        return (
-            _renumber(first, sources).with_liveness(),
-            _renumber(second, [*data, *cached]).with_liveness(),
-        )
+        return renumbered(first, sources), renumbered(second, [*data, *cached])
 
 
-def _renumber(program: Program, inputs: list[int]) -> Program:
+def renumbered(program: Program, inputs: Sequence[int]) -> Program:
     """``program`` with ``inputs`` as its first slots and its steps' results after them."""
     order = [*inputs, *(step.output for step in program.steps)]
     index = {slot: k for k, slot in enumerate(order)}
@@ -181,4 +191,5 @@ def _renumber(program: Program, inputs: list[int]) -> Program:
         )
         for step in program.steps
     )
-    return replace(program, steps=steps, outputs=tuple(index[slot] for slot in program.outputs))
+    outputs = tuple(index[slot] for slot in program.outputs)
+    return replace(program, steps=steps, outputs=outputs).with_liveness()

@@ -8,11 +8,12 @@ neighbouring segments cross finds every one of them, and the thresholds between 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from tensormoe.factorizations import BATCH, OUTPUT, Leg, Network
 from tensormoe.planning._draft import DENSE, Draft, Part, Routing
+from tensormoe.planning._grouping import grouped, saving
 from tensormoe.planning._path import WRITE_WEIGHT, Node, search_tree, tree_cost
 from tensormoe.planning._program import Program
 from tensormoe.planning._tree import Builder
@@ -91,6 +92,8 @@ def plan_regimes(network: Network, routing: Routing = DENSE) -> Regimes:
     drafts = [Draft(network, routing)]
     if routing.top_k is not None:
         drafts.append(Draft(network, routing, spread=True))
+    if routing.by_expert and len(network.expert_legs) == 1:
+        drafts.append(Draft(network, routing, grouped=True))
     small, large = best_candidate(drafts, 1), best_candidate(drafts, MAX_BATCH)
     starts, chosen = [0], [small]
     for threshold, candidate in _crossings(drafts, small, large, MAX_BATCH):
@@ -135,7 +138,11 @@ def _candidate(draft: Draft, batch: int) -> Candidate:
     terms, consts, slopes = zip(*found, strict=True)
     const, slope = draft.work(builder)
     added = 2 * WRITE_WEIGHT * sizes[OUTPUT] * (len(found) - 1)
-    return Candidate(draft, terms, const + sum(consts), slope + sum(slopes) + added)
+    made = Candidate(draft, terms, const + sum(consts), slope + sum(slopes) + added)
+    if not draft.grouped:
+        return made
+    more, less = saving(build_program(made), sizes, WRITE_WEIGHT)
+    return replace(made, const=made.const + more, slope=made.slope + less)
 
 
 def _best_trees(
@@ -211,7 +218,8 @@ def build_program(candidate: Candidate) -> Program:
         # added at once, so that no more than two results are held
         while len(results) > 1:
             results[:2] = [builder.plus(results[0], results[1])]
-    return builder.finish(results[0])
+    program = builder.finish(results[0])
+    return grouped(program) if draft.grouped else program
 
 
 def _replaced(node: Node, pair: set[int], leaf: Node) -> Node:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from tensormoe.factorizations import Leg
+from tensormoe.planning._grouping import transposed
 from tensormoe.planning._program import Operand, Program, Step
 from tensormoe.planning._tree import Builder
 
@@ -85,6 +86,10 @@ def _saved_slots(program: Program, live: set[int]) -> tuple[int, ...]:
             left, right = step.inputs
             saved |= {right} if left in live else set()
             saved |= {left} if right in live else set()
+        elif step.kind == "grouped":
+            rows, matrices, counts = step.inputs
+            saved |= {matrices, counts} if rows in live else set()
+            saved |= {rows, counts} if matrices in live else set()
         elif step.kind == "gather" and step.inputs[0] in live:
             saved |= set(step.inputs[1:])
     return tuple(sorted(saved))
@@ -110,5 +115,7 @@ def _transpose(
     if step.kind == "gather":
         indices = tuple(slots[slot] for slot in step.inputs[1:])
         return builder.add("scatter", (cotangent, *indices), legs, axis=step.axis)
+    if step.kind == "grouped":
+        return transposed(builder, step, position, cotangent, slots)
     other = slots[step.inputs[1 - position]]
     return builder.contract(cotangent, other, frozenset(legs), legs)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from tensormoe.errors import ShapeError
-from tensormoe.gates import TopK
+from tensormoe.gates import OneExpert
 from tensormoe.mixtures import run_expert, send
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._layer import MuMoE
+from tensormoe_torch._tracing import is_traced
 
 PROJECTIONS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 """Roles of an expert's layers: gate and up projection are one layer or two."""
@@ -72,6 +73,10 @@ class FactorizedExperts(nn.Module):
             self.register_parameter(f"{role}_bias", nn.Parameter(bias))
         self.act_fn = act
         self.num_experts: int = layers["down_proj"].spec.experts[0]
+        self._layers = tuple(layers[role].config for role in self.projections)
+        for each in self._layers:
+            # no compiler has to follow the planner
+            _ = each.routed_regimes
 
     @property
     def gate_proj(self) -> MuMoE | None:
@@ -120,13 +125,15 @@ class FactorizedExperts(nn.Module):
                 "Give what the router gives."
             )
         k, features = top_k_index.shape[-1], hidden_states.shape[-1]
+        index = top_k_index.reshape(-1, k)
         made = send(
-            self.routed,
+            self._run,
             hidden_states.reshape(-1, features),
-            top_k_index.reshape(-1, k),
+            index,
             top_k_weights.reshape(-1, k),
             self.num_experts,
             BACKEND,
+            sort=self._sorts(hidden_states, index.numel()),
         )
         return made.reshape(*batch_shape, made.shape[-1])
 
@@ -140,22 +147,32 @@ class FactorizedExperts(nn.Module):
         Returns:
             (..., out).
         """
-        only = index.unsqueeze(-1)
-        return self._run(x, TopK(only, torch.ones_like(only, dtype=self.down_proj.dtype)), index)
+        return self._run(x, OneExpert(index))
 
     def everywhere(self, x: Tensor) -> Tensor:
         """The output (..., out) of the only expert that there is, for rows (..., in)."""
         ones = torch.ones_like(x[..., :1].detach(), dtype=self.down_proj.dtype)
-        return self._run(x, ones, torch.zeros((), device=x.device, dtype=torch.long))
+        return self._run(x, ones)
 
-    def _run(self, x: Tensor, given: Tensor | TopK, index: Tensor) -> Tensor:
+    def _run(self, x: Tensor, given: Tensor | OneExpert) -> Tensor:
         def project(role: str, rows: Tensor) -> Tensor:
             found: Tensor = self.projections[role](rows, given)
             bias: Tensor | None = self._parameters.get(f"{role}_bias")
-            return found if bias is None else found + bias[index]
+            if bias is None:
+                return found
+            return found + (bias[given.indices] if isinstance(given, OneExpert) else bias[0])
 
         made: Tensor = run_expert(dict(self.projections.items()), project, self.act_fn, x)
         return made
+
+    def _sorts(self, x: Tensor, rows: int) -> bool:
+        """Whether to sort rows by expert."""
+        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        # exported models stay with operations that every runtime knows, and transformations with
+        # those that they know how to map
+        if is_traced(x) and not (compiled and type(x) is Tensor):
+            return False
+        return any(layer.sorts(rows) for layer in self._layers)
 
     def __len__(self) -> int:
         """N, as a list of experts has it."""

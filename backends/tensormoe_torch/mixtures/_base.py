@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tensormoe._layers import Costs, MixtureMethods, check_constructor
 from tensormoe.mixtures import ExpertsConfig, MixtureConfig, OwnArray, draw_own, gated
-from tensormoe_torch._activations import ACTIVATIONS
+from tensormoe_torch._activations import ACTIVATIONS, halves
 from tensormoe_torch._adapter import BACKEND, library
 from tensormoe_torch._checks import check_input
 from tensormoe_torch._dtypes import checked_device, checked_dtype
@@ -112,7 +112,7 @@ def activation_of(experts: ExpertsConfig) -> Callable[[Tensor], Tensor]:
     if experts.act_layer is None:
         return nn.Identity()
     act = ACTIVATIONS[experts.act_layer]
-    return gated(act) if experts.kind == "swiglu" else act
+    return gated(act, halves) if experts.kind == "swiglu" else act
 
 
 def reset_own(module: nn.Module, own: dict[str, OwnArray]) -> None:

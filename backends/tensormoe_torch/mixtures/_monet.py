@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from tensormoe._mixture import OwnArray
-from tensormoe.gates import TopK
 from tensormoe.mixtures import MonetConfig, Parts, monet_config
 from tensormoe.routing import LevelRoutes, Router
 from tensormoe_torch._activations import ACTIVATIONS
 from tensormoe_torch._adapter import BACKEND
+from tensormoe_torch._checks import Given
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch.mixtures._base import MixtureModule, reset_all, reset_own
 from tensormoe_torch.mixtures._router import MixtureRouter
@@ -154,7 +154,7 @@ class MonetMoE(MixtureModule[MonetConfig]):
         y: Tensor = self.config.run(parts, rows, routes)
         return y.reshape(*batch_shape, self.config.out_features)
 
-    def _call(self, name: str, x: Tensor, given: Tensor | TopK | tuple[TopK, ...]) -> Tensor:
+    def _call(self, name: str, x: Tensor, given: Given) -> Tensor:
         made: Tensor = self.get_submodule(name)(x, given)
         return made
 

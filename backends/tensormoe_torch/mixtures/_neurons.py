@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensormoe.errors import BackendError
-from tensormoe.gates import TopK
+from tensormoe.gates import OneExpert
 from tensormoe.mixtures import ProductConfig, run_networks, run_tables
 from tensormoe_torch._activations import ACTIVATIONS
 from tensormoe_torch._adapter import BACKEND
@@ -118,7 +118,7 @@ class NeuronNetworks(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Outputs (tokens, out) of experts, weighted; arguments as of :class:`NeuronTables`."""
 
-        def project(role: str, rows: Tensor, given: tuple[TopK, ...]) -> Tensor:
+        def project(role: str, rows: Tensor, given: tuple[OneExpert, ...]) -> Tensor:
             made: Tensor = self.projections[role](rows, given if len(given) > 1 else given[0])
             return made
 
