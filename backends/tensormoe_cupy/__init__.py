@@ -8,7 +8,15 @@ if absent := missing("tensormoe_cupy", ("cupy",), "cupy"):
     raise absent
 
 from tensormoe_cupy._adapter import BACKEND, CupyBackend
-from tensormoe_cupy._layers import MuMoE, MuMoEEmbedding, MuMoEMLP, SoftMoE, SparseMoE
+from tensormoe_cupy._layers import (
+    MonetMoE,
+    MuMoE,
+    MuMoEEmbedding,
+    MuMoEMLP,
+    ProductMoE,
+    SoftMoE,
+    SparseMoE,
+)
 from tensormoe_numpy import Adam, Gradients, Prepared
 
 __all__ = [
@@ -16,10 +24,12 @@ __all__ = [
     "Adam",
     "CupyBackend",
     "Gradients",
+    "MonetMoE",
     "MuMoE",
     "MuMoEEmbedding",
     "MuMoEMLP",
     "Prepared",
+    "ProductMoE",
     "SoftMoE",
     "SparseMoE",
 ]

@@ -95,3 +95,33 @@ class SoftMoE(tensormoe_numpy.SoftMoE):
     """
 
     backend: ClassVar[NumpyLikeBackend] = BACKEND
+
+
+class ProductMoE(tensormoe_numpy.ProductMoE):
+    """Very many small experts, on an NVIDIA GPU: the forward pass, as on NumPy.
+
+    Raises:
+        BackendError: no NVIDIA GPU or driver, or arrays of another library.
+
+    >>> import cupy  # doctest: +SKIP
+    >>> layer = ProductMoE(32, experts=(20, 30), top_k=4, seed=0)  # doctest: +SKIP
+    >>> layer(cupy.ones((5, 32), dtype="float32")).shape  # doctest: +SKIP
+    (5, 32)
+    """
+
+    backend: ClassVar[NumpyLikeBackend] = BACKEND
+
+
+class MonetMoE(tensormoe_numpy.MonetMoE):
+    """Experts that are composed of halves, on an NVIDIA GPU: the forward pass, as on NumPy.
+
+    Raises:
+        BackendError: no NVIDIA GPU or driver, or arrays of another library.
+
+    >>> import cupy  # doctest: +SKIP
+    >>> layer = MonetMoE(32, 4, experts=16, top_k=4, seed=0)  # doctest: +SKIP
+    >>> layer(cupy.ones((5, 32), dtype="float32")).shape  # doctest: +SKIP
+    (5, 32)
+    """
+
+    backend: ClassVar[NumpyLikeBackend] = BACKEND

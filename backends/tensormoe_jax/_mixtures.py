@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -14,7 +15,7 @@ from tensormoe import functional
 from tensormoe._layers import Costs, MixtureMethods
 from tensormoe.backend import Backend
 from tensormoe.mixtures import MixtureConfig, Parts
-from tensormoe.routing import Routes
+from tensormoe.routing import LevelRoutes, ProductRoutes, Routes
 from tensormoe_jax._activations import ACTIVATIONS
 from tensormoe_jax._adapter import BACKEND, LIBRARY
 from tensormoe_jax._dtypes import FLOATS
@@ -23,9 +24,10 @@ from tensormoe_jax._keys import checked_key
 M = TypeVar("M", bound=MixtureConfig)
 
 # a routing record goes through transformations as other arguments do
-jax.tree_util.register_dataclass(
-    Routes, data_fields=["top_k_index", "top_k_weights", "logits", "scores"], meta_fields=[]
-)
+for _record in (Routes, ProductRoutes, LevelRoutes):
+    jax.tree_util.register_dataclass(
+        _record, data_fields=[field.name for field in fields(_record)], meta_fields=[]
+    )
 
 
 def route_mixture(

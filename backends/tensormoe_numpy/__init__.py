@@ -15,19 +15,21 @@ from tensormoe_numpy._embedding import MuMoEEmbedding
 from tensormoe_numpy._layer import MuMoE, Prepared
 from tensormoe_numpy._like_numpy import NumpyLikeBackend
 from tensormoe_numpy._mlp import MuMoEMLP
-from tensormoe_numpy.mixtures import SoftMoE, SparseMoE
+from tensormoe_numpy.mixtures import MonetMoE, ProductMoE, SoftMoE, SparseMoE
 
 __all__ = [
     "ACTIVATIONS",
     "BACKEND",
     "Adam",
     "Gradients",
+    "MonetMoE",
     "MuMoE",
     "MuMoEEmbedding",
     "MuMoEMLP",
     "NumpyBackend",
     "NumpyLikeBackend",
     "Prepared",
+    "ProductMoE",
     "SoftMoE",
     "SparseMoE",
 ]

@@ -85,6 +85,15 @@ class TorchBackend:
     def kth_largest(self, array: Tensor, k: int, /) -> Tensor:
         return torch.topk(array, k, dim=-1, sorted=True).values[:, -1:]
 
+    def largest_indices(self, array: Tensor, k: int, /) -> Tensor | None:
+        if array.device.type != "cpu" or is_traced(array) or not array.numel():
+            return None
+        values, indices = torch.topk(array.detach(), k, dim=-1)
+        # ties are in no order, and NaN is equal to nothing: both need the sort
+        apart = values[:, 1:] < values[:, :-1]
+        alone = torch.count_nonzero(array >= values[:, -1:]) == values.numel()
+        return indices if bool(alone) and bool(apart.all()) else None
+
     def while_loop(self, step: Step, state: State, max_steps: int, tolerance: float, /) -> State:
         for _ in range(max_steps):
             state, change = step(*state)

@@ -163,6 +163,18 @@ class Selects(Protocol):
 
 
 @runtime_checkable
+class Ranks(Protocol):
+    """Optional member of an adapter, by which routers choose experts without a sort."""
+
+    def largest_indices(self, array: Array, k: int, /) -> Array | None:
+        """Indices (rows, k) of the k largest entries, the largest first, ties to the lower index.
+
+        None where the library would have to sort: the caller does it then.
+        """
+        ...
+
+
+@runtime_checkable
 class Groups(Protocol):
     """Optional members of an adapter: products of rows that are sorted by expert.
 

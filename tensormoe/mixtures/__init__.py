@@ -16,6 +16,11 @@ from tensormoe.mixtures._experts import hidden_units as hidden_units
 from tensormoe.mixtures._experts import run_expert as run_expert
 from tensormoe.mixtures._initialize import draw_own as draw_own
 from tensormoe.mixtures._initialize import initialize_mixture as initialize_mixture
+from tensormoe.mixtures._keys import Keys as Keys
+from tensormoe.mixtures._monet import MonetConfig as MonetConfig
+from tensormoe.mixtures._monet import monet_config as monet_config
+from tensormoe.mixtures._neurons import run_networks as run_networks
+from tensormoe.mixtures._neurons import run_tables as run_tables
 from tensormoe.mixtures._parts import Parts as Parts
 from tensormoe.mixtures._parts import activation as activation
 from tensormoe.mixtures._parts import check_routes as check_routes
@@ -24,6 +29,9 @@ from tensormoe.mixtures._parts import run_all as run_all
 from tensormoe.mixtures._parts import run_routed as run_routed
 from tensormoe.mixtures._parts import run_shared as run_shared
 from tensormoe.mixtures._parts import send as send
+from tensormoe.mixtures._product import ProductConfig as ProductConfig
+from tensormoe.mixtures._product import merged_choices as merged_choices
+from tensormoe.mixtures._product import product_config as product_config
 from tensormoe.mixtures._routing import route_tokens as route_tokens
 from tensormoe.mixtures._soft import SoftConfig as SoftConfig
 from tensormoe.mixtures._soft import counting_tokens as counting_tokens
@@ -33,9 +41,12 @@ from tensormoe.mixtures._sparse import sparse_config as sparse_config
 
 __all__ = [
     "ExpertsConfig",
+    "Keys",
     "MixtureConfig",
+    "MonetConfig",
     "OwnArray",
     "Parts",
+    "ProductConfig",
     "SoftConfig",
     "SparseConfig",
     "activation",
@@ -47,11 +58,16 @@ __all__ = [
     "hidden_units",
     "initialize_mixture",
     "layers_of",
+    "merged_choices",
+    "monet_config",
+    "product_config",
     "route_tokens",
     "run_all",
     "run_expert",
+    "run_networks",
     "run_routed",
     "run_shared",
+    "run_tables",
     "send",
     "soft_config",
     "sparse_config",

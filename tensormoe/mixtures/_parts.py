@@ -15,7 +15,10 @@ from tensormoe.gates import OneExpert
 from tensormoe.mixtures._experts import Act, ExpertsConfig, gated, run_expert
 from tensormoe.routing import Routes, by_expert
 
-Call = Callable[[str, Array, Array | OneExpert | EachExpert], Array]
+Given = Array | OneExpert | EachExpert | tuple[OneExpert, ...]
+"""Coefficients of a layer of one level, or of each level; or rows for every expert."""
+
+Call = Callable[[str, Array, Given], Array]
 """Runs a layer by its name, on rows (rows, in) and their coefficients.
 
 With ``EachExpert`` for these, rows are (N, rows, in), as many for each expert.
@@ -48,12 +51,13 @@ class Parts:
     ) -> Parts:
         """Parts of a mixture whose arrays are one flat mapping by canonical name."""
 
-        def call(name: str, x: Array, given: Array | OneExpert | EachExpert) -> Array:
+        def call(name: str, x: Array, given: Given) -> Array:
             layer = config.layers[name]
             named = {each: arrays[f"{name}.{each}"] for each in layer.parameter_shapes()}
             if isinstance(given, EachExpert):
                 return apply_each(layer, named, x, backend)
-            return apply_experts(layer, named, x, [given], backend)
+            levels = list(given) if isinstance(given, tuple) else [given]
+            return apply_experts(layer, named, x, levels, backend)
 
         return cls(call, arrays, acts, backend)
 

@@ -7,8 +7,13 @@ soft routing gives every expert averages of tokens.
 
 from __future__ import annotations
 
+from tensormoe.routing._levels import LevelRoutes as LevelRoutes
+from tensormoe.routing._levels import choose_levels as choose_levels
+from tensormoe.routing._levels import spread as spread
 from tensormoe.routing._order import ByExpert as ByExpert
 from tensormoe.routing._order import by_expert as by_expert
+from tensormoe.routing._product import ProductRoutes as ProductRoutes
+from tensormoe.routing._product import choose_product as choose_product
 from tensormoe.routing._router import Router as Router
 from tensormoe.routing._routes import Routes as Routes
 from tensormoe.routing._routes import choose as choose
@@ -18,11 +23,16 @@ from tensormoe.routing._soft import soft_routes as soft_routes
 
 __all__ = [
     "ByExpert",
+    "LevelRoutes",
+    "ProductRoutes",
     "Router",
     "Routes",
     "SoftRoutes",
     "by_expert",
     "choose",
+    "choose_levels",
+    "choose_product",
     "select_experts",
     "soft_routes",
+    "spread",
 ]

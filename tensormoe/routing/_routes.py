@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from math import ceil, inf
 from typing import Any
 
-from tensormoe.backend import Array, Backend, backend_of, default_integer, device_of
+from tensormoe.backend import Array, Backend, Ranks, backend_of, default_integer, device_of
 from tensormoe.errors import GateError
 from tensormoe.gates import Across, TopK, balanced_bias
 from tensormoe.gates._top_k import check_k, largest
 from tensormoe.routing._router import Router
+
+# below, a pass for each of k experts takes no longer than a selection
+_MANY = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,11 +108,11 @@ def choose(
     check_k(k, logits.shape[1])
     if backend.checks_values and logits.shape[0]:
         _check_values(logits, router, xp)
-    scores = _scores(router, logits, backend)
-    ranked = scores if noise is None else _scores(router, logits + router.noise * noise, backend)
+    scores = scores_of(router, logits, backend)
+    ranked = scores if noise is None else scores_of(router, logits + router.noise * noise, backend)
     if choice_bias is not None:
         ranked = ranked + choice_bias[None, :]
-    index = _largest(ranked, k, backend)
+    index = best_indices(ranked, k, backend)
     weights = xp.take_along_axis(scores, index, axis=-1)
     if router.capacity is not None:
         fits = within_capacity(index, logits.shape[1], router.capacity, backend)
@@ -166,7 +169,7 @@ def _check_values(logits: Array, router: Router, xp: Any) -> None:
         )
 
 
-def _scores(router: Router, logits: Array, backend: Backend) -> Array:
+def scores_of(router: Router, logits: Array, backend: Backend) -> Array:
     xp: Any = backend.namespace
     if router.scores == "sigmoid":
         # of both signs without overflow
@@ -179,9 +182,13 @@ def _scores(router: Router, logits: Array, backend: Backend) -> Array:
     return powers / xp.sum(powers, axis=-1, keepdims=True)
 
 
-def _largest(ranked: Array, k: int, backend: Backend) -> Array:
+def best_indices(ranked: Array, k: int, backend: Backend) -> Array:
     """Indices (tokens, k) of the k largest entries, the largest first."""
     xp = backend.namespace
     if ranked.shape[0] == 0:
         return xp.zeros((0, k), dtype=default_integer(xp), device=device_of(ranked))
+    if ranked.shape[1] >= _MANY and isinstance(backend, Ranks):
+        found = backend.largest_indices(ranked, k)
+        if found is not None:
+            return found
     return largest(backend, ranked, k)[0]

@@ -19,13 +19,15 @@ from tensormoe_jax.equinox._gate import ExpertGate
 from tensormoe_jax.equinox._layer import MuMoE
 from tensormoe_jax.equinox._mlp import MuMoEMLP
 from tensormoe_jax.equinox._rules import parameter_rules
-from tensormoe_jax.equinox.mixtures import SoftMoE, SparseMoE
+from tensormoe_jax.equinox.mixtures import MonetMoE, ProductMoE, SoftMoE, SparseMoE
 
 __all__ = [
     "ExpertGate",
+    "MonetMoE",
     "MuMoE",
     "MuMoEEmbedding",
     "MuMoEMLP",
+    "ProductMoE",
     "SoftMoE",
     "SparseMoE",
     "parameter_rules",

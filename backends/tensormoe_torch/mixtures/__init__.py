@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 from tensormoe_torch.mixtures._base import MixtureModule as MixtureModule
+from tensormoe_torch.mixtures._monet import Halves as Halves
+from tensormoe_torch.mixtures._monet import MonetMoE as MonetMoE
+from tensormoe_torch.mixtures._neurons import NeuronNetworks as NeuronNetworks
+from tensormoe_torch.mixtures._neurons import NeuronTables as NeuronTables
+from tensormoe_torch.mixtures._product import ProductMoE as ProductMoE
+from tensormoe_torch.mixtures._router import MixtureRouter as MixtureRouter
 from tensormoe_torch.mixtures._router import SparseRouter as SparseRouter
 from tensormoe_torch.mixtures._soft import SoftMoE as SoftMoE
 from tensormoe_torch.mixtures._soft import SoftRouter as SoftRouter
 from tensormoe_torch.mixtures._sparse import SparseMoE as SparseMoE
 
-__all__ = ["MixtureModule", "SoftMoE", "SoftRouter", "SparseMoE", "SparseRouter"]
+__all__ = [
+    "Halves",
+    "MixtureModule",
+    "MixtureRouter",
+    "MonetMoE",
+    "NeuronNetworks",
+    "NeuronTables",
+    "ProductMoE",
+    "SoftMoE",
+    "SoftRouter",
+    "SparseMoE",
+    "SparseRouter",
+]

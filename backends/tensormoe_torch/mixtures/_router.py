@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tensormoe.mixtures import Parts, SparseConfig
-from tensormoe.routing import Routes
+from tensormoe.mixtures import MixtureConfig, Parts, SparseConfig
+from tensormoe.routing import LevelRoutes, ProductRoutes, Routes
 from tensormoe_torch._activations import ACTIVATIONS
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._autograd import no_autocast
@@ -18,11 +18,97 @@ from tensormoe_torch._checks import check_input
 from tensormoe_torch._gate import across_processes
 from tensormoe_torch.mixtures._base import reset_own
 
-# fully_shard finds the tensors of a record, and without them no gradient reaches a sharded router
-torch.export.register_dataclass(Routes, serialized_type_name="tensormoe.routing.Routes")
+# a pytree to PyTorch, so that transformations and wrappers find the tensors of a record
+for _record in (Routes, ProductRoutes, LevelRoutes):
+    torch.export.register_dataclass(
+        _record, serialized_type_name=f"tensormoe.routing.{_record.__name__}"
+    )
 
 
-class SparseRouter(nn.Module):
+class MixtureRouter(nn.Module):
+    """Routing of a mixture: (..., in) to the routing record.
+
+    Its parameters are the mixture's arrays whose names start with ``router.``. Logits and scores
+    are float32 at least. A forward hook on this module sees the record of every call.
+
+    Args:
+        config: the mixture.
+        device: of the parameters.
+        dtype: of the parameters; buffers are float32 at least.
+
+    Attributes:
+        config: the mixture.
+        synchronized: whether, in training, ``balance`` counts the load of all processes of a group;
+            :func:`synchronize_gates` sets it.
+        process_group: that group; None for all processes.
+    """
+
+    def __init__(self, config: MixtureConfig, device: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.synchronized = False
+        self.process_group: dist.ProcessGroup | None = None
+        self._own = {
+            name.removeprefix("router."): array
+            for name, array in config.own.items()
+            if name.startswith("router.")
+        }
+        for name, array in self._own.items():
+            empty = torch.empty(array.shape, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(empty))
+        wide = torch.float32 if dtype.itemsize < 4 else dtype
+        for name, shape in config.buffer_shapes().items():
+            empty = torch.empty(shape, device=device, dtype=wide)
+            self.register_buffer(name.partition(".")[2], empty)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew: a projection like that of ``nn.Linear``, biases of zero."""
+        reset_own(self, self._own)
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
+
+    def forward(self, x: Tensor) -> Any:
+        """The experts of tokens (..., in).
+
+        In training, noise is drawn from PyTorch's generator, and biases for the choice move.
+
+        Args:
+            x: (..., in), in the mixture's dtype.
+
+        Raises:
+            BackendError, ShapeError: the input does not fit.
+        """
+        features = self.config.in_features
+        weight = next(self.parameters(recurse=False))
+        batch_shape = check_input(x, features, weight, narrower=True)
+        rows = x.reshape(prod(batch_shape), features)
+        held = {f"router.{name}": getattr(self, name) for name in self._own}
+        held |= {f"router.{name}": buffer for name, buffer in self.named_buffers(recurse=False)}
+        across = self.synchronized and self.training
+        with no_autocast(x.device.type):
+            routes, changed = self.config.route(
+                Parts(_no_layers, held, ACTIVATIONS.__getitem__, BACKEND),
+                rows,
+                training=self.training,
+                noise=self._noise(rows) if self.training else None,
+                across=across_processes(self.process_group) if across else None,
+            )
+        for name, values in changed.items():
+            with torch.no_grad():
+                self.get_buffer(name.partition(".")[2]).copy_(values)
+        return routes.reshaped(batch_shape, BACKEND) if len(batch_shape) != 1 else routes
+
+    def _noise(self, rows: Tensor) -> Tensor | None:
+        shape = self.config.noise_shape(rows.shape[0])
+        if shape is None:
+            return None
+        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        return torch.randn(shape, device=rows.device, dtype=wide)
+
+
+class SparseRouter(MixtureRouter):
     """Logits, scores, and the choice of k experts: (..., in) to the routing record.
 
     Its parameters are ``projection`` (in, N) and, if the router has one, ``bias`` (N,); a router
@@ -41,68 +127,12 @@ class SparseRouter(nn.Module):
         process_group: that group; None for all processes.
     """
 
-    def __init__(self, config: SparseConfig, device: Any, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.config = config
-        self.synchronized = False
-        self.process_group: dist.ProcessGroup | None = None
-        self._own = {name.partition(".")[2]: array for name, array in config.own.items()}
-        for name, array in self._own.items():
-            empty = torch.empty(array.shape, device=device, dtype=dtype)
-            self.register_parameter(name, nn.Parameter(empty))
-        wide = torch.float32 if dtype.itemsize < 4 else dtype
-        for name, shape in config.buffer_shapes().items():
-            empty = torch.empty(shape, device=device, dtype=wide)
-            self.register_buffer(name.partition(".")[2], empty)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Start anew: a projection like that of ``nn.Linear``, biases of zero."""
-        reset_own(self, self._own)
-        for buffer in self.buffers(recurse=False):
-            buffer.zero_()
+    config: SparseConfig
 
     def extra_repr(self) -> str:
         """The part of ``repr`` between the brackets."""
         count = self.config.experts.num_experts
         return f"{self.config.in_features}, {count}, {self.config.top_k}, {self.config.router!r}"
-
-    def forward(self, x: Tensor) -> Routes:
-        """The experts of tokens (..., in).
-
-        In training, noise is drawn from PyTorch's generator, and biases for the choice move.
-
-        Args:
-            x: (..., in), in the mixture's dtype.
-
-        Raises:
-            BackendError, ShapeError: the input does not fit.
-        """
-        features = self.config.in_features
-        projection: Tensor = self.get_parameter("projection")
-        batch_shape = check_input(x, features, projection, narrower=True)
-        rows = x.reshape(prod(batch_shape), features)
-        held = {f"router.{name}": getattr(self, name) for name in self._own}
-        held |= {f"router.{name}": buffer for name, buffer in self.named_buffers(recurse=False)}
-        across = self.synchronized and self.training
-        with no_autocast(x.device.type):
-            routes, changed = self.config.route(
-                Parts(_no_layers, held, ACTIVATIONS.__getitem__, BACKEND),
-                rows,
-                training=self.training,
-                noise=self._noise(rows) if self.training and self.config.router.noise else None,
-                across=across_processes(self.process_group) if across else None,
-            )
-        for name, values in changed.items():
-            with torch.no_grad():
-                self.get_buffer(name.partition(".")[2]).copy_(values)
-        return routes.reshaped(batch_shape, BACKEND) if len(batch_shape) != 1 else routes
-
-    def _noise(self, rows: Tensor) -> Tensor:
-        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        shape = rows.shape[0], self.config.experts.num_experts
-        return torch.randn(shape, device=rows.device, dtype=wide)
 
 
 def _no_layers(name: str, x: Tensor, given: object) -> Tensor:
