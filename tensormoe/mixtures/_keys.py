@@ -112,7 +112,7 @@ class Keys:
         ]
 
     def logits(self, parts: Parts, x: Array) -> list[Array]:
-        """Logits (*tokens, heads, N_e) per level of tokens (tokens, in), in float32 at least."""
+        """Logits (tokens, heads, N_e) per level of tokens (tokens, in), in float32 at least."""
         backend, tokens = parts.backend, x.shape[0]
         wide = widened(x, backend)
         arrays = {name: widened(parts.arrays[name], backend) for name in self.own}
@@ -120,7 +120,7 @@ class Keys:
             return [
                 backend.reshape(
                     backend.matmul(wide, arrays[f"router.projection_{level}"]),
-                    (*tokens, self.heads, size),
+                    (tokens, self.heads, size),
                 )
                 for level, size in enumerate(self.experts)
             ]
@@ -135,12 +135,12 @@ class Keys:
         ]
 
     def _matched(self, queries: Array, keys: Array, backend: Backend) -> Array:
-        """Products (*tokens, heads, N_e) of the queries of a level with its sub-keys."""
+        """Products (tokens, heads, N_e) of the queries of a level with its sub-keys."""
         tokens, heads, key = queries.shape
         if self.share_keys:
             flat = backend.reshape(queries, (tokens * heads, key))
             found = backend.matmul(flat, backend.permute(keys, (1, 0)))
-            return backend.reshape(found, (*tokens, heads, keys.shape[0]))
+            return backend.reshape(found, (tokens, heads, keys.shape[0]))
         by_head = backend.permute(queries, (1, 0, 2))
         found = backend.matmul(by_head, backend.permute(keys, (0, 2, 1)))
         return backend.permute(found, (1, 0, 2))
