@@ -171,7 +171,9 @@ def test_infinite_and_missing_values(gate: Gate) -> None:
     assert found[[0, 3, 4, 5]].isfinite().all()
 
 
-@pytest.mark.parametrize("gate", GATES, ids=str)
+# each activation and each normalization: tracing a search takes seconds, and is that of the
+# activation whatever was normalized before
+@pytest.mark.parametrize("gate", [GATES[turn % 3 + 3 * turn] for turn in range(6)], ids=str)
 def test_exporters_see_operations(gate: Gate) -> None:
     module = layer(gate, torch.float32).eval()
     for strict in (False, True):
