@@ -25,7 +25,7 @@ class OnJax(BackendContract):
 
 
 # JAX compiles each operation on each shape
-@with_examples(operations=15, layers=6)
+@with_examples(operations=10, layers=4)
 @pytest.mark.usefixtures("wide")
 class TestJax(OnJax):
     __test__ = True
