@@ -120,7 +120,7 @@ np.testing.assert_allclose(np.asarray(found), want, rtol=1e-5, atol=1e-5)
 
 def test_factors_on_several_devices() -> None:
     """Without ``jit`` as well: the layout of a factor fits no identity matrix."""
-    flags = "--xla_force_host_platform_device_count=4"
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, "-c", SEVERAL_DEVICES]
