@@ -170,7 +170,8 @@ class MuMoEMLP(Stored[BlockConfig], BlockMethods[Tensor], Gated[BlockConfig]):
         middle = self.first(x, given)
         if self.config.gated:
             gate, up = halves(middle)
-            middle = function(gate) * up
+            # what a user gives may write in place, which PyTorch refuses for one of several views
+            middle = function(gate if name is not None else gate.clone()) * up
         else:
             middle = function(middle)
         result: Tensor = self.second(F.dropout(middle, self.config.drop, self.training), given)
