@@ -48,7 +48,7 @@ def trained(name: str, experts: int) -> tuple[LayerConfig, Arrays, Any]:
     bonds = None if name == "cp" else (4, 4, None)
     rank = select_rank(name, FEATURES, FEATURES, experts, bonds=bonds)
     spec = LayerSpec(FEATURES, FEATURES, experts, resolve_factorization(name, rank))
-    config = LayerConfig(spec, Gate())
+    config = LayerConfig(spec, Gate.paper())
     parameters = initialize(config, jax.random.key(0))
     shape = parameters["gate.projection_0"].shape
     parameters["gate.projection_0"] = jax.random.normal(jax.random.key(1), shape) * FEATURES**-0.5

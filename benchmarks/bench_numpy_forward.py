@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from _shared import Array, interleaved, settings, sorted_entmax15
 
-from tensormoe import CP, LayerSpec, select_rank
+from tensormoe import CP, Gate, LayerSpec, select_rank
 from tensormoe_numpy import MuMoE, NumpyBackend
 
 FEATURES = 768
@@ -87,7 +87,7 @@ def main() -> None:
     for name, bonds in (("cp", None), ("tensor_ring", (4, 4, None))):
         for experts in (128, 1024):
             rank = select_rank(name, FEATURES, FEATURES, experts, bonds=bonds)
-            layer = MuMoE(FEATURES, FEATURES, experts, name, rank=rank, seed=0)
+            layer = MuMoE(FEATURES, FEATURES, experts, name, rank=rank, gate=Gate.paper(), seed=0)
             assert isinstance(layer.spec, LayerSpec)
             projection = layer.parameters["gate.projection_0"]
             projection += rng.standard_normal(projection.shape, dtype="float32") / FEATURES**0.5
