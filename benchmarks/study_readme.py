@@ -95,7 +95,7 @@ def factorized(factorization: str) -> Callable[[], nn.Module]:
 
 @dataclass(frozen=True)
 class Kind:
-    """What the block is, and how many experts it has."""
+    """Name of the block, and its number of experts."""
 
     name: str
     experts: int

@@ -75,7 +75,7 @@ def run_mixture(config: MixtureConfig, arrays: Mapping[str, Array], x: Array, ro
 
 
 def parts_of(config: MixtureConfig, arrays: Mapping[str, Array]) -> Parts:
-    """What the formula of a mixture is made of."""
+    """Parts of the formula of a mixture."""
     return Parts.of(config, arrays, ACTIVATIONS.__getitem__, BACKEND)
 
 
@@ -89,7 +89,7 @@ def merged_rows(
 
 
 class MixtureLayer(MixtureMethods[Array, M]):
-    """What the mixtures of Flax and Equinox share."""
+    """Methods that the mixtures of Flax and Equinox share."""
 
     _dtypes = FLOATS
 

@@ -29,7 +29,7 @@ from tensormoe.planning._library import DEFAULT
 from tensormoe.routing import LevelRoutes, Router, choose_levels
 
 KINDS = ("horizontal", "vertical")
-"""How experts are cut into halves."""
+"""Ways to cut experts into halves."""
 
 
 @dataclass(frozen=True)

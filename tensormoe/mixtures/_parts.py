@@ -27,7 +27,7 @@ With ``EachExpert`` for these, rows are (N, rows, in), as many for each expert.
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """What the formula of a mixture is made of.
+    """Parts of the formula of a mixture.
 
     Args:
         call: runs a layer.

@@ -1,4 +1,4 @@
-"""How tokens meet experts: routers that choose k, tokens in the order of experts, and slots.
+"""Routing of tokens to experts: routers that choose k, tokens in the order of experts, and slots.
 
 Pure functions of arrays of any library. A gate makes coefficients of all experts, which a
 factorized layer mixes at once; a router chooses experts that are run one by one, and

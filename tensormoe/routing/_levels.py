@@ -28,7 +28,7 @@ class LevelRoutes:
 
     @property
     def chosen(self) -> list[TopK]:
-        """What each level chose, with its weights."""
+        """Choices of each level, with their weights."""
         return [level.chosen for level in self.levels]
 
     @property

@@ -45,7 +45,7 @@ from tests.mixtures._forms import (
 
 
 class MixtureContract:
-    """What holds for every mixture.
+    """Contract of every mixture.
 
     Attributes:
         configs: small configurations by name; each is compiled by JAX twice.
