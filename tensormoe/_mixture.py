@@ -40,8 +40,8 @@ class MixtureConfig(ABC):
     """A mixture without its arrays; its parts are layers without gates, and arrays of its own.
 
     Names of parts have dots: an array of the layer ``experts.projections.down_proj`` is
-    ``experts.projections.down_proj.factors.weight``. Arrays whose names start with ``router.`` may
-    be in float32 beside factors of 16 bits.
+    ``experts.projections.down_proj.factors.weight``. Arrays of a part ``router`` may be in
+    float32 beside factors of 16 bits.
     """
 
     block: ClassVar[str]

@@ -1,4 +1,4 @@
-"""Canonical names of a block's arrays, and of those of its layers."""
+"""Canonical names of arrays: of a block, of its layers, of gates and routers."""
 
 from __future__ import annotations
 
@@ -32,3 +32,14 @@ def split_names(values: Mapping[str, T]) -> dict[str, dict[str, T]]:
         part, _, short = name.partition(".")
         parts.setdefault(part, {})[short] = value
     return parts
+
+
+def makes_logits(name: str) -> bool:
+    """Whether an array is of a gate or a router, by its name.
+
+    >>> makes_logits("gate.projection_0"), makes_logits("first.router.projection")
+    (True, True)
+    >>> makes_logits("experts.projections.down_proj.factors.weight")
+    False
+    """
+    return name.startswith("gate.") or "router" in name.split(".")[:-1]

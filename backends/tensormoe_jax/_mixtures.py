@@ -13,6 +13,7 @@ from jax import Array
 
 from tensormoe import functional
 from tensormoe._layers import Costs, MixtureMethods
+from tensormoe._names import makes_logits
 from tensormoe.backend import Backend
 from tensormoe.mixtures import MixtureConfig, Parts
 from tensormoe.routing import LevelRoutes, ProductRoutes, Routes
@@ -114,6 +115,6 @@ class MixtureLayer(MixtureMethods[Array, M]):
         # what transformations leave in the place of an array may have no dtype
         if not all(hasattr(array, "dtype") for array in found.values()):
             return "dtype=?"
-        routers = {each.dtype.name for name, each in found.items() if name.startswith("router.")}
+        routers = {each.dtype.name for name, each in found.items() if makes_logits(name)}
         apart = "".join(f", router_dtype={each!r}" for each in routers - {self.dtype.name})
         return f"dtype={self.dtype.name!r}{apart}"

@@ -8,13 +8,11 @@ from typing import TypeVar
 
 from tensormoe._config import BlockConfig, LayerConfig
 from tensormoe._mixture import MixtureConfig
+from tensormoe._names import makes_logits
 from tensormoe._validation import brief, instance
 from tensormoe.backend import Array, Backend, check_array
 from tensormoe.checkpoint._checkpoint import match_arrays, read_checkpoint
 from tensormoe.errors import CheckpointError, ShapeError, SpecError, TensormoeError
-
-ROUTING = ("gate.", "router.")
-"""Beginnings of the names of arrays that logits are made of."""
 
 C = TypeVar("C", bound=LayerConfig | BlockConfig | MixtureConfig)
 
@@ -90,7 +88,7 @@ def check_arrays(
     shapes = config.parameter_shapes()
     match_arrays({**shapes, **config.buffer_shapes()}, arrays)
     dtype = arrays[next(iter(shapes))].dtype
-    gates = [name for name in shapes if name.startswith(ROUTING)]
+    gates = [name for name in shapes if makes_logits(name)]
     # logits are float32 at least: a gate in float32 is what they are made of
     apart = bool(gates) and _widens(dtype, arrays[gates[0]].dtype, backend)
     for name in shapes:

@@ -29,6 +29,7 @@ from tensormoe.mixtures._parts import run_all as run_all
 from tensormoe.mixtures._parts import run_routed as run_routed
 from tensormoe.mixtures._parts import run_shared as run_shared
 from tensormoe.mixtures._parts import send as send
+from tensormoe.mixtures._parts import with_shared as with_shared
 from tensormoe.mixtures._product import ProductConfig as ProductConfig
 from tensormoe.mixtures._product import merged_choices as merged_choices
 from tensormoe.mixtures._product import product_config as product_config
@@ -71,4 +72,5 @@ __all__ = [
     "send",
     "soft_config",
     "sparse_config",
+    "with_shared",
 ]

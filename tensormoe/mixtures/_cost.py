@@ -8,8 +8,11 @@ from tensormoe.gates import Gate
 from tensormoe.mixtures._experts import ExpertsConfig
 from tensormoe.planning import Cost, Library, Routing, StepCost, plan_layer
 from tensormoe.planning._block_cost import ACTIVATION_FLOPS
-from tensormoe.planning._cost import INDEX_BYTES
+from tensormoe.planning._cost import INDEX_BYTES, contraction_cost
 from tensormoe.planning._gate_cost import GATE_ITEMSIZE, GateCall
+
+# of one entry: a difference, an exponential, a sum, a quotient
+_SOFTMAX_FLOPS = 8
 
 
 def router_cost(
@@ -106,3 +109,48 @@ def experts_cost(
     parameters = sum(call.parameters for call in calls)
     total = Cost(parameters, tuple(steps), max(peak, held + 2 * made + result), held)
     return total if training else replace(total, saved_memory=0)
+
+
+def mixing_cost(
+    in_features: int, out_features: int, batch: int, *, itemsize: int, training: bool
+) -> Cost:
+    """The cost of weights of two outputs per token, and of their sum.
+
+    Args:
+        in_features: size of a token.
+        out_features: size of an output.
+        batch: number of tokens.
+        itemsize: bytes per entry.
+        training: forward and backward with all gradients, instead of forward alone.
+    """
+    sizes = {"t": batch, "i": in_features, "j": 2}
+    wide = max(itemsize, GATE_ITEMSIZE)
+    steps = product_steps("mixing", ("ti", "ij"), "tj", sizes, wide, training)
+    weights, outputs = 2 * wide * batch, itemsize * batch * out_features
+    # a softmax, then two products and a sum
+    work = 2 * _SOFTMAX_FLOPS * batch + 3 * batch * out_features
+    steps.append(StepCost("mix", 0, work, weights + 2 * outputs, outputs))
+    if training:
+        given, made = weights + 3 * outputs, weights + 2 * outputs
+        steps.append(StepCost("backward mix", 0, 2 * work, given, made, backward=True))
+    saved = weights + 2 * outputs if training else 0
+    return Cost(2 * (in_features + 1), tuple(steps), weights + 3 * outputs, saved)
+
+
+def product_steps(
+    label: str,
+    operands: tuple[str, str],
+    result: str,
+    sizes: dict[str, int],
+    itemsize: int,
+    training: bool,
+) -> list[StepCost]:
+    """A matrix product, and those of its gradients."""
+    made = [contraction_cost(label, operands, result, sizes, itemsize)]
+    if training:
+        for place in (0, 1):
+            given = result, operands[1 - place]
+            name = f"backward {label}"
+            back = contraction_cost(name, given, operands[place], sizes, itemsize)
+            made.append(replace(back, backward=True))
+    return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tensormoe._mixture import MixtureConfig, OwnArray
+from tensormoe._names import makes_logits
 from tensormoe.backend import Array, Backend
 from tensormoe.factorizations import Draw
 from tensormoe.functional import initialize
@@ -36,7 +37,7 @@ def initialize_mixture(
         parameters |= {f"{name}.{each}": array for each, array in drawn.items()}
     for name, own in config.own.items():
         # only a router may have another dtype than the layers
-        start = zeros(own.shape) if name.startswith("router.") else 0.0 * uniform(own.shape)
+        start = zeros(own.shape) if makes_logits(name) else 0.0 * uniform(own.shape)
         parameters[name] = draw_own(own, start, backend, normal, uniform)
     return parameters
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tensormoe._config import LayerConfig
 from tensormoe._mixture import MixtureConfig
@@ -60,6 +60,20 @@ class Parts:
             return apply_experts(layer, named, x, levels, backend)
 
         return cls(call, arrays, acts, backend)
+
+    def under(self, name: str) -> Parts:
+        """The parts of a mixture that is a part of this one."""
+        start = f"{name}."
+
+        def call(layer: str, x: Array, given: Given) -> Array:
+            return self.call(start + layer, x, given)
+
+        inner = {
+            each.removeprefix(start): array
+            for each, array in self.arrays.items()
+            if each.startswith(start)
+        }
+        return replace(self, call=call, arrays=inner)
 
     def logits(self, x: Array, name: str = "router") -> Array:
         """Logits (tokens, N) of a router, in float32 at least.
@@ -125,6 +139,21 @@ def run_shared(shared: ExpertsConfig, parts: Parts, name: str, x: Array) -> Arra
     return run_all(shared, parts, name, x, ones)
 
 
+def with_shared(routed: Array, shared: Array, mixing: Array | None, backend: Backend) -> Array:
+    """Outputs of a shared expert added to those of the chosen ones.
+
+    Args:
+        routed: (tokens, out).
+        shared: (tokens, out).
+        mixing: (tokens, 2) weights of both; None for ones.
+        backend: the adapter of the arrays' library.
+    """
+    if mixing is None:
+        return routed + shared
+    weights = cast(mixing, routed.dtype, backend)
+    return weights[:, :1] * routed + weights[:, 1:] * shared
+
+
 def activation(experts: ExpertsConfig, acts: Callable[[str], Act]) -> Act:
     """The activation between the layers of experts, of both halves where they are gated."""
     if experts.act_layer is None:
@@ -177,21 +206,24 @@ def send(
     return cast(backend.scatter_add(made, sent.token, 0, tokens), x.dtype, backend)
 
 
-def check_routes(routes: Routes, batch_shape: tuple[int, ...], experts: int, k: int) -> None:
+def check_routes(
+    routes: Routes, batch_shape: tuple[int, ...], experts: int, k: int, *, mixed: bool = False
+) -> None:
     """Refuse the routing record of other tokens or of another layer.
 
     Raises:
         ShapeError: arrays of other shapes.
     """
-    wanted = {
+    wanted: dict[str, tuple[int, ...] | None] = {
         "top_k_index": (*batch_shape, k),
         "top_k_weights": (*batch_shape, k),
         "logits": (*batch_shape, experts),
         "scores": (*batch_shape, experts),
+        "mixing": (*batch_shape, 2) if mixed else None,
     }
     for name, shape in wanted.items():
         found = getattr(getattr(routes, name, None), "shape", None)
-        if found is None or tuple(found) != shape:
+        if (None if found is None else tuple(found)) != shape:
             raise ShapeError(
                 f"routes must be the record of these tokens and this layer, with {name} of shape "
                 f"{shape}; got {None if found is None else tuple(found)}. Pass what route(x) "

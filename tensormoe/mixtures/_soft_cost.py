@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from tensormoe._validation import non_negative_int
 from tensormoe.errors import PlanError, SpecError
+from tensormoe.mixtures._cost import product_steps
 from tensormoe.mixtures._experts import ExpertsConfig
 from tensormoe.planning import Cost, Library, StepCost
 from tensormoe.planning._block_cost import ACTIVATION_FLOPS
-from tensormoe.planning._cost import contraction_cost
 from tensormoe.planning._gate_cost import GATE_ITEMSIZE
 from tensormoe.planning._layer_cost import layer_cost
 
@@ -57,9 +57,9 @@ def soft_cost(
     wide = max(itemsize, GATE_ITEMSIZE)
     weights = sets * tokens * count * slots
     before = [
-        *_product("logits", ("sti", "ij"), "stj", sizes, wide, training),
+        *product_steps("logits", ("sti", "ij"), "stj", sizes, wide, training),
         *_softmaxes(weights, wide, training),
-        *_product("dispatch", ("stj", "sti"), "sji", sizes, itemsize, training),
+        *product_steps("dispatch", ("stj", "sti"), "sji", sizes, itemsize, training),
     ]
     rows = slots * sets
     calls = [
@@ -91,30 +91,11 @@ def soft_cost(
         steps += call.steps
         peak = max(peak, held + call.peak_memory)
         held += call.saved_memory
-    steps += _product("combine", ("stj", "sjo"), "sto", sizes, itemsize, training)
+    steps += product_steps("combine", ("stj", "sjo"), "sto", sizes, itemsize, training)
     made = 2 * slot_bytes * experts.out_features
     result = itemsize * sets * tokens * experts.out_features
     total = Cost(parameters, tuple(steps), max(peak, held + made + result), held)
     return total if training else replace(total, saved_memory=0)
-
-
-def _product(
-    label: str,
-    operands: tuple[str, str],
-    result: str,
-    sizes: dict[str, int],
-    itemsize: int,
-    training: bool,
-) -> list[StepCost]:
-    """A matrix product, and those of its gradients."""
-    made = [contraction_cost(label, operands, result, sizes, itemsize)]
-    if training:
-        for place in (0, 1):
-            given = result, operands[1 - place]
-            name = f"backward {label}"
-            back = contraction_cost(name, given, operands[place], sizes, itemsize)
-            made.append(replace(back, backward=True))
-    return made
 
 
 def _softmaxes(entries: int, wide: int, training: bool) -> list[StepCost]:

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import sqrt
 from typing import Any, ClassVar
 
 from tensormoe._config import LayerConfig
 from tensormoe._mixture import MixtureConfig, OwnArray, checked_fields
-from tensormoe._validation import positive_int
+from tensormoe._validation import flag, positive_int
 from tensormoe.backend import Array
 from tensormoe.errors import SpecError
 from tensormoe.factorizations import FactorizationLike
+from tensormoe.functional._dtypes import widened
 from tensormoe.gates import Across
-from tensormoe.mixtures._cost import experts_cost, router_cost
+from tensormoe.mixtures._cost import experts_cost, mixing_cost, router_cost
 from tensormoe.mixtures._experts import ExpertsConfig, experts_config
-from tensormoe.mixtures._parts import Parts, check_routes, layers_of, run_routed, run_shared
+from tensormoe.mixtures._parts import (
+    Parts,
+    check_routes,
+    layers_of,
+    run_routed,
+    run_shared,
+    with_shared,
+)
 from tensormoe.mixtures._routing import route_tokens
 from tensormoe.planning import Cost, Library
 from tensormoe.planning._library import DEFAULT
 from tensormoe.routing import Router, Routes
+from tensormoe.routing._routes import scores_of
 from tensormoe.selection import Budget
 
 
@@ -34,15 +43,19 @@ class SparseConfig(MixtureConfig):
         top_k: experts per token.
         router: rule by which they are chosen.
         shared: the expert that every token runs besides, or None (DeepSeekMoE).
+        mix_shared: whether a softmax of two logits weights the sum of the chosen experts and the
+            shared expert (CartesianMoE).
 
     Raises:
-        SpecError: more experts per token than there are, or a shared expert of other sizes.
+        SpecError: more experts per token than there are, a shared expert of other sizes, or none to
+            mix.
     """
 
     experts: ExpertsConfig
     top_k: int
     router: Router
     shared: ExpertsConfig | None
+    mix_shared: bool = False
 
     block: ClassVar[str] = "SparseMoE"
 
@@ -51,7 +64,13 @@ class SparseConfig(MixtureConfig):
         object.__setattr__(self, "top_k", k)
         if k > count:
             raise SpecError(f"top_k must be at most the {count} experts; got {k}. Lower it.")
+        flag(self.mix_shared, "mix_shared")
         if self.shared is None:
+            if self.mix_shared:
+                raise SpecError(
+                    "mix_shared must be False without a shared expert; got True. Give it a size, "
+                    "shared_features=…."
+                )
             return
         sizes = self.in_features, self.out_features
         found = self.shared.in_features, self.shared.out_features
@@ -78,7 +97,11 @@ class SparseConfig(MixtureConfig):
     def own(self) -> Mapping[str, OwnArray]:
         count, span = self.experts.num_experts, 1.0 / sqrt(self.in_features)
         arrays = {"router.projection": OwnArray((self.in_features, count), "uniform", span)}
-        return arrays | ({"router.bias": OwnArray((count,))} if self.router.bias else {})
+        arrays |= {"router.bias": OwnArray((count,))} if self.router.bias else {}
+        if self.mix_shared:
+            arrays["router.mixing"] = OwnArray((self.in_features, 2), "uniform", span)
+            arrays["router.mixing_bias"] = OwnArray((2,))
+        return arrays
 
     def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
         balanced = self.router.balance > 0
@@ -96,15 +119,31 @@ class SparseConfig(MixtureConfig):
         noise: Array | None = None,
         across: Across | None = None,
     ) -> tuple[Routes, dict[str, Array]]:
-        return route_tokens(self.router, self.top_k, parts, "router", x, training, noise, across)
+        routes, changed = route_tokens(
+            self.router, self.top_k, parts, "router", x, training, noise, across
+        )
+        if self.mix_shared:
+            backend = parts.backend
+            projection, bias = (
+                widened(parts.arrays[name], backend)
+                for name in ("router.mixing", "router.mixing_bias")
+            )
+            logits = backend.matmul(widened(x, backend), projection) + bias
+            routes = replace(routes, mixing=scores_of(Router(), logits, backend))
+        return routes, changed
 
     def run(self, parts: Parts, x: Array, routes: Routes) -> Array:
         index, weights = routes.top_k_index, routes.top_k_weights
         y = run_routed(self.experts, parts, "experts", x, index, weights)
-        return y if self.shared is None else y + run_shared(self.shared, parts, "shared", x)
+        if self.shared is None:
+            return y
+        return with_shared(
+            y, run_shared(self.shared, parts, "shared", x), routes.mixing, parts.backend
+        )
 
     def check_routes(self, routes: Any, batch_shape: tuple[int, ...]) -> None:
-        check_routes(routes, batch_shape, self.experts.num_experts, self.top_k)
+        count = self.experts.num_experts
+        check_routes(routes, batch_shape, count, self.top_k, mixed=self.mix_shared)
 
     def cost(
         self,
@@ -122,13 +161,16 @@ class SparseConfig(MixtureConfig):
         cost = cost.then(experts_cost(self.experts, batch, self.top_k, **options))
         if self.shared is not None:
             cost = cost.then(experts_cost(self.shared, batch, 1, **options))
+        if self.mix_shared:
+            sizes = self.in_features, self.out_features
+            cost = cost.then(mixing_cost(*sizes, batch, itemsize=itemsize, training=training))
         return cost
 
     def arguments(self) -> str:
         shared = None if self.shared is None else self.shared.hidden_features
         return (
             f"{self.experts.arguments()}, top_k={self.top_k}, router={self.router!r}, "
-            f"shared_features={shared}"
+            f"shared_features={shared}, mix_shared={self.mix_shared}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,17 +179,20 @@ class SparseConfig(MixtureConfig):
             "top_k": self.top_k,
             "router": self.router.to_dict(),
             "shared": None if self.shared is None else self.shared.to_dict(),
+            "mix_shared": self.mix_shared,
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SparseConfig:
-        found = checked_fields(values, {"experts", "top_k", "router", "shared"}, "sparse mixture")
+        fields = {"experts", "top_k", "router", "shared", "mix_shared"}
+        found = checked_fields(values, fields, "sparse mixture")
         shared = found["shared"]
         return cls(
             ExpertsConfig.from_dict(found["experts"]),
             found["top_k"],
             Router.from_dict(found["router"]),
             None if shared is None else ExpertsConfig.from_dict(shared),
+            found["mix_shared"],
         )
 
 
@@ -166,6 +211,7 @@ def sparse_config(
     budget: Budget | int | None = None,
     router: Router | str = "softmax",
     shared_features: int | None = None,
+    mix_shared: bool = False,
 ) -> SparseConfig:
     """The configuration that constructors make of their arguments, planned already.
 
@@ -202,10 +248,11 @@ def sparse_config(
         factorization=factorization,
         rank=rank,
         budget=budget,
-        router=rows * positive_int(experts, "experts"),
+        router=rows * positive_int(experts, "experts")
+        + (2 * (in_features + 1) if mix_shared else 0),
         others=others,
         **options,
     )
-    config = SparseConfig(built, top_k, rule, shared)
+    config = SparseConfig(built, top_k, rule, shared, mix_shared)
     config.plan_ahead()
     return config

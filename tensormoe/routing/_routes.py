@@ -29,12 +29,15 @@ class Routes:
         top_k_weights: (..., k) their weights, in float32 at least.
         logits: (..., N), in float32 at least.
         scores: (..., N) of all experts, without noise and biases.
+        mixing: (..., 2) weights of the sum of the chosen experts and of the shared expert; None for
+            ones.
     """
 
     top_k_index: Array
     top_k_weights: Array
     logits: Array
     scores: Array
+    mixing: Array | None = None
 
     @property
     def chosen(self) -> TopK:
@@ -54,10 +57,11 @@ class Routes:
 
     def reshaped(self, batch_shape: tuple[int, ...], backend: Backend) -> Routes:
         """The record with other leading axes."""
+        every = self.top_k_index, self.top_k_weights, self.logits, self.scores, self.mixing
         return Routes(
             *(
-                backend.reshape(array, (*batch_shape, array.shape[-1]))
-                for array in (self.top_k_index, self.top_k_weights, self.logits, self.scores)
+                None if array is None else backend.reshape(array, (*batch_shape, array.shape[-1]))
+                for array in every
             )
         )
 

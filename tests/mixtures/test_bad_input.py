@@ -72,6 +72,12 @@ OPTIONS: dict[str, Case] = {
     ),
     "sizes": ((0, 7), {}, SpecError, "in_features must be a positive integer; got 0"),
     "outputs": ((6, 7, -1), {}, SpecError, "out_features must be a positive integer; got -1"),
+    "weights of no shared expert": (
+        (6, 7),
+        {"mix_shared": True},
+        SpecError,
+        "mix_shared must be False without a shared expert; got True. Give it a size",
+    ),
     "width of the shared expert": (
         (6, 7),
         {"shared_features": 0},

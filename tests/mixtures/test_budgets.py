@@ -21,10 +21,11 @@ def build(hidden: int | None = 12, **options: Any) -> Any:
     return sparse_config(8, hidden, 6, **{"experts": 4, "top_k": 2, "kind": kind} | options)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("kind", ["swiglu", "mlp"])
-def test_everything_counts_and_nothing_in_the_family_is_better(kind: str) -> None:
+def test_everything_counts_and_nothing_in_the_family_is_better(kind: str, mixed: bool) -> None:
     options: dict[str, Any] = {"kind": kind, "bias": True, "router": Router(bias=True)}
-    options["shared_features"] = 5
+    options |= {"shared_features": 5, "mix_shared": mixed}
     found = build(factorization="cp", budget=1200, **options)
     assert found.num_parameters <= 1200
     first, second = found.experts.up.factorization, found.experts.down.factorization
@@ -36,7 +37,7 @@ def test_everything_counts_and_nothing_in_the_family_is_better(kind: str) -> Non
     assert alone.experts.up.factorization.rank > first.rank
     free = Budget(parameters=1200, gate=False)
     wider = build(factorization="cp", budget=free, **options)
-    router = 8 * 4 + 4
+    router = 8 * 4 + 4 + (8 * 2 + 2) * mixed
     assert 1200 < wider.num_parameters <= 1200 + router
     assert (
         wider.num_parameters

@@ -19,6 +19,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "mlp": {"kind": "mlp"},
     "swiglu": {},
     "shared": {"shared_features": 5},
+    "mixed": {"shared_features": 5, "mix_shared": True},
 }
 
 

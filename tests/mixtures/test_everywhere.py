@@ -28,9 +28,10 @@ class TestSparseMoE(MixtureContract):
             router=Router("sigmoid", balance=0.01),
         ),
         "noise": _sparse(router=Router(noise=1.0, renormalize=False), top_k=1),
+        "mixed with a shared expert": _sparse(7, kind="mlp", shared_features=3, mix_shared=True),
     }
     other = _sparse(experts=3, top_k=1)
-    compiled = ("swiglu", "mlp, ring, balance")
+    compiled = ("swiglu", "mlp, ring, balance", "mixed with a shared expert")
 
 
 def _soft(hidden: int | None = None, **options: Any) -> Any:

@@ -63,7 +63,11 @@ def by_loops(config: SparseConfig, arrays: Any, x: np.ndarray) -> np.ndarray:
         for number, weight in zip(chosen, softmax(logits[chosen]), strict=True):
             y += weight * expert(config.experts, arrays, "experts", number, token)
         if config.shared is not None:
-            y += expert(config.shared, arrays, "shared", 0, token)
+            shares = np.ones(2)
+            if config.mix_shared:
+                mixed = token @ arrays["router.mixing"] + arrays["router.mixing_bias"]
+                shares = softmax(mixed)
+            y = shares[0] * y + shares[1] * expert(config.shared, arrays, "shared", 0, token)
         outputs.append(y)
     return np.array(outputs)
 
@@ -77,6 +81,7 @@ def test_loops_over_tokens_and_experts(experts: str, kind: Any, bias: bool) -> N
         options |= {"kind": "mlp", "act_layer": "tanh", "router": Router(bias=True)}
     hidden = None if experts == "linear" else 7
     options["shared_features"] = 3 if bias and hidden else None
+    options["mix_shared"] = bias and experts == "swiglu"
     config = sparse_config(6, hidden, 5, experts=4, top_k=2, **options)
     arrays, x = drawn(config), tokens(config, (9,))
     wanted = by_loops(config, arrays, x)

@@ -37,6 +37,8 @@ class SparseMoE(MixtureLayer[SparseConfig]):
         router: a :class:`tensormoe.routing.Router`, or the name of its scores.
         shared_features: hidden size of an expert that every token runs, of the same kind; None for
             none.
+        mix_shared: whether a learned softmax weights the sum of the chosen experts and the shared
+            expert, as in CartesianMoE, instead of ones.
         init: ``"variance"`` or ``"paper"``, of every layer.
         dtype: ``"float16"``, ``"float32"`` or ``"float64"``; inputs must have it.
         seed: of the initial values.
@@ -71,6 +73,7 @@ class SparseMoE(MixtureLayer[SparseConfig]):
         budget: Budget | int | None = None,
         router: Router | str = "softmax",
         shared_features: int | None = None,
+        mix_shared: bool = False,
         init: str = "variance",
         dtype: npt.DTypeLike = "float32",
         seed: int | np.random.Generator | None = None,
@@ -89,5 +92,6 @@ class SparseMoE(MixtureLayer[SparseConfig]):
             budget=budget,
             router=router,
             shared_features=shared_features,
+            mix_shared=mix_shared,
         )
         self._hold(config, draw(config, checked_dtype(dtype), seed, init, self.backend))

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from tensormoe.factorizations import FactorizationLike
-from tensormoe.mixtures import SparseConfig, sparse_config
+from tensormoe.mixtures import SparseConfig, sparse_config, with_shared
 from tensormoe.routing import Router, Routes
 from tensormoe.selection import Budget
+from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.mixtures._base import MixtureModule, make_experts
 from tensormoe_torch.mixtures._router import SparseRouter
@@ -41,6 +42,8 @@ class SparseMoE(MixtureModule[SparseConfig]):
         router: a :class:`tensormoe.routing.Router`, or the name of its scores.
         shared_features: hidden size of an expert that every token runs, of the same kind; None for
             none.
+        mix_shared: whether a learned softmax weights the sum of the chosen experts and the shared
+            expert, as in CartesianMoE, instead of ones.
         init: ``"variance"`` or ``"paper"``, of every layer.
         device: of the parameters.
         dtype: of the parameters; inputs must have it, unless autocast is on. Logits and scores are
@@ -92,6 +95,7 @@ class SparseMoE(MixtureModule[SparseConfig]):
         budget: Budget | int | None = None,
         router: Router | str = "softmax",
         shared_features: int | None = None,
+        mix_shared: bool = False,
         init: str = "variance",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -110,6 +114,7 @@ class SparseMoE(MixtureModule[SparseConfig]):
             budget=budget,
             router=router,
             shared_features=shared_features,
+            mix_shared=mix_shared,
         )
         self._build(config, init, device, dtype)
 
@@ -152,6 +157,7 @@ class SparseMoE(MixtureModule[SparseConfig]):
         )
         y: Tensor = self.experts(rows, index, weights)
         if self.shared is not None:
-            y = y + self.shared.everywhere(rows)
+            mixing = None if routes.mixing is None else routes.mixing.reshape(-1, 2)
+            y = with_shared(y, self.shared.everywhere(rows), mixing, BACKEND)
         # fully_shard warns of outputs that are views
         return y if len(batch_shape) == 1 else y.reshape(*batch_shape, config.out_features)

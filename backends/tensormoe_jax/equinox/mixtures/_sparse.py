@@ -38,6 +38,8 @@ class SparseMoE(MixtureModule[SparseConfig]):
         router: a :class:`tensormoe.routing.Router`, or the name of its scores.
         shared_features: hidden size of an expert that every token runs, of the same kind; None for
             none.
+        mix_shared: whether a learned softmax weights the sum of the chosen experts and the shared
+            expert, as in CartesianMoE, instead of ones.
         init: ``"variance"`` or ``"paper"``, of every layer.
         dtype: of the parameters; inputs must have it. Logits and scores are float32 at least.
         router_dtype: of the router's parameters: ``dtype`` for None, or float32 beside factors of
@@ -76,6 +78,7 @@ class SparseMoE(MixtureModule[SparseConfig]):
         budget: Budget | int | None = None,
         router: Router | str = "softmax",
         shared_features: int | None = None,
+        mix_shared: bool = False,
         init: str = "variance",
         dtype: Any = None,
         router_dtype: Any = None,
@@ -95,5 +98,6 @@ class SparseMoE(MixtureModule[SparseConfig]):
             budget=budget,
             router=router,
             shared_features=shared_features,
+            mix_shared=mix_shared,
         )
         self._start(config, init, dtype, router_dtype, key)
