@@ -146,6 +146,22 @@ class MixtureConfig(ABC):
             routes: what :meth:`route` returned for them.
         """
 
+    def forward(
+        self,
+        parts: Parts,
+        x: Array,
+        *,
+        training: bool = False,
+        noise: Array | None = None,
+        across: Across | None = None,
+    ) -> tuple[Array, Any, dict[str, Array]]:
+        """Outputs of tokens, their routing record, and the buffers that training changed.
+
+        Arguments and errors are those of :meth:`route`.
+        """
+        routes, changed = self.route(parts, x, training=training, noise=noise, across=across)
+        return self.run(parts, x, routes), routes, changed
+
     @abstractmethod
     def check_routes(self, routes: Any, batch_shape: tuple[int, ...]) -> None:
         """Refuse the routing record of other tokens or of another layer.

@@ -9,6 +9,7 @@ if absent := missing("tensormoe_cupy", ("cupy",), "cupy"):
 
 from tensormoe_cupy._adapter import BACKEND, CupyBackend
 from tensormoe_cupy._layers import (
+    CartesianMoE,
     MonetMoE,
     MuMoE,
     MuMoEEmbedding,
@@ -22,6 +23,7 @@ from tensormoe_numpy import Adam, Gradients, Prepared
 __all__ = [
     "BACKEND",
     "Adam",
+    "CartesianMoE",
     "CupyBackend",
     "Gradients",
     "MonetMoE",

@@ -125,3 +125,18 @@ class MonetMoE(tensormoe_numpy.MonetMoE):
     """
 
     backend: ClassVar[NumpyLikeBackend] = BACKEND
+
+
+class CartesianMoE(tensormoe_numpy.CartesianMoE):
+    """A Cartesian product of experts, on an NVIDIA GPU: the forward pass, as on NumPy.
+
+    Raises:
+        BackendError: no NVIDIA GPU or driver, or arrays of another library.
+
+    >>> import cupy  # doctest: +SKIP
+    >>> layer = CartesianMoE(32, 16, experts=8, top_k=2, seed=0)  # doctest: +SKIP
+    >>> layer(cupy.ones((5, 32), dtype="float32")).shape  # doctest: +SKIP
+    (5, 32)
+    """
+
+    backend: ClassVar[NumpyLikeBackend] = BACKEND

@@ -16,7 +16,7 @@ from tensormoe._layers import Costs, MixtureMethods
 from tensormoe._names import makes_logits
 from tensormoe.backend import Backend
 from tensormoe.mixtures import MixtureConfig, Parts
-from tensormoe.routing import LevelRoutes, ProductRoutes, Routes
+from tensormoe.routing import CartesianRoutes, LevelRoutes, ProductRoutes, Routes
 from tensormoe_jax._activations import ACTIVATIONS
 from tensormoe_jax._adapter import BACKEND, LIBRARY
 from tensormoe_jax._dtypes import FLOATS
@@ -25,7 +25,7 @@ from tensormoe_jax._keys import checked_key
 M = TypeVar("M", bound=MixtureConfig)
 
 # a routing record goes through transformations as other arguments do
-for _record in (Routes, ProductRoutes, LevelRoutes):
+for _record in (Routes, ProductRoutes, LevelRoutes, CartesianRoutes):
     jax.tree_util.register_dataclass(
         _record, data_fields=[field.name for field in fields(_record)], meta_fields=[]
     )
@@ -53,13 +53,36 @@ def route_mixture(
         SpecError: noise is to be drawn, and there is no key.
     """
     batch_shape, rows = merged_rows(config, arrays, x)
-    noise, shape = None, config.noise_shape(*rows.shape[:-1])
-    if training and shape is not None:
-        wide = jnp.promote_types(rows.dtype, jnp.float32)
-        rule = "a router with noise needs a key in training"
-        noise = jax.random.normal(checked_key(key, rule), shape, wide)
+    noise = _noise(config, rows, key) if training else None
     routes, changed = config.route(parts_of(config, arrays), rows, training=training, noise=noise)
     return routes.reshaped(batch_shape, BACKEND), changed
+
+
+def forward_mixture(
+    config: MixtureConfig,
+    arrays: Mapping[str, Array],
+    x: Array,
+    *,
+    training: bool = False,
+    key: Array | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """Outputs (..., out) of tokens (..., in), and the buffers that training changed.
+
+    Arguments and errors are those of :func:`route_mixture`.
+    """
+    batch_shape, rows = merged_rows(config, arrays, x)
+    noise = _noise(config, rows, key) if training else None
+    y, _, changed = config.forward(parts_of(config, arrays), rows, training=training, noise=noise)
+    return y.reshape(*batch_shape, config.out_features), changed
+
+
+def _noise(config: MixtureConfig, rows: Array, key: Array | None) -> Array | None:
+    shape = config.noise_shape(*rows.shape[:-1])
+    if shape is None:
+        return None
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    rule = "a router with noise needs a key in training"
+    return jax.random.normal(checked_key(key, rule), shape, wide)
 
 
 def run_mixture(config: MixtureConfig, arrays: Mapping[str, Array], x: Array, routes: Any) -> Array:

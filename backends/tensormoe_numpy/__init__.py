@@ -15,12 +15,13 @@ from tensormoe_numpy._embedding import MuMoEEmbedding
 from tensormoe_numpy._layer import MuMoE, Prepared
 from tensormoe_numpy._like_numpy import NumpyLikeBackend
 from tensormoe_numpy._mlp import MuMoEMLP
-from tensormoe_numpy.mixtures import MonetMoE, ProductMoE, SoftMoE, SparseMoE
+from tensormoe_numpy.mixtures import CartesianMoE, MonetMoE, ProductMoE, SoftMoE, SparseMoE
 
 __all__ = [
     "ACTIVATIONS",
     "BACKEND",
     "Adam",
+    "CartesianMoE",
     "Gradients",
     "MonetMoE",
     "MuMoE",

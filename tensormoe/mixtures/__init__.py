@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from tensormoe._mixture import MixtureConfig as MixtureConfig
 from tensormoe._mixture import OwnArray as OwnArray
+from tensormoe.mixtures._cartesian import CartesianConfig as CartesianConfig
+from tensormoe.mixtures._cartesian import rms_norm as rms_norm
+from tensormoe.mixtures._cartesian_options import cartesian_config as cartesian_config
 from tensormoe.mixtures._experts import ExpertsConfig as ExpertsConfig
 from tensormoe.mixtures._experts import experts_config as experts_config
 from tensormoe.mixtures._experts import gated as gated
@@ -41,6 +44,7 @@ from tensormoe.mixtures._sparse import SparseConfig as SparseConfig
 from tensormoe.mixtures._sparse import sparse_config as sparse_config
 
 __all__ = [
+    "CartesianConfig",
     "ExpertsConfig",
     "Keys",
     "MixtureConfig",
@@ -51,6 +55,7 @@ __all__ = [
     "SoftConfig",
     "SparseConfig",
     "activation",
+    "cartesian_config",
     "check_routes",
     "counting_tokens",
     "draw_own",
@@ -62,6 +67,7 @@ __all__ = [
     "merged_choices",
     "monet_config",
     "product_config",
+    "rms_norm",
     "route_tokens",
     "run_all",
     "run_expert",

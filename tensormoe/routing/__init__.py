@@ -12,17 +12,20 @@ from tensormoe.routing._levels import choose_levels as choose_levels
 from tensormoe.routing._levels import spread as spread
 from tensormoe.routing._order import ByExpert as ByExpert
 from tensormoe.routing._order import by_expert as by_expert
+from tensormoe.routing._pairs import CartesianRoutes as CartesianRoutes
 from tensormoe.routing._product import ProductRoutes as ProductRoutes
 from tensormoe.routing._product import choose_product as choose_product
 from tensormoe.routing._router import Router as Router
 from tensormoe.routing._routes import Routes as Routes
 from tensormoe.routing._routes import choose as choose
+from tensormoe.routing._routes import without_best as without_best
 from tensormoe.routing._soft import SoftRoutes as SoftRoutes
 from tensormoe.routing._soft import select_experts as select_experts
 from tensormoe.routing._soft import soft_routes as soft_routes
 
 __all__ = [
     "ByExpert",
+    "CartesianRoutes",
     "LevelRoutes",
     "ProductRoutes",
     "Router",
@@ -35,4 +38,5 @@ __all__ = [
     "select_experts",
     "soft_routes",
     "spread",
+    "without_best",
 ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import ceil, inf
+from dataclasses import dataclass, replace
+from math import ceil, inf, prod
 from typing import Any
 
 from tensormoe.backend import Array, Backend, Ranks, backend_of, default_integer, device_of
@@ -77,10 +77,10 @@ def choose(
 ) -> Routes:
     """The experts of every token and their weights, from logits.
 
-    Ties go to the lower index. An expert of logit -inf has score 0. Where the backend checks
-    values, a token with no other expert is refused, and so is one with a NaN logit, or with an
-    infinite one in a softmax. Elsewhere such tokens get NaN weights, but zeros for logits of -inf
-    alone from sigmoids.
+    Ties go to the lower index. An expert of logit -inf has score 0, and is chosen after all others.
+    Where the backend checks values, a token with no other expert is refused, and so is one with a
+    NaN logit, or with an infinite one in a softmax. Elsewhere such tokens get NaN weights, but
+    zeros for logits of -inf alone from sigmoids.
 
     Args:
         router: the rule.
@@ -115,7 +115,8 @@ def choose(
     scores = scores_of(router, logits, backend)
     ranked = scores if noise is None else scores_of(router, logits + router.noise * noise, backend)
     if choice_bias is not None:
-        ranked = ranked + choice_bias[None, :]
+        # no bias brings back an expert that is masked
+        ranked = xp.where(logits == -inf, logits, ranked + choice_bias[None, :])
     index = best_indices(ranked, k, backend)
     weights = xp.take_along_axis(scores, index, axis=-1)
     if router.capacity is not None:
@@ -128,6 +129,49 @@ def choose(
     if router.scale != 1.0:
         weights = weights * router.scale
     return Routes(index, weights, logits, scores)
+
+
+def without_best(
+    router: Router,
+    routes: Routes,
+    *,
+    choice_bias: Array | None = None,
+    backend: Backend | None = None,
+) -> Routes:
+    """The record of tokens that each lose their most probable expert (Su et al. 2025, table 4).
+
+    The expert with the largest logit is disabled, and k are chosen from the rest: a test of how
+    much a mixture depends on single experts.
+
+    Args:
+        router: the rule.
+        routes: (..., N) logits, and k.
+        choice_bias: (N,), as for :func:`choose`.
+        backend: the adapter to run on; that of the logits' library by default.
+
+    Raises:
+        GateError: every expert is chosen, so that none is left in the place of the best.
+
+    >>> import numpy as np
+    >>> routes = choose(Router(), np.log([[0.5, 0.125, 0.375]]), 2)
+    >>> without_best(Router(), routes).top_k_index.tolist()
+    [[2, 1]]
+    """
+    logits = routes.logits
+    backend = backend or backend_of(logits)
+    xp = backend.namespace
+    batch_shape, experts, k = logits.shape[:-1], logits.shape[-1], routes.top_k_index.shape[-1]
+    if k >= experts:
+        raise GateError(
+            f"k must be below the {experts} experts, so that one can be disabled; got {k}. Choose "
+            "fewer per token."
+        )
+    rows = backend.reshape(logits, (prod(batch_shape), experts))
+    columns = xp.arange(experts, device=device_of(rows))[None, :]
+    best = xp.argmax(backend.stop_gradient(rows), axis=-1, keepdims=True)
+    rows = xp.where(columns == best, xp.full_like(rows, -inf), rows)
+    found = choose(router, rows, k, choice_bias=choice_bias, backend=backend)
+    return replace(found.reshaped(batch_shape, backend), mixing=routes.mixing)
 
 
 def next_bias(

@@ -191,7 +191,7 @@ class MixtureContract:
 
     def test_values(self, config: MixtureConfig) -> None:
         x, arrays = tokens(config), drawn(config)
-        known = {**vars(tensormoe), "Router": Router}
+        known = {name: getattr(tensormoe, name) for name in tensormoe.__all__} | {"Router": Router}
         for package, options in ((tensormoe_numpy, {}), (tensormoe_torch, {"torch": torch})):
             layer = of(package, config).restore(config, convert(arrays, _library(package)))
             again = eval(repr(layer), {**known, **options, config.block: of(package, config)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from tensormoe import CP, TensorRing
-from tensormoe.mixtures import soft_config, sparse_config
+from tensormoe.mixtures import cartesian_config, soft_config, sparse_config
 from tensormoe.routing import Router
 from tests.mixtures._contract import MixtureContract
 
@@ -49,3 +49,23 @@ class TestSoftMoE(MixtureContract):
     }
     other = _soft(experts=3)
     compiled = ("mlp", "swiglu, ring, cp")
+
+
+def _cartesian(**options: Any) -> Any:
+    return cartesian_config(6, 7, **{"experts": 4, "top_k": 2} | options)
+
+
+class TestCartesianMoE(MixtureContract):
+    configs: ClassVar[Any] = {
+        "swiglu, shared": _cartesian(shared_features=3),
+        "mlp, ring and cp, balance, pre-norm": _cartesian(
+            kind="mlp",
+            factorization=(TensorRing((2, 3, 2)), CP(4)),
+            router=Router("sigmoid", balance=0.01),
+            pre_norm=True,
+            bias=True,
+        ),
+        "noise": _cartesian(router=Router(noise=1.0, bias=True), shared_features=2),
+    }
+    other = _cartesian(experts=3, top_k=1)
+    compiled = ("swiglu, shared", "mlp, ring and cp, balance, pre-norm")

@@ -54,9 +54,12 @@ class MixtureLayer(Held[M], MixtureMethods[Array, M]):
             GateError: logits that no choice follows from: NaN, or -inf alone.
         """
         batch_shape, rows = self._rows(x)
-        routes = self.route(x) if routes is None else routes
-        self.config.check_routes(routes, batch_shape)
-        y = self.config.run(self._parts, rows, routes.reshaped(rows.shape[:-1], self.backend))
+        if routes is None:
+            y, _, _ = self.config.forward(self._parts, rows)
+        else:
+            self.config.check_routes(routes, batch_shape)
+            merged = routes.reshaped(rows.shape[:-1], self.backend)
+            y = self.config.run(self._parts, rows, merged)
         return y.reshape(*batch_shape, self.config.out_features)
 
     @property

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from tensormoe_torch.mixtures._base import MixtureModule as MixtureModule
+from tensormoe_torch.mixtures._cartesian import CartesianMoE as CartesianMoE
 from tensormoe_torch.mixtures._monet import Halves as Halves
 from tensormoe_torch.mixtures._monet import MonetMoE as MonetMoE
 from tensormoe_torch.mixtures._neurons import NeuronNetworks as NeuronNetworks
 from tensormoe_torch.mixtures._neurons import NeuronTables as NeuronTables
 from tensormoe_torch.mixtures._product import ProductMoE as ProductMoE
+from tensormoe_torch.mixtures._robustness import without_best_experts as without_best_experts
 from tensormoe_torch.mixtures._router import MixtureRouter as MixtureRouter
 from tensormoe_torch.mixtures._router import SparseRouter as SparseRouter
 from tensormoe_torch.mixtures._soft import SoftMoE as SoftMoE
@@ -15,6 +17,7 @@ from tensormoe_torch.mixtures._soft import SoftRouter as SoftRouter
 from tensormoe_torch.mixtures._sparse import SparseMoE as SparseMoE
 
 __all__ = [
+    "CartesianMoE",
     "Halves",
     "MixtureModule",
     "MixtureRouter",
@@ -26,4 +29,5 @@ __all__ = [
     "SoftRouter",
     "SparseMoE",
     "SparseRouter",
+    "without_best_experts",
 ]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tensormoe.mixtures import MixtureConfig, Parts, SparseConfig
-from tensormoe.routing import LevelRoutes, ProductRoutes, Routes
+from tensormoe.routing import CartesianRoutes, LevelRoutes, ProductRoutes, Routes
 from tensormoe_torch._activations import ACTIVATIONS
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._autograd import no_autocast
@@ -19,7 +19,7 @@ from tensormoe_torch._gate import across_processes
 from tensormoe_torch.mixtures._base import reset_own
 
 # a pytree to PyTorch, so that transformations and wrappers find the tensors of a record
-for _record in (Routes, ProductRoutes, LevelRoutes):
+for _record in (Routes, ProductRoutes, LevelRoutes, CartesianRoutes):
     torch.export.register_dataclass(
         _record, serialized_type_name=f"tensormoe.routing.{_record.__name__}"
     )

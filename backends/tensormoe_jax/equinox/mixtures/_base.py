@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any, Self, TypeVar
 
@@ -14,7 +14,7 @@ from tensormoe.checkpoint import save_checkpoint
 from tensormoe.errors import GateError
 from tensormoe.mixtures import MixtureConfig
 from tensormoe_jax._layers import built, first_values
-from tensormoe_jax._mixtures import MixtureLayer, route_mixture, run_mixture
+from tensormoe_jax._mixtures import MixtureLayer, forward_mixture, route_mixture, run_mixture
 
 M = TypeVar("M", bound=MixtureConfig)
 
@@ -86,16 +86,27 @@ class MixtureModule(MixtureLayer[M], eqx.Module):
             GateError: a router with ``balance`` without a state.
             SpecError: noise is to be drawn, and there is no key.
         """
+        return self._called(route_mixture, x, state, key, inference)
+
+    def _called(
+        self,
+        function: Callable[..., tuple[Any, dict[str, Array]]],
+        x: Array,
+        state: State | None,
+        key: Array | None,
+        inference: bool | None,
+    ) -> Any:
+        """What a function of all arrays returns, and the state afterwards if one was given."""
         if self.statistics is not None and state is None:
             raise GateError(
                 f"{_KEEPS} Make the layer by equinox.nn.make_with_state, and call it with state=…."
             )
         stored = self.inference if inference is None else inference
         arrays = self.arrays | self.buffers(state)
-        routes, changed = route_mixture(self.config, arrays, x, training=not stored, key=key)
+        found, changed = function(self.config, arrays, x, training=not stored, key=key)
         if changed and state is not None and self.statistics is not None:
             state = state.set(self.statistics, tuple(changed.values()))
-        return routes if state is None else (routes, state)
+        return found if state is None else (found, state)
 
     def __call__(
         self,
@@ -120,8 +131,7 @@ class MixtureModule(MixtureLayer[M], eqx.Module):
                 not fit.
         """
         if routes is None:
-            found = self.route(x, state, key=key, inference=inference)
-            routes, state = (found, None) if state is None else found
+            return self._called(forward_mixture, x, state, key, inference)
         y = run_mixture(self.config, self.arrays, x, routes)
         return y if state is None else (y, state)
 

@@ -12,7 +12,7 @@ from jax import Array
 from tensormoe.errors import GateError
 from tensormoe.mixtures import MixtureConfig
 from tensormoe_jax._layers import built, first_values
-from tensormoe_jax._mixtures import MixtureLayer, route_mixture, run_mixture
+from tensormoe_jax._mixtures import MixtureLayer, forward_mixture, route_mixture, run_mixture
 from tensormoe_jax.nnx._rngs import Source, checked_rngs, noise_stream, parameters_key
 
 M = TypeVar("M", bound=MixtureConfig)
@@ -75,9 +75,12 @@ class MixtureModule(MixtureLayer[M], nnx.Module):
         training, key = self._noise(use_running_average)
         arrays = self.parameters | self.buffers
         routes, changed = route_mixture(self.config, arrays, x, training=training, key=key)
+        self._store(changed)
+        return routes
+
+    def _store(self, changed: Mapping[str, Array]) -> None:
         for name, array in changed.items():
             self._variable(name)[...] = array
-        return routes
 
     def _noise(self, use_running_average: bool | None) -> tuple[bool, Array | None]:
         """Whether a call is one of training, and the key of its noise if it has some."""
@@ -104,9 +107,13 @@ class MixtureModule(MixtureLayer[M], nnx.Module):
         Raises:
             BackendError, ShapeError: input or record do not fit.
         """
-        if routes is None:
-            routes = self.route(x, use_running_average=use_running_average)
-        return run_mixture(self.config, self.parameters, x, routes)
+        if routes is not None:
+            return run_mixture(self.config, self.parameters, x, routes)
+        training, key = self._noise(use_running_average)
+        arrays = self.parameters | self.buffers
+        y, changed = forward_mixture(self.config, arrays, x, training=training, key=key)
+        self._store(changed)
+        return y
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """Attributes that ``nnx.view`` sets.
