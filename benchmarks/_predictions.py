@@ -162,7 +162,7 @@ def peak_memory(row: Row, call: Call) -> int:
     """Bytes that a call allocates at its worst moment, beyond what was there before."""
     call()
     gc.collect()
-    return _traced(call) if row.backend == "numpy" else _profiled(row, call)
+    return _traced(call) if row.backend == "numpy" else profiled(call)
 
 
 def _traced(call: Call) -> int:
@@ -177,7 +177,8 @@ def _traced(call: Call) -> int:
     return found
 
 
-def _profiled(row: Row, call: Call) -> int:
+def profiled(call: Call) -> int:
+    """Bytes that a call of PyTorch's holds at its worst moment."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
-NAMES = ("product", "soft", "sparse")
+NAMES = ("paper", "product", "soft", "sparse", "table")
 """Parts, each in a file ``_mixtures_<name>.py`` with a function ``run`` of the other arguments."""
+
+
+# PyTorch's profiler says when it begins
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")
 
 
 def main(arguments: list[str]) -> None:
