@@ -12,13 +12,17 @@ from tensormoe import functional
 from tensormoe._layers import Costs, LayerMethods, check_constructor
 from tensormoe.errors import SpecError
 from tensormoe.functional import EachExpert, LayerConfig
+from tensormoe.gates import TopK
+from tensormoe.mixtures import send
 from tensormoe_torch._adapter import BACKEND, library
+from tensormoe_torch._autograd import is_autocast
 from tensormoe_torch._checks import Given, merged
 from tensormoe_torch._dtypes import checked_device, checked_dtype
 from tensormoe_torch._factors import Factors, with_lead
 from tensormoe_torch._gate import ExpertGate
 from tensormoe_torch._saving import OF, Stored
 from tensormoe_torch._sharded import gathered, put, stored
+from tensormoe_torch._tracing import is_traced
 
 
 class Mixture(Stored[LayerConfig], LayerMethods[Tensor]):
@@ -128,7 +132,30 @@ class Mixture(Stored[LayerConfig], LayerMethods[Tensor]):
             given = functional.own_gate(self.gate, self.config)(x)
         else:
             given = merged(self.config, coefficients, lead, weight)
+            first = given[0]
+            if len(given) == 1 and isinstance(first, TopK) and self._sends(x, first):
+                return self._sent(x, first, lead)
             if len(lead) != 1:
                 given = [with_lead(each, lead) for each in given]
         result: Tensor = self.factors(x, *given)
         return result
+
+    def _sends(self, x: Tensor, chosen: TopK) -> bool:
+        """Whether tokens are sent to their experts: where one product per expert is the fastest."""
+        # compilers do not know k, and autocast chooses the dtype of a sum
+        if self.config.indexed_input or is_traced(x) or is_autocast(x.device.type):
+            return False
+        return self.config.sorts(chosen.indices.numel())
+
+    def _sent(self, x: Tensor, chosen: TopK, lead: tuple[int, ...]) -> Tensor:
+        spec = self.config.spec
+        made = send(
+            self.factors,
+            x.reshape(-1, spec.in_features),
+            chosen.indices,
+            chosen.values,
+            spec.num_experts,
+            BACKEND,
+            sort=True,
+        )
+        return made.reshape(*lead, spec.out_features)
