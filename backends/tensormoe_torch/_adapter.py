@@ -182,6 +182,7 @@ def library(dtype: torch.dtype, *, keeps_input: bool = True) -> Library:
         frees_saved=True,
         keeps_input=keeps_input,
         holds_coefficients=True,
+        sums_rows=True,
     )
 
 

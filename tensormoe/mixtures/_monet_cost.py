@@ -8,9 +8,11 @@ from math import prod
 from tensormoe._config import LayerConfig
 from tensormoe._mixture import OwnArray
 from tensormoe.mixtures._keys import Keys
-from tensormoe.mixtures._product_cost import keys_cost
+from tensormoe.mixtures._product_cost import after_routing, keys_cost
 from tensormoe.planning import Cost, Library, Routing, StepCost, plan_layer
 from tensormoe.planning._block_cost import ACTIVATION_FLOPS
+from tensormoe.planning._cost import INDEX_BYTES
+from tensormoe.planning._gate_cost import GATE_ITEMSIZE
 
 
 def monet_cost(
@@ -37,33 +39,46 @@ def monet_cost(
         training: forward and backward with all gradients, instead of forward alone.
     """
     router = keys_cost(keys, top_k, batch, itemsize=itemsize, training=training, pairs=False)
-    times, steps, held, peak = 3 if training else 1, list(router.steps), router.saved_memory, 0
+    times, steps, saved = 3 if training else 1, [], 0
     weights = itemsize * batch * keys.heads * sum(keys.experts)
-    held += weights if training else 0
+    units = mixed = copied = 0
     for name, layer in layers.items():
         spec = layer.spec
         plan = plan_layer(spec.network, batch, Routing(), title=name)
         call = plan.cost(training=training, itemsize=itemsize, library=library)
         steps += call.steps
-        peak = max(peak, held + weights + call.peak_memory)
-        held += call.saved_memory
+        saved += call.saved_memory
         rows = itemsize * batch * spec.in_features
+        count = keys.experts[0 if name.startswith("left") else 1]
         if name.endswith("up_proj"):
             made = batch * spec.out_features
             size = itemsize * made
             steps.append(StepCost(f"{name}: act", 0, times * ACTIVATION_FLOPS * made, size, size))
-            held += 2 * size if training else 0
+            units += size
+        elif name in ("left.down_proj", "right.down_proj"):
+            # a side's own hidden units, times the weight of all experts that have its half
+            uses = 2 * times * batch * keys.heads * count
+            work = times * batch * spec.in_features
+            steps.append(StepCost(f"{name}: weigh", uses, work, rows + weights, rows))
+            mixed, copied = max(mixed, rows), max(copied, rows)
         else:
             # hidden units of the other level into heads, and out of the heads
-            heads = 2 * times * batch * keys.heads * spec.in_features
-            steps.append(StepCost(f"{name}: mix", 2 * heads, 0, times * (rows + weights), rows))
-            held += 2 * rows if training else 0
+            width = spec.in_features // count
+            work = 2 * times * batch * keys.heads * width * sum(keys.experts)
+            steps.append(StepCost(f"{name}: mix", work, 0, times * (rows + weights), rows))
+            copied = max(copied, rows)
     for name, bias in biases.items():
-        work = 2 * times * batch * prod(bias.shape)
+        count = bias.shape[0]
+        work = 2 * times * batch * (prod(bias.shape) + keys.heads * count)
         steps.append(StepCost(name, work, 0, times * itemsize * prod(bias.shape), 0))
     own = sum(prod(bias.shape) for bias in biases.values())
     parameters = own + sum(layer.num_parameters for layer in layers.values())
-    whole = Cost(
-        router.parameters + parameters, tuple(steps), max(router.peak_memory, peak, held), held
+    # mixed hidden units, and once more times the coefficient of the one expert that a layer has
+    working = max(2 * units, units + mixed + 2 * copied)
+    held = weights + units + mixed + copied if training else 0
+    experts = Cost(parameters, tuple(steps), weights + working + held, held + saved)
+    record = batch * keys.heads
+    record *= 2 * GATE_ITEMSIZE * sum(keys.experts) + keys.levels * top_k * (
+        GATE_ITEMSIZE + INDEX_BYTES
     )
-    return whole
+    return after_routing(router, record, experts)

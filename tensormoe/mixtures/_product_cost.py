@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 from tensormoe.mixtures._cost import experts_cost
@@ -71,6 +72,7 @@ def tables_cost(
     batch: int,
     *,
     itemsize: int,
+    library: Library,
     training: bool,
 ) -> Cost:
     """The cost of ``chosen`` experts per token, whose vectors are rows of tables.
@@ -83,20 +85,26 @@ def tables_cost(
         chosen: experts per token, of all heads.
         batch: number of tokens.
         itemsize: bytes per entry.
+        library: how the array library runs a layer.
         training: forward and backward with all gradients, instead of forward alone.
     """
     inner, hidden, outer = sizes
+    summed = library.sums_rows and hidden == 1
     rows = batch * chosen
     units = rows * hidden
     steps, parts = [], (("up_proj", inner, batch * inner), ("down_proj", outer, batch * outer))
     for name, width, result in parts:
         size, other = itemsize * units * width, itemsize * (result + units)
+        if name == "down_proj" and summed:
+            work = 2 * units * width
+            steps.append(StepCost(f"{name}: sums", 0, work, size + itemsize * units, other))
+            continue
         steps.append(StepCost(f"{name}: look up", 0, 0, size + INDEX_BYTES * rows, size))
         steps.append(StepCost(f"{name}: product", 2 * units * width, 0, size + other, other))
         if name == "up_proj":
             moved = itemsize * units
             steps.append(StepCost("activation", 0, ACTIVATION_FLOPS * units, moved, moved))
-    held = itemsize * units * (inner + outer + 3)
+    held = itemsize * units * (inner + (0 if summed else outer) + 3)
     if training:
         for name, width, result in reversed(parts):
             size, other = itemsize * units * width, itemsize * (result + units)
@@ -121,15 +129,37 @@ def product_cost(
     training: bool,
 ) -> Cost:
     """The cost of routing and experts, in tables or factorized."""
-    cost = keys_cost(keys, top_k, batch, itemsize=itemsize, training=training)
+    router = keys_cost(keys, top_k, batch, itemsize=itemsize, training=training)
     chosen = keys.heads * top_k
     if factorized is None:
-        tables = tables_cost(
-            keys.num_experts, sizes, chosen, batch, itemsize=itemsize, training=training
+        experts = tables_cost(
+            keys.num_experts,
+            sizes,
+            chosen,
+            batch,
+            itemsize=itemsize,
+            library=library,
+            training=training,
         )
-        return cost.then(tables)
-    return cost.then(
-        experts_cost(
+    else:
+        experts = experts_cost(
             factorized, batch, chosen, itemsize=itemsize, library=library, training=training
         )
+    kept = batch * keys.heads
+    kept *= GATE_ITEMSIZE * sum(keys.experts) + top_k * (
+        GATE_ITEMSIZE + INDEX_BYTES * (1 + keys.levels)
     )
+    return after_routing(router, kept, experts)
+
+
+def after_routing(router: Cost, record: int, experts: Cost) -> Cost:
+    """The cost of a router and of experts, beside whose arrays the routing record is held.
+
+    Args:
+        router: its cost.
+        record: bytes of the record.
+        experts: their cost.
+    """
+    held = max(record, router.saved_memory)
+    peak = max(router.peak_memory, held + experts.peak_memory)
+    return replace(router.then(experts), peak_memory=peak)

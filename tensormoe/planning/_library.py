@@ -23,6 +23,7 @@ class Library:
             not from its result, as a library may do for relu and tanh.
         holds_coefficients: whether coefficients live until a forward call ends, since the call of
             a module holds its arguments.
+        sums_rows: whether rows of a table are weighted and summed at once, without a copy of them.
     """
 
     row_block_bytes: int | None = None
@@ -31,6 +32,7 @@ class Library:
     frees_saved: bool = False
     keeps_input: bool = True
     holds_coefficients: bool = False
+    sums_rows: bool = False
 
 
 DEFAULT = Library()
