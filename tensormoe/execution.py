@@ -115,7 +115,9 @@ def _grouped(program: Program, step: Step, operands: list[Array], backend: Backe
 
 def _outer(program: Program, step: Step, operands: list[Array], backend: Backend) -> Array:
     assert isinstance(backend, Groups)
-    return backend.grouped_outer(operands[0], operands[1], operands[2])
+    # rows that meet no matrix come last, and have no part in a sum
+    counts = operands[2][: program.sizes[step.legs[0]]]
+    return backend.grouped_outer(operands[0], operands[1], counts)
 
 
 def _eye(program: Program, step: Step, operands: list[Array], backend: Backend) -> Array:

@@ -87,7 +87,13 @@ class JaxBackend:
         return total.at[place].add(values, mode="drop")
 
     def grouped_matmul(self, rows: Array, matrices: Array, counts: Array, /) -> Array:
-        return jax.lax.ragged_dot(rows, matrices, counts.astype(jnp.int32))
+        experts = matrices.shape[0]
+        made = jax.lax.ragged_dot(rows, matrices, counts[:experts].astype(jnp.int32))
+        if counts.shape[0] == experts:
+            return made
+        # not every device writes there
+        last = rows.shape[0] - counts[experts]
+        return jnp.where(jnp.arange(rows.shape[0])[:, None] < last, made, 0)
 
     def grouped_outer(self, left: Array, right: Array, counts: Array, /) -> Array:
         numbers = jax.lax.RaggedDotDimensionNumbers(  # type: ignore[no-untyped-call]

@@ -66,7 +66,10 @@ class NumpyBackend(NumpyLikeBackend):
     def grouped_matmul(self, rows: NDArray, matrices: NDArray, counts: NDArray, /) -> NDArray:
         made = np.empty((len(rows), matrices.shape[2]), dtype=rows.dtype)
         for expert, some in _groups(counts):
-            np.matmul(rows[some], matrices[expert], out=made[some])
+            if expert == len(matrices):
+                made[some] = 0.0
+            else:
+                np.matmul(rows[some], matrices[expert], out=made[some])
         return made
 
     def grouped_outer(self, left: NDArray, right: NDArray, counts: NDArray, /) -> NDArray:

@@ -22,7 +22,10 @@ _ALIGNMENT = 16
 
 
 def grouped_matmul(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
-    """One product per expert: (rows, in), (N, in, out), (N,) → (rows, out)."""
+    """One product per expert: (rows, in), (N, in, out), (N,) → (rows, out).
+
+    With counts of one more entry, so many rows at the end meet no matrix, and give zeros.
+    """
     if torch.compiler.is_compiling():
         compiled: Tensor = _matmul(rows, matrices, counts)
         return compiled
@@ -38,12 +41,24 @@ def grouped_outer(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
 
 
 def _products(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
+    experts = len(matrices)
     if _fits(rows, *matrices.shape[1:]):
+        ends = _offsets(counts[:experts])
         # gradients of sums are rows that lie on one another in memory
-        made: Tensor = _GROUPED(rows.contiguous(), matrices, offs=_offsets(counts))
-        return made
-    parts = [rows[some] @ matrices[expert] for expert, some in _groups(counts) if some is not None]
-    return torch.cat(parts) if parts else rows.new_zeros((0, matrices.shape[2]))
+        made: Tensor = _GROUPED(rows.contiguous(), matrices, offs=ends)
+        if len(counts) == experts:
+            return made
+        behind = torch.arange(len(rows), device=rows.device) >= ends[-1]
+        # nobody has written there
+        return made.masked_fill(behind[:, None], 0.0)
+    parts = [
+        rows[some] @ matrices[expert]
+        for expert, some in _groups(counts)
+        if some is not None and expert < experts
+    ]
+    left = len(rows) - sum(len(part) for part in parts)
+    parts += [rows.new_zeros((left, matrices.shape[2]))] if left or not parts else []
+    return torch.cat(parts)
 
 
 def _outers(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
@@ -115,7 +130,7 @@ def _matmul_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor
     by_rows, by_matrices, _ = ctx.needs_input_grad
     return (
         _matmul(cotangent, matrices.mT, counts) if by_rows else None,
-        _outer(rows, cotangent, counts) if by_matrices else None,
+        _outer(rows, cotangent, counts[: len(matrices)]) if by_matrices else None,
         None,
     )
 

@@ -184,7 +184,8 @@ class Groups(Protocol):
     def grouped_matmul(self, rows: Array, matrices: Array, counts: Array, /) -> Array:
         """One product per expert: (rows, in), (N, in, out), (N,) → (rows, out).
 
-        The first ``counts[0]`` rows meet the first matrix, and so on.
+        The first ``counts[0]`` rows meet the first matrix, and so on. Counts may have one more
+        entry: the number of rows behind them that meet none, and whose results are zeros.
         """
         ...
 

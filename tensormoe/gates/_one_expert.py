@@ -14,7 +14,9 @@ class OneExpert:
     Attributes:
         indices: (...) the number of each row's expert.
         counts: (N,) how many rows each expert has, where rows are sorted by expert: a layer then
-            may run each expert once, on all of its rows. None where they are in any order.
+            may run each expert once, on all of its rows. None where they are in any order. With
+            one more entry (N + 1,), as many rows at the end are of no expert: they cost little
+            and give anything finite, as their weights must be zero.
     """
 
     indices: Array

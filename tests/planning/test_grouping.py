@@ -1,8 +1,13 @@
 """Products grouped by expert: rows that are sorted, against an expert at a time."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
+import tensormoe_jax
+import tensormoe_torch
 from tensormoe import CP, Dense, Hadamard, LayerSpec, Tucker
 from tensormoe.errors import PlanError
 from tensormoe.functional import LayerConfig, apply_experts, experts_vjp, materialize
@@ -106,3 +111,33 @@ def test_levels_are_gathered_together():
     given = [OneExpert(one), OneExpert(two)]
     output = apply_experts(config, {"factors.weight": weight}, x, given, BACKEND)
     np.testing.assert_allclose(output, np.einsum("ti,tio->to", x, weight[one, two]))
+
+
+@pytest.mark.parametrize("width", [48, 7])
+def test_rows_of_no_expert_come_last_and_give_zeros(width):
+    rng = np.random.default_rng(3)
+    rows, matrices = rng.standard_normal((9, 16)), rng.standard_normal((3, 16, width))
+    counts = np.array([2, 0, 4, 3])
+    wanted = np.vstack([rows[:2] @ matrices[0], rows[2:6] @ matrices[2], np.zeros((3, width))])
+    np.testing.assert_allclose(BACKEND.grouped_matmul(rows, matrices, counts), wanted)
+    with jax.enable_x64(True):
+        found = jax.jit(tensormoe_jax.BACKEND.grouped_matmul)(
+            *map(jnp.asarray, (rows, matrices, counts))
+        )
+        np.testing.assert_allclose(found, wanted)
+    for dtype in (torch.float64, torch.float32):
+        given = [torch.tensor(each, dtype=dtype, requires_grad=True) for each in (rows, matrices)]
+        for call in (
+            tensormoe_torch.BACKEND.grouped_matmul,
+            # what compilers get
+            torch.ops.tensormoe.grouped_matmul,
+        ):
+            made = call(*given, torch.tensor(counts))
+            np.testing.assert_allclose(made.detach(), wanted, rtol=1e-5, atol=1e-5)
+        cotangent = torch.ones_like(made)
+        by_rows, by_matrices = torch.autograd.grad(made, given, cotangent)
+        assert not by_rows[6:].any()
+        assert by_rows[:6].any(1).all()
+        np.testing.assert_allclose(
+            by_matrices[2], np.outer(rows[2:6].sum(0), np.ones(width)), rtol=1e-4, atol=1e-5
+        )
