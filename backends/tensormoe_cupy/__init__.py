@@ -10,6 +10,7 @@ if absent := missing("tensormoe_cupy", ("cupy",), "cupy"):
 from tensormoe_cupy._adapter import BACKEND, CupyBackend
 from tensormoe_cupy._layers import (
     CartesianMoE,
+    DiverseMoE,
     MonetMoE,
     MuMoE,
     MuMoEEmbedding,
@@ -25,6 +26,7 @@ __all__ = [
     "Adam",
     "CartesianMoE",
     "CupyBackend",
+    "DiverseMoE",
     "Gradients",
     "MonetMoE",
     "MuMoE",

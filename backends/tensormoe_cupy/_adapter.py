@@ -57,6 +57,13 @@ class CupyBackend(NumpyLikeBackend):
             "update the driver, or take tensormoe_numpy, whose layers open the same checkpoints."
         )
 
+    def scatter_add(self, values: Array, indices: Array, axis: int, size: int, /) -> Array:
+        if values.dtype.name != "int64":
+            return super().scatter_add(values, indices, axis, size)
+        # devices add 64 bits without a sign; the bits of the sum are the same
+        total = super().scatter_add(values.view("uint64"), indices, axis, size)
+        return total.view("int64")
+
     def from_host(self, array: npt.NDArray[Any], /) -> Array:
         self.check_device()
         return self.module.asarray(array)

@@ -140,3 +140,20 @@ class CartesianMoE(tensormoe_numpy.CartesianMoE):
     """
 
     backend: ClassVar[NumpyLikeBackend] = BACKEND
+
+
+class DiverseMoE(tensormoe_numpy.DiverseMoE):
+    """A sparse mixture of experts of different sizes, on an NVIDIA GPU: the forward pass.
+
+    All is as on NumPy. A call waits for the device once, to read how many tokens each size has.
+
+    Raises:
+        BackendError: no NVIDIA GPU or driver, or arrays of another library.
+
+    >>> import cupy  # doctest: +SKIP
+    >>> layer = DiverseMoE(32, 64, experts=8, top_k=2, seed=0)  # doctest: +SKIP
+    >>> layer(cupy.ones((5, 32), dtype="float32")).shape  # doctest: +SKIP
+    (5, 32)
+    """
+
+    backend: ClassVar[NumpyLikeBackend] = BACKEND

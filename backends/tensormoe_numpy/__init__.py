@@ -15,13 +15,21 @@ from tensormoe_numpy._embedding import MuMoEEmbedding
 from tensormoe_numpy._layer import MuMoE, Prepared
 from tensormoe_numpy._like_numpy import NumpyLikeBackend
 from tensormoe_numpy._mlp import MuMoEMLP
-from tensormoe_numpy.mixtures import CartesianMoE, MonetMoE, ProductMoE, SoftMoE, SparseMoE
+from tensormoe_numpy.mixtures import (
+    CartesianMoE,
+    DiverseMoE,
+    MonetMoE,
+    ProductMoE,
+    SoftMoE,
+    SparseMoE,
+)
 
 __all__ = [
     "ACTIVATIONS",
     "BACKEND",
     "Adam",
     "CartesianMoE",
+    "DiverseMoE",
     "Gradients",
     "MonetMoE",
     "MuMoE",

@@ -26,13 +26,21 @@ from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._per_sample import per_sample_gradients
 from tensormoe_torch._synchronize import synchronize_gates
 from tensormoe_torch.compression import compress
-from tensormoe_torch.mixtures import CartesianMoE, MonetMoE, ProductMoE, SoftMoE, SparseMoE
+from tensormoe_torch.mixtures import (
+    CartesianMoE,
+    DiverseMoE,
+    MonetMoE,
+    ProductMoE,
+    SoftMoE,
+    SparseMoE,
+)
 from tensormoe_torch.official import from_official, to_official
 from tensormoe_torch.surgery import from_linear, from_mlp, replace
 
 __all__ = [
     "BACKEND",
     "CartesianMoE",
+    "DiverseMoE",
     "ExpertGate",
     "Factors",
     "MonetMoE",

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tensormoe_torch._gate import ExpertGate
-from tensormoe_torch.mixtures import SparseRouter
+from tensormoe_torch.mixtures import MixtureRouter
 
 __all__ = ["synchronize_gates"]
 
@@ -47,6 +47,6 @@ def synchronize_gates(model: M, process_group: dist.ProcessGroup | None = None) 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__qualname__}.")
     for module in model.modules():
-        if isinstance(module, ExpertGate | SparseRouter) and module.config.buffer_shapes():
+        if isinstance(module, ExpertGate | MixtureRouter) and module.config.buffer_shapes():
             module.synchronized, module.process_group = True, process_group
     return model

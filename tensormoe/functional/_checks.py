@@ -155,7 +155,9 @@ def check_coefficients(
                     f"{name} must name one expert per input, {lead}; got "
                     f"{tuple(given.indices.shape)}."
                 )
-            if given.counts is not None and tuple(given.counts.shape) != (count,):
+            # one more entry counts rows of no expert
+            fitting = ((count,), (count + 1,))
+            if given.counts is not None and tuple(given.counts.shape) not in fitting:
                 raise ShapeError(
                     f"counts of {name} must have shape {(count,)}; got {tuple(given.counts.shape)}."
                 )

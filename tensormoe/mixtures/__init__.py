@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from tensormoe._mixture import MixtureConfig as MixtureConfig
 from tensormoe._mixture import OwnArray as OwnArray
+from tensormoe.mixtures._by_size import Dispatch as Dispatch
+from tensormoe.mixtures._by_size import send_by_size as send_by_size
 from tensormoe.mixtures._cartesian import CartesianConfig as CartesianConfig
 from tensormoe.mixtures._cartesian import rms_norm as rms_norm
 from tensormoe.mixtures._cartesian_options import cartesian_config as cartesian_config
+from tensormoe.mixtures._diverse import DiverseConfig as DiverseConfig
+from tensormoe.mixtures._diverse import diverse_config as diverse_config
 from tensormoe.mixtures._experts import ExpertsConfig as ExpertsConfig
 from tensormoe.mixtures._experts import experts_config as experts_config
 from tensormoe.mixtures._experts import gated as gated
@@ -37,6 +41,7 @@ from tensormoe.mixtures._product import ProductConfig as ProductConfig
 from tensormoe.mixtures._product import merged_choices as merged_choices
 from tensormoe.mixtures._product import product_config as product_config
 from tensormoe.mixtures._routing import route_tokens as route_tokens
+from tensormoe.mixtures._sizes import paired_sizes as paired_sizes
 from tensormoe.mixtures._soft import SoftConfig as SoftConfig
 from tensormoe.mixtures._soft import counting_tokens as counting_tokens
 from tensormoe.mixtures._soft_options import soft_config as soft_config
@@ -45,6 +50,8 @@ from tensormoe.mixtures._sparse import sparse_config as sparse_config
 
 __all__ = [
     "CartesianConfig",
+    "Dispatch",
+    "DiverseConfig",
     "ExpertsConfig",
     "Keys",
     "MixtureConfig",
@@ -58,6 +65,7 @@ __all__ = [
     "cartesian_config",
     "check_routes",
     "counting_tokens",
+    "diverse_config",
     "draw_own",
     "experts_config",
     "gated",
@@ -66,6 +74,7 @@ __all__ = [
     "layers_of",
     "merged_choices",
     "monet_config",
+    "paired_sizes",
     "product_config",
     "rms_norm",
     "route_tokens",
@@ -76,6 +85,7 @@ __all__ = [
     "run_shared",
     "run_tables",
     "send",
+    "send_by_size",
     "soft_config",
     "sparse_config",
     "with_shared",

@@ -42,7 +42,7 @@ def within_budget(
     >>> within_budget(10_000, ("cp", "cp"), None, (32, 64, 32), 8, gated=True, router=256)
     (CP(rank=38), CP(rank=32))
     """
-    limit, counts_router = _parameters(budget)
+    limit, counts_router = parameters_of(budget)
     named: list[str | type[Factorization]] = []
     for each in pair:
         if rank is not None or isinstance(each, Factorization):
@@ -76,7 +76,7 @@ def within_budget(
     return one, one
 
 
-def _parameters(budget: Budget | int) -> tuple[int, bool]:
+def parameters_of(budget: Budget | int) -> tuple[int, bool]:
     """A number of parameters, and whether it covers the router."""
     remedy = "Write a number, or Budget(parameters=…, gate=False) to leave the router out."
     if not isinstance(budget, Budget):

@@ -54,6 +54,7 @@ def experts_cost(
     itemsize: int = 4,
     library: Library,
     training: bool = False,
+    named: bool | None = None,
 ) -> Cost:
     """The cost of ``top_k`` experts for each of ``batch`` tokens, sent to them and summed.
 
@@ -64,9 +65,12 @@ def experts_cost(
         itemsize: bytes per entry.
         library: how the array library runs a layer.
         training: forward and backward with all gradients, instead of forward alone.
+        named: whether rows name their expert, instead of having coefficients; by default where
+            there are several.
     """
     rows = batch * top_k
-    routing = Routing(one_expert=True, by_expert=True) if experts.num_experts > 1 else Routing()
+    named = experts.num_experts > 1 if named is None else named
+    routing = Routing(one_expert=True, by_expert=True) if named else Routing()
     calls = [
         plan_layer(layer.spec.network, rows, routing, title=repr(layer.spec.factorization)).cost(
             training=training, itemsize=itemsize, library=library

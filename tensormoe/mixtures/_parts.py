@@ -34,12 +34,14 @@ class Parts:
         arrays: the mixture's own arrays by canonical name, and its buffers.
         acts: activations by name.
         backend: the adapter of the arrays' library.
+        reads: whether values of arrays can be read in a call, so that shapes may depend on them.
     """
 
     call: Call
     arrays: Mapping[str, Array]
     acts: Callable[[str], Act]
     backend: Backend
+    reads: bool = False
 
     @classmethod
     def of(
@@ -48,6 +50,8 @@ class Parts:
         arrays: Mapping[str, Array],
         acts: Callable[[str], Act],
         backend: Backend,
+        *,
+        reads: bool = False,
     ) -> Parts:
         """Parts of a mixture whose arrays are one flat mapping by canonical name."""
 
@@ -59,7 +63,7 @@ class Parts:
             levels = list(given) if isinstance(given, tuple) else [given]
             return apply_experts(layer, named, x, levels, backend)
 
-        return cls(call, arrays, acts, backend)
+        return cls(call, arrays, acts, backend, reads)
 
     def under(self, name: str) -> Parts:
         """The parts of a mixture that is a part of this one."""

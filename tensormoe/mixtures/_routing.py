@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from math import sqrt
+
+from tensormoe._mixture import OwnArray
 from tensormoe.backend import Array
 from tensormoe.errors import GateError
 from tensormoe.functional._dtypes import widened
@@ -9,6 +12,13 @@ from tensormoe.gates import Across
 from tensormoe.mixtures._parts import Parts
 from tensormoe.routing import Router, Routes, choose
 from tensormoe.routing._routes import next_bias
+
+
+def router_arrays(router: Router, in_features: int, experts: int) -> dict[str, OwnArray]:
+    """The trainable arrays of a router: a projection like that of a linear layer, and a bias."""
+    span = 1.0 / sqrt(in_features)
+    arrays = {"router.projection": OwnArray((in_features, experts), "uniform", span)}
+    return arrays | ({"router.bias": OwnArray((experts,))} if router.bias else {})
 
 
 def route_tokens(

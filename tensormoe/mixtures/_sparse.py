@@ -26,7 +26,7 @@ from tensormoe.mixtures._parts import (
     run_shared,
     with_shared,
 )
-from tensormoe.mixtures._routing import route_tokens
+from tensormoe.mixtures._routing import route_tokens, router_arrays
 from tensormoe.planning import Cost, Library
 from tensormoe.planning._library import DEFAULT
 from tensormoe.routing import Router, Routes
@@ -95,10 +95,9 @@ class SparseConfig(MixtureConfig):
 
     @cached_property
     def own(self) -> Mapping[str, OwnArray]:
-        count, span = self.experts.num_experts, 1.0 / sqrt(self.in_features)
-        arrays = {"router.projection": OwnArray((self.in_features, count), "uniform", span)}
-        arrays |= {"router.bias": OwnArray((count,))} if self.router.bias else {}
+        arrays = router_arrays(self.router, self.in_features, self.experts.num_experts)
         if self.mix_shared:
+            span = 1.0 / sqrt(self.in_features)
             arrays["router.mixing"] = OwnArray((self.in_features, 2), "uniform", span)
             arrays["router.mixing_bias"] = OwnArray((2,))
         return arrays

@@ -19,10 +19,18 @@ from tensormoe_jax.equinox._gate import ExpertGate
 from tensormoe_jax.equinox._layer import MuMoE
 from tensormoe_jax.equinox._mlp import MuMoEMLP
 from tensormoe_jax.equinox._rules import parameter_rules
-from tensormoe_jax.equinox.mixtures import CartesianMoE, MonetMoE, ProductMoE, SoftMoE, SparseMoE
+from tensormoe_jax.equinox.mixtures import (
+    CartesianMoE,
+    DiverseMoE,
+    MonetMoE,
+    ProductMoE,
+    SoftMoE,
+    SparseMoE,
+)
 
 __all__ = [
     "CartesianMoE",
+    "DiverseMoE",
     "ExpertGate",
     "MonetMoE",
     "MuMoE",

@@ -20,10 +20,18 @@ from tensormoe_jax.nnx._gate import ExpertGate
 from tensormoe_jax.nnx._layer import MuMoE
 from tensormoe_jax.nnx._mlp import MuMoEMLP
 from tensormoe_jax.nnx._rules import parameter_rules
-from tensormoe_jax.nnx.mixtures import CartesianMoE, MonetMoE, ProductMoE, SoftMoE, SparseMoE
+from tensormoe_jax.nnx.mixtures import (
+    CartesianMoE,
+    DiverseMoE,
+    MonetMoE,
+    ProductMoE,
+    SoftMoE,
+    SparseMoE,
+)
 
 __all__ = [
     "CartesianMoE",
+    "DiverseMoE",
     "ExpertGate",
     "MonetMoE",
     "MuMoE",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tensormoe_numpy.mixtures._base import MixtureLayer as MixtureLayer
 from tensormoe_numpy.mixtures._cartesian import CartesianMoE as CartesianMoE
+from tensormoe_numpy.mixtures._diverse import DiverseMoE as DiverseMoE
 from tensormoe_numpy.mixtures._monet import MonetMoE as MonetMoE
 from tensormoe_numpy.mixtures._product import ProductMoE as ProductMoE
 from tensormoe_numpy.mixtures._soft import SoftMoE as SoftMoE
@@ -11,6 +12,7 @@ from tensormoe_numpy.mixtures._sparse import SparseMoE as SparseMoE
 
 __all__ = [
     "CartesianMoE",
+    "DiverseMoE",
     "MixtureLayer",
     "MonetMoE",
     "ProductMoE",

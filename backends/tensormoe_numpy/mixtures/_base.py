@@ -65,7 +65,8 @@ class MixtureLayer(Held[M], MixtureMethods[Array, M]):
     @property
     def _parts(self) -> Parts:
         pairs = activations(self.backend)
-        return Parts.of(self.config, self.arrays, lambda name: pairs[name][0], self.backend)
+        acts = lambda name: pairs[name][0]  # noqa: E731
+        return Parts.of(self.config, self.arrays, acts, self.backend, reads=True)
 
     def _rows(self, x: Array) -> tuple[tuple[int, ...], Array]:
         batch_shape = functional.check_input(x, self.config.in_features, self.dtype, self.backend)

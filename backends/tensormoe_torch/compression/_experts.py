@@ -117,14 +117,8 @@ class FactorizedExperts(nn.Module):
         Raises:
             ShapeError: indices or weights that do not fit the input.
         """
-        batch_shape = tuple(hidden_states.shape[:-1])
-        if top_k_index.shape[:-1] != batch_shape or top_k_weights.shape != top_k_index.shape:
-            raise ShapeError(
-                f"top_k_index and top_k_weights must both have shape {(*batch_shape, 'k')}, one "
-                f"row per token; got {tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}. "
-                "Give what the router gives."
-            )
-        k, features = top_k_index.shape[-1], hidden_states.shape[-1]
+        batch_shape, k = check_choices(hidden_states, top_k_index, top_k_weights)
+        features = hidden_states.shape[-1]
         index = top_k_index.reshape(-1, k)
         made = send(
             self._run,
@@ -148,6 +142,10 @@ class FactorizedExperts(nn.Module):
             (..., out).
         """
         return self._run(x, OneExpert(index))
+
+    def sized(self, x: Tensor, given: OneExpert) -> Tensor:
+        """The output (rows, out) of one expert per row, for rows (rows, in) that were sent here."""
+        return self._run(x, given)
 
     def everywhere(self, x: Tensor) -> Tensor:
         """The output (..., out) of the only expert that there is, for rows (..., in)."""
@@ -197,6 +195,24 @@ class FactorizedExperts(nn.Module):
         """The part of ``repr`` besides the layers."""
         named = "" if isinstance(self.act_fn, nn.Module) else f", act_fn={_name(self.act_fn)}"
         return f"num_experts={self.num_experts}{named}"
+
+
+def check_choices(
+    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> tuple[tuple[int, ...], int]:
+    """The leading shape of a call of experts, and how many each token has.
+
+    Raises:
+        ShapeError: indices or weights that do not fit the input.
+    """
+    batch_shape = tuple(hidden_states.shape[:-1])
+    if top_k_index.shape[:-1] != batch_shape or top_k_weights.shape != top_k_index.shape:
+        raise ShapeError(
+            f"top_k_index and top_k_weights must both have shape {(*batch_shape, 'k')}, one row "
+            f"per token; got {tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}. Give "
+            "what the router gives."
+        )
+    return batch_shape, top_k_index.shape[-1]
 
 
 class _Expert:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tensormoe_torch.mixtures._base import MixtureModule as MixtureModule
 from tensormoe_torch.mixtures._cartesian import CartesianMoE as CartesianMoE
+from tensormoe_torch.mixtures._diverse import DiverseExperts as DiverseExperts
+from tensormoe_torch.mixtures._diverse import DiverseMoE as DiverseMoE
 from tensormoe_torch.mixtures._monet import Halves as Halves
 from tensormoe_torch.mixtures._monet import MonetMoE as MonetMoE
 from tensormoe_torch.mixtures._neurons import NeuronNetworks as NeuronNetworks
@@ -18,6 +20,8 @@ from tensormoe_torch.mixtures._sparse import SparseMoE as SparseMoE
 
 __all__ = [
     "CartesianMoE",
+    "DiverseExperts",
+    "DiverseMoE",
     "Halves",
     "MixtureModule",
     "MixtureRouter",

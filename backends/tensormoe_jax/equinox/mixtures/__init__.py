@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tensormoe_jax.equinox.mixtures._base import MixtureModule as MixtureModule
 from tensormoe_jax.equinox.mixtures._cartesian import CartesianMoE as CartesianMoE
+from tensormoe_jax.equinox.mixtures._diverse import DiverseMoE as DiverseMoE
 from tensormoe_jax.equinox.mixtures._monet import MonetMoE as MonetMoE
 from tensormoe_jax.equinox.mixtures._product import ProductMoE as ProductMoE
 from tensormoe_jax.equinox.mixtures._soft import SoftMoE as SoftMoE
@@ -11,6 +12,7 @@ from tensormoe_jax.equinox.mixtures._sparse import SparseMoE as SparseMoE
 
 __all__ = [
     "CartesianMoE",
+    "DiverseMoE",
     "MixtureModule",
     "MonetMoE",
     "ProductMoE",
