@@ -79,7 +79,7 @@ def checked_sizes(
     Raises:
         SpecError: sizes that cannot be, or another number of them.
     """
-    if not isinstance(hidden_features, list | tuple):
+    if not isinstance(hidden_features, Sequence):
         if experts is None:
             raise SpecError(
                 "experts must be given where hidden_features is the mean size; got "
