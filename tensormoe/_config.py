@@ -74,6 +74,11 @@ class LayerConfig:
         """The programs for rows in the order of experts, by rows per expert."""
         return each_regimes(self.spec.network)
 
+    @cached_property
+    def every_regimes(self) -> Regimes:
+        """The programs for rows that every expert runs."""
+        return each_regimes(self.spec.network, same_rows=True)
+
     def plan_ahead(self) -> None:
         """Plan now, so that a forward call only looks up programs.
 

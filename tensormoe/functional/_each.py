@@ -15,9 +15,9 @@ from tensormoe.execution import execute
 class EachExpert:
     """In the place of coefficients: every expert runs rows of its own, as many as the others.
 
-    A layer called with it takes (experts…, rows, in) and gives (experts…, rows, out). No expert's
-    matrix is copied, as it is where coefficients name one expert per row: dense experts are one
-    batched product.
+    A layer called with it takes (experts…, rows, in), or (rows, in) that every expert runs, and
+    gives (experts…, rows, out). No expert's matrix is copied, as it is where coefficients name one
+    expert per row: dense experts are one batched product.
     """
 
 
@@ -34,7 +34,7 @@ def apply_each(
     Args:
         config: the layer.
         parameters: by canonical name.
-        x: (experts…, rows, in).
+        x: (experts…, rows, in), or (rows, in) for all.
         backend: the adapter of the arrays' library.
         any_batch: whether to run the program for many rows, which is right for all.
 
@@ -42,12 +42,12 @@ def apply_each(
         ShapeError: other leading axes than the experts'.
     """
     experts = config.spec.experts
-    if x.ndim != len(experts) + 2 or tuple(x.shape[:-2]) != experts:
+    if tuple(x.shape[:-2]) not in ((), experts) or x.ndim < 2:
         raise ShapeError(
             f"x must have shape {(*experts, 'rows', config.spec.in_features)}, as many rows for "
-            f"each expert; got {tuple(x.shape)}."
+            f"each expert, or {('rows', config.spec.in_features)} for all; got {tuple(x.shape)}."
         )
-    regimes = config.each_regimes
+    regimes = config.every_regimes if x.ndim == 2 else config.each_regimes
     program = regimes.programs[-1] if any_batch else regimes.program(x.shape[-2])
     arrays = [
         x if operand.name == "x" else parameters[f"factors.{operand.name}"]

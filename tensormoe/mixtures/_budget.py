@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from math import ceil
+from typing import TypeVar
+
 from tensormoe._validation import brief
 from tensormoe.errors import BudgetError, RankError
 from tensormoe.factorizations import Factorization, FactorizationLike, resolve_factorization
 from tensormoe.selection import Budget, select_block, select_rank
+
+T = TypeVar("T")
 
 Pair = tuple[FactorizationLike, FactorizationLike]
 
@@ -74,6 +80,45 @@ def within_budget(
         raise _refused(error, limit, besides, router if counts_router else 0) from None
     one = resolve_factorization(last, found)
     return one, one
+
+
+def shared_out(
+    budget: Budget | int,
+    sizes: Sequence[int],
+    build: Callable[[int, int], T],
+    router: int,
+) -> tuple[T, ...]:
+    """Groups of experts that share a budget in proportion to their sizes.
+
+    Args:
+        budget: as for :func:`within_budget`.
+        sizes: parameters of each group with dense experts.
+        build: a group, by its place, within a number of parameters.
+        router: parameters of all routers.
+
+    Raises:
+        BudgetError: not a number of parameters, or too few; says how many are needed.
+    """
+    limit, counts_router = parameters_of(budget)
+    besides = router if counts_router else 0
+    total, groups, needed = sum(sizes), [], 0
+    for place, size in enumerate(sizes):
+        try:
+            groups.append(build(place, max(1, (limit - besides) * size // total)))
+        except BudgetError as error:
+            if "parameters" not in error.needed:
+                raise
+            needed = max(needed, ceil(int(error.needed["parameters"]) * total / size))
+    if needed:
+        needed += besides
+        raise BudgetError(
+            f"parameters must be at least {needed} for this mixture, of which {besides} are the "
+            f"router's; got {limit}. Raise the budget; or use fewer experts; or choose another "
+            "factorization.",
+            {"parameters": needed},
+            {"parameters": limit},
+        )
+    return tuple(groups)
 
 
 def parameters_of(budget: Budget | int) -> tuple[int, bool]:

@@ -10,6 +10,7 @@ from tensormoe.planning import Cost, Library, Routing, StepCost, plan_layer
 from tensormoe.planning._block_cost import ACTIVATION_FLOPS
 from tensormoe.planning._cost import INDEX_BYTES, contraction_cost
 from tensormoe.planning._gate_cost import GATE_ITEMSIZE, GateCall
+from tensormoe.planning._layer_cost import layer_cost
 
 # of one entry: a difference, an exponential, a sum, a quotient
 _SOFTMAX_FLOPS = 8
@@ -113,6 +114,54 @@ def experts_cost(
     parameters = sum(call.parameters for call in calls)
     total = Cost(parameters, tuple(steps), max(peak, held + 2 * made + result), held)
     return total if training else replace(total, saved_memory=0)
+
+
+def every_cost(
+    experts: ExpertsConfig,
+    rows: int,
+    *,
+    same_rows: bool = False,
+    held: int = 0,
+    itemsize: int,
+    library: Library,
+    training: bool,
+) -> Cost:
+    """The cost of all experts, each on ``rows`` rows.
+
+    Args:
+        experts: the experts.
+        rows: of each expert.
+        same_rows: whether all experts run the same rows.
+        held: bytes that are live in the meantime; memory counts from there.
+        itemsize: bytes per entry.
+        library: how the array library runs a layer.
+        training: forward and backward with all gradients, instead of forward alone.
+    """
+    count, steps, peak, parameters = experts.num_experts, [], held, 0
+    for place, layer in enumerate(experts.layers.values()):
+        if place:
+            entries = rows * count * (experts.hidden_features or 0)
+            wider = entries * (2 if experts.kind == "swiglu" else 1)
+            flops = ACTIVATION_FLOPS * wider
+            steps.append(StepCost("activation", 0, flops, itemsize * wider, itemsize * entries))
+            peak = max(peak, held + itemsize * (wider + entries))
+            held += itemsize * (entries + (wider if training else 0))
+        shared = same_rows and not place
+        call = layer_cost(
+            (layer.every_regimes if shared else layer.each_regimes).program(rows),
+            0,
+            layer.spec.in_features,
+            layer.spec.experts,
+            rows,
+            training=training,
+            itemsize=itemsize,
+            library=library,
+        )
+        steps += call.steps
+        peak = max(peak, held + call.peak_memory)
+        held += call.saved_memory
+        parameters += layer.num_parameters
+    return Cost(parameters, tuple(steps), peak, held)
 
 
 def mixing_cost(

@@ -194,9 +194,7 @@ class DiverseConfig(MixtureConfig):
 
     def arguments(self) -> str:
         first = self.groups[0]
-        pairs = tuple(
-            (group.up and group.up.factorization, group.down.factorization) for group in self.groups
-        )
+        pairs = tuple(group.factorizations for group in self.groups)
         options = {
             "experts": self.num_experts,
             "top_k": self.top_k,

@@ -14,7 +14,7 @@ from tensormoe._spec import LayerSpec
 from tensormoe._validation import choice, positive_int
 from tensormoe.backend import Array
 from tensormoe.errors import SpecError
-from tensormoe.factorizations import FactorizationLike
+from tensormoe.factorizations import Factorization, FactorizationLike
 from tensormoe.mixtures._budget import within_budget
 from tensormoe.selection import Budget
 
@@ -95,6 +95,16 @@ class ExpertsConfig:
         return found | {"down_proj": LayerConfig(self.down, None)}
 
     @property
+    def num_parameters(self) -> int:
+        """Trainable entries."""
+        return sum(layer.num_parameters for layer in self.layers.values())
+
+    @property
+    def factorizations(self) -> tuple[Factorization, ...]:
+        """The factorization of each layer."""
+        return tuple(layer.spec.factorization for layer in self.layers.values())
+
+    @property
     def _up(self) -> str:
         return "gate_up_proj" if self.kind == "swiglu" else "up_proj"
 
@@ -105,20 +115,13 @@ class ExpertsConfig:
     def arguments(self) -> str:
         """Arguments of a constructor that give these experts, for ``repr``."""
         sizes = [self.in_features, self.hidden_features, self.out_features]
-        pair = (
-            self.down.factorization
-            if self.up is None
-            else (
-                self.up.factorization,
-                self.down.factorization,
-            )
-        )
+        found = self.factorizations
         options = {
             "experts": self.num_experts,
             "kind": self.kind,
             "act_layer": self.act_layer,
             "bias": self.down.bias,
-            "factorization": pair,
+            "factorization": found[0] if len(found) == 1 else found,
         }
         named = ", ".join(f"{name}={value!r}" for name, value in options.items())
         return f"{', '.join(map(repr, sizes))}, {named}"

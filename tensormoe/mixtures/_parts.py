@@ -21,7 +21,8 @@ Given = Array | OneExpert | EachExpert | tuple[OneExpert, ...]
 Call = Callable[[str, Array, Given], Array]
 """Runs a layer by its name, on rows (rows, in) and their coefficients.
 
-With ``EachExpert`` for these, rows are (N, rows, in), as many for each expert.
+With ``EachExpert`` for these, rows are (N, rows, in), as many for each expert, or (rows, in), which
+every expert runs.
 """
 
 
@@ -127,7 +128,7 @@ def run_all(
         experts: the experts.
         parts: runs their layers.
         name: of the experts among the parts.
-        x: (rows, in), or (N, rows, in) for ``EachExpert``.
+        x: (rows, in), or for ``EachExpert`` (N, rows, in) too.
         given: coefficients that name one expert per row, or ``EachExpert``.
     """
 

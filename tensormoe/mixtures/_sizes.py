@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil
 from typing import Any
 
 from tensormoe._validation import brief, is_number, positive_int
-from tensormoe.errors import BudgetError, SpecError
-from tensormoe.mixtures._budget import parameters_of
+from tensormoe.errors import SpecError
+from tensormoe.mixtures._budget import shared_out
 from tensormoe.mixtures._experts import ExpertsConfig, experts_config
 from tensormoe.selection import Budget
 
@@ -149,64 +148,37 @@ def sized_experts(
             "kind must be 'swiglu' or 'mlp' for experts of different hidden sizes; got 'linear'. "
             "Use SparseMoE for linear experts."
         )
-    options: Any = {"kind": kind, "act_layer": act_layer, "bias": bias}
-    dense = [
-        experts_config(in_features, size, out_features, count, **options) for size, count in sizes
-    ]
-    each = _per_group(factorization, len(sizes))
+    options: Any = {"kind": kind, "act_layer": act_layer, "bias": bias, "rank": rank}
+    each = per_group(factorization, len(sizes), "sizes")
+
+    def group(place: int, share: int | None = None, **changed: Any) -> ExpertsConfig:
+        size, count = sizes[place]
+        named = options | {"factorization": each[place], "budget": share} | changed
+        return experts_config(in_features, size, out_features, count, **named)
+
     if budget is None:
-        return tuple(
-            experts_config(
-                in_features, size, out_features, count, factorization=one, rank=rank, **options
-            )
-            for (size, count), one in zip(sizes, each, strict=True)
-        )
-    limit, counts_router = parameters_of(budget)
-    besides = router if counts_router else 0
-    weights = [sum(layer.num_parameters for layer in group.layers.values()) for group in dense]
-    total, groups, needed = sum(weights), [], 0
-    for (size, count), one, weight in zip(sizes, each, weights, strict=True):
-        share = max(1, (limit - besides) * weight // total)
-        try:
-            groups.append(
-                experts_config(
-                    in_features,
-                    size,
-                    out_features,
-                    count,
-                    factorization=one,
-                    rank=rank,
-                    budget=share,
-                    **options,
-                )
-            )
-        except BudgetError as error:
-            if "parameters" not in error.needed:
-                raise
-            needed = max(needed, ceil(int(error.needed["parameters"]) * total / weight))
-    if needed:
-        raise BudgetError(
-            f"parameters must be at least {needed + besides} for this mixture, of which {besides} "
-            f"are the router's; got {limit}. Raise the budget; or use fewer experts; or choose "
-            "another factorization.",
-            {"parameters": needed + besides},
-            {"parameters": limit},
-        )
-    return tuple(groups)
+        return tuple(map(group, range(len(sizes))))
+    dense = [group(place, factorization="dense", rank=None) for place in range(len(sizes))]
+    return shared_out(budget, [one.num_parameters for one in dense], group, router)
 
 
-def _per_group(factorization: Any, groups: int) -> list[Any]:
-    """The factorization, or pair of them, of each group."""
-    nested = (
-        isinstance(factorization, tuple)
-        and factorization
-        and all(isinstance(each, tuple) for each in factorization)
-    )
-    if not nested:
+def per_group(factorization: Any, groups: int, unit: str) -> list[Any]:
+    """The factorization, or pair of them, of each group of experts.
+
+    Args:
+        factorization: one for all, a pair, or a tuple for each group.
+        groups: their number.
+        unit: what there is a group for each of, for messages.
+
+    Raises:
+        SpecError: another number of tuples.
+    """
+    each = factorization if isinstance(factorization, list | tuple) else ()
+    if not each or not all(isinstance(one, tuple) for one in each):
         return [factorization] * groups
-    if len(factorization) != groups:
+    if len(each) != groups:
         raise SpecError(
-            f"factorization must be one, a pair, or a pair for each of the {groups} sizes; got "
-            f"{len(factorization)} pairs."
+            f"factorization must be one, a pair, or a pair for each of the {groups} {unit}; got "
+            f"{len(each)} pairs."
         )
-    return list(factorization)
+    return [one[0] if len(one) == 1 else one for one in each]

@@ -6,12 +6,10 @@ from dataclasses import replace
 
 from tensormoe._validation import non_negative_int
 from tensormoe.errors import PlanError, SpecError
-from tensormoe.mixtures._cost import product_steps
+from tensormoe.mixtures._cost import every_cost, product_steps
 from tensormoe.mixtures._experts import ExpertsConfig
 from tensormoe.planning import Cost, Library, StepCost
-from tensormoe.planning._block_cost import ACTIVATION_FLOPS
 from tensormoe.planning._gate_cost import GATE_ITEMSIZE
-from tensormoe.planning._layer_cost import layer_cost
 
 # of one entry of both softmaxes and of the normalization: differences, exponentials, sums,
 # quotients; backward as in a gate
@@ -62,39 +60,19 @@ def soft_cost(
         *product_steps("dispatch", ("stj", "sti"), "sji", sizes, itemsize, training),
     ]
     rows = slots * sets
-    calls = [
-        layer_cost(
-            layer.each_regimes.program(rows),
-            0,
-            experts.in_features,
-            layer.spec.experts,
-            rows,
-            training=training,
-            itemsize=itemsize,
-            library=library,
-        )
-        for layer in experts.layers.values()
-    ]
     # both softmaxes beside the logits, in the dtype of the experts once more, and the slots twice
     narrow = 2 * itemsize if itemsize < wide else 0
     slot_bytes = itemsize * rows * count
     held = weights * (3 * wide + narrow) + 2 * slot_bytes * experts.in_features
-    peak, steps = held, before
-    for place, call in enumerate(calls):
-        if place:
-            entries = rows * count * (experts.hidden_features or 0)
-            wider = entries * (2 if experts.kind == "swiglu" else 1)
-            flops = ACTIVATION_FLOPS * wider
-            steps.append(StepCost("activation", 0, flops, itemsize * wider, itemsize * entries))
-            peak = max(peak, held + itemsize * (wider + entries))
-            held += itemsize * (entries + (wider if training else 0))
-        steps += call.steps
-        peak = max(peak, held + call.peak_memory)
-        held += call.saved_memory
+    run = every_cost(
+        experts, rows, held=held, itemsize=itemsize, library=library, training=training
+    )
+    steps = [*before, *run.steps]
     steps += product_steps("combine", ("stj", "sjo"), "sto", sizes, itemsize, training)
     made = 2 * slot_bytes * experts.out_features
     result = itemsize * sets * tokens * experts.out_features
-    total = Cost(parameters, tuple(steps), max(peak, held + made + result), held)
+    held = run.saved_memory
+    total = Cost(parameters, tuple(steps), max(run.peak_memory, held + made + result), held)
     return total if training else replace(total, saved_memory=0)
 
 

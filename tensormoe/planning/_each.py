@@ -1,4 +1,4 @@
-"""Programs for rows in the order of experts, as many for each: every expert runs all of its own."""
+"""Programs that run every expert: on rows of its own, as many for each, or on the same rows."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ _ROWS = (1, 16, 256, 4096)
 
 
 @lru_cache(maxsize=256)
-def each_regimes(network: Network) -> Regimes:
+def each_regimes(network: Network, *, same_rows: bool = False) -> Regimes:
     """The programs from ``x`` (experts…, rows, in) to (experts…, rows, out), by rows per expert.
 
     The batch of these programs is the rows of one expert. Dense experts are one batched product.
 
     Args:
         network: of the layer.
+        same_rows: whether ``x`` is (rows, in), which every expert runs: what does not depend on
+            the expert is computed once.
     """
-    starts, programs = [0], [_program(network, _ROWS[0])]
+    starts, programs = [0], [_program(network, _ROWS[0], same_rows)]
     for rows in _ROWS[1:]:
-        program = _program(network, rows)
+        program = _program(network, rows, same_rows)
         if program != programs[-1]:
             starts.append(rows)
             programs.append(program)
     return Regimes(tuple(starts), tuple(programs))
 
 
-def _program(network: Network, rows: int) -> Program:
+def _program(network: Network, rows: int, same_rows: bool) -> Program:
     experts = network.expert_legs
-    operands = [Operand("x", (*experts, BATCH, INPUT), "data")]
+    lead = (BATCH, INPUT) if same_rows else (*experts, BATCH, INPUT)
+    operands = [Operand("x", lead, "data")]
     operands += [Operand(each.name, each.legs, "factor") for each in network.all_factors]
     slots = {operand.name: slot for slot, operand in enumerate(operands)}
     builder = Builder(tuple(operands), {**network.sizes, BATCH: rows})

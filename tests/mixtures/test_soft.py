@@ -252,9 +252,21 @@ def test_each_expert_is_one_batched_product() -> None:
     weight, bias = layer.materialize()
     assert bias is not None
     torch.testing.assert_close(y, x @ weight + bias[:, None])
-    for wrong in (x[:2], x[0], x[None]):
+    for wrong in (x[:2], x[0, 0], x[None]):
         with pytest.raises(ShapeError, match=r"x must have shape \(4, 'rows', 6\)"):
             layer(wrong, EachExpert())
+
+
+def test_every_expert_on_the_same_rows() -> None:
+    x = torch.randn(3, 6)
+    for kind, work in (("dense", 2 * 4 * 3 * 6 * 5), ("cp", 2 * 3 * (6 * 8 + 4 * 8 * 5))):
+        options = {} if kind == "dense" else {"rank": 8}
+        layer = tensormoe_torch.MuMoE(6, 5, 4, kind, gate=None, bias=False, **options)
+        with FlopCounterMode(display=False) as counter:
+            y = layer(x, EachExpert())
+        # what does not depend on the expert is computed once
+        assert counter.get_total_flops() == work
+        torch.testing.assert_close(y, x @ layer.materialize()[0])
 
 
 def test_levels_of_experts() -> None:
