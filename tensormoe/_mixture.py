@@ -85,6 +85,10 @@ class MixtureConfig(ABC):
             return prod(batch_shape), self.in_features
         return prod(batch_shape[:-1]), batch_shape[-1], self.in_features
 
+    def output_shape(self, batch_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the output for an input (*batch_shape, in)."""
+        return (*batch_shape, self.out_features)
+
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every trainable array by canonical name."""
         shapes = {

@@ -157,3 +157,18 @@ class DiverseMoE(tensormoe_numpy.DiverseMoE):
     """
 
     backend: ClassVar[NumpyLikeBackend] = BACKEND
+
+
+class MultiGateMoE(tensormoe_numpy.MultiGateMoE):
+    """A multi-gate mixture of experts, on an NVIDIA GPU: the forward pass, as on NumPy.
+
+    Raises:
+        BackendError: no NVIDIA GPU or driver, or arrays of another library.
+
+    >>> import cupy  # doctest: +SKIP
+    >>> layer = MultiGateMoE(32, 16, 8, tasks=3, experts=4, seed=0)  # doctest: +SKIP
+    >>> layer(cupy.ones((5, 32), dtype="float32")).shape  # doctest: +SKIP
+    (5, 3, 8)
+    """
+
+    backend: ClassVar[NumpyLikeBackend] = BACKEND

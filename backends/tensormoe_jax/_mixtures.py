@@ -16,7 +16,7 @@ from tensormoe._layers import Costs, MixtureMethods
 from tensormoe._names import makes_logits
 from tensormoe.backend import Backend
 from tensormoe.mixtures import MixtureConfig, Parts
-from tensormoe.routing import CartesianRoutes, LevelRoutes, ProductRoutes, Routes
+from tensormoe.routing import CartesianRoutes, LevelRoutes, ProductRoutes, Routes, TaskRoutes
 from tensormoe_jax._activations import ACTIVATIONS
 from tensormoe_jax._adapter import BACKEND, LIBRARY
 from tensormoe_jax._dtypes import FLOATS
@@ -25,7 +25,7 @@ from tensormoe_jax._keys import checked_key
 M = TypeVar("M", bound=MixtureConfig)
 
 # a routing record goes through transformations as other arguments do
-for _record in (Routes, ProductRoutes, LevelRoutes, CartesianRoutes):
+for _record in (Routes, ProductRoutes, LevelRoutes, CartesianRoutes, TaskRoutes):
     jax.tree_util.register_dataclass(
         _record, data_fields=[field.name for field in fields(_record)], meta_fields=[]
     )
@@ -73,7 +73,7 @@ def forward_mixture(
     batch_shape, rows = merged_rows(config, arrays, x)
     noise = _noise(config, rows, key) if training else None
     y, _, changed = config.forward(parts_of(config, arrays), rows, training=training, noise=noise)
-    return y.reshape(*batch_shape, config.out_features), changed
+    return y.reshape(config.output_shape(batch_shape)), changed
 
 
 def _noise(config: MixtureConfig, rows: Array, key: Array | None) -> Array | None:
@@ -95,7 +95,7 @@ def run_mixture(config: MixtureConfig, arrays: Mapping[str, Array], x: Array, ro
     config.check_routes(routes, batch_shape)
     merged = routes.reshaped(rows.shape[:-1], BACKEND)
     y: Array = config.run(parts_of(config, arrays), rows, merged)
-    return y.reshape(*batch_shape, config.out_features)
+    return y.reshape(config.output_shape(batch_shape))
 
 
 def parts_of(config: MixtureConfig, arrays: Mapping[str, Array]) -> Parts:

@@ -12,7 +12,7 @@ from tensormoe.errors import SpecError
 from tensormoe.functional import ParameterRule, parameter_rules
 from tensormoe_torch._base import Mixture
 from tensormoe_torch._gate import ExpertGate
-from tensormoe_torch.mixtures import MixtureRouter, SoftRouter
+from tensormoe_torch.mixtures import MixtureRouter, SoftRouter, TaskRouter
 
 _EXEMPT = (
     nn.Embedding,
@@ -97,7 +97,7 @@ def parameter_groups(
         gates = {
             id(each)
             for module in model.modules()
-            if isinstance(module, ExpertGate | MixtureRouter | SoftRouter)
+            if isinstance(module, ExpertGate | MixtureRouter | SoftRouter | TaskRouter)
             for each in module.parameters()
         }
     multipliers: dict[int, float] = {}

@@ -21,11 +21,17 @@ from tensormoe.mixtures._experts import experts_config as experts_config
 from tensormoe.mixtures._experts import gated as gated
 from tensormoe.mixtures._experts import hidden_units as hidden_units
 from tensormoe.mixtures._experts import run_expert as run_expert
+from tensormoe.mixtures._gate_stage import GateStage as GateStage
+from tensormoe.mixtures._gate_stage import Inputs as Inputs
+from tensormoe.mixtures._gate_stage import mix_tasks as mix_tasks
 from tensormoe.mixtures._initialize import draw_own as draw_own
 from tensormoe.mixtures._initialize import initialize_mixture as initialize_mixture
 from tensormoe.mixtures._keys import Keys as Keys
 from tensormoe.mixtures._monet import MonetConfig as MonetConfig
 from tensormoe.mixtures._monet import monet_config as monet_config
+from tensormoe.mixtures._multi_gate import MultiGateConfig as MultiGateConfig
+from tensormoe.mixtures._multi_gate import record_of as record_of
+from tensormoe.mixtures._multi_gate_options import multi_gate_config as multi_gate_config
 from tensormoe.mixtures._neurons import run_networks as run_networks
 from tensormoe.mixtures._neurons import run_tables as run_tables
 from tensormoe.mixtures._parts import Parts as Parts
@@ -53,9 +59,12 @@ __all__ = [
     "Dispatch",
     "DiverseConfig",
     "ExpertsConfig",
+    "GateStage",
+    "Inputs",
     "Keys",
     "MixtureConfig",
     "MonetConfig",
+    "MultiGateConfig",
     "OwnArray",
     "Parts",
     "ProductConfig",
@@ -73,9 +82,12 @@ __all__ = [
     "initialize_mixture",
     "layers_of",
     "merged_choices",
+    "mix_tasks",
     "monet_config",
+    "multi_gate_config",
     "paired_sizes",
     "product_config",
+    "record_of",
     "rms_norm",
     "route_tokens",
     "run_all",

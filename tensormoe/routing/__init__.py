@@ -22,15 +22,20 @@ from tensormoe.routing._routes import without_best as without_best
 from tensormoe.routing._soft import SoftRoutes as SoftRoutes
 from tensormoe.routing._soft import select_experts as select_experts
 from tensormoe.routing._soft import soft_routes as soft_routes
+from tensormoe.routing._tasks import Ranges as Ranges
+from tensormoe.routing._tasks import TaskRoutes as TaskRoutes
+from tensormoe.routing._tasks import weigh_tasks as weigh_tasks
 
 __all__ = [
     "ByExpert",
     "CartesianRoutes",
     "LevelRoutes",
     "ProductRoutes",
+    "Ranges",
     "Router",
     "Routes",
     "SoftRoutes",
+    "TaskRoutes",
     "by_expert",
     "choose",
     "choose_levels",
@@ -38,5 +43,6 @@ __all__ = [
     "select_experts",
     "soft_routes",
     "spread",
+    "weigh_tasks",
     "without_best",
 ]

@@ -6,6 +6,7 @@ from tensormoe_numpy.mixtures._base import MixtureLayer as MixtureLayer
 from tensormoe_numpy.mixtures._cartesian import CartesianMoE as CartesianMoE
 from tensormoe_numpy.mixtures._diverse import DiverseMoE as DiverseMoE
 from tensormoe_numpy.mixtures._monet import MonetMoE as MonetMoE
+from tensormoe_numpy.mixtures._multi_gate import MultiGateMoE as MultiGateMoE
 from tensormoe_numpy.mixtures._product import ProductMoE as ProductMoE
 from tensormoe_numpy.mixtures._soft import SoftMoE as SoftMoE
 from tensormoe_numpy.mixtures._sparse import SparseMoE as SparseMoE
@@ -15,6 +16,7 @@ __all__ = [
     "DiverseMoE",
     "MixtureLayer",
     "MonetMoE",
+    "MultiGateMoE",
     "ProductMoE",
     "SoftMoE",
     "SparseMoE",

@@ -60,7 +60,7 @@ class MixtureLayer(Held[M], MixtureMethods[Array, M]):
             self.config.check_routes(routes, batch_shape)
             merged = routes.reshaped(rows.shape[:-1], self.backend)
             y = self.config.run(self._parts, rows, merged)
-        return y.reshape(*batch_shape, self.config.out_features)
+        return y.reshape(self.config.output_shape(batch_shape))
 
     @property
     def _parts(self) -> Parts:

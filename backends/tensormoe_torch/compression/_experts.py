@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormoe.errors import ShapeError
+from tensormoe.functional import EachExpert
 from tensormoe.gates import OneExpert
 from tensormoe.mixtures import run_expert, send
 from tensormoe_torch._adapter import BACKEND
@@ -147,17 +148,23 @@ class FactorizedExperts(nn.Module):
         """The output (rows, out) of one expert per row, for rows (rows, in) that were sent here."""
         return self._run(x, given)
 
+    def every(self, x: Tensor) -> Tensor:
+        """The outputs (N, rows, out) of all experts, for rows (rows, in) or (N, rows, in)."""
+        return self._run(x, EachExpert())
+
     def everywhere(self, x: Tensor) -> Tensor:
         """The output (..., out) of the only expert that there is, for rows (..., in)."""
         ones = torch.ones_like(x[..., :1].detach(), dtype=self.down_proj.dtype)
         return self._run(x, ones)
 
-    def _run(self, x: Tensor, given: Tensor | OneExpert) -> Tensor:
+    def _run(self, x: Tensor, given: Tensor | OneExpert | EachExpert) -> Tensor:
         def project(role: str, rows: Tensor) -> Tensor:
             found: Tensor = self.projections[role](rows, given)
             bias: Tensor | None = self._parameters.get(f"{role}_bias")
             if bias is None:
                 return found
+            if isinstance(given, EachExpert):
+                return found + bias[:, None]
             return found + (bias[given.indices] if isinstance(given, OneExpert) else bias[0])
 
         made: Tensor = run_expert(dict(self.projections.items()), project, self.act_fn, x)

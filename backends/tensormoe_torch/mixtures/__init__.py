@@ -8,6 +8,9 @@ from tensormoe_torch.mixtures._diverse import DiverseExperts as DiverseExperts
 from tensormoe_torch.mixtures._diverse import DiverseMoE as DiverseMoE
 from tensormoe_torch.mixtures._monet import Halves as Halves
 from tensormoe_torch.mixtures._monet import MonetMoE as MonetMoE
+from tensormoe_torch.mixtures._multi_gate import GatedExperts as GatedExperts
+from tensormoe_torch.mixtures._multi_gate import MultiGateMoE as MultiGateMoE
+from tensormoe_torch.mixtures._multi_gate import TaskRouter as TaskRouter
 from tensormoe_torch.mixtures._neurons import NeuronNetworks as NeuronNetworks
 from tensormoe_torch.mixtures._neurons import NeuronTables as NeuronTables
 from tensormoe_torch.mixtures._product import ProductMoE as ProductMoE
@@ -22,10 +25,12 @@ __all__ = [
     "CartesianMoE",
     "DiverseExperts",
     "DiverseMoE",
+    "GatedExperts",
     "Halves",
     "MixtureModule",
     "MixtureRouter",
     "MonetMoE",
+    "MultiGateMoE",
     "NeuronNetworks",
     "NeuronTables",
     "ProductMoE",
@@ -33,5 +38,6 @@ __all__ = [
     "SoftRouter",
     "SparseMoE",
     "SparseRouter",
+    "TaskRouter",
     "without_best_experts",
 ]

@@ -6,6 +6,7 @@ from tensormoe_jax.equinox.mixtures._base import MixtureModule as MixtureModule
 from tensormoe_jax.equinox.mixtures._cartesian import CartesianMoE as CartesianMoE
 from tensormoe_jax.equinox.mixtures._diverse import DiverseMoE as DiverseMoE
 from tensormoe_jax.equinox.mixtures._monet import MonetMoE as MonetMoE
+from tensormoe_jax.equinox.mixtures._multi_gate import MultiGateMoE as MultiGateMoE
 from tensormoe_jax.equinox.mixtures._product import ProductMoE as ProductMoE
 from tensormoe_jax.equinox.mixtures._soft import SoftMoE as SoftMoE
 from tensormoe_jax.equinox.mixtures._sparse import SparseMoE as SparseMoE
@@ -15,6 +16,7 @@ __all__ = [
     "DiverseMoE",
     "MixtureModule",
     "MonetMoE",
+    "MultiGateMoE",
     "ProductMoE",
     "SoftMoE",
     "SparseMoE",
