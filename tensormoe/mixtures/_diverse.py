@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Any, ClassVar
@@ -175,9 +175,16 @@ class DiverseConfig(MixtureConfig):
         total = router_cost(
             self.in_features, self.num_experts, self.top_k, batch, bias=self.router.bias, **options
         )
+        peak, held = total.peak_memory, total.saved_memory
         for group, rows in zip(self.groups, loads or self.even_loads(batch), strict=True):
-            total = total.then(experts_cost(group, rows, 1, named=True, **options))
-        return total
+            run = experts_cost(group, rows, 1, named=True, **options)
+            peak = max(peak, held + run.peak_memory)
+            # outputs of a size wait for those of the others
+            held += run.saved_memory + itemsize * rows * self.out_features
+            total = total.then(run)
+        # side by side, and weighted
+        behind = 2 * itemsize * batch * self.top_k * self.out_features
+        return replace(total, peak_memory=max(peak, held + behind))
 
     def even_loads(self, batch: int) -> tuple[int, ...]:
         """Choices of ``batch`` tokens that fall on each group where all experts have equal loads.

@@ -143,11 +143,13 @@ class GateStage:
             steps.append(StepCost("backward gates", 0, back, 3 * size, size, backward=True))
         # logits and coefficients, with a place for each expert
         weights = 2 * wide * rows * gates * self.num_experts
+        # inputs of experts that have their own
+        inputs = itemsize * rows * self.num_experts * experts.in_features if self.apart else 0
         made = every_cost(
             experts,
             rows,
             same_rows=not self.apart,
-            held=weights,
+            held=weights + inputs,
             itemsize=itemsize,
             library=library,
             training=training,

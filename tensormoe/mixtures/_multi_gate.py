@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -294,7 +294,9 @@ class MultiGateConfig(MixtureConfig):
         options: Any = {"itemsize": itemsize, "library": library, "training": training}
         first, *others = (stage.cost(batch, **options) for stage in self.stages.values())
         for other in others:
-            first = first.then(other)
+            # what the first stage keeps is there while the second one runs
+            peak = max(first.peak_memory, first.saved_memory + other.peak_memory)
+            first = replace(first.then(other), peak_memory=peak)
         return first
 
     def arguments(self) -> str:
