@@ -30,7 +30,6 @@ from tensormoe.mixtures._keys import Keys as Keys
 from tensormoe.mixtures._monet import MonetConfig as MonetConfig
 from tensormoe.mixtures._monet import monet_config as monet_config
 from tensormoe.mixtures._multi_gate import MultiGateConfig as MultiGateConfig
-from tensormoe.mixtures._multi_gate import record_of as record_of
 from tensormoe.mixtures._multi_gate_options import multi_gate_config as multi_gate_config
 from tensormoe.mixtures._neurons import run_networks as run_networks
 from tensormoe.mixtures._neurons import run_tables as run_tables
@@ -53,6 +52,7 @@ from tensormoe.mixtures._soft import counting_tokens as counting_tokens
 from tensormoe.mixtures._soft_options import soft_config as soft_config
 from tensormoe.mixtures._sparse import SparseConfig as SparseConfig
 from tensormoe.mixtures._sparse import sparse_config as sparse_config
+from tensormoe.mixtures._tasks import record_of as record_of
 
 __all__ = [
     "CartesianConfig",

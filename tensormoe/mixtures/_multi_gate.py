@@ -16,11 +16,10 @@ from tensormoe.gates import Across, Gate
 from tensormoe.mixtures._experts import ExpertsConfig
 from tensormoe.mixtures._gate_stage import GateStage, Inputs, mix_tasks
 from tensormoe.mixtures._parts import Parts
+from tensormoe.mixtures._tasks import Tasks, as_tuple, check_groups, record_of
 from tensormoe.planning import Cost, Library
 from tensormoe.planning._library import DEFAULT
 from tensormoe.routing import TaskRoutes
-
-Tasks = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class MultiGateConfig(MixtureConfig):
             )
         for name in ("task_experts", "group_experts"):
             object.__setattr__(self, name, non_negative_int(getattr(self, name), name))
-        _check_groups(self.groups, self.tasks)
+        check_groups(self.groups, self.tasks)
         if (self.groups is None) != (self.first is None) or bool(self.group_experts) != bool(
             self.groups
         ):
@@ -351,26 +350,4 @@ class MultiGateConfig(MixtureConfig):
             None if first is None else ExpertsConfig.from_dict(first),
             None if groups is None else tuple(map(as_tuple, as_tuple(groups))),
             found["group_experts"],
-        )
-
-
-def as_tuple(values: Any) -> Any:
-    """A list as a tuple; anything else as it is, to be refused by a check."""
-    return tuple(values) if isinstance(values, list) else values
-
-
-def record_of(routes: Any, stage: str) -> Any:
-    """The record of a stage, by its name."""
-    return getattr(routes, "groups", None) if stage == "first" else routes
-
-
-def _check_groups(groups: tuple[Tasks, ...] | None, tasks: Tasks) -> None:
-    if groups is None:
-        return
-    listed = isinstance(groups, tuple) and all(isinstance(group, tuple) for group in groups)
-    found = [task for group in groups for task in group] if listed else []
-    if not listed or not all(groups) or sorted(map(str, found)) != sorted(tasks):
-        raise SpecError(
-            f"groups must hold each of the tasks {tasks} once, and none must be empty; got "
-            f"{brief(groups)}."
         )

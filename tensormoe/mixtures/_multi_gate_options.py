@@ -11,8 +11,9 @@ from tensormoe.factorizations import FactorizationLike
 from tensormoe.gates import Gate
 from tensormoe.mixtures._budget import shared_out
 from tensormoe.mixtures._experts import ExpertsConfig, experts_config
-from tensormoe.mixtures._multi_gate import MultiGateConfig, Tasks
+from tensormoe.mixtures._multi_gate import MultiGateConfig
 from tensormoe.mixtures._sizes import per_group
+from tensormoe.mixtures._tasks import Tasks
 from tensormoe.selection import Budget
 
 Pair = tuple[FactorizationLike, FactorizationLike]
