@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 from tensormoe._config import LayerConfig
 from tensormoe._mixture import MixtureConfig, OwnArray, checked_fields
-from tensormoe._validation import brief, positive_int
+from tensormoe._validation import brief, non_negative_int, positive_int
 from tensormoe.backend import Array, Groups
-from tensormoe.errors import SpecError
+from tensormoe.errors import PlanError, SpecError
 from tensormoe.factorizations import FactorizationLike
 from tensormoe.gates import Across, OneExpert
 from tensormoe.mixtures._by_size import Dispatch, send_by_size
@@ -170,13 +170,23 @@ class DiverseConfig(MixtureConfig):
             training: forward and backward with all gradients, instead of forward alone.
             loads: choices that fall on each group. By default all experts have equal loads, to
                 within a row, and so groups have loads in proportion to their numbers of experts.
+
+        Raises:
+            PlanError: the batch is not a size, or loads that are not those of so many tokens.
         """
+        choices = non_negative_int(batch, "batch", PlanError) * self.top_k
+        counts = self.even_loads(batch) if loads is None else tuple(loads)
+        if len(counts) != len(self.groups) or min(counts) < 0 or sum(counts) != choices:
+            raise PlanError(
+                f"loads must be choices of each of the {len(self.groups)} sizes, {choices} in all; "
+                f"got {brief(loads)}. Leave them out for equal loads of all experts."
+            )
         options: Any = {"itemsize": itemsize, "library": library, "training": training}
         total = router_cost(
             self.in_features, self.num_experts, self.top_k, batch, bias=self.router.bias, **options
         )
         peak, held = total.peak_memory, total.saved_memory
-        for group, rows in zip(self.groups, loads or self.even_loads(batch), strict=True):
+        for group, rows in zip(self.groups, counts, strict=True):
             run = experts_cost(group, rows, 1, named=True, **options)
             peak = max(peak, held + run.peak_memory)
             # outputs of a size wait for those of the others

@@ -11,7 +11,7 @@ from tensormoe._config import LayerConfig
 from tensormoe._mixture import MixtureConfig, OwnArray, checked_fields
 from tensormoe._validation import brief, non_negative_int
 from tensormoe.backend import Array, Backend
-from tensormoe.errors import ShapeError, SpecError
+from tensormoe.errors import PlanError, ShapeError, SpecError
 from tensormoe.gates import Across, Gate
 from tensormoe.mixtures._experts import ExpertsConfig
 from tensormoe.mixtures._gate_stage import GateStage, Inputs, mix_tasks
@@ -290,6 +290,7 @@ class MultiGateConfig(MixtureConfig):
         library: Library = DEFAULT,
         training: bool = False,
     ) -> Cost:
+        batch = non_negative_int(batch, "batch", PlanError)
         options: Any = {"itemsize": itemsize, "library": library, "training": training}
         first, *others = (stage.cost(batch, **options) for stage in self.stages.values())
         for other in others:

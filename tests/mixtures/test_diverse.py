@@ -18,7 +18,7 @@ import tensormoe_jax.nnx
 import tensormoe_numpy
 import tensormoe_torch
 from tensormoe import CP, Dense, TensorRing
-from tensormoe.errors import BudgetError, GateError, RankError, ShapeError, SpecError
+from tensormoe.errors import BudgetError, GateError, PlanError, RankError, ShapeError, SpecError
 from tensormoe.gates import load_balance_loss
 from tensormoe.mixtures import (
     DiverseConfig,
@@ -188,6 +188,18 @@ def test_costs_of_even_loads() -> None:
     theirs = sparse_config(16, 64, None, experts=4, top_k=2).cost(200)
     assert ours.matmul_flops == theirs.matmul_flops
     assert config.cost(40, training=True).saved_memory > 0 == config.cost(40).saved_memory
+
+
+def test_costs_of_what_cannot_be() -> None:
+    config = _diverse((9, 5, 5))
+    for loads in ((8,), (8, 1), (9, -1), ()):
+        with pytest.raises(
+            PlanError, match="loads must be choices of each of the 2 sizes, 8 in all"
+        ):
+            config.cost(4, loads=loads)
+    for batch in (-1, 1.5):
+        with pytest.raises(PlanError, match="batch must be a non-negative integer; got"):
+            config.cost(batch)
 
 
 def test_the_call_of_the_experts() -> None:

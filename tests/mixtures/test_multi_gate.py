@@ -19,7 +19,7 @@ import tensormoe_jax.nnx
 import tensormoe_numpy
 import tensormoe_torch
 from tensormoe import CP, Dense, Gate, TensorRing
-from tensormoe.errors import BudgetError, GateError, RankError, ShapeError, SpecError
+from tensormoe.errors import BudgetError, GateError, PlanError, RankError, ShapeError, SpecError
 from tensormoe.gates import load_balance_loss, z_loss
 from tensormoe.mixtures import MultiGateConfig, experts_config, multi_gate_config
 from tensormoe.routing import weigh_tasks
@@ -222,6 +222,11 @@ def test_products_are_what_pytorch_counts(
         layer(x)
     assert layer.cost(batch).matmul_flops == counter.get_total_flops()
     assert layer.cost(batch).parameters == sum(each.numel() for each in layer.parameters())
+
+
+def test_costs_of_what_cannot_be() -> None:
+    with pytest.raises(PlanError, match="batch must be a non-negative integer; got -1"):
+        _multi().cost(-1)
 
 
 def test_experts_run_once_whatever_the_tasks() -> None:
