@@ -39,7 +39,8 @@ def monet_cost(
         training: forward and backward with all gradients, instead of forward alone.
     """
     router = keys_cost(keys, top_k, batch, itemsize=itemsize, training=training, pairs=False)
-    times, steps, saved = 3 if training else 1, [], 0
+    times, saved = 3 if training else 1, 0
+    steps: list[StepCost] = []
     weights = itemsize * batch * keys.heads * sum(keys.experts)
     units = mixed = copied = 0
     for name, layer in layers.items():
