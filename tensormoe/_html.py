@@ -68,7 +68,8 @@ def layer_html(layer: Any) -> str:
     """A layer of any framework: what it is made of, and how to make it again.
 
     Args:
-        layer: has a ``config``, of one layer, of a block of two, or of a mixture of layers.
+        layer: has a ``config``, of one layer, of a block of two, of a mixture of layers, or of what
+            is added to another layer.
     """
     config = layer.config
     parts = _layers_of(config)
@@ -92,6 +93,8 @@ def _layers_of(config: Any) -> dict[str, Any]:
     """Configurations of the layers, by what stands before their facts."""
     if hasattr(config, "spec"):
         return {"": config}
+    if hasattr(config, "layer"):
+        return {"adapter ": config.layer}
     if hasattr(config, "layers"):
         return {f"{name} ": each for name, each in config.layers.items()}
     return {"first ": config.first, "second ": config.second}

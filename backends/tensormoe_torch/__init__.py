@@ -32,6 +32,7 @@ from tensormoe_torch.mixtures import (
     MonetMoE,
     MultiGateMoE,
     ProductMoE,
+    ResidualExperts,
     SoftMoE,
     SparseMoE,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "MuMoEMLP",
     "MultiGateMoE",
     "ProductMoE",
+    "ResidualExperts",
     "SoftMoE",
     "SparseMoE",
     "TorchBackend",

@@ -45,6 +45,15 @@ from tensormoe.mixtures._parts import with_shared as with_shared
 from tensormoe.mixtures._product import ProductConfig as ProductConfig
 from tensormoe.mixtures._product import merged_choices as merged_choices
 from tensormoe.mixtures._product import product_config as product_config
+from tensormoe.mixtures._residual import ResidualConfig as ResidualConfig
+from tensormoe.mixtures._residual import add_residual as add_residual
+from tensormoe.mixtures._residual import fixed_delta as fixed_delta
+from tensormoe.mixtures._residual import residual_config as residual_config
+from tensormoe.mixtures._residual import start_at_zero as start_at_zero
+from tensormoe.mixtures._residual_files import Adapters as Adapters
+from tensormoe.mixtures._residual_files import adapter_of as adapter_of
+from tensormoe.mixtures._residual_files import check_adapters as check_adapters
+from tensormoe.mixtures._residual_files import read_adapters as read_adapters
 from tensormoe.mixtures._routing import route_tokens as route_tokens
 from tensormoe.mixtures._sizes import paired_sizes as paired_sizes
 from tensormoe.mixtures._soft import SoftConfig as SoftConfig
@@ -55,6 +64,7 @@ from tensormoe.mixtures._sparse import sparse_config as sparse_config
 from tensormoe.mixtures._tasks import record_of as record_of
 
 __all__ = [
+    "Adapters",
     "CartesianConfig",
     "Dispatch",
     "DiverseConfig",
@@ -68,15 +78,20 @@ __all__ = [
     "OwnArray",
     "Parts",
     "ProductConfig",
+    "ResidualConfig",
     "SoftConfig",
     "SparseConfig",
     "activation",
+    "adapter_of",
+    "add_residual",
     "cartesian_config",
+    "check_adapters",
     "check_routes",
     "counting_tokens",
     "diverse_config",
     "draw_own",
     "experts_config",
+    "fixed_delta",
     "gated",
     "hidden_units",
     "initialize_mixture",
@@ -87,7 +102,9 @@ __all__ = [
     "multi_gate_config",
     "paired_sizes",
     "product_config",
+    "read_adapters",
     "record_of",
+    "residual_config",
     "rms_norm",
     "route_tokens",
     "run_all",
@@ -100,5 +117,6 @@ __all__ = [
     "send_by_size",
     "soft_config",
     "sparse_config",
+    "start_at_zero",
     "with_shared",
 ]

@@ -14,6 +14,8 @@ from tensormoe_torch.mixtures._multi_gate import TaskRouter as TaskRouter
 from tensormoe_torch.mixtures._neurons import NeuronNetworks as NeuronNetworks
 from tensormoe_torch.mixtures._neurons import NeuronTables as NeuronTables
 from tensormoe_torch.mixtures._product import ProductMoE as ProductMoE
+from tensormoe_torch.mixtures._residual import Adapter as Adapter
+from tensormoe_torch.mixtures._residual import ResidualExperts as ResidualExperts
 from tensormoe_torch.mixtures._robustness import without_best_experts as without_best_experts
 from tensormoe_torch.mixtures._router import MixtureRouter as MixtureRouter
 from tensormoe_torch.mixtures._router import SparseRouter as SparseRouter
@@ -22,6 +24,7 @@ from tensormoe_torch.mixtures._soft import SoftRouter as SoftRouter
 from tensormoe_torch.mixtures._sparse import SparseMoE as SparseMoE
 
 __all__ = [
+    "Adapter",
     "CartesianMoE",
     "DiverseExperts",
     "DiverseMoE",
@@ -34,6 +37,7 @@ __all__ = [
     "NeuronNetworks",
     "NeuronTables",
     "ProductMoE",
+    "ResidualExperts",
     "SoftMoE",
     "SoftRouter",
     "SparseMoE",
