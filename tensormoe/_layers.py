@@ -17,12 +17,14 @@ from tensormoe._mixture import MixtureConfig
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Backend
 from tensormoe.checkpoint import check_arrays, check_config, read_block, save_checkpoint
+from tensormoe.errors import SpecError
 from tensormoe.mixtures import (
     Adapters,
     ResidualConfig,
     SoftConfig,
     adapter_of,
     fixed_delta,
+    merged_experts,
     read_adapters,
 )
 from tensormoe.planning import Cost, Library, Plan
@@ -374,9 +376,43 @@ class ResidualMethods(_Plain, Generic[A]):
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}({self.base!r}, {self.config.arguments()}, "
-            f"{self._dtype_text()})"
+            f"{type(self).__name__}({self.base!r}, {self.config.arguments()}, {self._dtype_text()})"
         )
+
+    def _takes_coefficients(self, base: object) -> bool:
+        """Whether the base is given the mixture's coefficients: a layer of the same experts.
+
+        Raises:
+            SpecError: a layer that needs coefficients, of other experts, or a mixture with a gate.
+        """
+        if not isinstance(base, LayerMethods) or base.config.gate is not None:
+            return False
+        layer = self.config.layer
+        if layer.gate is not None or base.spec.experts != layer.spec.experts:
+            raise SpecError(
+                f"a base without a gate must share coefficients: experts={base.spec.experts} and "
+                f"gate=None; got experts={layer.spec.experts} and gate={layer.gate!r}."
+            )
+        return True
+
+    def _merged_experts(self, coefficients: object, held: Mapping[str, A]) -> dict[str, A]:
+        """Arrays of the base, whose experts are routed as the mixture's are, with W_n + ΔW_n."""
+        if coefficients is not None:
+            raise SpecError(
+                "experts that a router chooses are merged one by one; got coefficients. Leave "
+                "them out."
+            )
+        assert isinstance(self.base, LayerMethods)
+        arrays = self._adapter_arrays()
+        return merged_experts(self.config, self.base.config, held, arrays, self.backend)
+
+    def _check_linear(self, linear: bool) -> None:
+        if not linear:
+            raise SpecError(
+                "the base must be a linear layer, or dense experts, to be merged with what is "
+                f"added; got a {type(self.base).__name__}. Keep the layer, or save the mixture "
+                "alone with save_adapter."
+            )
 
     def delta(self, coefficients: Sequence[A] | A | None = None) -> tuple[A, A | None]:
         """The matrix (in, out) and the bias (out,) that the mixture adds for fixed coefficients.

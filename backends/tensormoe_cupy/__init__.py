@@ -17,6 +17,7 @@ from tensormoe_cupy._layers import (
     MuMoEEmbedding,
     MuMoEMLP,
     ProductMoE,
+    ResidualExperts,
     SoftMoE,
     SparseMoE,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "MultiGateMoE",
     "Prepared",
     "ProductMoE",
+    "ResidualExperts",
     "SoftMoE",
     "SparseMoE",
 ]

@@ -172,3 +172,19 @@ class MultiGateMoE(tensormoe_numpy.MultiGateMoE):
     """
 
     backend: ClassVar[NumpyLikeBackend] = BACKEND
+
+
+class ResidualExperts(tensormoe_numpy.ResidualExperts):
+    """A frozen layer and a mixture that is added, on an NVIDIA GPU: the forward pass, as on NumPy.
+
+    Raises:
+        BackendError: no NVIDIA GPU or driver, or arrays of another library.
+
+    >>> import cupy  # doctest: +SKIP
+    >>> layer = ResidualExperts(lambda x: 2 * x, 32, 32, experts=8, rank=4)  # doctest: +SKIP
+    >>> layer(cupy.ones((5, 32), dtype="float32")).shape  # doctest: +SKIP
+    (5, 32)
+    """
+
+    backend: ClassVar[NumpyLikeBackend] = BACKEND
+    _layer: ClassVar[type[tensormoe_numpy.MuMoE]] = MuMoE

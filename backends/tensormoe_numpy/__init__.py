@@ -21,6 +21,7 @@ from tensormoe_numpy.mixtures import (
     MonetMoE,
     MultiGateMoE,
     ProductMoE,
+    ResidualExperts,
     SoftMoE,
     SparseMoE,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "NumpyLikeBackend",
     "Prepared",
     "ProductMoE",
+    "ResidualExperts",
     "SoftMoE",
     "SparseMoE",
 ]

@@ -47,9 +47,12 @@ from tensormoe.mixtures._product import merged_choices as merged_choices
 from tensormoe.mixtures._product import product_config as product_config
 from tensormoe.mixtures._residual import ResidualConfig as ResidualConfig
 from tensormoe.mixtures._residual import add_residual as add_residual
+from tensormoe.mixtures._residual import check_base as check_base
 from tensormoe.mixtures._residual import fixed_delta as fixed_delta
+from tensormoe.mixtures._residual import merged_experts as merged_experts
 from tensormoe.mixtures._residual import residual_config as residual_config
 from tensormoe.mixtures._residual import start_at_zero as start_at_zero
+from tensormoe.mixtures._residual import summed as summed
 from tensormoe.mixtures._residual_files import Adapters as Adapters
 from tensormoe.mixtures._residual_files import adapter_of as adapter_of
 from tensormoe.mixtures._residual_files import check_adapters as check_adapters
@@ -86,6 +89,7 @@ __all__ = [
     "add_residual",
     "cartesian_config",
     "check_adapters",
+    "check_base",
     "check_routes",
     "counting_tokens",
     "diverse_config",
@@ -97,6 +101,7 @@ __all__ = [
     "initialize_mixture",
     "layers_of",
     "merged_choices",
+    "merged_experts",
     "mix_tasks",
     "monet_config",
     "multi_gate_config",
@@ -118,5 +123,6 @@ __all__ = [
     "soft_config",
     "sparse_config",
     "start_at_zero",
+    "summed",
     "with_shared",
 ]

@@ -13,8 +13,8 @@ from tensormoe._resolve import Options
 from tensormoe._validation import brief, instance, is_number, positive_int
 from tensormoe.backend import Array, Backend, check_array, device_of
 from tensormoe.errors import ShapeError, SpecError
-from tensormoe.factorizations import INPUT, OUTPUT, Draw, Factor, Term
-from tensormoe.functional import apply_experts, initial_span
+from tensormoe.factorizations import INPUT, OUTPUT, Dense, Draw, Factor, Term
+from tensormoe.functional import apply_experts, initial_span, materialize
 from tensormoe.functional._dtypes import cast, widened
 
 
@@ -115,28 +115,46 @@ def residual_config(
     >>> residual_config(lambda x: x, 8, 8, options).num_parameters
     72
     """
+    sizes = [
+        _size(base, name, given)
+        for name, given in (("in_features", in_features), ("out_features", out_features))
+    ]
+    return ResidualConfig(options.layer(*sizes), scale)
+
+
+def check_base(config: ResidualConfig, base: object) -> None:
+    """Refuse a base that is not called, or says other sizes than the mixture's.
+
+    Raises:
+        SpecError: it does.
+    """
+    spec = config.layer.spec
+    _size(base, "in_features", spec.in_features)
+    _size(base, "out_features", spec.out_features)
+
+
+def _size(base: object, name: str, given: int | None) -> int:
+    """A size that is given, or that the base says."""
     if not callable(base):
         raise SpecError(
             f"base must be a layer, called with arrays (..., in); got {brief(base)}. Pass the "
             "module itself."
         )
-    sizes = []
-    for name, given in (("in_features", in_features), ("out_features", out_features)):
-        own = getattr(base, name, None)
-        own = own if isinstance(own, int) and not isinstance(own, bool) else None
-        if given is None and own is None:
-            raise SpecError(
-                f"{name} must be given for a base that has no such attribute; got None for a "
-                f"{type(base).__name__}. Pass {name}=…."
-            )
-        size = own if given is None else positive_int(given, name)
-        if own is not None and size != own:
-            raise SpecError(
-                f"{name} must be the base's own {own}; got {size}. Leave {name} out to take it "
-                "from the base."
-            )
-        sizes.append(size)
-    return ResidualConfig(options.layer(*sizes), scale)  # type: ignore[arg-type]
+    own = getattr(base, name, None)
+    own = own if isinstance(own, int) and not isinstance(own, bool) else None
+    if given is None and own is None:
+        raise SpecError(
+            f"{name} must be given for a base that does not say it; got None for a "
+            f"{type(base).__name__}. Pass {name}=…."
+        )
+    size = own if given is None else positive_int(given, name)
+    if own is not None and size != own:
+        raise SpecError(
+            f"{name} must be the base's own, {own}; got {size}. Leave {name} out to take it from "
+            "the base, or take the base that the mixture was made for."
+        )
+    assert size is not None
+    return size
 
 
 def start_at_zero(
@@ -258,6 +276,55 @@ def fixed_delta(
     given = [cast(row, like.dtype, backend) for row in rows]
     bias = config.scale * apply_experts(whole, wide, xp.zeros_like(eye[:1]), given, backend)
     return weight, bias[0]
+
+
+def summed(array: Array, added: Array, backend: Backend) -> Array:
+    """A weight with what is added to it, in its dtype; summed in the wider one."""
+    return cast(widened(array, backend) + added, array.dtype, backend)
+
+
+def merged_experts(
+    config: ResidualConfig,
+    base: LayerConfig,
+    held: Mapping[str, Array],
+    parameters: Mapping[str, Array],
+    backend: Backend,
+) -> dict[str, Array]:
+    """Dense experts W_n + ΔW_n, of a base whose experts are routed as the mixture's are.
+
+    Args:
+        config: the mixture.
+        base: dense experts without a gate.
+        held: their arrays by canonical name.
+        parameters: those of the mixture.
+        backend: the adapter of the arrays' library.
+
+    Raises:
+        SpecError: a base that is not dense, or has no biases where the mixture has.
+    """
+    if not isinstance(base.spec.factorization, Dense):
+        raise SpecError(
+            "experts must be dense to be merged with what is added to them; got "
+            f"{base.spec.factorization!r}. Keep the layer, or add materialize() of base and "
+            "adapter."
+        )
+    if config.layer.spec.bias and not base.spec.bias:
+        raise SpecError(
+            "experts must have biases to be merged with a mixture that has; got bias=False of the "
+            "base. Make the mixture with bias=False."
+        )
+    wide = {
+        name: widened(array, backend)
+        for name, array in parameters.items()
+        if name.startswith("factors.")
+    }
+    made = dict(held)
+    deltas = materialize(config.layer, wide, backend)
+    for name, delta in zip(("weight", "bias"), deltas, strict=True):
+        if delta is not None:
+            key = f"factors.{name}"
+            made[key] = summed(held[key], config.scale * delta, backend)
+    return made
 
 
 def _checked(

@@ -70,12 +70,16 @@ def read_adapters(path: str | PathLike[str], backend: Backend) -> Adapters:
         try:
             configs[name] = ResidualConfig.from_dict(values)
         except TensormoeError as error:
-            raise CheckpointError(f"the file does not describe adapters: at {name!r}: {error}") from (
-                error
-            )
+            raise CheckpointError(
+                f"the file does not describe adapters: at {name!r}: {error}"
+            ) from (error)
     named = {name: _shapes(config) for name, config in configs.items()}
     match_arrays(
-        {_joined(name, each): shape for name, shapes in named.items() for each, shape in shapes.items()},
+        {
+            _joined(name, each): shape
+            for name, shapes in named.items()
+            for each, shape in shapes.items()
+        },
         saved.arrays,
     )
     arrays = {
@@ -158,4 +162,3 @@ def _differences(wanted: Any, found: Any, place: str = "") -> Iterator[str]:
             yield from _differences(wanted[key], found.get(key), inner)
     elif wanted != found:
         yield f"{place} must be {wanted!r}; got {found!r}"
-

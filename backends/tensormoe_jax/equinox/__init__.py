@@ -25,8 +25,10 @@ from tensormoe_jax.equinox.mixtures import (
     MonetMoE,
     MultiGateMoE,
     ProductMoE,
+    ResidualExperts,
     SoftMoE,
     SparseMoE,
+    adapter_filter,
 )
 
 __all__ = [
@@ -39,7 +41,9 @@ __all__ = [
     "MuMoEMLP",
     "MultiGateMoE",
     "ProductMoE",
+    "ResidualExperts",
     "SoftMoE",
     "SparseMoE",
+    "adapter_filter",
     "parameter_rules",
 ]

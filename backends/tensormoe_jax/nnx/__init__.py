@@ -26,8 +26,10 @@ from tensormoe_jax.nnx.mixtures import (
     MonetMoE,
     MultiGateMoE,
     ProductMoE,
+    ResidualExperts,
     SoftMoE,
     SparseMoE,
+    adapter_filter,
 )
 
 __all__ = [
@@ -40,7 +42,9 @@ __all__ = [
     "MuMoEMLP",
     "MultiGateMoE",
     "ProductMoE",
+    "ResidualExperts",
     "SoftMoE",
     "SparseMoE",
+    "adapter_filter",
     "parameter_rules",
 ]

@@ -8,6 +8,7 @@ from tensormoe_numpy.mixtures._diverse import DiverseMoE as DiverseMoE
 from tensormoe_numpy.mixtures._monet import MonetMoE as MonetMoE
 from tensormoe_numpy.mixtures._multi_gate import MultiGateMoE as MultiGateMoE
 from tensormoe_numpy.mixtures._product import ProductMoE as ProductMoE
+from tensormoe_numpy.mixtures._residual import ResidualExperts as ResidualExperts
 from tensormoe_numpy.mixtures._soft import SoftMoE as SoftMoE
 from tensormoe_numpy.mixtures._sparse import SparseMoE as SparseMoE
 
@@ -18,6 +19,7 @@ __all__ = [
     "MonetMoE",
     "MultiGateMoE",
     "ProductMoE",
+    "ResidualExperts",
     "SoftMoE",
     "SparseMoE",
 ]

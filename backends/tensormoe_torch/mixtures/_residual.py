@@ -11,18 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from tensormoe import functional
-from tensormoe._layers import ResidualMethods
+from tensormoe._layers import ResidualMethods, check_constructor
 from tensormoe.backend import Backend
 from tensormoe.checkpoint import check_arrays
 from tensormoe.errors import SpecError
-from tensormoe.factorizations import Dense, FactorizationLike
+from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import Options
 from tensormoe.gates import Gate
-from tensormoe.mixtures import ResidualConfig, add_residual, residual_config, start_at_zero
+from tensormoe.mixtures import (
+    ResidualConfig,
+    add_residual,
+    check_base,
+    residual_config,
+    start_at_zero,
+    summed,
+)
 from tensormoe.selection import Budget
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._autograd import is_autocast
-from tensormoe_torch._base import Mixture
 from tensormoe_torch._checks import Given
 from tensormoe_torch._declared import declared
 from tensormoe_torch._dtypes import FLOATS
@@ -109,6 +115,8 @@ class ResidualExperts(ResidualMethods[Tensor], nn.Module):
     ['adapter.factors.expert_0', 'adapter.factors.input']
     """
 
+    _kind: ClassVar[str] = "ResidualExperts"
+
     backend: ClassVar[Backend] = BACKEND
 
     base: nn.Module
@@ -161,7 +169,10 @@ class ResidualExperts(ResidualMethods[Tensor], nn.Module):
 
         Raises:
             SpecError: a base that is not a module, or has other sizes.
+            TypeError: a class derived from the library's has a constructor of its own, and does
+                not override this.
         """
+        check_constructor(cls, "of(config, base, init, device, dtype), which from_adapter calls")
         _check_base(base)
         layer = cls.__new__(cls)
         layer._build(config, base, init, device, dtype)
@@ -176,9 +187,9 @@ class ResidualExperts(ResidualMethods[Tensor], nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         nn.Module.__init__(self)
-        check_sizes(config, base)
+        check_base(config, base)
         self.config = config
-        self._shares = _takes_coefficients(config, base)
+        self._shares = self._takes_coefficients(base)
         for each in (*base.parameters(), *base.buffers()):
             device = each.device if device is None else device
             if dtype is None and each.dtype in FLOATS:
@@ -193,8 +204,9 @@ class ResidualExperts(ResidualMethods[Tensor], nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The shape (out, in), dtype and device of a matrix that does the same, for code that reads
-        those; it has no values, as :attr:`MuMoE.weight`.
+        """The shape (out, in), dtype and device of the base's matrix, for code that reads those.
+
+        It has no values, as :attr:`MuMoE.weight`: the base's would be used without what is added.
         """
         return self._declared((self.out_features, self.in_features), "weight")
 
@@ -269,59 +281,23 @@ class ResidualExperts(ResidualMethods[Tensor], nn.Module):
             BackendError, ShapeError: coefficients that do not fit.
         """
         if self._shares:
-            return self._merged_experts(coefficients)
-        # refuses what is not a plain linear layer
-        if not is_linear(self.base):
-            raise SpecError(
-                "base must be linear to be merged with what is added; got a "
-                f"{type(self.base).__name__}. Keep the layer, or save the mixture alone with "
-                "save_adapter."
-            )
+            base: Any = self.base
+            arrays = self._merged_experts(coefficients, base.state_dict())
+            experts: MuMoE = copy.deepcopy(base)
+            experts.load_state_dict(arrays)
+            return experts
+        self._check_linear(is_linear(self.base))
+        # refuses layers that run in another way
         linear = read_linear(self.base, "the base", values=False)
         weight, bias = self.delta(coefficients)
         merged = copy.deepcopy(self.base)
         made = read_linear(merged, "the base", values=False)
-        made.weight.copy_((linear.weight.to(weight.dtype) + weight).to(linear.weight.dtype))
+        made.weight.copy_(summed(linear.weight, weight, BACKEND))
         if bias is not None:
-            total = bias if linear.bias is None else linear.bias.to(bias.dtype) + bias
-            held = nn.Parameter(total.to(linear.weight.dtype), requires_grad=False)
-            merged.register_parameter("bias", held)
+            zeros = torch.zeros_like(linear.weight[0])
+            total = summed(zeros if linear.bias is None else linear.bias, bias, BACKEND)
+            merged.register_parameter("bias", nn.Parameter(total, requires_grad=False))
         return merged
-
-    def _merged_experts(self, coefficients: object) -> MuMoE:
-        """Dense experts W_n + ΔW_n."""
-        base: Any = self.base
-        if coefficients is not None:
-            raise SpecError(
-                "experts that a router chooses are merged one by one; got coefficients. Leave "
-                "them out."
-            )
-        if not isinstance(base.spec.factorization, Dense):
-            raise SpecError(
-                "experts must be dense to be merged with what is added to them; got "
-                f"{base.spec.factorization!r}. Keep the layer, or add materialize() of base and "
-                "adapter."
-            )
-        if self.spec.bias and not base.spec.bias:
-            raise SpecError(
-                "experts must have biases to be merged with a mixture that has; got bias=False "
-                "of the base. Make the mixture with bias=False."
-            )
-        merged: MuMoE = copy.deepcopy(base)
-        for name, added in zip(("weight", "bias"), self._expert_deltas(), strict=True):
-            if added is not None:
-                held = merged.factors[name]
-                held.copy_((held.to(added.dtype) + added).to(held.dtype))
-        return merged
-
-    def _expert_deltas(self) -> tuple[Tensor, Tensor | None]:
-        """All ΔW_n (experts…, in, out) and Δb_n, times the scale, in float32 at least."""
-        dtype = torch.promote_types(self.adapter.dtype, torch.float32)
-        weights = {name: each.to(dtype) for name, each in self.adapter._weights().items()}
-        made = functional.materialize(self.config.layer, weights, BACKEND)
-        weight, bias = (None if each is None else self.scale * each for each in made)
-        assert weight is not None
-        return weight, bias
 
     def save_adapter(self, path: str | PathLike[str]) -> None:
         """Write the mixture alone, without the base, to a file that every framework opens.
@@ -377,40 +353,8 @@ class ResidualExperts(ResidualMethods[Tensor], nn.Module):
         return f"dtype={self.dtype}"
 
 
-def check_sizes(config: ResidualConfig, base: object) -> None:
-    """Refuse a base that says other sizes than the mixture's.
-
-    Raises:
-        SpecError: it does.
-    """
-    spec = config.layer.spec
-    for name in ("in_features", "out_features"):
-        own = getattr(base, name, None)
-        if isinstance(own, int) and own != getattr(spec, name):
-            raise SpecError(
-                f"{name} of the mixture must be the base's own {own}; got {getattr(spec, name)}. "
-                "It is another layer's: take the base that it was made for."
-            )
-
-
 def _check_base(base: object) -> None:
     if not isinstance(base, nn.Module):
         raise SpecError(
             f"base must be an nn.Module; got {type(base).__name__}. Put a function in a module."
         )
-
-
-def _takes_coefficients(config: ResidualConfig, base: nn.Module) -> bool:
-    """Whether the base is a layer of the library that is given coefficients of the same experts.
-
-    Raises:
-        SpecError: it is, and its experts or the mixture's gate do not fit.
-    """
-    if not isinstance(base, Mixture) or base.gate is not None:
-        return False
-    if config.layer.gate is not None or base.spec.experts != config.layer.spec.experts:
-        raise SpecError(
-            f"a base without a gate must share coefficients: experts={base.spec.experts} and "
-            f"gate=None; got experts={config.layer.spec.experts} and gate={config.layer.gate!r}."
-        )
-    return True

@@ -8,6 +8,8 @@ from tensormoe_jax.equinox.mixtures._diverse import DiverseMoE as DiverseMoE
 from tensormoe_jax.equinox.mixtures._monet import MonetMoE as MonetMoE
 from tensormoe_jax.equinox.mixtures._multi_gate import MultiGateMoE as MultiGateMoE
 from tensormoe_jax.equinox.mixtures._product import ProductMoE as ProductMoE
+from tensormoe_jax.equinox.mixtures._residual import ResidualExperts as ResidualExperts
+from tensormoe_jax.equinox.mixtures._residual import adapter_filter as adapter_filter
 from tensormoe_jax.equinox.mixtures._soft import SoftMoE as SoftMoE
 from tensormoe_jax.equinox.mixtures._sparse import SparseMoE as SparseMoE
 
@@ -18,6 +20,8 @@ __all__ = [
     "MonetMoE",
     "MultiGateMoE",
     "ProductMoE",
+    "ResidualExperts",
     "SoftMoE",
     "SparseMoE",
+    "adapter_filter",
 ]
