@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-_TABLES = (
+TABLES = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -18,16 +18,17 @@ _TABLES = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+"""Attributes of a module that hold hooks."""
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something is called when the module runs, forward or backward."""
-    return any(vars(module).get(name) for name in _TABLES)
+    return any(vars(module).get(name) for name in TABLES)
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
     """Give the hooks of one module to another; handles that remove them keep working."""
-    for name in _TABLES:
+    for name in TABLES:
         # the table itself: handles hold a reference to it
         if name in vars(old):
             vars(new)[name] = vars(old)[name]
@@ -40,7 +41,7 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
     kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for each in module.modules():
         values = vars(each)
-        tables = {name: values[name] for name in _TABLES if name in values}
+        tables = {name: values[name] for name in TABLES if name in values}
         kept.append((values, tables))
         values.update({name: OrderedDict() for name in tables})
     try:

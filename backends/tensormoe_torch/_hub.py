@@ -30,3 +30,10 @@ def mark(model: nn.Module) -> None:
         )
     else:
         attach(model)
+
+
+def unmark(model: nn.Module) -> None:
+    """Let ``save_pretrained`` write a plain model again, if no layers of the library are left."""
+    hub = sys.modules.get("tensormoe_torch.huggingface")
+    if hub is not None:
+        hub.detach(model)

@@ -48,6 +48,7 @@ from tensormoe.mixtures._product import product_config as product_config
 from tensormoe.mixtures._residual import ResidualConfig as ResidualConfig
 from tensormoe.mixtures._residual import add_residual as add_residual
 from tensormoe.mixtures._residual import check_base as check_base
+from tensormoe.mixtures._residual import check_merge as check_merge
 from tensormoe.mixtures._residual import fixed_delta as fixed_delta
 from tensormoe.mixtures._residual import merged_experts as merged_experts
 from tensormoe.mixtures._residual import residual_config as residual_config
@@ -90,6 +91,7 @@ __all__ = [
     "cartesian_config",
     "check_adapters",
     "check_base",
+    "check_merge",
     "check_routes",
     "counting_tokens",
     "diverse_config",

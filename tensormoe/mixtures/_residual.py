@@ -261,7 +261,7 @@ def fixed_delta(
         if name.startswith("factors.")
     }
     like = next(iter(wide.values()))
-    rows = [_fixed(each, backend) for each in _checked(layer, coefficients, like, backend)]
+    rows = [_fixed(each, backend) for each in _checked(config, coefficients, like, backend)]
     plain = LayerConfig(replace(spec, bias=False), None)
     eye = xp.eye(spec.in_features, dtype=like.dtype, device=device_of(like))
     given = [
@@ -276,6 +276,40 @@ def fixed_delta(
     given = [cast(row, like.dtype, backend) for row in rows]
     bias = config.scale * apply_experts(whole, wide, xp.zeros_like(eye[:1]), given, backend)
     return weight, bias[0]
+
+
+def check_merge(config: ResidualConfig, base: LayerConfig | None) -> None:
+    """Refuse a mixture that cannot be merged without coefficients.
+
+    Args:
+        config: the mixture.
+        base: the experts that it is added to; None for a linear layer.
+
+    Raises:
+        SpecError: experts that are not dense, or have no biases where the mixture has; or, on a
+            linear layer, more than one expert, or a gate whose coefficients are not one.
+    """
+    layer = config.layer
+    if base is None:
+        if layer.spec.num_experts > 1 or (layer.gate is not None and not layer.gate.sums_to_one):
+            held = "no gate" if layer.gate is None else repr(layer.gate)
+            raise SpecError(
+                "a mixture must have fixed coefficients to be merged; got "
+                f"{layer.spec.num_experts} expert(s) with {held}. Pass coefficients=…, (N_e,) per "
+                "level, the same for all inputs: their mean over some inputs, for instance."
+            )
+        return
+    if not isinstance(base.spec.factorization, Dense):
+        raise SpecError(
+            "experts must be dense to be merged with what is added to them; got "
+            f"{base.spec.factorization!r}. Keep the layer, or add materialize() of base and "
+            "adapter."
+        )
+    if layer.spec.bias and not base.spec.bias:
+        raise SpecError(
+            "experts must have biases to be merged with a mixture that has; got bias=False of the "
+            "base. Make the mixture with bias=False."
+        )
 
 
 def summed(array: Array, added: Array, backend: Backend) -> Array:
@@ -300,19 +334,9 @@ def merged_experts(
         backend: the adapter of the arrays' library.
 
     Raises:
-        SpecError: a base that is not dense, or has no biases where the mixture has.
+        SpecError: as :func:`check_merge`.
     """
-    if not isinstance(base.spec.factorization, Dense):
-        raise SpecError(
-            "experts must be dense to be merged with what is added to them; got "
-            f"{base.spec.factorization!r}. Keep the layer, or add materialize() of base and "
-            "adapter."
-        )
-    if config.layer.spec.bias and not base.spec.bias:
-        raise SpecError(
-            "experts must have biases to be merged with a mixture that has; got bias=False of the "
-            "base. Make the mixture with bias=False."
-        )
+    check_merge(config, base)
     wide = {
         name: widened(array, backend)
         for name, array in parameters.items()
@@ -328,21 +352,15 @@ def merged_experts(
 
 
 def _checked(
-    layer: LayerConfig,
+    config: ResidualConfig,
     coefficients: Sequence[Array] | Array | None,
     like: Array,
     backend: Backend,
 ) -> list[Array]:
     """Fixed coefficients (N_e,), one array per level."""
-    xp, spec = backend.namespace, layer.spec
+    xp, spec = backend.namespace, config.layer.spec
     if coefficients is None:
-        if spec.num_experts > 1 or (layer.gate is not None and not layer.gate.sums_to_one):
-            held = "no gate" if layer.gate is None else repr(layer.gate)
-            raise SpecError(
-                "a mixture must have fixed coefficients to be merged; got "
-                f"{spec.num_experts} expert(s) with {held}. Pass coefficients=…, (N_e,) per level, "
-                "the same for all inputs: their mean over some inputs, for instance."
-            )
+        check_merge(config, None)
         return [xp.ones((1,), dtype=like.dtype, device=device_of(like)) for _ in spec.experts]
     listed = list(coefficients) if isinstance(coefficients, list | tuple) else [coefficients]
     if len(listed) != spec.levels:

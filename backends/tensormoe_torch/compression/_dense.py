@@ -33,6 +33,12 @@ class Stack:
         first = self.weights[0]
         return first.shape[0], first.shape[1]
 
+    def part(self, columns: slice) -> Stack:
+        """Some of the outputs, of one stack of all experts; views."""
+        assert isinstance(self.weights, Tensor)
+        biases = None if self.biases is None else self.biases[:, columns]  # type: ignore[call-overload]
+        return Stack(self.weights[..., columns], biases)
+
     def first(self, dtype: torch.dtype) -> Stack:
         """The first expert alone, on the CPU."""
         biases = None if self.biases is None else (self.biases[0].to("cpu", dtype),)

@@ -74,7 +74,12 @@ class FactorizedExperts(nn.Module):
             self.register_parameter(f"{role}_bias", nn.Parameter(bias))
         self.act_fn = act
         self.num_experts: int = layers["down_proj"].spec.experts[0]
-        self._layers = tuple(layers[role].config for role in self.projections)
+        self.plan_ahead()
+
+    def plan_ahead(self) -> None:
+        """Plan the layers; to be called when projections are replaced."""
+        inside = (each for each in self.projections.modules() if isinstance(each, MuMoE))
+        self._layers = tuple(each.config for each in inside)
         for each in self._layers:
             # no compiler has to follow the planner
             _ = each.routed_regimes

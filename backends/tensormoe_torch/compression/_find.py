@@ -49,10 +49,10 @@ def find_experts(model: nn.Module, select: Select | None) -> dict[str, nn.Module
         SpecError: a model without any, or a selection that matches nothing or something else.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    every = {name: each for name, each in modules.items() if is_stacked(each) or _is_list(each)}
+    every = {name: each for name, each in modules.items() if holds_experts(each)}
     if select is None:
         found = {
-            name: each for name, each in every.items() if is_stacked(each) or _named(name, each)
+            name: each for name, each in every.items() if is_stacked(each) or is_named(name, each)
         }
         if not found:
             raise SpecError(
@@ -72,11 +72,17 @@ def find_experts(model: nn.Module, select: Select | None) -> dict[str, nn.Module
     return chosen
 
 
+def holds_experts(module: nn.Module) -> bool:
+    """Whether it is a stack of experts, or a list of them."""
+    return is_stacked(module) or _is_list(module)
+
+
 def _is_list(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList) and any(linears_by_role(each) for each in module)
 
 
-def _named(name: str, module: nn.Module) -> bool:
+def is_named(name: str, module: nn.Module) -> bool:
+    """Whether a list, or the class of what it holds, has "expert" in its name."""
     children: Any = module
     names = [name.rpartition(".")[2], type(module).__name__, *(type(c).__name__ for c in children)]
     return any("expert" in each.lower() for each in names)

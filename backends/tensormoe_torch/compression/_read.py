@@ -22,12 +22,16 @@ def read_experts(module: nn.Module, name: str) -> DenseExperts:
             down projection, hold other parameters, or have no values.
         ShapeError: experts of different shapes.
     """
-    stacks = _stacks_of(module, name) if is_stacked(module) else _stacks_of_list(module, name)
+    stacks = stacks_of(module, name)
     return recognized(DenseExperts(name, module, is_stacked(module), nn.Identity(), stacks))
 
 
-def _stacks_of(module: nn.Module, name: str) -> dict[str, Stack]:
-    """Parameters of all experts; gate and up are halves of one, or take turns in it."""
+def whole_stacks(module: nn.Module, name: str) -> dict[str, Stack]:
+    """Parameters of stacked experts as they are stored: ``gate_up_proj`` is one of them.
+
+    Raises:
+        SpecError, ShapeError: as :func:`read_experts`.
+    """
     held = dict(module.named_parameters())
     parts = 2 if "gate_up_proj" in held else 1
     key = "gate_up_proj" if parts == 2 else "up_proj"
@@ -47,19 +51,39 @@ def _stacks_of(module: nn.Module, name: str) -> dict[str, Stack]:
             f"shapes {tuple(up.shape)} and {tuple(down.shape)}."
         )
 
-    def stack(key: str, part: slice = slice(None)) -> Stack:
+    def stack(key: str) -> Stack:
         weight, bias = held[key].detach(), held.get(f"{key}_bias")
         weight = weight if as_matrix else weight.transpose(1, 2)
-        return Stack(weight[..., part], None if bias is None else bias.detach()[:, part])
+        return Stack(weight, None if bias is None else bias.detach())
 
-    found = {"down_proj": stack("down_proj")}
-    if parts == 1:
-        return {"up_proj": stack(key), **found}
-    hidden = rows if as_matrix else columns
+    return {key: stack(key), "down_proj": stack("down_proj")}
+
+
+def is_concatenated(module: nn.Module) -> bool:
+    """Whether gate and up are halves of one parameter; else they take turns in it."""
+    return bool(getattr(module, "is_concatenated", True))
+
+
+def stacks_of(module: nn.Module, name: str) -> dict[str, Stack]:
+    """Stacks by role, views of the module's parameters where it has stacks.
+
+    Raises:
+        SpecError, ShapeError: as :func:`read_experts`.
+    """
+    return _stacks_of(module, name) if is_stacked(module) else _stacks_of_list(module, name)
+
+
+def _stacks_of(module: nn.Module, name: str) -> dict[str, Stack]:
+    """Parameters of all experts; gate and up are halves of one, or take turns in it."""
+    found = whole_stacks(module, name)
+    if "gate_up_proj" not in found:
+        return found
+    both, down = found["gate_up_proj"], found["down_proj"]
+    hidden = down.sizes[0]
     gate, second = slice(0, hidden), slice(hidden, None)
-    if not getattr(module, "is_concatenated", True):
+    if not is_concatenated(module):
         gate, second = slice(0, None, 2), slice(1, None, 2)
-    return {"gate_proj": stack(key, gate), "up_proj": stack(key, second), **found}
+    return {"gate_proj": both.part(gate), "up_proj": both.part(second), "down_proj": down}
 
 
 def _stacks_of_list(module: nn.Module, name: str) -> dict[str, Stack]:

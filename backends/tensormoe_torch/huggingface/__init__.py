@@ -31,8 +31,8 @@ from tensormoe_torch.huggingface._requirements import lacking
 if absent := lacking():
     raise absent
 
-from tensormoe_torch.huggingface._attach import attach
+from tensormoe_torch.huggingface._attach import attach, detach
 from tensormoe_torch.huggingface._config import TensormoeConfig
 from tensormoe_torch.huggingface._quantizer import TensormoeQuantizer
 
-__all__ = ["TensormoeConfig", "TensormoeQuantizer", "attach"]
+__all__ = ["TensormoeConfig", "TensormoeQuantizer", "attach", "detach"]

@@ -59,3 +59,19 @@ def _attach(model: PreTrainedModel) -> None:
         )
         return
     model.config.quantization_config = TensormoeConfig.of(model)
+
+
+def detach(model: nn.Module) -> None:
+    """Let ``save_pretrained`` write a plain model again, where no layers of the library are left.
+
+    :func:`tensormoe_torch.adapters.merge_adapters` does it.
+
+    Args:
+        model: a model of transformers, or a module that holds some.
+    """
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        held = getattr(module.config, "quantization_config", None)
+        if isinstance(held, TensormoeConfig) and not held.to_dict()["modules"]:
+            del module.config.quantization_config

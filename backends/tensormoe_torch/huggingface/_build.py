@@ -16,14 +16,18 @@ from tensormoe import LayerSpec
 from tensormoe.checkpoint._files import open_regular
 from tensormoe.checkpoint._safetensors import parse_entries, read_frame
 from tensormoe.errors import CheckpointError, SpecError
+from tensormoe.factorizations import Dense
 from tensormoe.functional import LayerConfig
+from tensormoe.mixtures import ResidualConfig
 from tensormoe_torch._embedding import MuMoEEmbedding
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._mlp import MuMoEMLP
+from tensormoe_torch.adapters import AdaptedExperts
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.compression._find import is_stacked
 from tensormoe_torch.huggingface._activations import activation_of, takes_routing
-from tensormoe_torch.huggingface._describe import block_config, entry
+from tensormoe_torch.huggingface._describe import ADAPTERS, EXPERTS, block_config, entry
+from tensormoe_torch.mixtures import ResidualExperts
 from tensormoe_torch.surgery._linears import is_linear, read_linear
 from tensormoe_torch.surgery._replace import at
 
@@ -97,8 +101,11 @@ def _keys(path: str) -> Iterable[str]:
 def _layers(values: Mapping[str, Any]) -> list[Any]:
     """The configurations of single layers in a description."""
     if "projections" in values:
-        return list(values["projections"].values())
+        adapters = [ResidualConfig.from_dict(each) for each in values.get(ADAPTERS, {}).values()]
+        return [*values["projections"].values(), *(each.layer.to_dict() for each in adapters)]
     config = values["config"]
+    if values["kind"] == ResidualExperts.__name__:
+        return [ResidualConfig.from_dict(config).layer.to_dict()]
     if isinstance(config, Mapping) and "first" in config:
         return [config["first"], config.get("second")]
     return [config]
@@ -148,21 +155,37 @@ def _build(values: Mapping[str, Any], old: nn.Module, name: str) -> nn.Module:
     first = next(old.parameters(), None)
     dtype = torch.get_default_dtype() if first is None else first.dtype
     options: dict[str, Any] = {"device": "meta", "dtype": dtype}
-    if kind == FactorizedExperts.__name__:
+    if kind in EXPERTS:
         return _experts(values, old, options)
+    if kind == ResidualExperts.__name__:
+        residual = ResidualConfig.from_dict(values["config"])
+        if is_linear(old):
+            _check_linear(residual.layer.spec, old)
+        return ResidualExperts.of(residual, old, **options)
     if kind == MuMoEMLP.__name__:
         block, act = block_config(values)
         return MuMoEMLP.of(block, act=act, **options)
     spec = _spec(values["config"])
     sizes = spec.in_features, spec.out_features
-    if is_linear(old) and read_linear(old, repr(name), values=False).sizes != sizes:
-        raise SpecError(f"the layer must have the sizes of the {old}; got {sizes}.")
+    if is_linear(old):
+        _check_linear(spec, old)
     if isinstance(old, nn.Embedding) and (old.num_embeddings, old.embedding_dim) != sizes:
         raise SpecError(f"the table must have the sizes of the {old}; got {sizes}.")
     config = LayerConfig.from_dict(values["config"])
     if config.indexed_input != (kind == MuMoEEmbedding.__name__):
         raise SpecError(f"a {kind} can't have indexed_input={config.indexed_input}.")
     return (MuMoEEmbedding if config.indexed_input else MuMoE).of(config, **options)
+
+
+def _check_linear(spec: LayerSpec, old: nn.Module) -> None:
+    """Refuse a layer of other sizes than the model's.
+
+    Raises:
+        SpecError: they are others.
+    """
+    sizes = spec.in_features, spec.out_features
+    if read_linear(old, "the layer", values=False).sizes != sizes:
+        raise SpecError(f"the layer must have the sizes of the {old}; got {sizes}.")
 
 
 def _experts(
@@ -192,8 +215,18 @@ def _experts(
     biases = {
         role: torch.empty(count, specs[role].out_features, **options) for role in values["biases"]
     }
+    layers: dict[str, Any] = {role: MuMoE.of(each, **options) for role, each in configs.items()}
+    for role, each in values.get(ADAPTERS, {}).items():
+        residual = ResidualConfig.from_dict(each)
+        layers[role] = ResidualExperts.of(residual, layers[role], **options)
+    if values["kind"] == AdaptedExperts.__name__:
+        if biases or not all(isinstance(each.factorization, Dense) for each in specs.values()):
+            raise SpecError(
+                "experts with adapters must be dense layers with biases of their own; got "
+                f"{', '.join(map(str, specs.values()))}."
+            )
+        return AdaptedExperts(layers, activation_of(values["act"], old, False), old)
     act = activation_of(values["act"], old, fused)
-    layers = {role: MuMoE.of(each, **options) for role, each in configs.items()}
     return FactorizedExperts(layers, act, biases)
 
 

@@ -15,14 +15,21 @@ from tensormoe_torch._embedding import MuMoEEmbedding
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._pre_normed import PreNormed
+from tensormoe_torch.adapters import AdaptedExperts
 from tensormoe_torch.compression._experts import PROJECTIONS, Activation, FactorizedExperts
 from tensormoe_torch.huggingface._activations import act_of, name_of
+from tensormoe_torch.mixtures import ResidualExperts
 from tensormoe_torch.surgery._replace import at
 
-KINDS = (MuMoE, MuMoEEmbedding, MuMoEMLP, FactorizedExperts)
+KINDS = (MuMoE, MuMoEEmbedding, MuMoEMLP, FactorizedExperts, AdaptedExperts, ResidualExperts)
+EXPERTS = (FactorizedExperts.__name__, AdaptedExperts.__name__)
+"""Kinds whose layers are in ``projections``."""
+ADAPTERS = "adapters"
+"""Mixtures that are added to projections, by role."""
 _KEYS = {each.__name__: {"kind", "config"} for each in KINDS} | {
     MuMoEMLP.__name__: {"kind", "act", "config"},
     FactorizedExperts.__name__: {"kind", "act", "biases", "projections"},
+    AdaptedExperts.__name__: {"kind", "act", "biases", "projections"},
 }
 _ROLES = tuple(
     {"down_proj", *first} for first in (("gate_up_proj",), ("gate_proj", "up_proj"), ("up_proj",))
@@ -54,12 +61,13 @@ def entry(name: str, values: Any) -> str:
             f"the kind of {name!r} must be one of {', '.join(_KEYS)}; got {kind!r:.80}. A newer "
             "tensormoe may have written it: pip install --upgrade tensormoe."
         )
-    if set(values) != _KEYS[kind]:
+    optional = {ADAPTERS} if kind in EXPERTS else set()
+    if set(values) - optional != _KEYS[kind]:
         raise SpecError(
             f"a {kind} must have exactly {sorted(_KEYS[kind])}; {name!r} has "
             f"{sorted(values)!r:.200}."
         )
-    if kind == FactorizedExperts.__name__:
+    if kind in EXPERTS:
         layers, biases = values["projections"], values["biases"]
         roles = set(layers) if isinstance(layers, Mapping) else layers
         if not isinstance(roles, set) or roles not in _ROLES:
@@ -71,6 +79,9 @@ def entry(name: str, values: Any) -> str:
             raise SpecError(f"biases must be a list of projections; {name!r} has {biases!r:.80}.")
         if not {*biases} <= roles or len({*biases}) < len(biases):
             raise SpecError(f"biases must be of the projections; {name!r} has {biases!r:.80}.")
+        adapters = values.get(ADAPTERS, {})
+        if not isinstance(adapters, Mapping) or not {*adapters} <= roles:
+            raise SpecError(f"adapters must be of the projections; {name!r} has {adapters!r:.80}.")
     return kind
 
 
@@ -86,17 +97,38 @@ def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _values(module: nn.Module) -> dict[str, Any]:
     values: dict[str, Any] = {"kind": _kind(module)}
+    if isinstance(module, ResidualExperts):
+        _check_own(module.base)
     if isinstance(module, MuMoEMLP):
         return values | _block_values(module)
     if not isinstance(module, FactorizedExperts):
         config: Any = module.config
         return values | {"config": config.to_dict()}
     layers: dict[str, Any] = dict(module.projections.items())
+    adapters = {r: each for r, each in layers.items() if isinstance(each, ResidualExperts)}
+    layers |= {role: each.base for role, each in adapters.items()}
+    if adapters:
+        values[ADAPTERS] = {role: each.config.to_dict() for role, each in adapters.items()}
     return values | {
-        "act": name_of(module.act_fn),
+        "act": name_of(module.act if isinstance(module, AdaptedExperts) else module.act_fn),
         "biases": [role for role in layers if f"{role}_bias" in module._parameters],
         "projections": {role: each.config.to_dict() for role, each in layers.items()},
     }
+
+
+def _check_own(base: nn.Module) -> None:
+    """Refuse a base that is not the model's own any more.
+
+    Raises:
+        SpecError: it holds layers of the library.
+    """
+    held = next((each for each in base.modules() if isinstance(each, KINDS)), None)
+    if held is not None:
+        raise SpecError(
+            f"the base of an adapter must be the model's own to be saved with a model of "
+            f"transformers; got one with a {type(held).__name__}. Save the adapters with "
+            "save_adapters, or the state_dict()."
+        )
 
 
 def _block_values(block: MuMoEMLP) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from tensormoe.mixtures import (
     ResidualConfig,
     add_residual,
     check_base,
+    check_merge,
     residual_config,
     start_at_zero,
     summed,
@@ -264,6 +265,25 @@ class ResidualExperts(ResidualMethods[Tensor], nn.Module):
         other = x.dtype != dtype and x.dtype.is_floating_point
         return x.to(dtype) if other and not is_autocast(x.device.type) else x
 
+    def check_merge(self, coefficients: Sequence[Tensor] | Tensor | None = None) -> None:
+        """Refuse a layer that :meth:`merge` cannot merge; nothing is computed.
+
+        Args:
+            coefficients: as for :meth:`merge`.
+
+        Raises:
+            SpecError: a base that is not linear or not dense, or routing that depends on the input.
+        """
+        if self._shares:
+            base: Any = self.base
+            check_merge(self.config, base.config)
+            return
+        self._check_linear(is_linear(self.base))
+        # refuses layers that run in another way
+        read_linear(self.base, "the base", values=False)
+        if coefficients is None:
+            check_merge(self.config, None)
+
     @torch.no_grad()
     def merge(self, coefficients: Sequence[Tensor] | Tensor | None = None) -> nn.Module:
         """The base with the mixture added to its weights: a plain layer, which stays frozen.
@@ -280,14 +300,13 @@ class ResidualExperts(ResidualMethods[Tensor], nn.Module):
             SpecError: a base that is not linear or not dense, or routing that depends on the input.
             BackendError, ShapeError: coefficients that do not fit.
         """
+        self.check_merge(coefficients)
         if self._shares:
             base: Any = self.base
             arrays = self._merged_experts(coefficients, base.state_dict())
             experts: MuMoE = copy.deepcopy(base)
             experts.load_state_dict(arrays)
             return experts
-        self._check_linear(is_linear(self.base))
-        # refuses layers that run in another way
         linear = read_linear(self.base, "the base", values=False)
         weight, bias = self.delta(coefficients)
         merged = copy.deepcopy(self.base)
