@@ -156,7 +156,8 @@ def save_module(
             "parameters must be stored under their own names to be saved; got "
             f"{', '.join(map(repr, match.missing))} computed from {besides or 'elsewhere'}. Take "
             "the pruning, parametrization or adapter off first (prune.remove, "
-            "remove_parametrizations, merge_and_unload), or save the state_dict()."
+            "remove_parametrizations, merge_and_unload, merge_adapters), or save the "
+            "state_dict()."
         )
     if match.unexpected:
         raise CheckpointError(

@@ -56,7 +56,8 @@ def add_adapters(
     stay where they are in memory; a list of experts, and gates and ups that take turns in one
     parameter, are copied.
 
-    Outputs stay exactly what they were until a step is made. Either all that is selected is
+    Outputs stay what they were until a step is made: exactly, and to rounding where other code ran
+    the experts, whose sums have another order. Either all that is selected is
     changed, or nothing is and an error says why. Make optimizers afterwards.
 
     Args:

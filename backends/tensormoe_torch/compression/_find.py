@@ -9,6 +9,7 @@ from torch import nn
 
 from tensormoe.checkpoint._model_config import PROJECTION_NAMES
 from tensormoe.errors import SpecError
+from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.surgery._linears import is_linear
 from tensormoe_torch.surgery._select import Select, nearby, select_modules
 
@@ -56,7 +57,8 @@ def find_experts(model: nn.Module, select: Select | None) -> dict[str, nn.Module
         }
         if not found:
             raise SpecError(
-                f"the model must hold experts; {type(model).__name__} has none that are known: "
+                f"the model must hold experts; {type(model).__name__} has none that are known"
+                f"{_hint(*modules.values())}: "
                 "stacks in parameters gate_up_proj and down_proj, as transformers 5 has them, or "
                 "an nn.ModuleList of equal experts of nn.Linear layers gate_proj, up_proj and "
                 "down_proj, or w1, w3 and w2. Select a list of another name with select=…"
@@ -70,6 +72,15 @@ def find_experts(model: nn.Module, select: Select | None) -> dict[str, nn.Module
         if name not in every:
             raise SpecError(_no_experts(name, module, every))
     return chosen
+
+
+def _hint(*modules: nn.Module) -> str:
+    """Note on experts of the library, for a message."""
+    if not any(isinstance(each, FactorizedExperts) for each in modules):
+        return ""
+    return (
+        " (is tensormoe's already: merge_adapters gives a model with adapters its own experts back)"
+    )
 
 
 def holds_experts(module: nn.Module) -> bool:
@@ -91,6 +102,8 @@ def is_named(name: str, module: nn.Module) -> bool:
 def _no_experts(name: str, module: nn.Module, every: Mapping[str, nn.Module]) -> str:
     inside = [each for each in every if each.startswith(f"{name}.")]
     hint = f" It holds {', '.join(map(repr, inside[:3]))}." if inside else nearby(name, every)
+    if held := _hint(module):
+        hint = f" What is there{held}."
     return (
         f"what is selected must be experts: stacks gate_up_proj and down_proj, or an nn.ModuleList "
         f"of experts of linear layers; {name!r} is a {type(module).__name__}.{hint}"
