@@ -19,7 +19,7 @@ ON_DEVICE = os.environ.get("TENSORMOE_TEST_DEVICE") == "cuda"
 ADAPTER = tensormoe_cupy.BACKEND if ON_DEVICE else tensormoe_cupy.CupyBackend(Standin(), Special())
 """What the tests run on: CuPy's adapter of the stand-in, or of CuPy."""
 
-LAYERS = [each for each in vars(tensormoe_cupy).values() if hasattr(each, "restore")]
+LAYERS = [each for each in vars(tensormoe_cupy).values() if hasattr(each, "backend")]
 """Classes of layers."""
 
 

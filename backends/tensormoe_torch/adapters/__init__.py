@@ -11,6 +11,7 @@ from __future__ import annotations
 from tensormoe_torch.adapters._add import add_adapters, freeze
 from tensormoe_torch.adapters._experts import AdaptedExperts
 from tensormoe_torch.adapters._files import load_adapters, save_adapters
+from tensormoe_torch.adapters._find import has_adapters
 from tensormoe_torch.adapters._merge import merge_adapters
 from tensormoe_torch.adapters._report import AdapterReport, AddedAdapter
 
@@ -20,6 +21,7 @@ __all__ = [
     "AddedAdapter",
     "add_adapters",
     "freeze",
+    "has_adapters",
     "load_adapters",
     "merge_adapters",
     "save_adapters",

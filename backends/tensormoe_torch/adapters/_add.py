@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -14,7 +15,6 @@ from tensormoe.functional import Options
 from tensormoe.gates import Gate
 from tensormoe.mixtures import ResidualConfig, residual_config
 from tensormoe.selection import Budget
-from tensormoe_torch._dtypes import checked_dtype
 from tensormoe_torch._hooks import TABLES
 from tensormoe_torch._hub import mark
 from tensormoe_torch.adapters._experts import adapted
@@ -117,8 +117,8 @@ def add_adapters(
 def freeze(model: nn.Module) -> nn.Module:
     """Let the adapters of a model train, and nothing else.
 
-    :func:`add_adapters` does it; call this for adapters that were put in by hand, or after
-    ``from_pretrained``.
+    :func:`add_adapters` does it, and so does loading; call this for adapters that were put in by
+    hand.
 
     Args:
         model: holds :class:`ResidualExperts`.
@@ -175,44 +175,58 @@ def install(
         init: of the factors.
         dtype: of the mixtures.
     """
-    if dtype is not None:
-        checked_dtype(dtype)
     count = num_parameters(model)
     kinds = {name: type(module).__name__ for name, module in chosen.items()}
-    added: dict[str, AddedAdapter] = {}
-    done: set[int] = set()
-    for name, module in chosen.items():
-        first = id(module) not in done
-        done.add(id(module))
-        for role, config in planned[name].items():
-            if not first:
-                continue
+    added: list[AddedAdapter] = []
+    placed: list[tuple[FactorizedExperts, str, ResidualExperts]] = []
+    # a module that is used in several places is wrapped once
+    first = {id(module): name for name, module in reversed(chosen.items())}
+    with _flags_kept(model):
+        for name in sorted(first.values(), key=[*chosen].index):
+            module = chosen[name]
             held = made.get(id(module), module)
-            base = held.projections[role] if isinstance(held, FactorizedExperts) else module
-            entries = num_parameters(base)
-            wrapped = ResidualExperts.of(config, base, init, dtype=dtype)
-            path = name
-            if isinstance(held, FactorizedExperts):
-                held.projections[role] = wrapped
-                path = f"{name}.projections.{role}"
-            else:
-                made[id(module)] = wrapped
-            added[path] = AddedAdapter(path, kinds[name], config, entries)
-        held = made.get(id(module), module)
-        if isinstance(held, FactorizedExperts):
-            held.plan_ahead()
+            for role, config in planned[name].items():
+                layers = held.projections if isinstance(held, FactorizedExperts) else {"": module}
+                wrapped = ResidualExperts.of(config, layers[role], init, dtype=dtype)
+                if isinstance(held, FactorizedExperts):
+                    placed.append((held, role, wrapped))
+                else:
+                    made[id(module)] = wrapped
+                path = f"{name}.projections.{role}" if role else name
+                entries = num_parameters(wrapped.base)
+                added.append(AddedAdapter(path, kinds[name], config, entries))
+    for held, role, wrapped in placed:
+        held.projections[role] = wrapped
+        held.plan_ahead()
     for name, old in chosen.items():
         new = made.get(id(old), old)
         if new is old:
             new.train(old.training)
             continue
         swap(model, name, old, new)
-        # those of a base would be called twice
-        vars(old).update({table: OrderedDict() for table in TABLES if table in vars(old)})
+    for old in chosen.values():
+        if made.get(id(old), old) is not old:
+            # those of a base would be called twice
+            vars(old).update({table: OrderedDict() for table in TABLES if table in vars(old)})
     leave_fused_paths(model, chosen)
     freeze(model)
     mark(model)
-    return AdapterReport(tuple(added.values()), count)
+    return AdapterReport(tuple(added), count)
+
+
+@contextmanager
+def _flags_kept(model: nn.Module) -> Iterator[None]:
+    """Parameters are trained, and modules in training, as before if the body fails."""
+    trained = [(each, each.requires_grad) for each in model.parameters()]
+    modes = [(each, each.training) for each in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+        raise
 
 
 def _of_linear(module: nn.Module, options: Options, scale: float) -> ResidualConfig:

@@ -52,7 +52,7 @@ def find_targets(model: nn.Module, select: Select | None) -> dict[str, nn.Module
 
 
 def has_adapters(module: nn.Module) -> bool:
-    """Whether there is one in it."""
+    """Whether a module holds :class:`ResidualExperts`, or is one."""
     return any(isinstance(each, ResidualExperts) for each in module.modules())
 
 

@@ -13,6 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from tensormoe.checkpoint._model_config import METHOD
 from tensormoe.errors import BackendError, CheckpointError, SpecError
+from tensormoe_torch.adapters import freeze, has_adapters
 from tensormoe_torch.huggingface._build import install
 from tensormoe_torch.huggingface._config import TensormoeConfig
 
@@ -61,6 +62,9 @@ class TensormoeQuantizer(HfQuantizer):
         del model.hf_quantizer, model.quantization_method
         model.is_quantized = False
         model.config.quantization_config = TensormoeConfig.of(model)
+        if has_adapters(model):
+            # as they were added
+            freeze(model)
         return model
 
     def is_serializable(self) -> bool:

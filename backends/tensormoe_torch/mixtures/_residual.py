@@ -195,8 +195,10 @@ class ResidualExperts(ResidualMethods[Tensor], nn.Module):
             device = each.device if device is None else device
             if dtype is None and each.dtype in FLOATS:
                 dtype = each.dtype
+        adapter = Adapter.of(config.layer, init, device, dtype)
+        # nothing of the base is touched if this fails
         self.base = base.requires_grad_(False).eval()
-        self.adapter = Adapter.of(config.layer, init, device, dtype)
+        self.adapter = adapter
 
     @property
     def dtype(self) -> torch.dtype:

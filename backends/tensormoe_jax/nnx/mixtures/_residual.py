@@ -178,6 +178,7 @@ class ResidualExperts(ResidualLayer, nnx.Module):
         if bias is not None:
             if merged.bias is None:
                 merged.bias = nnx.data(nnx.Param(bias.astype(merged.kernel.dtype)))
+                merged.use_bias = True
             else:
                 merged.bias[...] = summed(merged.bias[...], bias, BACKEND)
         return merged  # type: ignore[no-any-return]
