@@ -321,6 +321,46 @@ def capacity() -> Drawing:
     return new
 
 
+def residual() -> Drawing:
+    """A frozen layer with a mixture, and a sparse model's experts with one."""
+    new = Drawing(
+        810,
+        305,
+        "A mixture added to a frozen layer, and one added to all experts of a sparse model",
+    )
+    new.text(190, 18, "any layer: y = W x + μMoE(x)", "title")
+    new.node("x", 40, 130, "x", INPUT)
+    new.box("W", 190, 80, "W")
+    new.text(190, 128, "frozen", "leg")
+    new.node("in", 125, 180, "")
+    new.dot("r", 190, 180)
+    new.node("out", 255, 180, "0")
+    new.node("e", 190, 225, "", EXPERT)
+    new.node("a", 190, 280, "a", GATE)
+    new.node("sum", 335, 130, "+", WHOLE)
+    new.bond("x", "W")
+    new.bond("x", "in")
+    new.bond("in", "r")
+    new.bond("r", "out")
+    new.bond("r", "e", "R", -14)
+    new.bond("e", "a", "N", -14)
+    new.bond("W", "sum")
+    new.bond("out", "sum")
+    new.leg("sum", 45, 0, "y")
+    new.text(610, 18, "experts of a router: all Wₙ + ΔWₙ", "title")
+    new.box("V", 490, 150, "W")
+    new.leg("V", 0, -62, "N")
+    new.leg("V", -55, 0, "I")
+    new.leg("V", 55, 0, "O")
+    new.text(490, 203, "frozen, where it was", "leg")
+    new.text(590, 150, "+", "sign")
+    new.dot("s", 675, 158)
+    _three(new, 675, 100, 630, 195, 720, 195)
+    for key in ("n", "i", "o"):
+        new.bond("s", key, "R" if key == "n" else "")
+    return new
+
+
 DRAWINGS = {
     "layer": layer,
     "network-dense": dense,
@@ -332,6 +372,7 @@ DRAWINGS = {
     "network-shared-basis": shared_basis,
     "network-base-delta": base_delta,
     "capacity": capacity,
+    "residual": residual,
 }
 
 

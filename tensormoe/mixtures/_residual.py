@@ -362,7 +362,9 @@ def _checked(
     if coefficients is None:
         check_merge(config, None)
         return [xp.ones((1,), dtype=like.dtype, device=device_of(like)) for _ in spec.experts]
-    listed = list(coefficients) if isinstance(coefficients, list | tuple) else [coefficients]
+    listed: list[Any] = (
+        list(coefficients) if isinstance(coefficients, list | tuple) else [coefficients]
+    )
     if len(listed) != spec.levels:
         raise ShapeError(
             f"coefficients must be one array per level, {spec.levels}; got {len(listed)}."

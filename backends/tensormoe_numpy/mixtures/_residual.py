@@ -75,6 +75,7 @@ class ResidualExperts(ResidualMethods[Array]):
     backend: ClassVar[NumpyLikeBackend] = BACKEND
     _layer: ClassVar[type[MuMoE]] = MuMoE
 
+    base: Base
     adapter: MuMoE
 
     def __init__(

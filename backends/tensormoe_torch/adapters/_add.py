@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from tensormoe_torch.adapters._report import AdapterReport, AddedAdapter
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.compression._find import holds_experts
 from tensormoe_torch.mixtures import ResidualExperts
+from tensormoe_torch.mixtures._residual import own_sizes
 from tensormoe_torch.surgery._linears import is_linear
 from tensormoe_torch.surgery._replace import at, num_parameters, swap
 from tensormoe_torch.surgery._select import Select
@@ -102,14 +104,14 @@ def add_adapters(
                         "experts must be given for linear layers; got None. Pass experts=4, for "
                         "instance."
                     )
-                planned[name] = {"": _of_linear(module, options, scale)}
+                planned[name] = {"": residual_config(module, *own_sizes(module), options, scale)}
                 continue
             held = _experts_of(module, name, made)
         planned[name] = {}
-        for role, each in held.projections.items():
+        layers: dict[str, Any] = dict(held.projections.items())
+        for role, each in layers.items():
             with at(f"{name}.projections.{role}"):
-                spec = each.spec  # type: ignore[union-attr]
-                own = Options(spec.experts, factorization, rank, budget, bias, None)
+                own = Options(each.spec.experts, factorization, rank, budget, bias, None)
                 planned[name][role] = residual_config(each, None, None, own, scale)
     return model, install(model, chosen, planned, made, init, dtype)
 
@@ -180,7 +182,7 @@ def install(
     added: list[AddedAdapter] = []
     placed: list[tuple[FactorizedExperts, str, ResidualExperts]] = []
     # a module that is used in several places is wrapped once
-    first = {id(module): name for name, module in reversed(chosen.items())}
+    first = {id(module): name for name, module in reversed([*chosen.items()])}
     with _flags_kept(model):
         for name in sorted(first.values(), key=[*chosen].index):
             module = chosen[name]
@@ -227,14 +229,6 @@ def _flags_kept(model: nn.Module) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
         raise
-
-
-def _of_linear(module: nn.Module, options: Options, scale: float) -> ResidualConfig:
-    rows = columns = None
-    if not isinstance(module, nn.Linear):
-        # Conv1D has (in, out), and no attributes for them
-        rows, columns = module.weight.shape  # type: ignore[union-attr,misc]
-    return residual_config(module, rows, columns, options, scale)
 
 
 def _experts_of(module: nn.Module, name: str, made: dict[int, nn.Module]) -> FactorizedExperts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -122,7 +123,7 @@ def _add(model: nn.Module, saved: Adapters) -> None:
             full = f"{name}.{_PROJECTIONS}.{role}" if role else name
             _, arrays = adapter_of(saved, None, full)
             check_arrays(config.layer, arrays, BACKEND, FLOATS)
-    first: Tensor = next(iter(saved.named().values()))  # type: ignore[assignment]
+    first: Tensor = next(iter(saved.named().values()))
     install(model, chosen, planned, made, dtype=first.dtype)
 
 
@@ -136,7 +137,8 @@ def _misfits(
     if is_linear(module):
         if set(planned) != {""}:
             return [f"{name!r} must be experts; got a {type(module).__name__}"]
-        shape = tuple(module.weight.shape)  # type: ignore[union-attr,arg-type]
+        weight: Any = module.weight
+        shape = tuple(weight.shape)
         sizes = {"": (1, *(shape[::-1] if isinstance(module, nn.Linear) else shape))}
         found = {"": (1, *_sizes(planned[""])[1:])}
     else:

@@ -60,8 +60,9 @@ def merge_adapters(model: nn.Module) -> nn.Module:
         places.setdefault(id(module), []).append(name)
     whole = [each for each in model.modules() if isinstance(each, AdaptedExperts)]
     inside = {id(each) for experts in whole for each in experts.modules()}
-    for old in (*whole, *(each for each in layers.values() if id(each) not in inside)):
-        new = old.merge()
+    alone = [each for each in layers.values() if id(each) not in inside]
+    for old in (*whole, *alone):
+        new: nn.Module = old.merge()
         for name in places[id(old)]:
             swap(model, name, old, new)
         for module in model.modules():

@@ -141,11 +141,9 @@ class ResidualExperts(ResidualMethods[Tensor], nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         _check_base(base)
-        if is_linear(base) and not isinstance(base, nn.Linear):
-            # GPT-2's layer has no attributes of these names
-            rows, columns = base.weight.shape  # type: ignore[misc,union-attr]
-            in_features = rows if in_features is None else in_features
-            out_features = columns if out_features is None else out_features
+        rows, columns = own_sizes(base)
+        in_features = rows if in_features is None else in_features
+        out_features = columns if out_features is None else out_features
         options = Options(experts, factorization, rank, budget, bias, gate)
         config = residual_config(base, in_features, out_features, options, scale)
         self._build(config, base, init, device, dtype)
@@ -372,6 +370,14 @@ class ResidualExperts(ResidualMethods[Tensor], nn.Module):
 
     def _dtype_text(self) -> str:
         return f"dtype={self.dtype}"
+
+
+def own_sizes(base: nn.Module) -> tuple[int | None, int | None]:
+    """Sizes of GPT-2's ``Conv1D``, which has no attributes for them; None for other layers."""
+    if not is_linear(base) or isinstance(base, nn.Linear):
+        return None, None
+    weight: Any = base.weight
+    return weight.shape[0], weight.shape[1]
 
 
 def _check_base(base: object) -> None:

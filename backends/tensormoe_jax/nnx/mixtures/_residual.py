@@ -285,6 +285,6 @@ def _frozen(base: Any) -> Any:
     if not isinstance(base, nnx.Module):
         return base
     graph, state = nnx.split(base)
-    held = nnx.merge(graph, stopped(state))
+    held: Any = nnx.merge(graph, stopped(state))
     held.eval()
     return held
