@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from tensormoe import functional
-from tensormoe._layers import ResidualMethods
+from tensormoe._residual_layers import ResidualMethods
 from tensormoe.backend import Backend
 from tensormoe.mixtures import ResidualConfig, add_residual, start_at_zero
 from tensormoe_jax._adapter import BACKEND

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensormoe import functional
-from tensormoe._layers import ResidualMethods
+from tensormoe._residual_layers import ResidualMethods
 from tensormoe.backend import Array
 from tensormoe.factorizations import FactorizationLike
 from tensormoe.functional import Options

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tensormoe import functional
-from tensormoe._layers import ResidualMethods, check_constructor
+from tensormoe._layers import check_constructor
+from tensormoe._residual_layers import ResidualMethods
 from tensormoe.backend import Backend
 from tensormoe.checkpoint import check_arrays
 from tensormoe.errors import SpecError
