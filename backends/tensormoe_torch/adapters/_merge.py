@@ -9,6 +9,7 @@ from tensormoe_torch._hub import unmark
 from tensormoe_torch.adapters._add import adapters_of
 from tensormoe_torch.adapters._experts import AdaptedExperts
 from tensormoe_torch.compression._experts import FactorizedExperts
+from tensormoe_torch.mixtures import ResidualExperts
 from tensormoe_torch.surgery._replace import at, swap
 
 
@@ -61,8 +62,9 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     whole = [each for each in model.modules() if isinstance(each, AdaptedExperts)]
     inside = {id(each) for experts in whole for each in experts.modules()}
     alone = [each for each in layers.values() if id(each) not in inside]
-    for old in (*whole, *alone):
-        new: nn.Module = old.merge()
+    mergeable: list[AdaptedExperts | ResidualExperts] = [*whole, *alone]
+    for old in mergeable:
+        new = old.merge()
         for name in places[id(old)]:
             swap(model, name, old, new)
         for module in model.modules():
