@@ -109,6 +109,9 @@ def test_outputs_start_at_the_bases_and_the_first_step_moves_them(
     x, target = _x(32, features=sizes[0]), _x(32, features=sizes[1])
     assert torch.equal(layer(x), base(x))
     start = copy.deepcopy(layer.state_dict())
+    # only experts that nothing else tells apart need a gate that does
+    gates = [each for name, each in start.items() if ".gate." in name]
+    assert any(bool(each.any()) for each in gates) == isinstance(factorization, Dense)
     trained = [each for each in layer.parameters() if each.requires_grad]
     optimizer = torch.optim.SGD(trained, 0.3)
 
@@ -308,6 +311,9 @@ def test_the_base_is_frozen_in_flax() -> None:
     trained = NNX.adapter_filter(model)
     optimizer = nnx.Optimizer(model, optax.adamw(0.03, weight_decay=0.5), wrt=trained)
     before = _flat(nnx.state(model))
+    quiet = nnx.clone(model.first.base)
+    quiet.eval()
+    assert np.array_equal(model.first(x), quiet(x))
 
     @nnx.jit
     def step(model: Any, optimizer: Any) -> Any:

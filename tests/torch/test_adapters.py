@@ -330,6 +330,17 @@ def test_files_of_other_models(tmp_path: Path) -> None:
         load_adapters(part, tmp_path / "nothing")
 
 
+def test_rows_are_sorted_where_they_were() -> None:
+    model = nn.Sequential(SparseMoE(64, 64, experts=4, top_k=2))
+    experts, x = model[0].experts, torch.zeros(4096, 64)
+    assert experts._sorts(x, 2 * len(x))
+    add_adapters(model, rank=2)
+    assert experts._sorts(x, 2 * len(x))
+    adapted = copy.deepcopy(experts)
+    merge_adapters(model)
+    assert len(adapted._layers) == 2 * len(experts._layers)
+
+
 def test_compiled_and_narrow() -> None:
     model = _sparse()
     add_adapters(model, rank=2)
@@ -347,3 +358,57 @@ def test_compiled_and_narrow() -> None:
     found = narrow(_x(3).bfloat16())
     merge_adapters(narrow)
     torch.testing.assert_close(narrow(_x(3).bfloat16()), found, rtol=0.1, atol=0.1)
+
+
+class _Stacked(nn.Module):
+    """Stacked experts whose gates and ups take turns, in matrices (in, out) with biases."""
+
+    is_concatenated, is_transposed, has_bias = False, True, True
+
+    def __init__(self, concatenated: bool) -> None:
+        super().__init__()
+        self.is_concatenated = concatenated
+        sizes = {"gate_up_proj": (6, 16), "down_proj": (8, 6)}
+        for name, (rows, columns) in sizes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(4, rows, columns)))
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.randn(4, columns)))
+        self.act_fn = nn.SiLU()
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        total = torch.zeros_like(hidden_states)
+        for token, (x, index, weights) in enumerate(
+            zip(hidden_states, top_k_index, top_k_weights, strict=True)
+        ):
+            for n, weight in zip(index, weights, strict=True):
+                both = x @ self.gate_up_proj[n] + self.gate_up_proj_bias[n]
+                halves = both.chunk(2) if self.is_concatenated else (both[::2], both[1::2])
+                hidden = self.act_fn(halves[0]) * halves[1]
+                made = hidden @ self.down_proj[n] + self.down_proj_bias[n]
+                total[token] += weight * made
+        return total
+
+
+@pytest.mark.parametrize("concatenated", [True, False])
+def test_stacks_of_either_layout(concatenated: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"experts": _Stacked(concatenated)})
+    plain = copy.deepcopy(model)
+    memory = model["experts"].gate_up_proj.data_ptr()  # type: ignore[union-attr,operator]
+    _, report = add_adapters(model, rank=2, bias=True)
+    roles = [name.rpartition(".")[2] for name in report.names]
+    apart = ["gate_proj", "up_proj", "down_proj"]
+    assert roles == (["gate_up_proj", "down_proj"] if concatenated else apart)
+    base = model.get_submodule(report.names[0]).base.factors["weight"]  # type: ignore[union-attr]
+    assert (base.data_ptr() == memory) == concatenated  # type: ignore[union-attr,operator]
+    assert base.is_contiguous()  # type: ignore[union-attr,operator]
+    given = _x(5), torch.randint(4, (5, 2)), torch.rand(5, 2)
+    found = model["experts"](*given)
+    torch.testing.assert_close(found, plain["experts"](*given), rtol=1e-4, atol=1e-5)
+    _moved(model)
+    found = model["experts"](*given)
+    merge_adapters(model)
+    assert type(model["experts"]) is _Stacked
+    torch.testing.assert_close(model["experts"](*given), found, rtol=1e-3, atol=1e-4)
+    assert (found - plain["experts"](*given)).abs().max() > 0.1
