@@ -92,7 +92,7 @@ class ResidualMethods(_Plain, Generic[A]):
                 "them out."
             )
         assert isinstance(self.base, LayerMethods)
-        arrays = self._adapter_arrays()
+        arrays = self._whole_arrays()
         return merged_experts(self.config, self.base.config, held, arrays, self.backend)
 
     def _check_linear(self, linear: bool) -> None:
@@ -118,7 +118,7 @@ class ResidualMethods(_Plain, Generic[A]):
             SpecError: none given, and more than one expert or a gate whose coefficients are not
                 one.
         """
-        return fixed_delta(self.config, self._adapter_arrays(), coefficients, self.backend)
+        return fixed_delta(self.config, self._whole_arrays(), coefficients, self.backend)
 
     def save_adapter(self, path: str | PathLike[str]) -> None:
         """Write the mixture alone, without the base, to a file that every framework opens.
@@ -143,6 +143,10 @@ class ResidualMethods(_Plain, Generic[A]):
     def _adapter_arrays(self) -> Mapping[str, A]:
         """Parameters and buffers of the mixture by canonical name."""
         raise NotImplementedError
+
+    def _whole_arrays(self) -> Mapping[str, A]:
+        """The same, all entries of each in this process."""
+        return self._adapter_arrays()
 
     def _dtype_text(self) -> str:
         raise NotImplementedError

@@ -14,7 +14,14 @@ from torch.distributed.tensor import Replicate, Shard, distribute_module, distri
 
 from tensormoe import CP, Gate, TensorRing
 from tensormoe.checkpoint import peek_checkpoint
+from tensormoe.errors import SpecError
 from tensormoe_torch import MuMoE, MuMoEEmbedding, MuMoEMLP, SparseMoE
+from tensormoe_torch.adapters import (
+    add_adapters,
+    load_adapters,
+    merge_adapters,
+    save_adapters,
+)
 from tests.torch._helpers import normal, randomize
 from tests.torch._ranks import Ranks
 
@@ -163,3 +170,53 @@ def test_a_class_of_the_users_saves_and_loads(tmp_path: Path) -> None:
         assert torch.equal(again(torch.ones(2, 6)), layer(torch.ones(2, 6)))
     with pytest.raises(Exception, match="must hold a MuMoEEmbedding; got a MuMoE"):
         MuMoEEmbedding.load(tmp_path / "layer")
+
+
+def adapted_model() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), _Experts())
+    add_adapters(model, ["0", "2.experts"], experts=3, rank=2)
+    return randomize(model)
+
+
+class _Experts(nn.Module):
+    """Experts of two layers, all of them on every input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = SparseMoE(5, 7, experts=3, top_k=2).experts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(expert(x) for expert in self.experts)  # type: ignore[return-value]
+
+
+def save_sharded_adapters(rank: int, folder: Path) -> dict[str, Any]:
+    """Adapters of a sharded model in one file, which a whole one and a sharded one open."""
+    model, other = adapted_model(), adapted_model()
+    with torch.no_grad():
+        for each in other.parameters():
+            if each.requires_grad:
+                each.zero_()
+    x = normal(4, 6, seed=1, dtype=torch.float32)
+    wanted = model(x)
+    for each in (model, other):
+        fully_shard(each[0])
+        fully_shard(each)
+    save_adapters(model, folder / "adapters")
+    load_adapters(other, folder / "adapters")
+    with torch.no_grad():
+        found = {"sharded": torch.allclose(other(x), wanted, atol=1e-5)}
+    try:
+        merge_adapters(model)
+    except SpecError as error:
+        found["merged"] = "must be whole to be merged" not in str(error)
+    delta = model[0].delta(torch.ones(3))[0]
+    found["delta"] = torch.allclose(delta, adapted_model()[0].delta(torch.ones(3))[0], atol=1e-5)
+    return found
+
+
+def test_sharded_adapters(ranks: Ranks, tmp_path: Path) -> None:
+    for found in ranks(save_sharded_adapters, tmp_path):
+        assert found == {"sharded": True, "merged": False, "delta": True}
+    save_adapters(adapted_model(), tmp_path / "alone")
+    assert (tmp_path / "alone").read_bytes() == (tmp_path / "adapters").read_bytes()

@@ -88,7 +88,7 @@ def load_adapters(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
         _add(model, saved)
     for name, layer in adapters_of(model).items():
         _, arrays = adapter_of(saved, layer.config, name)
-        layer.adapter.load_state_dict(dict(arrays))
+        layer._take(arrays)
     return model
 
 

@@ -35,7 +35,7 @@ from tensormoe_torch._checks import Given
 from tensormoe_torch._declared import declared
 from tensormoe_torch._dtypes import FLOATS
 from tensormoe_torch._layer import MuMoE
-from tensormoe_torch._sharded import put, save_whole, stored
+from tensormoe_torch._sharded import gathered, is_sharded, put, save_whole, stored
 from tensormoe_torch.surgery._linears import is_linear, read_linear
 
 
@@ -273,8 +273,14 @@ class ResidualExperts(ResidualMethods[Tensor], nn.Module):
             coefficients: as for :meth:`merge`.
 
         Raises:
-            SpecError: a base that is not linear or not dense, or routing that depends on the input.
+            SpecError: a base that is not linear or not dense, routing that depends on the input, or
+                parameters that are sharded.
         """
+        if any(is_sharded(each) for each in self.parameters()):
+            raise SpecError(
+                "parameters must be whole to be merged; got sharded ones. Save the adapters, load "
+                "them into a model that is not sharded, and merge there."
+            )
         if self._shares:
             base: Any = self.base
             check_merge(self.config, base.config)
@@ -341,8 +347,18 @@ class ResidualExperts(ResidualMethods[Tensor], nn.Module):
             CheckpointError: not a file of adapters, or another layer's; lists every difference.
         """
         _, arrays = self._read_adapter(path, self.config, name)
-        self.adapter.load_state_dict(dict(arrays))
+        self._take(arrays)
         return self
+
+    @torch.no_grad()
+    def _take(self, arrays: Mapping[str, Tensor]) -> None:
+        """Write the mixture's parameters and buffers in place, in its dtype; sharded ones too.
+
+        Args:
+            arrays: by the names that they have in ``adapter``.
+        """
+        for name, each in self.adapter.state_dict(keep_vars=True).items():
+            put(each, arrays[name].to(device=each.device, dtype=each.dtype))
 
     @classmethod
     def from_adapter(
@@ -363,11 +379,14 @@ class ResidualExperts(ResidualMethods[Tensor], nn.Module):
         check_arrays(config.layer, arrays, BACKEND, FLOATS)
         first = arrays[next(iter(config.layer.parameter_shapes()))]
         layer = cls.of(config, base, dtype=first.dtype)
-        layer.adapter.load_state_dict(dict(arrays))
+        layer._take(arrays)
         return layer
 
     def _adapter_arrays(self) -> Mapping[str, Tensor]:
         return self.adapter.state_dict()
+
+    def _whole_arrays(self) -> Mapping[str, Tensor]:
+        return {name: gathered(each) for name, each in self._adapter_arrays().items()}
 
     def _dtype_text(self) -> str:
         return f"dtype={self.dtype}"
