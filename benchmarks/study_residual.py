@@ -40,7 +40,7 @@ from _comparison.images import FASHION, Images, batches, load_images
 
 RANKS = (8, 32)
 EXPERTS = 4
-RATES = (3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 METHODS = ("LoRA", "mixture")
 HIDDEN, BATCH, EPOCHS, SEEDS = 256, 128, 5, 3
 IMAGES = 20_000
