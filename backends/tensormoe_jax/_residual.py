@@ -75,10 +75,10 @@ class ResidualLayer(ResidualMethods[Array]):
     def _added(self, x: Array, base: Callable[[Array], Array], adapter: Callable[..., Any]) -> Any:
         """Outputs of both; ``adapter`` returns them alone, or with a state."""
         functional.check_array(x, BACKEND, "x")
-        batch_shape = functional.check_input(x, self.in_features, x.dtype, BACKEND)
+        functional.check_input(x, self.in_features, x.dtype, BACKEND)
         made = adapter(self._for_adapter(x))
         output, *state = made if isinstance(made, tuple) else (made,)
-        y = add_residual(self.config, base(x), output, batch_shape, BACKEND)
+        y = add_residual(self.config, base(x), output, BACKEND)
         return (y, *state) if state else y
 
     def _for_adapter(self, x: Array) -> Array:

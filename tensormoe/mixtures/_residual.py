@@ -155,16 +155,13 @@ def _size(base: object, name: str, given: int | None) -> int:
     return size
 
 
-def add_residual(
-    config: ResidualConfig, y: Array, made: Array, batch_shape: tuple[int, ...], backend: Backend
-) -> Array:
+def add_residual(config: ResidualConfig, y: Array, made: Array, backend: Backend) -> Array:
     """Outputs (..., out) of the base and the mixture together, in the dtype of the base's.
 
     Args:
         config: the mixture.
         y: what the base returned.
         made: (..., out), what the mixture returned.
-        batch_shape: leading axes of the input.
         backend: the adapter of the arrays' library.
 
     Raises:
@@ -172,7 +169,7 @@ def add_residual(
         ShapeError: the base's outputs are not (..., out).
     """
     check_array(y, backend, "the base's output")
-    wanted = *batch_shape, config.layer.spec.out_features
+    wanted = tuple(made.shape)
     if tuple(y.shape) != wanted:
         raise ShapeError(
             f"the base must return {wanted} for inputs (..., {config.layer.spec.in_features}); got "

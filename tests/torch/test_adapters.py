@@ -14,7 +14,16 @@ from torch import nn
 
 import tensormoe_numpy
 from tensormoe.errors import BudgetError, CheckpointError, RankError, SpecError
-from tensormoe_torch import ResidualExperts, SoftMoE, SparseMoE, compress, from_mlp, replace
+from tensormoe_torch import (
+    DiverseMoE,
+    MultiGateMoE,
+    ResidualExperts,
+    SoftMoE,
+    SparseMoE,
+    compress,
+    from_mlp,
+    replace,
+)
 from tensormoe_torch.adapters import (
     AdaptedExperts,
     add_adapters,
@@ -66,6 +75,16 @@ def _soft() -> nn.Module:
     return nn.Sequential(SoftMoE(6, 8, experts=4, slots=2, bias=True))
 
 
+def _tasks() -> nn.Module:
+    torch.manual_seed(7)
+    return nn.Sequential(MultiGateMoE(6, 8, 5, tasks=2, experts=4))
+
+
+def _sizes() -> nn.Module:
+    torch.manual_seed(7)
+    return nn.Sequential(DiverseMoE(6, 8, experts=4, top_k=2))
+
+
 def _x(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, 6, generator=torch.Generator().manual_seed(1))
 
@@ -84,6 +103,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "list": (_listed, {}),
     "sparse": (_sparse, {}),
     "soft": (_soft, {"factorization": "tucker"}),
+    "tasks": (_tasks, {}),
+    "sizes": (_sizes, {"factorization": "tensor_ring"}),
 }
 
 

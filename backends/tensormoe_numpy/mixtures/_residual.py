@@ -140,9 +140,9 @@ class ResidualExperts(ResidualMethods[Array]):
             BackendError: no array of the library, or none that the base returns.
             ShapeError: input, coefficients or the base's output do not fit.
         """
-        batch_shape = functional.check_input(x, self.in_features, self.dtype, self.backend)
+        functional.check_input(x, self.in_features, self.dtype, self.backend)
         y, made = self.base(x), self.adapter(x, coefficients)
-        return add_residual(self.config, y, made, batch_shape, self.backend)
+        return add_residual(self.config, y, made, self.backend)
 
     def load_adapter(self, path: str | PathLike[str], name: str | None = None) -> Self:
         """Take the values of a file over, and return the layer itself; the base stays.

@@ -256,10 +256,10 @@ class ResidualExperts(ResidualMethods[Tensor], nn.Module):
             ShapeError: input, coefficients or the base's output do not fit.
         """
         functional.check_array(x, BACKEND, "x")
-        batch_shape = functional.check_input(x, self.in_features, x.dtype, BACKEND)
+        functional.check_input(x, self.in_features, x.dtype, BACKEND)
         y = self.base(x, coefficients) if self._shares else self.base(x)
         made = self.adapter(self._for_adapter(x), coefficients)
-        return add_residual(self.config, y, made, batch_shape, BACKEND)
+        return add_residual(self.config, y, made, BACKEND)
 
     def _for_adapter(self, x: Tensor) -> Tensor:
         dtype = self.adapter.dtype
