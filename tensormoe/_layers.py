@@ -6,7 +6,7 @@ parameters of a module, as leaves of a pytree.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
 from typing import ClassVar, Generic, Self, TypedDict, TypeVar
 
@@ -17,7 +17,7 @@ from tensormoe._mixture import MixtureConfig
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Backend
 from tensormoe.checkpoint import check_arrays, check_config, read_block, save_checkpoint
-from tensormoe.mixtures import SoftConfig
+from tensormoe.mixtures import ConvConfig, ConvPlan, SoftConfig, expert_kernel
 from tensormoe.planning import Cost, Library, Plan
 
 A = TypeVar("A")
@@ -325,6 +325,79 @@ class SoftMethods(MixtureMethods[A, SoftConfig]):
             PlanError, SpecError: not a size, or tokens that so many sets cannot share.
         """
         return self.config.cost(batch, sets=sets, training=training, **self._costs())
+
+
+class ConvMethods(MixtureMethods[A, ConvConfig]):
+    """Methods of factorized convolutions, whose inputs are images."""
+
+    _channels_first: ClassVar[bool]
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of an image."""
+        return self.config.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self.config.out_channels
+
+    def cost(
+        self, batch: int, *, size: Sequence[int] | None = None, training: bool = False
+    ) -> Cost:
+        """Cost of one call for ``batch`` images of one size, the gate included.
+
+        Args:
+            batch: number of images, all leading axes multiplied.
+            size: of an image, without channels; must be given.
+            training: forward and backward with all gradients, instead of forward alone.
+
+        Raises:
+            PlanError, ShapeError, SpecError: sizes that cannot be.
+        """
+        return self.config.cost(batch, size=size, training=training, **self._costs())
+
+    def plan(self, size: Sequence[int], images: int = 1) -> ConvPlan:
+        """How images of one size are run: over patches, by a convolution, or with own kernels.
+
+        Args:
+            size: of an image, without channels.
+            images: how many.
+
+        Raises:
+            ShapeError, SpecError: sizes that cannot be.
+        """
+        return self.config.plan(size, images, library=self._costs()["library"])
+
+    def expert(self, *index: int) -> tuple[A, A | None]:
+        """One expert's kernel in the framework's layout and bias (out,), without building 𝒲.
+
+        It is differentiable where the framework differentiates. Kernels are (out, in, *size) where
+        channels come first, and (*size, in, out) elsewhere.
+
+        Args:
+            index: one plain integer per level.
+
+        Raises:
+            ShapeError: another number of levels, or an index out of range.
+        """
+        found = functional.expert_weight(
+            self.config.experts, self._named_factors(), index, self.backend
+        )
+        return self._kernels(*found)
+
+    def materialize(self) -> tuple[A, A | None]:
+        """The kernels (experts…, …) of all experts as :meth:`expert`; biases (experts…, out)."""
+        found = functional.materialize(self.config.experts, self._named_factors(), self.backend)
+        return self._kernels(*found)
+
+    def _kernels(self, matrix: A, bias: A | None) -> tuple[A, A | None]:
+        window, first = self.config.window, self._channels_first
+        return expert_kernel(window, matrix, bias, self.backend, channels_first=first)
+
+    def _named_factors(self) -> Mapping[str, A]:
+        """The factors of the experts, ``factors.…``."""
+        return {name.removeprefix("experts."): each for name, each in self._weights().items()}
 
 
 def check_constructor(kind: type, override: str) -> None:

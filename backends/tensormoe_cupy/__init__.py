@@ -10,6 +10,7 @@ if absent := missing("tensormoe_cupy", ("cupy",), "cupy"):
 from tensormoe_cupy._adapter import BACKEND, CupyBackend
 from tensormoe_cupy._layers import (
     CartesianMoE,
+    ConvMoE,
     DiverseMoE,
     MonetMoE,
     MultiGateMoE,
@@ -27,6 +28,7 @@ __all__ = [
     "BACKEND",
     "Adam",
     "CartesianMoE",
+    "ConvMoE",
     "CupyBackend",
     "DiverseMoE",
     "Gradients",

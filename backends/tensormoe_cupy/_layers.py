@@ -188,3 +188,18 @@ class ResidualExperts(tensormoe_numpy.ResidualExperts):
 
     backend: ClassVar[NumpyLikeBackend] = BACKEND
     _layer: ClassVar[type[tensormoe_numpy.MuMoE]] = MuMoE
+
+
+class ConvMoE(tensormoe_numpy.ConvMoE):
+    """A factorized mixture of convolutions, on an NVIDIA GPU: the forward pass, as on NumPy.
+
+    Raises:
+        BackendError: no NVIDIA GPU or driver, or arrays of another library.
+
+    >>> import cupy  # doctest: +SKIP
+    >>> layer = ConvMoE(16, 32, kernel_size=3, experts=8, padding=1, seed=0)  # doctest: +SKIP
+    >>> layer(cupy.ones((4, 28, 28, 16), dtype="float32")).shape  # doctest: +SKIP
+    (4, 28, 28, 32)
+    """
+
+    backend: ClassVar[NumpyLikeBackend] = BACKEND

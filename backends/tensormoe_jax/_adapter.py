@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,9 @@ class JaxBackend:
     keeps_constants = True
     # an array is where its memory is
     devices = None
+    # kernels of each image are slower than patches: XLA runs groups one by one on the CPU
+    convolves: Literal["shared"] = "shared"
+    channels_first = False
 
     def __repr__(self) -> str:
         return "JaxBackend()"
@@ -100,6 +103,23 @@ class JaxBackend:
             (((0,), (0,)), ((), ())), (0,), ()
         )
         return jax.lax.ragged_dot_general(left, right, counts.astype(jnp.int32), numbers)
+
+    def convolve(
+        self,
+        images: Array,
+        kernels: Array,
+        bias: Array | None,
+        stride: tuple[int, ...],
+        padding: tuple[tuple[int, int], ...],
+        dilation: tuple[int, ...],
+        /,
+    ) -> Array:
+        axes = "DHW"[-len(stride) :]
+        layout = f"N{axes}C", f"{axes}IO", f"N{axes}C"
+        made = jax.lax.conv_general_dilated(
+            images, kernels, stride, padding, rhs_dilation=dilation, dimension_numbers=layout
+        )
+        return made if bias is None else made + bias
 
     def floats(self, array: Array, /) -> list[float]:
         listed: list[float] = array.tolist()
@@ -197,4 +217,4 @@ def _no_wrap(indices: Array, size: int) -> Array:
 
 BACKEND = JaxBackend()
 """The adapter of JAX, which ``tensormoe.get_backend`` returns."""
-LIBRARY = Library(frees_saved=True)
+LIBRARY = Library(frees_saved=True, convolves="shared")

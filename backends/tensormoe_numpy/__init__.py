@@ -17,6 +17,7 @@ from tensormoe_numpy._like_numpy import NumpyLikeBackend
 from tensormoe_numpy._mlp import MuMoEMLP
 from tensormoe_numpy.mixtures import (
     CartesianMoE,
+    ConvMoE,
     DiverseMoE,
     MonetMoE,
     MultiGateMoE,
@@ -31,6 +32,7 @@ __all__ = [
     "BACKEND",
     "Adam",
     "CartesianMoE",
+    "ConvMoE",
     "DiverseMoE",
     "Gradients",
     "MonetMoE",

@@ -28,6 +28,7 @@ from tensormoe_torch._synchronize import synchronize_gates
 from tensormoe_torch.compression import compress
 from tensormoe_torch.mixtures import (
     CartesianMoE,
+    ConvMoE,
     DiverseMoE,
     MonetMoE,
     MultiGateMoE,
@@ -42,6 +43,7 @@ from tensormoe_torch.surgery import from_linear, from_mlp, replace
 __all__ = [
     "BACKEND",
     "CartesianMoE",
+    "ConvMoE",
     "DiverseMoE",
     "ExpertGate",
     "Factors",

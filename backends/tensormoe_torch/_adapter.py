@@ -8,7 +8,7 @@ that nobody traces, inside :mod:`tensormoe_torch._autograd`, where gradients com
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from tensormoe.backend import State, Step
 from tensormoe.errors import BackendError
 from tensormoe.planning import Library
 from tensormoe_torch import _namespace
+from tensormoe_torch._convolution import convolution
 from tensormoe_torch._grouped import grouped_matmul, grouped_outer
 from tensormoe_torch._products import copies_transposed, product
 from tensormoe_torch._tracing import is_traced
@@ -40,6 +41,8 @@ class TorchBackend:
     keeps_constants = False
     # a tensor is where its memory is
     devices = None
+    convolves: Literal["each"] = "each"
+    channels_first = True
 
     def __init__(self, eager: bool = False) -> None:
         self.eager = eager
@@ -119,6 +122,18 @@ class TorchBackend:
     def grouped_outer(self, left: Tensor, right: Tensor, counts: Tensor, /) -> Tensor:
         return grouped_outer(left, right, counts)
 
+    def convolve(
+        self,
+        images: Tensor,
+        kernels: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, ...],
+        padding: tuple[tuple[int, int], ...],
+        dilation: tuple[int, ...],
+        /,
+    ) -> Tensor:
+        return convolution(images, kernels, bias, stride, padding, dilation)
+
     def floats(self, array: Tensor, /) -> list[float]:
         return array.tolist()
 
@@ -183,6 +198,7 @@ def library(dtype: torch.dtype, *, keeps_input: bool = True) -> Library:
         keeps_input=keeps_input,
         holds_coefficients=True,
         sums_rows=True,
+        convolves="each",
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tensormoe import functional
-from tensormoe.errors import BackendError
+from tensormoe.errors import BackendError, ShapeError
 from tensormoe.functional import EachExpert, LayerConfig
 from tensormoe.gates import OneExpert, TopK
 from tensormoe_torch._adapter import BACKEND
@@ -51,16 +51,41 @@ def check_input(
         ShapeError: no axis of ``features``, or another dtype than the layer's; under autocast, any
             that it narrows will do.
     """
+    lead = functional.check_input(
+        x, features, _met_dtype(x, weight, narrower=narrower), BACKEND, name
+    )
+    _check_device(x, weight, name)
+    _check_sharded(x, weight, name)
+    return lead
+
+
+def check_images(x: Tensor, weight: Tensor) -> None:
+    """Refuse images of another device or dtype than a layer that holds ``weight``.
+
+    Raises:
+        BackendError: not a tensor, or one on another device.
+        ShapeError: another dtype than the layer's; under autocast, any that it narrows will do.
+    """
+    functional.check_array(x, BACKEND, "images")
+    dtype = _met_dtype(x, weight)
+    if x.dtype != dtype:
+        raise ShapeError(
+            f"images must have the layer's dtype {dtype}; got {x.dtype}. Cast them, or build the "
+            "layer with their dtype."
+        )
+    _check_device(x, weight, "images")
+    _check_sharded(x, weight, "images")
+
+
+def _met_dtype(x: Tensor, weight: Tensor, *, narrower: bool = False) -> torch.dtype:
+    """The dtype that an input of a layer must have."""
     dtype = weight.dtype
     mixed = isinstance(x, Tensor) and x.dtype != dtype and x.dtype in _NARROWED
     if mixed and dtype in _NARROWED and is_autocast(weight.device.type):
         dtype = x.dtype
     if narrower and mixed and dtype == torch.float32 and x.dtype.itemsize == 2:
         dtype = x.dtype
-    lead = functional.check_input(x, features, dtype, BACKEND, name)
-    _check_device(x, weight, name)
-    _check_sharded(x, weight, name)
-    return lead
+    return dtype
 
 
 def check_ids(ids: Tensor, count: int, weight: Tensor) -> Tensor:

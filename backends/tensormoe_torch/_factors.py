@@ -70,7 +70,7 @@ def mixture(
 ) -> Tensor:
     """The mixture (..., out) of a layer with its factors by canonical name."""
     lead = tuple(x.shape if config.indexed_input else x.shape[:-1])
-    dtype, parameters = _narrowed(parameters)
+    dtype, parameters = narrowed(parameters)
     rows, given = x, [*coefficients]
     if len(lead) != 1:
         count = (prod(lead),)
@@ -84,7 +84,7 @@ def mixture(
 
 def each(config: LayerConfig, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """Outputs (experts…, rows, out) of every expert for its own rows (experts…, rows, in)."""
-    dtype, parameters = _narrowed(parameters)
+    dtype, parameters = narrowed(parameters)
     # an exported model must not be bound to the numbers of rows that one plan is the cheapest for
     any_batch = torch.compiler.is_exporting()
     # what nobody differentiates may be written into
@@ -95,7 +95,7 @@ def each(config: LayerConfig, parameters: Mapping[str, Tensor], x: Tensor) -> Te
     return made
 
 
-def _narrowed(parameters: Mapping[str, Tensor]) -> tuple[torch.dtype, Mapping[str, Tensor]]:
+def narrowed(parameters: Mapping[str, Tensor]) -> tuple[torch.dtype, Mapping[str, Tensor]]:
     """The dtype that a layer runs in, and its factors in it."""
     weight = next(iter(parameters.values()))
     dtype = compute_dtype(weight)

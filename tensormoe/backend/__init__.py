@@ -14,6 +14,7 @@ from tensormoe.backend._integers import default_integer
 from tensormoe.backend._protocol import (
     Array,
     Backend,
+    Convolves,
     Exchange,
     Groups,
     LoopStep,
@@ -35,6 +36,7 @@ from tensormoe.backend._registry import (
 __all__ = [
     "Array",
     "Backend",
+    "Convolves",
     "Exchange",
     "Groups",
     "LoopStep",

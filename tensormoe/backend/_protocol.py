@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-__all__ = ["Array", "Backend", "Exchange", "Groups", "LoopStep", "Selects", "State", "Step"]
+__all__ = [
+    "Array",
+    "Backend",
+    "Convolves",
+    "Exchange",
+    "Groups",
+    "LoopStep",
+    "Selects",
+    "State",
+    "Step",
+]
 
 Array: TypeAlias = Any
 """An array of any library; the core has no array type of its own."""
@@ -193,6 +203,46 @@ class Groups(Protocol):
         """Sums of outer products over each expert's rows.
 
         (rows, in), (rows, out), (N,) → (N, in, out).
+        """
+        ...
+
+
+@runtime_checkable
+class Convolves(Protocol):
+    """Optional members of an adapter: convolutions of one, two or more spatial axes.
+
+    Without them, layers multiply patches with matrices.
+    """
+
+    @property
+    def convolves(self) -> Literal["shared", "each"]:
+        """Whether kernels that all images share are all it has, or kernels of each image too."""
+        ...
+
+    @property
+    def channels_first(self) -> bool:
+        """Whether images are (images, channels, *size), instead of (images, *size, channels)."""
+        ...
+
+    def convolve(
+        self,
+        images: Array,
+        kernels: Array,
+        bias: Array | None,
+        stride: tuple[int, ...],
+        padding: tuple[tuple[int, int], ...],
+        dilation: tuple[int, ...],
+        /,
+    ) -> Array:
+        """Cross-correlation of images with kernels (*size, in, out), in their one dtype.
+
+        Args:
+            images: in the library's layout, as the result.
+            kernels: for all images; or of each image, (images, *size, in, out).
+            bias: added to each position, (out,); or of each image, (images, out).
+            stride: positions between outputs, for each spatial axis.
+            padding: zeros before and behind, for each spatial axis.
+            dilation: positions between entries of a kernel, for each spatial axis.
         """
         ...
 

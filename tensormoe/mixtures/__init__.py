@@ -14,6 +14,13 @@ from tensormoe.mixtures._by_size import send_by_size as send_by_size
 from tensormoe.mixtures._cartesian import CartesianConfig as CartesianConfig
 from tensormoe.mixtures._cartesian import rms_norm as rms_norm
 from tensormoe.mixtures._cartesian_options import cartesian_config as cartesian_config
+from tensormoe.mixtures._conv import ConvConfig as ConvConfig
+from tensormoe.mixtures._conv import conv_config as conv_config
+from tensormoe.mixtures._conv_cost import ConvPlan as ConvPlan
+from tensormoe.mixtures._conv_run import check_coefficients as check_coefficients
+from tensormoe.mixtures._conv_run import check_images as check_images
+from tensormoe.mixtures._conv_run import convolve as convolve
+from tensormoe.mixtures._conv_run import expert_kernel as expert_kernel
 from tensormoe.mixtures._diverse import DiverseConfig as DiverseConfig
 from tensormoe.mixtures._diverse import diverse_config as diverse_config
 from tensormoe.mixtures._experts import ExpertsConfig as ExpertsConfig
@@ -66,10 +73,14 @@ from tensormoe.mixtures._soft_options import soft_config as soft_config
 from tensormoe.mixtures._sparse import SparseConfig as SparseConfig
 from tensormoe.mixtures._sparse import sparse_config as sparse_config
 from tensormoe.mixtures._tasks import record_of as record_of
+from tensormoe.mixtures._window import Window as Window
+from tensormoe.mixtures._window import window as window
 
 __all__ = [
     "Adapters",
     "CartesianConfig",
+    "ConvConfig",
+    "ConvPlan",
     "Dispatch",
     "DiverseConfig",
     "ExpertsConfig",
@@ -85,17 +96,23 @@ __all__ = [
     "ResidualConfig",
     "SoftConfig",
     "SparseConfig",
+    "Window",
     "activation",
     "adapter_of",
     "add_residual",
     "cartesian_config",
     "check_adapters",
     "check_base",
+    "check_coefficients",
+    "check_images",
     "check_merge",
     "check_routes",
+    "conv_config",
+    "convolve",
     "counting_tokens",
     "diverse_config",
     "draw_own",
+    "expert_kernel",
     "experts_config",
     "fixed_delta",
     "gated",
@@ -126,5 +143,6 @@ __all__ = [
     "sparse_config",
     "start_at_zero",
     "summed",
+    "window",
     "with_shared",
 ]

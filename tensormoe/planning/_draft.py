@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from tensormoe._validation import positive_int
 from tensormoe.errors import PlanError
-from tensormoe.factorizations import BATCH, INPUT, Leg, Network, Term
+from tensormoe.factorizations import BATCH, INPUT, OUTPUT, Leg, Network, Term
 from tensormoe.planning._grouping import COUNTS
 from tensormoe.planning._lowering import volume
 from tensormoe.planning._path import WRITE_WEIGHT
@@ -79,7 +79,14 @@ class Draft:
         spread: whether coefficients that come by index are spread over all experts. Otherwise
             the rows of every factor that they name are gathered.
         grouped: whether gathers of large matrices become products grouped by expert.
+
+    Attributes:
+        rows: legs of the rows of an input.
+        output: legs of the result, in its order.
     """
+
+    rows: tuple[Leg, ...] = (BATCH,)
+    output: tuple[Leg, ...] = (BATCH, OUTPUT)
 
     def __init__(
         self,
@@ -136,9 +143,14 @@ class Draft:
         operands += [Operand(each.name, each.legs, "factor") for each in network.all_factors]
         self.operands = tuple(operands)
 
+    @property
+    def lowered_sizes(self) -> Mapping[Leg, int]:
+        """The sizes that steps are made for."""
+        return self.sizes
+
     def start(self) -> tuple[Builder, list[Part]]:
         """A builder after the work on indices, and the terms to contract."""
-        builder = Builder(self.operands, self.sizes)
+        builder = Builder(self.operands, self.lowered_sizes)
         data = [self._dense(builder, slot) for slot in self.data]
         slots = {name: self._gather(builder, slot) for name, slot in self.factors.items()}
         parts = [self._part(builder, term, data, slots) for term in self.terms]
@@ -154,7 +166,7 @@ class Draft:
             # an indexed input has picked its rows already: the bias is added right there
             listed[name] = builder.plus(listed[name], bias)
             bias = None
-        legs = {BATCH, *(leg for slot in listed.values() for leg in builder.legs[slot])}
+        legs = {*self.rows, *(leg for slot in listed.values() for leg in builder.legs[slot])}
         # what all experts have in common is mixed by the sum of their coefficients
         data = [builder.reduce(slot, frozenset(legs)) for slot in dense]
         return Part((*data, *listed.values()), listed[name], bias)

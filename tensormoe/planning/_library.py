@@ -1,13 +1,14 @@
-"""Properties of an array library that decide on the memory of a call."""
+"""Properties of an array library that decide on the memory and the steps of a call."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class Library:
-    """Properties of an array library that peak memory depends on.
+    """Properties of an array library that peak memory and steps depend on.
 
     The defaults are those of NumPy, but for the row blocks.
 
@@ -24,6 +25,9 @@ class Library:
         holds_coefficients: whether coefficients live until a forward call ends, since the call of
             a module holds its arguments.
         sums_rows: whether rows of a table are weighted and summed at once, without a copy of them.
+        convolves: the convolutions that its backend has (:class:`tensormoe.backend.Convolves`):
+            none (""), with kernels that all images share ("shared"), or also with kernels of each
+            image ("each").
     """
 
     row_block_bytes: int | None = None
@@ -33,6 +37,7 @@ class Library:
     keeps_input: bool = True
     holds_coefficients: bool = False
     sums_rows: bool = False
+    convolves: Literal["", "shared", "each"] = ""
 
 
 DEFAULT = Library()

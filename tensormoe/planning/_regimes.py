@@ -14,6 +14,7 @@ from functools import lru_cache
 from tensormoe.factorizations import BATCH, OUTPUT, Leg, Network
 from tensormoe.planning._draft import DENSE, Draft, Part, Routing
 from tensormoe.planning._grouping import grouped, saving
+from tensormoe.planning._lowering import volume
 from tensormoe.planning._path import WRITE_WEIGHT, Node, search_tree, tree_cost
 from tensormoe.planning._program import Program
 from tensormoe.planning._tree import Builder
@@ -94,6 +95,11 @@ def plan_regimes(network: Network, routing: Routing = DENSE) -> Regimes:
         drafts.append(Draft(network, routing, spread=True))
     if routing.by_expert and len(network.expert_legs) == 1:
         drafts.append(Draft(network, routing, grouped=True))
+    return regimes_of(drafts)
+
+
+def regimes_of(drafts: Sequence[Draft]) -> Regimes:
+    """The cheapest programs of drafts that do the same, and where their regimes begin."""
     small, large = best_candidate(drafts, 1), best_candidate(drafts, MAX_BATCH)
     starts, chosen = [0], [small]
     for threshold, candidate in _crossings(drafts, small, large, MAX_BATCH):
@@ -137,7 +143,7 @@ def _candidate(draft: Draft, batch: int) -> Candidate:
     found = [_best_trees(draft, builder, part, sizes) for part in parts]
     terms, consts, slopes = zip(*found, strict=True)
     const, slope = draft.work(builder)
-    added = 2 * WRITE_WEIGHT * sizes[OUTPUT] * (len(found) - 1)
+    added = 2 * WRITE_WEIGHT * volume(draft.output, draft.sizes, 1) * (len(found) - 1)
     made = Candidate(draft, terms, const + sum(consts), slope + sum(slopes) + added)
     if not draft.grouped:
         return made
@@ -149,23 +155,22 @@ def _best_trees(
     draft: Draft, builder: Builder, part: Part, sizes: Mapping[Leg, int]
 ) -> tuple[Trees, int, int]:
     """The cheapest trees of one term, with constant and slope of their cost."""
-    slots, carrier, bias = part.slots, part.carrier, part.bias
-    output = (BATCH, OUTPUT)
+    slots, carrier, bias, output = part.slots, part.carrier, part.bias, draft.output
     tree = _search(builder, slots, output, sizes)
     if bias is None or _contracts(tree, draft.x, carrier):
         return Trees(tree), *tree_cost(tree, sizes, WRITE_WEIGHT)
     # the path does not contract the input with its own factor first: either let it, and add
     # the bias there, or run the bias through the network on its own
     rest = [slot for slot in slots if slot not in (draft.x, carrier)]
-    legs = frozenset((BATCH, *builder.legs[bias]))
+    legs = frozenset((*draft.rows, *builder.legs[bias]))
     inner = Node(legs, children=(_leaf(builder, draft.x), _leaf(builder, carrier)))
     joined = search_tree([*(builder.legs[slot] for slot in rest), tuple(legs)], output, sizes)
     fused = _renamed(joined, [*rest, inner], builder)
     together = Trees(fused), *tree_cost(fused, sizes, WRITE_WEIGHT)
-    alone = _search(builder, [*rest, bias], output, sizes)
+    alone = _search(builder, [*rest, bias], (BATCH, OUTPUT), sizes)
     costs = (tree_cost(each, sizes, WRITE_WEIGHT) for each in (tree, alone))
     const, slope = (sum(pair) for pair in zip(*costs, strict=True))
-    apart = Trees(tree, alone), const, slope + 2 * WRITE_WEIGHT * sizes[OUTPUT]
+    apart = Trees(tree, alone), const, slope + 2 * WRITE_WEIGHT * volume(output, draft.sizes, 1)
     return min(together, apart, key=lambda found: found[1] + found[2] * sizes[BATCH])
 
 
@@ -203,18 +208,17 @@ def build_program(candidate: Candidate) -> Program:
     """Lower a candidate."""
     draft = candidate.draft
     builder, parts = draft.start()
-    output = (BATCH, OUTPUT)
     results: list[int] = []
     for part, trees in zip(parts, candidate.trees, strict=True):
         tree = trees.main
         if part.bias is not None and trees.bias is None:
             assert draft.x is not None
-            legs = frozenset((BATCH, *builder.legs[part.bias]))
+            legs = frozenset((*draft.rows, *builder.legs[part.bias]))
             slot = builder.plus(builder.contract(draft.x, part.carrier, legs), part.bias)
             tree = _replaced(tree, {draft.x, part.carrier}, Node(legs, slot))
-        results.append(builder.emit(tree, output))
+        results.append(builder.emit(tree, draft.output))
         if trees.bias is not None:
-            results.append(builder.emit(trees.bias, output))
+            results.append(builder.emit(trees.bias, (BATCH, OUTPUT)))
         # added at once, so that no more than two results are held
         while len(results) > 1:
             results[:2] = [builder.plus(results[0], results[1])]

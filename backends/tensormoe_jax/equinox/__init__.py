@@ -21,6 +21,7 @@ from tensormoe_jax.equinox._mlp import MuMoEMLP
 from tensormoe_jax.equinox._rules import parameter_rules
 from tensormoe_jax.equinox.mixtures import (
     CartesianMoE,
+    ConvMoE,
     DiverseMoE,
     MonetMoE,
     MultiGateMoE,
@@ -33,6 +34,7 @@ from tensormoe_jax.equinox.mixtures import (
 
 __all__ = [
     "CartesianMoE",
+    "ConvMoE",
     "DiverseMoE",
     "ExpertGate",
     "MonetMoE",

@@ -22,6 +22,7 @@ from tensormoe_jax.nnx._mlp import MuMoEMLP
 from tensormoe_jax.nnx._rules import parameter_rules
 from tensormoe_jax.nnx.mixtures import (
     CartesianMoE,
+    ConvMoE,
     DiverseMoE,
     MonetMoE,
     MultiGateMoE,
@@ -34,6 +35,7 @@ from tensormoe_jax.nnx.mixtures import (
 
 __all__ = [
     "CartesianMoE",
+    "ConvMoE",
     "DiverseMoE",
     "ExpertGate",
     "MonetMoE",

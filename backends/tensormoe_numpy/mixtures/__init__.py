@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tensormoe_numpy.mixtures._base import MixtureLayer as MixtureLayer
 from tensormoe_numpy.mixtures._cartesian import CartesianMoE as CartesianMoE
+from tensormoe_numpy.mixtures._conv import ConvMoE as ConvMoE
 from tensormoe_numpy.mixtures._diverse import DiverseMoE as DiverseMoE
 from tensormoe_numpy.mixtures._monet import MonetMoE as MonetMoE
 from tensormoe_numpy.mixtures._multi_gate import MultiGateMoE as MultiGateMoE
@@ -14,6 +15,7 @@ from tensormoe_numpy.mixtures._sparse import SparseMoE as SparseMoE
 
 __all__ = [
     "CartesianMoE",
+    "ConvMoE",
     "DiverseMoE",
     "MixtureLayer",
     "MonetMoE",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from tensormoe_torch.mixtures._base import MixtureModule as MixtureModule
 from tensormoe_torch.mixtures._cartesian import CartesianMoE as CartesianMoE
+from tensormoe_torch.mixtures._conv import ConvExperts as ConvExperts
+from tensormoe_torch.mixtures._conv import ConvFactors as ConvFactors
+from tensormoe_torch.mixtures._conv import ConvMoE as ConvMoE
 from tensormoe_torch.mixtures._diverse import DiverseExperts as DiverseExperts
 from tensormoe_torch.mixtures._diverse import DiverseMoE as DiverseMoE
 from tensormoe_torch.mixtures._monet import Halves as Halves
@@ -26,6 +29,9 @@ from tensormoe_torch.mixtures._sparse import SparseMoE as SparseMoE
 __all__ = [
     "Adapter",
     "CartesianMoE",
+    "ConvExperts",
+    "ConvFactors",
+    "ConvMoE",
     "DiverseExperts",
     "DiverseMoE",
     "GatedExperts",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tensormoe_jax.nnx.mixtures._base import MixtureModule as MixtureModule
 from tensormoe_jax.nnx.mixtures._cartesian import CartesianMoE as CartesianMoE
+from tensormoe_jax.nnx.mixtures._conv import ConvMoE as ConvMoE
 from tensormoe_jax.nnx.mixtures._diverse import DiverseMoE as DiverseMoE
 from tensormoe_jax.nnx.mixtures._monet import MonetMoE as MonetMoE
 from tensormoe_jax.nnx.mixtures._multi_gate import MultiGateMoE as MultiGateMoE
@@ -17,6 +18,7 @@ from tensormoe_jax.nnx.mixtures._sparse import SparseMoE as SparseMoE
 __all__ = [
     "AdapterFilter",
     "CartesianMoE",
+    "ConvMoE",
     "DiverseMoE",
     "MixtureModule",
     "MonetMoE",

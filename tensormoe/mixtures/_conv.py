@@ -1,0 +1,401 @@
+"""Factorized mixture of convolutions: its configuration, and the arguments that make one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+from types import NoneType
+from typing import Any, ClassVar
+
+from tensormoe._config import LayerConfig
+from tensormoe._mixture import MixtureConfig, OwnArray, checked_fields
+from tensormoe._resolve import Options
+from tensormoe._spec import LayerSpec
+from tensormoe._validation import brief, choice, instance, positive_int
+from tensormoe.backend import Array, Backend, Convolves
+from tensormoe.errors import ShapeError, SpecError
+from tensormoe.factorizations import Dense, FactorizationLike
+from tensormoe.functional import initial_span
+from tensormoe.functional import route as route_rows
+from tensormoe.gates import Across, Gate
+from tensormoe.mixtures._budget import within_budget
+from tensormoe.mixtures._conv_cost import ConvPlan, conv_cost
+from tensormoe.mixtures._conv_run import convolve, gate_inputs
+from tensormoe.mixtures._parts import Parts
+from tensormoe.mixtures._window import Padding, Sizes, Window, window
+from tensormoe.planning import Cost, Library
+from tensormoe.planning._convolved import Convolved, ConvPrograms, conv_programs
+from tensormoe.planning._library import DEFAULT
+from tensormoe.selection import Budget
+
+Routed = tuple[tuple[Array, ...], tuple[Array, ...]]
+"""Coefficients and logits, one array (rows, N_e) a level each."""
+
+PER = ("image", "position")
+"""Values of ``experts_per``."""
+
+
+@dataclass(frozen=True)
+class ConvConfig(MixtureConfig):
+    """A factorized mixture of convolutions without its arrays.
+
+    𝒲 has the shape (experts…, kernel · in, out): the input mode of the experts is a patch, kernel
+    offsets first, channels last.
+
+    Args:
+        experts: the experts as a layer without a gate, whose inputs are patches.
+        gate: how channels become coefficients; None for a layer that is always given them.
+        window: geometry of the convolution.
+        experts_per: "image" for one set of coefficients per image, from the mean of its pixels;
+            "position" for one per position of the output, from the mean of its patch.
+
+    Attributes:
+        gate_config: the gate as that of a layer over the channels; None without a gate.
+
+    Raises:
+        SpecError: parts that do not fit.
+    """
+
+    experts: LayerConfig
+    gate: Gate | None
+    window: Window
+    experts_per: str
+    # no cached property, which locks on first use: compilers cannot follow that
+    gate_config: LayerConfig | None = field(init=False, repr=False, compare=False)
+
+    block: ClassVar[str] = "ConvMoE"
+
+    def __post_init__(self) -> None:
+        instance(self.experts, LayerConfig, "experts", "a LayerConfig", SpecError)
+        instance(self.gate, (Gate, NoneType), "gate", "a Gate or None", SpecError)
+        instance(self.window, Window, "window", "a Window", SpecError)
+        choice(self.experts_per, PER, "experts_per", SpecError)
+        layer, volume = self.experts, self.window.volume
+        if layer.gate is not None or layer.indexed_input or layer.spec.in_features % volume:
+            raise SpecError(
+                f"experts must be a layer without a gate over patches of {volume} pixels; got "
+                f"{layer.spec.in_features} features, gate {layer.gate!r} and indexed_input="
+                f"{layer.indexed_input}. Give it in_features = {volume} · in_channels."
+            )
+        spec = layer.spec
+        gated = LayerSpec(self.in_channels, spec.out_features, spec.experts, Dense())
+        made = None if self.gate is None else LayerConfig(gated, self.gate)
+        object.__setattr__(self, "gate_config", made)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of an image."""
+        return self.experts.spec.in_features // self.window.volume
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self.experts.spec.out_features
+
+    @property
+    def in_features(self) -> int:
+        """Channels of an image."""
+        return self.in_channels
+
+    @property
+    def out_features(self) -> int:
+        """Channels of the output."""
+        return self.out_channels
+
+    @property
+    def per_image(self) -> bool:
+        """Whether an image has one set of coefficients."""
+        return self.experts_per == "image"
+
+    @cached_property
+    def layers(self) -> Mapping[str, LayerConfig]:
+        return {"experts": self.experts}
+
+    @cached_property
+    def own(self) -> Mapping[str, OwnArray]:
+        if self.gate_config is None:
+            return {}
+        shapes = self.gate_config.parameter_shapes()
+        arrays = {}
+        for name, shape in shapes.items():
+            if name.startswith("gate."):
+                span = initial_span(self.gate_config, name)
+                arrays[name] = OwnArray(shape, "uniform", span) if span else OwnArray(shape)
+        return arrays
+
+    def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {} if self.gate_config is None else self.gate_config.buffer_shapes()
+
+    def programs(self, library: Library | Backend = DEFAULT) -> ConvPrograms:
+        """The programs for an array library, planned on first use.
+
+        Args:
+            library: its properties, or its adapter.
+        """
+        convolves = library.convolves if isinstance(library, Library | Convolves) else ""
+        first = self.per_image and isinstance(library, Convolves) and library.channels_first
+        form = Convolved(convolves, self.per_image, first)
+        return conv_programs(self.experts.spec.network, form)
+
+    def plan(self, size: Sequence[int], images: int = 1, *, library: Library = DEFAULT) -> ConvPlan:
+        """How images of one size are run.
+
+        Args:
+            size: of an image, without channels.
+            images: how many.
+            library: how the array library runs a layer; one without convolutions by default.
+
+        Raises:
+            ShapeError: another number of axes, or images smaller than the kernel.
+            SpecError: not sizes.
+
+        >>> from tensormoe.planning import Library
+        >>> config = conv_config(16, 32, 3, experts=8, rank=12, padding=1)
+        >>> [config.plan((28, 28), library=Library(convolves=each)).way for each in ("", "shared")]
+        ['patches', 'convolution']
+        """
+        positions = prod(self.window.out_size(self.checked_size(size)))
+        programs, count = self.programs(library), positive_int(images, "images")
+        program = programs.program(count, positions)
+        return ConvPlan(self, tuple(size), count, program, programs.bias)
+
+    def checked_size(self, size: object) -> tuple[int, ...]:
+        """The size of an image without channels.
+
+        Raises:
+            SpecError: not one positive integer per spatial axis.
+        """
+        axes = self.window.axes
+        if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != axes:
+            raise SpecError(
+                f"size must be that of an image without channels, {axes} numbers; got "
+                f"{brief(size)}. Write size=(28, 28), for instance."
+            )
+        return tuple(positive_int(each, "size") for each in size)
+
+    def noise_shape(self, *tokens: int) -> tuple[int, ...] | None:
+        noisy = self.gate is not None and self.gate.noise > 0
+        return (*tokens, sum(self.experts.spec.experts)) if noisy else None
+
+    def route(
+        self,
+        parts: Parts,
+        x: Array,
+        *,
+        training: bool = False,
+        noise: Array | None = None,
+        across: Across | None = None,
+    ) -> tuple[Routed, dict[str, Array]]:
+        """Coefficients and logits of rows of channels, and the buffers that training changed.
+
+        Args:
+            parts: arrays and buffers of the mixture.
+            x: (rows, channels), as :meth:`gate_inputs` makes them.
+            training: whether batch norm uses the batch's own statistics, noise is added, and
+                buffers move.
+            noise: standard normal (rows, ΣN_e), in training with noise.
+            across: as for :func:`tensormoe.gates.activate`.
+
+        Raises:
+            GateError: noise or buffers that are needed and not given.
+            ShapeError: there is no gate.
+        """
+        config = self.checked_gate()
+        noises = None
+        if noise is not None:
+            ends = [sum(config.spec.experts[: level + 1]) for level in range(config.spec.levels)]
+            starts = [0, *ends[:-1]]
+            noises = [noise[:, a:b] for a, b in zip(starts, ends, strict=True)]
+        routed = route_rows(
+            config,
+            parts.arrays,
+            x,
+            parts.backend,
+            buffers={name: parts.arrays[name] for name in self.buffer_shapes()},
+            keep=True,
+            training=training,
+            across=across,
+            noise=noises,
+        )
+        return (tuple(routed.coefficients), tuple(routed.logits)), routed.buffers
+
+    def checked_gate(self) -> LayerConfig:
+        """The gate's configuration.
+
+        Raises:
+            ShapeError: there is none, and so no coefficients.
+        """
+        if self.gate_config is None:
+            raise ShapeError(
+                "this layer has no gate; got no coefficients. Call it with coefficients=…, or "
+                "build it with a gate."
+            )
+        return self.gate_config
+
+    def gate_inputs(self, x: Array, backend: Backend) -> Array:
+        """Means of pixels (rows, channels), a row per image or per position, in the images' dtype.
+
+        Args:
+            x: images, in the backend's layout.
+            backend: the adapter of their library.
+        """
+        return gate_inputs(self.window, self.per_image, x, backend)
+
+    def run(self, parts: Parts, x: Array, routes: Sequence[Array]) -> Array:
+        """Outputs of images.
+
+        Args:
+            parts: arrays of the mixture.
+            x: images, in the backend's layout.
+            routes: coefficients (rows, N_e) a level.
+        """
+        factors = {
+            name.partition(".")[2]: array
+            for name, array in parts.arrays.items()
+            if name.startswith("experts.")
+        }
+        programs = self.programs(parts.backend)
+        return convolve(self.window, programs, factors, x, routes, parts.backend)
+
+    def check_routes(self, routes: Any, batch_shape: tuple[int, ...]) -> None:
+        wanted = [(*batch_shape, count) for count in self.experts.spec.experts]
+        found = [tuple(each.shape) for each in routes]
+        if found != wanted:
+            raise ShapeError(f"coefficients must have shapes {wanted}; got {found}.")
+
+    def cost(
+        self,
+        batch: int,
+        *,
+        itemsize: int = 4,
+        library: Library = DEFAULT,
+        training: bool = False,
+        size: Sequence[int] | None = None,
+    ) -> Cost:
+        """Cost of one call for ``batch`` images, the gate included.
+
+        Args:
+            batch: number of images, all leading axes multiplied.
+            itemsize: bytes per entry: 4 for float32.
+            library: how the array library runs a layer.
+            training: forward and backward with all gradients, instead of forward alone.
+            size: of an image, without channels; must be given.
+
+        Raises:
+            PlanError, SpecError, ShapeError: sizes that cannot be.
+        """
+        return conv_cost(
+            self,
+            batch,
+            self.checked_size(size),
+            itemsize=itemsize,
+            library=library,
+            training=training,
+        )
+
+    def arguments(self) -> str:
+        spec = self.experts.spec
+        experts = spec.experts[0] if spec.levels == 1 else spec.experts
+        return (
+            f"{self.in_channels}, {self.out_channels}, {self.window.arguments()}, "
+            f"experts={experts}, experts_per={self.experts_per!r}, "
+            f"factorization={spec.factorization!r}, bias={spec.bias}, gate={self.gate!r}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "experts": self.experts.to_dict(),
+            "gate": None if self.gate is None else self.gate.to_dict(),
+            "window": self.window.to_dict(),
+            "experts_per": self.experts_per,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ConvConfig:
+        found = checked_fields(values, {"experts", "gate", "window", "experts_per"}, "convolution")
+        fields = {"kernel_size", "stride", "padding", "dilation"}
+        geometry = checked_fields(found["window"], fields, "window")
+        return cls(
+            LayerConfig.from_dict(found["experts"]),
+            None if found["gate"] is None else Gate.from_dict(found["gate"]),
+            Window.from_dict(geometry),
+            found["experts_per"],
+        )
+
+
+def conv_config(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: Sizes,
+    *,
+    experts: int | tuple[int, ...],
+    stride: Sizes = 1,
+    padding: Padding = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    dims: int = 2,
+    experts_per: str = "image",
+    factorization: FactorizationLike = "cp",
+    rank: int | tuple[int, ...] | None = None,
+    budget: Budget | int | None = None,
+    bias: bool = True,
+    gate: Gate | str | None = "entmax",
+) -> ConvConfig:
+    """The configuration of a factorized mixture of convolutions, from a constructor's arguments.
+
+    Args:
+        in_channels: of an image.
+        out_channels: of the output.
+        kernel_size: one number per spatial axis, or one for all of ``dims``.
+        experts: N, or one size per level of hierarchy.
+        stride: positions between outputs.
+        padding: zeros on both sides; one number, one or two per axis, "valid" or "same".
+        dilation: positions between entries of the kernel.
+        groups: must be 1.
+        dims: number of spatial axes, for a kernel size that is one number.
+        experts_per: "image" or "position": what has a set of coefficients.
+        factorization: a value such as ``CP(rank=64)``, or its name.
+        rank: bond sizes, with a name. Without rank or budget, the factors get the parameters of
+            one convolution of the same size, and the gate comes on top.
+        budget: parameters of all that is built instead, experts and gate: a number, or a
+            ``Budget(parameters=…)``, whose ``gate=False`` leaves the gate out.
+        bias: whether every expert has a bias.
+        gate: how channels become coefficients: a :class:`tensormoe.Gate` or the name of its
+            activation; None for a layer that is always given coefficients.
+
+    Raises:
+        SpecError: sizes, names or options that cannot be.
+        RankError: a rank that does not fit the factorization, or both a rank and a budget.
+        BudgetError: not a number of parameters, or too few; says how many are needed.
+
+    >>> config = conv_config(16, 32, 3, experts=8, padding=1)
+    >>> config.experts.spec.num_parameters, 16 * 32 * 3 * 3 + 32
+    (4632, 4640)
+    """
+    if positive_int(groups, "groups") != 1:
+        raise SpecError(
+            f"groups must be 1, as experts share their factors over all channels; got {groups}. "
+            "Leave it out, or use one layer per group."
+        )
+    opening = window(kernel_size, stride, padding, dilation, dims)
+    channels = positive_int(in_channels, "in_channels")
+    columns = positive_int(out_channels, "out_channels")
+    rows = channels * opening.volume
+    options = Options(experts, factorization, rank, None, bias, gate)
+    if budget is not None:
+        bought = within_budget(
+            budget,
+            (factorization, factorization),
+            rank,
+            (rows, None, columns),
+            experts,
+            bias=bias,
+            router=Options(experts, Dense(), None, None, bias, gate)
+            .layer(channels, columns)
+            .gate_parameters,
+        )[1]
+        options = replace(options, factorization=bought, rank=None)
+    layer = options.layer(rows, columns)
+    return ConvConfig(replace(layer, gate=None), layer.gate, opening, experts_per)
