@@ -123,9 +123,6 @@ def _lead(
 class ConvLayer(ConvMethods[Array], MixtureLayer[ConvConfig]):
     """Methods that the convolutions of Flax and Equinox share."""
 
-    _kind = "ConvMoE"
-    _config_kind = ConvConfig
-
     def _weights(self) -> dict[str, Array]:
         return self.parameters
 

@@ -69,6 +69,8 @@ class ConvMoE(ConvLayer, MixtureModule[ConvConfig]):
     ((4, 32, 28, 28), (32, 28, 28), (4, 8))
     """
 
+    _kind = "ConvMoE"
+    _config_kind = ConvConfig
     _channels_first = True
 
     def __init__(

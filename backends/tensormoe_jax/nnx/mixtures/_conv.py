@@ -66,6 +66,8 @@ class ConvMoE(ConvLayer, MixtureModule[ConvConfig]):
     ((4, 28, 28, 32), (4, 8))
     """
 
+    _kind = "ConvMoE"
+    _config_kind = ConvConfig
     _channels_first = False
 
     def __init__(
