@@ -83,7 +83,7 @@ def run_images(
     open_sizes = any(not isinstance(each, int) for each in images.shape)
     y: Array = convolve(
         config.window,
-        config.programs(BACKEND),
+        config.programs(BACKEND.convolves),
         factors,
         images,
         rows,

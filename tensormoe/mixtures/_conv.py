@@ -27,7 +27,7 @@ from tensormoe.mixtures._parts import Parts
 from tensormoe.mixtures._window import Padding, Sizes, Window, window
 from tensormoe.planning import Cost, Library
 from tensormoe.planning._convolved import Convolved, ConvPrograms, conv_programs
-from tensormoe.planning._library import DEFAULT
+from tensormoe.planning._library import DEFAULT, Convolutions
 from tensormoe.selection import Budget
 
 Routed = tuple[tuple[Array, ...], tuple[Array, ...]]
@@ -128,15 +128,17 @@ class ConvConfig(MixtureConfig):
     def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
         return {} if self.gate_config is None else self.gate_config.buffer_shapes()
 
-    def programs(self, library: Library | Backend = DEFAULT) -> ConvPrograms:
-        """The programs for an array library, planned on first use.
+    def programs(
+        self, convolves: Convolutions = "", *, channels_first: bool = False
+    ) -> ConvPrograms:
+        """The programs of the layer, planned on first use.
 
         Args:
-            library: its properties, or its adapter.
+            convolves: the convolutions that there are, as
+                :attr:`tensormoe.planning.Library.convolves`.
+            channels_first: whether channels come before the spatial axes.
         """
-        convolves = library.convolves if isinstance(library, Library | Convolves) else ""
-        first = self.per_image and isinstance(library, Convolves) and library.channels_first
-        form = Convolved(convolves, self.per_image, first)
+        form = Convolved(convolves, self.per_image, self.per_image and channels_first)
         return conv_programs(self.experts.spec.network, form)
 
     def plan(self, size: Sequence[int], images: int = 1, *, library: Library = DEFAULT) -> ConvPlan:
@@ -157,7 +159,7 @@ class ConvConfig(MixtureConfig):
         ['patches', 'convolution']
         """
         positions = prod(self.window.out_size(self.checked_size(size)))
-        programs, count = self.programs(library), positive_int(images, "images")
+        programs, count = self.programs(library.convolves), positive_int(images, "images")
         program = programs.program(count, positions)
         return ConvPlan(self, tuple(size), count, program, programs.bias)
 
@@ -256,8 +258,11 @@ class ConvConfig(MixtureConfig):
             for name, array in parts.arrays.items()
             if name.startswith("experts.")
         }
-        programs = self.programs(parts.backend)
-        return convolve(self.window, programs, factors, x, routes, parts.backend)
+        backend = parts.backend
+        programs = self.programs()
+        if isinstance(backend, Convolves):
+            programs = self.programs(backend.convolves, channels_first=backend.channels_first)
+        return convolve(self.window, programs, factors, x, routes, backend)
 
     def check_routes(self, routes: Any, batch_shape: tuple[int, ...]) -> None:
         wanted = [(*batch_shape, count) for count in self.experts.spec.experts]

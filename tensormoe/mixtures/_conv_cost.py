@@ -136,7 +136,7 @@ def conv_cost(
     flag(training, "training", PlanError)
     images = non_negative_int(images, "batch", PlanError)
     positions = prod(config.window.out_size(size))
-    programs = config.programs(library)
+    programs = config.programs(library.convolves)
     plan = ConvPlan(config, size, images, programs.program(images, positions), programs.bias)
     spec = config.experts.spec
     rows = images if config.per_image else images * positions

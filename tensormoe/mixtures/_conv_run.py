@@ -92,7 +92,7 @@ def gate_inputs(window: Window, per_image: bool, x: Array, backend: Backend) -> 
     wide = widened(x, backend)
     if per_image:
         axes = tuple(range(first, first + window.axes))
-        pixels = prod(x.shape[axis] for axis in axes)
+        pixels = prod(x.shape[first : first + window.axes])
         return cast(backend.sum(wide, axes) / pixels, x.dtype, backend)
     means = cast(window.averages(wide, first, backend), x.dtype, backend)
     if channels == 1:

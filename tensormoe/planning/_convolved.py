@@ -20,6 +20,7 @@ from typing import Literal
 
 from tensormoe.factorizations import BATCH, INPUT, OUTPUT, Leg, Network, Term
 from tensormoe.planning._draft import Draft, Part
+from tensormoe.planning._library import Convolutions
 from tensormoe.planning._lowering import volume
 from tensormoe.planning._path import WRITE_WEIGHT
 from tensormoe.planning._program import Operand, Program
@@ -50,7 +51,7 @@ class Convolved:
             are those of an image.
     """
 
-    convolves: Literal["", "shared", "each"] = ""
+    convolves: Convolutions = ""
     per_image: bool = False
     channels_first: bool = False
 

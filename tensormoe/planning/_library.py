@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Convolutions = Literal["", "shared", "each"]
+"""Convolutions of a library: none, with kernels of all images, or also with kernels of each."""
+
 
 @dataclass(frozen=True)
 class Library:
@@ -37,7 +40,7 @@ class Library:
     keeps_input: bool = True
     holds_coefficients: bool = False
     sums_rows: bool = False
-    convolves: Literal["", "shared", "each"] = ""
+    convolves: Convolutions = ""
 
 
 DEFAULT = Library()

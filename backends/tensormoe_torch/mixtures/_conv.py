@@ -44,7 +44,9 @@ class ConvFactors(Factors):
         super().__init__(config.experts, dict(factors.items()))
         self.window = config.window
         # no compiler has to follow the planner
-        self.programs = config.programs(BACKEND)
+        self.programs = config.programs("each", channels_first=True)
+        # with a kernel for each image, compilers would bind a model to its number of images
+        self.traced_programs = config.programs("shared", channels_first=True)
 
     def forward(self, x: Tensor, *coefficients: Any) -> Tensor:
         """Outputs (images, out, *size) of images (images, in, *size).
@@ -55,11 +57,12 @@ class ConvFactors(Factors):
         """
         dtype, factors = narrowed(self.by_name())
         # what nobody differentiates may be written into
-        plain = not is_traced(x) and not torch.is_grad_enabled()
+        traced = is_traced(x)
+        plain = not traced and not torch.is_grad_enabled()
         with no_autocast(x.device.type):
             made: Tensor = convolve(
                 self.window,
-                self.programs,
+                self.traced_programs if traced else self.programs,
                 factors,
                 x.to(dtype),
                 coefficients,
