@@ -21,7 +21,7 @@ def within_budget(
     pair: Pair,
     rank: int | tuple[int, ...] | None,
     sizes: tuple[int, int | None, int],
-    experts: int,
+    experts: int | tuple[int, ...],
     *,
     gated: bool = False,
     bias: bool = False,
@@ -35,7 +35,7 @@ def within_budget(
         pair: a name or class for each layer; the last one alone for experts of one layer.
         rank: None, as the budget chooses it.
         sizes: in, hidden and out; no hidden size for experts of one layer.
-        experts: N.
+        experts: N, or one size per level.
         gated: whether the first layer makes two halves.
         bias: whether experts have biases.
         router: parameters of the router.

@@ -42,8 +42,8 @@ def check_images(
     shape, axes = tuple(x.shape), window.axes
     place = -axes - 1 if channels_first else -1
     if len(shape) <= axes or shape[place] != channels:
-        size = ["height", "width"] if axes == 2 else ["length"] if axes == 1 else ["size"] * axes
-        order = [str(channels), *size] if channels_first else [*size, str(channels)]
+        names = ["height", "width"] if axes == 2 else ["length"] if axes == 1 else ["size"] * axes
+        order = [str(channels), *names] if channels_first else [*names, str(channels)]
         raise ShapeError(
             f"images must have shape (..., {', '.join(order)}); got {shape}. Check the layer's "
             "in_channels, or move the axis of channels."

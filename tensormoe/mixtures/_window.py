@@ -109,7 +109,7 @@ class Window:
         start = offset * self.dilation[place]
         stride = self.stride[place]
         stop = start + stride * (count - 1) + 1
-        return x[(*(slice(None),) * axis, slice(start, stop, stride))]
+        return x[(*(slice(None),) * axis, slice(start, stop, stride), ...)]
 
     def patches(self, x: Array, first: int, channels: int, backend: Backend) -> Array:
         """Patches of images: every channel becomes kernel × channels.

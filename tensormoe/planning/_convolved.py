@@ -13,7 +13,7 @@ They compete as other paths do: multiply-adds, and a weight times the entries wr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -213,7 +213,7 @@ class ConvDraft(Draft):
         return {**self.sizes, **({POSITION: ANY} if POSITION in self.sizes else {})}
 
     def _part(
-        self, builder: Builder, term: Term, dense: list[int], slots: Mapping[str, int]
+        self, builder: Builder, term: Term, dense: Sequence[int], slots: Mapping[str, int]
     ) -> Part:
         if self.way == "patches":
             return super()._part(builder, term, dense, slots)
