@@ -6,7 +6,7 @@ import os
 import sys
 from importlib import import_module
 
-NAMES = ("paper", "product", "soft", "sparse", "table")
+NAMES = ("conv", "paper", "product", "soft", "sparse", "table")
 """Parts, each in a file ``_mixtures_<name>.py`` with a function ``run`` of the other arguments."""
 
 

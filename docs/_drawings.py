@@ -361,6 +361,39 @@ def residual() -> Drawing:
     return new
 
 
+def convolution() -> Drawing:
+    """Three ways to contract the network of a convolution's experts."""
+    new = Drawing(
+        820, 270, "Experts of a convolution in CP, and what is contracted first"
+    )
+    panels = (
+        ("patches", "every patch is a row"),
+        ("convolution", "the input factor is a kernel"),
+        ("kernels", "one kernel per image"),
+    )
+    for place, (name, words) in enumerate(panels):
+        shift = 266 * place + 14
+        new.text(134 + shift, 18, name, "title")
+        keys = {key: f"{key}{place}" for key in "anxiro"}
+        new.node(keys["a"], 134 + shift, 62, "a", GATE)
+        new.node(keys["n"], 134 + shift, 112, "", EXPERT)
+        new.node(keys["x"], 34 + shift, 170, "x", INPUT)
+        new.node(keys["i"], 94 + shift, 170, "")
+        new.dot(keys["r"], 134 + shift, 150)
+        new.node(keys["o"], 174 + shift, 170, "")
+        new.bond(keys["a"], keys["n"], "N", 15)
+        for key in "nio":
+            new.bond(keys["r"], keys[key])
+        new.text(150 + shift, 140, "R", "leg")
+        new.bond(keys["x"], keys["i"])
+        new.leg(keys["o"], 44, 0, "O")
+        new.text(134 + shift, 250, words, "leg")
+    new.cut("M 20 142 h 56 v 56 h -56 Z", 50, 216, "unfolded")
+    new.cut("M 286 142 h 116 v 56 h -116 Z", 344, 216, "convolved")
+    new.cut("M 612 36 h 134 v 162 h -134 Z", 679, 216, "contracted first")
+    return new
+
+
 DRAWINGS = {
     "layer": layer,
     "network-dense": dense,
@@ -372,6 +405,7 @@ DRAWINGS = {
     "network-shared-basis": shared_basis,
     "network-base-delta": base_delta,
     "capacity": capacity,
+    "conv-moe": convolution,
     "residual": residual,
 }
 

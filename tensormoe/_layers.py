@@ -15,7 +15,7 @@ from tensormoe._config import BlockConfig, LayerConfig
 from tensormoe._html import layer_html
 from tensormoe._mixture import MixtureConfig
 from tensormoe._spec import LayerSpec
-from tensormoe.backend import Backend
+from tensormoe.backend import Backend, Convolves
 from tensormoe.checkpoint import check_arrays, check_config, read_block, save_checkpoint
 from tensormoe.mixtures import ConvConfig, ConvPlan, SoftConfig, expert_kernel
 from tensormoe.planning import Cost, Library, Plan
@@ -367,7 +367,9 @@ class ConvMethods(MixtureMethods[A, ConvConfig]):
         Raises:
             ShapeError, SpecError: sizes that cannot be.
         """
-        return self.config.plan(size, images, library=self._costs()["library"])
+        first = isinstance(self.backend, Convolves) and self.backend.channels_first
+        library = self._costs()["library"]
+        return self.config.plan(size, images, library=library, channels_first=first)
 
     def expert(self, *index: int) -> tuple[A, A | None]:
         """One expert's kernel in the framework's layout and bias (out,), without building 𝒲.

@@ -141,13 +141,21 @@ class ConvConfig(MixtureConfig):
         form = Convolved(convolves, self.per_image, self.per_image and channels_first)
         return conv_programs(self.experts.spec.network, form)
 
-    def plan(self, size: Sequence[int], images: int = 1, *, library: Library = DEFAULT) -> ConvPlan:
+    def plan(
+        self,
+        size: Sequence[int],
+        images: int = 1,
+        *,
+        library: Library = DEFAULT,
+        channels_first: bool = False,
+    ) -> ConvPlan:
         """How images of one size are run.
 
         Args:
             size: of an image, without channels.
             images: how many.
             library: how the array library runs a layer; one without convolutions by default.
+            channels_first: whether its channels come before the spatial axes.
 
         Raises:
             ShapeError: another number of axes, or images smaller than the kernel.
@@ -159,7 +167,8 @@ class ConvConfig(MixtureConfig):
         ['patches', 'convolution']
         """
         positions = prod(self.window.out_size(self.checked_size(size)))
-        programs, count = self.programs(library.convolves), positive_int(images, "images")
+        count = positive_int(images, "images")
+        programs = self.programs(library.convolves, channels_first=channels_first)
         program = programs.program(count, positions)
         return ConvPlan(self, tuple(size), count, program, programs.bias)
 
@@ -377,7 +386,7 @@ def conv_config(
 
     >>> config = conv_config(16, 32, 3, experts=8, padding=1)
     >>> config.experts.spec.num_parameters, 16 * 32 * 3 * 3 + 32
-    (4632, 4640)
+    (4625, 4640)
     """
     if positive_int(groups, "groups") != 1:
         raise SpecError(
