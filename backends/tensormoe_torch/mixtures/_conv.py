@@ -149,7 +149,7 @@ class ConvMoE(ConvMethods[Tensor], MixtureModule[ConvConfig]):
     >>> layer(x).shape, layer.coefficients(x)[0].shape
     (torch.Size([4, 32, 28, 28]), torch.Size([4, 8]))
     >>> layer.plan((28, 28), images=4).way
-    'convolution'
+    'kernels'
     """
 
     _kind = "ConvMoE"
