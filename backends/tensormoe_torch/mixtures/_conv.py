@@ -45,7 +45,7 @@ class ConvFactors(Factors):
         self.window = config.window
         # no compiler has to follow the planner
         self.programs = config.programs("each", channels_first=True)
-        # with a kernel for each image, compilers would bind a model to its number of images
+        # compilers generate no code for groups whose number is open
         self.traced_programs = config.programs("shared", channels_first=True)
 
     def forward(self, x: Tensor, *coefficients: Any) -> Tensor:
@@ -67,8 +67,8 @@ class ConvFactors(Factors):
                 x.to(dtype),
                 coefficients,
                 direct(x) if plain else BACKEND,
-                # an exported model must not be bound to the sizes that one plan is the cheapest for
-                any_size=torch.compiler.is_exporting(),
+                # a compiled model must not be bound to the sizes that one plan is the cheapest for
+                any_size=torch.compiler.is_compiling() or torch.compiler.is_exporting(),
             )
         return made
 
