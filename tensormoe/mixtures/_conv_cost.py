@@ -137,16 +137,17 @@ def conv_cost(
     images = non_negative_int(images, "batch", PlanError)
     positions = prod(config.window.out_size(size))
     programs = config.programs(library.convolves)
-    plan = ConvPlan(config, size, images, programs.program(images, positions), programs.bias)
+    program = programs.program(images, positions)
+    plan = ConvPlan(config, size, images, program, programs.bias)
     spec = config.experts.spec
     rows = images if config.per_image else images * positions
     gate = GateCall(config.gate, config.in_channels, spec.experts, rows, itemsize, library)
     call = ProgramCall(plan.sized, plan.batch, itemsize, library)
     steps: list[StepCost] = []
-    held = 0
+    held = means = 0
     if config.gate is not None:
         steps += _means(config, images, size, positions, itemsize, training)
-        held = gate.coefficients + itemsize * rows * config.in_channels
+        held, means = gate.coefficients, itemsize * rows * config.in_channels
     steps += gate.steps()
     before, made = _before(plan, itemsize, training)
     output = itemsize * images * positions * config.out_channels
@@ -156,17 +157,23 @@ def conv_cost(
         # kernels in the order of a convolution, and the output
         peak = held + max(call.peak(training=training), 2 * call.result + output)
     else:
-        peak = held + made + call.peak(training=training)
+        # patches and convolved images are freed after their last use, unless training keeps them
+        owned = [
+            slot
+            for slot, operand in enumerate(program.operands)
+            if operand.name == "x" or operand.name.startswith("convolved_")
+        ]
+        peak = held + (made + call.peak(training=True) if training else call.peak(owned))
     steps += [*before, *call.steps(), *behind]
     parameters = spec.num_parameters + gate.parameters
     if not training:
-        return Cost(parameters, tuple(steps), max(gate.peak(), peak))
-    saved = held + gate.saved + made + call.saved
+        return Cost(parameters, tuple(steps), max(means + gate.peak(), peak))
+    saved = held + means + gate.saved + made + call.saved
     images_bytes = itemsize * images * prod(size) * config.in_channels
     backward = saved + call.result + max(call.backward_peak(), call.gradients)
     backward += made + images_bytes
     steps += [*call.backward_steps(), *(gate.backward_steps() if config.gate else ())]
-    peak = max(gate.peak(training=True), peak + gate.saved, backward)
+    peak = max(means + gate.peak(training=True), peak + means + gate.saved, backward)
     return Cost(parameters, tuple(steps), peak, saved)
 
 

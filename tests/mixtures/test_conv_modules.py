@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import tracemalloc
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -302,6 +303,24 @@ def test_flops(training: bool) -> None:
             == sum(each.numel() for each in layer.parameters())
         )
         assert (found.saved_memory > 0) == training
+
+
+@pytest.mark.parametrize("per", ["image", "position"])
+def test_memory(per: str) -> None:
+    for kind, size in (("cp", 3), ("dense", 3), ("cp", 1)):
+        layer = tensormoe_numpy.ConvMoE(
+            16, 32, size, experts=8, padding=size // 2, experts_per=per, factorization=kind, seed=0
+        )
+        projection = layer.parameters["gate.projection_0"]
+        projection[...] = np.random.default_rng(0).standard_normal(projection.shape)
+        x = last(np.random.default_rng(1).standard_normal((8, 16, 28, 28)).astype("float32"))
+        x = np.ascontiguousarray(x)
+        layer(x)
+        tracemalloc.start()
+        layer(x)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak == pytest.approx(layer.cost(8, size=(28, 28)).peak_memory, rel=0.02)
 
 
 def test_plans_are_the_cheapest() -> None:
