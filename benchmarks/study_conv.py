@@ -1,8 +1,8 @@
 """Factorized convolutions in the place of convolutions, on scikit-learn's digits.
 
 Three layers 3 × 3 (1 → 16 → 32 → 32 channels), a mean and a linear head; the last two layers are
-``nn.Conv2d``, or ``ConvMoE`` with no more parameters than these, gates included. Adam at the better
-of two learning rates, chosen by the loss on a part of the training images; 300 training images, so
+``nn.Conv2d``, or ``ConvMoE`` with no more parameters than these, gates included. Adam at the best
+of three learning rates, chosen by the loss on a part of the training images; 300 training images, so
 that there is something to lose, the rest for the test.
 
     python benchmarks/study_conv.py
@@ -24,7 +24,7 @@ from tensormoe_torch import ConvMoE
 
 EXPERTS, EPOCHS, BATCH = 8, 40, 50
 TRAIN, HELD = 300, 100
-RATES = (3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 Make = Callable[[int, int], nn.Module]
 
 

@@ -36,6 +36,7 @@ from tensormoe_torch.mixtures import (
     ResidualExperts,
     SoftMoE,
     SparseMoE,
+    from_conv,
 )
 from tensormoe_torch.official import from_official, to_official
 from tensormoe_torch.surgery import from_linear, from_mlp, replace
@@ -58,6 +59,7 @@ __all__ = [
     "SparseMoE",
     "TorchBackend",
     "compress",
+    "from_conv",
     "from_linear",
     "from_mlp",
     "from_official",

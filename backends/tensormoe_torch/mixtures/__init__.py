@@ -9,6 +9,7 @@ from tensormoe_torch.mixtures._conv import ConvFactors as ConvFactors
 from tensormoe_torch.mixtures._conv import ConvMoE as ConvMoE
 from tensormoe_torch.mixtures._diverse import DiverseExperts as DiverseExperts
 from tensormoe_torch.mixtures._diverse import DiverseMoE as DiverseMoE
+from tensormoe_torch.mixtures._from_conv import from_conv as from_conv
 from tensormoe_torch.mixtures._monet import Halves as Halves
 from tensormoe_torch.mixtures._monet import MonetMoE as MonetMoE
 from tensormoe_torch.mixtures._multi_gate import GatedExperts as GatedExperts
@@ -49,5 +50,6 @@ __all__ = [
     "SparseMoE",
     "SparseRouter",
     "TaskRouter",
+    "from_conv",
     "without_best_experts",
 ]

@@ -23,6 +23,7 @@ from tensormoe.functional import (
 from tensormoe.gates import Gate
 from tensormoe.selection import Budget
 from tensormoe_torch._adapter import BACKEND
+from tensormoe_torch._base import Mixture
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch.surgery._block import Block, read_block
@@ -30,6 +31,7 @@ from tensormoe_torch.surgery._linears import Linear, read_linear
 
 __all__ = [
     "block_config",
+    "fit_experts",
     "fitted_block",
     "fitted_layer",
     "fresh_block",
@@ -176,7 +178,7 @@ def fitted_layer(config: LayerConfig, linear: Linear, noise: float) -> tuple[MuM
     layer = MuMoE.of(config, device="meta", dtype=like.dtype).to_empty(device=like.device)
     if layer.gate is not None:
         layer.gate.reset_parameters()
-    return layer, _fit(layer, config, linear, noise, linear.num_parameters)
+    return layer, fit_experts(layer, config, linear, noise, linear.num_parameters)
 
 
 def fitted_block(config: BlockConfig, block: Block, noise: float) -> tuple[MuMoEMLP, Fit]:
@@ -194,8 +196,10 @@ def fitted_block(config: BlockConfig, block: Block, noise: float) -> tuple[MuMoE
     before = ahead.num_parameters
     if block.up is not None:
         before = block.first.num_parameters + block.up.num_parameters
-    first = _fit(made.first, config.first, ahead, noise, before)
-    second = _fit(made.second, config.second, block.second, noise, block.second.num_parameters)
+    first = fit_experts(made.first, config.first, ahead, noise, before)
+    second = fit_experts(
+        made.second, config.second, block.second, noise, block.second.num_parameters
+    )
     return made, Fit.of_block(first, second)
 
 
@@ -211,7 +215,9 @@ def copied(act: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def _fit(layer: MuMoE, config: LayerConfig, linear: Linear, noise: float, before: int) -> Fit:
+def fit_experts(
+    layer: Mixture, config: LayerConfig, linear: Linear, noise: float, before: int
+) -> Fit:
     """Fill a layer's factors from a linear layer; ``config`` counts the gate that runs it."""
     if config.gate is not None and not config.gate.sums_to_one:
         raise SpecError(

@@ -76,11 +76,16 @@ def read_linear(module: object, name: str, values: bool = True) -> Linear:
         )
     found = Linear(table, None if bias is None else bias.detach())
     if values:
-        _check_values(found, name)
+        check_values(found, name)
     return found
 
 
-def _check_values(linear: Linear, name: str) -> None:
+def check_values(linear: Linear, name: str) -> None:
+    """Refuse weights on the meta device, and those that are not finite.
+
+    Raises:
+        SpecError: such weights.
+    """
     for array in (linear.weight, linear.bias):
         if array is None:
             continue
