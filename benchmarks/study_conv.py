@@ -2,8 +2,8 @@
 
 Three layers 3 × 3 (1 → 16 → 32 → 32 channels), a mean and a linear head; the last two layers are
 ``nn.Conv2d``, or ``ConvMoE`` with no more parameters than these, gates included. Adam at the best
-of three learning rates, chosen by the loss on a part of the training images; 300 training images, so
-that there is something to lose, the rest for the test.
+of three learning rates, chosen by the loss on a part of the training images; 300 training images,
+so that there is something to lose, the rest for the test.
 
     python benchmarks/study_conv.py
 """
