@@ -54,8 +54,8 @@ def test_compiled_for_any_size(config: ConvConfig) -> None:
     torch._dynamo.reset()
     layer = layer_of(config, drawn(config))
     fast = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
-    with torch._dynamo.config.patch(recompile_limit=4):
-        for count, side in [(2, 9), (3, 9), (4, 12), (5, 12), (6, 20), (7, 12), (8, 13)]:
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for count, side in [(2, 9), (3, 9), (4, 12), (6, 20), (8, 5)]:
             x = torch.tensor(images(config, (side, side + 1), count))
             torch.testing.assert_close(fast(x), layer(x))
     for each in (fast, layer):
