@@ -15,8 +15,8 @@ from tensormoe.mixtures._cartesian import CartesianConfig as CartesianConfig
 from tensormoe.mixtures._cartesian import rms_norm as rms_norm
 from tensormoe.mixtures._cartesian_options import cartesian_config as cartesian_config
 from tensormoe.mixtures._conv import ConvConfig as ConvConfig
-from tensormoe.mixtures._conv import conv_config as conv_config
 from tensormoe.mixtures._conv_cost import ConvPlan as ConvPlan
+from tensormoe.mixtures._conv_options import conv_config as conv_config
 from tensormoe.mixtures._conv_run import check_coefficients as check_coefficients
 from tensormoe.mixtures._conv_run import check_images as check_images
 from tensormoe.mixtures._conv_run import convolve as convolve

@@ -1,9 +1,9 @@
-"""Factorized mixture of convolutions: its configuration, and the arguments that make one."""
+"""Factorized mixture of convolutions: its configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from types import NoneType
@@ -11,24 +11,21 @@ from typing import Any, ClassVar
 
 from tensormoe._config import LayerConfig
 from tensormoe._mixture import MixtureConfig, OwnArray, checked_fields
-from tensormoe._resolve import Options
 from tensormoe._spec import LayerSpec
 from tensormoe._validation import brief, choice, instance, positive_int
 from tensormoe.backend import Array, Backend, Convolves
 from tensormoe.errors import ShapeError, SpecError
-from tensormoe.factorizations import Dense, FactorizationLike
+from tensormoe.factorizations import Dense
 from tensormoe.functional import initial_span
 from tensormoe.functional import route as route_rows
 from tensormoe.gates import Across, Gate
-from tensormoe.mixtures._budget import within_budget
 from tensormoe.mixtures._conv_cost import ConvPlan, conv_cost
 from tensormoe.mixtures._conv_run import convolve, gate_inputs
 from tensormoe.mixtures._parts import Parts
-from tensormoe.mixtures._window import Padding, Sizes, Window, window
+from tensormoe.mixtures._window import Window
 from tensormoe.planning import Cost, Library
 from tensormoe.planning._convolved import Convolved, ConvPrograms, conv_programs
 from tensormoe.planning._library import DEFAULT, Convolutions
-from tensormoe.selection import Budget
 
 Routed = tuple[tuple[Array, ...], tuple[Array, ...]]
 """Coefficients and logits, one array (rows, N_e) a level each."""
@@ -161,6 +158,7 @@ class ConvConfig(MixtureConfig):
             ShapeError: another number of axes, or images smaller than the kernel.
             SpecError: not sizes.
 
+        >>> from tensormoe.mixtures import conv_config
         >>> from tensormoe.planning import Library
         >>> config = conv_config(16, 32, 3, experts=8, rank=12, padding=1)
         >>> [config.plan((28, 28), library=Library(convolves=each)).way for each in ("", "shared")]
@@ -337,79 +335,3 @@ class ConvConfig(MixtureConfig):
             Window.from_dict(geometry),
             found["experts_per"],
         )
-
-
-def conv_config(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: Sizes,
-    *,
-    experts: int | tuple[int, ...],
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
-    dims: int = 2,
-    experts_per: str = "image",
-    factorization: FactorizationLike = "cp",
-    rank: int | tuple[int, ...] | None = None,
-    budget: Budget | int | None = None,
-    bias: bool = True,
-    gate: Gate | str | None = "entmax",
-) -> ConvConfig:
-    """The configuration of a factorized mixture of convolutions, from a constructor's arguments.
-
-    Args:
-        in_channels: of an image.
-        out_channels: of the output.
-        kernel_size: one number per spatial axis, or one for all of ``dims``.
-        experts: N, or one size per level of hierarchy.
-        stride: positions between outputs.
-        padding: zeros on both sides; one number, one or two per axis, "valid" or "same".
-        dilation: positions between entries of the kernel.
-        groups: must be 1.
-        dims: number of spatial axes, for a kernel size that is one number.
-        experts_per: "image" or "position": what has a set of coefficients.
-        factorization: a value such as ``CP(rank=64)``, or its name.
-        rank: bond sizes, with a name. Without rank or budget, the factors get the parameters of
-            one convolution of the same size, and the gate comes on top.
-        budget: parameters of all that is built instead, experts and gate: a number, or a
-            ``Budget(parameters=…)``, whose ``gate=False`` leaves the gate out.
-        bias: whether every expert has a bias.
-        gate: how channels become coefficients: a :class:`tensormoe.Gate` or the name of its
-            activation; None for a layer that is always given coefficients.
-
-    Raises:
-        SpecError: sizes, names or options that cannot be.
-        RankError: a rank that does not fit the factorization, or both a rank and a budget.
-        BudgetError: not a number of parameters, or too few; says how many are needed.
-
-    >>> config = conv_config(16, 32, 3, experts=8, padding=1)
-    >>> config.experts.spec.num_parameters, 16 * 32 * 3 * 3 + 32
-    (4625, 4640)
-    """
-    if positive_int(groups, "groups") != 1:
-        raise SpecError(
-            f"groups must be 1, as experts share their factors over all channels; got {groups}. "
-            "Leave it out, or use one layer per group."
-        )
-    opening = window(kernel_size, stride, padding, dilation, dims)
-    channels = positive_int(in_channels, "in_channels")
-    columns = positive_int(out_channels, "out_channels")
-    rows = channels * opening.volume
-    options = Options(experts, factorization, rank, None, bias, gate)
-    if budget is not None:
-        bought = within_budget(
-            budget,
-            (factorization, factorization),
-            rank,
-            (rows, None, columns),
-            experts,
-            bias=bias,
-            router=Options(experts, Dense(), None, None, bias, gate)
-            .layer(channels, columns)
-            .gate_parameters,
-        )[1]
-        options = replace(options, factorization=bought, rank=None)
-    layer = options.layer(rows, columns)
-    return ConvConfig(replace(layer, gate=None), layer.gate, opening, experts_per)
