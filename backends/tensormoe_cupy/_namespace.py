@@ -42,6 +42,14 @@ class Namespace:
         """Indices that sort; CuPy's order is stable always."""
         return self._module.argsort(x, axis=axis)
 
+    def asarray(
+        self, obj: Any, /, *, dtype: Any = None, device: Any = None, copy: bool | None = None
+    ) -> Array:
+        """An array of numbers or of an array."""
+        options = {} if copy is None else {"copy": copy}
+        with _on(device):
+            return self._module.asarray(obj, dtype=dtype, **options)
+
     def arange(
         self,
         start: float,

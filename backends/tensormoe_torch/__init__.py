@@ -25,7 +25,7 @@ from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._per_sample import per_sample_gradients
 from tensormoe_torch._synchronize import synchronize_gates
-from tensormoe_torch.compression import compress
+from tensormoe_torch.compression import compress, reduce_experts
 from tensormoe_torch.mixtures import (
     CartesianMoE,
     ConvMoE,
@@ -65,6 +65,7 @@ __all__ = [
     "from_official",
     "parameter_groups",
     "per_sample_gradients",
+    "reduce_experts",
     "replace",
     "replace_expert",
     "restored",

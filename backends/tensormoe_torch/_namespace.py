@@ -57,7 +57,13 @@ def astype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def asarray(x: Tensor, *, device: Any = None, copy: Any = None) -> Tensor:
+def asarray(
+    x: Tensor | Sequence[int], *, dtype: Any = None, device: Any = None, copy: Any = None
+) -> Tensor:
+    if not isinstance(x, Tensor):
+        return torch.tensor(x, dtype=dtype, device=device)
+    if dtype is not None:
+        x = x.to(dtype)
     if copy:
         x = x.clone(memory_format=torch.contiguous_format)
     return x if device is None else x.to(device)

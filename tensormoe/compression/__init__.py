@@ -11,6 +11,10 @@ The work is done on NumPy in float32, or in float64 where the experts are. Memor
 counted in bytes, parameters in entries, times in seconds. Errors are Frobenius norms of what is
 missing, relative to those of the experts: 0 where nothing was lost, 1 where everything was.
 
+Another way to fewer bytes is fewer experts: :func:`choice_frequencies` and
+:func:`cosine_similarity` say which of them :func:`group_experts` puts together, and
+:func:`merge_stacks` makes one of each group, on any library.
+
 >>> import tempfile
 >>> from pathlib import Path
 >>> import numpy as np
@@ -40,6 +44,15 @@ from __future__ import annotations
 
 from tensormoe.compression._groups import Group
 from tensormoe.compression._measure import GroupReport
+from tensormoe.compression._merging import (
+    ExpertGroups,
+    allot_experts,
+    choice_frequencies,
+    cosine_similarity,
+    group_experts,
+    merge_stacks,
+    most_frequent,
+)
 from tensormoe.compression._patterns import LAYOUTS, PRESETS, Pattern, Preset
 from tensormoe.compression._plan import CompressionPlan, GroupPlan, plan_compression
 from tensormoe.compression._progress import CompressionProgress
@@ -54,6 +67,7 @@ __all__ = [
     "CompressionPlan",
     "CompressionProgress",
     "CompressionResult",
+    "ExpertGroups",
     "Group",
     "GroupPlan",
     "GroupReport",
@@ -61,6 +75,12 @@ __all__ = [
     "Pattern",
     "Preset",
     "Shard",
+    "allot_experts",
+    "choice_frequencies",
     "compress_checkpoint",
+    "cosine_similarity",
+    "group_experts",
+    "merge_stacks",
+    "most_frequent",
     "plan_compression",
 ]

@@ -31,6 +31,7 @@ from tensormoe.mixtures._experts import run_expert as run_expert
 from tensormoe.mixtures._gate_stage import GateStage as GateStage
 from tensormoe.mixtures._gate_stage import Inputs as Inputs
 from tensormoe.mixtures._gate_stage import mix_tasks as mix_tasks
+from tensormoe.mixtures._groups import grouped_index as grouped_index
 from tensormoe.mixtures._initialize import draw_own as draw_own
 from tensormoe.mixtures._initialize import initialize_mixture as initialize_mixture
 from tensormoe.mixtures._keys import Keys as Keys
@@ -116,6 +117,7 @@ __all__ = [
     "experts_config",
     "fixed_delta",
     "gated",
+    "grouped_index",
     "hidden_units",
     "initialize_mixture",
     "layers_of",

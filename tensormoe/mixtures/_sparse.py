@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import sqrt
@@ -18,6 +18,7 @@ from tensormoe.functional._dtypes import widened
 from tensormoe.gates import Across
 from tensormoe.mixtures._cost import experts_cost, mixing_cost, router_cost
 from tensormoe.mixtures._experts import ExpertsConfig, experts_config
+from tensormoe.mixtures._groups import checked_groups, grouped_index
 from tensormoe.mixtures._parts import (
     Parts,
     check_routes,
@@ -45,10 +46,12 @@ class SparseConfig(MixtureConfig):
         shared: the expert that every token runs besides, or None (DeepSeekMoE).
         mix_shared: whether a softmax of two logits weights the sum of the chosen experts and the
             shared expert (CartesianMoE).
+        groups: where experts were merged, the expert behind each of the router's outputs; None
+            where each output has its own.
 
     Raises:
-        SpecError: more experts per token than there are, a shared expert of other sizes, or none to
-            mix.
+        SpecError: more experts per token than there are, a shared expert of other sizes, none to
+            mix, or groups that are not of these experts.
     """
 
     experts: ExpertsConfig
@@ -56,11 +59,15 @@ class SparseConfig(MixtureConfig):
     router: Router
     shared: ExpertsConfig | None
     mix_shared: bool = False
+    groups: tuple[int, ...] | None = None
 
     block: ClassVar[str] = "SparseMoE"
 
     def __post_init__(self) -> None:
-        k, count = positive_int(self.top_k, "top_k"), self.experts.num_experts
+        if self.groups is not None:
+            checked = checked_groups(self.groups, self.experts.num_experts)
+            object.__setattr__(self, "groups", checked)
+        k, count = positive_int(self.top_k, "top_k"), self.num_choices
         object.__setattr__(self, "top_k", k)
         if k > count:
             raise SpecError(f"top_k must be at most the {count} experts; got {k}. Lower it.")
@@ -81,6 +88,11 @@ class SparseConfig(MixtureConfig):
             )
 
     @property
+    def num_choices(self) -> int:
+        """Outputs of the router: N, or more where several of them share an expert."""
+        return self.experts.num_experts if self.groups is None else len(self.groups)
+
+    @property
     def in_features(self) -> int:
         return self.experts.in_features
 
@@ -95,7 +107,7 @@ class SparseConfig(MixtureConfig):
 
     @cached_property
     def own(self) -> Mapping[str, OwnArray]:
-        arrays = router_arrays(self.router, self.in_features, self.experts.num_experts)
+        arrays = router_arrays(self.router, self.in_features, self.num_choices)
         if self.mix_shared:
             span = 1.0 / sqrt(self.in_features)
             arrays["router.mixing"] = OwnArray((self.in_features, 2), "uniform", span)
@@ -104,10 +116,10 @@ class SparseConfig(MixtureConfig):
 
     def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
         balanced = self.router.balance > 0
-        return {"router.choice_bias": (self.experts.num_experts,)} if balanced else {}
+        return {"router.choice_bias": (self.num_choices,)} if balanced else {}
 
     def noise_shape(self, *tokens: int) -> tuple[int, ...] | None:
-        return (*tokens, self.experts.num_experts) if self.router.noise else None
+        return (*tokens, self.num_choices) if self.router.noise else None
 
     def route(
         self,
@@ -133,6 +145,8 @@ class SparseConfig(MixtureConfig):
 
     def run(self, parts: Parts, x: Array, routes: Routes) -> Array:
         index, weights = routes.top_k_index, routes.top_k_weights
+        if self.groups is not None:
+            index = grouped_index(index, self.groups, parts.backend)
         y = run_routed(self.experts, parts, "experts", x, index, weights)
         if self.shared is None:
             return y
@@ -141,8 +155,7 @@ class SparseConfig(MixtureConfig):
         )
 
     def check_routes(self, routes: Any, batch_shape: tuple[int, ...]) -> None:
-        count = self.experts.num_experts
-        check_routes(routes, batch_shape, count, self.top_k, mixed=self.mix_shared)
+        check_routes(routes, batch_shape, self.num_choices, self.top_k, mixed=self.mix_shared)
 
     def cost(
         self,
@@ -153,9 +166,8 @@ class SparseConfig(MixtureConfig):
         training: bool = False,
     ) -> Cost:
         options: Any = {"itemsize": itemsize, "library": library, "training": training}
-        count = self.experts.num_experts
         cost = router_cost(
-            self.in_features, count, self.top_k, batch, bias=self.router.bias, **options
+            self.in_features, self.num_choices, self.top_k, batch, bias=self.router.bias, **options
         )
         cost = cost.then(experts_cost(self.experts, batch, self.top_k, **options))
         if self.shared is not None:
@@ -170,6 +182,7 @@ class SparseConfig(MixtureConfig):
         return (
             f"{self.experts.arguments()}, top_k={self.top_k}, router={self.router!r}, "
             f"shared_features={shared}, mix_shared={self.mix_shared}"
+            f"{'' if self.groups is None else f', groups={self.groups}'}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -179,11 +192,12 @@ class SparseConfig(MixtureConfig):
             "router": self.router.to_dict(),
             "shared": None if self.shared is None else self.shared.to_dict(),
             "mix_shared": self.mix_shared,
+            "groups": None if self.groups is None else list(self.groups),
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SparseConfig:
-        fields = {"experts", "top_k", "router", "shared", "mix_shared"}
+        fields = {"experts", "top_k", "router", "shared", "mix_shared", "groups"}
         found = checked_fields(values, fields, "sparse mixture")
         shared = found["shared"]
         return cls(
@@ -192,6 +206,7 @@ class SparseConfig(MixtureConfig):
             Router.from_dict(found["router"]),
             None if shared is None else ExpertsConfig.from_dict(shared),
             found["mix_shared"],
+            found["groups"],
         )
 
 
@@ -211,6 +226,7 @@ def sparse_config(
     router: Router | str = "softmax",
     shared_features: int | None = None,
     mix_shared: bool = False,
+    groups: Sequence[int] | None = None,
 ) -> SparseConfig:
     """The configuration that constructors make of their arguments, planned already.
 
@@ -239,6 +255,7 @@ def sparse_config(
         shared = experts_config(in_features, width, out_features, 1, **options)
         others = sum(layer.num_parameters for layer in shared.layers.values())
     rows = positive_int(in_features, "in_features") + rule.bias
+    found = None if groups is None else checked_groups(groups, positive_int(experts, "experts"))
     built = experts_config(
         in_features,
         hidden_features,
@@ -247,11 +264,11 @@ def sparse_config(
         factorization=factorization,
         rank=rank,
         budget=budget,
-        router=rows * positive_int(experts, "experts")
+        router=rows * (positive_int(experts, "experts") if found is None else len(found))
         + (2 * (in_features + 1) if mix_shared else 0),
         others=others,
         **options,
     )
-    config = SparseConfig(built, top_k, rule, shared, mix_shared)
+    config = SparseConfig(built, top_k, rule, shared, mix_shared, found)
     config.plan_ahead()
     return config

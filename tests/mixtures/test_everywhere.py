@@ -29,9 +29,12 @@ class TestSparseMoE(MixtureContract):
         ),
         "noise": _sparse(router=Router(noise=1.0, renormalize=False), top_k=1),
         "mixed with a shared expert": _sparse(7, kind="mlp", shared_features=3, mix_shared=True),
+        "merged": _sparse(
+            7, experts=3, top_k=2, router=Router(balance=0.01), groups=(0, 2, 0, 1, 2)
+        ),
     }
     other = _sparse(experts=3, top_k=1)
-    compiled = ("swiglu", "mlp, ring, balance", "mixed with a shared expert")
+    compiled = ("swiglu", "mlp, ring, balance", "mixed with a shared expert", "merged")
 
 
 def _soft(hidden: int | None = None, **options: Any) -> Any:

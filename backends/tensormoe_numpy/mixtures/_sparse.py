@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -39,6 +41,8 @@ class SparseMoE(MixtureLayer[SparseConfig]):
             none.
         mix_shared: whether a learned softmax weights the sum of the chosen experts and the shared
             expert, as in CartesianMoE, instead of ones.
+        groups: where experts were merged, the expert behind each of the router's outputs, which
+            may then be more than N; None for one output per expert.
         init: ``"variance"`` or ``"paper"``, of every layer.
         dtype: ``"float16"``, ``"float32"`` or ``"float64"``; inputs must have it.
         seed: of the initial values.
@@ -74,6 +78,7 @@ class SparseMoE(MixtureLayer[SparseConfig]):
         router: Router | str = "softmax",
         shared_features: int | None = None,
         mix_shared: bool = False,
+        groups: Sequence[int] | None = None,
         init: str = "variance",
         dtype: npt.DTypeLike = "float32",
         seed: int | np.random.Generator | None = None,
@@ -93,5 +98,6 @@ class SparseMoE(MixtureLayer[SparseConfig]):
             router=router,
             shared_features=shared_features,
             mix_shared=mix_shared,
+            groups=groups,
         )
         self._hold(config, draw(config, checked_dtype(dtype), seed, init, self.backend))

@@ -19,6 +19,7 @@ from tensormoe_torch._layer import MuMoE
 from tensormoe_torch.compression._dense import ROLES, DenseExperts
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.compression._find import find_experts
+from tensormoe_torch.compression._put import put_experts
 from tensormoe_torch.compression._read import read_experts
 from tensormoe_torch.compression._report import (
     CompressedModule,
@@ -26,7 +27,7 @@ from tensormoe_torch.compression._report import (
     CompressionReport,
 )
 from tensormoe_torch.compression._samples import Batch, Samples, collect, output_error
-from tensormoe_torch.surgery._replace import at, num_parameters, swap
+from tensormoe_torch.surgery._replace import at, num_parameters
 from tensormoe_torch.surgery._select import Select
 from tensormoe_torch.surgery._surroundings import check_surroundings
 
@@ -48,10 +49,12 @@ def compress(
     """Replace the experts of a sparse model by factors of them, in place; its router stays.
 
     Found are the stacks of experts of Hugging Face transformers 5 (parameters ``gate_up_proj`` and
-    ``down_proj``: Mixtral, Qwen-MoE, OLMoE, DeepSeek and others), and lists of equal experts of
+    ``down_proj``: Mixtral, Qwen-MoE, OLMoE, DeepSeek and others), lists of equal experts of
     ``nn.Linear`` layers (``gate_proj``, ``up_proj`` and ``down_proj``, or ``w1``, ``w3`` and
-    ``w2``). Each projection is decomposed by itself, and :class:`FactorizedExperts` take their
-    place, called as they were: they compute what the dense experts rebuilt from the factors would.
+    ``w2``), and dense experts of ours, a :class:`SparseMoE`'s or merged ones
+    (:func:`reduce_experts`). Each projection is decomposed by itself, and
+    :class:`FactorizedExperts` take their place, called as they were: they compute what the dense
+    experts rebuilt from the factors would. A :class:`SparseMoE`'s configuration follows.
 
     Dtype, device, mode, hooks and ``requires_grad`` stay. Either all that is selected is replaced,
     or nothing is and an error says why. Make optimizers afterwards: they hold parameters.
@@ -146,6 +149,7 @@ def compress(
         new = FactorizedExperts(layers, source.act)
         made[id(source.module)] = new
         off = None if sample is None else output_error(source, new, sample)
+        new.groups = source.groups
         projections = tuple(
             CompressedProjection(r, source.stacks[r].sizes, each.spec.factorization, each.report)
             for r, each in found.items()
@@ -156,7 +160,7 @@ def compress(
             )
         )
     for name, old in chosen.items():
-        swap(model, name, old, made[id(old)])
+        put_experts(model, name, old, made[id(old)])
     mark(model)
     return CompressionReport(tuple(modules), (count, num_parameters(model)))
 

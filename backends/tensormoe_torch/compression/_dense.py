@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tensormoe.mixtures import hidden_units
 from tensormoe_torch.compression._experts import Activation
 
-ROLES = ("gate_proj", "up_proj", "down_proj")
+ROLES = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 """The projections of an expert, in the order in which reports have them."""
 
 
@@ -73,6 +73,7 @@ class DenseExperts:
         together: whether the model calls them at once, with indices and weights, or one by one.
         act: the activation.
         stacks: the projections by role.
+        groups: the expert behind each of the router's, where they were merged before.
     """
 
     name: str
@@ -80,16 +81,18 @@ class DenseExperts:
     together: bool
     act: Activation
     stacks: Mapping[str, Stack]
+    groups: Tensor | None = None
 
     @property
     def count(self) -> int:
         """N."""
         return len(self.stacks["down_proj"].weights)
 
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """In, hidden, out."""
-        return (*self.stacks["up_proj"].sizes, self.stacks["down_proj"].sizes[1])
+    def parameters_of(self, count: int) -> tuple[int, int]:
+        """Entries of all experts, and of ``count`` of them."""
+        sizes = [(*each.sizes, each.biases is not None) for each in self.stacks.values()]
+        one = sum((rows + bias) * columns for rows, columns, bias in sizes)
+        return self.count * one, count * one
 
     def hidden(self, x: Tensor, index: Tensor) -> Tensor:
         """Inputs of the down projection: (rows, in) and (rows,) → (rows, hidden)."""

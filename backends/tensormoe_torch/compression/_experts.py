@@ -42,11 +42,13 @@ class FactorizedExperts(nn.Module):
             the function of both, (..., 2 · hidden) → (..., hidden).
         biases: (experts, out) by role, added to a projection's outputs, for layers without a bias
             of their own.
+        groups: where experts were merged, (N,) the number among the layers' experts behind each of
+            the router's N; two choices of one expert count with the sum of their weights.
 
     Attributes:
         projections: the layers by role; their parameters are ``projections.<role>.factors.<name>``.
         act_fn: the activation.
-        num_experts: N.
+        groups: as given, a buffer; None where every expert of the router has its own.
 
     >>> layers = {
     ...     role: MuMoE(i, o, experts=4, rank=2, bias=False, gate=None)
@@ -63,6 +65,7 @@ class FactorizedExperts(nn.Module):
         layers: Mapping[str, MuMoE],
         act: Activation,
         biases: Mapping[str, Tensor] | None = None,
+        groups: Tensor | None = None,
     ) -> None:
         super().__init__()
         # in a folder of their own: whatever transformers finds at `experts.down_proj`, it splits
@@ -73,7 +76,9 @@ class FactorizedExperts(nn.Module):
         for role, bias in (biases or {}).items():
             self.register_parameter(f"{role}_bias", nn.Parameter(bias))
         self.act_fn = act
-        self.num_experts: int = layers["down_proj"].spec.experts[0]
+        self.groups: Tensor | None
+        # kept in state dicts, as other groups would fit the same factors
+        self.register_buffer("groups", groups)
         self.plan_ahead()
 
     def plan_ahead(self) -> None:
@@ -83,6 +88,13 @@ class FactorizedExperts(nn.Module):
         for each in self._layers:
             # no compiler has to follow the planner
             _ = each.routed_regimes
+
+    @property
+    def num_experts(self) -> int:
+        """N, the experts that the router chooses from."""
+        if self.groups is not None:
+            return int(self.groups.shape[0])
+        return self.down_proj.spec.experts[0]
 
     @property
     def gate_proj(self) -> MuMoE | None:
@@ -125,13 +137,13 @@ class FactorizedExperts(nn.Module):
         """
         batch_shape, k = check_choices(hidden_states, top_k_index, top_k_weights)
         features = hidden_states.shape[-1]
-        index = top_k_index.reshape(-1, k)
+        index = self._grouped(top_k_index.reshape(-1, k))
         made = send(
             self._run,
             hidden_states.reshape(-1, features),
             index,
             top_k_weights.reshape(-1, k),
-            self.num_experts,
+            self.down_proj.spec.experts[0],
             BACKEND,
             sort=self._sorts(hidden_states, index.numel()),
         )
@@ -142,12 +154,16 @@ class FactorizedExperts(nn.Module):
 
         Args:
             x: (..., in).
-            index: (...,) the number of each row's expert.
+            index: (...,) the number of each row's expert, as the router has it.
 
         Returns:
             (..., out).
         """
-        return self._run(x, OneExpert(index))
+        return self._run(x, OneExpert(self._grouped(index)))
+
+    def _grouped(self, index: Tensor) -> Tensor:
+        """Numbers among the layers' experts, from the router's."""
+        return index if self.groups is None else self.groups[index]
 
     def sized(self, x: Tensor, given: OneExpert) -> Tensor:
         """The output (rows, out) of one expert per row, for rows (rows, in) that were sent here."""

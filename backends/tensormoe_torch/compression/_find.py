@@ -9,6 +9,8 @@ from torch import nn
 
 from tensormoe.checkpoint._model_config import PROJECTION_NAMES
 from tensormoe.errors import SpecError
+from tensormoe.factorizations import Dense
+from tensormoe.mixtures import MixtureConfig, SparseConfig
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.surgery._linears import is_linear
 from tensormoe_torch.surgery._select import Select, nearby, select_modules
@@ -19,6 +21,22 @@ def is_stacked(module: nn.Module) -> bool:
     held = module._parameters
     first = held.get("gate_up_proj", held.get("up_proj"))
     return all(each is not None and each.ndim == 3 for each in (first, held.get("down_proj")))
+
+
+def is_dense(name: str, module: nn.Module, model: nn.Module) -> bool:
+    """Whether it is a module of ours whose experts are dense, and may be replaced where it is.
+
+    Of mixtures that is the sparse one, whose configuration can follow.
+    """
+    if not name or not isinstance(module, FactorizedExperts):
+        return False
+    if any(layer.spec.factorization.name != Dense.name for layer in module.projections.values()):
+        return False
+    parent, _, leaf = name.rpartition(".")
+    config = getattr(model.get_submodule(parent), "config", None)
+    if isinstance(config, MixtureConfig):
+        return isinstance(config, SparseConfig) and leaf == "experts"
+    return True
 
 
 def linears_by_role(expert: nn.Module) -> dict[str, nn.Module]:
@@ -50,10 +68,16 @@ def find_experts(model: nn.Module, select: Select | None) -> dict[str, nn.Module
         SpecError: a model without any, or a selection that matches nothing or something else.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    every = {name: each for name, each in modules.items() if holds_experts(each)}
+    every = {
+        name: each
+        for name, each in modules.items()
+        if holds_experts(each) or is_dense(name, each, model)
+    }
     if select is None:
         found = {
-            name: each for name, each in every.items() if is_stacked(each) or is_named(name, each)
+            name: each
+            for name, each in every.items()
+            if not isinstance(each, nn.ModuleList) or is_named(name, each)
         }
         if not found:
             raise SpecError(

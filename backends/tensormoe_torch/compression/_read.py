@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe_torch._dtypes import FLOATS
 from tensormoe_torch.compression._dense import ROLES, DenseExperts, Stack
+from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.compression._find import is_stacked, linears_by_role
 from tensormoe_torch.compression._recognize import own_activation, recognized
 from tensormoe_torch.surgery._linears import Linear, read_linear
@@ -22,6 +23,10 @@ def read_experts(module: nn.Module, name: str) -> DenseExperts:
             down projection, hold other parameters, or have no values.
         ShapeError: experts of different shapes.
     """
+    if isinstance(module, FactorizedExperts):
+        return DenseExperts(
+            name, module, True, module.act_fn, _stacks_of_ours(module, name), module.groups
+        )
     stacks = stacks_of(module, name)
     return recognized(DenseExperts(name, module, is_stacked(module), nn.Identity(), stacks))
 
@@ -84,6 +89,18 @@ def _stacks_of(module: nn.Module, name: str) -> dict[str, Stack]:
     if not is_concatenated(module):
         gate, second = slice(0, None, 2), slice(1, None, 2)
     return {"gate_proj": both.part(gate), "up_proj": both.part(second), "down_proj": down}
+
+
+def _stacks_of_ours(module: FactorizedExperts, name: str) -> dict[str, Stack]:
+    """Parameters of dense layers; gate and up projection may be one."""
+    found = {}
+    for role, layer in module.projections.items():
+        factors = {key: each.detach() for key, each in layer.factors.items()}
+        for key, each in factors.items():
+            _check_values(each, f"{name}.{role}.{key}")
+        bias = module._parameters.get(f"{role}_bias", factors.get("bias"))
+        found[role] = Stack(factors["weight"], None if bias is None else bias.detach())
+    return found
 
 
 def _stacks_of_list(module: nn.Module, name: str) -> dict[str, Stack]:

@@ -75,18 +75,18 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
-    return [_joined(found, each.name) for found, each in zip(parts, experts, strict=True)]
+    return [_joined(found, each) for found, each in zip(parts, experts, strict=True)]
 
 
-def _joined(parts: list[Samples], name: str) -> Samples:
+def _joined(parts: list[Samples], experts: DenseExperts) -> Samples:
     if not sum(len(each.x) for each in parts):
         raise SpecError(
-            f"inputs must give all selected experts tokens; those of {name!r} got none. Give other "
-            "batches, or leave inputs out."
+            f"inputs must give all selected experts tokens; those of {experts.name!r} got none. "
+            "Give other batches, or leave inputs out."
         )
     columns = zip(*((each.x, each.index, each.weights) for each in parts), strict=True)
     x, index, weights = (torch.cat(column) for column in columns)
-    return Samples(x, index, weights)
+    return Samples(x, index if experts.groups is None else experts.groups[index], weights)
 
 
 def _chosen(found: list[Samples]) -> Callable[..., None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -16,6 +17,7 @@ from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._autograd import no_autocast
 from tensormoe_torch._checks import check_input
 from tensormoe_torch._gate import across_processes
+from tensormoe_torch._hooks import move_hooks
 from tensormoe_torch.mixtures._base import reset_own
 
 # a pytree to PyTorch, so that transformations and wrappers find the tensors of a record
@@ -129,9 +131,29 @@ class SparseRouter(MixtureRouter):
 
     config: SparseConfig
 
+    @torch.no_grad()
+    def pruned(self, config: SparseConfig, kept: Sequence[int]) -> SparseRouter:
+        """A router of some of the outputs, with the mode, flags and hooks of this one.
+
+        Args:
+            config: of the mixture without the other experts.
+            kept: the outputs that stay.
+        """
+        index = torch.tensor(kept, device=self.get_parameter("projection").device)
+        new = SparseRouter(config, "meta", self.get_parameter("projection").dtype)
+        # experts are the last axis of all that a router holds
+        taken = {name: each.index_select(-1, index) for name, each in self.state_dict().items()}
+        new.load_state_dict(taken, assign=True)
+        new.train(self.training)
+        for name, parameter in self.named_parameters():
+            new.get_parameter(name).requires_grad_(parameter.requires_grad)
+        new.synchronized, new.process_group = self.synchronized, self.process_group
+        move_hooks(self, new)
+        return new
+
     def extra_repr(self) -> str:
         """The part of ``repr`` between the brackets."""
-        count = self.config.experts.num_experts
+        count = self.config.num_choices
         return f"{self.config.in_features}, {count}, {self.config.top_k}, {self.config.router!r}"
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tensormoe.factorizations import FactorizationLike
-from tensormoe.mixtures import SparseConfig, sparse_config, with_shared
+from tensormoe.mixtures import SparseConfig, grouped_index, sparse_config, with_shared
 from tensormoe.routing import Router, Routes
 from tensormoe.selection import Budget
 from tensormoe_torch._adapter import BACKEND
@@ -44,6 +45,8 @@ class SparseMoE(MixtureModule[SparseConfig]):
             none.
         mix_shared: whether a learned softmax weights the sum of the chosen experts and the shared
             expert, as in CartesianMoE, instead of ones.
+        groups: where experts were merged, the expert behind each of the router's outputs, which
+            may then be more than N; None for one output per expert.
         init: ``"variance"`` or ``"paper"``, of every layer.
         device: of the parameters.
         dtype: of the parameters; inputs must have it, unless autocast is on. Logits and scores are
@@ -96,6 +99,7 @@ class SparseMoE(MixtureModule[SparseConfig]):
         router: Router | str = "softmax",
         shared_features: int | None = None,
         mix_shared: bool = False,
+        groups: Sequence[int] | None = None,
         init: str = "variance",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -115,6 +119,7 @@ class SparseMoE(MixtureModule[SparseConfig]):
             router=router,
             shared_features=shared_features,
             mix_shared=mix_shared,
+            groups=groups,
         )
         self._build(config, init, device, dtype)
 
@@ -124,6 +129,17 @@ class SparseMoE(MixtureModule[SparseConfig]):
         shared = config.shared
         self.shared = None if shared is None else make_experts(shared, init, device, dtype)
         self.router = SparseRouter(config, device, dtype)
+
+    def follow(self, config: SparseConfig, kept: Sequence[int] | None = None) -> None:
+        """Follow experts that were replaced in place, as merged or pruned ones are.
+
+        Args:
+            config: of the mixture with the experts that it has now.
+            kept: outputs that the router keeps, in their order; all by default.
+        """
+        if kept is not None:
+            self.router = self.router.pruned(config, kept)
+        self.router.config = self.config = config
 
     def route(self, x: Tensor) -> Routes:
         """The routing record of tokens (..., in): their experts, weights, logits and scores.
@@ -155,6 +171,8 @@ class SparseMoE(MixtureModule[SparseConfig]):
         index, weights = (
             each.reshape(-1, k) for each in (routes.top_k_index, routes.top_k_weights)
         )
+        if config.groups is not None:
+            index = grouped_index(index, config.groups, BACKEND)
         y: Tensor = self.experts(rows, index, weights)
         if self.shared is not None:
             mixing = None if routes.mixing is None else routes.mixing.reshape(-1, 2)

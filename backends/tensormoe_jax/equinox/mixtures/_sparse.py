@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from jax import Array
@@ -40,6 +41,8 @@ class SparseMoE(MixtureModule[SparseConfig]):
             none.
         mix_shared: whether a learned softmax weights the sum of the chosen experts and the shared
             expert, as in CartesianMoE, instead of ones.
+        groups: where experts were merged, the expert behind each of the router's outputs, which
+            may then be more than N; None for one output per expert.
         init: ``"variance"`` or ``"paper"``, of every layer.
         dtype: of the parameters; inputs must have it. Logits and scores are float32 at least.
         router_dtype: of the router's parameters: ``dtype`` for None, or float32 beside factors of
@@ -79,6 +82,7 @@ class SparseMoE(MixtureModule[SparseConfig]):
         router: Router | str = "softmax",
         shared_features: int | None = None,
         mix_shared: bool = False,
+        groups: Sequence[int] | None = None,
         init: str = "variance",
         dtype: Any = None,
         router_dtype: Any = None,
@@ -99,5 +103,6 @@ class SparseMoE(MixtureModule[SparseConfig]):
             router=router,
             shared_features=shared_features,
             mix_shared=mix_shared,
+            groups=groups,
         )
         self._start(config, init, dtype, router_dtype, key)

@@ -1,0 +1,194 @@
+"""Experts that are used least, taken out of a model with their router's outputs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensormoe.errors import SpecError
+from tensormoe_torch.compression._dense import DenseExperts
+from tensormoe_torch.compression._experts import FactorizedExperts
+from tensormoe_torch.compression._find import find_experts
+from tensormoe_torch.compression._put import dense_layers, put_experts, sparse_parent
+from tensormoe_torch.compression._reduce_report import ReducedModule
+from tensormoe_torch.compression._routers import COUNTS, above
+from tensormoe_torch.compression._samples import collect
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """The experts of a layer that stay.
+
+    Args:
+        source: all of them.
+        router: chooses from them.
+        kept: numbers of those that stay, in ascending order.
+        frequencies: how often each was chosen.
+    """
+
+    source: DenseExperts
+    router: nn.Module
+    kept: tuple[int, ...]
+    frequencies: tuple[float, ...]
+
+
+def check_model(model: nn.Module, names: Sequence[str], keep: float) -> None:
+    """Refuse to prune models of transformers to what their configuration can't say.
+
+    Raises:
+        SpecError: layers would have different numbers of experts.
+    """
+    if not _pretrained(model):
+        return
+    if isinstance(keep, float):
+        raise SpecError(
+            f"pruned models of transformers must keep equally many experts in every layer, as "
+            f"their configuration has one number; got keep={keep!r}. Give an integer, or merge: "
+            "how='merge'."
+        )
+    left = [name for name in find_experts(model, None) if name not in names]
+    if left:
+        raise SpecError(
+            f"all layers of a model of transformers must be pruned, as their configuration has one "
+            f"number of experts; {left[0]!r} is not selected. Select all, or merge: how='merge'."
+        )
+
+
+def _pretrained(model: nn.Module) -> list[Any]:
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None:
+        return []
+    return [each for each in model.modules() if isinstance(each, modeling.PreTrainedModel)]
+
+
+def prune(
+    model: nn.Module,
+    chosen: Mapping[str, nn.Module],
+    layers: Sequence[Pruned],
+    batches: list[Any],
+) -> tuple[ReducedModule, ...]:
+    """Prune layers, and see whether the model still runs.
+
+    Raises:
+        SpecError: it does not; then it is as it was.
+    """
+    by_module = {id(layer.source.module): layer for layer in layers}
+    done = set()
+    with ExitStack() as undo:
+        for name, module in chosen.items():
+            layer = by_module[id(module)]
+            parent = model.get_submodule(name.rpartition(".")[0])
+            if len(layer.kept) == layer.source.count or id(parent) in done:
+                continue
+            done.add(id(parent))
+            if sparse_parent(model, name) is not None:
+                _prune_ours(model, name, layer, undo.callback)
+            elif isinstance(module, FactorizedExperts):
+                raise SpecError(
+                    f"experts of tensormoe must be a SparseMoE's to be pruned; {name!r} are not. "
+                    "Prune the original model, or merge them: how='merge'."
+                )
+            else:
+                _prune_theirs(model, name, layer, undo.callback)
+        _try(model, layers, batches)
+        undo.pop_all()
+    return tuple(
+        ReducedModule(
+            layer.source.name,
+            type(layer.source.module).__name__,
+            (layer.source.count, len(layer.kept)),
+            tuple((n,) for n in layer.kept),
+            layer.frequencies,
+            None,
+            layer.source.parameters_of(len(layer.kept)),
+            None,
+        )
+        for layer in layers
+    )
+
+
+@torch.no_grad()
+def _prune_ours(model: nn.Module, name: str, layer: Pruned, later: Callable[..., Any]) -> None:
+    source, kept = layer.source, list(layer.kept)
+    stacks = {role: stack.tensors() for role, stack in source.stacks.items()}
+    new = FactorizedExperts(
+        dense_layers(
+            {role: weights[kept] for role, (weights, _) in stacks.items()},
+            {role: bias[kept] for role, (_, bias) in stacks.items() if bias is not None},
+        ),
+        source.act,
+    )
+    parent = sparse_parent(model, name)
+    before = parent.experts, parent.router, parent.config
+    put_experts(model, name, source.module, new, kept=kept)
+
+    def restore() -> None:
+        parent.experts, parent.router, parent.config = before
+
+    later(restore)
+
+
+def _prune_theirs(model: nn.Module, name: str, layer: Pruned, later: Callable[..., Any]) -> None:
+    source, kept = layer.source, list(layer.kept)
+    count = source.count
+    modules = [source.module, layer.router, *above(model, name)]
+    if source.together:
+        _take(source.module, kept, count, later)
+    else:
+        own = source.module._modules
+        later(lambda old=dict(own): (own.clear(), own.update(old)))
+        left = [each for n, each in enumerate(own.values()) if n in layer.kept]
+        own.clear()
+        own.update({str(n): each for n, each in enumerate(left)})
+    _take(layer.router, kept, count, later)
+    configs = [each.config for each in _pretrained(model)]
+    for each in (*modules, *configs):
+        for key in COUNTS:
+            if getattr(each, key, None) == count:
+                later(setattr, each, key, count)
+                setattr(each, key, len(kept))
+
+
+@torch.no_grad()
+def _take(module: nn.Module, kept: list[int], count: int, later: Callable[..., Any]) -> None:
+    """Take entries of those parameters and buffers whose first axis is that of experts."""
+    for table in (module._parameters, module._buffers):
+        for key, old in [*table.items()]:
+            if old is None or not old.ndim or old.shape[0] != count:
+                continue
+            new: Tensor = old[kept].clone()
+            later(table.__setitem__, key, old)
+            table[key] = (
+                nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+            )
+
+
+def _try(model: nn.Module, layers: Sequence[Pruned], batches: list[Any]) -> None:
+    """Run the batches again.
+
+    Raises:
+        SpecError: it fails, or routers choose experts that are gone.
+    """
+    sources = [
+        replace(layer.source, module=model.get_submodule(layer.source.name)) for layer in layers
+    ]
+    try:
+        samples = collect(model, sources, batches)
+    except Exception as error:
+        # any code may run here
+        raise SpecError(
+            f"the model must run with fewer experts; it fails: {error} Merge them: how='merge'."
+        ) from error
+    for layer, sample in zip(layers, samples, strict=True):
+        most = int(sample.index.max())
+        if most >= len(layer.kept):
+            raise SpecError(
+                f"the router of {layer.source.name!r} must choose from the {len(layer.kept)} "
+                f"experts that are left; it chose {most}. Merge them: how='merge'."
+            )
