@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from tensormoe_torch.compression._prune import Pruned, check_model, prune
 from tensormoe_torch.compression._put import dense_layers, put_experts, sparse_parent
 from tensormoe_torch.compression._read import read_experts
 from tensormoe_torch.compression._reduce_report import ReducedModule, ReductionReport
-from tensormoe_torch.compression._routers import check_prunable, find_router, router_logits
+from tensormoe_torch.compression._routers import check_prunable, find_router, watched
 from tensormoe_torch.compression._samples import Batch, Samples, collect, output_error
 from tensormoe_torch.surgery._replace import at, num_parameters
 from tensormoe_torch.surgery._select import Select
@@ -103,30 +103,54 @@ def reduce_experts(
         for layer in layers:
             check_prunable(model, layer.source, layer.router)
     batches = _listed(inputs)
-    samples = collect(model, [layer.source for layer in layers], batches)
+    with watched([layer.router for layer in layers]) as logits:
+        samples = collect(model, [layer.source for layer in layers], batches)
     count = num_parameters(model)
-    frequencies = [
-        choice_frequencies(sample.index, layer.source.count)
-        for layer, sample in zip(layers, samples, strict=True)
-    ]
+    for layer, sample, found in zip(layers, samples, logits, strict=True):
+        layer.calibrate(sample, found)
     least = 1 if how == "merge" else max(sample.index.shape[1] for sample in samples)
-    kept = allot_experts(frequencies, keep, least=least)
+    kept = allot_experts([layer.frequencies for layer in layers], keep, least=least)
     if how == "merge":
-        modules = _merge(model, chosen, layers, samples, frequencies, kept, align)
+        modules = _merge(model, chosen, layers, kept, align)
     else:
         wanted = [
-            Pruned(layer.source, layer.router, most_frequent(found, number), found)
-            for layer, found, number in zip(layers, frequencies, kept, strict=True)
+            Pruned(each.source, each.router, most_frequent(each.frequencies, n), each.frequencies)
+            for each, n in zip(layers, kept, strict=True)
         ]
         modules = prune(model, chosen, wanted, batches)
     mark(model)
     return ReductionReport(how, modules, (count, num_parameters(model)))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Layer:
+    """The experts of a layer, and what calibration says of them.
+
+    Args:
+        source: the experts.
+        router: chooses from them.
+        sample: tokens, with the experts that they went to.
+        frequencies: how often each expert was chosen.
+        similarity: of their router logits.
+    """
+
     source: DenseExperts
     router: nn.Module
+    sample: Samples = field(init=False)
+    frequencies: tuple[float, ...] = field(init=False)
+    similarity: tuple[tuple[float, ...], ...] = field(init=False)
+
+    def calibrate(self, sample: Samples, logits: list[Tensor]) -> None:
+        if not logits:
+            raise SpecError(
+                f"the router of experts must be called; that of {self.source.name!r}, a "
+                f"{type(self.router).__name__}, is not. Leave {self.source.name!r} out of the "
+                "selection."
+            )
+        with at(self.source.name):
+            self.sample = sample
+            self.frequencies = choice_frequencies(sample.index, self.source.count)
+            self.similarity = cosine_similarity(torch.cat(logits))
 
 
 def _layer(model: nn.Module, module: nn.Module, name: str) -> _Layer:
@@ -153,24 +177,21 @@ def _merge(
     model: nn.Module,
     chosen: Mapping[str, nn.Module],
     layers: list[_Layer],
-    samples: list[Samples],
-    frequencies: list[tuple[float, ...]],
     kept: tuple[int, ...],
     align: bool,
 ) -> tuple[ReducedModule, ...]:
     """Merge experts, then put them where the old ones were."""
     made: dict[int, tuple[FactorizedExperts, tuple[int, ...]]] = {}
     modules = []
-    for layer, sample, found, number in zip(layers, samples, frequencies, kept, strict=True):
+    for layer, number in zip(layers, kept, strict=True):
         source = layer.source
         with at(source.name):
-            similarity = cosine_similarity(router_logits(layer.router, sample.x))
-            groups = group_experts(found, similarity, number)
+            groups = group_experts(layer.frequencies, layer.similarity, number)
             off = 0.0
             if number < source.count:
                 new = _merged(source, groups, align)
-                new.groups = torch.tensor(groups.groups, device=sample.index.device)
-                off = output_error(source, new, sample)
+                new.groups = torch.tensor(groups.groups, device=layer.sample.index.device)
+                off = output_error(source, new, layer.sample)
                 made[id(source.module)] = new, groups.groups
         modules.append(
             ReducedModule(
@@ -178,7 +199,7 @@ def _merge(
                 type(source.module).__name__,
                 (source.count, number),
                 groups.members,
-                found,
+                layer.frequencies,
                 groups.similarity,
                 source.parameters_of(number),
                 off,

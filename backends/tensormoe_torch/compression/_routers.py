@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ _LIMITS = ("n_group", "num_group", "num_expert_group")
 
 
 def find_router(model: nn.Module, experts: DenseExperts) -> nn.Module:
-    """The module beside some experts that holds their router's weight (experts, in).
+    """The module beside some experts that holds their router's weight (experts, features).
 
     Raises:
         SpecError: none, or several.
@@ -28,38 +30,62 @@ def find_router(model: nn.Module, experts: DenseExperts) -> nn.Module:
         router: nn.Module = sparse.router
         return router
     parent = model.get_submodule(experts.name.rpartition(".")[0])
-    first = next(role for role in experts.stacks)
-    shape = (experts.count, experts.stacks[first].sizes[0])
     inside = {id(each) for each in experts.module.modules()}
     found = {
         name: module
         for name, module in parent.named_modules()
-        if id(module) not in inside and _shape(module) == shape
+        if id(module) not in inside and _outputs(module) == experts.count
     }
     named = {k: each for k, each in found.items() if k.rpartition(".")[2] in _NAMES}
     if len(named or found) != 1:
         raise SpecError(
-            f"experts must have a router beside them, a module with a weight of shape {shape}; "
-            f"{experts.name!r} has {', '.join(map(repr, found)) or 'none'}. Leave it out of the "
-            "selection."
+            "experts must have one router beside them, a module with a weight of shape "
+            f"({experts.count}, features); {experts.name!r} has "
+            f"{', '.join(map(repr, found)) or 'none'}. Leave it out of the selection."
         )
     return next(iter((named or found).values()))
 
 
-def _shape(module: nn.Module) -> tuple[int, ...] | None:
+def _outputs(module: nn.Module) -> int | None:
     weight = module._parameters.get("weight")
-    return None if weight is None else tuple(weight.shape)
+    return None if weight is None or weight.ndim != 2 else weight.shape[0]
 
 
-@torch.no_grad()
-def router_logits(router: nn.Module, x: Tensor) -> Tensor:
-    """Logits (tokens, experts) in float32 at least, of inputs (tokens, in) of the experts."""
-    held = dict(router.named_parameters(recurse=False))
-    weight = held["weight"].T if "weight" in held else held["projection"]
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    bias = held.get("bias")
-    logits = x.to(wide) @ weight.to(wide)
-    return logits if bias is None else logits + bias.to(wide)
+@contextmanager
+def watched(routers: Sequence[nn.Module]) -> Iterator[list[list[Tensor]]]:
+    """Logits (tokens, experts) of routers, in float32 at least, of every call meanwhile.
+
+    A router of others may be one part of several, so its logits are made of what reaches it.
+    """
+    found: list[list[Tensor]] = [[] for _ in routers]
+    handles = []
+    for logits, router in zip(found, routers, strict=True):
+        hook: Any = _record(logits) if "projection" in router._parameters else _product(logits)
+        handles.append(router.register_forward_hook(hook))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _record(found: list[Tensor]) -> Callable[..., None]:
+    def hook(_: nn.Module, __: object, routes: Any) -> None:
+        found.append(routes.logits.detach().flatten(0, -2))
+
+    return hook
+
+
+def _product(found: list[Tensor]) -> Callable[..., None]:
+    def hook(router: nn.Module, args: tuple[Tensor, ...], _: object) -> None:
+        weight = router.get_parameter("weight")
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        bias = router._parameters.get("bias")
+        x = args[0].detach().reshape(-1, weight.shape[1]).to(wide)
+        logits = x @ weight.detach().to(wide).T
+        found.append(logits if bias is None else logits + bias.detach().to(wide))
+
+    return hook
 
 
 def check_prunable(model: nn.Module, experts: DenseExperts, router: nn.Module) -> None:

@@ -195,6 +195,14 @@ def _experts(
     fused = "gate_up_proj" in specs
     up, down = specs["gate_up_proj" if fused else "up_proj"], specs["down_proj"]
     count, sizes = _dense_sizes(old)
+    groups = None
+    if values.get("merged"):
+        groups = torch.empty(count, dtype=torch.long, device=options["device"])
+        merged, count = count, down.num_experts
+        if count > merged:
+            raise SpecError(
+                f"merged experts must be at most the {merged} of the model; got {count}."
+            )
     hidden = down.in_features * (2 if fused else 1)
     fitting = (
         all(each.experts == (count,) for each in specs.values())
@@ -227,7 +235,7 @@ def _experts(
             )
         return AdaptedExperts(layers, activation_of(values["act"], old, False), old)
     act = activation_of(values["act"], old, fused)
-    return FactorizedExperts(layers, act, biases)
+    return FactorizedExperts(layers, act, biases, groups)
 
 
 def _dense_sizes(old: nn.Module) -> tuple[int, set[int] | None]:

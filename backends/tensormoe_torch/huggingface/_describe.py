@@ -62,6 +62,8 @@ def entry(name: str, values: Any) -> str:
             "tensormoe may have written it: pip install --upgrade tensormoe."
         )
     optional = {ADAPTERS} if kind in EXPERTS else set()
+    if kind == FactorizedExperts.__name__ and values.get("merged") is True:
+        optional = optional | {"merged"}
     if set(values) - optional != _KEYS[kind]:
         raise SpecError(
             f"a {kind} must have exactly {sorted(_KEYS[kind])}; {name!r} has "
@@ -113,6 +115,8 @@ def _values(module: nn.Module) -> dict[str, Any]:
         "act": name_of(module.act if isinstance(module, AdaptedExperts) else module.act_fn),
         "biases": [role for role in layers if f"{role}_bias" in module._parameters],
         "projections": {role: each.config.to_dict() for role, each in layers.items()},
+        # which became one is in the buffer `groups`, with the weights
+        **({} if getattr(module, "groups", None) is None else {"merged": True}),
     }
 
 
