@@ -61,19 +61,22 @@ class Host:
         if path.exists():
             model.load_state_dict(torch.load(path))
         else:
-            self._train(model, parts, seed)
+            self.train(model, parts, seed)
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(".part")
             torch.save(model.state_dict(), part)
             part.replace(path)
         return model.eval().requires_grad_(False)
 
-    def _train(self, model: GPT, parts: Parts, seed: int) -> None:
+    def train(self, model: GPT, parts: Parts, seed: int) -> None:
+        """Train a model in place, with a loss that balances the experts' loads."""
         text = Text(parts.name, parts.train, parts.held, "")
         optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=self.rate)
         records: list[Routes] = []
-        for layer in model.layers:
+        hooks = [
             layer.mlp.router.register_forward_hook(lambda _, __, found: records.append(found))
+            for layer in model.layers
+        ]
         given = batches(text, self.sizes.context, self.batch, seed)
         warm, losses = max(self.steps // 10, 1), []
         for step, (inputs, labels) in zip(range(self.steps), given, strict=False):
@@ -84,19 +87,17 @@ class Host:
             records.clear()
             loss = F.cross_entropy(model(inputs).flatten(0, -2), labels.flatten())
             losses.append(loss.item())
-            experts = self.sizes.experts
             for each in records:
-                loss = loss + BALANCE * load_balance_loss(
-                    each.scores, each.choices, experts=experts
-                )
+                count = each.logits.shape[-1]
+                loss = loss + BALANCE * load_balance_loss(each.scores, each.choices, experts=count)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             if (step + 1) % 200 == 0:
                 print(seed, step + 1, mean(losses[-200:]), file=sys.stderr, flush=True)
-        for layer in model.layers:
-            layer.mlp.router._forward_hooks.clear()
+        for hook in hooks:
+            hook.remove()
 
 
 def loss(model: nn.Module, ids: Tensor, context: int) -> float:
