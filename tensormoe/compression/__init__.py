@@ -53,6 +53,7 @@ from tensormoe.compression._merging import (
     merge_stacks,
     most_frequent,
 )
+from tensormoe.compression._mixtures import merge_mixture, prune_mixture
 from tensormoe.compression._patterns import LAYOUTS, PRESETS, Pattern, Preset
 from tensormoe.compression._plan import CompressionPlan, GroupPlan, plan_compression
 from tensormoe.compression._progress import CompressionProgress
@@ -80,7 +81,9 @@ __all__ = [
     "compress_checkpoint",
     "cosine_similarity",
     "group_experts",
+    "merge_mixture",
     "merge_stacks",
     "most_frequent",
     "plan_compression",
+    "prune_mixture",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import permutations
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tensormoe_numpy
 from tensormoe import convert
 from tensormoe.compression import (
     ExpertGroups,
@@ -19,10 +21,17 @@ from tensormoe.compression import (
     choice_frequencies,
     cosine_similarity,
     group_experts,
+    merge_mixture,
     merge_stacks,
     most_frequent,
+    prune_mixture,
 )
-from tensormoe.errors import BackendError, ShapeError, SpecError
+from tensormoe.errors import BackendError, CheckpointError, ShapeError, SpecError
+from tensormoe.mixtures import sparse_config
+from tensormoe.routing import Router
+from tensormoe_torch import reduce_experts
+from tests.mixtures._forms import drawn as drawn_arrays
+from tests.mixtures._forms import torch_layer
 
 Stacks = dict[str, np.ndarray]
 KINDS = {
@@ -307,3 +316,59 @@ def test_bad_input() -> None:
         group_experts((0.5, 0.3, 0.2), np.eye(2).tolist(), 2)
     with pytest.raises(ShapeError, match="must not be NaN"):
         group_experts((0.5, 0.5), [[1.0, np.nan], [0.0, 1.0]], 1)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("router", [Router(), Router("sigmoid", balance=0.01, bias=True)])
+def test_mixtures_of_every_library(library: str, router: Router) -> None:
+    config = sparse_config(4, 6, None, experts=5, top_k=2, bias=True, router=router)
+    host = drawn_arrays(config)
+    with jax.enable_x64(True):
+        arrays = {name: convert(each, library) for name, each in host.items()}
+        x = np.random.default_rng(1).standard_normal((30, 4))
+        layer = tensormoe_numpy.SparseMoE.restore(config, host)
+        routes = layer.route(x)
+        frequencies = choice_frequencies(routes.top_k_index, 5)
+        groups = group_experts(frequencies, cosine_similarity(routes.logits), 3)
+        made = merge_mixture(config, arrays, groups)
+        kept = most_frequent(frequencies, 3)
+        left = prune_mixture(config, arrays, kept)
+        merged, pruned = (
+            tensormoe_numpy.SparseMoE.restore(
+                found, {name: np.array(convert(each, "numpy")) for name, each in some.items()}
+            )
+            for found, some in (made, left)
+        )
+    again = merged.route(x)
+    assert np.array_equal(again.top_k_index, routes.top_k_index)
+    theirs = torch_layer(config, host).eval()
+    for how, ours in (("merge", merged), ("prune", pruned)):
+        model = torch.nn.Sequential(copy.deepcopy(theirs))
+        reduce_experts(model, torch.tensor(x), keep=3, how=how)
+        assert model[0].config == ours.config
+        np.testing.assert_allclose(model(torch.tensor(x)).detach(), ours(x), atol=1e-10)
+    chosen = pruned.route(x)
+    np.testing.assert_allclose(chosen.logits, routes.logits[:, list(kept)], atol=1e-12)
+
+
+def test_mixtures_that_cannot_have_fewer_experts() -> None:
+    config = sparse_config(4, 6, None, experts=3, top_k=2)
+    arrays = drawn_arrays(config)
+    groups = ExpertGroups((0, 0, 1), (0, 2), (0.5, 0.5, 1.0), (1.0, 0.5, 1.0))
+    small, merged = merge_mixture(config, arrays, groups)
+    with pytest.raises(SpecError, match="must not have been merged before"):
+        merge_mixture(small, merged, ExpertGroups((0, 0), (0,), (0.5, 0.5), (1.0, 1.0)))
+    factorized = sparse_config(4, 6, None, experts=3, top_k=2, factorization="cp", rank=2)
+    with pytest.raises(SpecError, match=r"must be dense to become fewer; got CP\(rank=2\)"):
+        merge_mixture(factorized, drawn_arrays(factorized), groups)
+    with pytest.raises(SpecError, match="config must be that of a SparseMoE"):
+        merge_mixture(3, arrays, groups)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="missing"):
+        merge_mixture(config, {}, groups)
+    with pytest.raises(ShapeError, match="of the 2 experts that are grouped; got 3"):
+        merge_mixture(config, arrays, ExpertGroups((0, 0), (0,), (0.5, 0.5), (1.0, 1.0)))
+    for kept in ((), (0, 0), (0, 3), (-1, 0)):
+        with pytest.raises(ShapeError, match="kept must be numbers of experts, 0 to 2, each once"):
+            prune_mixture(config, arrays, kept)
+    with pytest.raises(SpecError, match="top_k must be at most the 1 experts"):
+        prune_mixture(config, arrays, (0,))
