@@ -208,10 +208,18 @@ def test_models_of_transformers_are_pruned_as_they_are(name: str, tmp_path: Any)
     from transformers import AutoModelForCausalLM
 
     model = sparse(name, torch.float32)
+    original = copy.deepcopy(model)
     kind = type(model)
     report = reduce_experts(model, TOKENS, keep=3, how="prune")
     assert report.modules[0].experts == (4, 3)
-    assert report.parameters[1] * 4 == report.parameters[0] * 3
+    for each in report.modules:
+        block = each.name.removesuffix(".experts")
+        old, new = (held.get_submodule(block).state_dict() for held in (original, model))
+        left = [n for (n,) in each.groups]
+        assert new["experts.down_proj"].shape[0] == new["gate.weight"].shape[0] == 3
+        for key, array in new.items():
+            whole = old[key]
+            assert torch.equal(array, whole if array.shape == whole.shape else whole[left]), key
     wanted = model(TOKENS).logits
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -238,6 +246,21 @@ def test_merged_models_of_transformers_are_saved(factorized: bool, tmp_path: Any
         if isinstance(module, FactorizedExperts):
             assert torch.equal(again.get_submodule(name).groups, module.groups)
     again.load_state_dict(model.state_dict())
+
+
+def test_reported_errors_of_merged_experts_that_are_compressed() -> None:
+    model = sparse("mixtral")
+    reduce_experts(model, TOKENS, keep=2)
+    merged: Any = copy.deepcopy(model.get_submodule(HERE))
+    given: list[Any] = []
+    model.get_submodule(HERE).register_forward_pre_hook(lambda _, each: given.append(each))
+    report = compress(model, "cp", rank=4, inputs=TOKENS, search=QUICK)
+    new: Any = model.get_submodule(HERE)
+    with torch.no_grad():
+        wanted = merged(*given[0])
+        gap = float((new(*given[0]) - wanted).norm() / wanted.norm())
+    assert 0.1 < gap < 1.5
+    assert report.modules[0].output_error == pytest.approx(gap, rel=1e-5)
 
 
 @pytest.mark.parametrize("how", ["merge", "prune"])
