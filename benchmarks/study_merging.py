@@ -6,10 +6,11 @@
 A small GPT whose MLPs are sparse mixtures (top 2 of 8 experts) is trained on real text. Its experts
 then become a share of their bytes: pruned (those chosen least), merged (M-SMoE; with equally many
 per layer, with numbers allotted over layers, and without alignment of hidden units), merged to more
-and then factorized (MC-SMoE), factorized as they are, or truncated one by one (SVDs). Then all get
-as many steps of recovery training, the whole model too, at the rate of three that is best on
-held-out text for the first model and half of the bytes. The cross-entropy on the test text tells
-what each lost, before and after. No variant has more bytes than its share.
+and then factorized (MC-SMoE), factorized as they are, or truncated one by one (SVDs). The models
+with half of the bytes are then trained for as many steps, and so is the whole one, at the rate that
+is best on held-out text for the first model: one of two, or of three for the whole model, for which
+a lower one is better. The cross-entropy on the test text tells what each lost, before and after. No
+variant has more bytes than its share.
 
 Runs are written to ``out/merging.jsonl`` as they end, and models to ``out/merging-*.pt``; a second
 call goes on from there. The text is the King James Bible (Debian's package bible-kjv), else what
@@ -44,7 +45,6 @@ from tensormoe_torch import compress, reduce_experts
 
 WHOLE = "whole"
 TUNED = 0.5  # share of runs that choose a rate
-NAMES = ("loss", "recovered test")
 
 Change = Callable[[nn.Module, Tensor, "Plan", float], None]
 
@@ -128,7 +128,6 @@ KINDS: dict[str, Change] = {
     "CP": factorized("cp"),
     "CP, weighted": factorized("cp", weighted=True),
     "Tucker": factorized("tucker"),
-    "Tucker, weighted": factorized("tucker", weighted=True),
     "tensor ring": factorized("tensor_ring"),
     "an SVD per matrix": truncated,
 }
@@ -143,7 +142,8 @@ class Plan:
         shares: of the experts' bytes.
         calibration: windows of training text that the model runs.
         recovery: steps of training afterwards.
-        rates: the highest learning rates to choose from.
+        rates: the highest learning rates to choose from; for the whole model the lower one too.
+        low: that one.
         seeds: models.
         scored: pieces that a cross-entropy is of.
     """
@@ -153,6 +153,7 @@ class Plan:
     calibration: int
     recovery: int
     rates: tuple[float, ...]
+    low: float
     seeds: int
     scored: int
 
@@ -165,16 +166,18 @@ FULL = Plan(
     shares=(0.75, 0.5, 0.25),
     calibration=64,
     recovery=200,
-    rates=(3e-4, 1e-3, 3e-3),
+    rates=(1e-3, 3e-3),
+    low=3e-4,
     seeds=3,
     scored=32_768,
 )
 QUICK = Plan(
     Host(Sizes(1, 32, 2, 32, 4), hidden=32, top_k=2, steps=20, batch=8, rate=3e-3),
-    shares=(0.5,),
+    shares=(TUNED,),
     calibration=8,
     recovery=5,
-    rates=(3e-4, 1e-3),
+    rates=(1e-3, 3e-3),
+    low=3e-4,
     seeds=1,
     scored=4096,
 )
@@ -196,28 +199,29 @@ class Runs:
         lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
         self.known = {tuple(key): value for key, value in map(json.loads, lines)}
 
-    def get(self, kind: str, share: float, seed: int, rate: float) -> dict[str, float]:
-        """Bytes of the experts, and cross-entropies before and after recovery."""
+    def get(
+        self, kind: str, share: float, seed: int, rate: float | None = None
+    ) -> dict[str, float]:
+        """Bytes of the experts and cross-entropy; with a rate, cross-entropies after recovery."""
         plan, parts = self.plan, self.parts
-        key = (kind, share, seed, rate, repr(plan))
+        sizes = repr((plan.host, plan.calibration, plan.recovery, plan.scored))
+        key = (kind, share, seed, rate, sizes)
         if key not in self.known:
             model: Any = self.changed(kind, share, seed)
             texts = {"test": parts.test[: plan.scored], "held": parts.held[: plan.scored]}
             context = plan.host.sizes.context
-            found = {
-                "bytes": sum(
-                    each.numel() * each.itemsize
-                    for layer in model.layers
-                    for each in layer.mlp.experts.parameters()
-                ),
-                "loss": loss(model, texts["test"], context),
-            }
-            model.requires_grad_(True).train()
-            recipe = replace(plan.host, steps=plan.recovery, rate=rate)
-            recipe.train(model, parts, seed=1000 + seed)
-            model.eval()
-            for name, ids in texts.items():
-                found[f"recovered {name}"] = loss(model, ids, context)
+            if rate is None:
+                experts = [
+                    each for layer in model.layers for each in layer.mlp.experts.parameters()
+                ]
+                size = sum(each.numel() * each.itemsize for each in experts)
+                found = {"bytes": size, "loss": loss(model, texts["test"], context)}
+            else:
+                model.requires_grad_(True).train()
+                recipe = replace(plan.host, steps=plan.recovery, rate=rate)
+                recipe.train(model, parts, seed=1000 + seed)
+                model.eval()
+                found = {name: loss(model, ids, context) for name, ids in texts.items()}
             self.known[key] = found
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps([key, found]) + "\n")
@@ -238,29 +242,33 @@ class Runs:
 
     def rate(self, kind: str) -> float:
         """The best rate of recovery on held-out text."""
-        share = 1.0 if kind == WHOLE else TUNED
-        return min(
-            self.plan.rates, key=lambda rate: self.get(kind, share, 0, rate)["recovered held"]
-        )
+        rates, share = self.plan.rates, TUNED
+        if kind == WHOLE:
+            rates, share = (self.plan.low, *rates), 1.0
+        return min(rates, key=lambda rate: self.get(kind, share, 0, rate)["held"])
 
-    def all(self, kind: str, share: float) -> list[dict[str, float]]:
-        """The runs of all models."""
+    def losses(self, kind: str, share: float, *, recovered: bool) -> list[float]:
+        """Test cross-entropies of all models."""
+        seeds = range(self.plan.seeds)
+        if not recovered:
+            return [self.get(kind, share, seed)["loss"] for seed in seeds]
         rate = self.rate(kind)
-        return [self.get(kind, share, seed, rate) for seed in range(self.plan.seeds)]
+        return [self.get(kind, share, seed, rate)["test"] for seed in seeds]
 
     def row(self, kind: str, share: float) -> str:
         """A line of the table."""
-        runs, plain = self.all(kind, share), self.all(WHOLE, 1.0)
-        size = mean(run["bytes"] for run in runs)
-        cells = [
-            f"{kind} ({self.rate(kind):g})",
-            f"{size / mean(run['bytes'] for run in plain):.1%}",
-            f"{size:,.0f}",
-        ]
-        for name in NAMES:
-            gaps = [run[name] - other[name] for run, other in zip(runs, plain, strict=True)]
-            cells.append(f"{mean(gaps):+.4f} ({min(gaps):+.4f} – {max(gaps):+.4f})")
-        return f"| {' | '.join(cells)} |"
+        size, whole = (self.get(k, s, 0)["bytes"] for k, s in ((kind, share), (WHOLE, 1.0)))
+        cells = [kind, f"{size / whole:.1%}", f"{size:,}"]
+        for recovered in (False, True):
+            if recovered and share != TUNED:
+                cells.append("")
+                continue
+            found = self.losses(kind, share, recovered=recovered)
+            plain = self.losses(WHOLE, 1.0, recovered=recovered)
+            gaps = [one - other for one, other in zip(found, plain, strict=True)]
+            cells.append(f"{mean(gaps):+.3f} ({min(gaps):+.3f} – {max(gaps):+.3f})")
+        rate = f"{self.rate(kind):g}" if share == TUNED else ""
+        return f"| {' | '.join([*cells, rate])} |"
 
 
 def main() -> None:
@@ -273,15 +281,13 @@ def main() -> None:
     words.out.mkdir(parents=True, exist_ok=True)
     runs = Runs(words.out, plan, parts)
 
-    plain = runs.all(WHOLE, 1.0)
     print(f"{parts.name}: {len(parts.train):,} pieces to train on; {plan.seeds} models")
-    for name in NAMES:
-        losses = [run[name] for run in plain]
-        print(f"whole model, {name}: {mean(losses):.4f} ({min(losses):.4f} – {max(losses):.4f})")
-    print(
-        "\n| experts | share of bytes | bytes | lost, nats per piece (lowest – highest) | ", end=""
-    )
-    print(f"lost after {plan.recovery} steps |\n| --- |" + " ---: |" * 4)
+    for recovered in (False, True):
+        losses = runs.losses(WHOLE, 1.0, recovered=recovered)
+        when = f"after {plan.recovery} more steps" if recovered else "as it is"
+        print(f"whole, {when}: {mean(losses):.4f} ({min(losses):.4f} – {max(losses):.4f})")
+    print("\n| experts | share | bytes | lost, nats per piece (lowest – highest) ", end="")
+    print(f"| lost after {plan.recovery} steps | rate |\n| --- |" + " ---: |" * 5)
     for share in plan.shares:
         for kind in KINDS:
             print(runs.row(kind, share), flush=True)
