@@ -48,7 +48,8 @@ def match_units(first: Expert, other: Expert, backend: Backend) -> NDArray[Any]:
         ):
             product = backend.matmul(one, backend.permute(two, (1, 0)))
             gain = product if gain is None else gain + product
-    return linear_sum_assignment(wide(gain, backend), maximize=True)[1]
+    permutation: NDArray[Any] = linear_sum_assignment(wide(gain, backend), maximize=True)[1]
+    return permutation
 
 
 def _by_unit(key: tuple[str, str], array: Array, hidden: int, backend: Backend) -> list[Array]:

@@ -110,7 +110,7 @@ def cosine_similarity(columns: Array) -> tuple[tuple[float, ...], ...]:
 
 
 def allot_experts(
-    frequencies: Sequence[Sequence[float]], keep: float, *, least: int = 1
+    frequencies: Sequence[Sequence[float]], keep: int | float, *, least: int = 1
 ) -> tuple[int, ...]:
     """Numbers of experts that layers keep.
 
@@ -211,10 +211,7 @@ def group_experts(
     place = {n: group for group, n in enumerate(dominant)}
     # ties go to the expert that is chosen more often
     ordered = sorted(dominant, key=lambda n: -frequencies[n])
-    found = [
-        place[n] if n in place else place[max(ordered, key=lambda d, n=n: similarity[n][d])]
-        for n in range(count)
-    ]
+    found = [place[n] if n in place else place[_best(similarity[n], ordered)] for n in range(count)]
     totals = [0.0] * groups
     for n, group in enumerate(found):
         totals[group] += frequencies[n]
@@ -230,6 +227,10 @@ def group_experts(
             for n, group in enumerate(found)
         ),
     )
+
+
+def _best(similarity: Sequence[float], among: Sequence[int]) -> int:
+    return max(among, key=lambda n: similarity[n])
 
 
 def merge_stacks(

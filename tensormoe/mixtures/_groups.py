@@ -15,7 +15,8 @@ def checked_groups(groups: Sequence[int], experts: int) -> tuple[int, ...]:
     Raises:
         SpecError: not numbers of these experts, or an expert that no output leads to.
     """
-    found = tuple(groups) if isinstance(groups, Sequence) and not isinstance(groups, str) else ()
+    given: object = groups
+    found = tuple(groups) if isinstance(given, list | tuple) else ()
     if not found or not all(type(each) is int and 0 <= each < experts for each in found):
         raise SpecError(
             f"groups must be a number of an expert, 0 to {experts - 1}, for each of the router's "

@@ -123,7 +123,7 @@ def compress(
         samples = collect(model, sources, inputs)
 
     count = num_parameters(model)
-    made: dict[int, nn.Module] = {}
+    made: dict[int, FactorizedExperts] = {}
     modules = []
     for source, sample in zip(sources, samples, strict=True):
         found = {}

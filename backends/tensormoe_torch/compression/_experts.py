@@ -222,7 +222,9 @@ class FactorizedExperts(nn.Module):
     def extra_repr(self) -> str:
         """The part of ``repr`` besides the layers."""
         named = "" if isinstance(self.act_fn, nn.Module) else f", act_fn={_name(self.act_fn)}"
-        return f"num_experts={self.num_experts}{named}"
+        count = self.down_proj.spec.experts[0]
+        merged = "" if self.groups is None else f", groups={count}"
+        return f"num_experts={self.num_experts}{merged}{named}"
 
 
 def check_choices(

@@ -30,7 +30,8 @@ def is_dense(name: str, module: nn.Module, model: nn.Module) -> bool:
     """
     if not name or not isinstance(module, FactorizedExperts):
         return False
-    if any(layer.spec.factorization.name != Dense.name for layer in module.projections.values()):
+    layers: list[Any] = [*module.projections.values()]
+    if any(layer.spec.factorization.name != Dense.name for layer in layers):
         return False
     parent, _, leaf = name.rpartition(".")
     config = getattr(model.get_submodule(parent), "config", None)
@@ -85,7 +86,8 @@ def find_experts(model: nn.Module, select: Select | None) -> dict[str, nn.Module
                 f"{_hint(*modules.values())}: "
                 "stacks in parameters gate_up_proj and down_proj, as transformers 5 has them, or "
                 "an nn.ModuleList of equal experts of nn.Linear layers gate_proj, up_proj and "
-                "down_proj, or w1, w3 and w2. Select a list of another name with select=…"
+                "down_proj, or w1, w3 and w2, or dense experts of a SparseMoE. Select a list of "
+                "another name with select=…"
             )
         return select_modules(model, lambda name, _: name in found)
     if callable(select) and not isinstance(select, (type, nn.Module)):

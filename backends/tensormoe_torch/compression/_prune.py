@@ -38,7 +38,7 @@ class Pruned:
     frequencies: tuple[float, ...]
 
 
-def check_model(model: nn.Module, names: Sequence[str], keep: float) -> None:
+def check_model(model: nn.Module, names: Sequence[str], keep: int | float) -> None:
     """Refuse to prune models of transformers to what their configuration can't say.
 
     Raises:
@@ -142,10 +142,9 @@ def _prune_theirs(model: nn.Module, name: str, layer: Pruned, later: Callable[..
         _take(source.module, kept, count, later)
     else:
         own = source.module._modules
-        later(lambda old=dict(own): (own.clear(), own.update(old)))
+        later(_fill, own, dict(own))
         left = [each for n, each in enumerate(own.values()) if n in layer.kept]
-        own.clear()
-        own.update({str(n): each for n, each in enumerate(left)})
+        _fill(own, {str(n): each for n, each in enumerate(left)})
     _take(layer.router, kept, count, later)
     configs = [each.config for each in _pretrained(model)]
     for each in (*modules, *configs):
@@ -155,10 +154,16 @@ def _prune_theirs(model: nn.Module, name: str, layer: Pruned, later: Callable[..
                 setattr(each, key, len(kept))
 
 
+def _fill(table: dict[str, Any], values: Mapping[str, Any]) -> None:
+    table.clear()
+    table.update(values)
+
+
 @torch.no_grad()
 def _take(module: nn.Module, kept: list[int], count: int, later: Callable[..., Any]) -> None:
     """Take entries of those parameters and buffers whose first axis is that of experts."""
-    for table in (module._parameters, module._buffers):
+    tables: tuple[Any, Any] = (module._parameters, module._buffers)
+    for table in tables:
         for key, old in [*table.items()]:
             if old is None or not old.ndim or old.shape[0] != count:
                 continue

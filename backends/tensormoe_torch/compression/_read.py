@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -94,7 +95,8 @@ def _stacks_of(module: nn.Module, name: str) -> dict[str, Stack]:
 def _stacks_of_ours(module: FactorizedExperts, name: str) -> dict[str, Stack]:
     """Parameters of dense layers; gate and up projection may be one."""
     found = {}
-    for role, layer in module.projections.items():
+    layers: dict[str, Any] = dict(module.projections.items())
+    for role, layer in layers.items():
         factors = {key: each.detach() for key, each in layer.factors.items()}
         for key, each in factors.items():
             _check_values(each, f"{name}.{role}.{key}")

@@ -41,7 +41,7 @@ def reduce_experts(
     model: nn.Module,
     inputs: Batch | Iterable[Batch],
     *,
-    keep: float,
+    keep: int | float,
     how: str = "merge",
     select: Select | None = None,
     align: bool = True,

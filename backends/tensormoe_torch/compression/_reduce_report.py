@@ -92,7 +92,7 @@ class ReductionReport:
             rows.append(
                 [
                     each.name,
-                    tuple(map(str, each.experts)),
+                    (str(each.experts[0]), str(each.experts[1])),
                     _groups(each.groups),
                     *_counts(*each.parameters),
                     f"{each.kept_frequency:.1%}",
