@@ -42,17 +42,17 @@ Another way to fewer bytes is fewer experts: :func:`choice_frequencies` and
 
 from __future__ import annotations
 
-from tensormoe.compression._groups import Group
-from tensormoe.compression._measure import GroupReport
-from tensormoe.compression._merging import (
+from tensormoe.compression._grouping import (
     ExpertGroups,
     allot_experts,
     choice_frequencies,
     cosine_similarity,
     group_experts,
-    merge_stacks,
     most_frequent,
 )
+from tensormoe.compression._groups import Group
+from tensormoe.compression._measure import GroupReport
+from tensormoe.compression._merging import merge_stacks
 from tensormoe.compression._mixtures import merge_mixture, prune_mixture
 from tensormoe.compression._patterns import LAYOUTS, PRESETS, Pattern, Preset
 from tensormoe.compression._plan import CompressionPlan, GroupPlan, plan_compression

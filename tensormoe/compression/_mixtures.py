@@ -8,10 +8,11 @@ from dataclasses import replace
 from tensormoe._validation import brief, instance
 from tensormoe.backend import Array, Backend, backend_of, default_integer, device_of
 from tensormoe.checkpoint import match_arrays
-from tensormoe.compression._merging import ExpertGroups, merge_stacks
+from tensormoe.compression._grouping import ExpertGroups
+from tensormoe.compression._merging import merge_stacks
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.factorizations import Dense
-from tensormoe.mixtures import SparseConfig, experts_config
+from tensormoe.mixtures import PER_CHOICE, SparseConfig, experts_config
 
 Arrays = Mapping[str, Array]
 _EXPERTS = "experts.projections."
@@ -101,8 +102,7 @@ def prune_mixture(
     for name, array in arrays.items():
         if name.startswith(_EXPERTS):
             found[name] = backend.take(array, index, 0)
-        elif name.startswith("router."):
-            # experts are the last axis of all that a router holds
+        elif name.removeprefix("router.") in PER_CHOICE:
             found[name] = backend.take(array, index, array.ndim - 1)
     return _fewer(config, len(places), None), found
 

@@ -71,6 +71,7 @@ from tensormoe.mixtures._sizes import paired_sizes as paired_sizes
 from tensormoe.mixtures._soft import SoftConfig as SoftConfig
 from tensormoe.mixtures._soft import counting_tokens as counting_tokens
 from tensormoe.mixtures._soft_options import soft_config as soft_config
+from tensormoe.mixtures._sparse import PER_CHOICE as PER_CHOICE
 from tensormoe.mixtures._sparse import SparseConfig as SparseConfig
 from tensormoe.mixtures._sparse import sparse_config as sparse_config
 from tensormoe.mixtures._tasks import record_of as record_of
@@ -78,6 +79,7 @@ from tensormoe.mixtures._window import Window as Window
 from tensormoe.mixtures._window import window as window
 
 __all__ = [
+    "PER_CHOICE",
     "Adapters",
     "CartesianConfig",
     "ConvConfig",

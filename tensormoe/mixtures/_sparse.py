@@ -34,6 +34,9 @@ from tensormoe.routing import Router, Routes
 from tensormoe.routing._routes import scores_of
 from tensormoe.selection import Budget
 
+PER_CHOICE = ("projection", "bias", "choice_bias")
+"""Arrays of a router whose last axis is that of its outputs."""
+
 
 @dataclass(frozen=True)
 class SparseConfig(MixtureConfig):

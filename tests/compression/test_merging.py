@@ -321,7 +321,9 @@ def test_bad_input() -> None:
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
 @pytest.mark.parametrize("router", [Router(), Router("sigmoid", balance=0.01, bias=True)])
 def test_mixtures_of_every_library(library: str, router: Router) -> None:
-    config = sparse_config(4, 6, None, experts=5, top_k=2, bias=True, router=router)
+    config = sparse_config(
+        4, 6, None, experts=5, top_k=2, bias=True, router=router, shared_features=3, mix_shared=True
+    )
     host = drawn_arrays(config)
     with jax.enable_x64(True):
         arrays = {name: convert(each, library) for name, each in host.items()}

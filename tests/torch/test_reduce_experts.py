@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tensormoe.decomposition import Search
 from tensormoe.errors import ShapeError, SpecError
-from tensormoe_torch import SparseMoE, compress, reduce_experts
+from tensormoe_torch import CartesianMoE, SparseMoE, compress, reduce_experts
 from tensormoe_torch.compression import FactorizedExperts
 from tests._torch_moe import STACKED, TOKENS, Expert, OneByOne, sparse
 
@@ -99,7 +99,8 @@ def test_one_expert_per_group_changes_nothing() -> None:
 def test_sparse_mixtures_are_saved_rebuilt_and_trained(kind: str, how: str, tmp_path: Any) -> None:
     import tensormoe_numpy
 
-    layer = mixture(kind=kind, bias=True, router="sigmoid", dtype=torch.float32)
+    shared: dict[str, Any] = {} if kind == "linear" else {"shared_features": 3, "mix_shared": True}
+    layer = mixture(kind=kind, bias=True, router="sigmoid", dtype=torch.float32, **shared)
     x = tokens().float()
     hooked: list[Any] = []
     layer.router.register_forward_hook(lambda *each: hooked.append(each[-1]))
@@ -297,6 +298,20 @@ def test_shares_of_all_experts_are_allotted_to_layers() -> None:
     assert "whole model" in str(report)
     assert report.to_dict()["modules"][0]["experts"] == report.modules[0].experts
     assert "<table" in report._repr_html_()
+
+
+def test_parts_of_other_mixtures_are_left_alone() -> None:
+    torch.manual_seed(0)
+    inner = CartesianMoE(6, 8, experts=4, top_k=2)
+    model = nn.Sequential(inner)
+    refused(model, "must hold experts", inputs=torch.randn(20, 6))
+    outer = SparseMoE(6, 8, experts=4, top_k=2)
+    model = nn.Sequential(inner, outer)
+    report = reduce_experts(model, torch.randn(20, 6), keep=2)
+    assert report.names == ("1.experts",)
+    assert inner.config.half.experts.num_experts == 4
+    found = compress(model, "cp", rank=2, search=QUICK)
+    assert found.names == ("1.experts",)
 
 
 def refused(

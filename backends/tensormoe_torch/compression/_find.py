@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -26,18 +26,28 @@ def is_stacked(module: nn.Module) -> bool:
 def is_dense(name: str, module: nn.Module, model: nn.Module) -> bool:
     """Whether it is a module of ours whose experts are dense, and may be replaced where it is.
 
-    Of mixtures that is the sparse one, whose configuration can follow.
+    Of mixtures that is the sparse one by itself, whose configuration can follow.
     """
     if not name or not isinstance(module, FactorizedExperts):
         return False
     layers: list[Any] = [*module.projections.values()]
     if any(layer.spec.factorization.name != Dense.name for layer in layers):
         return False
-    parent, _, leaf = name.rpartition(".")
-    config = getattr(model.get_submodule(parent), "config", None)
-    if isinstance(config, MixtureConfig):
-        return isinstance(config, SparseConfig) and leaf == "experts"
-    return True
+    configs = [getattr(each, "config", None) for each in above(model, name)]
+    *others, parent = configs
+    if any(isinstance(each, MixtureConfig) for each in others):
+        return False
+    leaf = name.rpartition(".")[2]
+    return not isinstance(parent, MixtureConfig) or (
+        isinstance(parent, SparseConfig) and leaf == "experts"
+    )
+
+
+def above(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The modules that a module lies in, the model first."""
+    parts = name.split(".")
+    for count in range(len(parts)):
+        yield model.get_submodule(".".join(parts[:count]))
 
 
 def linears_by_role(expert: nn.Module) -> dict[str, nn.Module]:

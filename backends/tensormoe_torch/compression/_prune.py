@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from tensormoe.errors import SpecError
 from tensormoe_torch.compression._dense import DenseExperts
 from tensormoe_torch.compression._experts import FactorizedExperts
-from tensormoe_torch.compression._find import find_experts
+from tensormoe_torch.compression._find import above, find_experts
 from tensormoe_torch.compression._put import dense_layers, put_experts, sparse_parent
 from tensormoe_torch.compression._reduce_report import ReducedModule
-from tensormoe_torch.compression._routers import COUNTS, above
+from tensormoe_torch.compression._routers import COUNTS
 from tensormoe_torch.compression._samples import collect
 
 

@@ -102,10 +102,3 @@ def check_prunable(model: nn.Module, experts: DenseExperts, router: nn.Module) -
                     f"experts can't be pruned where the router chooses groups of them first; that "
                     f"of {experts.name!r} has {name}={value}. Merge them: how='merge'."
                 )
-
-
-def above(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    """The modules that a module lies in, the model first."""
-    parts = name.split(".")
-    for count in range(len(parts)):
-        yield model.get_submodule(".".join(parts[:count]))

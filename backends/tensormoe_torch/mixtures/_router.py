@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tensormoe.mixtures import MixtureConfig, Parts, SparseConfig
+from tensormoe.mixtures import PER_CHOICE, MixtureConfig, Parts, SparseConfig
 from tensormoe.routing import CartesianRoutes, LevelRoutes, ProductRoutes, Routes
 from tensormoe_torch._activations import ACTIVATIONS
 from tensormoe_torch._adapter import BACKEND
@@ -141,8 +141,10 @@ class SparseRouter(MixtureRouter):
         """
         index = torch.tensor(kept, device=self.get_parameter("projection").device)
         new = SparseRouter(config, "meta", self.get_parameter("projection").dtype)
-        # experts are the last axis of all that a router holds
-        taken = {name: each.index_select(-1, index) for name, each in self.state_dict().items()}
+        taken = {
+            name: each.index_select(-1, index) if name in PER_CHOICE else each
+            for name, each in self.state_dict().items()
+        }
         new.load_state_dict(taken, assign=True)
         new.train(self.training)
         for name, parameter in self.named_parameters():
