@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tensormoe.errors import CheckpointError, SpecError
+from tensormoe_torch import reduce_experts
 from tensormoe_torch.huggingface import TensormoeConfig
 from tests._compress_models import family
 from tests.huggingface._models import compressed, load
@@ -50,6 +51,8 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     "an unknown kind": (put(*HERE, "kind", "os.system"), "kind"),
     "no kind": (put(*HERE, "kind", [1]), "kind"),
     "no layer": (put(*HERE, None), "kind"),
+    "not merged": (put(*HERE, "merged", False), "exactly"),
+    "merged without groups": (put(*HERE, "merged", True), "groups' and 0 more are missing"),
     "more of a layer": (put(*HERE, "code", "1"), "exactly"),
     "an unknown activation": (put(*HERE, "act", "eval"), "activation"),
     "no activation": (put(*HERE, "act", ["gelu"]), "activation"),
@@ -91,6 +94,37 @@ def test_damaged_descriptions(damage: str, folder: Path) -> None:
             AutoModelForCausalLM.from_pretrained(folder)
     finally:
         path.write_text(text)
+
+
+def test_merged_experts(tmp_path: Path) -> None:
+    model = family("mixtral")
+    reduce_experts(model, torch.arange(24).reshape(2, 12), keep=3)
+    model.save_pretrained(tmp_path)
+    file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    arrays, text = load_file(file), config.read_text()
+    # under the name that the family has on disk
+    name = next(each for each in arrays if each.endswith(".groups"))
+    for value in (-1, 3):
+        wrong = arrays[name].clone()
+        wrong[1] = value
+        save_file(arrays | {name: wrong}, file, {"format": "pt"})
+        with pytest.raises(CheckpointError, match="must hold numbers of experts, 0 to 2; the file"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+    save_file(arrays, file, {"format": "pt"})
+    for count, message in ((5, "at most the 4 of the model; got 5"), (2, "must fit one another")):
+        found = json.loads(text)
+        for layer in found["quantization_config"]["modules"][EXPERTS]["projections"].values():
+            layer["spec"]["experts"] = [count]
+            if count == 2 and layer["spec"]["in_features"] == 24:
+                layer["spec"]["experts"] = [3]
+        config.write_text(json.dumps(found))
+        with pytest.raises((SpecError, CheckpointError), match=message):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+    found = json.loads(text)
+    del found["quantization_config"]["modules"][EXPERTS]["merged"]
+    config.write_text(json.dumps(found))
+    with pytest.raises(SpecError, match="the 4 experts of the model"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_missing_and_misshapen_factors(tmp_path: Path) -> None:

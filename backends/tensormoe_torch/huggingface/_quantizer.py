@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from tensormoe.checkpoint._model_config import METHOD
 from tensormoe.errors import BackendError, CheckpointError, SpecError
 from tensormoe_torch.adapters import freeze, has_adapters
+from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.huggingface._build import install
 from tensormoe_torch.huggingface._config import TensormoeConfig
 
@@ -54,6 +55,7 @@ class TensormoeQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         _check_loaded(model, self._shapes)
+        _check_groups(model)
         # nothing of this method is needed any more: factors are weights like others, and what
         # transformers keeps quantized models from (casts, training, given state_dicts) is fine
         for module in model.modules():
@@ -112,3 +114,21 @@ def _check_loaded(model: nn.Module, shapes: Mapping[int, Mapping[str, torch.Size
             f"{len(missing) - 1} more are missing, or of other shapes. The folder is damaged or "
             "incomplete: copy it anew."
         )
+
+
+def _check_groups(model: nn.Module) -> None:
+    """Refuse merged experts whose groups are not numbers of experts.
+
+    Raises:
+        CheckpointError: some are not.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, FactorizedExperts) or module.groups is None:
+            continue
+        count = module.down_proj.spec.num_experts
+        if not bool(((module.groups >= 0) & (module.groups < count)).all()):
+            raise CheckpointError(
+                f"{name}.groups must hold numbers of experts, 0 to {count - 1}; the file has "
+                f"{int(module.groups.min())} to {int(module.groups.max())}. The folder is damaged: "
+                "copy it anew."
+            )
