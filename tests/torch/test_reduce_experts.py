@@ -284,6 +284,40 @@ def test_lists_of_experts(how: str) -> None:
         assert model.gate.weight.shape == (3, 6)
 
 
+@pytest.mark.parametrize("how", ["merge", "prune"])
+def test_dtype_mode_flags_and_hooks_stay(how: str) -> None:
+    model = sparse("mixtral", torch.bfloat16).train()
+    calls: list[int] = []
+    block: Any = model.get_submodule(HERE.removesuffix(".experts"))
+    for each in (block.experts, block.gate):
+        each.register_forward_hook(lambda *_: calls.append(1))
+    block.experts.requires_grad_(False)
+    reduce_experts(model, TOKENS, keep=3, how=how)
+    assert model.training
+    assert block.experts.training
+    assert all(each.dtype == torch.bfloat16 for each in model.parameters())
+    assert not any(each.requires_grad for each in block.experts.parameters())
+    assert block.gate.weight.requires_grad
+    calls.clear()
+    model(TOKENS).logits.sum().backward()
+    assert calls == [1, 1]
+    assert block.gate.weight.grad is not None
+
+
+def test_a_model_that_fails_when_it_is_pruned_stays_as_it_was() -> None:
+    torch.manual_seed(0)
+    model = OneByOne([Expert() for _ in range(4)])
+    x = torch.randn(30, 6)
+    wanted = model(x)
+    # two experts per token, which only the model itself knows
+    refused(model, "must run with fewer experts", inputs=x, keep=1, how="prune")
+    assert torch.equal(model(x), wanted)
+    assert model.gate.out_features == 4
+    assert [*dict(model.experts.named_children())] == ["0", "1", "2", "3"]
+    reduce_experts(model, x, keep=2, how="prune")
+    assert len(model.experts) == 2
+
+
 def test_shares_of_all_experts_are_allotted_to_layers() -> None:
     model = sparse("mixtral")
     report = reduce_experts(model, TOKENS, keep=0.5)
