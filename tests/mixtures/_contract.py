@@ -154,6 +154,8 @@ class MixtureContract:
         x = torch.tensor(tokens(config))
         eager = torch_layer(config, drawn(config))
         eager.train(not noisy(config))
+        # every configuration is one more version of the same code, of which there may be eight
+        torch._dynamo.reset()
         fast = torch.compile(copy.deepcopy(eager), backend="aot_eager", fullgraph=True)
         for layer in (eager, fast):
             layer(x).square().sum().backward()

@@ -119,6 +119,7 @@ def test_sparse_mixtures_are_saved_rebuilt_and_trained(kind: str, how: str, tmp_
         torch.testing.assert_close(twin(x), wanted)
     assert layer.num_parameters == sum(each.numel() for each in layer.parameters())
     assert layer.cost(10).parameters == layer.num_parameters
+    torch._dynamo.reset()
     compiled = torch.compile(_bare(layer), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), wanted)
     wanted.sum().backward()
