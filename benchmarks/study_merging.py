@@ -7,10 +7,9 @@ A small GPT whose MLPs are sparse mixtures (top 2 of 8 experts) is trained on re
 then become a share of their bytes: pruned (those chosen least), merged (M-SMoE; with equally many
 per layer, with numbers allotted over layers, and without alignment of hidden units), merged to more
 and then factorized (MC-SMoE), factorized as they are, or truncated one by one (SVDs). The models
-with half of the bytes are then trained for as many steps, and so is the whole one, at the rate that
-is best on held-out text for the first model: one of two, or of three for the whole model, for which
-a lower one is better. The cross-entropy on the test text tells what each lost, before and after. No
-variant has more bytes than its share.
+with half of the bytes are then trained for as many steps, and so is the whole one, at the rate of
+three that is best on held-out text for the first model. The cross-entropy on the test text tells
+what each lost, before and after. No variant has more bytes than its share.
 
 Runs are written to ``out/merging.jsonl`` as they end, and models to ``out/merging-*.pt``; a second
 call goes on from there. The text is the King James Bible (Debian's package bible-kjv), else what
@@ -142,8 +141,7 @@ class Plan:
         shares: of the experts' bytes.
         calibration: windows of training text that the model runs.
         recovery: steps of training afterwards.
-        rates: the highest learning rates to choose from; for the whole model the lower one too.
-        low: that one.
+        rates: the highest learning rates to choose from.
         seeds: models.
         scored: pieces that a cross-entropy is of.
     """
@@ -153,7 +151,6 @@ class Plan:
     calibration: int
     recovery: int
     rates: tuple[float, ...]
-    low: float
     seeds: int
     scored: int
 
@@ -163,11 +160,10 @@ class Plan:
 
 FULL = Plan(
     Host(Sizes(2, 64, 4, 64, 8), hidden=128, top_k=2, steps=2000, batch=16, rate=3e-3),
-    shares=(0.75, 0.5, 0.25),
+    shares=(0.5, 0.25),
     calibration=64,
     recovery=200,
-    rates=(1e-3, 3e-3),
-    low=3e-4,
+    rates=(3e-4, 1e-3, 3e-3),
     seeds=3,
     scored=32_768,
 )
@@ -176,8 +172,7 @@ QUICK = Plan(
     shares=(TUNED,),
     calibration=8,
     recovery=5,
-    rates=(1e-3, 3e-3),
-    low=3e-4,
+    rates=(3e-4, 1e-3, 3e-3),
     seeds=1,
     scored=4096,
 )
@@ -242,10 +237,8 @@ class Runs:
 
     def rate(self, kind: str) -> float:
         """The best rate of recovery on held-out text."""
-        rates, share = self.plan.rates, TUNED
-        if kind == WHOLE:
-            rates, share = (self.plan.low, *rates), 1.0
-        return min(rates, key=lambda rate: self.get(kind, share, 0, rate)["held"])
+        share = 1.0 if kind == WHOLE else TUNED
+        return min(self.plan.rates, key=lambda rate: self.get(kind, share, 0, rate)["held"])
 
     def losses(self, kind: str, share: float, *, recovered: bool) -> list[float]:
         """Test cross-entropies of all models."""
