@@ -79,6 +79,7 @@ class FactorizedExperts(nn.Module):
         self.groups: Tensor | None
         # kept in state dicts, as other groups would fit the same factors
         self.register_buffer("groups", groups)
+        self._count: int = layers["down_proj"].spec.experts[0]
         self.plan_ahead()
 
     def plan_ahead(self) -> None:
@@ -94,7 +95,7 @@ class FactorizedExperts(nn.Module):
         """N, the experts that the router chooses from."""
         if self.groups is not None:
             return int(self.groups.shape[0])
-        return self.down_proj.spec.experts[0]
+        return self._count
 
     @property
     def gate_proj(self) -> MuMoE | None:
@@ -143,7 +144,7 @@ class FactorizedExperts(nn.Module):
             hidden_states.reshape(-1, features),
             index,
             top_k_weights.reshape(-1, k),
-            self.down_proj.spec.experts[0],
+            self._count,
             BACKEND,
             sort=self._sorts(hidden_states, index.numel()),
         )
@@ -222,8 +223,7 @@ class FactorizedExperts(nn.Module):
     def extra_repr(self) -> str:
         """The part of ``repr`` besides the layers."""
         named = "" if isinstance(self.act_fn, nn.Module) else f", act_fn={_name(self.act_fn)}"
-        count = self.down_proj.spec.experts[0]
-        merged = "" if self.groups is None else f", groups={count}"
+        merged = "" if self.groups is None else f", groups={self._count}"
         return f"num_experts={self.num_experts}{merged}{named}"
 
 

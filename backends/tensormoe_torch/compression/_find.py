@@ -11,6 +11,7 @@ from tensormoe.checkpoint._model_config import PROJECTION_NAMES
 from tensormoe.errors import SpecError
 from tensormoe.factorizations import Dense
 from tensormoe.mixtures import MixtureConfig, SparseConfig
+from tensormoe_torch._layer import MuMoE
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.surgery._linears import is_linear
 from tensormoe_torch.surgery._select import Select, nearby, select_modules
@@ -28,10 +29,12 @@ def is_dense(name: str, module: nn.Module, model: nn.Module) -> bool:
 
     Of mixtures that is the sparse one by itself, whose configuration can follow.
     """
-    if not name or not isinstance(module, FactorizedExperts):
+    # those with adapters hold another model's experts
+    if not name or type(module) is not FactorizedExperts:
         return False
     layers: list[Any] = [*module.projections.values()]
-    if any(layer.spec.factorization.name != Dense.name for layer in layers):
+    kinds = [layer.spec.factorization for layer in layers if isinstance(layer, MuMoE)]
+    if len(kinds) < len(layers) or any(each.name != Dense.name for each in kinds):
         return False
     configs = [getattr(each, "config", None) for each in above(model, name)]
     *others, parent = configs
