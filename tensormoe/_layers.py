@@ -358,7 +358,7 @@ class ConvMethods(MixtureMethods[A, ConvConfig]):
         return self.config.cost(batch, size=size, training=training, **self._costs())
 
     def plan(self, size: Sequence[int], images: int = 1) -> ConvPlan:
-        """How images of one size are run: over patches, by a convolution, or with own kernels.
+        """Plan of images of one size: over patches, by a convolution, or with own kernels.
 
         Args:
             size: of an image, without channels.

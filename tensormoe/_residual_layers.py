@@ -55,7 +55,7 @@ class ResidualMethods(_Plain, Generic[A]):
 
     @property
     def scale(self) -> float:
-        """What the mixture's outputs are multiplied by."""
+        """Factor of the mixture's outputs."""
         return self.config.scale
 
     @property

@@ -89,7 +89,7 @@ def _fits(rows: Tensor, *sizes: int) -> bool:
 
 
 def _offsets(counts: Tensor) -> Tensor:
-    """Where each expert's rows end."""
+    """Ends of each expert's rows."""
     return counts.cumsum(0).to(torch.int32)
 
 

@@ -1,4 +1,4 @@
-"""How much a layer's output moves when the entries of a factor move, from the network alone."""
+"""Response of a layer's output to moves of a factor's entries, from the network alone."""
 
 from __future__ import annotations
 

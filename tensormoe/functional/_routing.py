@@ -29,7 +29,7 @@ class Routed:
     """Results of a gate.
 
     Args:
-        coefficients: one array (batch, N_e) a level.
+        coefficients: one array (batch, N_e) per level.
         logits: what they came from, before normalization: for the backward pass, and for losses.
         buffers: those that training changed, by canonical name.
     """
@@ -126,7 +126,7 @@ def gate_vjp(
         parameters: by canonical name.
         x: (batch, in), as in the forward call.
         routed: what the forward call, with ``keep=True``, returned.
-        cotangents: one array (batch, N_e) a level.
+        cotangents: one array (batch, N_e) per level.
         backend: the adapter of the arrays' library.
         buffers: the running statistics that the forward call was given.
         training: whether batch norm used the batch's own statistics.

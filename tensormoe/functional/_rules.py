@@ -1,4 +1,4 @@
-"""How each parameter is trained: its learning rate relative to a linear layer's, and decay."""
+"""Training of each parameter: its learning rate relative to a linear layer's, and decay."""
 
 from __future__ import annotations
 

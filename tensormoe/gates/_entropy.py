@@ -15,7 +15,7 @@ def _listed(coefficients: Array | TopK) -> Weights:
 
 
 def _logs(weights: Weights) -> tuple[Array, Array]:
-    """Where coefficients are used, and their logarithms there."""
+    """Places where coefficients are used, and their logarithms there."""
     xp = weights.backend.namespace
     used = ~(weights.matrix <= 0.0)  # NaN as well, which stays NaN
     return used, xp.log(xp.where(used, weights.matrix, xp.ones_like(weights.matrix)))

@@ -75,7 +75,7 @@ def relu_top_k_block(
 
 
 def _kept(backend: Backend, values: Array, k: int) -> Array:
-    """Where the k largest entries above zero are."""
+    """Places of the k largest entries above zero."""
     xp = backend.namespace
     positive = values > 0.0
     if k == values.shape[-1]:

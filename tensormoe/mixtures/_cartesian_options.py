@@ -70,7 +70,7 @@ def cartesian_config(
 
 
 def _half(budget: Budget | int | None, norms: int) -> Budget | int | None:
-    """What each half gets of the parameters of the whole; what cannot be is left for it to say."""
+    """Share of each half in the parameters of the whole; other values go on as they are."""
     if isinstance(budget, Budget) and budget.parameters is not None:
         return replace(budget, parameters=max(1, (budget.parameters - norms) // 2))
     if isinstance(budget, int) and not isinstance(budget, bool):

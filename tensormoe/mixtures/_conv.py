@@ -28,7 +28,7 @@ from tensormoe.planning._convolved import Convolved, ConvPrograms, conv_programs
 from tensormoe.planning._library import DEFAULT, Convolutions
 
 Routed = tuple[tuple[Array, ...], tuple[Array, ...]]
-"""Coefficients and logits, one array (rows, N_e) a level each."""
+"""Coefficients and logits, one array (rows, N_e) per level."""
 
 PER = ("image", "position")
 """Values of ``experts_per``."""
@@ -146,7 +146,7 @@ class ConvConfig(MixtureConfig):
         library: Library = DEFAULT,
         channels_first: bool = False,
     ) -> ConvPlan:
-        """How images of one size are run.
+        """Plan of images of one size.
 
         Args:
             size: of an image, without channels.
@@ -258,7 +258,7 @@ class ConvConfig(MixtureConfig):
         Args:
             parts: arrays of the mixture.
             x: images, in the backend's layout.
-            routes: coefficients (rows, N_e) a level.
+            routes: coefficients (rows, N_e) per level.
         """
         factors = {
             name.partition(".")[2]: array

@@ -139,7 +139,7 @@ def convolve(
         programs: what is run.
         factors: of the experts by canonical name, ``factors.…``, in one dtype.
         x: images in that dtype, in the backend's layout.
-        coefficients: (rows, N_e) a level; a row per image, or per position in row-major order.
+        coefficients: (rows, N_e) per level; a row per image, or per position in row-major order.
         backend: the adapter of the arrays' library.
         any_size: whether to run the program for many large images, which is right for all: for
             exported models, whose sizes are open.
@@ -192,7 +192,7 @@ class _Call:
         programs: what is run.
         factors: by canonical name.
         x: images.
-        coefficients: (rows, N_e) a level.
+        coefficients: (rows, N_e) per level.
         backend: the adapter of the arrays' library.
         counts: images, and positions of each.
     """

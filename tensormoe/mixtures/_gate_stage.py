@@ -69,7 +69,7 @@ class GateStage:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """How many experts each gate reads."""
+        """Number of experts that each gate reads."""
         return tuple(sum(stop - start for start, stop in ranges) for ranges in self.reads)
 
     @property

@@ -97,7 +97,7 @@ class Window:
         return x
 
     def shifted(self, x: Array, axis: int, place: int, offset: int, count: int) -> Array:
-        """What one entry of the kernel sees along one axis: a view.
+        """Inputs that one entry of the kernel sees along one axis: a view.
 
         Args:
             x: padded images.

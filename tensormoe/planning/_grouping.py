@@ -26,7 +26,7 @@ START = 4096
 
 @dataclass(frozen=True)
 class Layout:
-    """How a grouped product looks at its operands.
+    """View of its operands that a grouped product has.
 
     Args:
         views: of rows, matrices and counts.

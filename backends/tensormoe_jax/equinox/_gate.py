@@ -38,8 +38,8 @@ class ExpertGate(eqx.Module):
         axis_name: axes of ``jax.vmap`` that are part of the batch.
 
     Attributes:
-        projections: (in, N_e) a level, ``gate.projection_<level>`` in checkpoints.
-        biases: (N_e,) a level, ``gate.bias_<level>``; empty for a gate without bias.
+        projections: (in, N_e) per level, ``gate.projection_<level>`` in checkpoints.
+        biases: (N_e,) per level, ``gate.bias_<level>``; empty for a gate without bias.
         statistics: where the state keeps a level's buffers (N_e,): mean and variance, biases;
             empty for a gate without batch norm and balance.
         inference: whether batch norm uses its statistics instead of the batch's own, no noise is

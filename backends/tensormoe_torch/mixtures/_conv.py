@@ -53,7 +53,7 @@ class ConvFactors(Factors):
 
         Args:
             x: images.
-            coefficients: (images, N_e) a level, or (positions, N_e), checked already.
+            coefficients: (images, N_e) per level, or (positions, N_e), checked already.
         """
         dtype, factors = narrowed(self.by_name())
         # what nobody differentiates may be written into
@@ -281,7 +281,7 @@ class ConvMoE(ConvMethods[Tensor], MixtureModule[ConvConfig]):
         return check_images(x, config.window, config.in_channels, channels_first=True)
 
     def _means(self, x: Tensor) -> Tensor:
-        """What the gate sees: (..., channels), or (..., *size, channels)."""
+        """Inputs of the gate: (..., channels), or (..., *size, channels)."""
         batch_shape, size = self._checked(x)
         config = self.config
         images = x.reshape(prod(batch_shape), config.in_channels, *size)

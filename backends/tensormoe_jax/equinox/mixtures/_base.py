@@ -96,7 +96,7 @@ class MixtureModule(MixtureLayer[M], eqx.Module):
         key: Array | None,
         inference: bool | None,
     ) -> Any:
-        """What a function of all arrays returns, and the state afterwards if one was given."""
+        """Result of a function of all arrays, and the state afterwards if one was given."""
         if self.statistics is not None and state is None:
             raise GateError(
                 f"{_KEEPS} Make the layer by equinox.nn.make_with_state, and call it with state=…."
