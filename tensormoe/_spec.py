@@ -196,8 +196,13 @@ class LayerSpec:
             routing,
             prepared=prepared,
             memory_limit=memory_limit,
-            title=repr(self.factorization),
+            title=self._title,
         )
+
+    @cached_property
+    def _title(self) -> str:
+        # made once: a plan is a look-up
+        return repr(self.factorization)
 
     def cost(
         self,
