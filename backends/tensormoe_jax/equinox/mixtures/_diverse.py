@@ -55,9 +55,9 @@ class DiverseMoE(MixtureModule[DiverseConfig]):
         BudgetError: not a number of parameters, or too few; says how many are needed.
         GateError: a router that cannot be.
 
-    >>> import jax, jax.numpy as jnp
+    >>> import equinox as eqx, jax, jax.numpy as jnp
     >>> layer = DiverseMoE(32, 64, experts=8, top_k=2, key=jax.random.key(0))
-    >>> layer(jnp.ones((5, 32))).shape
+    >>> eqx.filter_jit(layer)(jnp.ones((5, 32))).shape
     (5, 32)
     """
 

@@ -44,9 +44,9 @@ class MonetMoE(MixtureModule[MonetConfig]):
         SpecError: sizes, names or options that cannot be, or a ``top_k`` above both kinds.
         GateError: a router that cannot be.
 
-    >>> import jax, jax.numpy as jnp
+    >>> import equinox as eqx, jax, jax.numpy as jnp
     >>> layer = MonetMoE(32, 4, experts=16, top_k=4, heads=2, key=jax.random.key(0))
-    >>> layer(jnp.ones((5, 32))).shape
+    >>> eqx.filter_jit(layer)(jnp.ones((5, 32))).shape
     (5, 32)
     """
 

@@ -60,10 +60,10 @@ class MultiGateMoE(MixtureModule[MultiGateConfig]):
         BudgetError: not a number of parameters, or too few; says how many are needed.
         GateError: a gate that cannot be.
 
-    >>> import jax, jax.numpy as jnp
+    >>> import equinox as eqx, jax, jax.numpy as jnp
     >>> key = jax.random.key(0)
     >>> layer = MultiGateMoE(32, 16, 8, tasks=3, experts=4, task_experts=2, key=key)
-    >>> layer(jnp.ones((5, 32))).shape
+    >>> eqx.filter_jit(layer)(jnp.ones((5, 32))).shape
     (5, 3, 8)
     """
 

@@ -51,10 +51,10 @@ class ProductMoE(MixtureModule[ProductConfig]):
         RankError: a rank that does not fit the factorization.
         GateError: a router that cannot be.
 
-    >>> import jax, jax.numpy as jnp
+    >>> import equinox as eqx, jax, jax.numpy as jnp
     >>> key = jax.random.key(0)
     >>> layer = ProductMoE(32, experts=(20, 30), top_k=4, heads=2, key_features=8, key=key)
-    >>> layer(jnp.ones((5, 32))).shape
+    >>> eqx.filter_jit(layer)(jnp.ones((5, 32))).shape
     (5, 32)
     """
 

@@ -56,8 +56,10 @@ class DiverseMoE(MixtureModule[DiverseConfig]):
         GateError: a router that cannot be.
 
     >>> import jax.numpy as jnp
+    >>> from flax import nnx
     >>> layer = DiverseMoE(32, 64, experts=8, top_k=2, rngs=0)
-    >>> layer(jnp.ones((5, 32))).shape
+    >>> run = nnx.jit(lambda layer, x: layer(x))
+    >>> run(layer, jnp.ones((5, 32))).shape
     (5, 32)
     """
 

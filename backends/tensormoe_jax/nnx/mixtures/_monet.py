@@ -45,8 +45,10 @@ class MonetMoE(MixtureModule[MonetConfig]):
         GateError: a router that cannot be.
 
     >>> import jax.numpy as jnp
+    >>> from flax import nnx
     >>> layer = MonetMoE(32, 4, experts=16, top_k=4, heads=2, rngs=0)
-    >>> layer(jnp.ones((5, 32))).shape
+    >>> run = nnx.jit(lambda layer, x: layer(x))
+    >>> run(layer, jnp.ones((5, 32))).shape
     (5, 32)
     """
 

@@ -60,8 +60,10 @@ class MultiGateMoE(MixtureModule[MultiGateConfig]):
         GateError: a gate that cannot be.
 
     >>> import jax.numpy as jnp
+    >>> from flax import nnx
     >>> layer = MultiGateMoE(32, 16, 8, tasks=3, experts=4, task_experts=2, rngs=0)
-    >>> layer(jnp.ones((5, 32))).shape
+    >>> run = nnx.jit(lambda layer, x: layer(x))
+    >>> run(layer, jnp.ones((5, 32))).shape
     (5, 3, 8)
     """
 

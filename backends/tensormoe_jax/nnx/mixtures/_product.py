@@ -52,8 +52,10 @@ class ProductMoE(MixtureModule[ProductConfig]):
         GateError: a router that cannot be.
 
     >>> import jax.numpy as jnp
+    >>> from flax import nnx
     >>> layer = ProductMoE(32, experts=(20, 30), top_k=4, heads=2, key_features=8, rngs=0)
-    >>> layer(jnp.ones((5, 32))).shape
+    >>> run = nnx.jit(lambda layer, x: layer(x))
+    >>> run(layer, jnp.ones((5, 32))).shape
     (5, 32)
     """
 
