@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from statistics import mean
 from typing import Any
 
-from _gates_runs import Found, Runs
+from _gates_runs import DECAY, Found, Runs
 
 __all__ = ["print_tables"]
 
@@ -35,19 +35,21 @@ def _print_task(name: str, rows: list[tuple[Row, list[Found]]]) -> None:
     print("| dead, % | active | polysemanticity | first gradient | kept, % |")
     print("| --- |" + " ---: |" * 10)
     base = {
-        setting["optimizer"]: mean(_all(found, "accuracy"))
+        (setting["optimizer"], setting["decay"]): mean(_all(found, "accuracy"))
         for setting, found in rows
         if setting["model"] == "linear"
     }
     for setting, found in rows:
         accuracy = [100 * value for value in _all(found, "accuracy")]
         more = ""
-        if setting["optimizer"] in base and setting["model"] != "linear":
-            more = f"{mean(accuracy) - 100 * base[setting['optimizer']]:+.2f}"
+        same = setting["optimizer"], setting["decay"]
+        if same in base and setting["model"] != "linear":
+            more = f"{mean(accuracy) - 100 * base[same]:+.2f}"
         words = [setting["model"]]
         words += ["ring"] * (setting["factorization"] == "tensor_ring")
         words += ["in all"] * setting["total"]
         words += [setting["optimizer"]] * (setting["optimizer"] != "adamw")
+        words += [f"decay {setting['decay']:g}"] * (setting["decay"] != DECAY)
         cells = [
             ", ".join(words),
             " × ".join(map(str, setting["experts"])) or "–",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tensormoe import CP, select_rank
 from tensormoe.factorizations import Factorization, resolve_factorization
 
-__all__ = ["Found", "Runs", "Setting", "build", "parameters", "run"]
+__all__ = ["DECAY", "Found", "Runs", "Setting", "build", "parameters", "run"]
 
 Found = dict[str, Any]
 DECAY = 0.01
@@ -37,6 +37,7 @@ class Setting:
         total: whether the gate is inside the linear layer's parameters, rather than on top.
         optimizer: "adamw", "sgd" or "muon".
         rate: highest learning rate.
+        decay: weight decay of AdamW.
         seed: of initial values and batches.
         held_out: whether accuracy is that on held-out data.
     """
@@ -48,6 +49,7 @@ class Setting:
     total: bool = False
     optimizer: str = "adamw"
     rate: float = 1e-3
+    decay: float = DECAY
     seed: int = 0
     held_out: bool = True
 
@@ -158,12 +160,12 @@ def _optimizers(model: nn.Module, setting: Setting) -> list[torch.optim.Optimize
     if setting.optimizer == "sgd":
         return [torch.optim.SGD(every, lr=setting.rate, momentum=0.9)]
     if setting.optimizer == "adamw":
-        return [torch.optim.AdamW(every, lr=setting.rate, weight_decay=DECAY)]
+        return [torch.optim.AdamW(every, lr=setting.rate, weight_decay=setting.decay)]
     matrices = [each for each in every if each.ndim == 2]
     others = [each for each in every if each.ndim != 2]
     return [
         torch.optim.Muon(matrices, lr=setting.rate, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=setting.rate, weight_decay=DECAY),
+        torch.optim.AdamW(others, lr=setting.rate, weight_decay=setting.decay),
     ]
 
 

@@ -3,6 +3,7 @@
     python benchmarks/study_gates.py screen
     python benchmarks/study_gates.py confirm
     python benchmarks/study_gates.py optimizers
+    python benchmarks/study_gates.py decays
     python benchmarks/study_gates.py table
     python benchmarks/study_gates.py --quick
 
@@ -10,9 +11,10 @@ Experts take the place of the only layer of a classifier (text, images, characte
 block (letters). ``screen`` tries every candidate on two tasks; ``confirm`` runs the best few on all
 tasks, for 16 to 1024 experts in one level and 32 × 32 in two, as CP and tensor ring, with the gate
 on top of the linear layer's parameters and inside them; ``optimizers`` repeats some with SGD and
-Muon. Every row, those of the linear layer, the low-rank layer and the MLP included, gets the rate
-that is best for it on held-out data, from the same grid; then three seeds are scored on the test
-data.
+Muon; ``decays`` repeats text inside the linear layer's parameters with a weight decay that is tuned
+like the rate, by the mean of three seeds. Every row, those of the linear layer, the low-rank layer
+and the MLP included, gets the rate that is best for it on held-out data, from the same grid; then
+three seeds are scored on the test data.
 
 Runs are written to ``out/gates/runs.jsonl`` as they end; a second call goes on from there, and
 ``table`` prints what is there. Needs PyTorch, and the data that ``benchmarks/_gates_tasks.py``
@@ -26,17 +28,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from statistics import mean
 from tempfile import TemporaryDirectory
 
 import torch
 from _gates_candidates import CANDIDATES
 from _gates_report import print_tables
-from _gates_runs import Runs, Setting
+from _gates_runs import DECAY, Runs, Setting
 from _gates_tasks import TASKS, Task, load_task
 
 RATES = {"adamw": (0.003, 0.01, 0.03), "sgd": (0.03, 0.1, 0.3), "muon": (0.003, 0.01, 0.03)}
 SEEDS = (1, 2, 3)
-TUNED = 0  # the seed of runs that choose a rate
+TUNED = (0,)  # seeds of runs that choose a rate
+DECAYS = (DECAY, 0.1, 1.0)
+TUNED_DECAYS = (0, 4, 5)
 COUNTS: tuple[tuple[int, ...], ...] = ((16,), (64,), (256,), (1024,), (32, 32))
 PAPER, DEFAULT = [*CANDIDATES][:2]
 FEW = (PAPER, DEFAULT)
@@ -81,17 +86,36 @@ def optimizers() -> Iterator[Setting]:
                     yield Setting(task, name, experts, "cp", optimizer=optimizer)
 
 
-STAGES = {"screen": screen, "confirm": confirm, "optimizers": optimizers}
+def decays() -> Iterator[Setting]:
+    """Text inside the linear layer's parameters."""
+    for model in CONTROLS:
+        yield Setting("text", model)
+    for experts in ((16,), (8, 8)):
+        for name in (*FEW, "low rank"):
+            yield Setting("text", name, experts, "cp", total=True)
 
 
-def tuned(runs: Runs, setting: Setting) -> Setting:
-    """The setting with the rate that is best on held-out data."""
+STAGES = {"screen": screen, "confirm": confirm, "optimizers": optimizers, "decays": decays}
 
-    def accuracy(rate: float) -> float:
-        tried = replace(setting, rate=rate, seed=TUNED, held_out=True)
-        return float(runs.get(tried, CANDIDATES.get(setting.model))["accuracy"])
 
-    return replace(setting, rate=max(RATES[setting.optimizer], key=accuracy), held_out=False)
+def tuned(
+    runs: Runs,
+    setting: Setting,
+    decays: tuple[float, ...] = (DECAY,),
+    seeds: tuple[int, ...] = TUNED,
+) -> Setting:
+    """The setting with the rate and the weight decay that are best on held-out data."""
+
+    def accuracy(tried: Setting) -> float:
+        each = [replace(tried, seed=seed) for seed in seeds]
+        return mean(runs.get(one, CANDIDATES.get(setting.model))["accuracy"] for one in each)
+
+    grid = [
+        replace(setting, rate=rate, decay=decay, held_out=True)
+        for decay in decays
+        for rate in RATES[setting.optimizer]
+    ]
+    return replace(max(grid, key=accuracy), held_out=False)
 
 
 def quick() -> None:
@@ -129,7 +153,8 @@ def main() -> None:
     runs = Runs(options.out / "runs.jsonl", task)
     if options.stage in STAGES:
         for setting in STAGES[options.stage]():
-            best = tuned(runs, setting)
+            grid = (DECAYS, TUNED_DECAYS) if options.stage == "decays" else ((DECAY,), TUNED)
+            best = tuned(runs, setting, *grid)
             for seed in SEEDS:
                 runs.get(replace(best, seed=seed), CANDIDATES.get(setting.model))
     print_tables(runs)
