@@ -9,10 +9,11 @@ Every row takes the place of an MLP of 256 → 512 → 256, on PyTorch, float32,
   alone have more, or an expert would have no hidden unit, there is no such mixture, and no row.
 
 FLOPs are per token of a batch; rank is the largest that a matrix of an expert can have. Times are
-the processor's, the fastest of several forward calls, for one token and for a batch; ``×`` is
-measured over predicted. Memory is the peak of a call on the batch, in MiB. Peers have no
+the processor's, the fastest of several forward calls, for one token and for a batch; in brackets
+is measured over predicted. Memory is the peak of a call on the batch, in MiB. Peers have no
 prediction. Layers of more than ``--most`` parameters are not made, and calls predicted to take more
-than ``--longest`` seconds not run: their figures are predictions, in brackets.
+than ``--longest`` seconds not run: their figures are
+predictions, in square brackets.
 
     python benchmarks/bench_mixtures.py table
     python benchmarks/bench_mixtures.py table --equal parameters --compile
@@ -188,10 +189,10 @@ def run(arguments: Sequence[str]) -> None:
         f"PyTorch {torch.__version__}"
     )
     print(
-        "| experts | mixture | parameters | FLOPs per token | rank | gradient | one token, ms | × "
-        f"| {BATCH}, ms | × | MiB | × |"
+        "| N | mixture | parameters | FLOPs per token | rank | gradient | one token, ms "
+        f"| {BATCH}, ms | MiB |"
     )
-    print("| ---: | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| ---: | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |")
     _print_row("", "linear", _Plain(nn.Linear(SIZE, SIZE), None), roofline, options)
     plain = nn.Sequential(nn.Linear(SIZE, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, SIZE))
     _print_row("", "MLP", _Plain(plain, mlp_cost), roofline, options)
@@ -235,9 +236,8 @@ def _row(make: Make, most: float) -> _Plain | None:
 
 def _print_row(count: str, name: str, row: _Plain, roofline: Roofline, options: Any) -> None:
     cells = [count, name, f"{row.parameters:,}", _flops(row), _rank(row.module), _soft(name)]
-    for batch in (1, BATCH):
-        cells += _times(row, batch, roofline, options)
-    cells += _memory(row, options)
+    cells += [_time(row, batch, roofline, options) for batch in (1, BATCH)]
+    cells.append(_memory(row, options))
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
@@ -279,26 +279,25 @@ def _tokens(batch: int) -> Tensor:
     return torch.randn(1, batch, SIZE)
 
 
-def _times(row: _Plain, batch: int, roofline: Roofline, options: Any) -> list[str]:
+def _time(row: _Plain, batch: int, roofline: Roofline, options: Any) -> str:
     cost = row.cost(batch)
     predicted = None if cost is None else roofline.time(cost)
     slow = predicted is not None and predicted > options.longest
     if not row.made or slow:
-        return [f"({_ms(predicted)})" if predicted is not None else "", ""]
-    call = _call(row.module, batch, options.compile)
-    taken = fastest(call, options.seconds)
-    return [_ms(taken), "" if predicted is None else f"{taken / predicted:.2f}"]
+        return "" if predicted is None else f"[{_ms(predicted)}]"
+    taken = fastest(_call(row.module, batch, options.compile), options.seconds)
+    return _ms(taken) + ("" if predicted is None else f" ({taken / predicted:.2f} ×)")
 
 
-def _memory(row: _Plain, options: Any) -> list[str]:
+def _memory(row: _Plain, options: Any) -> str:
     cost = row.cost(BATCH)
     predicted = None if cost is None else cost.peak_memory
     if not row.made:
-        return [f"({predicted / 2**20:.1f})" if predicted is not None else "", ""]
+        return "" if predicted is None else f"[{predicted / 2**20:.1f}]"
     call = _call(row.module, BATCH, options.compile)
     call()
     found = profiled(call)
-    return [f"{found / 2**20:.1f}", "" if not predicted else f"{found / predicted:.2f}"]
+    return f"{found / 2**20:.1f}" + ("" if not predicted else f" ({found / predicted:.2f} ×)")
 
 
 def _call(module: nn.Module, batch: int, compiled: bool) -> Callable[[], object]:
