@@ -2,8 +2,10 @@
 
 256 → 512 → 256, two experts per token, float32, one thread; ratios in one run. ``Mixtral`` is the
 block of transformers with ``grouped_mm``, the same function with the same weights (the outputs are
-compared); ``st-moe`` and ``mixture-of-experts`` have experts of as many parameters, and drop tokens
-above a capacity, which this one does not. Above 1, the other one takes longer.
+compared); ``st-moe`` and ``mixture-of-experts`` have experts of as many parameters, and drop
+choices above a capacity and small second ones, which this one does not. ``, all`` are the same with
+both choices of every token and the least capacity that drops none of them. Above 1, the other one
+takes longer.
 
     python benchmarks/bench_mixtures.py sparse
 """
@@ -46,27 +48,50 @@ def mixtral(ours: SparseMoE) -> nn.Module:
     return block  # type: ignore[no-any-return]
 
 
-def others(count: int) -> dict[str, nn.Module]:
-    """Mixtures of packages that are installed, with experts of as many parameters."""
+def others(count: int, x: Tensor | None = None) -> dict[str, nn.Module]:
+    """Mixtures of packages that are installed, with experts of as many parameters.
+
+    Args:
+        count: number of experts.
+        x: tokens of which no choice may be dropped; with the packages' own capacities for None.
+    """
     found: dict[str, nn.Module] = {}
     try:
         from st_moe_pytorch import MoE as StMoE
 
-        found["st-moe"] = StMoE(
-            dim=FEATURES, num_experts=count, gating_top_n=TOP_K, expert_hidden_mult=3
-        )
+        sizes = {"num_experts": count, "gating_top_n": TOP_K, "expert_hidden_mult": 3}
+        every = {"threshold_train": 0.0, "threshold_eval": 0.0}
+        found["st-moe"] = _keeping(lambda **more: StMoE(dim=FEATURES, **sizes, **more), every, x)
     except ImportError:
         pass
     try:
         from mixture_of_experts import MoE
 
         # two matrices instead of three
-        found["mixture-of-experts"] = MoE(
-            dim=FEATURES, num_experts=count, hidden_dim=HIDDEN * 3 // 2
-        )
+        sizes = {"num_experts": count, "hidden_dim": HIDDEN * 3 // 2}
+        every = {"second_policy_train": "all", "second_policy_eval": "all"}
+        made = _keeping(lambda **more: MoE(dim=FEATURES, **sizes, **more), every, x)
+        found["mixture-of-experts"] = made
     except ImportError:
         pass
     return found
+
+
+def _keeping(make: Callable[..., nn.Module], every: dict[str, Any], x: Tensor | None) -> nn.Module:
+    """A mixture with the least capacity, in quarters, that keeps all choices of tokens."""
+    if x is None:
+        return make()
+    for quarters in range(8, 4 * 256):
+        torch.manual_seed(1)
+        module = make(
+            **every, capacity_factor_train=quarters / 4, capacity_factor_eval=quarters / 4
+        )
+        with torch.no_grad():
+            gate: Any = module.gate
+            kept = gate(x)[0].count_nonzero()
+        if kept == TOP_K * x.shape[0] * x.shape[1]:
+            return module
+    raise SystemExit("no capacity keeps all choices")
 
 
 def forward(module: nn.Module, x: Tensor) -> Tensor:
@@ -102,13 +127,14 @@ def run(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(f"{FEATURES} → {HIDDEN} → {FEATURES}, top {TOP_K}; PyTorch {torch.__version__}")
-    head = f"{'experts':>7} {'tokens':>6} {'peer':>20} {'ours ms':>8} {'ratio':>6}"
+    head = f"{'experts':>7} {'tokens':>6} {'peer':>24} {'ours ms':>8} {'ratio':>6}"
     print(f"{head} {'step ms':>8} ratio")
     for count in options.experts:
         ours = SparseMoE(FEATURES, HIDDEN, experts=count, top_k=TOP_K)
-        peers = {"Mixtral": mixtral(ours)} | others(count)
         for tokens in (64, 1024):
             x = torch.randn(4, tokens // 4, FEATURES)
+            peers = {"Mixtral": mixtral(ours)} | others(count)
+            peers |= {f"{name}, all": module for name, module in others(count, x).items()}
             with torch.no_grad():
                 if not torch.allclose(ours(x), forward(peers["Mixtral"], x), atol=1e-5):
                     raise SystemExit("the mixture and transformers' block disagree")
@@ -119,7 +145,7 @@ def run(arguments: list[str]) -> None:
                     taken, other = interleaved([mine, theirs], options.seconds)
                     rows += [taken * 1e3, other / taken]
                 print(
-                    f"{count:7} {tokens:6} {name:>20} {rows[0]:8.2f} {rows[1]:6.2f} "
+                    f"{count:7} {tokens:6} {name:>24} {rows[0]:8.2f} {rows[1]:6.2f} "
                     f"{rows[2]:8.2f} {rows[3]:5.2f}",
                     flush=True,
                 )
