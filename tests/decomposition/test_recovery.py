@@ -20,7 +20,7 @@ from tensormoe.decomposition import Search, decompose
 from tests.decomposition._cases import NAMES, planted, relative, weights_of, with_noise
 
 LONG = Search(starts=4, sweeps=1000)
-CASES, NOISY = 100, 40
+CASES = 100
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -39,15 +39,15 @@ def test_planted_ranks_are_recovered(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_noise_is_what_is_left(name: str) -> None:
-    """The error is within 2 % of the planted noise level, in as large a share of fewer cases."""
+    """The error is within 2 % of the planted noise level, in as many cases."""
     missed = []
-    for seed in range(NOISY):
+    for seed in range(CASES):
         spec, clean = planted(name, seed)
         weights, level = with_noise(clean, 0.1, seed)
         found = decompose(weights, spec.factorization, search=LONG, compare=False, seed=seed)
         if found.report.error > 1.02 * level:
             missed.append((seed, found.report.error / level))
-    assert len(missed) <= 2, missed
+    assert len(missed) <= 5, missed
 
 
 @pytest.mark.parametrize("name", NAMES)
