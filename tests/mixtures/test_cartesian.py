@@ -33,7 +33,7 @@ def config_of(**options: Any) -> CartesianConfig:
 
 
 def by_paper(config: CartesianConfig, arrays: Any, x: np.ndarray) -> np.ndarray:
-    """What the block adds to the residual stream, a half after the other."""
+    """Sum that a block adds to the residual stream, one half after the other."""
 
     def norm(name: str, rows: np.ndarray) -> np.ndarray:
         root = np.sqrt(np.mean(rows**2, axis=-1, keepdims=True) + config.eps)

@@ -1,10 +1,9 @@
-"""Factorized convolutions in use: compiled, exported, saved, copied, narrow, counted, refused."""
+"""Factorized convolutions in use: compiled, exported, saved, copied, narrow, trained."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-import tracemalloc
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -17,32 +16,22 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from torch.utils.flop_counter import FlopCounterMode
 
 import tensormoe
 import tensormoe_jax.equinox
 import tensormoe_jax.nnx
 import tensormoe_numpy
 import tensormoe_torch
-from tensormoe import Budget, Gate, TopK
+from tensormoe import Gate
 from tensormoe.checkpoint import read_block
 from tensormoe.errors import (
-    BackendError,
-    BudgetError,
     CheckpointError,
-    RankError,
-    ShapeError,
     SpecError,
     TensormoeError,
 )
-from tensormoe.mixtures import ConvConfig, Window, conv_config, window
-from tensormoe.planning import Library
-from tensormoe.planning._convolved import ConvDraft, Convolved, conv_programs, way_of
-from tensormoe.planning._regimes import best_candidate
-from tests.mixtures._convolutions import PLAIN, SMALL, drawn, images, last, layer_of
+from tensormoe.mixtures import ConvConfig, conv_config
+from tests.mixtures._convolutions import SMALL, drawn, images, last, layer_of
 
-FORM = Convolved("each", channels_first=True)
-STARTS = ((0, 4), (16, 64), (256, 1024), (4096, 16384))
 RING = SMALL["ring of two levels"]
 CP = conv_config(4, 6, 3, experts=4, rank=5, padding=1)
 # each image has a kernel of its own where nobody traces
@@ -270,192 +259,6 @@ def test_initial_values_are_those_of_a_convolution() -> None:
         )
         kernel = layer.expert(3)[0].detach()
         assert 0.7 < float(kernel.std() / weight.std()) < 1.3, factorization
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_flops(training: bool) -> None:
-    for config, size, way in (
-        (conv_config(16, 64, 3, experts=8, rank=12, padding=1), (12, 11), "convolution"),
-        (conv_config(16, 8, 3, experts=4, rank=64), (12, 11), "kernels"),
-        (replace(CP, experts_per="position"), (12, 11), "convolution"),
-        (conv_config(4, 6, 3, experts=4, rank=50, gate=None), (3, 3), "patches"),
-    ):
-        layer = tensormoe_torch.ConvMoE.of(config)
-        assert layer.plan(size, 3).way == way
-        x = torch.randn(3, config.in_channels, *size, requires_grad=training)
-        given = torch.rand(3, 4, requires_grad=training) if config.gate is None else None
-        with FlopCounterMode(display=False) as counter:
-            y = layer(x, given)
-            if training:
-                y.sum().backward()
-        found = layer.cost(3, size=size, training=training)
-        if not training:
-            assert found.matmul_flops == counter.get_total_flops()
-        elif way == "kernels":
-            # the counter takes the backward pass of a grouped convolution for that of a whole one
-            assert found.matmul_flops < counter.get_total_flops()
-        else:
-            # PyTorch multiplies and sums for the gradient of coefficients, where we count a product
-            assert found.matmul_flops == pytest.approx(counter.get_total_flops(), rel=0.03)
-        assert (
-            found.parameters
-            == layer.num_parameters
-            == sum(each.numel() for each in layer.parameters())
-        )
-        assert (found.saved_memory > 0) == training
-
-
-@pytest.mark.parametrize("per", ["image", "position"])
-def test_memory(per: str) -> None:
-    for kind, size in (("cp", 3), ("dense", 3), ("cp", 1)):
-        layer = tensormoe_numpy.ConvMoE(
-            16, 32, size, experts=8, padding=size // 2, experts_per=per, factorization=kind, seed=0
-        )
-        projection = layer.parameters["gate.projection_0"]
-        projection[...] = np.random.default_rng(0).standard_normal(projection.shape)
-        x = last(np.random.default_rng(1).standard_normal((8, 16, 28, 28)).astype("float32"))
-        x = np.ascontiguousarray(x)
-        layer(x)
-        tracemalloc.start()
-        layer(x)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak == pytest.approx(layer.cost(8, size=(28, 28)).peak_memory, rel=0.02)
-
-
-def test_plans_are_the_cheapest() -> None:
-    for config in SMALL.values():
-        network = config.experts.spec.network
-        for per in (True, False):
-            form = replace(FORM, per_image=per)
-            programs = conv_programs(network, form)
-            for rows, (start, sought) in zip(programs.groups, STARTS, strict=False):
-                size = sought if per else 1
-                for batch in (1, 7, 300):
-                    costs = {
-                        way: best_candidate([ConvDraft(network, form, way, size)], batch).cost(
-                            batch
-                        )
-                        for way in form.ways
-                    }
-                    assert costs[way_of(rows.program(batch))] == min(costs.values())
-                    assert programs.program(batch, start if per else 1) == rows.program(batch)
-
-
-def test_plans_in_words() -> None:
-    config = conv_config(16, 64, 3, experts=8, rank=12, padding=1)
-    plans = [config.plan((28, 28), 4, library=Library(convolves=each)) for each in ("", "shared")]
-    assert [plan.way for plan in plans] == ["patches", "convolution"]
-    assert plans[1].describe().splitlines()[1] == "convolution: into 12 channels"
-    assert "kernel 3×3, 28×28 → 28×28, per image" in plans[0].describe()
-    assert config.plan((28, 28), 4) == config.plan([28, 28], 4)
-    wide = conv_config(16, 8, 3, experts=8, rank=200)
-    assert wide.plan((28, 28), 4, library=Library(convolves="each")).way == "kernels"
-
-
-def test_windows() -> None:
-    assert window(3, dims=1).kernel_size == (3,)
-    assert window((3, 5), padding="same").padding == ((1, 1), (2, 2))
-    assert window((2, 4), padding="same", dilation=(1, 3)).padding == ((0, 1), (4, 5))
-    assert window(4, padding="same").out_size((9, 10)) == (9, 10)
-    assert window(3, padding="valid") == window(3)
-    assert window(3, padding=(1, (0, 2))).padding == ((1, 1), (0, 2))
-    assert Window.from_dict(window(3, 2, 1, 2).to_dict()) == window(3, 2, 1, 2)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"kernel_size": 0}, SpecError, "kernel_size must be a positive integer; got 0"),
-        ({"kernel_size": (3,) * 4}, SpecError, "from 1 to 3 spatial axes; got 4"),
-        ({"kernel_size": ()}, SpecError, "from 1 to 3 spatial axes; got 0"),
-        ({"stride": (1, 2, 3)}, SpecError, "stride must be one number, or one per spatial axis, 2"),
-        ({"padding": -1}, SpecError, "padding must be a non-negative integer; got -1"),
-        ({"padding": (1, (1, 2, 3))}, SpecError, r"got \(1, 2, 3\) for one"),
-        ({"padding": "full"}, SpecError, "got 'full'. Write one of them"),
-        ({"padding": "same", "stride": 2}, SpecError, r'"same" with stride \(2, 2\)'),
-        ({"dilation": 0}, SpecError, "dilation must be a positive integer; got 0"),
-        ({"groups": 2}, SpecError, "groups must be 1, .*; got 2. Leave it out"),
-        ({"dims": 4}, SpecError, "spatial axes; got 4"),
-        ({"experts_per": "pixel"}, SpecError, "one of 'image', 'position'; got 'pixel'"),
-        ({"experts": 0}, SpecError, "experts must be positive integers; got 0"),
-        ({"in_channels": 1.5}, SpecError, "in_channels must be a positive integer; got 1.5"),
-        ({"rank": 3, "budget": 1000}, RankError, "rank and budget exclude one another"),
-        ({"budget": 10}, BudgetError, "of which 16 are not its experts'; got 10"),
-        ({"budget": "linear"}, BudgetError, "must be a number of parameters"),
-    ],
-)
-def test_options_that_cannot_be(
-    options: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        tensormoe_torch.ConvMoE(
-            **{"in_channels": 4, "out_channels": 6, "kernel_size": 3, "experts": 4, **options}
-        )
-
-
-def test_budgets() -> None:
-    for limit in (500, 2000):
-        layer = tensormoe_torch.ConvMoE(4, 6, 3, experts=4, budget=limit)
-        assert layer.num_parameters <= limit
-        assert sum(each.numel() for each in layer.parameters()) == layer.num_parameters
-        more = tensormoe_torch.ConvMoE(
-            4, 6, 3, experts=(4, 2), budget=Budget(parameters=limit, gate=False)
-        )
-        assert more.config.experts.spec.num_parameters <= limit
-    same = tensormoe_torch.ConvMoE(4, 6, 3, experts=4)
-    assert same.config.experts.spec.num_parameters <= 4 * 6 * 9 + 6
-
-
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [
-        ((2, 3, 9, 9), r"shape \(..., 4, height, width\); got \(2, 3, 9, 9\)"),
-        ((9, 9), r"got \(9, 9\). Check the layer's in_channels"),
-        ((2, 9, 9, 4), "move the axis of channels"),
-        (
-            (2, 4, 9, 0),
-            r"got 0 pixels with 2 of padding for a kernel that spans 3 \(spatial axis 1",
-        ),
-    ],
-)
-def test_images_that_do_not_fit(shape: tuple[int, ...], message: str) -> None:
-    layer = layer_of(CP, drawn(CP, "float32"))
-    with pytest.raises(ShapeError, match=message):
-        layer(torch.zeros(shape))
-    arrays = jax.tree.map(jnp.asarray, drawn(CP, "float32"))
-    with pytest.raises(ShapeError, match=message):
-        tensormoe_jax.equinox.ConvMoE.restore(CP, arrays)(jnp.zeros(shape))
-
-
-def test_inputs_that_do_not_fit() -> None:
-    layer, x = layer_of(CP, drawn(CP, "float32")), torch.zeros(2, 4, 9, 9)
-    with pytest.raises(ShapeError, match=r"dtype torch.float32; got torch.float64"):
-        layer(x.double())
-    with pytest.raises(BackendError):
-        layer(x.numpy())
-    for given, message in (
-        (torch.rand(3, 4), r"shape \(2, 4\); got \(3, 4\)"),
-        ([torch.rand(2, 4)] * 2, "one array per level, 1; got 2"),
-        (TopK(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)), "got TopK"),
-        (torch.rand(2, 9, 9, 4), r"got \(2, 9, 9, 4\)"),
-    ):
-        with pytest.raises(ShapeError, match=message):
-            layer(x, given)
-    bare = layer_of(replace(CP, gate=None), drawn(replace(CP, gate=None), "float32"))
-    for call in (bare, bare.coefficients, bare.route):
-        with pytest.raises(ShapeError, match="this layer has no gate"):
-            call(x)
-    for size in (None, 9, (9,), (9, 0), "99"):
-        with pytest.raises(SpecError, match="size must be"):
-            layer.cost(2, size=size)
-    with pytest.raises(ShapeError, match="as large as the kernel"):
-        conv_config(4, 6, 5, experts=4).plan((4, 9))
-    ours = tensormoe_numpy.ConvMoE.restore(CP, drawn(CP, "float32"))
-    with pytest.raises(ShapeError, match=r"\(..., height, width, 4\)"):
-        ours(np.zeros((2, 4, 9, 9), "float32"))
-    with pytest.raises(SpecError, match=r"patches of 9 pixels; got 36 features, gate Gate"):
-        replace(CP, experts=replace(CP.experts, gate=PLAIN))
 
 
 def test_training_learns() -> None:

@@ -52,7 +52,7 @@ class ReductionReport:
 
     Args:
         how: "merge" or "prune".
-        modules: one a layer, in the model's order.
+        modules: one per layer, in the model's order.
         model_parameters: parameters of the whole model before and after, tied ones counted once.
     """
 
