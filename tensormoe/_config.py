@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import NoneType
 from typing import Any
 
 from tensormoe._names import block_names
 from tensormoe._spec import LayerSpec
-from tensormoe._validation import choice, flag, instance
+from tensormoe._validation import choice, flag, instance, positive_int
 from tensormoe.errors import SpecError
+from tensormoe.factorizations import INPUT, OUTPUT, Leg, Network
 from tensormoe.gates import Gate
 from tensormoe.planning import (
     Cost,
@@ -156,8 +157,9 @@ class LayerConfig:
         gate has one, ``gate.bias_<level>`` (N_e,).
         """
         shapes = {f"factors.{name}": shape for name, shape in self.spec.shapes.items()}
-        for level, count in enumerate(() if self.gate is None else self.spec.experts):
-            shapes[f"gate.projection_{level}"] = (self.spec.in_features, count)
+        whole = self._gated
+        for level, count in enumerate(() if self.gate is None else whole.experts):
+            shapes[f"gate.projection_{level}"] = (whole.in_features, count)
             if self.gate is not None and self.gate.bias:
                 shapes[f"gate.bias_{level}"] = (count,)
         return shapes
@@ -173,7 +175,7 @@ class LayerConfig:
         names += ["choice_bias"] if balanced else []
         return {
             f"gate.{name}_{level}": (count,)
-            for level, count in enumerate(self.spec.experts)
+            for level, count in enumerate(self._gated.experts)
             for name in names
         }
 
@@ -191,8 +193,21 @@ class LayerConfig:
     def gate_parameters(self) -> int:
         """Trainable entries of the gate alone."""
         gate = self.gate
-        rows = 0 if gate is None else self.spec.in_features + gate.bias
-        return rows * sum(self.spec.experts)
+        rows = 0 if gate is None else self._gated.in_features + gate.bias
+        return rows * sum(self._gated.experts)
+
+    @property
+    def _gated(self) -> Network:
+        """The network whose inputs and experts the gate knows: the whole one, also of a part."""
+        return self.spec.network.whole
+
+    def shard(self, leg: Leg, devices: int) -> LayerConfig:
+        """One device's part of the layer, as :meth:`LayerSpec.shard`; every device has the gate.
+
+        Raises:
+            SpecError: as :meth:`LayerSpec.shard`.
+        """
+        return replace(self, spec=self.spec.shard(leg, devices))
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration in plain values, as checkpoints store it."""
@@ -312,6 +327,27 @@ class BlockConfig:
             itemsize=itemsize,
             library=library,
         )
+
+    def shard(self, devices: int) -> BlockConfig:
+        """One device's part of the block, cut along its hidden leg.
+
+        The first layer is cut along its output and the second along its input, so that hidden
+        features stay on their device. Of a gated block, a device's slice of the first layer's
+        outputs is its slice of both halves.
+
+        Args:
+            devices: P, the number of slices; it must divide the hidden features.
+
+        Raises:
+            SpecError: it does not.
+        """
+        if self.hidden_features % positive_int(devices, "devices"):
+            raise SpecError(
+                f"hidden_features must be a multiple of the {devices} devices; got "
+                f"{self.hidden_features}. Take another size, or another number of devices."
+            )
+        first, second = self.first.shard(OUTPUT, devices), self.second.shard(INPUT, devices)
+        return replace(self, first=first, second=second)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration in plain values, as checkpoints store it.

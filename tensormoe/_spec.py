@@ -17,9 +17,12 @@ from tensormoe.factorizations import (
     Factorization,
     FactorizationLike,
     Initializer,
+    Leg,
     Network,
+    Slice,
     factorization_class,
     rank_pattern,
+    resized,
     resolve_factorization,
 )
 
@@ -227,6 +230,34 @@ class LayerSpec:
         """
         return self.plan(batch).cost(gate, training=training, itemsize=itemsize)
 
+    def shard(self, leg: Leg, devices: int) -> LayerSpec:
+        """One device's part of the layer, cut along a leg: the same layer with a smaller leg.
+
+        Factors that have the leg are slices, the others whole. The part's result is a slice for the
+        output leg ``"o"``, and for all others a term of a sum over the devices. Its plan and cost
+        are those of one device, communication included; see
+        :func:`tensormoe.planning.compare_legs` for the best leg.
+
+        Args:
+            leg: one of ``network.shardable_legs``: a bond that every term has, ``"i"``, ``"o"``,
+                or the experts of a level, ``"n0"``.
+            devices: P, the number of slices; it must divide the leg's size.
+
+        Raises:
+            SpecError: no such leg, one that does not divide, or a layer that is a part already.
+
+        >>> from tensormoe import CP
+        >>> part = LayerSpec(768, 768, experts=512, factorization=CP(rank=256)).shard("r", 8)
+        >>> part.shapes["output"], part.cost(1024).collectives[0].bytes
+        ((768, 32), 3145728)
+        """
+        self.network.slice(leg, devices)  # refuses what cannot be cut
+        experts, in_features, out_features = resized(
+            self.experts, self.in_features, self.out_features, leg, lambda size: size // devices
+        )
+        part = Slice(self.factorization, leg, devices)
+        return LayerSpec(in_features, out_features, experts, part, self.bias)
+
     def draw(self) -> Drawing:
         """A picture of the network that stores 𝒲, as SVG; notebooks show it.
 
@@ -252,9 +283,14 @@ class LayerSpec:
 
         Raises:
             SpecError: the factorization's name and rank do not tell it: the name is another
-                class's, or it has options besides.
+                class's, or it has options besides; or the layer is one device's part.
         """
         factorization = self.factorization
+        if isinstance(factorization, Slice):
+            raise SpecError(
+                f"a layer must be whole to be saved; got one device's part, cut along leg "
+                f"{factorization.leg!r} over {factorization.devices}. Save the whole layer."
+            )
         return {
             "in_features": self.in_features,
             "out_features": self.out_features,

@@ -38,12 +38,15 @@ from tensormoe.factorizations._named import resolve_factorization as resolve_fac
 from tensormoe.factorizations._network import BATCH as BATCH
 from tensormoe.factorizations._network import INPUT as INPUT
 from tensormoe.factorizations._network import OUTPUT as OUTPUT
+from tensormoe.factorizations._network import Cut as Cut
 from tensormoe.factorizations._network import Factor as Factor
 from tensormoe.factorizations._network import Leg as Leg
 from tensormoe.factorizations._network import Network as Network
 from tensormoe.factorizations._network import Term as Term
 from tensormoe.factorizations._network import expert_leg as expert_leg
 from tensormoe.factorizations._shared_basis import SharedBasis as SharedBasis
+from tensormoe.factorizations._slice import Slice as Slice
+from tensormoe.factorizations._slice import resized as resized
 from tensormoe.factorizations._tensor_ring import TensorRing as TensorRing
 from tensormoe.factorizations._tensor_train import TensorTrain as TensorTrain
 from tensormoe.factorizations._tensorly import from_tensorly as from_tensorly
@@ -60,6 +63,7 @@ __all__ = [
     "INPUT",
     "OUTPUT",
     "BaseDelta",
+    "Cut",
     "Dense",
     "Factor",
     "Factorization",
@@ -71,6 +75,7 @@ __all__ = [
     "Response",
     "SharedBasis",
     "SharedDelta",
+    "Slice",
     "TensorRing",
     "TensorTrain",
     "Term",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
 
+from tensormoe._validation import choice, positive_int
+from tensormoe.errors import SpecError
 from tensormoe.factorizations._cuts import cut_sizes
 
 Leg = str
@@ -39,6 +41,19 @@ class Factor:
     name: str
     legs: tuple[Leg, ...]
     term: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A leg of a network, cut into equal slices, one per device.
+
+    Args:
+        leg: that is cut.
+        devices: P, the number of slices.
+    """
+
+    leg: Leg
+    devices: int
 
 
 @dataclass(frozen=True)
@@ -87,15 +102,18 @@ class Network:
         size_items: pairs (leg, size), one for every leg.
         biases: one for every term, or none: what takes the input factor's place for the constant
             input 1.
+        cut: the leg of which this is one device's slice, as :meth:`slice` makes it; its size is
+            that of the slice. None for a whole network.
     """
 
     factors: tuple[Factor, ...]
     size_items: tuple[tuple[Leg, int], ...]
     biases: tuple[Factor, ...] = ()
+    cut: Cut | None = None
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.factors, self.size_items, self.biases))
+        return hash((self.factors, self.size_items, self.biases, self.cut))
 
     def __hash__(self) -> int:
         # computed once: networks key the caches of plans and programs
@@ -103,7 +121,7 @@ class Network:
 
     def __reduce__(self) -> tuple[type[Network], tuple[Any, ...]]:
         # rebuilt rather than restored: hashes of strings differ from one process to the next
-        return Network, (self.factors, self.size_items, self.biases)
+        return Network, (self.factors, self.size_items, self.biases, self.cut)
 
     @cached_property
     def sizes(self) -> Mapping[Leg, int]:
@@ -166,6 +184,59 @@ class Network:
         return sum(prod(shape) for shape in self.shapes.values())
 
     @cached_property
+    def shardable_legs(self) -> tuple[Leg, ...]:
+        """The legs that can be cut: modes, and the bonds that every term of a sum has."""
+        modes = {*self.expert_legs, INPUT, OUTPUT}
+        return tuple(
+            leg
+            for leg in self.sizes
+            if leg in modes or all(leg in each.legs for each in self.terms)
+        )
+
+    def slice(self, leg: Leg, devices: int) -> Network:
+        """One device's part of the network: the same network with a smaller leg.
+
+        Every factor that has the leg holds its slice of it, and the others are whole. The result
+        of the part is a slice for the output leg, and for all others a term of a sum over the
+        devices. Biases count once: where the input leg is cut, each device has its share of them.
+
+        Args:
+            leg: to be cut; one of :attr:`shardable_legs`.
+            devices: P, the number of slices.
+
+        Raises:
+            SpecError: no such leg, one that cannot be cut or does not divide, or a network that is
+                a slice already.
+        """
+        positive_int(devices, "devices")
+        if self.cut is not None:
+            raise SpecError(
+                f"a network must be whole to be cut; got a slice along {self.cut.leg!r} already. "
+                "Cut the whole one, along one leg."
+            )
+        choice(leg, self.shardable_legs, "leg", SpecError)
+        size = self.sizes[leg]
+        if size % devices:
+            divisible = [each for each in self.shardable_legs if self.sizes[each] % devices == 0]
+            raise SpecError(
+                f"the size of a leg must be a multiple of the {devices} devices; got {size} for "
+                f"leg {leg!r}. {_dividing(divisible)}"
+            )
+        return self._resized(leg, size // devices, Cut(leg, devices))
+
+    @cached_property
+    def whole(self) -> Network:
+        """The network that this is a slice of; the network itself where it is not a slice."""
+        if self.cut is None:
+            return self
+        leg, devices = self.cut.leg, self.cut.devices
+        return self._resized(leg, self.sizes[leg] * devices, None)
+
+    def _resized(self, leg: Leg, size: int, cut: Cut | None) -> Network:
+        items = tuple((each, size if each == leg else old) for each, old in self.size_items)
+        return replace(self, size_items=items, cut=cut)
+
+    @cached_property
     def expert_rank(self) -> int:
         """The rank that a single expert's matrix (in, out) has for almost all factor values."""
         return self.generic_rank({INPUT}, {OUTPUT})
@@ -216,3 +287,10 @@ class Network:
             rooms = (prod((self.sizes[leg] for leg in side), start=one) for side in sides)
             total = keep((*rooms, *total))
         return total
+
+
+def _dividing(legs: list[Leg]) -> str:
+    """Remedy for a leg that does not divide."""
+    if not legs:
+        return "No leg of this layer divides: take other sizes, or another number of devices."
+    return f"Legs that divide are {', '.join(map(repr, legs))}."

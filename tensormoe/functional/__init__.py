@@ -28,6 +28,9 @@ from tensormoe.functional._experts import prepare as prepare
 from tensormoe.functional._fit import Fit as Fit
 from tensormoe.functional._initialize import initial_span as initial_span
 from tensormoe.functional._initialize import initialize as initialize
+from tensormoe.functional._parts import CutAxis as CutAxis
+from tensormoe.functional._parts import cut_axes as cut_axes
+from tensormoe.functional._parts import part_operands as part_operands
 from tensormoe.functional._routing import Routed as Routed
 from tensormoe.functional._routing import gate_vjp as gate_vjp
 from tensormoe.functional._routing import route as route
@@ -43,6 +46,7 @@ __all__ = [
     "DIRECTIONS",
     "BlockConfig",
     "Coefficients",
+    "CutAxis",
     "EachExpert",
     "Fit",
     "LayerConfig",
@@ -57,6 +61,7 @@ __all__ = [
     "check_ids",
     "check_input",
     "checked_noise",
+    "cut_axes",
     "expert_weight",
     "experts_backward",
     "experts_forward",
@@ -68,6 +73,7 @@ __all__ = [
     "merged_coefficients",
     "own_gate",
     "parameter_rules",
+    "part_operands",
     "prepare",
     "route",
     "upcycle",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from tensormoe.planning._block_cost import block_cost
-from tensormoe.planning._cost import Cost, StepCost
+from tensormoe.planning._cost import Collective, Cost, StepCost
 from tensormoe.planning._draft import Routing
 from tensormoe.planning._gate_cost import gate_cost
+from tensormoe.planning._legs import CutLayer, compare_legs
 from tensormoe.planning._library import Library
 from tensormoe.planning._plan import Plan, plan_layer
 from tensormoe.planning._program import Operand, Program, Step
@@ -16,7 +17,9 @@ from tensormoe.planning._weight_programs import contraction, weight_program
 
 __all__ = [
     "PUBLISHED_ROOFLINES",
+    "Collective",
     "Cost",
+    "CutLayer",
     "Library",
     "Operand",
     "Plan",
@@ -28,6 +31,7 @@ __all__ = [
     "Step",
     "StepCost",
     "block_cost",
+    "compare_legs",
     "contraction",
     "gate_cost",
     "plan_layer",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tensormoe._validation import flag
 from tensormoe.errors import PlanError
+from tensormoe.planning._collectives import block_collectives
 from tensormoe.planning._cost import Cost, StepCost
 from tensormoe.planning._gate_cost import GateCall
 from tensormoe.planning._layer_cost import ProgramCall
@@ -61,10 +62,14 @@ def block_cost(
         drop=drop > 0,
     )
     parameters = network.num_parameters + second.network.num_parameters + block.gate.parameters
+    exchanged = block_collectives(
+        network, second.network, batch, training=training, itemsize=itemsize
+    )
     if not training:
-        return Cost(parameters, block.steps(), block.peak())
+        return Cost(parameters, block.steps(), block.peak(), collectives=exchanged)
     steps = block.steps() + block.backward_steps()
-    return Cost(parameters, steps, block.training_peak(), block.saved - block.output)
+    saved = block.saved - block.output
+    return Cost(parameters, steps, block.training_peak(), saved, exchanged)
 
 
 def block_held(

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
+from typing import Literal
 
 from tensormoe.factorizations import BATCH, Leg
 from tensormoe.planning._library import DEFAULT, Library
@@ -49,6 +50,44 @@ class StepCost:
     backward: bool = False
 
 
+Kind = Literal["all-reduce", "all-gather"]
+ALL_REDUCE: Kind = "all-reduce"
+ALL_GATHER: Kind = "all-gather"
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """One exchange between the devices of a cut.
+
+    Args:
+        kind: ``"all-reduce"``, or ``"all-gather"`` where slices are joined.
+        array: name of what is exchanged: ``"y"``, or a gradient, ``"d x"``.
+        bytes: of the whole array, on every device.
+        devices: P.
+        backward: whether it is of the backward pass.
+    """
+
+    kind: Kind
+    array: str
+    bytes: int
+    devices: int
+    backward: bool = False
+
+    @property
+    def sent(self) -> float:
+        """Bytes that every device sends, by the ring algorithms: 2 (P - 1)/P times the array.
+
+        An all-gather sends half of that.
+        """
+        share = (self.devices - 1) / self.devices
+        return self.bytes * share * (2 if self.kind == ALL_REDUCE else 1)
+
+    @property
+    def hops(self) -> int:
+        """Messages that follow one another."""
+        return (self.devices - 1) * (2 if self.kind == ALL_REDUCE else 1)
+
+
 @dataclass(frozen=True)
 class Cost:
     """The cost of a layer, or of a part of it, for one batch.
@@ -58,12 +97,15 @@ class Cost:
         steps: the work, step by step.
         peak_memory: bytes live at the peak, beyond input and parameters.
         saved_memory: bytes of them kept from forward to backward; 0 for inference.
+        collectives: what the devices exchange, of a layer that is cut over several; the figures
+            above are those of one device.
     """
 
     parameters: int
     steps: tuple[StepCost, ...] = field(repr=False)
     peak_memory: int
     saved_memory: int = 0
+    collectives: tuple[Collective, ...] = ()
 
     @cached_property
     def matmul_flops(self) -> int:
@@ -90,6 +132,11 @@ class Cost:
         """Bytes that steps write."""
         return sum(step.bytes_written for step in self.steps)
 
+    @property
+    def communicated(self) -> int:
+        """Bytes of the arrays that the devices exchange."""
+        return sum(each.bytes for each in self.collectives)
+
     def _repr_html_(self) -> str:
         from tensormoe.planning._describe import cost_html
 
@@ -103,6 +150,7 @@ class Cost:
             steps=self.steps + other.steps,
             peak_memory=max(self.peak_memory, other.peak_memory),
             saved_memory=self.saved_memory + other.saved_memory,
+            collectives=self.collectives + other.collectives,
         )
 
 

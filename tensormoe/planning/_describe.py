@@ -55,7 +55,8 @@ def describe_plan(
     facts = _facts(plan, cost, itemsize, gate, training, roofline)
     width = max(len(name) for name, _ in facts) + 2
     said = [
-        f"{plan.title}: {layer_sizes(plan.network)}",
+        f"{plan.title}: {layer_sizes(plan.network.whole)}",
+        *_cut(plan.network),
         f"y[b o] = {_equation(plan)}",
         plan_regime(plan),
         "",
@@ -64,7 +65,7 @@ def describe_plan(
         *(f"{name:<{width}}{value}" for name, value in facts),
     ]
     # forward alone: what training and the gate add, they add to both
-    if dense_size(plan)[1] < plan.cost(itemsize=itemsize).flops:
+    if plan.network.cut is None and dense_size(plan)[1] < plan.cost(itemsize=itemsize).flops:
         said.append("Factorized is not worth it here: the dense experts need fewer FLOPs.")
     return "\n".join(said)
 
@@ -99,6 +100,15 @@ def dense_size(plan: Plan) -> tuple[int, int]:
     columns = prod(network.experts) * network.out_features
     flops = 2 * max(plan.batch, 1) * columns * network.in_features
     return columns * (network.in_features + bool(network.biases)), flops
+
+
+def _cut(network: Network) -> list[str]:
+    """The part of a layer that a plan is for, if it is not the whole."""
+    cut = network.cut
+    if cut is None:
+        return []
+    size, whole = network.sizes[cut.leg], network.whole.sizes[cut.leg]
+    return [f"one of {cut.devices} devices, each with {size:,} of the {whole:,} of leg {cut.leg}"]
 
 
 def _equation(plan: Plan) -> str:
@@ -147,18 +157,34 @@ def _facts(
             f"{cost.parameters:,}"
             + (f", {paid:,} of them ({paid / cost.parameters:.0%}) the gate's" if paid else ""),
         ),
-        ("capacity", f"expert rank {network.expert_rank:,}, expert span {network.expert_span:,}"),
         (
-            "dense 𝒲",
-            f"{entries:,} parameters ({_times(entries, network.num_parameters)} these), "
-            f"{format_count(flops)} FLOPs ({_times(flops, plan.cost().flops)} this plan, forward "
-            "without a gate)",
+            "capacity",
+            f"expert rank {network.whole.expert_rank:,}, expert span {network.whole.expert_span:,}",
         ),
     ]
+    if network.cut is None:
+        said = (
+            f"{entries:,} parameters ({_times(entries, network.num_parameters)} these), "
+            f"{format_count(flops)} FLOPs ({_times(flops, plan.cost().flops)} this plan, forward "
+            "without a gate)"
+        )
+        facts.append(("dense 𝒲", said))
+    else:
+        facts.append(("communication", _communication(cost)))
     if roofline is not None:
         said = f"{format_time(roofline.time(cost))} predicted for {roofline.name}"
         facts.insert(4, ("time", said))
     return facts
+
+
+def _communication(cost: Cost) -> str:
+    """Collectives in the order in which they come."""
+    if not cost.collectives:
+        return "none: the result is a slice of the outputs"
+    parts = ", ".join(
+        f"{each.kind} of {each.array} ({format_bytes(each.bytes)})" for each in cost.collectives
+    )
+    return f"{format_bytes(cost.communicated)}: {parts}"
 
 
 def _table(cost: Cost) -> list[list[Cell]]:

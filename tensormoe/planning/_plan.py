@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from tensormoe._validation import flag, instance, non_negative_int, positive_int
 from tensormoe.errors import PlanError
 from tensormoe.factorizations import Network
+from tensormoe.planning._collectives import collectives
 from tensormoe.planning._cost import INDEX_BYTES, Cost, batch_sizes, program_cost
 from tensormoe.planning._describe import describe_plan, layer_sizes, plan_regime
 from tensormoe.planning._draft import DENSE, Routing
@@ -70,19 +71,25 @@ class Plan:
         gate = _parsed(gate)
         positive_int(itemsize, "itemsize", PlanError)
         program = self.program.split()[1] if self.prepared else self.program
+        # every device has the whole gate
+        whole = self.network.whole
 
         def of(batch: int) -> Cost:
-            return layer_cost(
+            cost = layer_cost(
                 program,
                 self.network.num_parameters,
-                self.network.in_features,
-                self.network.experts,
+                whole.in_features,
+                whole.experts,
                 batch,
                 gate=gate,
                 training=training,
                 itemsize=itemsize,
                 library=library,
             )
+            exchanged = collectives(
+                self.network, batch, self.routing, training=training, itemsize=itemsize
+            )
+            return replace(cost, collectives=exchanged)
 
         if self.chunk >= self.batch:
             return of(self.batch)
@@ -161,7 +168,7 @@ def _chunked(of: Callable[[int], Cost], batch: int, chunk: int, row: int) -> Cos
     """The cost of a batch cut into chunks: results so far, one chunk at work, one final join."""
     whole, rest = divmod(batch, chunk)
     one = of(chunk)
-    total = replace(one, steps=one.steps * whole)
+    total = replace(one, steps=one.steps * whole, collectives=one.collectives * whole)
     if rest:
         total = total.then(replace(of(rest), parameters=0))
     waiting = row * (batch - chunk)
