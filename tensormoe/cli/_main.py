@@ -178,6 +178,9 @@ def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
     option("--top-k", metavar="K", help="coefficients come as K values and indices a level")
     option("--prepared", action="store_true", help="weight-only steps have run beforehand")
     option("--memory-limit", metavar="BYTES", help="cut the batch into chunks that keep to 64MiB")
+    option("--devices", metavar="P", help="cut the layer over P devices, and plan one of them")
+    option("--leg", metavar="LEG", help="cut this leg: r, o, n0, … (default: the fastest)")
+    option("--link", metavar="BYTES", help="bytes per second between devices: 300GB")
     _add_gate(parser, "counted in every figure; with --top-k, none is")
     _add_common(parser)
 

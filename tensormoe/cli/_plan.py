@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict, replace
 from typing import Any
 
 from tensormoe import LayerSpec
 from tensormoe._drawing import Role, network_lines
 from tensormoe._files import check_picture
 from tensormoe.cli._console import make_console, print_json
+from tensormoe.cli._devices import cut_layers, legs_dict, legs_table, with_link
 from tensormoe.cli._figures import cost_dict
 from tensormoe.cli._layer_arguments import LayerArguments
 from tensormoe.cli._values import parse_bytes, parse_rank
 from tensormoe.errors import PlanError, RankError
 from tensormoe.factorizations import rank_pattern, resolve_factorization
-from tensormoe.planning import Plan, Routing, plan_layer
+from tensormoe.planning import Cost, CutLayer, Plan, Routing, plan_layer
 from tensormoe.planning._describe import dense_size, step_rows
 from tensormoe.selection import select_rank
 
 _ITEMSIZE = 4
+
+_Cuts = tuple[tuple[CutLayer, ...], CutLayer]
 
 _STYLES: dict[Role, str] = {
     "data": "cyan",
@@ -33,7 +37,9 @@ def run_plan(arguments: argparse.Namespace) -> None:
     """Plan a layer and show it."""
     path = None if arguments.plot is None else check_picture(arguments.plot, "--plot")
     given = LayerArguments.parse(arguments, "entmax" if arguments.top_k is None else "none")
+    given = replace(given, device=with_link(given.device, arguments))
     spec = _spec(arguments, given)
+    cuts = cut_layers(arguments, spec, given)
     limit = parse_bytes(arguments.memory_limit, "--memory-limit")
     if limit is not None and arguments.training:
         raise PlanError(
@@ -41,7 +47,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
             "with --training. Drop one, or plan a smaller --batch."
         )
     plan = plan_layer(
-        spec.network,
+        spec.network if cuts is None else cuts[1].network,
         given.batch,
         Routing(given.top_k),
         prepared=arguments.prepared,
@@ -51,9 +57,9 @@ def run_plan(arguments: argparse.Namespace) -> None:
         title=repr(spec.factorization),
     )
     if arguments.json:
-        print_json(_as_dict(spec, plan, given, arguments))
+        print_json(_as_dict(spec, plan, given, arguments, cuts))
     else:
-        _show(spec, plan, given, arguments)
+        _show(spec, plan, given, arguments, cuts)
     if path is not None:
         spec.draw().save(path)
         if not arguments.json:
@@ -77,7 +83,11 @@ def _spec(arguments: argparse.Namespace, given: LayerArguments) -> LayerSpec:
 
 
 def _show(
-    spec: LayerSpec, plan: Plan, given: LayerArguments, arguments: argparse.Namespace
+    spec: LayerSpec,
+    plan: Plan,
+    given: LayerArguments,
+    arguments: argparse.Namespace,
+    cuts: _Cuts | None,
 ) -> None:
     console = make_console()
     from rich.text import Text
@@ -107,10 +117,21 @@ def _show(
         told.highlight_regex("[█▏▎▍▌▋▊▉]+", "cyan")
         console.print(told, soft_wrap=True)
     console.print()
+    if cuts is not None:
+        counted = "forward and backward" if arguments.training else "forward"
+        said = f"Legs to cut, {counted}, without the gate, inputs and outputs whole everywhere:"
+        console.print(Text(said, style="bold"))
+        console.print()
+        console.print(legs_table(*cuts))
+        console.print()
 
 
 def _as_dict(
-    spec: LayerSpec, plan: Plan, given: LayerArguments, arguments: argparse.Namespace
+    spec: LayerSpec,
+    plan: Plan,
+    given: LayerArguments,
+    arguments: argparse.Namespace,
+    cuts: _Cuts | None,
 ) -> dict[str, Any]:
     entries, flops = dense_size(plan)
     cost = plan.cost(given.gate, training=arguments.training, itemsize=_ITEMSIZE)
@@ -146,4 +167,13 @@ def _as_dict(
         "expert_rank": spec.expert_rank,
         "expert_span": spec.expert_span,
         "dense": {"parameters": entries, "flops": flops},
+        **({} if cuts is None else _exchanged(cost, cuts)),
+    }
+
+
+def _exchanged(cost: Cost, cuts: _Cuts) -> dict[str, Any]:
+    return {
+        **legs_dict(*cuts),
+        "communicated": cost.communicated,
+        "collectives": [asdict(each) for each in cost.collectives],
     }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tensormoe._format import Cell, align, format_bytes, format_count, format_experts, format_time
 from tensormoe._html import table_html
 from tensormoe.factorizations import Network
-from tensormoe.planning._cost import Cost, StepCost, batch_sizes
+from tensormoe.planning._cost import Collective, Cost, StepCost, batch_sizes
 from tensormoe.planning._roofline import Roofline
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def describe_plan(
     table = _table(cost)
     if roofline is not None:
         total = roofline.time(cost)
-        times = [roofline.time(row) for row in step_rows(cost).values()]
+        rows = [*step_rows(cost).values(), *_exchange_rows(cost).values()]
+        times = [roofline.time(row) for row in rows]
         cells = [[format_time(time), f"{_bar(time / total)} {time / total:4.0%}"] for time in times]
         heads = [["time", f"{'share of time':<{_BAR + 5}}"], *cells, [format_time(total), ""]]
         table = [[*line, *more] for line, more in zip(table, heads, strict=True)]
@@ -96,7 +97,7 @@ def plan_regime(plan: Plan) -> str:
 
 def dense_size(plan: Plan) -> tuple[int, int]:
     """Parameters of the dense experts, and FLOPs of a forward call through all of them."""
-    network = plan.network
+    network = plan.network.whole
     columns = prod(network.experts) * network.out_features
     flops = 2 * max(plan.batch, 1) * columns * network.in_features
     return columns * (network.in_features + bool(network.biases)), flops
@@ -178,13 +179,18 @@ def _facts(
 
 
 def _communication(cost: Cost) -> str:
-    """Collectives in the order in which they come."""
-    if not cost.collectives:
+    count = len(cost.collectives)
+    if not count:
         return "none: the result is a slice of the outputs"
-    parts = ", ".join(
-        f"{each.kind} of {each.array} ({format_bytes(each.bytes)})" for each in cost.collectives
-    )
-    return f"{format_bytes(cost.communicated)}: {parts}"
+    return f"{format_bytes(cost.communicated)} in {count} collective{'s' if count > 1 else ''}"
+
+
+def _exchange_rows(cost: Cost) -> dict[str, Cost]:
+    """The collectives of a cost by label, in order; chunks of a batch repeat them."""
+    found: dict[str, list[Collective]] = {}
+    for each in cost.collectives:
+        found.setdefault(f"{each.kind} of {each.array}", []).append(each)
+    return {label: Cost(0, (), 0, collectives=tuple(same)) for label, same in found.items()}
 
 
 def _table(cost: Cost) -> list[list[Cell]]:
@@ -194,6 +200,10 @@ def _table(cost: Cost) -> list[list[Cell]]:
         count = len(row.steps)
         named = label if count == 1 else f"{count} × {label}"
         rows.append([named, format_count(row.flops), _moved(row)])
+    for label, row in _exchange_rows(cost).items():
+        count = len(row.collectives)
+        named = label if count == 1 else f"{count} × {label}"
+        rows.append([named, "", format_bytes(row.communicated)])
     return [*rows, ["all", format_count(cost.flops), _moved(cost)]]
 
 

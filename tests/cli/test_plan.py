@@ -149,3 +149,25 @@ def test_plan_shows_the_table_of_the_library(
     shown = capsys.readouterr().out
     assert title in shown
     assert rest in shown
+
+
+def test_plan_of_one_device_of_several(capsys: pytest.CaptureFixture[str]) -> None:
+    layer = ("plan", "768", "640", "512", "--rank", "256", "--gate", "none", "--device", "h100")
+    spec = LayerSpec(768, 640, 512, CP(256))
+    best = ask(capsys, *layer, "--devices", "8", "--training")
+    assert (best["devices"], best["leg"], best["spec"]) == (8, "r", spec.to_dict())
+    cost = spec.shard("r", 8).cost(1024, training=True)
+    assert best["parameters"] == cost.parameters
+    assert best["communicated"] == cost.communicated == sum(
+        each["bytes"] for each in best["collectives"]
+    )
+    assert [each["leg"] for each in best["legs"]][0] == "r"
+    assert {each["leg"] for each in best["legs"]} == {"r", "i", "o", "n0"}
+    sliced = ask(capsys, *layer, "--devices", "8", "--leg", "o", "--link", "1GB")
+    assert sliced["collectives"] == []
+    assert sliced["device"]["link_bandwidth"] == 1e9
+    assert main([*layer, "--devices", "8", "--leg", "i"]) == 0
+    shown = capsys.readouterr().out
+    assert "one of 8 devices, each with 96 of the 768 of leg i" in shown
+    assert re.search(r"i \* +96 of 768", shown)
+    assert "all-reduce of y" in shown
