@@ -60,36 +60,29 @@ def collectives(
 def block_collectives(
     first: Network, second: Network, batch: int, *, training: bool = False, itemsize: int = 4
 ) -> tuple[Collective, ...]:
-    """The communication of one call of a block whose hidden leg is cut.
+    """The communication of one call of a block whose layers are cut.
 
-    Hidden features stay where they are, and the gradients by the coefficients of both layers are
-    added before they are summed over the devices.
+    Where the hidden leg is cut, hidden features stay on their device. The gradients by the
+    coefficients of both layers are added before they are summed over the devices.
 
     Args:
-        first: network of the first layer, cut along its output.
-        second: network of the second one, cut along its input.
+        first: network of the first layer; cut along its output, for the hidden leg.
+        second: network of the second one; cut along its input.
         batch: number of inputs.
         training: forward and backward with all gradients, instead of forward alone.
         itemsize: bytes per entry.
     """
-    found = collectives(second, batch, training=training, itemsize=itemsize)
-    shared = {each.array for each in found if each.array not in _factor_gradients(second)}
-    named = [_part(each, "second", second) for each in found]
-    for each in collectives(first, batch, training=training, itemsize=itemsize):
-        if each.array not in shared:
-            named.append(_part(each, "first", first))
-    return tuple(named)
-
-
-def _factor_gradients(network: Network) -> set[str]:
-    return {f"d {name}" for name in network.shapes}
-
-
-def _part(each: Collective, part: str, network: Network) -> Collective:
-    """A collective with the gradients by factors named as a block names them."""
-    if each.array not in _factor_gradients(network):
-        return each
-    return replace(each, array=f"d {part}.{each.array.removeprefix('d ')}")
+    found: dict[str, Collective] = {}
+    inner = {"first": "y", "second": "d x"}
+    for part, network in (("second", second), ("first", first)):
+        for each in collectives(network, batch, training=training, itemsize=itemsize):
+            name = each.array
+            if name == inner[part]:
+                name = "d hidden" if each.backward else "hidden"
+            elif name.removeprefix("d ") in network.shapes:
+                name = f"d {part}.{name.removeprefix('d ')}"
+            found[name] = replace(each, array=name)
+    return tuple(sorted(found.values(), key=lambda each: each.backward))
 
 
 @dataclass(frozen=True)

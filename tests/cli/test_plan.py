@@ -158,10 +158,12 @@ def test_plan_of_one_device_of_several(capsys: pytest.CaptureFixture[str]) -> No
     assert (best["devices"], best["leg"], best["spec"]) == (8, "r", spec.to_dict())
     cost = spec.shard("r", 8).cost(1024, training=True)
     assert best["parameters"] == cost.parameters
-    assert best["communicated"] == cost.communicated == sum(
-        each["bytes"] for each in best["collectives"]
+    assert (
+        best["communicated"]
+        == cost.communicated
+        == sum(each["bytes"] for each in best["collectives"])
     )
-    assert [each["leg"] for each in best["legs"]][0] == "r"
+    assert next(each["leg"] for each in best["legs"]) == "r"
     assert {each["leg"] for each in best["legs"]} == {"r", "i", "o", "n0"}
     sliced = ask(capsys, *layer, "--devices", "8", "--leg", "o", "--link", "1GB")
     assert sliced["collectives"] == []

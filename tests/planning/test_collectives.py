@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -81,6 +82,19 @@ def test_a_block_communicates_once_forward() -> None:
     assert "d second.output" in training
     assert "d first.output" not in training
     assert "d second.input" not in training
+
+
+def test_a_block_cut_along_the_rank_of_each_layer_exchanges_hidden_features() -> None:
+    block = Options(8, "cp", rank=6).block(12, 16, 10, "gelu", 0.0)
+    both = replace(block, first=block.first.shard("r", 2), second=block.second.shard("r", 2))
+    assert exchanged(both.cost(7)) == [
+        ("all-reduce", "y", 4 * 7 * 10, False),
+        ("all-reduce", "hidden", 4 * 7 * 16, False),
+    ]
+    found = {each.array: each.bytes for each in both.cost(7, training=True).collectives}
+    assert found.pop("d hidden") == 4 * 7 * 16
+    assert found.pop("d x") == 4 * 7 * 12
+    assert found.keys() == {"y", "hidden", "d coefficients_0"}
 
 
 def test_work_of_one_device() -> None:
