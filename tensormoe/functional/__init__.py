@@ -19,6 +19,7 @@ from tensormoe.functional._checks import merged_coefficients as merged_coefficie
 from tensormoe.functional._checks import own_gate as own_gate
 from tensormoe.functional._each import EachExpert as EachExpert
 from tensormoe.functional._each import apply_each as apply_each
+from tensormoe.functional._each import level_outputs as level_outputs
 from tensormoe.functional._experts import Residuals as Residuals
 from tensormoe.functional._experts import apply_experts as apply_experts
 from tensormoe.functional._experts import experts_backward as experts_backward
@@ -69,6 +70,7 @@ __all__ = [
     "gate_vjp",
     "initial_span",
     "initialize",
+    "level_outputs",
     "materialize",
     "merged_coefficients",
     "own_gate",
