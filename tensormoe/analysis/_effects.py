@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensormoe._config import LayerConfig
 from tensormoe.analysis._inputs import dense_rows, host
-from tensormoe.analysis._interventions import _rows_per_step
+from tensormoe.analysis._interventions import rows_per_step
 from tensormoe.analysis._use import ExpertLoad
 from tensormoe.backend import Array, backend_of
 from tensormoe.errors import ShapeError
@@ -37,7 +37,8 @@ def risk_difference(first: ExpertLoad, second: ExpertLoad) -> NDArray[Any]:
     [0.67, 0.0, -0.67]
     """
     _ = first + second  # refuses loads that do not belong together
-    return first.frequency - second.frequency
+    made: NDArray[Any] = first.frequency - second.frequency
+    return made
 
 
 def logit_attribution(
@@ -96,7 +97,7 @@ def logit_attribution(
             f"{[tuple(each.shape) for each in given]}."
         )
     along = host(directions, backend)
-    found, step = [], _rows_per_step(config, given[level])
+    found, step = [], rows_per_step(config, level)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         mixed = [each[part] for each in given]

@@ -35,7 +35,10 @@ class ClassHistogram:
         import numpy as np
 
         total = self.mass.sum(axis=1, keepdims=True)
-        return np.divide(self.mass, total, out=np.full_like(self.mass, np.nan), where=total > 0)
+        made: NDArray[Any] = np.divide(
+            self.mass, total, out=np.full_like(self.mass, np.nan), where=total > 0
+        )
+        return made
 
     @property
     def samples(self) -> NDArray[Any]:
@@ -46,7 +49,10 @@ class ClassHistogram:
         import numpy as np
 
         total = self.mass.sum(axis=1) ** 2
-        return np.divide(total, self.squares, out=np.zeros_like(total), where=self.squares > 0)
+        made: NDArray[Any] = np.divide(
+            total, self.squares, out=np.zeros_like(total), where=self.squares > 0
+        )
+        return made
 
     def __add__(self, other: ClassHistogram) -> ClassHistogram:
         if not isinstance(other, ClassHistogram):
@@ -132,7 +138,8 @@ class Specialization:
     @property
     def excess(self) -> NDArray[Any]:
         """(N,) what is above the baseline."""
-        return self.divergence - self.baseline
+        made: NDArray[Any] = self.divergence - self.baseline
+        return made
 
     @property
     def mean(self) -> float:

@@ -46,7 +46,8 @@ class Interventions:
         import numpy as np
 
         # nothing is lost of a class that has nothing to lose
-        return self.lost / np.maximum(self.correct, 1)
+        made: NDArray[Any] = self.lost / np.maximum(self.correct, 1)
+        return made
 
     @property
     def accuracy(self) -> NDArray[Any]:
@@ -55,7 +56,8 @@ class Interventions:
 
         right = self.correct + self.gained - self.lost
         found = np.full(right.shape, np.nan)
-        return np.divide(right, self.inputs, out=found, where=self.inputs > 0)
+        made: NDArray[Any] = np.divide(right, self.inputs, out=found, where=self.inputs > 0)
+        return made
 
     def __add__(self, other: Interventions) -> Interventions:
         if not isinstance(other, Interventions):
@@ -137,7 +139,7 @@ def interventions(
             f"coefficients must be those of the {count} inputs; got "
             f"{[each.shape[0] for each in given]}."
         )
-    step = _rows_per_step(config, given[level])
+    step = rows_per_step(config, level)
     total: Interventions | None = None
     numbers, size = checked_labels(labels, count, classes or (None if head else spec.out_features))
     for start in range(0, max(count, 1), step):
@@ -151,8 +153,9 @@ def interventions(
     return total
 
 
-def _rows_per_step(config: LayerConfig, coefficients: Array) -> int:
-    row = 8 * coefficients.shape[-1] * config.spec.out_features
+def rows_per_step(config: LayerConfig, level: int) -> int:
+    """Rows whose outputs of all experts of a level are made at once."""
+    row = 8 * config.spec.experts[level] * config.spec.out_features
     return max(_BLOCK // row, 1)
 
 
@@ -195,7 +198,8 @@ def _counted(
     one_hot = (labels[:, None] == np.arange(classes)[None, :]).astype(np.float64)
 
     def by_class(where: NDArray[Any]) -> NDArray[Any]:
-        return (where.astype(np.float64) @ one_hot).astype(np.int64)
+        made: NDArray[Any] = (where.astype(np.float64) @ one_hot).astype(np.int64)
+        return made
 
     return Interventions(
         by_class(right & ~still), by_class(~right & still), by_class(right), by_class(right | True)

@@ -65,8 +65,9 @@ def expert_similarity(
             products += found.reshape(*(count if has else 1 for has in mark))
     lengths = np.sqrt(products.diagonal())
     with np.errstate(invalid="ignore", divide="ignore"):
-        made: NDArray[Any] = products / lengths[:, None] / lengths[None, :]
-    return np.clip(made, -1.0, 1.0)
+        cosines = products / lengths[:, None] / lengths[None, :]
+    made: NDArray[Any] = np.clip(cosines, -1.0, 1.0)
+    return made
 
 
 @lru_cache(maxsize=256)

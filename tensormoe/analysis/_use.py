@@ -44,7 +44,8 @@ class ExpertLoad:
     @property
     def dead(self) -> NDArray[Any]:
         """Numbers of the experts that no input uses."""
-        return (self.counts == 0).nonzero()[0]
+        made: NDArray[Any] = (self.counts == 0).nonzero()[0]
+        return made
 
     @property
     def active(self) -> float:
