@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from time import perf_counter
 
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
+Call = Callable[[], object]
 
 
 def sorted_entmax15(logits: Array) -> Array:
@@ -28,13 +30,23 @@ def sorted_entmax15(logits: Array) -> Array:
 
 
 def interleaved(
-    calls: Sequence[Callable[[], object]],
+    calls: Sequence[Call],
     seconds: float,
     clock: Callable[[], float] = perf_counter,
+    *,
+    turn: Callable[[Call], float] | None = None,
 ) -> list[float]:
-    """Median seconds of each call; repeats take turns, so that a busy machine slows all alike."""
+    """Median seconds of each call; repeats take turns, so that a busy machine slows all alike.
+
+    Args:
+        calls: to compare.
+        seconds: for all of them together; each has seven turns at least.
+        clock: gives seconds.
+        turn: gives the seconds of a call instead, where a call returns before its work is done.
+    """
     for call in calls:
         call()
+    timed = turn or partial(_once, clock)
     times: list[list[float]] = [[] for _ in calls]
     end = perf_counter() + seconds
     pairs = list(zip(calls, times, strict=True))
@@ -42,10 +54,14 @@ def interleaved(
         # another first each time: what ran before leaves the caches warm or cold
         pairs.append(pairs.pop(0))
         for call, taken in pairs:
-            start = clock()
-            call()
-            taken.append(clock() - start)
+            taken.append(timed(call))
     return [median(taken) for taken in times]
+
+
+def _once(clock: Callable[[], float], call: Call) -> float:
+    start = clock()
+    call()
+    return clock() - start
 
 
 def settings() -> str:

@@ -30,71 +30,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _shared import interleaved
+from _jax_layers import Arrays, direct, products_of, trained
+from _shared import Call, interleaved
 from jax import Array
 
-from tensormoe import CP, Gate, LayerSpec, select_rank
-from tensormoe.factorizations import resolve_factorization
+from tensormoe import CP
 from tensormoe.functional import LayerConfig
-from tensormoe_jax import JaxBackend, apply, coefficients, initialize
+from tensormoe_jax import apply, coefficients
 
 FEATURES = 768
-Call = Callable[[], object]
-Arrays = dict[str, Array]
 
 
-def trained(name: str, experts: int) -> tuple[LayerConfig, Arrays, Any]:
-    """A layer within the budget whose gate tells inputs apart, as after training, and its rank."""
-    bonds = None if name == "cp" else (4, 4, None)
-    rank = select_rank(name, FEATURES, FEATURES, experts, bonds=bonds)
-    spec = LayerSpec(FEATURES, FEATURES, experts, resolve_factorization(name, rank))
-    config = LayerConfig(spec, Gate.paper())
-    parameters = initialize(config, jax.random.key(0))
-    shape = parameters["gate.projection_0"].shape
-    parameters["gate.projection_0"] = jax.random.normal(jax.random.key(1), shape) * FEATURES**-0.5
-    return config, parameters, rank
-
-
-def products_of(config: LayerConfig, parameters: Arrays, x: Array) -> Call:
-    """The matrix products of one call, jitted together, on the operands it had."""
-    operands: list[tuple[Array, Array]] = []
-    run = JaxBackend.matmul
-
-    def record(self: JaxBackend, left: Array, right: Array) -> Array:
-        operands.append((left, right))
-        return run(self, left, right)
-
-    JaxBackend.matmul = record  # type: ignore[method-assign]
-    try:
-        apply(config, parameters, x)
-    finally:
-        JaxBackend.matmul = run  # type: ignore[method-assign]
-    compiled = jax.jit(lambda pairs: [jnp.matmul(*pair) for pair in pairs])
-    return lambda: jax.block_until_ready(compiled(operands))
-
-
-def sorted_entmax15(logits: Array) -> Array:
-    """Entmax-1.5 by sorting (Peters, Niculae & Martins 2019, algorithm 2)."""
-    z = (logits - jnp.max(logits, axis=-1, keepdims=True)) / 2
-    down = -jnp.sort(-z, axis=-1)
-    count = jnp.arange(1, z.shape[-1] + 1, dtype=z.dtype)
-    mean = jnp.cumsum(down, axis=-1) / count
-    square = jnp.cumsum(down * down, axis=-1) / count
-    inside = jnp.maximum((1 - count * (square - mean * mean)) / count, 0)
-    tau = mean - jnp.sqrt(inside)
-    support = jnp.sum(tau <= down, axis=-1, keepdims=True)
-    threshold = jnp.take_along_axis(tau, support - 1, axis=-1)
-    return jnp.maximum(z - threshold, 0) ** 2
-
-
-def direct(cp: bool, parameters: Arrays, x: Array) -> Array:
-    """The formulation of the paper's appendix, written with einsum."""
-    equation = "bn,nr,bi,ir,or->bo" if cp else "bn,npq,bi,iqs,osp->bo"
-    joined = jnp.concatenate([parameters["factors.input"], parameters["factors.bias"][None]])
-    weights = sorted_entmax15(jax.nn.standardize(x @ parameters["gate.projection_0"], epsilon=1e-5))
-    extended = jnp.concatenate([x, jnp.ones((len(x), 1))], axis=-1)
-    experts, output = parameters["factors.expert_0"], parameters["factors.output"]
-    return jnp.einsum(equation, weights, experts, extended, joined, output)
+def products(run: Callable[..., Any], operands: Any) -> Call:
+    return lambda: jax.block_until_ready(run(operands))
 
 
 def compare(
@@ -108,7 +56,7 @@ def compare(
         raise SystemExit("the layer and the direct formulation disagree")
     calls: list[Call] = [
         lambda: jax.block_until_ready(ours(parameters, x)),
-        products_of(config, parameters, x),
+        products(*products_of(config, parameters, x)),
         lambda: jax.block_until_ready(einsum(parameters, x)),
     ]
     layer, plain, other = interleaved(calls, seconds)
@@ -158,7 +106,7 @@ def main() -> None:
     head = f"{'layer':>12} {'rank':>12} {'experts':>7}"
     print(f"{head} {'batch':>5} {'layer µs':>9} layer/products direct/layer", flush=True)
     layers = [
-        (name, experts, *trained(name, experts))
+        (name, experts, *trained(name, experts, FEATURES))
         for experts in (128, 1024)
         for name in ("cp", "tensor_ring")
     ]

@@ -33,93 +33,13 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from _shared import interleaved
-from entmax import entmax15
+from _shared import Call, interleaved
+from _torch_layers import direct, products_of, stepped, trained
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
 
-from tensormoe import CP, select_rank
-from tensormoe.errors import BudgetError
-from tensormoe_torch import MuMoE, MuMoEMLP, TorchBackend
+from tensormoe_torch import MuMoE, MuMoEMLP
 
 FEATURES = 768
-Call = Callable[[], object]
-
-
-def products_of(layer: MuMoE, x: Tensor) -> tuple[Call, Call]:
-    """The matrix products of one call on the operands it had: by PyTorch, and as the layer does."""
-    operands: list[tuple[Tensor, Tensor]] = []
-    run = TorchBackend.matmul
-
-    def record(self: TorchBackend, left: Tensor, right: Tensor) -> Tensor:
-        operands.append((left.detach(), right.detach()))
-        return run(self, left, right)
-
-    TorchBackend.matmul = record  # type: ignore[method-assign]
-    try:
-        with torch.no_grad():
-            layer(x)
-    finally:
-        TorchBackend.matmul = run  # type: ignore[method-assign]
-    own = TorchBackend(eager=True)
-
-    def plain() -> None:
-        for left, right in operands:
-            torch.matmul(left, right)
-
-    def ours() -> None:
-        for left, right in operands:
-            run(own, left, right)
-
-    return plain, ours
-
-
-def direct(layer: MuMoE, x: Tensor) -> Callable[[], Tensor]:
-    """The formulation of the paper's appendix, written with einsum."""
-    factors: Any = layer.factors
-    assert layer.gate is not None
-    projection, gate = layer.gate.projection_0, layer.gate.gate
-    cp = isinstance(layer.spec.factorization, CP)
-    equation = "bn,nr,bi,ir,or->bo" if cp else "bn,npq,bi,iqs,osp->bo"
-    joined = torch.cat([factors["input"], factors["bias"][None]]).detach().requires_grad_()
-    experts = projection.shape[1]
-    spread = gate.spread_of(experts)
-
-    def run() -> Tensor:
-        weights = entmax15(spread * layer_norm(x @ projection, (experts,), eps=gate.eps), dim=-1)
-        extended = torch.cat([x, torch.ones(len(x), 1)], dim=-1)
-        output: Tensor = torch.einsum(
-            equation, weights, factors["expert_0"], extended, joined, factors["output"]
-        )
-        return output
-
-    return run
-
-
-def stepped(call: Callable[[], Tensor], layer: MuMoE, x: Tensor) -> Call:
-    """Forward and backward, with new gradients every time."""
-    cotangent = torch.randn(len(x), FEATURES)
-
-    def run() -> None:
-        layer.zero_grad(set_to_none=True)
-        x.grad = None
-        call().backward(cotangent)
-
-    return run
-
-
-def trained(name: str, experts: int) -> tuple[MuMoE, Any] | None:
-    """A layer within the budget whose gate tells inputs apart, as after training, and its rank."""
-    bonds = None if name == "cp" else (4, 4, None)
-    try:
-        rank = select_rank(name, FEATURES, FEATURES, experts, bonds=bonds)
-    except BudgetError:
-        return None
-    layer = MuMoE(FEATURES, FEATURES, experts, name, rank=rank)
-    assert layer.gate is not None
-    with torch.no_grad():
-        layer.gate.projection_0.normal_(0.0, FEATURES**-0.5)
-    return layer, rank
 
 
 def compare(layer: MuMoE, batch: int, seconds: float) -> tuple[float, ...]:
@@ -222,7 +142,7 @@ def main() -> None:
         (name, experts, made)
         for experts in (128, 1024, 8192)
         for name in ("cp", "tensor_ring")
-        if (made := trained(name, experts)) is not None
+        if (made := trained(name, experts, FEATURES)) is not None
     ]
     for name, experts, (layer, rank) in layers:
         for batch in (1, 64, 1024):

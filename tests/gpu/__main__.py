@@ -7,6 +7,7 @@ themselves without a GPU.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,9 @@ SETTINGS = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
 }
 
+SECONDS_TO_REPORT = 10.0
+"""A call into a library goes on when pytest is interrupted."""
+
 
 def main(arguments: list[str]) -> int:
     """0 if all passed, 1 if not, 2 where there is no GPU."""
@@ -63,8 +67,14 @@ def main(arguments: list[str]) -> int:
     return 0 if all(each.fine for each in results.values()) else 1
 
 
-def run(library: str, device: str) -> Results:
-    """Run one library's tests; their output goes where ours goes."""
+def run(library: str, device: str, seconds: float | None = None) -> Results:
+    """Run one library's tests; their output goes where ours goes.
+
+    Args:
+        library: its name.
+        device: "cuda" or "cpu".
+        seconds: until pytest is interrupted, which then reports the tests that have ended.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -72,8 +82,24 @@ def run(library: str, device: str) -> Results:
         command += ["-W", "default", f"--confcutdir={TESTS}", f"--junitxml={report}"]
         command += [str(TESTS / name) for name in FILES[library]]
         settings = SETTINGS | {"JAX_PLATFORMS": device}
-        done = subprocess.run(command, env=os.environ | settings, cwd=TESTS.parent, check=False)
-        return read(report, done.returncode) if report.exists() else Results(done.returncode)
+        with subprocess.Popen(command, env=os.environ | settings, cwd=TESTS.parent) as tests:
+            unfinished = not _ended(tests, seconds)
+            if unfinished:
+                tests.send_signal(signal.SIGINT)
+                if not _ended(tests, SECONDS_TO_REPORT):
+                    tests.kill()
+            code = tests.wait()
+        results = read(report, code) if report.exists() else Results(code)
+        results.unfinished = unfinished
+        return results
+
+
+def _ended(tests: subprocess.Popen[bytes], seconds: float | None) -> bool:
+    try:
+        tests.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -19,18 +19,22 @@ class Results:
         groups: a count of outcomes for each group.
         device: the device that the library names.
         version: the library's.
+        failures: names of the tests that failed.
+        unfinished: whether the tests were stopped at a time limit.
     """
 
     code: int
     groups: dict[str, Counter[str]] = field(default_factory=dict)
     device: str = "?"
     version: str = "?"
+    failures: list[str] = field(default_factory=list)
+    unfinished: bool = False
 
     @property
     def fine(self) -> bool:
         """Whether every group ran, and nothing failed."""
         ran = all(self.groups.get(group, Counter())["passed"] for group in GROUPS)
-        return self.code == 0 and ran
+        return self.code == 0 and ran and not self.unfinished
 
 
 def read(report: Path, code: int) -> Results:
@@ -47,6 +51,8 @@ def read(report: Path, code: int) -> Results:
                 )
             count = results.groups.setdefault(group_of(each), Counter())
             count[outcome] += 1
+            if outcome == "failed":
+                results.failures.append(f"{each.get('classname')}::{each.get('name')}")
     return results
 
 
@@ -68,14 +74,16 @@ def table(results: dict[str, Results]) -> str:
     """Libraries by groups: passed, failed and skipped tests."""
     rows = [("library", *GROUPS, "device")]
     for library, found in results.items():
-        cells = [_cell(found.groups.get(group, Counter())) for group in GROUPS]
+        cells = [cell(found.groups.get(group, Counter())) for group in GROUPS]
         rows.append((f"{library} {found.version}", *cells, found.device))
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join(["", *lines, "", "passed, failed (✗) and skipped (○) tests"])
+    stopped = [f"{name}: stopped at its time limit" for name in results if results[name].unfinished]
+    return "\n".join(["", *lines, "", "passed, failed (✗) and skipped (○) tests", *stopped])
 
 
-def _cell(count: Counter[str]) -> str:
+def cell(count: Counter[str]) -> str:
+    """How many passed, failed and were skipped, as text."""
     if not count:
         return "none ran"
     marks = {"passed": "", "failed": " ✗", "skipped": " ○"}

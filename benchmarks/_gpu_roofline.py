@@ -1,0 +1,105 @@
+"""A GPU's roofline for each precision: published if its name is known, measured otherwise.
+
+Published float32 rates of tensor cores are those of TF32. With TF32 off, products run on the vector
+units, and their rate counts; in bfloat16 tensor cores are twice as fast as in TF32, on every data
+sheet of a device that has both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from _gpu_settings import BFLOAT16, FLOAT32, PRECISIONS, TF32, Precision, Sizes
+from _gpu_timing import Turns
+
+from tensormoe.functional import LayerConfig
+from tensormoe.planning import PUBLISHED_ROOFLINES, Roofline
+
+# others of the same chip have other clocks or memory: an A100 of 40 GB, an H100 on PCIe, a slice
+NAMES = {
+    "t4": r"(NVIDIA |Tesla )?T4",
+    "v100": r"(NVIDIA |Tesla )?V100-SXM[23]-(16|32)GB",
+    "a100": r"(NVIDIA )?A100-SXM4-80GB",
+    "l4": r"(NVIDIA )?L4",
+    "h100": r"(NVIDIA )?H100 80GB HBM3",
+    "h200": r"(NVIDIA )?H200",
+}
+NO_OVERHEAD = 1e-15
+
+Rooflines = dict[str, Roofline]
+"""By the name of a precision."""
+
+
+def published(device: str) -> Rooflines | None:
+    """Rooflines of a device by the name that its driver gives; None for one that is not known."""
+    for name, pattern in NAMES.items():
+        if re.fullmatch(pattern, device):
+            found = PUBLISHED_ROOFLINES[name]
+            rates = {FLOAT32: found.elementwise_rate}
+            if found.matmul_rate > found.elementwise_rate:
+                rates |= {TF32: found.matmul_rate, BFLOAT16: 2 * found.matmul_rate}
+            return {
+                each.name: replace(found, name=f"{name}, published", matmul_rate=rate)
+                for each, rate in rates.items()
+            }
+    return None
+
+
+def measured(device: str, precisions: tuple[Precision, ...], sizes: Sizes, turn: Turns) -> Rooflines:
+    """Rooflines by PyTorch: large products, a large copy, and the smallest operation.
+
+    Elementwise work gets the rate of products with TF32 off, which run on the vector units.
+    """
+    import torch
+
+    def fastest(call: object) -> float:
+        assert callable(call)
+        return min(turn(call) for _ in range(5))
+
+    source = torch.zeros(sizes.copied, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * sizes.copied / fastest(lambda: target.copy_(source))
+    del source, target
+    one = torch.zeros(1, device=device)
+    overhead = fastest(lambda: one.add_(1))
+    rates = {}
+    for precision in (FLOAT32, *precisions):
+        rows = sizes.product // (1 if precision.tensor_cores else 2)
+        dtype = getattr(torch, precision.dtype)
+        torch.set_float32_matmul_precision("high" if precision.tf32 else "highest")
+        left, right = (torch.randn(rows, rows, device=device, dtype=dtype) for _ in range(2))
+        rates[precision] = 2 * rows**3 / fastest(lambda a=left, b=right: a @ b)
+    return {
+        each.name: Roofline("measured", rates[each], rates[FLOAT32], bandwidth, overhead)
+        for each in precisions
+    }
+
+
+def bound(
+    config: LayerConfig,
+    batch: int,
+    precision: Precision,
+    rooflines: Mapping[str, Roofline],
+    training: bool = False,
+) -> float | None:
+    """Seconds that arithmetic and memory alone take, no overhead; None without a roofline."""
+    roofline = rooflines.get(precision.name)
+    if roofline is None:
+        return None
+    bare = replace(roofline, overhead=NO_OVERHEAD, backward_overhead=None)
+    return bare.time(config.cost(batch, itemsize=precision.itemsize, training=training))
+
+
+def relative_error(precision: Precision, product: object, exact: object) -> float:
+    """Error of a product relative to its largest entry, both as arrays of NumPy."""
+    import numpy as np
+
+    left, right = np.asarray(product, "float64"), np.asarray(exact, "float64")
+    return float(np.abs(left - right).max() / np.abs(right).max())
+
+
+def by_name(names: list[str]) -> tuple[Precision, ...]:
+    """Precisions by name."""
+    return tuple(each for each in PRECISIONS if each.name in names)
