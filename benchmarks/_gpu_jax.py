@@ -14,7 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from _gpu_records import Cells, Recorder
 from _gpu_roofline import Rooflines, bound, relative_error
-from _gpu_settings import PRECISIONS, TF32, TOLERANCES, Precision, Setting, Sizes, settings
+from _gpu_settings import (
+    FLOAT32,
+    PRECISIONS,
+    TF32,
+    TOLERANCES,
+    Precision,
+    Setting,
+    Sizes,
+    check_rounding,
+    settings,
+)
 from _gpu_timing import Turns, jax_elapsed
 from _jax_layers import direct, products_of, trained
 from _shared import Call, interleaved
@@ -40,16 +50,15 @@ class JaxTables:
     def __init__(self, recorder: Recorder, sizes: Sizes, device: str, rooflines: Rooflines) -> None:
         self.recorder, self.sizes, self.device = recorder, sizes, device
         self.rooflines = rooflines
-        self.turn = Turns(jax_elapsed(device))
+        self.turn = Turns(jax_elapsed(device), sizes.turn)
         self.precisions = tuple(each for each in PRECISIONS if _has(device, each))
 
     def jitted(self) -> None:
         """Layer, products and einsum."""
         self.recorder.fact("device of JAX", jax.devices()[0].device_kind)
         for precision in self.precisions:
-            with _multiplied(precision):
-                found = self._product_error(precision)
-            self.recorder.fact(f"error of a product on JAX, {precision.name}", f"{found:.1e}")
+            what = f"error of a product on JAX, {precision.name}"
+            self.recorder.tried(what, partial(self._product_error, what, precision))
         self.recorder.each(settings(self.sizes, self.precisions), self._row, self._clean)
 
     def _row(self, setting: Setting) -> None:
@@ -59,14 +68,16 @@ class JaxTables:
     def _cells(self, setting: Setting) -> Cells:
         dtype, features = setting.precision.dtype, self.sizes.features
         config, parameters, rank = trained(setting.factorization, setting.experts, features, dtype)
-        keys = jax.random.split(jax.random.key(2), 3)
-        shape = (setting.batch, features)
-        x, cotangent = (jax.random.normal(key, shape).astype(dtype) for key in keys[:2])
-        weight = jax.random.normal(keys[2], (features, features)).astype(dtype) * features**-0.5
-        plain = {"weight": weight, "bias": jnp.zeros(features, dtype)}
+        # by NumPy: XLA would compile a generator for every shape
+        rng = np.random.default_rng(0)
+        x, cotangent = (
+            jnp.asarray(rng.standard_normal((setting.batch, features)), dtype) for _ in range(2)
+        )
+        weight = rng.standard_normal((features, features)) * features**-0.5
+        plain = {"weight": jnp.asarray(weight, dtype), "bias": jnp.zeros(features, dtype)}
 
         layer, seconds = compiled(partial(apply, config), parameters, x)
-        linear, linear_seconds = compiled(_linear, plain, x)
+        linear, _ = compiled(_linear, plain, x)
         products, operands = products_of(config, parameters, x)
         calls: list[Call] = [
             partial(layer, parameters, x),
@@ -81,7 +92,7 @@ class JaxTables:
         mine, by_linear, alone, *other = self._compare(calls)
         del operands, calls
         step, step_seconds = compiled(_step(partial(apply, config)), parameters, x, cotangent)
-        linear_step, _ = compiled(_step(_linear), plain, x, cotangent)
+        linear_step, linear_seconds = compiled(_step(_linear), plain, x, cotangent)
         both, linear_both = self._compare(
             [partial(step, parameters, x, cotangent), partial(linear_step, plain, x, cotangent)]
         )
@@ -98,41 +109,44 @@ class JaxTables:
             "forward µs": mine * MICRO,
             "÷ products": mine / alone,
             "÷ linear": mine / by_linear,
-            "einsum ÷ layer": other[0] / mine if other else "no memory",
+            "einsum ÷ layer": other[0] / mine if other else None,
             "% of roofline": shares[0],
-            "+ backward µs": both * MICRO,
-            "÷ linear ": both / linear_both,
-            "% of roofline ": shares[1],
+            "step µs": both * MICRO,
+            "step ÷ linear": both / linear_both,
+            "step, % of roofline": shares[1],
             "compiling s": seconds,
-            "compiling + backward s": step_seconds,
-            "compiling linear s": linear_seconds,
+            "compiling step s": step_seconds,
+            "compiling linear's step s": linear_seconds,
         }
 
     def _einsum(
         self, setting: Setting, function: Callable[..., Array], *arguments: Any
     ) -> Callable[[], Array] | None:
         """The direct formulation, or None where it does not run, which is recorded."""
-        try:
-            run, _ = compiled(function, *arguments)
-            jax.block_until_ready(run(*arguments))
-        except Exception as error:
-            self.recorder.failed(f"einsum of {setting}", error)
-            return None
-        return partial(run, *arguments)
+        made: list[Callable[[], Array]] = []
+
+        def run() -> None:
+            call = partial(compiled(function, *arguments)[0], *arguments)
+            jax.block_until_ready(call())
+            made.append(call)
+
+        return None if self.recorder.tried(f"einsum of {setting}", run) else made[0]
 
     def _compare(self, calls: list[Call]) -> list[float]:
         return interleaved(calls, self.sizes.seconds, turn=self.turn)
 
-    def _product_error(self, precision: Precision) -> float:
-        # not the default device's bits, which are those in question
+    def _product_error(self, what: str, precision: Precision) -> None:
         drawn = np.random.default_rng(0).standard_normal((2, 512, 512))
         left, right = (jnp.asarray(each, precision.dtype) for each in drawn)
         exact = np.asarray(left, "float64") @ np.asarray(right, "float64")
-        return relative_error(np.asarray(left @ right, "float64"), exact)
+        with _multiplied(precision):
+            made = np.asarray(left @ right, "float64")
+        error = relative_error(made, exact)
+        self.recorder.fact(what, f"{error:.1e}")
+        check_rounding(precision, error)
 
     def _clean(self) -> None:
-        self.turn = Turns(self.turn.elapsed)
-        jax.clear_caches()
+        self.turn = Turns(self.turn.elapsed, self.sizes.turn)
         gc.collect()
 
 
@@ -168,7 +182,7 @@ def _linear(parameters: Any, x: Array) -> Array:
 
 def _multiplied(precision: Precision) -> AbstractContextManager[Any]:
     """Products of float32 in JAX: on a GPU, its own default rounds them to TF32."""
-    return jax.default_matmul_precision("tensorfloat32" if precision.tf32 else "highest")
+    return jax.default_matmul_precision("highest" if precision is FLOAT32 else "default")
 
 
 def _has(device: str, precision: Precision) -> bool:

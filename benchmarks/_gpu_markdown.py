@@ -17,11 +17,12 @@ METHOD = """\
   another. A turn is as many calls in succession as take 3 ms or more, 512 at most, between two CUDA
   events (PyTorch), or until the last result is there (JAX). Turns before them warm up.
 - Nothing waits between the calls of a turn: a time is the device's, or Python's where Python takes
-  longer. *L2 cold* is one call behind a write of four times the L2 cache; in all other times,
-  operands that fit into that cache may be there already.
+  longer. Operands that fit into the L2 cache may be there from the call before; *L2 cold* is one
+  call behind a write of four times that cache.
+- *forward* records nothing for gradients; *step* is forward and backward with all gradients, and
+  no optimizer, but beside other layers, where it is one of training with SGD.
 - *÷ products* is relative to the layer's own matrix products alone, the gate's among them, on
-  operands that are there; *+ backward* is forward and backward with all gradients, *÷ products*
-  behind it relative to the products of both.
+  operands that are there; those of a step are the products of both passes.
 - *einsum* is the direct formulation: ones joined to the input, one einsum of the factors, layer
   norm and an entmax that sorts. Its outputs were compared with the layer's.
 - *% of roofline* is the time that arithmetic and memory alone take, for each step the slower of the
@@ -31,7 +32,10 @@ METHOD = """\
   rates of tensor cores are those of TF32, and count for the rows with TF32 on. bfloat16 has twice
   the published TF32 rate. Elementwise work has the rate of the vector units.
 - *compiling* is seconds by the clock until the first call of a new function has ended, nothing in
-  the compiler's caches: for PyTorch with that call, for JAX tracing, lowering and compiling alone.\
+  the compiler's caches: for PyTorch with that call, for JAX tracing, lowering and compiling alone,
+  where functions inside that were traced before are not traced again.
+- *einsum* cells are empty where it does not fit in memory or failed, which the end of this page
+  says; *% of roofline* is empty where there is no roofline.\
 """
 
 
@@ -53,7 +57,7 @@ def _sections(
     title: str, facts: Mapping[str, Any], outcomes: Sequence[Outcome], seconds: float
 ) -> Iterator[str]:
     failed = list(failures(outcomes))
-    left_out = [each for outcome in outcomes for each in outcome.found.left_out]
+    left_out = list(dict.fromkeys(each for one in outcomes for each in one.found.left_out))
     yield f"# {title}"
     yield (
         f"{len(outcomes)} parts in {seconds:.0f} s; {len(failed)} failures, "

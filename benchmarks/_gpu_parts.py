@@ -10,14 +10,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 
 from _gpu_records import Found, read
 
 HERE = Path(__file__).resolve().parent
-# a part begins nothing more so long before its deadline, and what it has begun may end
+# share of its time, and seconds, before its deadline in which a part begins nothing more
 MARGIN = 0.1, 12.0
 LAST_LINES = 12
 
@@ -61,15 +62,15 @@ class Outcome:
 # each group runs at once: the suites measure no time, and have the device for themselves
 SCHEDULE: tuple[tuple[Part, ...], ...] = (
     tuple(
-        Part(f"suite-{library}", f"contract suite, {library}", 120)
+        Part(f"suite-{library}", f"contract suite, {library}", 150)
         for library in ("torch", "jax", "cupy")
     ),
     (Part("torch-device", "the device, on PyTorch", 20),),
     (Part("torch-eager", "PyTorch, eager", 60),),
-    (Part("jax-jitted", "JAX, jitted", 90),),
-    (Part("torch-compiled", "PyTorch, compiled", 100),),
-    (Part("torch-peers", "PyTorch, other layers", 40),),
-    (Part("torch-graphs", "PyTorch, CUDA graphs", 20),),
+    (Part("jax-jitted", "JAX, jitted", 85),),
+    (Part("torch-compiled", "PyTorch, compiled", 90),),
+    (Part("torch-peers", "PyTorch, other layers", 35),),
+    (Part("torch-graphs", "PyTorch, CUDA graphs", 15),),
 )
 
 
@@ -86,7 +87,7 @@ def run_all(
     Args:
         schedule: groups of parts; those of a group run at once.
         seconds: for all. A group gets what the shares of those behind it do not need.
-        folder: of results and logs, emptied of theirs first.
+        folder: of results and logs; those of an earlier run are overwritten.
         options: for every worker.
         environment: of every process.
         said: is told what begins and how it ended.
@@ -109,6 +110,13 @@ def _share(group: Sequence[Part]) -> float:
     return max((part.seconds for part in group), default=0.0)
 
 
+@dataclass
+class _Running:
+    part: Part
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
 def _run_group(
     group: Sequence[Part],
     limit: float,
@@ -117,62 +125,70 @@ def _run_group(
     environment: Mapping[str, str],
 ) -> list[Outcome]:
     begin = monotonic()
-    running = []
+    running: list[_Running] = []
+    outcomes = []
     try:
         for part in group:
-            for path in (folder / f"{part.name}.jsonl", folder / f"{part.name}.log"):
-                path.unlink(missing_ok=True)
-            log = (folder / f"{part.name}.log").open("wb")
-            begun = max(0.5 * limit, limit - max(MARGIN[0] * limit, MARGIN[1]))
-            command = part.command or (
-                sys.executable,
-                str(HERE / "_gpu_worker.py"),
-                part.name,
-                f"--seconds={begun:.1f}",
-                f"--folder={folder}",
-                *options,
-            )
-            # a group of processes: compilers and pytest end with the part that started them
-            process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=dict(environment),
-                start_new_session=True,
-            )
-            running.append((part, process, log))
-        return [_outcome(*each, begin, limit, folder) for each in running]
+            running.append(_started(part, limit, folder, options, environment))
+        while running:
+            for each in list(running):
+                late = monotonic() > begin + limit
+                if each.process.poll() is not None or late:
+                    _kill(each.process)
+                    running.remove(each)
+                    problem = f"stopped after its {limit:.0f} s" if late else ""
+                    outcomes.append(_outcome(each, problem, monotonic() - begin, folder))
+            sleep(0.05)
+        return outcomes
     finally:
-        for _, process, log in running:
-            _kill(process)
-            log.close()
+        # somebody interrupts the report
+        for each in running:
+            _kill(each.process)
 
 
-def _outcome(
+def _started(
     part: Part,
-    process: subprocess.Popen[bytes],
-    log: object,
-    begin: float,
     limit: float,
     folder: Path,
-) -> Outcome:
-    problem = ""
-    try:
-        code = process.wait(max(0.0, begin + limit - monotonic()))
-        if code:
-            problem = f"ended with {_code(code)}"
-    except subprocess.TimeoutExpired:
-        problem = f"stopped after its {limit:.0f} s"
-    _kill(process)
-    found = read(folder / f"{part.name}.jsonl")
+    options: Sequence[str],
+    environment: Mapping[str, str],
+) -> _Running:
+    log = folder / f"{part.name}.log"
+    (folder / f"{part.name}.jsonl").unlink(missing_ok=True)
+    begun = max(0.5 * limit, limit - max(MARGIN[0] * limit, MARGIN[1]))
+    command = part.command or (
+        sys.executable,
+        str(HERE / "_gpu_worker.py"),
+        part.name,
+        f"--seconds={begun:.1f}",
+        f"--folder={folder}",
+        *options,
+    )
+    with log.open("wb") as file:
+        # a group of processes: compilers and pytest end with the part that started them
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=dict(environment),
+            start_new_session=True,
+        )
+    return _Running(part, process, log)
+
+
+def _outcome(running: _Running, problem: str, seconds: float, folder: Path) -> Outcome:
+    found = read(folder / f"{running.part.name}.jsonl")
+    code = running.process.returncode
+    if not problem and code:
+        problem = f"ended with {_code(code)}"
     if not problem and not found.done:
         problem = "ended without results"
     last = ""
     if problem:
-        text = (folder / f"{part.name}.log").read_text("utf-8", errors="replace")
+        text = running.log.read_text("utf-8", errors="replace")
         last = "\n".join([line for line in text.splitlines() if line.strip()][-LAST_LINES:])
-    return Outcome(part, found, problem, monotonic() - begin, last)
+    return Outcome(running.part, found, problem, seconds, last)
 
 
 def _code(code: int) -> str:
@@ -185,13 +201,9 @@ def _code(code: int) -> str:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a part and all that it started, whether it has ended or not."""
-    try:
+    """End a part and all that it started, whether it has ended itself or not."""
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
-    try:
-        # a process in the middle of a call to a broken driver cannot be ended
+    # a process in the middle of a call to a broken driver cannot be ended
+    with suppress(subprocess.TimeoutExpired):
         process.wait(5)
-    except subprocess.TimeoutExpired:
-        pass

@@ -13,6 +13,7 @@ import torch
 from _gpu_records import Cells, Recorder
 from _gpu_settings import BFLOAT16, FLOAT32, Precision, Sizes
 from _gpu_timing import Turns, torch_elapsed
+from _gpu_torch import has_precision
 from _peers import Comparison, Contender, comparisons
 from _peers_measure import forward_call, step_call
 from _peers_modules import FEATURES, HIDDEN
@@ -52,7 +53,7 @@ class PeerTables:
 
     def __init__(self, recorder: Recorder, sizes: Sizes, device: str) -> None:
         self.recorder, self.sizes, self.device = recorder, sizes, device
-        self.turn = Turns(torch_elapsed(device))
+        self.turn = Turns(torch_elapsed(device), sizes.turn)
         self.tokens = TOKENS if device == "cuda" else 2
 
     def run(self) -> None:
@@ -62,7 +63,7 @@ class PeerTables:
 
     def _entries(self) -> list[Entry]:
         found = []
-        capable = self.device == "cpu" or torch.cuda.get_device_capability() >= (8, 0)
+        capable = self.device == "cuda" and has_precision(self.device, BFLOAT16)
         for precision in (BFLOAT16, FLOAT32) if capable else (FLOAT32,):
             for place, experts in enumerate(self.sizes.peers):
                 for comparison in comparisons():
@@ -91,7 +92,7 @@ class PeerTables:
                 if contender.fit is not None:
                     contender.fit(module, self.tokens)
         except ImportError:
-            self.recorder.left_out(str(entry), f"{contender.package} is not installed")
+            self.recorder.left_out(contender.name, "its package is not installed")
             return
         x = torch.randn(self.tokens, FEATURES, device=self.device, dtype=dtype)
         cells: Cells = {
@@ -129,7 +130,7 @@ class PeerTables:
         return torch.cuda.mem_get_info()[0] if self.device == "cuda" else 2**31
 
     def _clean(self) -> None:
-        self.turn = Turns(self.turn.elapsed)
+        self.turn = Turns(self.turn.elapsed, self.sizes.turn)
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()

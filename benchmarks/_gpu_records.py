@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar
@@ -17,7 +18,8 @@ Cells = dict[str, Any]
 
 # the same failure again and again: a device that has stopped, or a library that cannot start
 MOST_FAILURES = 3
-NO_MEMORY = ("out of memory", "RESOURCE_EXHAUSTED", "not enough memory")
+OUT_OF_MEMORY = ("out of memory", "RESOURCE_EXHAUSTED", "not enough memory")
+NO_MEMORY = "does not fit in memory"
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Found:
 def read(path: Path) -> Found:
     """The lines of a file, which may be missing or end in the middle of one."""
     found = Found()
+    planned: list[str] = []
     for line in path.read_text("utf-8").splitlines() if path.exists() else ():
         try:
             kind, *values = json.loads(line)
@@ -55,8 +58,13 @@ def read(path: Path) -> Found:
             found.failed.append((values[0], values[1]))
         elif kind == "left out":
             found.left_out.append((values[0], values[1]))
+        elif kind == "planned":
+            planned += values[0]
+        elif kind == "ended":
+            planned.remove(values[0])
         else:
             found.done = True
+    found.left_out += [(what, "its part had stopped") for what in planned]
     return found
 
 
@@ -86,11 +94,11 @@ class Recorder:
         self._write("row", table, cells)
 
     def failed(self, what: str, error: BaseException | str) -> str:
-        """Something that failed, and the line that says why; empty if memory did not suffice."""
+        """Something that failed, or does not fit in memory; the line that says which."""
         text = error if isinstance(error, str) else reason(error)
-        if any(each in text for each in NO_MEMORY):
-            self.left_out(what, "does not fit in memory")
-            return ""
+        if any(each in text for each in OUT_OF_MEMORY):
+            self.left_out(what, NO_MEMORY)
+            return NO_MEMORY
         self._write("failed", what, text)
         return text
 
@@ -112,23 +120,31 @@ class Recorder:
             run: one item; what it raises is recorded.
             clean: is called behind each.
         """
+        items = list(items)
+        self._write("planned", [str(item) for item in items])
         begin, ran, again, last = monotonic(), 0, 0, ""
         for item in items:
             if ran and self.left < (monotonic() - begin) / ran:
                 self.left_out(str(item), "no time left")
-                continue
-            if again == MOST_FAILURES:
-                self.left_out(str(item), f"{MOST_FAILURES} in succession had failed: {last}")
-                continue
-            ran += 1
-            text = ""
-            try:
-                run(item)
-            except Exception as error:
-                text = self.failed(str(item), error)
-            again = again + 1 if text and text == last else bool(text)
-            last = text
-            clean()
+            elif again == MOST_FAILURES:
+                self.left_out(str(item), f"{again} in succession had failed: {last}")
+            else:
+                ran += 1
+                text = self.tried(str(item), partial(run, item))
+                # too little memory for one is enough for another
+                text = "" if text == NO_MEMORY else text
+                again = again + 1 if text and text == last else int(bool(text))
+                last = text
+                clean()
+            self._write("ended", str(item))
+
+    def tried(self, what: str, run: Callable[[], object]) -> str:
+        """Run something, and record the line that says why it failed; empty if it did not."""
+        try:
+            run()
+        except Exception as error:
+            return self.failed(what, error)
+        return ""
 
     def _write(self, *values: Any) -> None:
         with self.path.open("a", encoding="utf-8") as file:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
-from _gpu_settings import BFLOAT16, FLOAT32, PRECISIONS, TF32, Precision, Sizes
+from _gpu_settings import BFLOAT16, FLOAT32, TF32, Precision, Sizes
 from _gpu_timing import Turns
+from _shared import Call
 
 from tensormoe.functional import LayerConfig
 from tensormoe.planning import PUBLISHED_ROOFLINES, Roofline
@@ -47,30 +49,31 @@ def published(device: str) -> Rooflines | None:
     return None
 
 
-def measured(device: str, precisions: tuple[Precision, ...], sizes: Sizes, turn: Turns) -> Rooflines:
+def measured(
+    device: str, precisions: tuple[Precision, ...], sizes: Sizes, turn: Turns
+) -> Rooflines:
     """Rooflines by PyTorch: large products, a large copy, and the smallest operation.
 
     Elementwise work gets the rate of products with TF32 off, which run on the vector units.
     """
     import torch
 
-    def fastest(call: object) -> float:
-        assert callable(call)
+    def fastest(call: Call) -> float:
         return min(turn(call) for _ in range(5))
 
     source = torch.zeros(sizes.copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    bandwidth = 2 * sizes.copied / fastest(lambda: target.copy_(source))
+    bandwidth = 2 * sizes.copied / fastest(partial(target.copy_, source))
     del source, target
     one = torch.zeros(1, device=device)
     overhead = fastest(lambda: one.add_(1))
     rates = {}
-    for precision in (FLOAT32, *precisions):
+    for precision in dict.fromkeys((FLOAT32, *precisions)):
         rows = sizes.product // (1 if precision.tensor_cores else 2)
         dtype = getattr(torch, precision.dtype)
         torch.set_float32_matmul_precision("high" if precision.tf32 else "highest")
         left, right = (torch.randn(rows, rows, device=device, dtype=dtype) for _ in range(2))
-        rates[precision] = 2 * rows**3 / fastest(lambda a=left, b=right: a @ b)
+        rates[precision] = 2 * rows**3 / fastest(partial(torch.matmul, left, right))
     return {
         each.name: Roofline("measured", rates[each], rates[FLOAT32], bandwidth, overhead)
         for each in precisions
@@ -92,14 +95,9 @@ def bound(
     return bare.time(config.cost(batch, itemsize=precision.itemsize, training=training))
 
 
-def relative_error(precision: Precision, product: object, exact: object) -> float:
+def relative_error(product: object, exact: object) -> float:
     """Error of a product relative to its largest entry, both as arrays of NumPy."""
     import numpy as np
 
     left, right = np.asarray(product, "float64"), np.asarray(exact, "float64")
     return float(np.abs(left - right).max() / np.abs(right).max())
-
-
-def by_name(names: list[str]) -> tuple[Precision, ...]:
-    """Precisions by name."""
-    return tuple(each for each in PRECISIONS if each.name in names)

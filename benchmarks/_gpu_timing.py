@@ -15,7 +15,6 @@ from typing import Any
 
 from _shared import Call
 
-LEAST_TURN = 3e-3
 MOST_CALLS = 512
 
 Elapsed = Callable[[Call, int], float]
@@ -27,10 +26,11 @@ class Turns:
 
     Args:
         elapsed: seconds of so many calls.
+        least: seconds that a turn takes at least.
     """
 
-    def __init__(self, elapsed: Elapsed) -> None:
-        self.elapsed = elapsed
+    def __init__(self, elapsed: Elapsed, least: float) -> None:
+        self.elapsed, self.least = elapsed, least
         self._counts: dict[Call, int] = {}
 
     def __call__(self, call: Call) -> float:
@@ -41,8 +41,10 @@ class Turns:
 
     def _count(self, call: Call) -> int:
         """Calls per turn; the shorter turns before it warm up."""
+        self.elapsed(call, 1)
         count = 1
-        while count < MOST_CALLS and self.elapsed(call, count) < LEAST_TURN:
+        # the shorter of two: a pause of the machine is no long call
+        while count < MOST_CALLS and min(self.elapsed(call, count) for _ in "ab") < self.least:
             count *= 2
         return count
 

@@ -10,8 +10,18 @@ from typing import Any
 
 import torch
 from _gpu_records import Cells, Recorder
-from _gpu_roofline import Rooflines, bound, by_name, measured, published, relative_error
-from _gpu_settings import FLOAT32, PRECISIONS, TF32, TOLERANCES, Precision, Setting, Sizes, settings
+from _gpu_roofline import Rooflines, bound, measured, published, relative_error
+from _gpu_settings import (
+    FLOAT32,
+    PRECISIONS,
+    TF32,
+    TOLERANCES,
+    Precision,
+    Setting,
+    Sizes,
+    check_rounding,
+    settings,
+)
 from _gpu_timing import Turns, torch_cold, torch_elapsed
 from _shared import Call, interleaved
 from _torch_layers import direct, plain_products, recorded, stepped, trained
@@ -36,39 +46,39 @@ class TorchTables:
     def __init__(self, recorder: Recorder, sizes: Sizes, device: str, rooflines: Rooflines) -> None:
         self.recorder, self.sizes, self.device = recorder, sizes, device
         self.rooflines = rooflines
-        self.turn = Turns(torch_elapsed(device))
-        self.precisions = by_name([each.name for each in PRECISIONS if _has(device, each)])
+        self.turn = Turns(torch_elapsed(device), sizes.turn)
+        self.precisions = tuple(each for each in PRECISIONS if has_precision(device, each))
 
     def device_facts(self) -> Rooflines:
         """Record what the device is and whether TF32 is in use; its rooflines."""
         recorder = self.recorder
         name = "CPU"
         if self.device == "cuda":
-            found = torch.cuda.get_device_properties(0)
-            name = found.name
-            recorder.fact("compute capability", f"{found.major}.{found.minor}")
-            recorder.fact("multiprocessors", found.multi_processor_count)
-            recorder.fact("memory, GiB", round(found.total_memory / 2**30, 1))
-            recorder.fact("L2 cache, MiB", round(_l2_bytes() / 2**20, 1))
+            properties = torch.cuda.get_device_properties(0)
+            name = properties.name
+            recorder.fact("compute capability", f"{properties.major}.{properties.minor}")
+            recorder.fact("multiprocessors", properties.multi_processor_count)
+            recorder.fact("memory, GiB", properties.total_memory / 2**30)
+            recorder.fact("L2 cache, MiB", _l2_bytes() / 2**20)
             recorder.fact("CUDA of PyTorch", torch.version.cuda)
         recorder.fact("device", name)
         for precision in PRECISIONS:
             if precision not in self.precisions:
                 recorder.left_out(precision.name, "the device has no tensor cores for it")
         for precision in self.precisions:
-            found_error = self._product_error(precision)
-            recorder.fact(f"error of a product on PyTorch, {precision.name}", f"{found_error:.1e}")
+            what = f"error of a product on PyTorch, {precision.name}"
+            recorder.tried(what, partial(self._product_error, what, precision))
         own = measured(self.device, self.precisions, self.sizes, self.turn)
         for precision in self.precisions:
             rate = own[precision.name].matmul_rate / 1e12
-            recorder.fact(f"measured TFLOP/s, {precision.name}", round(rate, 2))
-        recorder.fact("measured copy, GB/s", round(own[FLOAT32.name].bandwidth / 1e9, 1))
-        recorder.fact("measured smallest operation, µs", round(own[FLOAT32.name].overhead * 1e6, 2))
+            recorder.fact(f"measured TFLOP/s, {precision.name}", rate)
+        recorder.fact("measured copy, GB/s", own[FLOAT32.name].bandwidth / 1e9)
+        recorder.fact("measured smallest operation, µs", own[FLOAT32.name].overhead * MICRO)
         known = published(name)
         recorder.fact("roofline", "measured, as below" if known is None else "published peaks")
         for precision in self.precisions if known is not None else ():
             rate = known[precision.name].matmul_rate / 1e12
-            recorder.fact(f"published TFLOP/s, {precision.name}", round(rate, 1))
+            recorder.fact(f"published TFLOP/s, {precision.name}", rate)
         return own if known is None else known
 
     def eager(self) -> None:
@@ -101,7 +111,7 @@ class TorchTables:
     def _eager_row(self, setting: Setting) -> Cells:
         layer, rank, x = self._made(setting)
         einsum, plain = direct(layer, x), self._linear(setting)
-        fits = self._fits(f"einsum of {setting}", einsum)
+        fits = not self.recorder.tried(f"einsum of {setting}", einsum)
         with torch.no_grad():
             if fits:
                 check_equal(layer(x), einsum(), setting.precision)
@@ -112,13 +122,12 @@ class TorchTables:
                 *([einsum] if fits else []),
             ]
             mine, linear, products, *other = self._compare(forward)
-            cold = torch_cold(forward[0], _l2_bytes()) if self.device == "cuda" else None
         x.requires_grad_()
         step = stepped(lambda: layer(x), layer, x)
         products_too = plain_products(recorded(step))
         steps = [step, stepped(lambda: plain(x), plain, x), products_too]
         einsum_step = stepped(einsum, layer, x) if fits else None
-        if einsum_step and self._fits(f"einsum of {setting}, forward + backward", einsum_step):
+        if einsum_step and not self.recorder.tried(f"step of einsum of {setting}", einsum_step):
             steps.append(einsum_step)
         both, linear_step, products_step, *other_step = self._compare(steps)
         return {
@@ -126,14 +135,13 @@ class TorchTables:
             "forward µs": mine * MICRO,
             "÷ products": mine / products,
             "÷ nn.Linear": mine / linear,
-            "einsum ÷ layer": other[0] / mine if other else "no memory",
+            "einsum ÷ layer": other[0] / mine if other else None,
             "% of roofline": self._share(layer, setting, mine),
-            "L2 cold µs": None if cold is None else cold * MICRO,
-            "+ backward µs": both * MICRO,
-            "÷ products ": both / products_step,
-            "÷ nn.Linear ": both / linear_step,
-            "einsum ÷ layer ": other_step[0] / both if other_step else "no memory",
-            "% of roofline ": self._share(layer, setting, both, training=True),
+            "step µs": both * MICRO,
+            "step ÷ products": both / products_step,
+            "step ÷ nn.Linear": both / linear_step,
+            "einsum ÷ step": other_step[0] / both if other_step else None,
+            "step, % of roofline": self._share(layer, setting, both, training=True),
         }
 
     def _graph_row(self, setting: Setting) -> Cells:
@@ -148,6 +156,7 @@ class TorchTables:
         mine, alone, eager = self._compare([*replays, forward])
         return {
             "forward µs": mine * MICRO,
+            "L2 cold µs": torch_cold(replays[0], _l2_bytes()) * MICRO,
             "eager ÷ graph": eager / mine,
             "÷ products in a graph": mine / alone,
             "% of roofline": self._share(layer, setting, mine),
@@ -157,7 +166,7 @@ class TorchTables:
         layer, rank, x = self._made(setting)
         mine = self._compiled_module(layer, x)
         linear = self._compiled_module(self._linear(setting), x)
-        forward, both = mine["forward µs"], mine["+ backward µs"]
+        forward, both = mine["forward µs"], mine["step µs"]
         return {
             "rank": str(rank),
             "forward µs": forward,
@@ -165,13 +174,13 @@ class TorchTables:
             "÷ nn.Linear": forward / linear["forward µs"],
             "einsum ÷ layer": self._compiled_einsum(layer, x, setting, forward),
             "% of roofline": self._share(layer, setting, forward / MICRO),
-            "+ backward µs": both,
-            "eager ÷ compiled ": mine["eager + backward"] / both,
-            "÷ nn.Linear ": both / linear["+ backward µs"],
-            "% of roofline ": self._share(layer, setting, both / MICRO, training=True),
+            "step µs": both,
+            "eager ÷ compiled step": mine["eager step"] / both,
+            "step ÷ nn.Linear": both / linear["step µs"],
+            "step, % of roofline": self._share(layer, setting, both / MICRO, training=True),
             "compiling s": mine["compiling s"],
-            "compiling + backward s": mine["compiling + backward s"],
-            "compiling nn.Linear + backward s": linear["compiling + backward s"],
+            "compiling step s": mine["compiling step s"],
+            "compiling nn.Linear's step s": linear["compiling step s"],
         }
 
     def _compiled_module(self, module: nn.Module, x: Tensor) -> dict[str, float]:
@@ -190,10 +199,10 @@ class TorchTables:
         return {
             "forward µs": forward * MICRO,
             "eager": eager * MICRO,
-            "+ backward µs": both * MICRO,
-            "eager + backward": eager_both * MICRO,
+            "step µs": both * MICRO,
+            "eager step": eager_both * MICRO,
             "compiling s": seconds,
-            "compiling + backward s": step_seconds,
+            "compiling step s": step_seconds,
         }
 
     def _compiled_einsum(
@@ -206,8 +215,9 @@ class TorchTables:
             return None
         einsum = torch.compile(direct(layer, x), backend=self._backend, dynamic=False)
         with torch.no_grad():
-            fits = self._fits(name, einsum)
-            return self._compare([einsum])[0] * MICRO / mine if fits else None
+            if self.recorder.tried(name, einsum):
+                return None
+            return self._compare([einsum])[0] * MICRO / mine
 
     @property
     def _backend(self) -> str:
@@ -233,31 +243,24 @@ class TorchTables:
     def _compare(self, calls: list[Call]) -> list[float]:
         return interleaved(calls, self.sizes.seconds, turn=self.turn)
 
-    def _fits(self, what: str, call: Call) -> bool:
-        """Whether a call runs; if not, the record says so and the rest of the row goes on."""
-        try:
-            call()
-        except Exception as error:
-            self.recorder.failed(what, error)
-            return False
-        return True
-
     def _share(
         self, layer: MuMoE, setting: Setting, seconds: float, training: bool = False
     ) -> float | None:
         least = bound(layer.config, setting.batch, setting.precision, self.rooflines, training)
         return None if least is None else 100 * least / seconds
 
-    def _product_error(self, precision: Precision) -> float:
+    def _product_error(self, what: str, precision: Precision) -> None:
         torch.set_float32_matmul_precision("high" if precision.tf32 else "highest")
         torch.manual_seed(0)
         dtype = getattr(torch, precision.dtype)
         left, right = (torch.randn(512, 512, device=self.device).to(dtype) for _ in range(2))
         exact = left.double() @ right.double()
-        return relative_error((left @ right).double().cpu().numpy(), exact.cpu().numpy())
+        error = relative_error((left @ right).double().cpu().numpy(), exact.cpu().numpy())
+        self.recorder.fact(what, f"{error:.1e}")
+        check_rounding(precision, error)
 
     def _clean(self) -> None:
-        self.turn = Turns(self.turn.elapsed)
+        self.turn = Turns(self.turn.elapsed, self.sizes.turn)
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
@@ -293,7 +296,7 @@ def _captured(call: Call) -> Call:
     return graph.replay
 
 
-def _has(device: str, precision: Precision) -> bool:
+def has_precision(device: str, precision: Precision) -> bool:
     if device == "cpu":
         return precision is not TF32
     return not precision.tensor_cores or torch.cuda.get_device_capability() >= (8, 0)
@@ -302,4 +305,3 @@ def _has(device: str, precision: Precision) -> bool:
 def _l2_bytes() -> int:
     found: int = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0)
     return found
-

@@ -1,6 +1,6 @@
 """One part of a GPU report, in a process of its own: a crash, or a device that hangs, ends no more.
 
-    python benchmarks/_gpu_worker.py torch-eager --device cuda --seconds 60 --folder out/gpu-report
+python benchmarks/_gpu_worker.py torch-eager --device cuda --seconds 60 --folder out/gpu-report
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ def main() -> None:
     options = parser.parse_args()
     recorder = Recorder(options.folder / f"{options.part}.jsonl", options.seconds)
     sizes = TINY if options.tiny else FULL
-    run(options.part, recorder, sizes, options.device, options.folder)
+    try:
+        run(options.part, recorder, sizes, options.device, options.folder)
+    except Exception as error:
+        recorder.failed(options.part, error)
+        raise
     recorder.done()
 
 

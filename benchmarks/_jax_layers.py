@@ -37,18 +37,25 @@ def products_of(
     config: LayerConfig, parameters: Arrays, x: Array
 ) -> tuple[Callable[[Operands], Any], Operands]:
     """The matrix products of one call, jitted together, and the operands it had."""
-    operands: Operands = []
     run = JaxBackend.matmul
 
-    def record(self: JaxBackend, left: Array, right: Array) -> Array:
-        operands.append((left, right))
-        return run(self, left, right)
+    # compiled as a whole: operation by operation, XLA would compile each of them
+    @jax.jit
+    def recorded(parameters: Arrays, x: Array) -> Operands:
+        operands: Operands = []
 
-    JaxBackend.matmul = record  # type: ignore[method-assign]
-    try:
-        apply(config, parameters, x)
-    finally:
-        JaxBackend.matmul = run  # type: ignore[method-assign]
+        def record(self: JaxBackend, left: Array, right: Array) -> Array:
+            operands.append((left, right))
+            return run(self, left, right)
+
+        JaxBackend.matmul = record  # type: ignore[method-assign]
+        try:
+            apply(config, parameters, x)
+        finally:
+            JaxBackend.matmul = run  # type: ignore[method-assign]
+        return operands
+
+    operands = recorded(parameters, x)
     return jax.jit(lambda pairs: [jnp.matmul(*pair) for pair in pairs]), operands
 
 

@@ -30,7 +30,6 @@ import tempfile
 from collections.abc import Callable
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from time import perf_counter
-from typing import Any
 
 import torch
 from _shared import Call, interleaved

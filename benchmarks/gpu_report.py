@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,10 @@ PACKAGES = (
     "nvidia-cudnn-cu12",
     "nvidia-cudnn-cu13",
 )
+# of each property: XLA compiles every operation of every example anew
+JAX_EXAMPLES = 6
+# one test of each group, for a trial
+A_FEW = "device or the_adapter or routing or explicit or (blocks and relu-float32)"
 # a setting of the caller's must not change what the rows say
 REMOVED = (
     "CUPY_TF32",
@@ -122,8 +127,9 @@ def _environment(device: str, tiny: bool, cache: str) -> dict[str, str]:
         # with several, JAX runs loops of a gate differently; and nvidia-smi counts them by bus
         found["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
         found["CUDA_VISIBLE_DEVICES"] = found.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    found["TENSORMOE_TEST_JAX_EXAMPLES"] = "1" if tiny else str(JAX_EXAMPLES)
     if tiny:
-        found["PYTEST_ADDOPTS"] = "-k test_the_device"
+        found["PYTEST_ADDOPTS"] = f"-k '{A_FEW}'"
     return found
 
 
@@ -135,6 +141,7 @@ def _facts(device: str, names: Sequence[str], environment: Mapping[str, str]) ->
         "Python": platform.python_version(),
         "system": platform.platform(),
         "processors": os.cpu_count(),
+        "examples per property, JAX": environment["TENSORMOE_TEST_JAX_EXAMPLES"],
     }
     if device == "cuda":
         index = environment["CUDA_VISIBLE_DEVICES"]
@@ -179,4 +186,6 @@ def _said(*command: str) -> str:
 
 
 if __name__ == "__main__":
+    # what is running ends too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

@@ -6,6 +6,7 @@ JAX reads when it starts: by default it has no float64, and rounds what it multi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import pytest
 from hypothesis import settings
 
 # every example has shapes of its own, for which XLA compiles every operation
-settings.register_profile("compiled", settings(), max_examples=24)
+EXAMPLES = int(os.environ.get("TENSORMOE_TEST_JAX_EXAMPLES", "24"))
+settings.register_profile("compiled", settings(), max_examples=EXAMPLES)
 settings.load_profile("compiled")
 
 from tensormoe.testing import BackendContract  # noqa: E402
