@@ -90,8 +90,12 @@ test-oldest: $(OLDEST_VENV)/.ready ## tests on the oldest admitted versions (not
 test-gpu: gpu $(GPU_VENV)/.ready ## CuPy, PyTorch and JAX on an NVIDIA GPU (not part of test)
 	@TENSORMOE_TEST_DEVICE=cuda $(GPU_VENV)/bin/python tests/gpu
 
+.PHONY: gpu-report
+gpu-report: gpu $(GPU_VENV)/.ready ## the same and speed, in 8 minutes: out/gpu-report.md (not part of test)
+	@$(GPU_VENV)/bin/python benchmarks/gpu_report.py
+
 gpu:
-	@echo "== test-gpu"
+	@echo "== $(firstword $(filter test-gpu gpu-report,$(MAKECMDGOALS)) gpu)"
 	@# asked before gigabytes are installed
 	@$(PYTHON) tests/gpu/_driver.py
 
@@ -204,7 +208,7 @@ $(GPU_VENV)/.ready: $(REQUIREMENTS)
 	@$(call make_venv,$(GPU_VENV))
 	@# without the constraints, which pin a PyTorch without CUDA
 	@$(GPU_VENV)/bin/python -m pip install -qq --disable-pip-version-check \
-	    -e '.[testing]' $(foreach package,$(GPU_PACKAGES),'$(package)')
+	    -e '.[testing]' 'entmax>=1.3' $(foreach package,$(GPU_PACKAGES),'$(package)')
 	@touch $@
 
 define make_venv

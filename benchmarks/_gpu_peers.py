@@ -74,7 +74,7 @@ class PeerTables:
                         # the CPU's library; and layers without experts are the same for any number
                         if "oneDNN" not in each.name and (each.has_experts or not place)
                     ]
-        return found
+        return found[:: self.sizes.every]
 
     def _row(self, entry: Entry) -> None:
         contender = entry.contender

@@ -108,9 +108,8 @@ def direct(layer: MuMoE, x: Tensor) -> Callable[[], Tensor]:
 
 
 def stepped(call: Callable[[], Tensor], layer: nn.Module, x: Tensor) -> Call:
-    """Forward and backward, with new gradients every time."""
-    with torch.no_grad():
-        cotangent = torch.randn_like(call())
+    """Forward and backward, with new gradients every time; outputs are as wide as inputs."""
+    cotangent = torch.randn_like(x)
 
     def run() -> None:
         layer.zero_grad(set_to_none=True)

@@ -49,6 +49,8 @@ PACKAGES = (
     "nvidia-cudnn-cu12",
     "nvidia-cudnn-cu13",
 )
+# others that may change times are in the report
+NAMED = ("XLA_FLAGS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "OMP_NUM_THREADS")
 # of each property: XLA compiles every operation of every example anew
 JAX_EXAMPLES = 6
 # one test of each group, for a trial
@@ -167,6 +169,7 @@ def _facts(device: str, names: Sequence[str], environment: Mapping[str, str]) ->
             }
         else:
             found["nvidia-smi"] = "gave no answer: the driver's version is not known"
+    found |= {name: environment[name] for name in NAMED if name in environment}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)

@@ -32,8 +32,8 @@ def main() -> int:
     found, instead = devices()
     if not found:
         print(
-            "make test-gpu needs a machine with an NVIDIA GPU and its driver; "
-            f"got {instead}. Nothing was tested.",
+            "make test-gpu and make gpu-report need a machine with an NVIDIA GPU and its driver; "
+            f"got {instead}. Nothing was installed or run.",
             file=sys.stderr,
         )
         return 2
