@@ -91,9 +91,9 @@ def run(library: str, device: str, seconds: float | None = None) -> Results:
                 if not _ended(tests, SECONDS_TO_REPORT):
                     tests.kill()
             code = tests.wait()
-        results = read(report, code) if report.exists() else Results(code)
-        results.unfinished = unfinished
-        return results
+        if not report.exists():
+            return Results(code, unfinished=unfinished)
+        return read(report, code, unfinished)
 
 
 def _ended(tests: subprocess.Popen[bytes], seconds: float | None) -> bool:

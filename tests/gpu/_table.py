@@ -37,10 +37,21 @@ class Results:
         return self.code == 0 and ran and not self.unfinished
 
 
-def read(report: Path, code: int) -> Results:
-    """Count the outcomes in a report of pytest's."""
-    results = Results(code)
-    for each in ElementTree.parse(report).iter():
+def read(report: Path, code: int, unfinished: bool = False) -> Results:
+    """Count the outcomes in a report of pytest's.
+
+    Args:
+        report: its path.
+        code: exit status of pytest.
+        unfinished: whether pytest was interrupted. The last test then has no failure in the report,
+            but no end either, and is not counted.
+    """
+    results = Results(code, unfinished=unfinished)
+    elements = list(ElementTree.parse(report).iter())
+    last = [each for each in elements if each.tag == "testcase"][-1:]
+    for each in elements:
+        if unfinished and [each] == last and not len(each):
+            continue
         if each.tag == "property" and each.get("name") in ("device", "version"):
             setattr(results, each.get("name", ""), each.get("value"))
         if each.tag == "testcase":
