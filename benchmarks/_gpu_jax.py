@@ -50,8 +50,9 @@ class JaxTables:
     def __init__(self, recorder: Recorder, sizes: Sizes, device: str, rooflines: Rooflines) -> None:
         self.recorder, self.sizes, self.device = recorder, sizes, device
         self.rooflines = rooflines
-        self.turn = Turns(jax_elapsed(device), sizes.turn)
+        self.elapsed = jax_elapsed(device)
         self.precisions = tuple(each for each in PRECISIONS if _has(device, each))
+        self._linears: dict[tuple[int, str], tuple[Any, Any, Any, float]] = {}
 
     def jitted(self) -> None:
         """Layer, products and einsum."""
@@ -73,11 +74,8 @@ class JaxTables:
         x, cotangent = (
             jnp.asarray(rng.standard_normal((setting.batch, features)), dtype) for _ in range(2)
         )
-        weight = rng.standard_normal((features, features)) * features**-0.5
-        plain = {"weight": jnp.asarray(weight, dtype), "bias": jnp.zeros(features, dtype)}
-
+        plain, linear, linear_step, linear_seconds = self._plain(setting, x)
         layer, seconds = compiled(partial(apply, config), parameters, x)
-        linear, _ = compiled(_linear, plain, x)
         products, operands = products_of(config, parameters, x)
         calls: list[Call] = [
             partial(layer, parameters, x),
@@ -92,7 +90,6 @@ class JaxTables:
         mine, by_linear, alone, *other = self._compare(calls)
         del operands, calls
         step, step_seconds = compiled(_step(partial(apply, config)), parameters, x, cotangent)
-        linear_step, linear_seconds = compiled(_step(_linear), plain, x, cotangent)
         both, linear_both = self._compare(
             [partial(step, parameters, x, cotangent), partial(linear_step, plain, x, cotangent)]
         )
@@ -119,6 +116,23 @@ class JaxTables:
             "compiling linear's step s": linear_seconds,
         }
 
+    def _plain(self, setting: Setting, x: Array) -> tuple[Any, Any, Any, float]:
+        """Parameters of a linear layer, its call and step, and seconds that the step compiled for.
+
+        Rows with the same shapes share them.
+        """
+        key = setting.batch, setting.precision.name
+        if key not in self._linears:
+            features, dtype = self.sizes.features, setting.precision.dtype
+            weight = np.random.default_rng(1).standard_normal((features, features))
+            plain = {
+                "weight": jnp.asarray(weight * features**-0.5, dtype),
+                "bias": jnp.zeros(features, dtype),
+            }
+            call, _ = compiled(_linear, plain, x)
+            self._linears[key] = plain, call, *compiled(_step(_linear), plain, x, x)
+        return self._linears[key]
+
     def _einsum(
         self, setting: Setting, function: Callable[..., Array], *arguments: Any
     ) -> Callable[[], Array] | None:
@@ -133,7 +147,8 @@ class JaxTables:
         return None if self.recorder.tried(f"einsum of {setting}", run) else made[0]
 
     def _compare(self, calls: list[Call]) -> list[float]:
-        return interleaved(calls, self.sizes.seconds, turn=self.turn)
+        turn = Turns(self.elapsed, self.sizes.turn)
+        return interleaved(calls, self.sizes.seconds, turn=turn)
 
     def _product_error(self, what: str, precision: Precision) -> None:
         drawn = np.random.default_rng(0).standard_normal((2, 512, 512))
@@ -146,7 +161,6 @@ class JaxTables:
         check_rounding(precision, error)
 
     def _clean(self) -> None:
-        self.turn = Turns(self.turn.elapsed, self.sizes.turn)
         gc.collect()
 
 

@@ -62,13 +62,13 @@ class Outcome:
 # each group runs at once: the suites measure no time, and have the device for themselves
 SCHEDULE: tuple[tuple[Part, ...], ...] = (
     tuple(
-        Part(f"suite-{library}", f"contract suite, {library}", 150)
+        Part(f"suite-{library}", f"contract suite, {library}", 140)
         for library in ("torch", "jax", "cupy")
     ),
-    (Part("torch-device", "the device, on PyTorch", 20),),
-    (Part("torch-eager", "PyTorch, eager", 60),),
-    (Part("jax-jitted", "JAX, jitted", 85),),
-    (Part("torch-compiled", "PyTorch, compiled", 90),),
+    (Part("torch-device", "the device, on PyTorch", 15),),
+    (Part("torch-eager", "PyTorch, eager", 50),),
+    (Part("jax-jitted", "JAX, jitted", 90),),
+    (Part("torch-compiled", "PyTorch, compiled", 115),),
     (Part("torch-peers", "PyTorch, other layers", 35),),
     (Part("torch-graphs", "PyTorch, CUDA graphs", 15),),
 )
@@ -158,6 +158,8 @@ def _started(
     begun = max(0.5 * limit, limit - max(MARGIN[0] * limit, MARGIN[1]))
     command = part.command or (
         sys.executable,
+        # a crash says where
+        "-Xfaulthandler",
         str(HERE / "_gpu_worker.py"),
         part.name,
         f"--seconds={begun:.1f}",

@@ -53,7 +53,7 @@ class PeerTables:
 
     def __init__(self, recorder: Recorder, sizes: Sizes, device: str) -> None:
         self.recorder, self.sizes, self.device = recorder, sizes, device
-        self.turn = Turns(torch_elapsed(device), sizes.turn)
+        self.elapsed = torch_elapsed(device)
         self.tokens = TOKENS if device == "cuda" else 2
 
     def run(self) -> None:
@@ -104,9 +104,9 @@ class PeerTables:
         for name, make in (("forward", forward_call), ("step", step_call)):
             call = make(module, x)
             memory = self._memory(call)
-            mine, reference = interleaved(
-                [call, make(plain, x)], self.sizes.seconds, turn=self.turn
-            )
+            turn = Turns(self.elapsed, self.sizes.turn)
+            pair = [call, make(plain, x)]
+            mine, reference = interleaved(pair, self.sizes.seconds, turn=turn)
             cells |= {
                 f"{name} µs": mine * 1e6,
                 f"{name} ÷ plain": mine / reference,
@@ -130,7 +130,6 @@ class PeerTables:
         return torch.cuda.mem_get_info()[0] if self.device == "cuda" else 2**31
 
     def _clean(self) -> None:
-        self.turn = Turns(self.turn.elapsed, self.sizes.turn)
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()

@@ -76,6 +76,11 @@ class Setting:
     batch: int
     precision: Precision
 
+    def distance(self, other: Setting) -> int:
+        """In how many things it differs from another."""
+        mine, theirs = (tuple(vars(each).values()) for each in (self, other))
+        return sum(left != right for left, right in zip(mine, theirs, strict=True))
+
     def __str__(self) -> str:
         name = self.factorization.replace("_", " ")
         return f"{name}, {self.experts:,} experts, {self.batch:,} tokens, {self.precision.name}"
@@ -92,7 +97,7 @@ class Setting:
 
 
 def settings(sizes: Sizes, precisions: tuple[Precision, ...]) -> list[Setting]:
-    """All rows: every precision and factorization of the first sizes comes first."""
+    """All rows: those that differ in one thing from the first come before those that do in two."""
     found = [
         Setting(factorization, experts, batch, precision)
         for batch in sizes.batches
@@ -100,6 +105,8 @@ def settings(sizes: Sizes, precisions: tuple[Precision, ...]) -> list[Setting]:
         for precision in precisions
         for factorization in ("cp", "tensor_ring")
     ]
+    first = found[0]
+    found.sort(key=first.distance)
     return found[:: sizes.every]
 
 

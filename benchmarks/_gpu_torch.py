@@ -46,7 +46,7 @@ class TorchTables:
     def __init__(self, recorder: Recorder, sizes: Sizes, device: str, rooflines: Rooflines) -> None:
         self.recorder, self.sizes, self.device = recorder, sizes, device
         self.rooflines = rooflines
-        self.turn = Turns(torch_elapsed(device), sizes.turn)
+        self.elapsed = torch_elapsed(device)
         self.precisions = tuple(each for each in PRECISIONS if has_precision(device, each))
 
     def device_facts(self) -> Rooflines:
@@ -68,7 +68,8 @@ class TorchTables:
         for precision in self.precisions:
             what = f"error of a product on PyTorch, {precision.name}"
             recorder.tried(what, partial(self._product_error, what, precision))
-        own = measured(self.device, self.precisions, self.sizes, self.turn)
+        turn = Turns(self.elapsed, self.sizes.turn)
+        own = measured(self.device, self.precisions, self.sizes, turn)
         for precision in self.precisions:
             rate = own[precision.name].matmul_rate / 1e12
             recorder.fact(f"measured TFLOP/s, {precision.name}", rate)
@@ -76,10 +77,11 @@ class TorchTables:
         recorder.fact("measured smallest operation, µs", own[FLOAT32.name].overhead * MICRO)
         known = published(name)
         recorder.fact("roofline", "measured, as below" if known is None else "published peaks")
-        for precision in self.precisions if known is not None else ():
-            rate = known[precision.name].matmul_rate / 1e12
-            recorder.fact(f"published TFLOP/s, {precision.name}", rate)
-        return own if known is None else known
+        if known is None:
+            return own
+        for name, roofline in known.items():
+            recorder.fact(f"published TFLOP/s, {name}", roofline.matmul_rate / 1e12)
+        return known
 
     def eager(self) -> None:
         """Layer, products and einsum, one call after another."""
@@ -95,7 +97,9 @@ class TorchTables:
     def compiled(self) -> None:
         """Compiled calls, and the seconds that compiling takes."""
         # what every first compilation loads is no layer's
-        self._compile(lambda x: x.sin() @ x)(torch.ones(8, 8, device=self.device))
+        first = self._compile(lambda x: x.sin() @ x)
+        ones = torch.ones(8, 8, device=self.device)
+        self.recorder.tried("compiling one product", partial(first, ones))
         self._each("PyTorch, compiled", self._compiled_row)
 
     def _each(self, table: str, row: Callable[[Setting], Cells]) -> None:
@@ -240,7 +244,8 @@ class TorchTables:
         return nn.Linear(self.sizes.features, self.sizes.features, device=self.device, dtype=dtype)
 
     def _compare(self, calls: list[Call]) -> list[float]:
-        return interleaved(calls, self.sizes.seconds, turn=self.turn)
+        turn = Turns(self.elapsed, self.sizes.turn)
+        return interleaved(calls, self.sizes.seconds, turn=turn)
 
     def _share(
         self, layer: MuMoE, setting: Setting, seconds: float, training: bool = False
@@ -259,7 +264,6 @@ class TorchTables:
         check_rounding(precision, error)
 
     def _clean(self) -> None:
-        self.turn = Turns(self.turn.elapsed, self.sizes.turn)
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
@@ -296,6 +300,7 @@ def _captured(call: Call) -> Call:
 
 
 def has_precision(device: str, precision: Precision) -> bool:
+    """Whether a device multiplies in a precision, and not in place of it in another."""
     if device == "cpu":
         return precision is not TF32
     return not precision.tensor_cores or torch.cuda.get_device_capability() >= (8, 0)

@@ -10,7 +10,10 @@ import json
 from pathlib import Path
 
 from _gpu_records import Recorder
+from _gpu_roofline import Rooflines
 from _gpu_settings import FULL, TINY, Sizes
+
+from tensormoe.planning import Roofline
 
 ROOFLINES = "rooflines.json"
 
@@ -59,10 +62,8 @@ def run(part: str, recorder: Recorder, sizes: Sizes, device: str, folder: Path) 
         JaxTables(recorder, sizes, device, _rooflines(folder)).jitted()
 
 
-def _rooflines(folder: Path) -> dict[str, object]:
+def _rooflines(folder: Path) -> Rooflines:
     """What the part before found; none if it failed."""
-    from tensormoe.planning import Roofline
-
     path = folder / ROOFLINES
     found = json.loads(path.read_text("utf-8")) if path.exists() else {}
     return {name: Roofline.from_dict(values) for name, values in found.items()}

@@ -55,6 +55,15 @@ NAMED = ("XLA_FLAGS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "OMP_NUM_
 JAX_EXAMPLES = 6
 # one test of each group, for a trial
 A_FEW = "device or the_adapter or routing or explicit or (blocks and relu-float32)"
+# of nvidia-smi, and what stands before each value
+ASKED = {
+    "name": "",
+    "driver_version": "driver",
+    "power.limit": "power limit",
+    "clocks.max.sm": "clock up to",
+    "memory.used": "in use before",
+    "utilization.gpu": "busy before",
+}
 # a setting of the caller's must not change what the rows say
 REMOVED = (
     "CUPY_TF32",
@@ -126,8 +135,7 @@ def _environment(device: str, tiny: bool, cache: str) -> dict[str, str]:
         "KINETO_LOG_LEVEL": "9",
     }
     if device == "cuda":
-        # with several, JAX runs loops of a gate differently; and nvidia-smi counts them by bus
-        found["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+        # with several, JAX runs the loops of a gate differently
         found["CUDA_VISIBLE_DEVICES"] = found.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     found["TENSORMOE_TEST_JAX_EXAMPLES"] = "1" if tiny else str(JAX_EXAMPLES)
     if tiny:
@@ -139,35 +147,22 @@ def _facts(device: str, names: Sequence[str], environment: Mapping[str, str]) ->
     """Date, versions and machine."""
     found: dict[str, object] = {
         "date": datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
-        "commit": _said("git", "-C", str(ROOT), "describe", "--always", "--dirty") or "not known",
+        "commit": next(iter(_said("git", "-C", str(ROOT), "describe", "--always", "--dirty")), "?"),
         "Python": platform.python_version(),
         "system": platform.platform(),
         "processors": os.cpu_count(),
         "examples per property, JAX": environment["TENSORMOE_TEST_JAX_EXAMPLES"],
     }
     if device == "cuda":
-        index = environment["CUDA_VISIBLE_DEVICES"]
         found["GPUs of this machine"] = ", ".join(names)
-        found["GPU that was used"] = f"the one of CUDA_VISIBLE_DEVICES={index}, in order of the bus"
-        asked = (
-            "name",
-            "driver_version",
-            "power.limit",
-            "clocks.max.sm",
-            "memory.used",
-            "utilization.gpu",
-        )
-        line = _said(
-            "nvidia-smi", f"--id={index}", f"--query-gpu={','.join(asked)}", "--format=csv,noheader"
-        )
-        values = [each.strip() for each in line.split(",")] if line else []
-        if len(values) == len(asked):
-            labels = {"memory.used": "memory in use before", "utilization.gpu": "busy before"}
-            found |= {
-                f"nvidia-smi: {labels.get(name, name)}": value
-                for name, value in zip(asked, values, strict=True)
-            }
-        else:
+        found["CUDA_VISIBLE_DEVICES"] = environment["CUDA_VISIBLE_DEVICES"]
+        query = f"--query-gpu={','.join(ASKED)}"
+        # in the order of the bus, which is not CUDA's
+        lines = _said("nvidia-smi", query, "--format=csv,noheader")
+        for place, line in enumerate(lines):
+            values = zip(ASKED.values(), line.split(","), strict=False)
+            found[f"nvidia-smi, {place}"] = ", ".join(f"{name}{value}" for name, value in values)
+        if not lines:
             found["nvidia-smi"] = "gave no answer: the driver's version is not known"
     found |= {name: environment[name] for name in NAMED if name in environment}
     for package in PACKAGES:
@@ -178,14 +173,13 @@ def _facts(device: str, names: Sequence[str], environment: Mapping[str, str]) ->
     return found
 
 
-def _said(*command: str) -> str:
-    """The first line that a program prints; empty if it does not run."""
+def _said(*command: str) -> list[str]:
+    """The lines that a program prints; none if it does not run."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    lines = done.stdout.strip().splitlines()
-    return lines[0] if lines and done.returncode == 0 else ""
+        return []
+    return [] if done.returncode else done.stdout.strip().splitlines()
 
 
 if __name__ == "__main__":

@@ -311,9 +311,11 @@ def test_rows_cover_what_the_report_promises() -> None:
     rows = settings(FULL, (BFLOAT16, FLOAT32, TF32))
     assert len(set(rows)) == len(rows) == 48
     assert {row.experts for row in rows} == {16, 128, 1024, 8192}
-    # if time is short, every precision and factorization has its first size
-    first = {(row.factorization, row.precision) for row in rows[:6]}
-    assert len(first) == 6
+    # if time is short, every value of every setting has a row beside the first one
+    assert {row.distance(rows[0]) for row in rows[1:8]} == {1}
+    for field in ("factorization", "experts", "batch", "precision"):
+        every = {getattr(row, field) for row in rows}
+        assert {getattr(row, field) for row in rows[:8]} == every, field
 
 
 def test_turns_are_long_enough_and_divided() -> None:
@@ -381,7 +383,25 @@ def test_environment_has_no_rounding_of_the_caller(monkeypatch: pytest.MonkeyPat
     found = gpu_report._environment("cuda", False, "cache")
     assert not {"NVIDIA_TF32_OVERRIDE", "JAX_ENABLE_X64", "PYTEST_ADDOPTS"} & set(found)
     assert found["CUDA_VISIBLE_DEVICES"] == "3"
+    assert gpu_report._environment("cuda", False, "cache")["TENSORMOE_TEST_JAX_EXAMPLES"] == "6"
     assert found["JAX_PLATFORMS"] == found["TENSORMOE_TEST_DEVICE"] == "cuda"
+
+
+def test_facts_of_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "nvidia-smi"
+    line = "NVIDIA H200, 580.65.06, 700.00 W, 1980 MHz, 12 MiB, 3 %"
+    program.write_text(f'#!/bin/sh\necho "{line}"\necho "{line}"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    environment = gpu_report._environment("cuda", False, "cache")
+    found = gpu_report._facts("cuda", ["NVIDIA H200"] * 2, environment)
+    assert found["nvidia-smi, 1"] == (
+        "NVIDIA H200, driver 580.65.06, power limit 700.00 W, clock up to 1980 MHz, "
+        "in use before 12 MiB, busy before 3 %"
+    )
+    program.write_text("#!/bin/sh\nexit 9\n")
+    found = gpu_report._facts("cuda", ["NVIDIA H200"], environment)
+    assert found["nvidia-smi"] == "gave no answer: the driver's version is not known"
 
 
 SUITE = """
