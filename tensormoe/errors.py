@@ -22,6 +22,7 @@ __all__ = [
     "BackendError",
     "BudgetError",
     "CheckpointError",
+    "ClusterError",
     "GateError",
     "LayoutError",
     "MissingDependencyError",
@@ -126,6 +127,10 @@ class PlanError(TensormoeError, ValueError):
 
 class CheckpointError(TensormoeError, ValueError):
     """A file that is not a checkpoint, or is one of another layer; lists every difference."""
+
+
+class ClusterError(TensormoeError, RuntimeError):
+    """A cluster that cannot do the work: out of reach, without workers, unlike this process, lost."""
 
 
 class BackendError(TensormoeError, TypeError):

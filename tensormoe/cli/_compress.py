@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 from tensormoe._extras import require
 from tensormoe.cli._compress_show import (
@@ -21,7 +23,11 @@ from tensormoe.compression import (
     compress_checkpoint,
     plan_compression,
 )
+from tensormoe.compression._cluster import connected
 from tensormoe.errors import BudgetError, SpecError
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 
 def run_compress(arguments: argparse.Namespace) -> None:
@@ -41,14 +47,23 @@ def run_compress(arguments: argparse.Namespace) -> None:
     require("tensormoe compress", ("numpy",), "numpy")
     # before hours of work, not after
     console = None if arguments.json else make_console()
-    with bars(console) as callback:
+    with _client(arguments.scheduler) as client, bars(console) as callback:
         result = compress_checkpoint(
-            arguments.model, arguments.output, settings, max_memory=limit, callback=callback
+            arguments.model,
+            arguments.output,
+            settings,
+            max_memory=limit,
+            callback=callback,
+            client=client,
         )
     if console is None:
         print_json(result_dict(result, settings))
     else:
         show_result(console, result, settings)
+
+
+def _client(address: str | None) -> AbstractContextManager[Client | None]:
+    return nullcontext() if address is None else connected(address)
 
 
 def _settings(arguments: argparse.Namespace) -> Compression:

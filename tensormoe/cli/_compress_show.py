@@ -29,6 +29,9 @@ from tensormoe.planning import Roofline
 if TYPE_CHECKING:
     from rich.console import Console
 
+MACHINES = (1, 8, 64)
+"""Sizes of clusters that a dry run predicts times for."""
+
 _STAGES = {"experts": "decomposing", "files": "writing"}
 
 
@@ -111,6 +114,8 @@ def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> Non
         f"on {device.name}, as far as FLOPs tell",
         soft_wrap=True,
     )
+    times = (f"{format_time(plan.seconds_on(each))} on {each}" for each in MACHINES[1:])
+    console.print(f"on a cluster of such machines: {', '.join(times)}", soft_wrap=True)
     if limit is not None and plan.memory > limit:
         console.print(f"This does not fit in {format_bytes(limit)}.", style="bold red")
     console.print("A dry run: only headers were read, and nothing was written.")
@@ -185,6 +190,7 @@ def plan_dict(plan: CompressionPlan, device: Roofline, limit: int | None) -> dic
         "fits": limit is None or plan.memory <= limit,
         "memory": plan.memory,
         "seconds": plan.seconds,
+        "machines": {str(each): plan.seconds_on(each) for each in MACHINES},
         "bytes": plan.model.nbytes,
         "output_bytes": plan.output_bytes,
         "dense_parameters": plan.dense_entries,

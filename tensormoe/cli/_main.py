@@ -243,6 +243,12 @@ def _add_compress(commands: argparse._SubParsersAction[_Parser]) -> None:
     option("--tolerance", metavar="ERROR", help="relative error that each layer is to reach: 0.1")
     option("--dense", action="store_true", help="write rebuilt matrices under their old keys")
     option("--max-memory", metavar="BYTES", help="refuse what would take more: 6GiB")
+    option(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="of a Dask cluster whose workers decompose, on a file system that all share: "
+        "tcp://host:8786",
+    )
     option("--no-svd", dest="compare", action="store_false", help="do not compare with SVDs")
     option("--seed", default="0", metavar="N", help="of the random starts (default: 0)")
     option("--seconds", metavar="S", help="a time limit for the search of each stack of experts")

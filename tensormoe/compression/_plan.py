@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from heapq import heapreplace
 from math import prod
 
 from tensormoe._spec import LayerSpec
+from tensormoe._validation import positive_int
 from tensormoe.checkpoint._safetensors import ArrayInfo
 from tensormoe.compression._effort import memory_needed, seconds_needed
 from tensormoe.compression._groups import Group, find_groups
@@ -71,6 +73,25 @@ class CompressionPlan:
         """Seconds that the decompositions take, about; those of the files come on top."""
         return sum(each.seconds for each in self.groups)
 
+    def seconds_on(self, machines: int) -> float:
+        """Seconds that the decompositions take on several machines like the one of the plan.
+
+        Each works on one group at a time, and takes the longest of those that are left: list
+        scheduling, at most 4/3 of the shortest time that there is (Graham, 1969). No number of
+        machines is faster than the longest group.
+
+        Args:
+            machines: how many.
+
+        Raises:
+            SpecError: ``machines`` is not a positive integer.
+        """
+        loads = [0.0] * min(positive_int(machines, "machines"), len(self.groups))
+        for each in longest_first(self.groups):
+            # the machine that is free first
+            heapreplace(loads, loads[0] + each.seconds)
+        return max(loads)
+
     @property
     def dense_entries(self) -> int:
         """Entries of the experts."""
@@ -101,6 +122,11 @@ class CompressionPlan:
         return self.kept_bytes + sum(
             each.parameters * ArrayInfo(each.group.dtype, ()).nbytes for each in self.groups
         )
+
+
+def longest_first(groups: Iterable[GroupPlan]) -> list[GroupPlan]:
+    """Groups in the order in which several machines take them."""
+    return sorted(groups, key=lambda each: -each.seconds)
 
 
 def plan_compression(

@@ -15,10 +15,11 @@ class CompressionProgress:
 
     Args:
         stage: ``"experts"``, which are decomposed first, or ``"files"``, which are written then.
-        name: of the group or the file that is next, or at work; ``""`` when the stage is over.
+        name: of the group or the file that is next, or at work; ``""`` when the stage is over. On a
+            cluster, where many are at work, of the group that is done.
         done: how much of the stage is done: entries of experts, or bytes of tensors.
         total: how much there is.
-        search: of the group, after each of its sweeps; else None.
+        search: of the group, after each of its sweeps; else None. Always None on a cluster.
     """
 
     stage: str

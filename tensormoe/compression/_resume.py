@@ -202,8 +202,11 @@ def _files(folder: str) -> set[str]:
 
 
 def _remove_leftovers(folder: str) -> None:
-    """Remove files that were not written to their end."""
-    for place, _, names in os.walk(folder):
+    """Remove files that were not written to their end, and folders for them."""
+    for place, folders, names in os.walk(folder):
+        for name in folders:
+            if name.endswith(PARTIAL_SUFFIX):
+                shutil.rmtree(os.path.join(place, name), ignore_errors=True)
         for name in names:
             if name.endswith(PARTIAL_SUFFIX):
                 with suppress(OSError):

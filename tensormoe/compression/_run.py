@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tensormoe import __version__
-from tensormoe.compression._folder import place_of
+from tensormoe.compression._cluster import check_cluster, on_cluster
 from tensormoe.compression._limits import check_apart, check_disk, check_memory
-from tensormoe.compression._measure import GroupReport, stored_errors
+from tensormoe.compression._measure import GroupReport
 from tensormoe.compression._outputs import EXPERTS, factor_files, write_model
-from tensormoe.compression._plan import CompressionPlan, GroupPlan, plan_compression
+from tensormoe.compression._plan import CompressionPlan, plan_compression
 from tensormoe.compression._progress import CompressionCallback, Teller
 from tensormoe.compression._resume import Work, open_work
 from tensormoe.compression._settings import Compression
-from tensormoe.compression._values import read_stack, rounded, working_dtype
-from tensormoe.compression._write import write_factors
-from tensormoe.decomposition._decompose import decompose
-from tensormoe.decomposition._gauge import robust
-from tensormoe.decomposition._search import Search
-from tensormoe.decomposition._watch import Callback
-from tensormoe.errors import TensormoeError
+from tensormoe.compression._stack import compress_stack
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ def compress_checkpoint(
     *,
     max_memory: int | None = None,
     callback: CompressionCallback | None = None,
+    client: Client | None = None,
 ) -> CompressionResult:
     """Decompose the experts of a model, a group at a time, and write it anew.
 
@@ -68,22 +68,33 @@ def compress_checkpoint(
             ``README.md``, and ``tensormoe.json``, which says what came from where. With ``dense``
             it gets the files of the model, with rebuilt experts.
         settings: what is wanted.
-        max_memory: bytes that the process may take, the interpreter included.
+        max_memory: bytes that the process may take, the interpreter included; with a client, each
+            of its workers.
         callback: called with a :class:`CompressionProgress` whenever there is some; True after a
-            sweep ends the search for that group with the best factors so far.
+            sweep ends the search for that group with the best factors so far. With a client, sweeps
+            are not reported.
+        client: a ``distributed.Client``, whose workers decompose the groups, one per thread. They
+            read the model and write the factors themselves, so both must be on a file system that
+            all of them share, under the same absolute paths. The files beside the factors are
+            written by this process. A worker that is lost is replaced by others. For the same
+            bytes as without a client, the workers' BLAS must be the same and use as many threads.
 
     Returns:
         Where the output is, and for each group its rank, its size and what was lost.
 
     Raises:
-        TypeError: a path is neither a string nor a path.
+        TypeError: a path is neither a string nor a path, or a client is none of Dask's.
         CheckpointError: a model that can't be read, experts that do not make a tensor or aren't
             finite, or an output that is the model's own folder or somebody else's, that another
             process is at work on, or that can't be written.
         RankError, BudgetError: a rank or budget that a group cannot have; the message names it.
         SpecError: a factorization that can't be fitted.
-        PlanError: ``max_memory`` is too little; nothing was read then but headers.
-        KeyboardInterrupt: Ctrl-C; what is done is kept, and the same call goes on from there.
+        PlanError: ``max_memory``, or the memory limit of a worker, is too little; nothing was read
+            then but headers.
+        ClusterError: a cluster without workers, or whose workers have another version of tensormoe;
+            a scheduler that was lost. What is done is kept, and the same call goes on from there.
+        KeyboardInterrupt: Ctrl-C; what is done is kept, and the same call goes on from there. With
+            a client, what is at work is given up.
         ImportError: NumPy is not installed.
     """
     plan = plan_compression(model, settings)
@@ -104,8 +115,10 @@ def compress_checkpoint(
                 work.target, tuple(map(GroupReport.from_dict, work.manifest["groups"]))
             )
         check_disk(plan, work)
+        if client is not None:
+            check_cluster(client, plan, max_memory)
         try:
-            reports = _made(plan, work, Teller(callback))
+            reports = _made(plan, work, Teller(callback), client)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_resumed(plan, work)) from None
         manifest = {
@@ -116,18 +129,35 @@ def compress_checkpoint(
         return CompressionResult(work.target, reports)
 
 
-def _made(plan: CompressionPlan, work: Work, tell: Teller) -> tuple[GroupReport, ...]:
+def _made(
+    plan: CompressionPlan, work: Work, tell: Teller, client: Client | None
+) -> tuple[GroupReport, ...]:
     """Every group that is not there yet, then every file."""
     files = factor_files(plan)
-    done = 0
-    for each in plan.groups:
-        tell(EXPERTS, each.group.label, done, plan.dense_entries)
-        path = work.path(EXPERTS, files[each.group.name])
-        if each.group.name not in work.done or not os.path.isfile(path):
-            follow = tell.searching(each.group.label, done, plan.dense_entries)
-            work.record(each.group.name, _compress(plan, each, path, follow).to_dict())
-        done += each.group.entries
-    tell(EXPERTS, "", done, plan.dense_entries)
+    paths = {name: work.path(EXPERTS, file) for name, file in files.items()}
+    left = [
+        each
+        for each in plan.groups
+        if each.group.name not in work.done or not os.path.isfile(paths[each.group.name])
+    ]
+    total = plan.dense_entries
+    done = total - sum(each.group.entries for each in left)
+    if client is not None:
+        tell(EXPERTS, "", done, total)
+        with closing(on_cluster(client, plan, left, paths)) as found:
+            for each, report in found:
+                work.record(each.group.name, report.to_dict())
+                done += each.group.entries
+                tell(EXPERTS, each.group.label, done, total)
+    else:
+        for each in left:
+            group = each.group
+            tell(EXPERTS, group.label, done, total)
+            follow = tell.searching(group.label, done, total)
+            given = (plan.model, group, plan.settings, each.budget, paths[group.name])
+            work.record(group.name, compress_stack(*given, follow).to_dict())
+            done += group.entries
+    tell(EXPERTS, "", done, total)
     write_model(plan, work, files, tell)
     return tuple(GroupReport.from_dict(work.done[each.group.name]) for each in plan.groups)
 
@@ -139,59 +169,4 @@ def _resumed(plan: CompressionPlan, work: Work) -> str:
     return (
         f"{len(work.done)} of {len(plan.groups)} groups are done, in {work.folder!r}; the same "
         "command goes on from there"
-    )
-
-
-def _compress(
-    plan: CompressionPlan, each: GroupPlan, path: str, callback: Callback | None
-) -> GroupReport:
-    """Decompose one group, and write its factors.
-
-    Raises:
-        KeyboardInterrupt: the group is left as it is for another time.
-    """
-    settings, group = plan.settings, each.group
-    stack = read_stack(plan.model, group)
-    try:
-        found = decompose(
-            stack,
-            settings.factorization,
-            rank=settings.rank,
-            budget=each.budget,
-            tolerance=settings.tolerance,
-            search=Search(seconds=settings.seconds),
-            callback=callback,
-            compare=settings.compare,
-            seed=settings.seed,
-        )
-    except TensormoeError as reason:
-        raise type(reason)(f"{group.name!r}: {reason}") from reason
-    if found.report.ended == "interrupted":
-        # factors of half a search would stay for good
-        raise KeyboardInterrupt
-    config = found.config()
-    # matrices are rebuilt from factors that were never rounded
-    stored = working_dtype(group.dtype) if settings.dense else group.dtype
-    best = found.factors
-    if stored != working_dtype(group.dtype):
-        best = robust(config.spec.network, best)
-    factors = {f"factors.{name}": rounded(array, stored) for name, array in best.items()}
-    error, errors = stored_errors(stack, config, factors, group.dtype, settings.dense)
-    place = None if settings.dense else place_of(group)
-    write_factors(path, config, factors, stored, "" if place is None else place.prefix)
-    return GroupReport(
-        group.name,
-        None if settings.dense else f"{EXPERTS}/{os.path.basename(path)}",
-        group.experts,
-        group.in_features,
-        group.out_features,
-        group.dtype,
-        config.spec.factorization.rank,
-        group.entries,
-        config.spec.num_parameters,
-        error,
-        errors,
-        found.report.controls,
-        found.report.seconds,
-        found.report.ended,
     )

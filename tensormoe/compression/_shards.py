@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import IO, Any
@@ -114,6 +114,27 @@ def open_model(path: str | os.PathLike[str]) -> Model:
     model = Model(name, folder, listed, tuple(_open_shard(os.path.join(folder, k)) for k in files))
     _check_keys(model, places)
     return model
+
+
+def open_shards(shards: Sequence[tuple[str, Mapping[str, Any]]]) -> Model:
+    """Some files of a model that another process has opened.
+
+    Args:
+        shards: path and identity of each.
+
+    Raises:
+        CheckpointError: a file that is not there, or is not the one that the other process has
+            opened.
+    """
+    found = tuple(_open_shard(path) for path, _ in shards)
+    for shard, (path, identity) in zip(found, shards, strict=True):
+        differing = [key for key in identity if shard.identity[key] != identity[key]]
+        if differing:
+            raise CheckpointError(
+                f"{path!r} must be the file that the compression began with; its "
+                f"{', '.join(differing)} differ."
+            )
+    return Model(os.path.basename(os.path.dirname(found[0].path)), None, None, found)
 
 
 def read_range(shard: Shard, begin: int, end: int) -> Iterator[bytes]:

@@ -86,11 +86,11 @@ def test_interrupted_before_anything_was_done(model: Path, tmp_path: Path) -> No
 def test_the_command_says_how_to_go_on(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tensormoe.compression import _run
+    from tensormoe.compression import _stack
 
     words = ["compress", str(model), "--experts", PATTERN[0], "--budget", "50%"]
     words += ["--output", str(tmp_path / "out")]
-    decompose, calls = _run.decompose, count()
+    decompose, calls = _stack.decompose, count()
 
     def second(*given: Any, **named: Any) -> Any:
         if next(calls):
@@ -98,7 +98,7 @@ def test_the_command_says_how_to_go_on(
         return decompose(*given, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_run, "decompose", second)
+        patch.setattr(_stack, "decompose", second)
         assert main(words) == 130
     said = capsys.readouterr().err
     assert "interrupted: 1 of 2 groups are done" in said

@@ -180,16 +180,16 @@ def test_files_that_are_cut_or_damaged(tmp_path: Path, rng: np.random.Generator)
 def test_a_file_that_shrinks_while_it_is_read(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tensormoe.compression import _run
+    from tensormoe.compression import _stack
 
     model = save(tmp_path / "m.safetensors", experts(rng))
-    read = _run.read_stack
+    read = _stack.read_stack
 
     def cut(*given: Any) -> Any:
         model.write_bytes(model.read_bytes()[:-8])
         return read(*given)
 
-    monkeypatch.setattr(_run, "read_stack", cut)
+    monkeypatch.setattr(_stack, "read_stack", cut)
     refused(model, tmp_path / "out", "cut short while it was read")
 
 
@@ -239,10 +239,10 @@ def test_stacks_whose_sides_are_unknown(tmp_path: Path, rng: np.random.Generator
 def test_too_little_memory_is_said_before_anything_is_read(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tensormoe.compression import _run
+    from tensormoe.compression import _stack
 
     model = save(tmp_path / "m.safetensors", experts(rng))
-    monkeypatch.setattr(_run, "read_stack", None)
+    monkeypatch.setattr(_stack, "read_stack", None)
     wanted = Compression("cp", rank=2, experts=PATTERN)
     least = plan_compression(model, wanted).memory
     rule = rf"max_memory must be at least {least:,} bytes.*4 × 6 × 8.*got {least - 1:,}"

@@ -31,7 +31,7 @@ _RUN = """
 import os, resource, signal, sys
 from tensormoe.checkpoint._files import write_whole
 from tensormoe.compression import Compression, compress_checkpoint
-from tensormoe.compression import _resume, _run, _write
+from tensormoe.compression import _write
 
 model, output, dense, where, count = sys.argv[1:]
 
@@ -131,9 +131,9 @@ def test_killed_and_continued(
 def test_what_is_done_is_not_done_again(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tensormoe.compression import _run
+    from tensormoe.compression import _stack
 
-    decompose = _run.decompose
+    decompose = _stack.decompose
     calls: list[tuple[int, ...]] = []
 
     def failing(weights: Any, *given: Any, **named: Any) -> Any:
@@ -142,7 +142,7 @@ def test_what_is_done_is_not_done_again(
             raise KeyboardInterrupt
         return decompose(weights, *given, **named)
 
-    monkeypatch.setattr(_run, "decompose", failing)
+    monkeypatch.setattr(_stack, "decompose", failing)
     with pytest.raises(KeyboardInterrupt):
         compress_checkpoint(model, tmp_path / "out", WANTED)
     seen: list[CompressionProgress] = []
@@ -204,11 +204,11 @@ def test_a_full_disk(limit: int, dense: str, model: Path, tmp_path: Path) -> Non
 def test_a_disk_that_is_too_small_is_said_first(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tensormoe.compression import _limits, _run
+    from tensormoe.compression import _limits, _stack
 
     usage = type("Usage", (), {"free": 100})()
     monkeypatch.setattr(_limits.shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(_run, "read_stack", None)
+    monkeypatch.setattr(_stack, "read_stack", None)
     with pytest.raises(CheckpointError, match=r"must have space for .* bytes; it has 100"):
         compress_checkpoint(model, tmp_path / "out", WANTED)
     assert not [*tmp_path.iterdir()]

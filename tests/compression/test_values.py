@@ -92,9 +92,9 @@ def test_nearly_dependent_factors_survive_16_bits(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a search ends with for large Tucker factors, made by hand."""
-    from tensormoe.compression import _run
+    from tensormoe.compression import _stack
 
-    decompose = _run.decompose
+    decompose = _stack.decompose
     bad = np.eye(5, dtype="float32") * 1e-3 + 1
 
     def bent(*given: Any, **named: Any) -> Any:
@@ -105,7 +105,7 @@ def test_nearly_dependent_factors_survive_16_bits(
         factors["core"] = factors["core"] @ np.linalg.inv(bad.T).astype("float32")
         return replace(found, factors=factors)
 
-    monkeypatch.setattr(_run, "decompose", bent)
+    monkeypatch.setattr(_stack, "decompose", bent)
     tensors = {key: each.bfloat16() for key, each in experts(rng).items()}
     model = save(tmp_path / "m.safetensors", tensors)
     given = np.stack([each.float().numpy().T for each in tensors.values()])

@@ -1,0 +1,334 @@
+"""Groups decomposed by the workers of a Dask cluster.
+
+A task is a group. Its worker reads the experts from the files of the model by itself, and writes
+the file of their factors to an inbox, a folder of a random name in the output folder. The process
+that called takes the file from there, and keeps the journal. The inbox exists as long as that
+process waits: a worker that does not find it is on another file system, or is not wanted any more,
+and has nowhere to write to.
+"""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import shutil
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from queue import Empty, Queue
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any
+
+from tensormoe import __version__
+from tensormoe._extras import require
+from tensormoe._format import format_bytes
+from tensormoe.checkpoint._files import PARTIAL_SUFFIX, sync_folder
+from tensormoe.compression._effort import BASE_MEMORY
+from tensormoe.compression._groups import Group
+from tensormoe.compression._measure import GroupReport
+from tensormoe.compression._plan import CompressionPlan, GroupPlan, longest_first
+from tensormoe.compression._settings import Compression
+from tensormoe.compression._shards import open_shards
+from tensormoe.compression._stack import compress_stack
+from tensormoe.decomposition._watch import Callback, Progress
+from tensormoe.errors import CheckpointError, ClusterError, PlanError, TensormoeError, located
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
+
+# seconds until a scheduler has to answer, and a worker to be there
+_REACHED = 10.0
+# seconds that a cluster may be without workers in the middle: those that died are started anew
+_REPLACED = 60.0
+# seconds between two looks at the workers, and at the inbox
+_LOOKS = 2.0
+# tasks in flight per thread: one at work and the next one, which clusters that grow have to see
+_AHEAD = 2
+
+_CONTINUES = "What is done is kept, and the same command goes on from there."
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a worker is sent.
+
+    Args:
+        version: of tensormoe in the process that called.
+        inbox: folder that the file of factors goes to.
+        file: its name.
+        shards: path and identity of the files with the group's keys.
+        group: the experts.
+        settings: of the compression.
+        budget: entries that the factors may take, if that is what is given.
+    """
+
+    version: str
+    inbox: str
+    file: str
+    shards: tuple[tuple[str, Mapping[str, Any]], ...]
+    group: Group
+    settings: Compression
+    budget: int | None
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Client]:
+    """A client of the scheduler at an address, closed at the end.
+
+    Raises:
+        MissingDependencyError: Dask distributed is not installed.
+        ClusterError: no scheduler answers there.
+    """
+    require("a cluster", ("distributed",), "cluster")
+    from distributed import Client
+
+    try:
+        # Dask would take an empty address for a wish to start a cluster
+        if not address.strip():
+            raise ValueError("it is empty")
+        client = Client(address, timeout=_REACHED, set_as_default=False)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise ClusterError(
+            f"no scheduler answers at {address!r} within {_REACHED:g} seconds: {error}. Start one "
+            "with: dask scheduler, and pass the address that it prints, such as tcp://host:8786."
+        ) from None
+    with client:
+        yield client
+
+
+def check_cluster(client: Client, plan: CompressionPlan, max_memory: int | None) -> None:
+    """Refuse a cluster that cannot do the work.
+
+    Raises:
+        TypeError: not a client of Dask's, or one for coroutines.
+        ClusterError: no scheduler, no workers, or others than this version of tensormoe.
+        PlanError: a worker with too little memory for as many groups as it has threads.
+    """
+    require("a client", ("distributed",), "cluster")
+    from distributed import Client
+
+    if not isinstance(client, Client) or client.asynchronous:
+        raise TypeError(f"client must be a distributed.Client, not asynchronous; got {client!r}.")
+    _workers(client, _REACHED)
+    with _reaching():
+        # by the names of functions that every Python has: other versions may have none of ours
+        asked = (pkgutil.resolve_name, "tensormoe:__version__")
+        versions = client.run(*asked, on_error="return")
+        info = client.scheduler_info(n_workers=-1)["workers"]
+    for worker, version in versions.items():
+        _check_version(__version__, version, worker)
+    for worker, each in info.items():
+        limits = [limit for limit in (max_memory, each["memory_limit"]) if limit]
+        needed = BASE_MEMORY + each["nthreads"] * (plan.memory - BASE_MEMORY)
+        if limits and needed > min(limits):
+            raise PlanError(
+                f"a worker must have {format_bytes(needed)} of memory for a group on each of its "
+                f"threads; worker {worker} has {format_bytes(min(limits))} and "
+                f"{each['nthreads']} threads. Start workers with --nthreads 1, raise "
+                "--memory-limit or max_memory, or lower the budget or the rank."
+            )
+
+
+def on_cluster(
+    client: Client, plan: CompressionPlan, groups: Sequence[GroupPlan], paths: Mapping[str, str]
+) -> Iterator[tuple[GroupPlan, GroupReport]]:
+    """Decompose groups; those that take longest first, results as they come.
+
+    Close the iterator when it is left early: what is not done then is cancelled.
+
+    Args:
+        client: of the cluster, checked.
+        plan: of the compression.
+        groups: what is left to do.
+        paths: of the files of factors by the name of the group, in a folder of the output.
+
+    Raises:
+        ClusterError: the cluster, or all of its workers, were lost.
+        TensormoeError: a group that can't be done.
+    """
+    waiting = deque(longest_first(groups))
+    running: dict[Future, GroupPlan] = {}
+    ended: Queue[Future] = Queue()
+    folder = os.path.dirname(os.path.dirname(next(iter(paths.values()))))
+    with _new_inbox(folder) as inbox:
+        try:
+            while waiting or running:
+                slots = _AHEAD * sum(_workers(client, _REPLACED).values())
+                while waiting and len(running) < slots:
+                    each = waiting.popleft()
+                    task = _task(plan, each, inbox, os.path.basename(paths[each.group.name]))
+                    with _reaching():
+                        future = client.submit(compress_task, task, pure=False)
+                    running[future] = each
+                    future.add_done_callback(ended.put)
+                try:
+                    future = ended.get(timeout=_LOOKS)
+                except Empty:
+                    continue
+                report = _result(future, running[future])
+                if report is None:
+                    future.add_done_callback(ended.put)
+                    continue
+                each = running.pop(future)
+                _take(inbox, paths[each.group.name])
+                yield each, report
+        finally:
+            # of a scheduler that is lost there is nothing to cancel
+            with suppress(Exception):
+                client.cancel(list(running))
+
+
+def compress_task(task: _Task) -> GroupReport:
+    """Decompose a group, on a worker.
+
+    Raises:
+        ClusterError: the worker has another version of tensormoe.
+        CheckpointError: the worker sees another model or output folder than who sent the task.
+        TensormoeError: a group that can't be done.
+    """
+    from distributed import get_worker
+
+    worker = get_worker().address
+    _check_version(task.version, __version__, worker)
+    try:
+        _check_inbox(task.inbox)
+        try:
+            model = open_shards(task.shards)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} {_SHARED}") from None
+        path = os.path.join(task.inbox, task.file)
+        wanted = _while_wanted(task.inbox)
+        return compress_stack(model, task.group, task.settings, task.budget, path, wanted)
+    except TensormoeError as error:
+        raise located(error, f"worker {worker}") from None
+
+
+_SHARED = (
+    "The model and the output must be on a file system that this process and all workers share, "
+    "under the same paths."
+)
+
+
+def _check_inbox(inbox: str) -> None:
+    if not os.path.isdir(inbox):
+        raise CheckpointError(
+            f"the output folder {os.path.dirname(inbox)!r} of this compression is not there. "
+            f"{_SHARED}"
+        )
+    if not os.access(inbox, os.W_OK):
+        raise CheckpointError(
+            f"the output folder {os.path.dirname(inbox)!r} can't be written. Let the workers run "
+            "as a user who may."
+        )
+
+
+def _while_wanted(inbox: str) -> Callback:
+    """Ends a search of which nobody waits for the result."""
+    looked = monotonic()
+
+    def told(_: Progress) -> None:
+        nonlocal looked
+        if monotonic() - looked > _LOOKS:
+            _check_inbox(inbox)
+            looked = monotonic()
+
+    return told
+
+
+def _task(plan: CompressionPlan, each: GroupPlan, inbox: str, file: str) -> _Task:
+    shards = {shard.path: shard for key in each.group.keys for shard in (plan.model.places[key][0],)}
+    read = tuple((path, dict(shard.identity)) for path, shard in shards.items())
+    return _Task(__version__, inbox, file, read, each.group, plan.settings, each.budget)
+
+
+def _result(future: Future, each: GroupPlan) -> GroupReport | None:
+    """The report of a task that ended; None if its worker died with it, and it runs again."""
+    from distributed import KilledWorker
+
+    if future.status == "error":
+        error = future.exception()
+        if isinstance(error, KilledWorker):
+            raise ClusterError(
+                f"{each.group.name!r}: {error} If they ran out of memory, start workers with a "
+                f"--memory-limit of {format_bytes(each.memory)} per thread. {_CONTINUES}"
+            ) from None
+        if isinstance(error, ImportError):
+            raise ClusterError(
+                f"workers must have tensormoe {__version__} with NumPy; one of them says: {error}. "
+                f"{_CONTINUES}"
+            ) from None
+        XX
+        raise ClusterError(f"the scheduler was lost, or has dropped the work. {_CONTINUES}")
+    with suppress(TimeoutError), _reaching():
+        return future.result(timeout=_REACHED)
+    return None
+
+
+def _take(inbox: str, path: str) -> None:
+    """Give a file in the inbox its name."""
+    source = os.path.join(inbox, os.path.basename(path))
+    try:
+        os.replace(source, path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{source!r} was written by a worker and can't be moved here: "
+            f"{error.strerror or error}. {_SHARED}"
+        ) from None
+    sync_folder(os.path.dirname(path))
+
+
+@contextmanager
+def _new_inbox(folder: str) -> Iterator[str]:
+    inbox = os.path.join(folder, f".{os.urandom(8).hex()}{PARTIAL_SUFFIX}")
+    try:
+        os.mkdir(inbox)
+    except OSError as error:
+        raise CheckpointError(f"{inbox!r} can't be made: {error.strerror or error}.") from None
+    try:
+        yield inbox
+    finally:
+        # under another name first, so that nothing is written to it meanwhile
+        gone = os.path.join(folder, f".{os.urandom(8).hex()}{PARTIAL_SUFFIX}")
+        with suppress(OSError):
+            os.rename(inbox, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _check_version(wanted: str, found: object, worker: str) -> None:
+    if found != wanted:
+        shown = found if isinstance(found, str) else f"none ({found})"
+        raise ClusterError(
+            f"workers must have the same tensormoe as this process, {wanted}; worker {worker} has "
+            f"{shown}. Start it from the same environment."
+        )
+
+
+def _workers(client: Client, within: float) -> Mapping[str, int]:
+    """Threads of each worker.
+
+    Raises:
+        ClusterError: the scheduler is lost, or there is no worker within some seconds.
+    """
+    end = monotonic() + within
+    while True:
+        with _reaching():
+            found: Mapping[str, int] = client.nthreads()
+        if found:
+            return found
+        if monotonic() > end:
+            raise ClusterError(
+                f"a cluster must have a worker; there was none for {within:g} seconds. Start some "
+                f"with: dask worker ADDRESS --nthreads 1. {_CONTINUES}"
+            )
+        sleep(min(0.1, within))
+
+
+@contextmanager
+def _reaching() -> Iterator[None]:
+    """Turn what Dask raises where a scheduler is lost into one error."""
+    try:
+        yield
+    except (OSError, RuntimeError, CancelledError) as error:
+        raise ClusterError(f"the scheduler was lost: {error}. {_CONTINUES}") from None

@@ -1,0 +1,86 @@
+"""A stack of experts: read, decomposed, measured and written."""
+
+from __future__ import annotations
+
+import os
+
+from tensormoe.compression._folder import place_of
+from tensormoe.compression._groups import Group
+from tensormoe.compression._measure import GroupReport, stored_errors
+from tensormoe.compression._outputs import EXPERTS
+from tensormoe.compression._settings import Compression
+from tensormoe.compression._shards import Model
+from tensormoe.compression._values import read_stack, rounded, working_dtype
+from tensormoe.compression._write import write_factors
+from tensormoe.decomposition._decompose import decompose
+from tensormoe.decomposition._gauge import robust
+from tensormoe.decomposition._search import Search
+from tensormoe.decomposition._watch import Callback
+from tensormoe.errors import TensormoeError
+
+
+def compress_stack(
+    model: Model,
+    group: Group,
+    settings: Compression,
+    budget: int | None,
+    path: str,
+    callback: Callback | None,
+) -> GroupReport:
+    """Decompose one group, and write its factors.
+
+    Args:
+        model: the files with the group's keys, at least.
+        group: the experts.
+        settings: of the compression.
+        budget: entries that the factors may take, if that is what is given.
+        path: of the file of factors.
+        callback: told of every sweep.
+
+    Raises:
+        KeyboardInterrupt: the group is left as it is for another time.
+    """
+    stack = read_stack(model, group)
+    try:
+        found = decompose(
+            stack,
+            settings.factorization,
+            rank=settings.rank,
+            budget=budget,
+            tolerance=settings.tolerance,
+            search=Search(seconds=settings.seconds),
+            callback=callback,
+            compare=settings.compare,
+            seed=settings.seed,
+        )
+    except TensormoeError as reason:
+        raise type(reason)(f"{group.name!r}: {reason}") from reason
+    if found.report.ended == "interrupted":
+        # factors of half a search would stay for good
+        raise KeyboardInterrupt
+    config = found.config()
+    # matrices are rebuilt from factors that were never rounded
+    stored = working_dtype(group.dtype) if settings.dense else group.dtype
+    best = found.factors
+    if stored != working_dtype(group.dtype):
+        best = robust(config.spec.network, best)
+    factors = {f"factors.{name}": rounded(array, stored) for name, array in best.items()}
+    error, errors = stored_errors(stack, config, factors, group.dtype, settings.dense)
+    place = None if settings.dense else place_of(group)
+    write_factors(path, config, factors, stored, "" if place is None else place.prefix)
+    return GroupReport(
+        group.name,
+        None if settings.dense else f"{EXPERTS}/{os.path.basename(path)}",
+        group.experts,
+        group.in_features,
+        group.out_features,
+        group.dtype,
+        config.spec.factorization.rank,
+        group.entries,
+        config.spec.num_parameters,
+        error,
+        errors,
+        found.report.controls,
+        found.report.seconds,
+        found.report.ended,
+    )
