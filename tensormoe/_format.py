@@ -35,10 +35,10 @@ def format_bytes(size: float) -> str:
 def format_time(seconds: float) -> str:
     """A duration in three digits.
 
-    >>> format_time(0.00123), format_time(2.5e-5), format_time(75.0)
-    ('1.23 ms', '25 µs', '75 s')
+    >>> format_time(0.00123), format_time(2.5e-5), format_time(75.0), format_time(9000.0)
+    ('1.23 ms', '25 µs', '75 s', '2.5 h')
     """
-    for threshold, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+    for threshold, unit in ((3600.0, "h"), (1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
         if seconds >= threshold:
             return f"{_three(seconds / threshold)} {unit}"
     return f"{_three(seconds * 1e9)} ns"

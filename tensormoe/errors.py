@@ -130,7 +130,7 @@ class CheckpointError(TensormoeError, ValueError):
 
 
 class ClusterError(TensormoeError, RuntimeError):
-    """A cluster that cannot do the work: out of reach, without workers, unlike this process, lost."""
+    """A cluster that cannot do the work: out of reach, without workers, or of another version."""
 
 
 class BackendError(TensormoeError, TypeError):

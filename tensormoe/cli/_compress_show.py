@@ -114,8 +114,8 @@ def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> Non
         f"on {device.name}, as far as FLOPs tell",
         soft_wrap=True,
     )
-    times = (f"{format_time(plan.seconds_on(each))} on {each}" for each in MACHINES[1:])
-    console.print(f"on a cluster of such machines: {', '.join(times)}", soft_wrap=True)
+    times = (f"{format_time(plan.seconds_on(each))} on {each}" for each in MACHINES)
+    console.print(f"on such machines in a cluster: {', '.join(times)}", soft_wrap=True)
     if limit is not None and plan.memory > limit:
         console.print(f"This does not fit in {format_bytes(limit)}.", style="bold red")
     console.print("A dry run: only headers were read, and nothing was written.")

@@ -9,6 +9,7 @@ and has nowhere to write to.
 
 from __future__ import annotations
 
+import logging
 import os
 import pkgutil
 import shutil
@@ -75,7 +76,7 @@ class _Task:
 
 @contextmanager
 def connected(address: str) -> Iterator[Client]:
-    """A client of the scheduler at an address, closed at the end.
+    """A client of the scheduler at an address, closed at the end; for a command, which alone prints.
 
     Raises:
         MissingDependencyError: Dask distributed is not installed.
@@ -88,14 +89,26 @@ def connected(address: str) -> Iterator[Client]:
         # Dask would take an empty address for a wish to start a cluster
         if not address.strip():
             raise ValueError("it is empty")
-        client = Client(address, timeout=_REACHED, set_as_default=False)
+        with _no_logs():
+            client = Client(address, timeout=_REACHED, set_as_default=False)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise ClusterError(
             f"no scheduler answers at {address!r} within {_REACHED:g} seconds: {error}. Start one "
             "with: dask scheduler, and pass the address that it prints, such as tcp://host:8786."
         ) from None
-    with client:
+    with _no_logs(), client:
         yield client
+
+
+@contextmanager
+def _no_logs() -> Iterator[None]:
+    """Without Dask's own messages, pages of them where a connection is lost."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def check_cluster(client: Client, plan: CompressionPlan, max_memory: int | None) -> None:
@@ -238,7 +251,9 @@ def _while_wanted(inbox: str) -> Callback:
 
 
 def _task(plan: CompressionPlan, each: GroupPlan, inbox: str, file: str) -> _Task:
-    shards = {shard.path: shard for key in each.group.keys for shard in (plan.model.places[key][0],)}
+    shards = {
+        shard.path: shard for key in each.group.keys for shard in (plan.model.places[key][0],)
+    }
     read = tuple((path, dict(shard.identity)) for path, shard in shards.items())
     return _Task(__version__, inbox, file, read, each.group, plan.settings, each.budget)
 
@@ -259,11 +274,15 @@ def _result(future: Future, each: GroupPlan) -> GroupReport | None:
                 f"workers must have tensormoe {__version__} with NumPy; one of them says: {error}. "
                 f"{_CONTINUES}"
             ) from None
-        XX
+        # with the worker's traceback
+        future.result()
+    if future.status == "cancelled":
         raise ClusterError(f"the scheduler was lost, or has dropped the work. {_CONTINUES}")
-    with suppress(TimeoutError), _reaching():
-        return future.result(timeout=_REACHED)
-    return None
+    try:
+        report: GroupReport = future.result(timeout=_REACHED)
+    except (OSError, CancelledError):
+        return None
+    return report
 
 
 def _take(inbox: str, path: str) -> None:
@@ -330,5 +349,6 @@ def _reaching() -> Iterator[None]:
     """Turn what Dask raises where a scheduler is lost into one error."""
     try:
         yield
-    except (OSError, RuntimeError, CancelledError) as error:
+    # the last one of a client that has closed itself in the meantime
+    except (OSError, RuntimeError, CancelledError, AttributeError) as error:
         raise ClusterError(f"the scheduler was lost: {error}. {_CONTINUES}") from None
