@@ -197,7 +197,7 @@ $(OLDEST_VENV)/.ready: $(REQUIREMENTS)
 	@# by pip, which knows where the PyTorch of the other environments is from
 	@$(OLDEST_VENV)/bin/python $(PIP_INSTALL) uv torch
 	@$(OLDEST_VENV)/bin/uv pip install --quiet --python $(OLDEST_VENV)/bin/python \
-	    --resolution lowest-direct -c constraints.txt -e '.[cupy,demo,equinox,flax,testing]' \
+	    --resolution lowest-direct -c constraints.txt -e '.[cluster,cupy,demo,equinox,flax,testing]' \
 	    'array-api-compat>=1.11' 'array-api-strict>=2.3' 'dask[array]>=2025.7' \
 	    'flatbuffers>=24.3' 'mpmath>=1.3' 'pytest-xdist>=3.6' 'safetensors>=0.8' \
 	    'transformers>=5.13'

@@ -1,10 +1,7 @@
 """Groups decomposed by the workers of a Dask cluster.
 
-A task is a group. Its worker reads the experts from the files of the model by itself, and writes
-the file of their factors to an inbox, a folder of a random name in the output folder. The process
-that called takes the file from there, and keeps the journal. The inbox exists as long as that
-process waits: a worker that does not find it is on another file system, or is not wanted any more,
-and has nowhere to write to.
+A task is a group, and leaves the file of its factors in an inbox. The process that called takes it
+from there, keeps the journal, and writes all else.
 """
 
 from __future__ import annotations
@@ -14,27 +11,22 @@ import os
 import pkgutil
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from queue import Empty, Queue
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tensormoe import __version__
 from tensormoe._extras import require
 from tensormoe._format import format_bytes
 from tensormoe.checkpoint._files import PARTIAL_SUFFIX, sync_folder
 from tensormoe.compression._effort import BASE_MEMORY
-from tensormoe.compression._groups import Group
 from tensormoe.compression._measure import GroupReport
 from tensormoe.compression._plan import CompressionPlan, GroupPlan, longest_first
-from tensormoe.compression._settings import Compression
-from tensormoe.compression._shards import open_shards
-from tensormoe.compression._stack import compress_stack
-from tensormoe.decomposition._watch import Callback, Progress
-from tensormoe.errors import CheckpointError, ClusterError, PlanError, TensormoeError, located
+from tensormoe.compression._worker import SHARED, Task, check_version, compress_task
+from tensormoe.errors import CheckpointError, ClusterError, PlanError
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -43,7 +35,7 @@ if TYPE_CHECKING:
 _REACHED = 10.0
 # seconds that a cluster may be without workers in the middle: those that died are started anew
 _REPLACED = 60.0
-# seconds between two looks at the workers, and at the inbox
+# seconds between two looks at the workers
 _LOOKS = 2.0
 # tasks in flight per thread: one at work and the next one, which clusters that grow have to see
 _AHEAD = 2
@@ -51,32 +43,9 @@ _AHEAD = 2
 _CONTINUES = "What is done is kept, and the same command goes on from there."
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What a worker is sent.
-
-    Args:
-        version: of tensormoe in the process that called.
-        inbox: folder that the file of factors goes to.
-        file: its name.
-        shards: path and identity of the files with the group's keys.
-        group: the experts.
-        settings: of the compression.
-        budget: entries that the factors may take, if that is what is given.
-    """
-
-    version: str
-    inbox: str
-    file: str
-    shards: tuple[tuple[str, Mapping[str, Any]], ...]
-    group: Group
-    settings: Compression
-    budget: int | None
-
-
 @contextmanager
 def connected(address: str) -> Iterator[Client]:
-    """A client of the scheduler at an address, closed at the end; for a command, which alone prints.
+    """A client of a scheduler for a command, which alone prints; closed at the end.
 
     Raises:
         MissingDependencyError: Dask distributed is not installed.
@@ -131,7 +100,7 @@ def check_cluster(client: Client, plan: CompressionPlan, max_memory: int | None)
         versions = client.run(*asked, on_error="return")
         info = client.scheduler_info(n_workers=-1)["workers"]
     for worker, version in versions.items():
-        _check_version(__version__, version, worker)
+        check_version(__version__, version, worker)
     for worker, each in info.items():
         limits = [limit for limit in (max_memory, each["memory_limit"]) if limit]
         needed = BASE_MEMORY + each["nthreads"] * (plan.memory - BASE_MEMORY)
@@ -146,7 +115,7 @@ def check_cluster(client: Client, plan: CompressionPlan, max_memory: int | None)
 
 def on_cluster(
     client: Client, plan: CompressionPlan, groups: Sequence[GroupPlan], paths: Mapping[str, str]
-) -> Iterator[tuple[GroupPlan, GroupReport]]:
+) -> Generator[tuple[GroupPlan, GroupReport]]:
     """Decompose groups; those that take longest first, results as they come.
 
     Close the iterator when it is left early: what is not done then is cancelled.
@@ -162,8 +131,8 @@ def on_cluster(
         TensormoeError: a group that can't be done.
     """
     waiting = deque(longest_first(groups))
-    running: dict[Future, GroupPlan] = {}
-    ended: Queue[Future] = Queue()
+    running: dict[Future[GroupReport], GroupPlan] = {}
+    ended: Queue[Future[GroupReport]] = Queue()
     folder = os.path.dirname(os.path.dirname(next(iter(paths.values()))))
     with _new_inbox(folder) as inbox:
         try:
@@ -193,72 +162,15 @@ def on_cluster(
                 client.cancel(list(running))
 
 
-def compress_task(task: _Task) -> GroupReport:
-    """Decompose a group, on a worker.
-
-    Raises:
-        ClusterError: the worker has another version of tensormoe.
-        CheckpointError: the worker sees another model or output folder than who sent the task.
-        TensormoeError: a group that can't be done.
-    """
-    from distributed import get_worker
-
-    worker = get_worker().address
-    _check_version(task.version, __version__, worker)
-    try:
-        _check_inbox(task.inbox)
-        try:
-            model = open_shards(task.shards)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error} {_SHARED}") from None
-        path = os.path.join(task.inbox, task.file)
-        wanted = _while_wanted(task.inbox)
-        return compress_stack(model, task.group, task.settings, task.budget, path, wanted)
-    except TensormoeError as error:
-        raise located(error, f"worker {worker}") from None
-
-
-_SHARED = (
-    "The model and the output must be on a file system that this process and all workers share, "
-    "under the same paths."
-)
-
-
-def _check_inbox(inbox: str) -> None:
-    if not os.path.isdir(inbox):
-        raise CheckpointError(
-            f"the output folder {os.path.dirname(inbox)!r} of this compression is not there. "
-            f"{_SHARED}"
-        )
-    if not os.access(inbox, os.W_OK):
-        raise CheckpointError(
-            f"the output folder {os.path.dirname(inbox)!r} can't be written. Let the workers run "
-            "as a user who may."
-        )
-
-
-def _while_wanted(inbox: str) -> Callback:
-    """Ends a search of which nobody waits for the result."""
-    looked = monotonic()
-
-    def told(_: Progress) -> None:
-        nonlocal looked
-        if monotonic() - looked > _LOOKS:
-            _check_inbox(inbox)
-            looked = monotonic()
-
-    return told
-
-
-def _task(plan: CompressionPlan, each: GroupPlan, inbox: str, file: str) -> _Task:
+def _task(plan: CompressionPlan, each: GroupPlan, inbox: str, file: str) -> Task:
     shards = {
         shard.path: shard for key in each.group.keys for shard in (plan.model.places[key][0],)
     }
     read = tuple((path, dict(shard.identity)) for path, shard in shards.items())
-    return _Task(__version__, inbox, file, read, each.group, plan.settings, each.budget)
+    return Task(__version__, inbox, file, read, each.group, plan.settings, each.budget)
 
 
-def _result(future: Future, each: GroupPlan) -> GroupReport | None:
+def _result(future: Future[GroupReport], each: GroupPlan) -> GroupReport | None:
     """The report of a task that ended; None if its worker died with it, and it runs again."""
     from distributed import KilledWorker
 
@@ -293,7 +205,7 @@ def _take(inbox: str, path: str) -> None:
     except OSError as error:
         raise CheckpointError(
             f"{source!r} was written by a worker and can't be moved here: "
-            f"{error.strerror or error}. {_SHARED}"
+            f"{error.strerror or error}. {SHARED}"
         ) from None
     sync_folder(os.path.dirname(path))
 
@@ -312,16 +224,8 @@ def _new_inbox(folder: str) -> Iterator[str]:
         gone = os.path.join(folder, f".{os.urandom(8).hex()}{PARTIAL_SUFFIX}")
         with suppress(OSError):
             os.rename(inbox, gone)
-        shutil.rmtree(gone, ignore_errors=True)
-
-
-def _check_version(wanted: str, found: object, worker: str) -> None:
-    if found != wanted:
-        shown = found if isinstance(found, str) else f"none ({found})"
-        raise ClusterError(
-            f"workers must have the same tensormoe as this process, {wanted}; worker {worker} has "
-            f"{shown}. Start it from the same environment."
-        )
+        for each in (gone, inbox):
+            shutil.rmtree(each, ignore_errors=True)
 
 
 def _workers(client: Client, within: float) -> Mapping[str, int]:
@@ -333,7 +237,8 @@ def _workers(client: Client, within: float) -> Mapping[str, int]:
     end = monotonic() + within
     while True:
         with _reaching():
-            found: Mapping[str, int] = client.nthreads()
+            # a scheduler that hangs is lost too
+            found: Mapping[str, int] = client.nthreads(callback_timeout=_REPLACED)
         if found:
             return found
         if monotonic() > end:

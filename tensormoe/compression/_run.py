@@ -115,10 +115,8 @@ def compress_checkpoint(
                 work.target, tuple(map(GroupReport.from_dict, work.manifest["groups"]))
             )
         check_disk(plan, work)
-        if client is not None:
-            check_cluster(client, plan, max_memory)
         try:
-            reports = _made(plan, work, Teller(callback), client)
+            reports = _made(plan, work, Teller(callback), client, max_memory)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_resumed(plan, work)) from None
         manifest = {
@@ -130,7 +128,11 @@ def compress_checkpoint(
 
 
 def _made(
-    plan: CompressionPlan, work: Work, tell: Teller, client: Client | None
+    plan: CompressionPlan,
+    work: Work,
+    tell: Teller,
+    client: Client | None,
+    max_memory: int | None,
 ) -> tuple[GroupReport, ...]:
     """Every group that is not there yet, then every file."""
     files = factor_files(plan)
@@ -142,7 +144,8 @@ def _made(
     ]
     total = plan.dense_entries
     done = total - sum(each.group.entries for each in left)
-    if client is not None:
+    if client is not None and left:
+        check_cluster(client, plan, max_memory)
         tell(EXPERTS, "", done, total)
         with closing(on_cluster(client, plan, left, paths)) as found:
             for each, report in found:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 from distributed import Client, LocalCluster
 
-from tensormoe.compression import Compression, compress_checkpoint
+from tensormoe.checkpoint._files import PARTIAL_SUFFIX
+from tensormoe.compression import Compression, CompressionProgress, compress_checkpoint
 from tests._compress_models import PATTERN, content, experts, save_shards
 from tests._python import ENVIRONMENT
 
@@ -71,7 +73,7 @@ _stack.decompose = dying
 
 ENDLESS = """
 import pathlib, time
-from tensormoe.compression import _cluster, _stack
+from tensormoe.compression import _stack, _worker
 
 def endless(*given, callback, **named):
     pathlib.Path({marker!r}).touch()
@@ -79,16 +81,16 @@ def endless(*given, callback, **named):
         time.sleep(0.02)
         callback(None)
 
-_cluster._LOOKS = 0.1
-_cluster._kept = _stack.decompose
+_worker._LOOKS = 0.1
+_worker._kept = _stack.decompose
 _stack.decompose = endless
 """
 """Searches that end when nobody waits for them; ``MENDED`` undoes it."""
 
 MENDED = """
-from tensormoe.compression import _cluster, _stack
+from tensormoe.compression import _stack, _worker
 
-_stack.decompose = _cluster._kept
+_stack.decompose = _worker._kept
 """
 
 
@@ -135,3 +137,27 @@ def soon(condition: Any, seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def after(groups: int, action: Callable[[], object]) -> Callable[[CompressionProgress], None]:
+    """A callback that does something once when so many groups are done."""
+    seen: list[str] = []
+
+    def told(now: CompressionProgress) -> None:
+        if now.stage == "experts" and len(seen) <= groups:
+            seen.append(now.name)
+            if len(seen) == groups + 1:
+                action()
+
+    return told
+
+
+def journal(output: Path) -> list[str]:
+    """Names of the groups that are done."""
+    text = Path(f"{output}{PARTIAL_SUFFIX}", ".tensormoe-journal").read_text()
+    return [json.loads(line)["group"] for line in text.splitlines()[1:]]
+
+
+def in_parts(output: Path) -> list[Path]:
+    """Files and folders that were left in the middle."""
+    return [p for p in Path(f"{output}{PARTIAL_SUFFIX}").rglob("*") if PARTIAL_SUFFIX in p.name]

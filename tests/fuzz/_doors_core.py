@@ -261,7 +261,12 @@ def _decomposition() -> Iterator[Door]:
         "compress_checkpoint",
         compress_checkpoint,
         lambda: dict(
-            model="nowhere", output="out", settings=settings, max_memory=None, progress=None
+            model="nowhere",
+            output="out",
+            settings=settings,
+            max_memory=None,
+            callback=None,
+            client=None,
         ),
     )
 
