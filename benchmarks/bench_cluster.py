@@ -3,7 +3,8 @@
 A model of equal stacks of experts is compressed by one worker and by two, each a process with one
 thread on this machine, by turns; the shortest time of each counts. Times are those of whole calls:
 the stacks read, decomposed and written, and all other files. Workers are started and warm before.
-Two workers need two idle cores.
+Two workers need two idle cores. *busy* is the share of the workers' time in which they decompose,
+which a busy machine does not change much.
 
     python benchmarks/bench_cluster.py
 """
@@ -42,11 +43,14 @@ def write_model(path: Path, stacks: int) -> None:
     save_file(tensors, path)
 
 
-def timed(model: Path, client: Client) -> float:
+def timed(model: Path, client: Client) -> tuple[float, float]:
+    """Seconds of a call, and the share of them in which workers decompose."""
     with tempfile.TemporaryDirectory(dir=model.parent) as folder:
         start = perf_counter()
-        compress_checkpoint(model, Path(folder, "out"), WANTED, client=client)
-        return perf_counter() - start
+        found = compress_checkpoint(model, Path(folder, "out"), WANTED, client=client)
+        taken = perf_counter() - start
+    work = sum(each.seconds or 0.0 for each in found.groups)
+    return taken, work / taken / sum(client.nthreads().values())
 
 
 def main() -> None:
@@ -64,7 +68,7 @@ def main() -> None:
         model, small = Path(folder, "model.safetensors"), Path(folder, "small.safetensors")
         write_model(model, options.stacks)
         write_model(small, 2)
-        times: dict[Client, list[float]] = {first: [], second: []}
+        times: dict[Client, list[tuple[float, float]]] = {first: [], second: []}
         for client in times:
             timed(small, client)
         for _ in range(options.repeats):
@@ -75,7 +79,9 @@ def main() -> None:
         f"{options.stacks} stacks {SHAPE} float32 to {WANTED.rank}, {os.cpu_count()} cores, load "
         f"{os.getloadavg()[0]:.1f}; {settings()}"
     )
-    print(f"one worker {alone:.2f} s, two workers {both:.2f} s, ratio {both / alone:.2f}")
+    for name, (seconds, busy) in (("one worker", alone), ("two workers", both)):
+        print(f"{name:>11}: {seconds:6.2f} s, busy {busy:.0%}")
+    print(f"      ratio: {both[0] / alone[0]:6.2f}")
 
 
 if __name__ == "__main__":
