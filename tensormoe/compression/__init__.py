@@ -7,6 +7,8 @@ which is read, decomposed and written before the next one. :class:`Compression` 
 :func:`plan_compression` what that takes, and :func:`compress_checkpoint` does it, as the command
 ``tensormoe compress`` does.
 
+With a client of a Dask cluster, its workers decompose the groups.
+
 The work is done on NumPy in float32, or in float64 where the experts are. Memory and files are
 counted in bytes, parameters in entries, times in seconds. Errors are Frobenius norms of what is
 missing, relative to those of the experts: 0 where nothing was lost, 1 where everything was.

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _REACHED = 10.0
 # seconds that a cluster may be without workers in the middle: those that died are started anew
 _REPLACED = 60.0
+# seconds until a scheduler that hangs is taken for lost
+_HANGS = 60.0
 # seconds between two looks at the workers
 _LOOKS = 2.0
 # tasks in flight per thread: one at work and the next one, which clusters that grow have to see
@@ -237,8 +239,7 @@ def _workers(client: Client, within: float) -> Mapping[str, int]:
     end = monotonic() + within
     while True:
         with _reaching():
-            # a scheduler that hangs is lost too
-            found: Mapping[str, int] = client.nthreads(callback_timeout=_REPLACED)
+            found: Mapping[str, int] = client.nthreads(callback_timeout=_HANGS)
         if found:
             return found
         if monotonic() > end:

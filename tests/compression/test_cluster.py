@@ -202,6 +202,7 @@ def test_a_lost_scheduler(
         def last(*given: str) -> None:
             take(*given)
             first.scheduler.kill()
+            first.scheduler.wait()
 
         patch.setattr(_cluster, "_take", last)
         words += ["--output", str(output), "--scheduler", first.address]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,7 @@ from tests._compress_models import PATTERN, experts, save
 from tests.compression._clusters import (
     GROUPS,
     WANTED,
+    Processes,
     after,
     continued,
     in_process,
@@ -76,6 +79,23 @@ def test_addresses_where_no_scheduler_is(
     assert not list(tmp_path.iterdir())
 
 
+def test_without_dask(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    words = ["compress", str(model), "--experts", PATTERN[0], "--budget", "50%", "--json"]
+    words += ["--output", str(tmp_path / "out")]
+    assert main([*words, "--scheduler", "tcp://127.0.0.1:1"]) == 2
+    assert capsys.readouterr().err == (
+        "error: a cluster needs distributed, which is not installed. Install it with: pip install "
+        "'tensormoe[cluster]'.\n"
+    )
+    assert main(words) == 0
+
+
 def test_no_workers(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cluster, "_REACHED", 0.1)
     monkeypatch.setattr(_cluster, "_REPLACED", 0.1)
@@ -93,6 +113,20 @@ def test_no_workers(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ClusterError, match="scheduler was lost"):
         compress_checkpoint(model, output, WANTED, client=client)
     continued(model, output)
+
+
+def test_a_scheduler_that_hangs(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cluster, "_HANGS", 0.5)
+    with Processes(tmp_path) as started, Client(started.address, set_as_default=False) as client:
+        os.kill(started.scheduler.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(ClusterError, match=r"scheduler was lost: timed out"):
+                compress_checkpoint(model, tmp_path / "out", WANTED, client=client)
+        finally:
+            os.kill(started.scheduler.pid, signal.SIGCONT)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_another_version(
