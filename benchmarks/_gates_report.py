@@ -9,9 +9,47 @@ from typing import Any
 
 from _gates_runs import DECAY, Found, Runs
 
-__all__ = ["print_tables"]
+__all__ = ["print_screen", "print_tables"]
 
 Row = dict[str, Any]
+
+
+def print_screen(runs: Runs, names: Iterable[str]) -> None:
+    """Print one row per candidate: what it gains over the linear layer on both tasks.
+
+    Args:
+        runs: of the stage.
+        names: of the candidates.
+    """
+    cells = [(task, experts) for task in ("text", "images") for experts in (16, 256)]
+    heads = [f"{task}, {experts}" for task, experts in cells]
+    print(
+        f"| gate | mean | {' | '.join(heads)} | dead, %: {' | '.join(heads[1::2])} | first step |"
+    )
+    print("| --- |" + " ---: |" * (len(cells) + 4))
+    table = []
+    for name in names:
+        gains, dead, first = [], [], 0.0
+        for task, experts in cells:
+            base = 100 * mean(_all(_screened(runs, task, "linear", []), "accuracy"))
+            found = _screened(runs, task, name, [experts])
+            gains.append([100 * each - base for each in _all(found, "accuracy")])
+            dead.append(_levels(found, "dead", 100))
+            first = max(first, *_all(found, "gradient_ratio"))
+        total = mean(mean(each) for each in gains)
+        parts = [f"{mean(each):+.2f} ± {(max(each) - min(each)) / 2:.2f}" for each in gains]
+        row = [name, f"{total:+.2f}", *parts, *dead[1::2], f"{first:.2g}"]
+        table.append((total, f"| {' | '.join(row)} |"))
+    for _, line in sorted(table, reverse=True):
+        print(line)
+
+
+def _screened(runs: Runs, task: str, model: str, experts: list[int]) -> list[Found]:
+    """The scored runs of a model with AdamW and the gate on top."""
+    wanted = {"task": task, "model": model, "experts": experts, "total": False, "held_out": False}
+    wanted |= {"optimizer": "adamw", "decay": DECAY}
+    wanted |= {"factorization": "cp"} if experts else {}
+    return [found for key, found in runs.known.items() if wanted.items() <= json.loads(key).items()]
 
 
 def print_tables(runs: Runs) -> None:

@@ -17,8 +17,9 @@ and the MLP included, gets the rate that is best for it on held-out data, from t
 three seeds are scored on the test data.
 
 Runs are written to ``out/gates/runs.jsonl`` as they end; a second call goes on from there, and
-``table`` prints what is there. Needs PyTorch, and the data that ``benchmarks/_gates_tasks.py``
-names, in ``out/gates``. One core is used; the whole takes some hours, ``--quick`` some seconds.
+``table`` prints what is there; ``screen`` ends with one row per candidate. Needs PyTorch, and the
+data that ``benchmarks/_gates_tasks.py`` names, in ``out/gates``. One core is used; the whole takes
+some hours, ``--quick`` some seconds.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from _gates_candidates import CANDIDATES
-from _gates_report import print_tables
+from _gates_report import print_screen, print_tables
 from _gates_runs import DECAY, Runs, Setting
 from _gates_tasks import TASKS, Task, load_task
 
@@ -157,6 +158,9 @@ def main() -> None:
             best = tuned(runs, setting, *grid)
             for seed in SEEDS:
                 runs.get(replace(best, seed=seed), CANDIDATES.get(setting.model))
+        if options.stage == "screen":
+            print_screen(runs, CANDIDATES)
+            return
     print_tables(runs)
 
 
