@@ -1,8 +1,9 @@
-"""Single experts scaled, silenced or replaced; all others stay as they are.
+"""Experts scaled, silenced, replaced, merged or permuted; coefficients and logits steered by them.
 
-The functions take a layer's configuration and its arrays by canonical name, of any library, and
+Edits of experts take a layer's configuration and its arrays by canonical name, of any library, and
 return a dictionary with new arrays where something changed. Nothing is changed in place, so that
-keeping the old dictionary is enough to take an edit back.
+keeping the old dictionary is enough to take an edit back. Edits of coefficients and logits take and
+return arrays.
 
 >>> import numpy as np
 >>> from tensormoe_numpy import MuMoE
@@ -15,6 +16,26 @@ keeping the old dictionary is enough to take an edit back.
 
 from __future__ import annotations
 
-from tensormoe.editing._edit import replace_expert, scale_experts, silence_experts
+from tensormoe.editing._coefficients import steer_experts as steer_experts
+from tensormoe.editing._coefficients import subgroup_coefficients as subgroup_coefficients
+from tensormoe.editing._edit import replace_expert as replace_expert
+from tensormoe.editing._edit import scale_experts as scale_experts
+from tensormoe.editing._edit import silence_experts as silence_experts
+from tensormoe.editing._merge import merge_experts as merge_experts
+from tensormoe.editing._permute import permute_experts as permute_experts
+from tensormoe.editing._threshold import oversampled_indices as oversampled_indices
+from tensormoe.editing._threshold import threshold_blindly as threshold_blindly
+from tensormoe.editing._threshold import threshold_experts as threshold_experts
 
-__all__ = ["replace_expert", "scale_experts", "silence_experts"]
+__all__ = [
+    "merge_experts",
+    "oversampled_indices",
+    "permute_experts",
+    "replace_expert",
+    "scale_experts",
+    "silence_experts",
+    "steer_experts",
+    "subgroup_coefficients",
+    "threshold_blindly",
+    "threshold_experts",
+]

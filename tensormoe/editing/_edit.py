@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
-from tensormoe._config import BlockConfig, LayerConfig
-from tensormoe._spec import LayerSpec
-from tensormoe._validation import brief, instance
-from tensormoe.backend import Array, Backend, backend_of
-from tensormoe.checkpoint import check_config
+from tensormoe.backend import Array
+from tensormoe.editing._layers import Arrays, Config, checked, edited
 from tensormoe.editing._slices import (
     check_indices,
     check_scales,
@@ -19,11 +16,8 @@ from tensormoe.editing._slices import (
     scaled,
     with_slices,
 )
-from tensormoe.errors import ShapeError, SpecError
+from tensormoe.errors import SpecError
 from tensormoe.factorizations import expert_axes
-
-Config = LayerConfig | BlockConfig
-Arrays = Mapping[str, Array]
 
 
 def scale_experts(
@@ -58,9 +52,9 @@ def scale_experts(
            [ 1. ,  1. ],
            [-1. , -1. ]], dtype=float32)
     """
-    specs, backend = _checked(config, arrays)
+    specs, backend = checked(config, arrays)
     scales = check_scales(specs[0][1].experts, factors, level)
-    return _edited(
+    return edited(
         specs,
         arrays,
         lambda spec: linear_axes(spec, level),
@@ -88,7 +82,7 @@ def silence_experts(
     Raises:
         BackendError, ShapeError, SpecError: as :func:`scale_experts`.
     """
-    specs, _ = _checked(config, arrays)
+    specs, _ = checked(config, arrays)
     silent = check_indices(specs[0][1].experts, indices, level)
     return scale_experts(config, arrays, dict.fromkeys(silent, 0.0), level)
 
@@ -143,12 +137,12 @@ def replace_expert(
     >>> error < 1e-5
     True
     """
-    specs, backend = _checked(config, arrays)
+    specs, backend = checked(config, arrays)
     (index,) = check_indices(specs[0][1].experts, [index], level)
     check_source(weight, bias, source)
     if weight is None:
         (origin,) = check_indices(specs[0][1].experts, [source], level)  # type: ignore[list-item]
-        found = _edited(
+        found = edited(
             specs,
             arrays,
             lambda spec: expert_axes(spec.network, level),
@@ -171,39 +165,3 @@ def replace_expert(
         for name, new in slices.items()
     }
     return {**arrays, **changed}, error
-
-
-def _checked(config: Config, arrays: Arrays) -> tuple[list[tuple[str, LayerSpec]], Backend]:
-    """Specs of the layers by the prefix of their arrays' names, and the arrays' library."""
-    check_config(config)
-    instance(arrays, Mapping, "arrays", "a mapping from canonical names to arrays", SpecError)
-    layers = {"": config} if isinstance(config, LayerConfig) else {}
-    if isinstance(config, BlockConfig):
-        layers = {"first.": config.first, "second.": config.second}
-    specs = [(f"{prefix}factors.", layer.spec) for prefix, layer in layers.items()]
-    shapes = {prefix + name: s for prefix, spec in specs for name, s in spec.shapes.items()}
-    missing = next((name for name in shapes if name not in arrays), None)
-    if missing is not None:
-        raise ShapeError(
-            f"arrays must hold {missing!r} of shape {shapes[missing]}; got {brief([*arrays])}. "
-            "Pass all parameters of the layer by canonical name."
-        )
-    backend = backend_of(*(arrays[name] for name in shapes))
-    for name, shape in shapes.items():
-        if tuple(arrays[name].shape) != shape:
-            raise ShapeError(f"{name} must have shape {shape}; got {tuple(arrays[name].shape)}.")
-    return specs, backend
-
-
-def _edited(
-    specs: list[tuple[str, LayerSpec]],
-    arrays: Arrays,
-    axes: Callable[[LayerSpec], Mapping[str, int]],
-    change: Callable[[Array, int], Array],
-) -> dict[str, Array]:
-    """Arrays of which those with an axis of experts are changed."""
-    found = dict(arrays)
-    for prefix, spec in specs:
-        for name, axis in axes(spec).items():
-            found[prefix + name] = change(found[prefix + name], axis)
-    return found
