@@ -16,7 +16,14 @@ if absent := missing("tensormoe_torch", ("torch",), "torch"):
     raise absent
 
 from tensormoe_torch._adapter import BACKEND, TorchBackend
-from tensormoe_torch._editing import replace_expert, restored, scale_experts, silence_experts
+from tensormoe_torch._contexts import restored, steered
+from tensormoe_torch._editing import (
+    merge_experts,
+    permute_experts,
+    replace_expert,
+    scale_experts,
+    silence_experts,
+)
 from tensormoe_torch._embedding import MuMoEEmbedding
 from tensormoe_torch._factors import Factors
 from tensormoe_torch._gate import ExpertGate
@@ -63,14 +70,17 @@ __all__ = [
     "from_linear",
     "from_mlp",
     "from_official",
+    "merge_experts",
     "parameter_groups",
     "per_sample_gradients",
+    "permute_experts",
     "reduce_experts",
     "replace",
     "replace_expert",
     "restored",
     "scale_experts",
     "silence_experts",
+    "steered",
     "synchronize_gates",
     "to_official",
 ]

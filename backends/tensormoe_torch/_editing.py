@@ -1,13 +1,16 @@
-"""Editing single experts in place, and taking it back."""
+"""Editing experts in place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tensormoe._validation import flag
+from tensormoe.editing._merge import check_shares, mean_slices
+from tensormoe.editing._permute import check_order, is_of_level
 from tensormoe.editing._slices import (
     check_indices,
     check_scales,
@@ -21,12 +24,8 @@ from tensormoe.errors import SpecError
 from tensormoe.factorizations import expert_axes
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._base import Mixture
-from tensormoe_torch._mlp import MuMoEMLP
-from tensormoe_torch._pre_normed import PreNormed
+from tensormoe_torch._editable import Editable, gate_arrays, gate_of, mixtures_of
 from tensormoe_torch._sharded import gathered, opened, stored
-
-Editable = Mixture | MuMoEMLP | PreNormed
-"""Modules that have experts by number; both layers of a block are edited together."""
 
 
 @torch.no_grad()
@@ -59,7 +58,7 @@ def scale_experts(layer: Editable, factors: Mapping[int, float], level: int = 0)
     >>> bool((layer.expert(1)[0] - 0.5 * before).abs().max() < 1e-6)
     True
     """
-    mixtures = _mixtures(layer)
+    mixtures = mixtures_of(layer)
     scales = check_scales(mixtures[0].spec.experts, factors, level)
     axes = [linear_axes(each.spec, level) for each in mixtures]
     _write(mixtures, axes, lambda array, axis: scaled(array, axis, scales, BACKEND))
@@ -76,7 +75,7 @@ def silence_experts(layer: Editable, indices: int | Iterable[int], level: int = 
     Raises:
         TypeError, ShapeError, SpecError: as :func:`scale_experts`.
     """
-    silent = check_indices(_mixtures(layer)[0].spec.experts, indices, level)
+    silent = check_indices(mixtures_of(layer)[0].spec.experts, indices, level)
     scale_experts(layer, dict.fromkeys(silent, 0.0), level)
 
 
@@ -123,7 +122,7 @@ def replace_expert(
     >>> replace_expert(layer, 1, torch.eye(8, 4), torch.zeros(4)) < 1e-5
     True
     """
-    mixtures = _mixtures(layer)
+    mixtures = mixtures_of(layer)
     (index,) = check_indices(mixtures[0].spec.experts, [index], level)
     check_source(weight, bias, source)
     axes = [expert_axes(each.spec.network, level) for each in mixtures]
@@ -147,62 +146,108 @@ def replace_expert(
     return error
 
 
-def restored(module: nn.Module) -> AbstractContextManager[None]:
-    """A context in which experts can be edited, and after which they are as before, bit for bit.
-
-    On leaving, also by an exception, every factor of every μMoE layer inside ``module`` gets the
-    values that it had on entering, whatever happened to it. Gates and other parameters are not
-    restored. It holds one copy of the factors, of sharded ones one of this process's part.
+@torch.no_grad()
+def merge_experts(
+    layer: Editable,
+    indices: Iterable[int],
+    weights: Sequence[float] | None = None,
+    level: int = 0,
+) -> float:
+    """Replace several experts by their mean, as :func:`tensormoe.editing.merge_experts` in place.
 
     Args:
-        module: a layer, or a model with layers anywhere inside.
+        layer: as for :func:`scale_experts`.
+        indices: of the experts in their level, two at least, each once.
+        weights: one per expert, not negative; equal ones unless given.
+        level: of the hierarchy.
+
+    Returns:
+        The norm of the difference between the merged experts and the mean over that of the mean,
+        the larger of both layers of a block. Zero where the mean is exact: all factorizations but
+        ``SharedBasis`` and ``BaseDelta``.
 
     Raises:
-        TypeError: not a module, or one without a μMoE layer.
+        TypeError: as :func:`scale_experts`.
+        MissingDependencyError: experts of several arrays, and no NumPy, which fits them.
+        ShapeError: a level or an index out of range.
+        SpecError: fewer than two experts, one that is named twice, weights that cannot be, or a
+            layer whose factors are computed.
+
+    >>> from tensormoe_torch import MuMoE
+    >>> layer = MuMoE(8, 4, experts=3, rank=2)
+    >>> merge_experts(layer, [0, 2])
+    0.0
+    >>> bool((layer.expert(0)[0] == layer.expert(2)[0]).all())
+    True
+    """
+    mixtures = mixtures_of(layer)
+    shares = check_shares(mixtures[0].spec.experts, indices, weights, level)
+    held = [stored(each.factors, each.spec.shapes) for each in mixtures]
+    with opened([factor for each in held for factor in each.values()]) as arrays:
+        whole = iter(arrays)
+        named = [dict(zip(each, islice(whole, len(each)), strict=True)) for each in held]
+        # all of them first, so that an error leaves nothing half done
+        found = [
+            mean_slices(each.spec, values, shares, level, BACKEND)
+            for each, values in zip(mixtures, named, strict=True)
+        ]
+        for each, values, (slices, _) in zip(mixtures, named, found, strict=True):
+            axes = expert_axes(each.spec.network, level)
+            for name, new in slices.items():
+                for index in shares:
+                    picked(values[name], axes[name], index).copy_(new)
+    return max(error for _, error in found)
+
+
+@torch.no_grad()
+def permute_experts(
+    layer: Editable, order: Iterable[int], level: int = 0, *, gate: bool = True
+) -> None:
+    """Put experts in another order, as :func:`tensormoe.editing.permute_experts` in place.
+
+    What an optimizer keeps about single parameters, such as Adam's moments, stays where it is: make
+    a new one.
+
+    Args:
+        layer: as for :func:`scale_experts`.
+        order: the present numbers of the experts in their new order, each once.
+        level: of the hierarchy.
+        gate: whether projections, biases and buffers of the layer's gate move along, so that the
+            layer stays the same function.
+
+    Raises:
+        TypeError: as :func:`scale_experts`.
+        ShapeError: a level or an index out of range.
+        SpecError: an order that does not name every expert once, or a layer whose factors, or whose
+            gate's parameters, are computed.
 
     >>> import torch
     >>> from tensormoe_torch import MuMoE
-    >>> layer = MuMoE(8, 4, experts=3, rank=2)
-    >>> before = layer(torch.ones(8))
-    >>> with restored(layer):
-    ...     silence_experts(layer, [0, 1, 2])
-    ...     print(layer(torch.ones(8)).detach())
-    tensor([0., 0., 0., 0.])
-    >>> bool((layer(torch.ones(8)) == before).all())
+    >>> layer, x = MuMoE(8, 4, experts=3, rank=2), torch.ones(8)
+    >>> before = layer(x)
+    >>> permute_experts(layer, [2, 0, 1])
+    >>> bool((layer(x) - before).abs().max() < 1e-6)
     True
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module; got {type(module).__qualname__}.")
-    layers = [each for each in module.modules() if isinstance(each, Mixture)]
-    if not layers:
-        raise TypeError(f"module must be or hold a μMoE layer; got {type(module).__qualname__}.")
-    return _restored(layers, [stored(each.factors, each.spec.shapes) for each in layers])
-
-
-@contextmanager
-def _restored(layers: list[Mixture], factors: list[dict[str, nn.Parameter]]) -> Iterator[None]:
-    kept = [[each.detach().clone() for each in held.values()] for held in factors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for layer, held, values in zip(layers, factors, kept, strict=True):
-                stored(layer.factors, held)  # shards take the place of what the last call gathered
-                for parameter, value in zip(held.values(), values, strict=True):
-                    parameter.copy_(value)
-
-
-def _mixtures(layer: Editable) -> list[Mixture]:
-    """The layers to edit."""
-    block = layer.block if isinstance(layer, PreNormed) else layer
-    if isinstance(block, MuMoEMLP):
-        return [block.first, block.second]
-    if isinstance(block, Mixture):
-        return [block]
-    raise TypeError(
-        "layer must be a MuMoE, MuMoEMLP, MuMoEEmbedding or PreNormed; got "
-        f"{type(layer).__qualname__}. Pass the layer inside whose experts you mean."
-    )
+    flag(gate, "gate")
+    mixtures, own = mixtures_of(layer), gate_of(layer)
+    places = check_order(mixtures[0].spec.experts, order, level)
+    axes: list[tuple[Tensor, int]] = []
+    for each in mixtures:
+        named = expert_axes(each.spec.network, level)
+        axes += [(held, named[name]) for name, held in stored(each.factors, named).items()]
+    if gate and own is not None:
+        names = [name for name in own.config.parameter_shapes() if is_of_level(name, level)]
+        stored(own, [name.partition(".")[2] for name in names])
+        moved = gate_arrays(own)
+        axes += [
+            (held, held.ndim - 1)
+            for name, held in moved.items()
+            if is_of_level(f"gate.{name}", level)
+        ]
+    with opened([array for array, _ in axes]) as arrays:
+        for array, (_, axis) in zip(arrays, axes, strict=True):
+            array.copy_(array.index_select(axis, torch.tensor(places, device=array.device)))
 
 
 def _write(

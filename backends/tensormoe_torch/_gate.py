@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ from tensormoe_torch._sharded import put, stored
 __all__ = ["ExpertGate", "Gated", "Logits"]
 
 C = TypeVar("C", bound=LayerConfig | BlockConfig)
+
+Steering: TypeAlias = tuple[int, tuple[float, ...]]
+"""A level, and what each of its experts' coefficients gets."""
 
 
 class Logits(nn.Module):
@@ -57,6 +60,8 @@ class ExpertGate(nn.Module):
         synchronized: whether, in training, batch norm takes its statistics, and ``balance`` the
             load, over all processes of a group; :func:`synchronize_gates` sets it.
         process_group: that group; None for all processes.
+        steering: what is added to the coefficients, a level and one amount per expert each;
+            :func:`steered` sets it for a while. Compiled models see it, other than a new hook.
 
     >>> import torch
     >>> from tensormoe_torch import MuMoE
@@ -80,6 +85,7 @@ class ExpertGate(nn.Module):
         self.logits = Logits()
         self.synchronized = False
         self.process_group: dist.ProcessGroup | None = None
+        self.steering: tuple[Steering, ...] = ()
         for name, shape in config.parameter_shapes().items():
             kind, _, short = name.partition(".")
             if kind == "gate":
@@ -160,6 +166,8 @@ class ExpertGate(nn.Module):
                 keep=keep,
             )
         self._update(changed)
+        if self.steering:
+            made = self._steered(made)
         levels = self.config.spec.levels
         if not keep:
             return tuple(made)
@@ -172,6 +180,14 @@ class ExpertGate(nn.Module):
             torch.randn(rows.shape[0], count, device=rows.device, dtype=wide)
             for count in self.config.spec.experts
         ]
+
+    def _steered(self, made: Sequence[Tensor]) -> list[Tensor]:
+        """Coefficients with what is added to them; logits as they are."""
+        found = [*made]
+        for level, amounts in self.steering:
+            old = found[level]
+            found[level] = old + torch.tensor(amounts, dtype=old.dtype, device=old.device)
+        return found
 
     @torch.no_grad()
     def _update(self, changed: Mapping[str, Tensor]) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
+from typing import Any
 
 from tensormoe._config import LayerConfig
+from tensormoe._extras import missing
 from tensormoe._spec import LayerSpec
 from tensormoe._validation import brief, is_number
-from tensormoe.backend import Array, Backend
+from tensormoe.backend import Array, Backend, get_backend
+from tensormoe.decomposition._solve import wide
 from tensormoe.editing._layers import Arrays, Config, checked
-from tensormoe.editing._slices import check_indices, fitted, picked, with_slices
+from tensormoe.editing._slices import alone, check_indices, picked, solved, with_slices
 from tensormoe.errors import SpecError
 from tensormoe.factorizations import Network, expert_axes, expert_leg
 from tensormoe.functional import materialize
@@ -176,22 +179,23 @@ def _fitted_mean(
     level: int,
     backend: Backend,
 ) -> tuple[dict[str, Array], float]:
-    """Slices of the expert that comes closest to the mean, which is built for it."""
-    axes, members = expert_axes(spec.network, level), [*shares]
+    """Slices of the expert that comes closest to the mean, which is built on the host."""
+    if absent := missing("merging experts of several arrays", ("numpy",), "numpy"):
+        raise absent
+    import numpy as np
+
     experts = (*spec.experts[:level], 1, *spec.experts[level + 1 :])
-    single = LayerConfig(replace(spec, experts=experts), None)
-    built = []
-    for index in members:
-        one = {
-            f"factors.{name}": array[(*(slice(None),) * axes[name], slice(index, index + 1))]
-            if name in axes
-            else array
-            for name, array in arrays.items()
-        }
-        built.append(materialize(single, one, backend))
-    weight = picked(_mean([each for each, _ in built], shares, backend), level, 0)
-    biases = [each for _, each in built if each is not None]
-    bias = picked(_mean(biases, shares, backend), level, 0) if biases else None
+    config, host = LayerConfig(replace(spec, experts=experts), None), get_backend("numpy")
+    whole = {name: wide(array, backend) for name, array in arrays.items()}
+    weight: Any = 0.0
+    bias: Any = 0.0 if spec.bias else None
+    # entries that are not finite are refused below
+    with np.errstate(all="ignore"):
+        for index, share in shares.items():
+            one = alone(spec, whole, index, level)
+            parts = materialize(config, {f"factors.{name}": a for name, a in one.items()}, host)
+            weight = weight + share * parts[0]
+            bias = None if bias is None else bias + share * parts[1]
     # the search goes on from the expert that counts most
-    start = max(members, key=lambda index: shares[index])
-    return fitted(spec, arrays, start, (weight, bias), level, backend)
+    start = max(shares, key=lambda index: shares[index])
+    return solved(spec, arrays, start, (weight, bias), level, backend)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from math import isfinite
 from operator import index as as_index
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensormoe._extras import missing
 from tensormoe._spec import LayerSpec
@@ -16,6 +16,9 @@ from tensormoe.editing._fit import fit_expert
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.factorizations import expert_axes, expert_carriers, has_common_part
 from tensormoe.functional._dtypes import cast, widened
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def picked(array: Array, axis: int, index: int) -> Array:
@@ -64,15 +67,46 @@ def fitted(
     _check_expert(spec, *given, level, backend)
     weight = _finite(given[0], "weight", level, backend)
     bias = None if given[1] is None else _finite(given[1], "bias", level, backend)
+    return solved(spec, arrays, index, (weight, bias), level, backend)
+
+
+def solved(
+    spec: LayerSpec,
+    arrays: Mapping[str, Array],
+    index: int,
+    target: tuple[NDArray[Any], NDArray[Any] | None],
+    level: int,
+    backend: Backend,
+) -> tuple[dict[str, Array], float]:
+    """Slices by name that bring an expert closest to a target, and its error.
+
+    Args:
+        spec: of the layer.
+        arrays: all factors and biases by name.
+        index: of the expert.
+        target: (experts…, in, out) and (experts…, out) or None, with one expert of the level, on
+            the host in float64.
+        level: of the expert.
+        backend: the adapter of the arrays' library.
+
+    Raises:
+        ShapeError: present or new slices that are not finite.
+    """
     axes = expert_axes(spec.network, level)
-    slices = {
+    slices = alone(spec, arrays, index, level)
+    found, error = fit_expert(spec.network, level, slices, *target, backend)
+    return {name: picked(array, axes[name], 0) for name, array in found.items()}, error
+
+
+def alone(spec: LayerSpec, arrays: Mapping[str, Array], index: int, level: int) -> dict[str, Array]:
+    """The arrays of a layer that has one expert of a level alone."""
+    axes = expert_axes(spec.network, level)
+    return {
         name: array[(*(slice(None),) * axes[name], slice(index, index + 1))]
         if name in axes
         else array
         for name, array in arrays.items()
     }
-    found, error = fit_expert(spec.network, level, slices, weight, bias, backend)
-    return {name: picked(array, axes[name], 0) for name, array in found.items()}, error
 
 
 def with_slices(array: Array, axis: int, slices: Mapping[int, Array], backend: Backend) -> Array:

@@ -12,7 +12,13 @@ import pytest
 import torch
 
 from tensormoe import CP, BaseDelta, LayerSpec
-from tensormoe.editing import replace_expert, scale_experts, silence_experts
+from tensormoe.editing import (
+    merge_experts,
+    permute_experts,
+    replace_expert,
+    scale_experts,
+    silence_experts,
+)
 from tensormoe.errors import BackendError, ShapeError, SpecError
 from tensormoe.functional import BlockConfig, LayerConfig
 from tests._cupy_standin import device, host, installed
@@ -42,6 +48,13 @@ EDITS: dict[str, Callable[[Any, Arrays, Callable[[Any], Any]], Any]] = {
     "silence": lambda config, arrays, put: (silence_experts(config, arrays, [1, 3, 1]), 0.0),
     "copy": lambda config, arrays, put: replace_expert(config, arrays, 3, source=1),
     "level": lambda config, arrays, put: replace_expert(config, arrays, 1, source=2, level=1),
+    "merge": lambda config, arrays, put: merge_experts(config, arrays, [3, 0, 1], [1, 0, 2.5]),
+    "merge level": lambda config, arrays, put: merge_experts(config, arrays, (0, 2), level=1),
+    "permute": lambda config, arrays, put: (permute_experts(config, arrays, [2, 0, 3, 1]), 0.0),
+    "permute level": lambda config, arrays, put: (
+        permute_experts(config, arrays, (1, 2, 0), 1),
+        0.0,
+    ),
     "fit": lambda config, arrays, put: replace_expert(
         config, arrays, 2, put(TARGET), put(BIAS), level=0
     ),
@@ -74,6 +87,10 @@ def in_place(config: LayerConfig, values: dict[str, np.ndarray], edit: str) -> A
         "silence": lambda: package.silence_experts(layer, [1, 3, 1]),
         "copy": lambda: package.replace_expert(layer, 3, source=1),
         "level": lambda: package.replace_expert(layer, 1, source=2, level=1),
+        "merge": lambda: package.merge_experts(layer, [3, 0, 1], [1, 0, 2.5]),
+        "merge level": lambda: package.merge_experts(layer, (0, 2), level=1),
+        "permute": lambda: package.permute_experts(layer, [2, 0, 3, 1]),
+        "permute level": lambda: package.permute_experts(layer, (1, 2, 0), 1),
         "fit": lambda: package.replace_expert(layer, 2, torch.tensor(TARGET), torch.tensor(BIAS)),
         "fit without biases": lambda: package.replace_expert(layer, 0, torch.tensor(TARGET)),
     }[edit]()

@@ -20,10 +20,13 @@ from tensormoe_torch import (
     MuMoE,
     MuMoEEmbedding,
     MuMoEMLP,
+    merge_experts,
+    permute_experts,
     replace_expert,
     restored,
     scale_experts,
     silence_experts,
+    steered,
 )
 from tensormoe_torch.official import PreNormed
 from tests._kinds import KINDS
@@ -149,7 +152,7 @@ def test_everything_is_restored_after_an_exception() -> None:
     with pytest.raises(KeyError, match="mine"):
         edit_and_fail()
     for name, array in model.state_dict().items():
-        changed = "factors" not in name
+        changed = name.startswith("2.")
         assert torch.equal(array, kept[name] + 1.0 if changed else kept[name]), name
 
 
@@ -180,9 +183,11 @@ def test_optimizers_go_on_with_edited_layers() -> None:
         lambda layer: silence_experts(layer, 1),
         lambda layer: replace_expert(layer, 1, source=0),
         lambda layer: replace_expert(layer, 1, torch.ones(4, 3)),
+        lambda layer: merge_experts(layer, [0, 2]),
+        lambda layer: permute_experts(layer, [1, 2, 0]),
         lambda layer: restored(layer)(lambda: None)(),
     ],
-    ids=["scale", "silence", "copy", "replace", "restore"],
+    ids=["scale", "silence", "copy", "replace", "merge", "permute", "restore"],
 )
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_a_backward_pass_through_edited_experts_is_an_error(
@@ -199,6 +204,8 @@ def test_a_backward_pass_through_edited_experts_is_an_error(
 
 
 LAYER = build(LayerSpec(4, 3, (3, 2), CP(2), bias=False))
+GATED = MuMoE(4, 3, experts=3, rank=2)
+UNGATED = MuMoE(4, 3, experts=3, rank=2, gate=None)
 BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: scale_experts(LAYER, {3: 2.0}), ShapeError, r"in \[0, 3\) at level 0; got 3"),
     (lambda: scale_experts(LAYER, {2: 2.0}, 1), ShapeError, r"in \[0, 2\) at level 1; got 2"),
@@ -224,6 +231,18 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: replace_expert(LAYER, 0, torch.ones(2, 4, 3, dtype=int)), ShapeError, "int64. Cast"),  # type: ignore[call-overload]
     (lambda: replace_expert(LAYER, 0, np.ones((2, 4, 3))), BackendError, "array of torch"),  # type: ignore[arg-type]
     (lambda: replace_expert(LAYER, 0, normal(2, 4, 3).log()), ShapeError, r"finite; got nan at"),
+    (lambda: merge_experts(LAYER, [0]), SpecError, "two experts at least, each once; got 1"),
+    (lambda: merge_experts(LAYER, [0, 1], [1.0, -1.0]), SpecError, "not negative; got -1.0 for ex"),
+    (lambda: permute_experts(LAYER, [0, 1]), SpecError, r"each of the 3 experts at level 0 once"),
+    (lambda: permute_experts(LAYER, [0, 1, 1]), SpecError, r"once; got \[0, 1, 1\]"),
+    (lambda: permute_experts(LAYER, [1, 0], 1, gate=None), SpecError, "gate must be True or Fal"),  # type: ignore[arg-type]
+    (lambda: steered(nn.Linear(2, 2), {0: 1.0}), TypeError, "got Linear"),  # type: ignore[arg-type]
+    (lambda: steered([], {0: 1.0}), SpecError, "at least one layer; got none"),
+    (lambda: steered(UNGATED, {0: 1.0}), SpecError, "must have a gate to be steered; got a MuMoE"),
+    (lambda: steered(GATED, {3: 1.0}), ShapeError, r"in \[0, 3\); got 3"),
+    (lambda: steered(GATED, {0: 1.0}, 1), ShapeError, r"level must lie in \[0, 1\)"),
+    (lambda: steered(GATED, {0: float("inf")}), SpecError, "finite number; got inf for expert 0"),
+    (lambda: steered(GATED, [1.0]), TypeError, "additions must map experts' indices"),  # type: ignore[arg-type]
     (
         lambda: replace_expert(MuMoEMLP(4, experts=2, rank=2), 0, normal(4, 4)),
         SpecError,
@@ -253,6 +272,115 @@ def test_values_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ShapeError, match=r"bias must be finite; got inf at \(2,\)"):
         replace_expert(biased, 0, normal(4, 3), torch.tensor([0.0, 1.0, float("inf")]))
     assert torch.equal(layer.factors["expert_0"], kept)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize("gate", [Gate(), Gate(normalization="batch", bias=True)], ids=str)
+def test_permuted_layers_and_blocks_are_the_same_functions(gate: Gate, level: int) -> None:
+    order = [[2, 0, 3, 1], [1, 2, 0]][level]
+    block = randomize(MuMoEMLP(4, 5, 3, experts=(4, 3), rank=3, gate=gate, dtype=torch.float64))
+    x = normal(9, 4)
+    for layer in (block, PreNormed(block), build(LayerSpec(4, 3, (4, 3), TensorTrain(2)), gate)):
+        layer(x)  # fills the buffers of batch norm
+        layer.eval()
+        kept = {name: array.clone() for name, array in layer.state_dict().items()}
+        before = layer(x)
+        with restored(layer):
+            permute_experts(layer, order, level)
+            assert_near(layer(x).detach().numpy(), before.detach().numpy())
+            moved = {
+                n for n, array in layer.state_dict().items() if not torch.equal(array, kept[n])
+            }
+            assert all(name.endswith(f"_{level}") for name in moved)
+            assert any("factors.expert" in name for name in moved)
+            assert any("gate.projection" in name for name in moved)
+            assert any("gate.running" in name for name in moved) == bool(len([*layer.buffers()]))
+            permute_experts(layer, np.argsort(order), level)
+            for name, array in layer.state_dict().items():
+                assert torch.equal(array, kept[name])
+            permute_experts(layer, order, level, gate=False)
+            assert (layer(x) - before).abs().max() > 1e-2
+        assert torch.equal(layer(x), before)
+
+
+def test_gates_that_are_computed_are_not_permuted() -> None:
+    layer = build(LayerSpec(4, 3, 3, CP(2)), Gate())
+    assert layer.gate is not None
+    nn.utils.parametrize.register_parametrization(layer.gate, "projection_0", nn.Softplus())
+    before = weights(layer)
+    with pytest.raises(SpecError, match="got a computed 'projection_0'"):
+        permute_experts(layer, [1, 2, 0])
+    assert_near(weights(layer), before, 0.0)
+    with restored(layer):
+        permute_experts(layer, [1, 2, 0], gate=False)
+        assert_near(weights(layer), before[[1, 2, 0]], 0.0)
+    assert_near(weights(layer), before, 0.0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_steered_coefficients_are_added_to(compiled: bool) -> None:
+    block = randomize(MuMoEMLP(4, 5, 4, experts=(4, 3), rank=3, dtype=torch.float64))
+    single = randomize(MuMoE(4, 3, experts=3, rank=2, dtype=torch.float64))
+    model = nn.Sequential(block, PreNormed(single))
+    run: Any = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    x, level = normal(7, 4), 1
+
+    def by_hand(first: Tensor, second: Tensor) -> Tensor:
+        coefficients = [*block.coefficients(x)]
+        coefficients[level] = coefficients[level] + first
+        hidden = block(x, coefficients)
+        (mixed,) = single.coefficients(hidden)
+        return single(nn.functional.layer_norm(hidden, (4,)), [mixed + second])
+
+    none = torch.zeros(3, dtype=torch.float64)
+    add = torch.tensor([0.0, 0.5, -0.25], dtype=torch.float64)
+    kept = {name: array.clone() for name, array in model.state_dict().items()}
+    with torch.no_grad():
+        plain = run(x)
+        assert_near(plain.numpy(), by_hand(none, none).numpy())
+        with steered(block, {1: 0.5, 2: -0.25}, level):
+            found = run(x)
+            with steered(model[1], {1: 0.25}), steered(model[1], {1: 0.25, 2: -0.25}):
+                both = run(x)
+            assert torch.equal(run(x), found)
+            coefficients, logits = block.route(x)
+        assert torch.equal(logits[level], block.route(x)[1][level])
+        assert torch.equal(coefficients[level], block.coefficients(x)[level] + add)
+        assert torch.equal(coefficients[0], block.coefficients(x)[0])
+        assert torch.equal(run(x), plain)
+        assert_near(found.numpy(), by_hand(add, none).numpy())
+        assert_near(both.numpy(), by_hand(add, add).numpy())
+        assert float((both - found).abs().max()) > 1e-3 < float((plain - found).abs().max())
+    assert all(torch.equal(array, kept[name]) for name, array in model.state_dict().items())
+
+
+def test_steering_ends_in_any_order_and_after_exceptions() -> None:
+    layer = randomize(MuMoE(4, 3, experts=3, rank=2))
+    x = torch.ones(2, 4)
+    (before,) = layer.coefficients(x)
+    first, second = steered([layer], {0: 1.0}), steered([layer, layer], {0: 1.0})
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(layer.coefficients(x)[0][:, 0], before[:, 0] + 1.0 + 1.0)
+    second.__exit__(None, None, None)
+    assert torch.equal(layer.coefficients(x)[0], before)
+
+    def fail() -> None:
+        with steered(layer, {0: 1.0}):
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fail()
+    assert torch.equal(layer.coefficients(x)[0], before)
+
+
+def test_steering_trains_what_it_passes_through() -> None:
+    layer = randomize(MuMoE(4, 3, experts=3, rank=2))
+    with steered(layer, {0: 1.0}):
+        layer(torch.ones(2, 4)).sum().backward()
+    assert layer.gate is not None
+    assert all(each.grad is not None for each in layer.parameters())
 
 
 def test_computed_factors_are_refused() -> None:
