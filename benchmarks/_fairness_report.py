@@ -17,7 +17,7 @@ from tensormoe.plotting import COLOURS, MUTED, figure, tidy
 Run = dict[str, Any]
 Values = npt.NDArray[np.float64]
 
-RATES = (0.003, 0.01, 0.03, 0.1)
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 LEVELS = (0.4, 0.5, 0.6, 0.7, 0.8)
 """Accuracies of the target subgroup at which the loss elsewhere is compared."""
 
@@ -60,40 +60,55 @@ def chosen(run: Run, technique: str) -> Values:
     return np.array(run[technique]["test"][place])
 
 
-def tables(
-    task: Task, found: Mapping[tuple[str, str], tuple[float, list[Run]]], shifts: Sequence[float]
-) -> str:
+def tables(task: Task, found: Mapping[tuple[str, str], tuple[float, list[Run]]]) -> str:
     """All measures of all models and techniques, and the loss elsewhere, as Markdown."""
     sizes = _sizes(task.test)
-    lines = [
-        f"### {task.title}",
-        "",
-        f"{len(task.train.x)} inputs for training, of which {int(_sizes(task.train)[3])} in the "
-        f"target subgroup; {len(task.test.x)} for testing, {int(sizes[3])} in it.",
-        "",
-        "| model | parameters | rate | technique | " + " | ".join(MEASURES) + " |",
-        "| --- | ---: | ---: | --- |" + " ---: |" * len(MEASURES),
-    ]
-    names = {"none": "none", "blind": "blind thresholding", "experts": "expert thresholding"}
+    lines, ranges = [], []
     for (kind, kept), (rate, runs) in found.items():
-        for technique, name in names.items():
-            if technique not in runs[0] and technique != "none":
-                continue
-            if kept == "oversampled" and technique != "none":
-                continue
+        for technique, name in _techniques(kept, runs):
             values = [chosen(run, technique) for run in runs]
-            shown = [
-                _spread([100 * measure(each, sizes) for each in values])
-                for measure in MEASURES.values()
-            ]
-            name = "oversampling" if kept == "oversampled" else name
-            lines.append(
-                f"| {kind} | {runs[0]['parameters']:,} | {rate:g} | {name} | "
-                + " | ".join(shown)
-                + " |"
-            )
-    lines += ["", *_losses(found, sizes)]
-    return "\n".join(lines) + "\n"
+            measured = {
+                name: [100 * measure(each, sizes) for each in values]
+                for name, measure in MEASURES.items()
+            }
+            ranges.append([max(each) - min(each) for each in measured.values()])
+            shown = " | ".join(f"{mean(each):.1f}" for each in measured.values())
+            lines.append(f"| {kind} | {rate:g} | {name} | {shown} |")
+    sizes_of = {kind: runs[0]["parameters"] for (kind, _), (_, runs) in found.items()}
+    spread = np.array(ranges).max(axis=0)
+    return "\n".join(
+        [
+            f"### {task.title}",
+            "",
+            f"{len(task.train.x):,} inputs for training, {int(_sizes(task.train)[3]):,} of them in "
+            f"the target subgroup; {len(task.test.x):,} for testing, {int(sizes[3]):,} in it. "
+            "Parameters: " + ", ".join(f"{kind} {size:,}" for kind, size in sizes_of.items()) + ".",
+            "",
+            "| model | rate | technique | " + " | ".join(MEASURES) + " |",
+            "| --- | ---: | --- |" + " ---: |" * len(MEASURES),
+            *lines,
+            "",
+            f"Means over seeds ({len(next(iter(found.values()))[1])}), which differ by at most "
+            + ", ".join(f"{each:.1f}" for each in spread)
+            + " points.",
+            "",
+            *_losses(found, sizes),
+            "",
+        ]
+    )
+
+
+def _techniques(kept: str, runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """What is done with the logits of a model, and its name."""
+    if kept == "oversampled":
+        return [("none", "oversampling")]
+    names = {
+        "none": "none",
+        "blind": "blind thresholding",
+        "experts": "expert thresholding",
+        "sex": "threshold by known sex",
+    }
+    return [(each, name) for each, name in names.items() if each == "none" or each in runs[0]]
 
 
 def loss_at(curve: Values, sizes: Values, level: float) -> float:
@@ -119,15 +134,14 @@ def _losses(found: Mapping[tuple[str, str], tuple[float, list[Run]]], sizes: Val
         "| model | technique | " + " | ".join(f"{level:.0%}" for level in LEVELS) + " |",
         "| --- | --- |" + " ---: |" * len(LEVELS),
     ]
-    names = {"blind": "blind thresholding", "experts": "expert thresholding"}
     for (kind, kept), (_, runs) in found.items():
-        for technique, name in names.items():
-            if kept == "oversampled" or technique not in runs[0]:
+        for technique, name in _techniques(kept, runs):
+            if technique == "none":
                 continue
             cells = []
             for level in LEVELS:
                 values = [loss_at(np.array(each[technique]["test"]), sizes, level) for each in runs]
-                cells.append("–" if any(map(isnan, values)) else _spread(values, 2))
+                cells.append("–" if any(map(isnan, values)) else _spread(values))
             lines.append(f"| {kind} | {name} | " + " | ".join(cells) + " |")
     moved = np.array([run["moved"] for _, runs in found.values() for run in runs if "moved" in run])
     active = [run["active"] for _, runs in found.values() for run in runs if "active" in run]
@@ -141,10 +155,10 @@ def _losses(found: Mapping[tuple[str, str], tuple[float, list[Run]]], sizes: Val
     return lines
 
 
-def _spread(values: list[float], digits: int = 1) -> str:
+def _spread(values: list[float]) -> str:
     low, high = min(values), max(values)
-    middle = f"{mean(values):.{digits}f}"
-    return middle if len(values) == 1 else f"{middle} ({low:.{digits}f} – {high:.{digits}f})"
+    middle = f"{mean(values):.1f}"
+    return middle if len(values) == 1 else f"{middle} ({low:.1f} – {high:.1f})"
 
 
 def draw(path: Path, drawn: Sequence[tuple[Task, list[Run], list[Run]]]) -> None:
@@ -157,6 +171,7 @@ def draw(path: Path, drawn: Sequence[tuple[Task, list[Run], list[Run]]]) -> None
                 (plain, "blind", "MLP, blind", MUTED, "--"),
                 (experts, "blind", "CPμMoE, blind", COLOURS[1], "-"),
                 (experts, "experts", "CPμMoE, experts", COLOURS[0], "-"),
+                (experts, "sex", "CPμMoE, known sex", COLOURS[2], ":"),
             ):
                 for run in runs:
                     curve = np.array(run[technique]["test"])
