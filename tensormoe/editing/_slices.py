@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def picked(array: Array, axis: int, index: int) -> Array:
     """The slice of one expert."""
-    return array[(*(slice(None),) * axis, index)]
+    return array[(*(slice(None),) * axis, index, ...)]
 
 
 def scaled(
@@ -102,7 +102,7 @@ def alone(spec: LayerSpec, arrays: Mapping[str, Array], index: int, level: int) 
     """The arrays of a layer that has one expert of a level alone."""
     axes = expert_axes(spec.network, level)
     return {
-        name: array[(*(slice(None),) * axes[name], slice(index, index + 1))]
+        name: array[(*(slice(None),) * axes[name], slice(index, index + 1), ...)]
         if name in axes
         else array
         for name, array in arrays.items()
@@ -114,9 +114,12 @@ def with_slices(array: Array, axis: int, slices: Mapping[int, Array], backend: B
     xp, parts, start = backend.namespace, [], 0
     before = (slice(None),) * axis
     for index in sorted(slices):
-        parts += [array[(*before, slice(start, index))], xp.expand_dims(slices[index], axis=axis)]
+        parts += [
+            array[(*before, slice(start, index), ...)],
+            xp.expand_dims(slices[index], axis=axis),
+        ]
         start = index + 1
-    parts.append(array[(*before, slice(start, None))])
+    parts.append(array[(*before, slice(start, None), ...)])
     return xp.concat(parts, axis=axis) if slices else array
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,24 +21,10 @@ from tensormoe.editing import (
 )
 from tensormoe.errors import BackendError, ShapeError, SpecError
 from tensormoe.functional import BlockConfig, LayerConfig
-from tests._cupy_standin import device, host, installed
 from tests._kinds import KINDS
 from tests._python import run_python
 
 Arrays = dict[str, Any]
-
-LIBRARIES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
-    "numpy": (np.array, np.asarray),
-    "torch": (torch.tensor, lambda array: array.numpy()),
-    "jax": (jnp.asarray, np.asarray),
-    "cupy": (lambda array: device({"": array})[""], lambda array: host({"": array})[""]),
-}
-
-
-def everywhere() -> Iterator[tuple[str, Any]]:
-    with installed():
-        yield from LIBRARIES.items()
-
 
 TARGET = np.random.default_rng(9).standard_normal((3, 6, 5)).astype("float32")
 BIAS = np.random.default_rng(8).standard_normal((3, 5)).astype("float32")
@@ -100,7 +86,9 @@ def in_place(config: LayerConfig, values: dict[str, np.ndarray], edit: str) -> A
 
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_every_library_edits_as_layers_of_pytorch_do(kind: Any, edit: str) -> None:
+def test_every_library_edits_as_layers_of_pytorch_do(
+    kind: Any, edit: str, libraries: dict[str, Any]
+) -> None:
     config = config_of(kind)
     values = values_of(config)
     if "delta" in kind.name and edit in ("scale", "silence"):
@@ -110,7 +98,7 @@ def test_every_library_edits_as_layers_of_pytorch_do(kind: Any, edit: str) -> No
     wanted, error = in_place(config, values, edit)
     changed = {name for name in values if not np.array_equal(wanted[name], values[name])}
     assert changed
-    for library, (put, get) in everywhere():
+    for library, (put, get) in libraries.items():
         arrays = {name: put(array) for name, array in values.items()}
         found, off = EDITS[edit](config, arrays, put)
         assert off == error, library
