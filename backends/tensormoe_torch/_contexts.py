@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,9 @@ from tensormoe_torch._sharded import stored
 
 
 def steered(
-    layers: Gating | Iterable[Gating], additions: Mapping[int, float], level: int = 0
+    layers: Gating | Sequence[Gating] | nn.ModuleList,
+    additions: Mapping[int, float],
+    level: int = 0,
 ) -> AbstractContextManager[None]:
     """A context in which gates add amounts to the coefficients of some experts.
 
@@ -28,7 +31,8 @@ def steered(
     coefficients use those.
 
     Args:
-        layers: a layer, block or :class:`PreNormed` with a gate of its own, or several.
+        layers: a layer, block or :class:`PreNormed` with a gate of its own, or a list
+            of several.
         additions: a finite amount by the expert's index.
         level: of the hierarchy.
 
@@ -46,7 +50,7 @@ def steered(
     >>> (model[0].coefficients(torch.zeros(8))[0] * 6).round().tolist()
     [2.0, 2.0, 2.0]
     """
-    several = [*layers] if isinstance(layers, Iterable) else [layers]
+    several: list[Any] = [*layers] if isinstance(layers, list | tuple | nn.ModuleList) else [layers]
     if not several:
         raise SpecError("layers must name at least one layer; got none.")
     gates = []

@@ -103,21 +103,21 @@ def one_level(coefficients: Any, experts: int | None = None) -> tuple[Array, Bac
                 "coefficients[level]."
             )
         (coefficients,) = coefficients
+    count = None if experts is None else positive_int(experts, "experts", ShapeError)
     if isinstance(coefficients, Routes):
-        experts = coefficients.logits.shape[-1]
+        count = int(coefficients.logits.shape[-1])
         coefficients = coefficients.chosen
     if isinstance(coefficients, TopK):
-        if experts is None:
+        if count is None:
             raise ShapeError(
                 "experts must be given for coefficients by index; got a TopK alone. Pass experts=N."
             )
-        count = positive_int(experts, "experts", ShapeError)
         backend = backend_of(coefficients.indices, coefficients.values)
         return spread(coefficients, count, backend), backend
     backend = backend_of(coefficients)
-    if coefficients.ndim < 1 or experts not in (None, coefficients.shape[-1]):
+    if coefficients.ndim < 1 or count not in (None, coefficients.shape[-1]):
         raise ShapeError(
-            f"coefficients must end in an axis of {experts or 'the'} experts; got shape "
+            f"coefficients must end in an axis of {count or 'the'} experts; got shape "
             f"{tuple(coefficients.shape)}."
         )
     if not backend.namespace.isdtype(coefficients.dtype, "real floating"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 import tensormoe
-from tensormoe import CP, Budget, Gate, LayerSpec, Roofline, factorizations, planning
+from tensormoe import CP, Budget, Gate, LayerSpec, Roofline, editing, factorizations, planning
 from tensormoe.checkpoint import (
     check_arrays,
     match_arrays,
@@ -53,7 +54,7 @@ def factors() -> dict[str, np.ndarray]:
 
 
 def doors() -> Iterator[Door]:
-    for each in (_values, _planning, _gates, _arrays, _decomposition, _files):
+    for each in (_values, _planning, _gates, _editing, _arrays, _decomposition, _files):
         yield from each()
 
 
@@ -193,6 +194,35 @@ def _gates() -> Iterator[Door]:
     yield Door("z_loss", z_loss, lambda: {"logits": X})
     given: dict[str, Any] = dict(bias=X[0], coefficients=X / 8, speed=0.01)
     yield Door("balanced_bias", balanced_bias, lambda: given)
+
+
+def _editing() -> Iterator[Door]:
+    def layer() -> dict[str, Any]:
+        gate = {"gate.projection_0": np.zeros((8, 3), "float32")}
+        named = {f"factors.{name}": array for name, array in factors().items()}
+        return {"config": config(), "arrays": {**named, **gate}, "level": 0}
+
+    own: dict[str, dict[str, Any]] = {
+        "scale_experts": {"factors": {0: 0.5}},
+        "silence_experts": {"indices": [0]},
+        "replace_expert": {"index": 0, "weight": np.ones((8, 4)), "bias": None, "source": None},
+        "merge_experts": {"indices": [0, 2], "weights": [1.0, 2.0]},
+        "permute_experts": {"order": [2, 0, 1], "gate": True},
+    }
+    for name, given in own.items():
+        yield Door(
+            f"editing.{name}", getattr(editing, name), partial(lambda g: {**layer(), **g}, given)
+        )
+    steered: dict[str, Any] = {"coefficients": X / 8, "experts": None}
+    coefficients: dict[str, dict[str, Any]] = {
+        "steer_experts": {**steered, "additions": {0: 0.5}},
+        "subgroup_coefficients": {**steered, "members": [True, False, True]},
+        "threshold_experts": {**steered, "logits": X, "subgroup": X[0], "scale": 1.0, "target": 0},
+        "threshold_blindly": {"logits": X, "scale": 1.0, "target": 0},
+        "oversampled_indices": {"groups": [0, 0, 1], "seed": 0},
+    }
+    for name, given in coefficients.items():
+        yield Door(f"editing.{name}", getattr(editing, name), partial(dict, given))
 
 
 def _arrays() -> Iterator[Door]:

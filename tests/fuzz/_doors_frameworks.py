@@ -202,6 +202,21 @@ def _torch() -> Iterator[Door]:
         ),
     )
     yield Door(
+        "merge_experts",
+        package.merge_experts,
+        lambda: dict(layer=layer(), indices=[0, 2], weights=[1.0, 2.0], level=0),
+    )
+    yield Door(
+        "permute_experts",
+        package.permute_experts,
+        lambda: dict(layer=layer(), order=[2, 0, 1], level=0, gate=True),
+    )
+    yield Door(
+        "steered",
+        package.steered,
+        lambda: dict(layers=layer(), additions={0: 0.5}, level=0),
+    )
+    yield Door(
         "parameter_groups",
         package.parameter_groups,
         lambda: dict(model=layer(), weight_decay=0.1, lr=0.01, gate_lr=0.01),

@@ -238,6 +238,7 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: permute_experts(LAYER, [1, 0], 1, gate=None), SpecError, "gate must be True or Fal"),  # type: ignore[arg-type]
     (lambda: steered(nn.Linear(2, 2), {0: 1.0}), TypeError, "got Linear"),  # type: ignore[arg-type]
     (lambda: steered([], {0: 1.0}), SpecError, "at least one layer; got none"),
+    (lambda: steered((each for each in [GATED]), {0: 1.0}), TypeError, "got generator"),  # type: ignore[arg-type]
     (lambda: steered(UNGATED, {0: 1.0}), SpecError, "must have a gate to be steered; got a MuMoE"),
     (lambda: steered(GATED, {3: 1.0}), ShapeError, r"in \[0, 3\); got 3"),
     (lambda: steered(GATED, {0: 1.0}, 1), ShapeError, r"level must lie in \[0, 1\)"),
@@ -301,6 +302,9 @@ def test_permuted_layers_and_blocks_are_the_same_functions(gate: Gate, level: in
             permute_experts(layer, order, level, gate=False)
             assert (layer(x) - before).abs().max() > 1e-2
         assert torch.equal(layer(x), before)
+        with restored(layer):
+            permute_experts(layer, order, level)
+        assert all(torch.equal(array, kept[name]) for name, array in layer.state_dict().items())
 
 
 def test_gates_that_are_computed_are_not_permuted() -> None:
