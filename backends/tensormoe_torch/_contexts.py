@@ -13,13 +13,14 @@ from tensormoe.editing._coefficients import check_amounts
 from tensormoe.editing._slices import check_indices
 from tensormoe.errors import SpecError
 from tensormoe_torch._base import Mixture
-from tensormoe_torch._editable import Gating, gate_arrays, gate_of
+from tensormoe_torch._editable import gate_arrays
 from tensormoe_torch._gate import ExpertGate, Steering
+from tensormoe_torch._pre_normed import PreNormed
 from tensormoe_torch._sharded import stored
 
 
 def steered(
-    layers: Gating | Sequence[Gating] | nn.ModuleList,
+    layers: nn.Module | Sequence[nn.Module],
     additions: Mapping[int, float],
     level: int = 0,
 ) -> AbstractContextManager[None]:
@@ -28,11 +29,13 @@ def steered(
     It is :func:`tensormoe.editing.steer_experts` for layers anywhere inside a model: while it is
     open, every call of such a layer, and of its ``coefficients``, gets the changed ones. Parameters
     are not touched. Contexts may be nested, and their amounts add up. Calls that are given
-    coefficients use those.
+    coefficients use those. Copies and exported programs that are made meanwhile stay steered; files
+    and compiled models do not.
 
     Args:
-        layers: a layer, block or :class:`PreNormed` with a gate of its own, or a list
-            of several.
+        layers: a layer or block with a gate of its own, such as :class:`MuMoE`,
+            :class:`MuMoEMLP`, :class:`ConvMoE` or ``mxd.MixtureOfDecoders``, a :class:`PreNormed`
+            of one, or a list of several.
         additions: a finite amount by the expert's index.
         level: of the hierarchy.
 
@@ -55,16 +58,28 @@ def steered(
         raise SpecError("layers must name at least one layer; got none.")
     gates = []
     for layer in several:
-        gate = gate_of(layer)
-        if gate is None:
-            raise SpecError(
-                f"a layer must have a gate to be steered; got a {type(layer).__qualname__} without "
-                "one. Change the coefficients that it is given, with tensormoe.editing."
-            )
+        gate = _gate(layer)
         experts = gate.config.spec.experts
         check_indices(experts, [], level)
         gates.append((gate, (level, tuple(check_amounts(additions, experts[level])))))
     return _steered(gates)
+
+
+def _gate(layer: nn.Module) -> ExpertGate:
+    """The gate of a layer that is steered."""
+    block = layer.block if isinstance(layer, PreNormed) else layer
+    gate = block if isinstance(block, ExpertGate) else getattr(block, "gate", block)
+    if isinstance(gate, ExpertGate):
+        return gate
+    if isinstance(layer, nn.Module) and gate is None:
+        raise SpecError(
+            f"a layer must have a gate to be steered; got a {type(layer).__qualname__} without "
+            "one. Change the coefficients that it is given, with tensormoe.editing."
+        )
+    raise TypeError(
+        "layers must be layers or blocks whose gate is an ExpertGate; got "
+        f"{type(layer).__qualname__}. Pass the layers inside that you mean."
+    )
 
 
 @contextmanager
@@ -75,9 +90,11 @@ def _steered(gates: list[tuple[ExpertGate, Steering]]) -> Iterator[None]:
         yield
     finally:
         for gate, entry in gates:
-            # others may have been opened since, and may be closed later
-            place = next(i for i, each in enumerate(gate.steering) if each is entry)
-            gate.steering = (*gate.steering[:place], *gate.steering[place + 1 :])
+            # others may have been opened since; export puts equal entries in the place of these
+            left = [*gate.steering]
+            if entry in left:
+                left.remove(entry)
+            gate.steering = tuple(left)
 
 
 def restored(module: nn.Module) -> AbstractContextManager[None]:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 from torch import Tensor
 
 from tensormoe_torch._base import Mixture
 from tensormoe_torch._gate import ExpertGate
-from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._pre_normed import PreNormed
 
 Editable = Mixture | MuMoEMLP | PreNormed
 """Modules that have experts by number; both layers of a block are edited together."""
-
-Gating: TypeAlias = MuMoE | MuMoEMLP | PreNormed
-"""Those of them that have a gate, unless they were made without."""
 
 
 def mixtures_of(layer: Editable) -> list[Mixture]:

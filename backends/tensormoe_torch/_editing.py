@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tensormoe._validation import flag
 from tensormoe.editing._merge import check_shares, mean_slices
-from tensormoe.editing._permute import check_order, is_of_level
+from tensormoe.editing._permute import check_order, is_of_level, no_gate
 from tensormoe.editing._slices import (
     check_indices,
     check_scales,
@@ -213,13 +213,13 @@ def permute_experts(
         order: the present numbers of the experts in their new order, each once.
         level: of the hierarchy.
         gate: whether projections, biases and buffers of the layer's gate move along, so that the
-            layer stays the same function.
+            layer stays the same function. False for a layer without one, such as a block's first.
 
     Raises:
         TypeError: as :func:`scale_experts`.
         ShapeError: a level or an index out of range.
-        SpecError: an order that does not name every expert once, or a layer whose factors, or whose
-            gate's parameters, are computed.
+        SpecError: an order that does not name every expert once, a gate that the layer does not
+            have, or a layer whose factors, or whose gate's parameters, are computed.
 
     >>> import torch
     >>> from tensormoe_torch import MuMoE
@@ -232,11 +232,13 @@ def permute_experts(
     flag(gate, "gate")
     mixtures, own = mixtures_of(layer), gate_of(layer)
     places = check_order(mixtures[0].spec.experts, order, level)
+    if gate and own is None:
+        raise no_gate()
     axes: list[tuple[Tensor, int]] = []
     for each in mixtures:
         named = expert_axes(each.spec.network, level)
         axes += [(held, named[name]) for name, held in stored(each.factors, named).items()]
-    if gate and own is not None:
+    if own is not None and gate:
         names = [name for name in own.config.parameter_shapes() if is_of_level(name, level)]
         stored(own, [name.partition(".")[2] for name in names])
         moved = gate_arrays(own)

@@ -188,14 +188,14 @@ def _fitted_mean(
     config, host = LayerConfig(replace(spec, experts=experts), None), get_backend("numpy")
     whole = {name: wide(array, backend) for name, array in arrays.items()}
     weight: Any = 0.0
-    bias: Any = 0.0 if spec.bias else None
+    bias: Any = 0.0
     # entries that are not finite are refused below
     with np.errstate(all="ignore"):
         for index, share in shares.items():
             one = alone(spec, whole, index, level)
             parts = materialize(config, {f"factors.{name}": a for name, a in one.items()}, host)
             weight = weight + share * parts[0]
-            bias = None if bias is None else bias + share * parts[1]
+            bias = None if parts[1] is None else bias + share * parts[1]
     # the search goes on from the expert that counts most
     start = max(shares, key=lambda index: shares[index])
     return solved(spec, arrays, start, (weight, bias), level, backend)

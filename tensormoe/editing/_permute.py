@@ -27,9 +27,9 @@ def permute_experts(
         order: the present numbers of the experts in their new order, each once: expert n becomes
             what ``order[n]`` was.
         level: of the hierarchy.
-        gate: whether projections, biases and buffers of the gate move along. Without them, or in a
-            layer without a gate, experts get the coefficients of others, unless those that the
-            layer is given are permuted as well.
+        gate: whether projections, biases and buffers of the gate move along. Without them, experts
+            get the coefficients of others. False for a layer without a gate: the coefficients that
+            it is given are to be permuted as well.
 
     Returns:
         All arrays by name, new ones where something changed.
@@ -38,7 +38,8 @@ def permute_experts(
         BackendError: arrays of an unknown library, or of several.
         ShapeError: arrays that are not the layer's, or without those of the gate; or a level or an
             index out of range.
-        SpecError: not a configuration, or an order that does not name every expert once.
+        SpecError: not a configuration, an order that does not name every expert once, or a gate
+            that the layer does not have.
 
     >>> import numpy as np
     >>> from tensormoe_numpy import MuMoE
@@ -83,6 +84,14 @@ def check_order(experts: tuple[int, ...], order: Iterable[int], level: int) -> l
     return found
 
 
+def no_gate() -> SpecError:
+    """The error for a gate that shall move along, and is not there."""
+    return SpecError(
+        "the layer has no gate that could be permuted with its experts; got gate=True. Pass "
+        "gate=False, and permute the coefficients that it is given alike."
+    )
+
+
 def is_of_level(name: str, level: int) -> bool:
     """Whether an array of a gate belongs to a level; its last axis is that of the experts.
 
@@ -95,6 +104,9 @@ def is_of_level(name: str, level: int) -> bool:
 
 def _gate_axes(config: Config, arrays: Arrays, level: int, backend: Backend) -> dict[str, int]:
     """The axis of experts in every array of the gate, by name."""
+    own = config.first if isinstance(config, BlockConfig) else config
+    if own.gate is None:
+        raise no_gate()
     shapes = {**config.parameter_shapes(), **config.buffer_shapes()}
     named = {name: shape for name, shape in shapes.items() if is_of_level(name, level)}
     block = "block" if isinstance(config, BlockConfig) else "layer"

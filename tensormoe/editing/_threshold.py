@@ -30,7 +30,8 @@ def threshold_experts(
     y_c + λ ⟨ā, a⟩, with a the coefficients of an input and ā the mean ones of the subgroup
     (:func:`subgroup_coefficients`): inputs that use other experts keep their logits, where one
     threshold for everybody moves them all. It corrects the bias of a classifier against a
-    subpopulation without any training (expert thresholding; Oldfield et al. 2024, section 4).
+    subpopulation without any training (expert thresholding; Oldfield et al. 2024, section 4, whose
+    own formula was not at hand: this one follows descriptions of it).
 
     Args:
         logits: (..., C).

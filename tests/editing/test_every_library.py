@@ -36,9 +36,12 @@ EDITS: dict[str, Callable[[Any, Arrays, Callable[[Any], Any]], Any]] = {
     "level": lambda config, arrays, put: replace_expert(config, arrays, 1, source=2, level=1),
     "merge": lambda config, arrays, put: merge_experts(config, arrays, [3, 0, 1], [1, 0, 2.5]),
     "merge level": lambda config, arrays, put: merge_experts(config, arrays, (0, 2), level=1),
-    "permute": lambda config, arrays, put: (permute_experts(config, arrays, [2, 0, 3, 1]), 0.0),
+    "permute": lambda config, arrays, put: (
+        permute_experts(config, arrays, [2, 0, 3, 1], gate=False),
+        0.0,
+    ),
     "permute level": lambda config, arrays, put: (
-        permute_experts(config, arrays, (1, 2, 0), 1),
+        permute_experts(config, arrays, (1, 2, 0), 1, gate=False),
         0.0,
     ),
     "fit": lambda config, arrays, put: replace_expert(
@@ -75,8 +78,8 @@ def in_place(config: LayerConfig, values: dict[str, np.ndarray], edit: str) -> A
         "level": lambda: package.replace_expert(layer, 1, source=2, level=1),
         "merge": lambda: package.merge_experts(layer, [3, 0, 1], [1, 0, 2.5]),
         "merge level": lambda: package.merge_experts(layer, (0, 2), level=1),
-        "permute": lambda: package.permute_experts(layer, [2, 0, 3, 1]),
-        "permute level": lambda: package.permute_experts(layer, (1, 2, 0), 1),
+        "permute": lambda: package.permute_experts(layer, [2, 0, 3, 1], gate=False),
+        "permute level": lambda: package.permute_experts(layer, (1, 2, 0), 1, gate=False),
         "fit": lambda: package.replace_expert(layer, 2, torch.tensor(TARGET), torch.tensor(BIAS)),
         "fit without biases": lambda: package.replace_expert(layer, 0, torch.tensor(TARGET)),
     }[edit]()

@@ -223,6 +223,11 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: permute_experts(CONFIG, ARRAYS, [0, 1, 2, 4]), ShapeError, r"in \[0, 4\)"),
     (lambda: permute_experts(CONFIG, ARRAYS, [0, 1, 2, 3], gate=1), SpecError, "gate must be True"),  # type: ignore[arg-type]
     (
+        lambda: permute_experts(LayerConfig(CONFIG.spec, None), ARRAYS, [3, 1, 2, 0]),
+        SpecError,
+        "has no gate that could be permuted.*gate=False, and permute the coefficients",
+    ),
+    (
         lambda: permute_experts(CONFIG, PARAMETERS, [3, 1, 2, 0]),
         ShapeError,
         r"hold 'gate.running_mean_0' of shape \(4,\).*all parameters and buffers of the layer, or",

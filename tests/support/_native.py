@@ -19,7 +19,7 @@ import tensormoe_cupy
 import tensormoe_jax
 import tensormoe_numpy
 import tensormoe_torch
-from tensormoe import CP, Gate, LayerSpec, convert
+from tensormoe import CP, Gate, LayerSpec, convert, editing
 from tensormoe.functional import LayerConfig
 from tests._cupy_standin import device, host
 from tests._everywhere import FORMS, PACKAGES
@@ -255,6 +255,24 @@ def check_editing(framework: Framework) -> None:
         assert torch.any(layer.expert(0, 0)[0])
     for name, each in layer.state_dict().items():
         np.testing.assert_array_equal(each, arrays[name])
+
+
+def check_editing_of_arrays(framework: Framework) -> None:
+    """An expert is silenced, and all are permuted, as functions of the framework's own arrays."""
+    arrays, call = prepared(LAYER, "gate", (3,), "float32")
+    wanted = dict(arrays)
+    wanted["factors.expert_0"] = arrays["factors.expert_0"].copy()
+    wanted["factors.expert_0"][1] = 0.0
+    library = {"NumPy": "numpy", "PyTorch": "torch"}.get(framework.name, "jax")
+    cupy = framework.name == "CuPy"
+    own = device(arrays) if cupy else convert(dict(arrays), library, copy=True)
+    silent = editing.silence_experts(LAYER, own, 1)
+    turned = editing.permute_experts(LAYER, silent, [2, 0, 1])
+    for found in (silent, turned):
+        back = host(found) if cupy else convert(dict(found), "numpy")
+        layer = framework.restore(LAYER, back)
+        want = NUMPY.run(NUMPY.restore(LAYER, wanted), call).output
+        assert_near(framework.run(layer, call).output, want, 1e-5, "output")
 
 
 def check_official(framework: Framework) -> None:

@@ -102,7 +102,8 @@ FEATURE_TABLE = Table(
             without=lacking((PURE, ("JAX",)), (MODULES, ("Flax NNX", "Equinox"))),
         ),
         row("surgery on models (`replace`)", _native.check_surgery, without=IN_PYTORCH),
-        row("experts edited (`silence_experts`, …)", _native.check_editing, without=IN_PYTORCH),
+        row("experts edited as arrays (`tensormoe.editing`)", _native.check_editing_of_arrays),
+        row("the same in place, and taken back", _native.check_editing, without=IN_PYTORCH),
         row("released code's weights", _native.check_official, without=IN_PYTORCH),
     ),
 )

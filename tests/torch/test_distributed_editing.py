@@ -17,6 +17,8 @@ from tensormoe.errors import BackendError, SpecError
 from tensormoe_torch import (
     MuMoE,
     MuMoEMLP,
+    merge_experts,
+    permute_experts,
     replace_expert,
     restored,
     scale_experts,
@@ -32,6 +34,8 @@ EDITS: dict[str, Callable[[Any], object]] = {
     "replace": lambda layer: replace_expert(
         layer, 1, normal(6, 5, seed=3, dtype=torch.float32), torch.ones(5)
     ),
+    "merge": lambda layer: merge_experts(layer, [2, 0], [1, 3]),
+    "permute": lambda layer: permute_experts(layer, [2, 0, 1]),
 }
 
 

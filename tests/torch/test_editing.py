@@ -17,6 +17,7 @@ from tensormoe import CP, BaseDelta, Gate, Hadamard, LayerSpec, TensorTrain
 from tensormoe.errors import BackendError, ShapeError, SpecError
 from tensormoe.testing import specs
 from tensormoe_torch import (
+    ConvMoE,
     MuMoE,
     MuMoEEmbedding,
     MuMoEMLP,
@@ -28,6 +29,7 @@ from tensormoe_torch import (
     silence_experts,
     steered,
 )
+from tensormoe_torch.mxd import MixtureOfDecoders
 from tensormoe_torch.official import PreNormed
 from tests._kinds import KINDS
 from tests.torch._helpers import assert_near, build, normal, pick, put, randomize, weights
@@ -235,6 +237,7 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: merge_experts(LAYER, [0, 1], [1.0, -1.0]), SpecError, "not negative; got -1.0 for ex"),
     (lambda: permute_experts(LAYER, [0, 1]), SpecError, r"each of the 3 experts at level 0 once"),
     (lambda: permute_experts(LAYER, [0, 1, 1]), SpecError, r"once; got \[0, 1, 1\]"),
+    (lambda: permute_experts(LAYER, [2, 1, 0]), SpecError, "has no gate that could be permuted"),
     (lambda: permute_experts(LAYER, [1, 0], 1, gate=None), SpecError, "gate must be True or Fal"),  # type: ignore[arg-type]
     (lambda: steered(nn.Linear(2, 2), {0: 1.0}), TypeError, "got Linear"),  # type: ignore[arg-type]
     (lambda: steered([], {0: 1.0}), SpecError, "at least one layer; got none"),
@@ -377,6 +380,38 @@ def test_steering_ends_in_any_order_and_after_exceptions() -> None:
     with pytest.raises(KeyError, match="mine"):
         fail()
     assert torch.equal(layer.coefficients(x)[0], before)
+
+
+def test_other_blocks_with_gates_are_steered() -> None:
+    decoders = MixtureOfDecoders(6, experts=7, k=7)
+    images = ConvMoE(2, 3, 3, experts=4, rank=2, padding=1)
+    for block, x, gate_input in (
+        (decoders, torch.ones(5, 6), torch.ones(5, 6)),
+        (images, torch.ones(2, 2, 5, 5), None),
+    ):
+        for parameter in block.parameters():
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+        before = block(x)
+        with steered(block, {1: 0.5}), steered(block.gate, {1: 0.5}):
+            found = block(x)
+        assert torch.equal(block(x), before)
+        if gate_input is not None:
+            (a,) = block.coefficients(gate_input)
+            torch.testing.assert_close(found, block(x, coefficients=a + torch.eye(7)[1]))
+        assert not torch.allclose(found, before)
+
+
+def test_exported_layers_are_steered_and_steering_ends() -> None:
+    layer = randomize(MuMoE(4, 3, experts=3, rank=2))
+    x = torch.ones(2, 4)
+    before = layer(x)
+    with steered(layer, {0: 1.0}):
+        found = layer(x)
+        exported = torch.export.export(layer, (x,)).module()
+    assert layer.gate is not None
+    assert layer.gate.steering == ()
+    assert torch.equal(layer(x), before)
+    torch.testing.assert_close(exported(x), found)
 
 
 def test_steering_trains_what_it_passes_through() -> None:
