@@ -18,6 +18,18 @@ from __future__ import annotations
 
 from tensormoe.analysis._effects import logit_attribution as logit_attribution
 from tensormoe.analysis._effects import risk_difference as risk_difference
+from tensormoe.analysis._explorer._collect import explore_coefficients as explore_coefficients
+from tensormoe.analysis._explorer._examples import Images as Images
+from tensormoe.analysis._explorer._examples import Table as Table
+from tensormoe.analysis._explorer._examples import Texts as Texts
+from tensormoe.analysis._explorer._examples import Tokens as Tokens
+from tensormoe.analysis._explorer._explore import explore as explore
+from tensormoe.analysis._explorer._neuronpedia import neuronpedia_batches as neuronpedia_batches
+from tensormoe.analysis._explorer._top import TopInputs as TopInputs
+from tensormoe.analysis._explorer._value import Exploration as Exploration
+from tensormoe.analysis._explorer._value import ExploredLevel as ExploredLevel
+from tensormoe.analysis._explorer._value import NearestExperts as NearestExperts
+from tensormoe.analysis._explorer._value import RecordedInput as RecordedInput
 from tensormoe.analysis._histograms import ClassHistogram as ClassHistogram
 from tensormoe.analysis._histograms import Specialization as Specialization
 from tensormoe.analysis._histograms import class_histogram as class_histogram
@@ -40,17 +52,29 @@ from tensormoe.analysis._use import expert_load as expert_load
 __all__ = [
     "ClassHistogram",
     "ExpertLoad",
+    "Exploration",
+    "ExploredLevel",
+    "Images",
     "Interventions",
+    "NearestExperts",
     "Probe",
     "RankCurve",
+    "RecordedInput",
     "Specialization",
+    "Table",
+    "Texts",
+    "Tokens",
+    "TopInputs",
     "activation_histogram",
     "class_histogram",
     "expert_load",
     "expert_similarity",
+    "explore",
+    "explore_coefficients",
     "interventions",
     "interventions_by_runs",
     "logit_attribution",
+    "neuronpedia_batches",
     "polysemanticity",
     "rank_curve",
     "risk_difference",
