@@ -204,9 +204,7 @@ class Exploration:
 
 def wanted_inputs(levels: tuple[ExploredLevel, ...]) -> set[int]:
     """Numbers of the inputs that are among the top ones of an expert."""
-    return {int(each) for level in levels for each in set(level.top.numbers.ravel().tolist())} - {
-        -1
-    }
+    return {each for level in levels for each in level.top.numbers.ravel().tolist()} - {-1}
 
 
 def _sum(one: Any, two: Any, what: str) -> Any:

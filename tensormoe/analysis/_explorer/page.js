@@ -236,6 +236,7 @@
         ? box.left + 14 + ((box.right - box.left - 14) * Math.log(Math.max(value, low) / low)) / Math.log(high / low)
         : box.left;
     const y = (value) => box.bottom - ((box.bottom - box.top) * (value - bottom)) / (top - bottom);
+    byId("meaning").textContent = MEASURES[name][1];
     brush.font = "11px system-ui, sans-serif";
     brush.strokeStyle = colour("--line");
     brush.fillStyle = colour("--quiet");
@@ -486,7 +487,9 @@
     const what = state.scale === 0 ? "silenced" : state.scale === 1 ? "unchanged" : `times ${state.scale}`;
     const lost = level.lost ? ` Over all inputs, silencing it costs ${whole(values("lost")[expert])} right predictions of ${whole(level.correct)} and gains ${whole(unpack(level.gained)[expert])}.` : "";
     byId("preview").textContent =
-      `Expert ${expert} ${what}: the prediction changes for ${changes} of its ${shown} top inputs.` + (state.scale === 0 ? lost : "");
+      state.scale === 1
+        ? `Expert ${expert} ${what}. Another scale shows what it does to ${shown} top inputs.`
+        : `Expert ${expert} ${what}: the prediction changes for ${changes} of its ${shown} top inputs.${state.scale === 0 ? lost : ""}`;
     byId("scale-value").textContent = `× ${state.scale}`;
     byId("silence").setAttribute("aria-pressed", state.scale === 0);
   }
@@ -609,7 +612,7 @@
     byId("sort").replaceChildren(...names.map((name) => option(name, MEASURES[name][0].toLowerCase())), option("number", "number"));
     byId("sort").value = "load";
     const heights = names.filter((name) => name !== "load" && name !== "baseline");
-    byId("measure").replaceChildren(...heights.map((name) => option(name, `${MEASURES[name][0]} (${MEASURES[name][1]})`)));
+    byId("measure").replaceChildren(...heights.map((name) => option(name, MEASURES[name][0])));
     byId("measure").value = heights.includes("excess") ? "excess" : heights[0];
     const sum = levelOf().sum;
     const note = byId("note");
