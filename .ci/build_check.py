@@ -24,6 +24,8 @@ for package in sys.argv[1:]:
     module = import_module(package)
     assert "site-packages" in module.__file__, f"{package} came from {module.__file__}"
     assert files(package).joinpath("py.typed").is_file(), f"{package} ships no py.typed"
+for name in ("page.html", "page.css", "page.js"):
+    assert files("tensormoe.analysis._explorer").joinpath(name).is_file(), f"no {name}"
 for point in entry_points(group="tensormoe.backends"):
     assert point.load().name == point.name, point
 import tensormoe

@@ -156,7 +156,9 @@ def summed(
 
 def like_labels(labels: NDArray[Any], like: Array, backend: Backend) -> Array:
     """Labels of the host as an array of a library, where its values are."""
-    return backend.namespace.asarray(labels.tolist(), device=device_of(like))
+    # an empty list would become an array of floats
+    found = backend.namespace.asarray(labels.tolist() or [0], device=device_of(like))
+    return found[: labels.size]
 
 
 def _above(coefficients: Array | TopK, threshold: float, backend: Backend) -> Array | TopK:

@@ -199,7 +199,7 @@ def collect(
     rows = len(values[0])
     _check_rows(rows, values, shown.examples, model)
     known = None if labels is None else _labels_only(labels, rows)
-    logits = None if model is None or not rows else _logits(model, given, values, backend)
+    logits = None if model is None else _logits(model, given, values, backend)
     size = shown.size(None if logits is None else logits.shape[1])
     if known is not None:
         known, size = checked_labels(known, rows, size)
@@ -212,7 +212,7 @@ def collect(
             expert_load(given[level], threshold=threshold),
             None if known is None else class_histogram(given[level], known, classes=size),
             None
-            if known is None or model is None or size is None or not rows
+            if known is None or model is None or size is None
             else _effects(model, given, known, size, level),
             top,
             None if nearest is None else nearest[level],
@@ -286,7 +286,8 @@ def _logits(
     import numpy as np
 
     found = []
-    for start in range(0, len(values[0]), _BATCH):
+    # once for no rows, so that batches of any size add up
+    for start in range(0, max(len(values[0]), 1), _BATCH):
         part = slice(start, start + _BATCH)
         made = model.run(model.inputs[part], [each[part] for each in given])
         rows = len(values[0][part])

@@ -196,8 +196,10 @@ def _read_level(values: Mapping[str, Any], classes: int) -> ExploredLevel:
         part = getattr(level, name)
         for field in fields if part is not None else ():
             array = getattr(part, field)
+            if array is None and field in ("changed", "marks"):
+                continue
             per_class = field in ("inputs", "correct")
-            if array is not None and array.shape[:1] != ((classes if per_class else experts),):
+            if array is None or array.shape[:1] != ((classes if per_class else experts),):
                 raise ValueError(f"{name}.{field} has shape {array.shape}")
     return level
 

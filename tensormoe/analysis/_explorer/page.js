@@ -655,6 +655,7 @@
     drawScatter();
     drawList();
   });
+  byId("caption").textContent = data.classes.length && unpack(data.labels).some((label) => label >= 0) ? "coefficient · class" : "coefficient";
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
     drawScatter();
     drawGrid();

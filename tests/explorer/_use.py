@@ -1,0 +1,211 @@
+"""What a reader does with a page, and what must come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from playwright.sync_api import Browser, Page
+
+from tests.docs._browser import LOOKS, NARROW
+from tests.explorer._pages import linear
+
+MOST_BYTES, OPENS, LONGEST_TASK = 20 * 2**20, 2000, 200
+
+# WCAG's contrast of every visible text with the nearest ground that is painted behind it
+PROBE = Path(__file__).with_name("probe.js").read_text("utf-8")
+TASKS = """
+window.tasks = [];
+new PerformanceObserver((list) => {
+  for (const entry of list.getEntries()) window.tasks.push(entry.duration);
+}).observe({ entryTypes: ["longtask"] });
+"""
+
+
+@contextmanager
+def opened_page(
+    browser: Browser, path: Path, width: int = 1300, scheme: str = "light", script: str = ""
+) -> Iterator[tuple[Page, list[str]]]:
+    """The page from disk, and what has gone wrong in it so far."""
+    context = browser.new_context(
+        color_scheme=scheme,  # type: ignore[arg-type]
+        viewport={"width": width, "height": 900},
+        offline=True,
+    )
+    problems: list[str] = []
+    page = context.new_page()
+    page.on("console", lambda it: problems.append(f"console: {it.text}"))
+    page.on("pageerror", lambda error: problems.append(f"error: {error}"))
+    page.on("request", lambda it: it.url[:5] not in ("file:", "data:") and problems.append(it.url))
+    if script:
+        page.add_init_script(script)
+    page.goto(path.as_uri(), wait_until="load")
+    try:
+        yield page, problems
+    finally:
+        context.close()
+
+
+def looks(browser: Browser, path: Path, pictures: Path) -> Iterator[str]:
+    """Widths, colours and names of everything that can be used."""
+    pictures.mkdir(parents=True, exist_ok=True)
+    for look in LOOKS:
+        with opened_page(browser, path, look.width, look.scheme) as (page, problems):
+            page.screenshot(path=pictures / f"{look}.png", full_page=True)
+            for problem in [*page.evaluate(PROBE), *problems]:
+                yield f"{problem} ({look})"
+            wide = page.evaluate("document.documentElement.scrollWidth")
+            if wide > look.width:
+                yield f"{wide} pixels wide ({look})"
+            if look.width == NARROW:
+                continue
+            for field in page.locator("button, select, input, [tabindex='0']").all():
+                if field.is_visible() and not named(field):
+                    yield f"{field.evaluate('it => it.outerHTML')[:80]} has no name"
+
+
+def named(field: Any) -> bool:
+    """Whether a screen reader has something to say of it."""
+    return bool(
+        field.evaluate(
+            "it => it.getAttribute('aria-label') || it.getAttribute('aria-labelledby') ||"
+            " it.textContent.trim() && it.tagName === 'BUTTON' || it.labels?.length"
+        )
+    )
+
+
+def edits(browser: Browser, path: Path) -> Iterator[str]:
+    """An expert is found, opened and silenced, and the preview is NumPy's."""
+    found = linear()
+    level = found.levels[0]
+    with opened_page(browser, path) as (page, problems):
+        page.fill("#search", "bee")
+        shown = int(page.inner_text("#count").split()[0])
+        bees = int((level.histogram.mass.argmax(axis=1) == 1)[level.load.mass > 0].sum())
+        if shown != bees:
+            yield f"search shows {shown} experts of bees; {bees} are"
+        page.fill("#search", "15")
+        if page.locator(".option:visible").count() != 1:
+            yield "search by number does not show one expert"
+        page.locator("#expert-15").click()
+        if "No input uses this expert" not in page.inner_text("#top"):
+            yield "an unused expert has top inputs"
+        page.fill("#search", "")
+        for expert in range(level.experts - 1):
+            page.fill("#search", str(expert))
+            page.locator(f"#expert-{expert}").click()
+            page.click("#silence")
+            for scale in (0.0, 2.0):
+                page.locator("#scale").fill(str(scale))
+                changed = page.locator("#top li.changed").count()
+                if changed != (expected := changes(level, found, expert, scale)):
+                    yield f"expert {expert} times {scale} changes {changed}; NumPy says {expected}"
+        if f"{int(level.interventions.lost[expert].sum())} right" not in preview(page):
+            yield f"the preview says {preview(page)!r}"
+        page.click("#reset")
+        if page.locator("#top li.changed").count():
+            yield "reset changes predictions"
+        page.fill("#search", "")
+        page.select_option("#sort", "excess")
+        first = int(page.locator(".option").first.get_attribute("data-expert") or -1)
+        if first != int(np.nanargmax(level.specialization.excess)):
+            yield f"sorted by specialisation, expert {first} is first"
+        yield from problems
+
+
+def preview(page: Page) -> str:
+    """What is said of the silenced expert."""
+    page.click("#silence")
+    return page.inner_text("#preview")
+
+
+def changes(level: Any, found: Any, expert: int, scale: float) -> int:
+    """Top inputs whose prediction changes, from the value."""
+    count = 0
+    for slot, number in enumerate(level.top.numbers[expert]):
+        if number >= 0:
+            whole = np.array(found.recorded[int(number)].logits)
+            without = level.top.changed[expert, slot, 0]
+            scaled = without + scale * (whole - without)
+            count += int(scaled.argmax() != whole.argmax())
+    return count
+
+
+def by_keys(browser: Browser, path: Path) -> Iterator[str]:
+    """The list, the card and the search without a mouse."""
+    with opened_page(browser, path) as (page, problems):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.className") != "skip":
+            yield "the first key does not reach the link to the card"
+        page.focus("#list")
+        before = page.inner_text("#card-title")
+        page.keyboard.press("ArrowDown")
+        second = page.inner_text("#card-title")
+        page.keyboard.press("End")
+        last = page.inner_text("#card-title")
+        if len({before, second, last}) != 3:
+            yield f"keys move from {before} to {second} to {last}"
+        active = page.get_attribute("#list", "aria-activedescendant") or ""
+        if f"Expert {active.removeprefix('expert-')}" != last:
+            yield f"the active option is {active}, and the card {last}"
+        page.keyboard.press("Enter")
+        if page.evaluate("document.activeElement.id") != "card":
+            yield "Enter does not move to the card"
+        yield from problems
+
+
+def hostile(browser: Browser, path: Path) -> Iterator[str]:
+    """Nothing of the data runs, and no element comes of it."""
+    with opened_page(browser, path) as (page, problems):
+        if page.evaluate("window.broken"):
+            yield "a name ran"
+        if page.locator("img").count():
+            yield "a name became an element"
+        if "<img src=x" not in page.inner_text("#title"):
+            yield "the title is not shown as it is"
+        if "<img src=x" not in page.inner_text("#top"):
+            yield "cells are not shown as they are"
+        yield from problems
+
+
+def speed(browser: Browser, path: Path, pictures: Path) -> Iterator[str]:
+    """Size, time to open, and the longest task while the list is scrolled and sorted."""
+    pictures.mkdir(parents=True, exist_ok=True)
+    size = path.stat().st_size
+    if size > MOST_BYTES:
+        yield f"{size:,} bytes"
+    with opened_page(browser, path, script=TASKS) as (page, problems):
+        ready = page.evaluate("performance.getEntriesByName('explorer-ready')[0].startTime")
+        if ready > OPENS:
+            yield f"ready after {ready:.0f} ms"
+        page.wait_for_timeout(300)
+        page.evaluate("window.tasks.length = 0")
+        page.locator("#list").hover()
+        for _ in range(20):
+            page.mouse.wheel(0, 4000)
+            page.wait_for_timeout(30)
+        page.evaluate("document.getElementById('list').scrollTop = 1e9")
+        page.wait_for_timeout(100)
+        if page.locator(".option:visible").count() > 60:
+            yield "the list holds all experts"
+        last = page.locator(".option:visible").last.get_attribute("aria-posinset")
+        scrolled = max(page.evaluate("window.tasks"), default=0)
+        page.locator("#list").focus()
+        page.keyboard.press("End")
+        page.fill("#search", "77")
+        page.select_option("#sort", "excess")
+        page.click("#silence")
+        page.wait_for_timeout(200)
+        used = max(page.evaluate("window.tasks"), default=0)
+        for what, longest in (("scrolling", scrolled), ("use", used)):
+            if longest > LONGEST_TASK:
+                yield f"a task of {longest:.0f} ms while {what}"
+        print(
+            f"4,096 experts: {size / 1e6:.1f} MB, ready after {ready:.0f} ms, longest task "
+            f"{scrolled:.0f} ms while scrolling, {used:.0f} ms in use; last row {last}"
+        )
+        page.screenshot(path=pictures / "1300-light.png", full_page=True)
+        yield from problems
