@@ -36,7 +36,7 @@ unexport PYTHONPATH PYTHONHOME
 help: ## show this list
 	@awk 'BEGIN { FS = ":.*## " } \
 	    /^##@/ { printf "\n%s\n", substr($$0, 5) } \
-	    /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	    /^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: demo
 demo: $(VENV)/.ready-demo ## train factorized experts on real images, with NumPy alone
@@ -115,6 +115,11 @@ docs: $(VENV)/.ready-dev ## the documentation, built strictly into site/
 docs-check: $(VENV)/.ready-docs-check ## every page of the documentation in Chromium (not part of test)
 	@echo "== docs-check"
 	@PYTHONPATH=.:backends $(BIN)/python -m tests.docs
+
+.PHONY: explorer-check
+explorer-check: $(VENV)/.ready-docs-check ## the explorer of experts in Chromium (not part of test)
+	@echo "== explorer-check"
+	@PYTHONPATH=.:backends $(BIN)/python -m tests.explorer
 
 .PHONY: build-check
 build-check: $(VENV)/.ready-dev ## sdist -> wheel -> clean environment -> import every package

@@ -1,8 +1,9 @@
-"""The command line: choose ranks, look at plans, measure this machine, compress models.
+"""The command line: choose ranks, look at plans, measure this machine, compress and explore models.
 
-``tensormoe rank``, ``tensormoe plan``, ``tensormoe calibrate``, ``tensormoe demo`` and
-``tensormoe compress``; ``--help`` after any of them says more. ``--json`` prints one JSON object
-for programs, ``--plot`` writes a picture. Errors are one line on standard error and exit status 2.
+``tensormoe rank``, ``tensormoe plan``, ``tensormoe calibrate``, ``tensormoe demo``,
+``tensormoe compress`` and ``tensormoe explore``; ``--help`` after any of them says more. ``--json``
+prints one JSON object for programs, ``--plot`` writes a picture. Errors are one line on standard
+error and exit status 2.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ commands:
   calibrate   measure this machine, for predicted times
   demo        factorized experts on real images, from budget to picture
   compress    the experts of a model's checkpoint, decomposed
+  explore     a page that shows what every expert of a layer does
 """
 
 _SIZES = (
@@ -95,6 +96,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
         from tensormoe.cli._compress import run_compress
 
         return run_compress
+    if name == "explore":
+        from tensormoe.cli._explore import run_explore
+
+        return run_explore
     from tensormoe.cli._demo import run_demo
 
     return run_demo
@@ -123,6 +128,7 @@ def _parser() -> _Parser:
     _add_calibrate(commands)
     _add_demo(commands)
     _add_compress(commands)
+    _add_explore(commands)
     return parser
 
 
@@ -254,6 +260,35 @@ def _add_compress(commands: argparse._SubParsersAction[_Parser]) -> None:
     option("--seconds", metavar="S", help="a time limit for the search of each stack of experts")
     option("--dry-run", action="store_true", help="sizes, ranks and time, from headers alone")
     option("--device", metavar="NAME", help="whose time a dry run predicts, as for rank")
+    option("--json", action="store_true", help="print one JSON object")
+
+
+def _add_explore(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "explore",
+        description="One HTML page, which needs no network, with what every expert does: of a data "
+        "file that Exploration.save wrote, or of a layer's checkpoint, which runs in NumPy.",
+        epilog="example: tensormoe explore head.safetensors --inputs x.npy --labels y.npy --logits "
+        "--images pictures.npy --output experts.html",
+    )
+    option = parser.add_argument
+    option("source", metavar="SOURCE", help="a .json data file, or a .safetensors checkpoint")
+    option("--output", metavar="FILE", help=".html or .json (default: SOURCE with .html)")
+    option("--inputs", metavar="FILE", help="the layer's inputs, an array in a .npy file")
+    option("--labels", metavar="FILE", help="one class per input, in a .npy file")
+    option(
+        "--coefficients",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="of a layer without a gate, in .npy files: once for each level",
+    )
+    option("--logits", action="store_true", help="the layer's outputs are logits of the classes")
+    option("--images", metavar="FILE", help="the inputs as images, in a .npy file")
+    option("--texts", metavar="FILE", help="the inputs as texts, one per line")
+    option("--class-names", metavar="FILE", help="names of the classes, one per line")
+    option("--top", metavar="K", help="inputs that are shown per expert (default: 8)")
+    option("--title", metavar="TEXT", help="of the page (default: the checkpoint's name)")
     option("--json", action="store_true", help="print one JSON object")
 
 

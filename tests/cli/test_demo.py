@@ -37,8 +37,10 @@ def test_demo_in_one_epoch(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert fair - 75 < wider["all_parameters"] <= fair
     check_not_blank(tmp_path / "a" / "demo.png", least=900)
     names = {Path(name).name for name in found["files"]}
-    assert names == {"cp.safetensors", "tensor_ring.safetensors", "demo.png"}
+    assert names == {"cp.safetensors", "tensor_ring.safetensors", "demo.png", "experts.html"}
     assert {each.name for each in (tmp_path / "a").iterdir()} == names
+    page = (tmp_path / "a" / "experts.html").read_text("utf-8")
+    assert "data:image/png;base64," in page
     layer = MuMoE.load(tmp_path / "a" / "cp.safetensors")
     assert layer.spec.experts == (4, 2)
     assert np.isfinite(layer(np.ones((2, 64), "float32"))).all()
@@ -57,5 +59,6 @@ def test_demo_tells_a_person_what_it_does(
         "outputs equal to the last bit",
         "Means of 3 runs",
         str(tmp_path / "demo.png"),
+        str(tmp_path / "experts.html"),
     ):
         assert said in text

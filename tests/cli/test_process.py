@@ -20,7 +20,7 @@ from tests._python import ENVIRONMENT
 def test_help_and_version() -> None:
     done = run("--help")
     assert done.returncode == 0
-    for command in ("rank", "plan", "calibrate", "demo"):
+    for command in ("rank", "plan", "calibrate", "demo", "explore"):
         assert re.search(rf"^  {command} ", done.stdout, re.MULTILINE)
         assert "usage: tensormoe " + command in run(command, "--help").stdout
     assert run("--version").stdout.startswith("tensormoe ")

@@ -23,12 +23,14 @@ class Digits:
         train_labels: the digit of each.
         test: images that no training sees.
         test_labels: the digit of each.
+        pictures: (images, 8, 8), the test images as they are, from 0 to 16.
     """
 
     train: NDArray
     train_labels: NDArray
     test: NDArray
     test_labels: NDArray
+    pictures: NDArray
 
 
 def load() -> Digits:
@@ -45,4 +47,4 @@ def load() -> Digits:
     # pixels of the margin hardly ever vary: their noise is not blown up
     scale = np.maximum(train.std(axis=0), 1.0)
     parts = [((part - mean) / scale).astype("float32") for part in (train, test)]
-    return Digits(parts[0], train_labels, parts[1], test_labels)
+    return Digits(parts[0], train_labels, parts[1], test_labels, test.reshape(-1, 8, 8))

@@ -13,6 +13,7 @@ import numpy as np
 
 from tensormoe import LayerSpec
 from tensormoe._format import format_rank
+from tensormoe.analysis import Images, explore
 from tensormoe.cli._console import make_table, print_json
 from tensormoe.cli._demo import _digits
 from tensormoe.cli._demo._picture import draw
@@ -132,9 +133,10 @@ def tell(
     }
     draw(picture, {entry.name: entry.histories for entry in entries}, tables)
     files.append(str(picture))
-    seconds = perf_counter() - start
     console.print("\n6  Picture: loss curves, and which digits each expert serves", style="bold")
     console.print(f"   {picture}", soft_wrap=True)
+    files.append(_explore(console, entries[0], digits, folder))
+    seconds = perf_counter() - start
     console.print(f"\nAll of it took {seconds:.0f} s.", style="dim")
     if as_json:
         print_json(
@@ -337,6 +339,23 @@ def _keep(
         files.append(str(path))
         console.print(f"   {path}: loaded again, outputs equal to the last bit", soft_wrap=True)
     return files
+
+
+def _explore(console: Console, entry: Entry, digits: _digits.Digits, folder: Path) -> str:
+    path = folder / "experts.html"
+    explore(
+        entry.layer,
+        digits.test,
+        digits.test_labels,
+        head=entry.models[0].behind,
+        examples=Images(digits.pictures, high=16.0),
+        classes=_digits.CLASSES,
+        title=f"{entry.name}: experts for digits",
+        path=path,
+    )
+    console.print("\n7  Explorer: what every expert does, to open in a browser", style="bold")
+    console.print(f"   {path}", soft_wrap=True)
+    return str(path)
 
 
 def _entry_dict(entry: Entry) -> dict[str, Any]:

@@ -67,7 +67,11 @@ class Classifier:
 
     def __call__(self, x: NDArray) -> NDArray:
         """The logits (images, 10)."""
-        return self.head(_GELU(self.body(x)))
+        return self.behind(self.body(x))
+
+    def behind(self, outputs: NDArray) -> NDArray:
+        """The logits from the body's outputs."""
+        return self.head(_GELU(outputs))
 
     def accuracy(self, x: NDArray, labels: NDArray) -> float:
         """The share of images whose class is told right."""
