@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tensormoe._config import LayerConfig
 from tensormoe._validation import instance, positive_int
 from tensormoe.analysis._inputs import checked_labels, dense_rows, host_numbers
+from tensormoe.analysis._use import like_labels
 from tensormoe.backend import Array, Backend, backend_of
 from tensormoe.checkpoint import check_config
 from tensormoe.errors import ShapeError, SpecError
@@ -144,11 +145,11 @@ def interventions(
     numbers, size = checked_labels(labels, count, classes or (None if head else spec.out_features))
     for start in range(0, max(count, 1), step):
         part = slice(start, start + step)
-        found = _of_block(
+        found = predictions_of_block(
             config, arrays, rows[part], [each[part] for each in given], level, head, backend
         )
-        counted = _counted(*found, numbers[part], size)
-        total = counted if total is None else total + counted
+        made_here = counted(*found, numbers[part], size)
+        total = made_here if total is None else total + made_here
     assert total is not None
     return total
 
@@ -159,7 +160,7 @@ def rows_per_step(config: LayerConfig, level: int) -> int:
     return max(_BLOCK // row, 1)
 
 
-def _of_block(
+def predictions_of_block(
     config: LayerConfig,
     arrays: Mapping[str, Array],
     rows: Array,
@@ -168,7 +169,7 @@ def _of_block(
     head: Head | None,
     backend: Backend,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Predictions (rows,) with all experts, and (N, rows) without each."""
+    """Predictions (rows,) with all experts of a layer, and (N, rows) without each of a level."""
     xp = backend.namespace
     whole = apply_experts(config, arrays, rows, coefficients, backend)
     terms = level_outputs(config, arrays, rows, coefficients, level, backend)
@@ -189,9 +190,10 @@ def _of_block(
     return kept, np.where(used, changed, kept[None, :])
 
 
-def _counted(
+def counted(
     kept: NDArray[Any], changed: NDArray[Any], labels: NDArray[Any], classes: int
 ) -> Interventions:
+    """Counts by class of predictions (rows,) with all experts, and (N, rows) without each."""
     import numpy as np
 
     right, still = kept == labels, changed == labels[None, :]
@@ -237,18 +239,34 @@ def interventions_by_runs(
     batch = positive_int(batch, "batch")
     pairs = [dense_rows(each) for each in coefficients]
     given, backend = [each for each, _ in pairs], pairs[0][1]
-    xp, count = backend.namespace, int(inputs.shape[0])
+    count = int(inputs.shape[0])
     if not 0 <= level < len(given) or any(each.shape[0] != count for each in given):
         raise ShapeError(
             f"coefficients must be those of the {count} inputs, with level {level} among them; got "
             f"{[tuple(each.shape) for each in given]}."
         )
 
+    kept, changed, logits = predictions_by_runs(run, inputs, given, level, backend, batch)
+    numbers, size = checked_labels(labels, count, classes or logits)
+    return counted(kept, changed, numbers, size)
+
+
+def predictions_by_runs(
+    run: Callable[[Array, Sequence[Array]], Array],
+    inputs: Array,
+    given: Sequence[Array],
+    level: int,
+    backend: Backend,
+    batch: int,
+) -> tuple[NDArray[Any], NDArray[Any], int | None]:
+    """Predictions (rows,) with all experts, (N, rows) without each, and the number of logits."""
+    import numpy as np
+
+    xp, count = backend.namespace, int(inputs.shape[0])
+
     def predicted(rows: Array, mixed: Sequence[Array]) -> tuple[NDArray[Any], int]:
         logits = run(rows, mixed)
         return host_numbers(xp.argmax(logits, axis=-1), backend), int(logits.shape[-1])
-
-    import numpy as np
 
     used = host_numbers(xp.astype(given[level] != 0, xp.int32), backend).astype(bool)
     parts = [
@@ -256,17 +274,17 @@ def interventions_by_runs(
         for start in range(0, count, batch)
     ]
     kept = np.concatenate([each for each, _ in parts]) if parts else np.zeros(0, np.int64)
-    numbers, size = checked_labels(labels, count, classes or (parts[0][1] if parts else None))
     changed = np.repeat(kept[None, :], used.shape[1], axis=0)
     places, experts = used.nonzero()
     for start in range(0, places.size, batch):
         rows, silent = places[start : start + batch], experts[start : start + batch]
-        index = xp.asarray(rows.tolist())
+        index = like_labels(rows, given[level], backend)
         mixed = [backend.take(each, index, 0) for each in given]
-        loud = xp.arange(used.shape[1])[None, :] != xp.asarray(silent.tolist())[:, None]
+        column = like_labels(np.arange(used.shape[1]), given[level], backend)
+        loud = column[None, :] != like_labels(silent, given[level], backend)[:, None]
         mixed[level] = mixed[level] * xp.astype(loud, mixed[level].dtype)
         changed[silent, rows] = predicted(backend.take(inputs, index, 0), mixed)[0]
-    return _counted(kept, changed, numbers, size)
+    return kept, changed, parts[0][1] if parts else None
 
 
 def polysemanticity(found: Interventions) -> NDArray[Any]:

@@ -105,6 +105,25 @@ def test_changed_logits_are_those_of_the_layer_run_again(linear: bool) -> None:
     assert changes
 
 
+def test_affected_inputs_are_those_whose_prediction_changes() -> None:
+    layer = gated()
+    found = explore(layer, X, head="identity", top=4)
+    (coefficients, _), whole = layer.coefficients(X), layer(X).argmax(axis=1)
+    counts = []
+    for expert in range(5):
+        silent = [each.copy() for each in layer.coefficients(X)]
+        silent[0][:, expert] = 0
+        moved = layer(X, coefficients=silent).argmax(axis=1) != whole
+        rows = np.flatnonzero(moved & (coefficients[:, expert] > 0))
+        order = rows[np.argsort(-coefficients[rows, expert], kind="stable")][:4]
+        affected = found.levels[0].affected.numbers[expert]
+        assert affected[affected >= 0].tolist() == order.tolist()
+        counts.append(len(rows))
+        for number, changed in zip(order, found.levels[0].affected.changed[expert], strict=False):
+            assert changed[0].argmax() != np.argmax(found.recorded[int(number)].logits)
+    assert min(counts) < 4 < max(counts)
+
+
 def test_batches_add_up() -> None:
     layer = gated()
     pictures = RNG.integers(0, 256, (ROWS, 3, 3)).astype("uint8")
@@ -131,6 +150,7 @@ def test_batches_add_up() -> None:
         np.testing.assert_allclose(one.top.changed, two.top.changed, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(one.histogram.mass, two.histogram.mass, rtol=1e-5)
         np.testing.assert_array_equal(one.interventions.lost, two.interventions.lost)
+        np.testing.assert_array_equal(one.affected.numbers, two.affected.numbers)
         assert one.load.inputs == ROWS
     np.testing.assert_allclose(added.grids[0], whole.grids[0], rtol=1e-5)
 

@@ -111,10 +111,10 @@ def test_page_has_the_numbers() -> None:
     for expert in range(level.experts):
         expected = level.histogram.shares[expert][classes[expert]]
         np.testing.assert_allclose(shares[expert], expected, rtol=1e-6)
-    places = unpacked(held["top"])
+    places = unpacked(held["top"]["places"])
     numbers = np.array([*found.recorded, -1])
     np.testing.assert_array_equal(numbers[places], level.top.numbers)
-    np.testing.assert_array_equal(unpacked(held["changed"]), level.top.changed)
+    np.testing.assert_array_equal(unpacked(held["top"]["changed"]), level.top.changed)
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -196,10 +196,10 @@ def test_logits_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("tensormoe.analysis._explorer._page._LOGITS", 16 * 5 * 3)
     held = payload(found)
     assert held["logits"] is None
-    assert held["levels"][0]["changed"] is None
+    assert held["levels"][0]["top"]["changed"] is None
     monkeypatch.setattr("tensormoe.analysis._explorer._page._LOGITS", len(found.recorded) * 5)
     held = payload(found)
-    slots = held["levels"][0]["changed"]["shape"][1]
+    slots = held["levels"][0]["top"]["changed"]["shape"][1]
     assert 0 < slots < 8 + 1
     monkeypatch.setattr("tensormoe.analysis._explorer._page._CLASSES", 2)
     assert payload(found)["levels"][0]["histogram"]["classes"]["shape"] == [16, 2]

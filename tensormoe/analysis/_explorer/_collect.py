@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from os import PathLike
@@ -28,7 +28,7 @@ from tensormoe.analysis._explorer._value import (
 )
 from tensormoe.analysis._histograms import class_histogram
 from tensormoe.analysis._inputs import checked_labels, dense_rows, host
-from tensormoe.analysis._interventions import Interventions, interventions_by_runs
+from tensormoe.analysis._interventions import Interventions, counted, predictions_by_runs
 from tensormoe.analysis._use import expert_load, like_labels
 from tensormoe.backend import Array, Backend
 from tensormoe.decomposition._solve import from_host
@@ -107,14 +107,14 @@ class Model:
         inputs: (rows, ...), what ``run`` takes.
         run: to logits.
         linear: whether logits are linear in every expert.
-        effects: interventions on the experts of a level, given labels and the number of classes; by
-            runs of the model if None.
+        blocks: predictions (rows,) with all experts, and (N, rows) without each of a level, for
+            blocks of rows; by runs of the model if None.
     """
 
     inputs: Any
     run: Run
     linear: bool = False
-    effects: Callable[[Any, int, int], Interventions] | None = None
+    blocks: Callable[[int], Iterator[tuple[Any, Any]]] | None = None
 
 
 def explore_coefficients(
@@ -203,22 +203,21 @@ def collect(
     size = shown.size(None if logits is None else logits.shape[1])
     if known is not None:
         known, size = checked_labels(known, rows, size)
-    tops = [_top(each, shown) for each in values]
-    if model is not None and logits is not None:
-        runs = _Runs(model, given, values, backend, logits.shape[1])
-        tops = [runs.with_changed(top, level) for level, top in enumerate(tops)]
     levels = tuple(
         ExploredLevel(
             expert_load(given[level], threshold=threshold),
             None if known is None else class_histogram(given[level], known, classes=size),
-            None
-            if known is None or model is None or size is None
-            else _effects(model, given, known, size, level),
-            top,
+            None,
+            _with_marks(top_inputs(each, shown.top), each, shown.examples),
             None if nearest is None else nearest[level],
         )
-        for level, top in enumerate(tops)
+        for level, each in enumerate(values)
     )
+    if model is not None and logits is not None and size is not None:
+        runs = _Runs(model, given, values, backend, logits.shape[1])
+        levels = tuple(
+            runs.explored(each, level, known, size, shown) for level, each in enumerate(levels)
+        )
     grids = tuple(
         one.T.astype("float64") @ two / max(rows, 1)
         for one, two in pairwise(values)
@@ -300,25 +299,14 @@ def _logits(
     return np.concatenate(found)
 
 
-def _top(values: NDArray[Any], shown: Shown) -> TopInputs:
-    found = top_inputs(values, shown.top)
-    if not isinstance(shown.examples, Tokens):
+def _with_marks(found: TopInputs, values: NDArray[Any], examples: Examples | None) -> TopInputs:
+    if not isinstance(examples, Tokens):
         return found
     import numpy as np
 
-    lengths = [len(each) for each in shown.examples.texts]
+    lengths = [len(each) for each in examples.texts]
     texts = np.repeat(np.arange(len(lengths)), lengths)
-    return replace(found, marks=marks_of(values, texts, found, shown.examples.window))
-
-
-def _effects(
-    model: Model, given: Sequence[Array], labels: NDArray[Any], size: int, level: int
-) -> Interventions:
-    if model.effects is not None:
-        return model.effects(labels, size, level)
-    return interventions_by_runs(
-        model.run, model.inputs, labels.tolist(), given, classes=size, level=level
-    )
+    return replace(found, marks=marks_of(values, texts, found, examples.window))
 
 
 @dataclass(frozen=True, eq=False)
@@ -330,6 +318,43 @@ class _Runs:
     values: Sequence[NDArray[Any]]
     backend: Backend
     classes: int
+
+    def explored(
+        self,
+        found: ExploredLevel,
+        level: int,
+        labels: NDArray[Any] | None,
+        size: int,
+        shown: Shown,
+    ) -> ExploredLevel:
+        """A level with the effects of its experts."""
+        import numpy as np
+
+        values = self.values[level]
+        total: Interventions | None = None
+        # coefficients where the prediction is another one without the expert
+        moved, start = np.zeros_like(values), 0
+        for kept, changed in self._blocks(level):
+            part = slice(start, start + kept.size)
+            moved[part] = np.where(kept[:, None] != changed.T, values[part], 0.0)
+            if labels is not None:
+                here = counted(kept, changed, labels[part], size)
+                total = here if total is None else total + here
+            start += kept.size
+        affected = _with_marks(top_inputs(moved, shown.top), values, shown.examples)
+        return replace(
+            found,
+            interventions=total,
+            top=self.with_changed(found.top, level),
+            affected=self.with_changed(affected, level),
+        )
+
+    def _blocks(self, level: int) -> Iterator[tuple[Any, Any]]:
+        if self.model.blocks is not None:
+            return self.model.blocks(level)
+        run, inputs = self.model.run, self.model.inputs
+        found = predictions_by_runs(run, inputs, self.given, level, self.backend, _BATCH)
+        return iter([found[:2]])
 
     def with_changed(self, top: TopInputs, level: int) -> TopInputs:
         """Top inputs with their logits at every scale."""

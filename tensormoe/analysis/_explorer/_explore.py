@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -12,7 +12,7 @@ from tensormoe.analysis._explorer._collect import Model, Shown, collect, listed
 from tensormoe.analysis._explorer._examples import Examples
 from tensormoe.analysis._explorer._value import Exploration, NearestExperts
 from tensormoe.analysis._inputs import dense_rows
-from tensormoe.analysis._interventions import Interventions, interventions
+from tensormoe.analysis._interventions import predictions_of_block, rows_per_step
 from tensormoe.analysis._similarity import expert_similarity
 from tensormoe.backend import Array, Backend, backend_of
 from tensormoe.errors import ShapeError, SpecError
@@ -169,23 +169,18 @@ def _model(
     def run(x: Array, mixed: Sequence[Array]) -> Array:
         return logits(apply_experts(config, arrays, x, list(mixed), backend))
 
-    def effects(labels: NDArray[Any], classes: int, level: int) -> Interventions:
+    def blocks(level: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
         dense = [
             dense_rows(each, size)[0] for each, size in zip(given, config.spec.experts, strict=True)
         ]
-        rest = None if head == "identity" else head
-        return interventions(
-            config,
-            arrays,
-            rows,
-            labels.tolist(),
-            dense,
-            classes=classes,
-            level=level,
-            head=rest,  # type: ignore[arg-type]
-        )
+        rest = head if callable(head) else None
+        step = rows_per_step(config, level)
+        for start in range(0, max(int(rows.shape[0]), 1), step):
+            part = slice(start, start + step)
+            mixed = [each[part] for each in dense]
+            yield predictions_of_block(config, arrays, rows[part], mixed, level, rest, backend)
 
-    return Model(rows, run, head == "identity", effects)
+    return Model(rows, run, head == "identity", blocks)
 
 
 def _nearest(

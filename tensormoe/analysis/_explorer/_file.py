@@ -17,6 +17,7 @@ from tensormoe.analysis._explorer._value import (
     ExploredLevel,
     NearestExperts,
     RecordedInput,
+    wanted_inputs,
 )
 from tensormoe.analysis._histograms import ClassHistogram
 from tensormoe.analysis._interventions import Interventions
@@ -33,6 +34,7 @@ _PARTS = {
     "histogram": (ClassHistogram, ("mass", "squares", "inputs")),
     "interventions": (Interventions, ("lost", "gained", "correct", "inputs")),
     "top": (TopInputs, ("numbers", "values", "changed", "marks")),
+    "affected": (TopInputs, ("numbers", "values", "changed", "marks")),
     "nearest": (NearestExperts, ("numbers", "cosines")),
 }
 
@@ -172,10 +174,9 @@ def _from_dict(values: Mapping[str, Any]) -> Exploration:
     )
     if not found.levels:
         raise ValueError("no levels")
-    for level in found.levels:
-        unknown = set(level.top.numbers.ravel().tolist()) - {-1, *found.recorded}
-        if unknown:
-            raise ValueError(f"input {min(unknown)} is not recorded")
+    unknown = wanted_inputs(found.levels) - set(found.recorded)
+    if unknown:
+        raise ValueError(f"input {min(unknown)} is not recorded")
     return found
 
 

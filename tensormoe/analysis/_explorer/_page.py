@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tensormoe._format import format_bytes, format_experts
 from tensormoe._html import facts_html
 from tensormoe.analysis._explorer._file import packed
+from tensormoe.analysis._explorer._top import TopInputs
 from tensormoe.analysis._explorer._value import Exploration, ExploredLevel
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 PAGE_VERSION = 1
 # classes per expert, the largest first; all where there are no more
 _CLASSES = 24
-# entries of logits of scaled experts, and of recorded inputs
-_LOGITS = 2**21
+# entries of logits of scaled experts for top inputs, for affected ones, and of recorded inputs
+_LOGITS = 2**20
 # bytes of a page that notebooks show
 _NOTEBOOK = 2**21
 
@@ -101,13 +102,7 @@ def payload(found: Exploration) -> dict[str, Any]:
 
 
 def _level(level: ExploredLevel, numbers: dict[int, int], logits: bool) -> dict[str, Any]:
-    import numpy as np
-
-    special, top, changed = level.specialization, level.top, level.top.changed
-    places = np.array([[numbers.get(int(each), -1) for each in row] for row in top.numbers])
-    if changed is not None and logits:
-        experts, _, scales, classes = changed.shape
-        changed = changed[:, : max(_LOGITS // max(experts * scales * classes, 1), 0)]
+    special = level.specialization
     made: dict[str, Any] = {
         "experts": level.experts,
         "sum": float(level.load.mass.sum() / max(level.load.inputs, 1)),
@@ -118,10 +113,8 @@ def _level(level: ExploredLevel, numbers: dict[int, int], logits: bool) -> dict[
         "baseline": None,
         "excess": None,
         "polysemanticity": packed(level.polysemanticity, _single(level.polysemanticity)),
-        "top": packed(places.reshape(top.numbers.shape), "int32"),
-        "values": packed(top.values, "float32"),
-        "changed": packed(changed, "float32") if changed is not None and logits else None,
-        "marks": packed(top.marks, _single(top.marks)),
+        "top": _inputs(level.top, numbers, logits),
+        "affected": None if level.affected is None else _inputs(level.affected, numbers, logits),
         "near": None,
         "histogram": None,
         "effect": None,
@@ -143,6 +136,23 @@ def _level(level: ExploredLevel, numbers: dict[int, int], logits: bool) -> dict[
             "cosines": packed(level.nearest.cosines, "float32"),
         }
     return made
+
+
+def _inputs(top: TopInputs, numbers: dict[int, int], logits: bool) -> dict[str, Any]:
+    """Places of the inputs among those that are recorded, and what is known of each."""
+    import numpy as np
+
+    places = [[numbers.get(each, -1) for each in row] for row in top.numbers.tolist()]
+    changed = top.changed if logits else None
+    if changed is not None:
+        experts, _, scales, classes = changed.shape
+        changed = changed[:, : _LOGITS // max(experts * scales * classes, 1)]
+    return {
+        "places": packed(np.array(places, "int32").reshape(top.numbers.shape)),
+        "values": packed(top.values, "float32"),
+        "changed": packed(changed, _single(changed)),
+        "marks": packed(top.marks, _single(top.marks)),
+    }
 
 
 def _largest(values: NDArray[Any]) -> dict[str, Any]:

@@ -58,6 +58,8 @@ class ExploredLevel:
         interventions: predictions that change without each expert; None without labels or logits.
         top: the inputs with the largest coefficients.
         nearest: None where no factors are known, or of one expert.
+        affected: the same as ``top`` of inputs whose prediction is another one without the expert;
+            None where no logits are known.
     """
 
     load: ExpertLoad
@@ -65,6 +67,7 @@ class ExploredLevel:
     interventions: Interventions | None
     top: TopInputs
     nearest: NearestExperts | None = None
+    affected: TopInputs | None = None
 
     @property
     def experts(self) -> int:
@@ -88,6 +91,11 @@ class ExploredLevel:
             _sum(self.interventions, other.interventions, "labels and logits"),
             self.top + other.top.shifted(start),
             self.nearest,
+            _sum(
+                self.affected,
+                None if other.affected is None else other.affected.shifted(start),
+                "logits",
+            ),
         )
 
 
@@ -101,7 +109,7 @@ class Exploration:
         inputs: T, their number.
         levels: one per level of the hierarchy.
         grids: (N_e, N_{e+1}) mean products of coefficients, for each two consecutive levels.
-        recorded: the inputs that any expert has among its top ones, by number.
+        recorded: the inputs that any expert has among its top or affected ones, by number.
         class_names: one per class; none without classes.
         columns: names of the columns of tables; none for other inputs.
         scales: of an expert, for which ``top.changed`` has logits.
@@ -204,7 +212,8 @@ class Exploration:
 
 def wanted_inputs(levels: tuple[ExploredLevel, ...]) -> set[int]:
     """Numbers of the inputs that are among the top ones of an expert."""
-    return {each for level in levels for each in level.top.numbers.ravel().tolist()} - {-1}
+    tops = [each for level in levels for each in (level.top, level.affected) if each is not None]
+    return {number for each in tops for number in each.numbers.ravel().tolist()} - {-1}
 
 
 def _sum(one: Any, two: Any, what: str) -> Any:

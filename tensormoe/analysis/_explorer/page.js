@@ -352,7 +352,7 @@
         : [])
     );
     drawNear(expert);
-    byId("edit").hidden = !level.changed;
+    byId("edit").hidden = !level.top.changed;
     drawTop();
   }
 
@@ -385,12 +385,11 @@
     return best - start;
   }
 
-  // the prediction for a top input with the expert scaled, and with all experts as they are
-  function predictions(expert, slot, input) {
-    const level = levelOf();
-    if (!level.changed || slot >= level.changed.shape[1]) return null;
-    const [, slots, scales, classes] = level.changed.shape;
-    const changed = unpack(level.changed);
+  // the prediction for an input with the expert scaled, and with all experts as they are
+  function predictions(found, expert, slot, input) {
+    if (!found.changed || slot >= found.changed.shape[1]) return null;
+    const [, slots, scales, classes] = found.changed.shape;
+    const changed = unpack(found.changed);
     const logits = unpack(data.logits);
     const start = (expert * slots + slot) * scales * classes;
     const before = argmax(logits, input * classes, classes);
@@ -407,7 +406,7 @@
     return [before, argmax(changed, start + index * classes, classes)];
   }
 
-  function contentOf(expert, slot, input) {
+  function contentOf(found, expert, slot, input) {
     const content = data.contents[input];
     if (content.image) {
       const image = make("img");
@@ -415,7 +414,7 @@
       image.alt = `input ${unpack(data.numbers)[input]}`;
       return image;
     }
-    if (content.tokens) return tokens(content, expert, slot);
+    if (content.tokens) return tokens(found, content, expert, slot);
     if (content.cells) {
       const table = make("table", undefined, "cells");
       content.cells.forEach((cell, index) => {
@@ -431,8 +430,8 @@
     return make("div", `input ${unpack(data.numbers)[input]}`);
   }
 
-  function tokens(content, expert, slot) {
-    const { marks, values: tops } = levelOf();
+  function tokens(found, content, expert, slot) {
+    const { marks, values: tops } = found;
     const words = make("div", undefined, "words");
     const width = marks ? marks.shape[2] : 0;
     const most = unpack(tops)[expert * tops.shape[1] + slot];
@@ -451,27 +450,45 @@
   }
 
   function drawTop() {
-    const expert = state.chosen;
     const level = levelOf();
-    const width = level.top.shape[1];
-    const room = byId("top");
+    const expert = state.chosen;
+    const changes = drawInputs(byId("top"), level.top, expert, "No input uses this expert.");
+    byId("affected-part").hidden = !level.affected;
+    const none = "No prediction is another one without it.";
+    const more = level.affected ? drawInputs(byId("affected"), level.affected, expert, none) : [0, 0];
+    const what = state.scale === 0 ? "silenced" : state.scale === 1 ? "unchanged" : `times ${state.scale}`;
+    const lost = level.lost
+      ? ` Over all inputs, silencing it costs ${whole(values("lost")[expert])} right predictions of ` +
+        `${whole(level.correct)} and gains ${whole(unpack(level.gained)[expert])}.`
+      : "";
+    byId("preview").textContent =
+      state.scale === 1
+        ? `Expert ${expert} unchanged. Another scale shows what it does to the inputs below.`
+        : `Expert ${expert} ${what}: the prediction changes for ${changes[0]} of ${changes[1]} inputs with the largest ` +
+          `coefficients, and for ${more[0]} of ${more[1]} that depend on it.${state.scale === 0 ? lost : ""}`;
+    byId("scale-value").textContent = `× ${state.scale}`;
+    byId("silence").setAttribute("aria-pressed", state.scale === 0);
+  }
+
+  // returns how many predictions change, of how many that are known
+  function drawInputs(room, found, expert, none) {
+    const width = found.places.shape[1];
     const labels = unpack(data.labels);
-    const numbers = unpack(data.numbers);
     const items = [];
     let [shown, changes] = [0, 0];
     let wide = false;
     for (let slot = 0; slot < width; slot++) {
-      const input = unpack(level.top)[expert * width + slot];
+      const input = unpack(found.places)[expert * width + slot];
       if (input < 0) continue;
       wide ||= !data.contents[input].image && Object.keys(data.contents[input]).length > 0;
       const item = make("li");
-      item.append(contentOf(expert, slot, input));
+      item.append(contentOf(found, expert, slot, input));
       const label = labels[input] < 0 ? "" : ` · ${className(labels[input])}`;
-      item.append(make("div", `${unpack(level.values)[expert * width + slot].toPrecision(3)}${label}`));
-      const found = predictions(expert, slot, input);
-      if (found) {
+      item.append(make("div", `${unpack(found.values)[expert * width + slot].toPrecision(3)}${label}`));
+      const predicted = predictions(found, expert, slot, input);
+      if (predicted) {
         shown++;
-        const [before, after] = found;
+        const [before, after] = predicted;
         const text = before === after ? `predicted ${className(before)}` : `predicted ${className(before)} → ${className(after)}`;
         item.append(make("div", text, "quiet"));
         if (before !== after) {
@@ -479,19 +496,12 @@
           item.classList.add("changed");
         }
       }
-      item.title = `input ${numbers[input]}`;
+      item.title = `input ${unpack(data.numbers)[input]}`;
       items.push(item);
     }
     room.classList.toggle("wide", wide);
-    room.replaceChildren(...(items.length ? items : [make("li", "No input uses this expert.")]));
-    const what = state.scale === 0 ? "silenced" : state.scale === 1 ? "unchanged" : `times ${state.scale}`;
-    const lost = level.lost ? ` Over all inputs, silencing it costs ${whole(values("lost")[expert])} right predictions of ${whole(level.correct)} and gains ${whole(unpack(level.gained)[expert])}.` : "";
-    byId("preview").textContent =
-      state.scale === 1
-        ? `Expert ${expert} ${what}. Another scale shows what it does to ${shown} top inputs.`
-        : `Expert ${expert} ${what}: the prediction changes for ${changes} of its ${shown} top inputs.${state.scale === 0 ? lost : ""}`;
-    byId("scale-value").textContent = `× ${state.scale}`;
-    byId("silence").setAttribute("aria-pressed", state.scale === 0);
+    room.replaceChildren(...(items.length ? items : [make("li", none)]));
+    return [changes, shown];
   }
 
   function rescale(scale) {
