@@ -167,7 +167,9 @@ def explore_coefficients(
     model = None if run is None else Model(inputs, run)
     shown = Shown(examples, class_names, classes, top, title)
     levels = listed(coefficients)
-    counts = experts if isinstance(experts, list | tuple) else [experts] * len(levels)
+    counts: list[Any] = [experts] * len(levels)
+    if isinstance(experts, list | tuple):
+        counts = list(experts)
     if len(counts) != len(levels):
         raise ShapeError(f"experts must be one per level, {len(levels)}; got {brief(experts)}.")
     return collect(levels, counts, labels, shown, threshold, model, path)

@@ -159,7 +159,7 @@ def _model(
     backend: Backend,
 ) -> Model:
     def logits(outputs: Array) -> Array:
-        return outputs if head == "identity" else head(outputs)  # type: ignore[operator]
+        return outputs if head == "identity" else head(outputs)
 
     if isinstance(config, BlockConfig):
         if getattr(layer, "training", False):
