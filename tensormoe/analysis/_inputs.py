@@ -103,8 +103,12 @@ def checked_labels(labels: Any, rows: int, classes: int | None) -> tuple[NDArray
     import numpy as np
 
     given = isinstance(labels, list | tuple | range)
-    found = np.asarray(labels) if given else host_numbers(labels)
-    whole = found.astype(np.int64) if found.dtype.kind in "iuf" else None
+    try:
+        found = np.asarray(labels) if given else host_numbers(labels)
+    except (TypeError, ValueError, OverflowError):
+        raise ShapeError(f"labels must be integers; got {brief(labels)}.") from None
+    with np.errstate(invalid="ignore"):  # NaN, which differs from any integer
+        whole = found.astype(np.int64) if found.dtype.kind in "iuf" else None
     if whole is None or (whole != found).any() or found.dtype == bool:
         raise ShapeError(f"labels must be integers; got {brief(labels)}.")
     if whole.size != rows:

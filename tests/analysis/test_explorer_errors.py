@@ -10,7 +10,7 @@ import pytest
 
 from tensormoe import LayerSpec
 from tensormoe.analysis import Images, Table, Texts, Tokens, explore, explore_coefficients
-from tensormoe.errors import ShapeError, SpecError
+from tensormoe.errors import CheckpointError, ShapeError, SpecError
 from tensormoe_numpy import MuMoE, MuMoEEmbedding
 
 X = np.ones((6, 4), "float32")
@@ -35,6 +35,7 @@ A = np.full((6, 2), 0.5)
         ({"top": True}, SpecError, "top must be a positive integer"),
         ({"title": 3}, SpecError, "title must be a string"),
         ({"threshold": "x"}, SpecError, "threshold must be a number"),
+        ({"path": 3}, SpecError, "path must be a str or an os.PathLike of str; got 3"),
         ({"path": "experts.txt"}, SpecError, r"path must end in \.html or \.json"),
         ({"path": "nowhere/experts.html"}, SpecError, "the folder of path must exist"),
         ({"path": "a\0.html"}, SpecError, "null character"),
@@ -54,9 +55,17 @@ def test_options(options: dict[str, Any], error: type[Exception], said: str) -> 
         (3, {}, SpecError, "explore_coefficients"),
         (LAYER.config, {}, SpecError, "arrays must be given with a configuration"),
         (LAYER, {"arrays": {}}, SpecError, "arrays must be those of a configuration"),
+        (LAYER.config, {"arrays": {"a": A}}, CheckpointError, "factors"),
+        (LAYER, {"x": X.astype("float64")}, ShapeError, "x must have the layer's dtype"),
+        (LAYER, {"coefficients": A > 0}, ShapeError, "must be real floating point; got bool"),
         (LAYER, {"x": X[:, :3]}, ShapeError, "x must end in an axis of 4 features"),
         (LAYER, {"coefficients": [A, A]}, ShapeError, "one entry per level, 1; got 2"),
-        (LAYER, {"coefficients": A[:3]}, ShapeError, "got 6 for 3 rows"),
+        (
+            LAYER,
+            {"coefficients": A[:3]},
+            ShapeError,
+            r"inputs must be one per row of the coefficients, 3; got shape \(6, 4\)",
+        ),
         (LAYER, {"coefficients": np.ones((6, 3))}, ShapeError, "an axis of 2 experts"),
         (LAYER, {"head": "logits"}, SpecError, "head must be a function or 'identity'"),
         (LAYER, {"head": lambda y: y[:, 0]}, ShapeError, r"logits must have shape \(6, classes\)"),
@@ -86,6 +95,10 @@ def test_coefficients_that_are_none(value: float, said: str) -> None:
 def test_runs_and_levels() -> None:
     with pytest.raises(SpecError, match="run and inputs"):
         explore_coefficients(A, run=lambda x, a: x)
+    with pytest.raises(SpecError, match="run must be a function"):
+        explore_coefficients(A, run=3, inputs=A)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="at least one level"):
+        explore_coefficients([])
     with pytest.raises(ShapeError, match="as many rows in every level"):
         explore_coefficients([A, A[:3]])
     with pytest.raises(ShapeError, match="experts must be one per level"):
@@ -118,7 +131,7 @@ def test_explorations_that_do_not_belong_together() -> None:
         (lambda: Images([1]), ShapeError, r"got \(\)"),
         (lambda: Texts("abc"), ShapeError, "texts must be a list of strings"),
         (lambda: Texts(["a", 3]), ShapeError, "got 3 at position 1"),  # type: ignore[list-item]
-        (lambda: Tokens("abc"), ShapeError, "got one string"),
+        (lambda: Tokens("abc"), ShapeError, "a list of lists of tokens; got 'abc'"),
         (lambda: Tokens(["abc"]), ShapeError, r"texts\[0\] must be a list of strings"),
         (lambda: Table([[1, 2], [3]], ["a", "b"]), ShapeError, "at position 1"),
         (lambda: Table([[1]], "a"), ShapeError, "columns must be a list of strings"),

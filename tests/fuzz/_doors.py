@@ -43,11 +43,12 @@ class Door:
 def table() -> tuple[tuple[Door, str, str], ...]:
     """One row per call: the function, the argument that is replaced, and the invalid value."""
     from tests.fuzz._doors_core import doors as core
+    from tests.fuzz._doors_explorer import doors as explorer
     from tests.fuzz._doors_frameworks import doors as frameworks
 
     return tuple(
         (door, argument, junk)
-        for door in (*core(), *frameworks())
+        for door in (*core(), *explorer(), *frameworks())
         for argument in door.arguments()
         for junk in JUNK
     )

@@ -30,7 +30,7 @@ from tensormoe.analysis._histograms import class_histogram
 from tensormoe.analysis._inputs import checked_labels, dense_rows, host
 from tensormoe.analysis._interventions import Interventions, counted, predictions_by_runs
 from tensormoe.analysis._use import expert_load, like_labels
-from tensormoe.backend import Array, Backend
+from tensormoe.backend import Array, Backend, check_array
 from tensormoe.decomposition._solve import from_host
 from tensormoe.errors import ShapeError, SpecError
 
@@ -66,7 +66,10 @@ class Shown:
     title: str
 
     def __post_init__(self) -> None:
-        positive_int(self.top, "top")
+        # a frozen value holds plain integers
+        object.__setattr__(self, "top", positive_int(self.top, "top"))
+        if self.classes is not None:
+            object.__setattr__(self, "classes", positive_int(self.classes, "classes"))
         instance(self.title, str, "title", "a string", SpecError)
         if self.examples is not None:
             kinds = (Images, Texts, Tokens, Table)
@@ -75,7 +78,8 @@ class Shown:
         if self.class_names is None:
             return
         names = self.class_names
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        listed_names = isinstance(names, list | tuple)
+        if not listed_names or not all(isinstance(name, str) for name in names):
             raise SpecError(f"class_names must be strings, one per class; got {brief(names)}.")
         if self.classes not in (None, len(names)):
             raise SpecError(
@@ -164,12 +168,17 @@ def explore_coefficients(
     """
     if (run is None) != (inputs is None):
         raise SpecError("run and inputs must be given together, or neither. Pass both.")
+    if run is not None and not callable(run):
+        raise SpecError(f"run must be a function of inputs and coefficients; got {brief(run)}.")
     model = None if run is None else Model(inputs, run)
     shown = Shown(examples, class_names, classes, top, title)
     levels = listed(coefficients)
+    if not levels:
+        raise ShapeError("coefficients must be those of at least one level; got none.")
     counts: list[Any] = [experts] * len(levels)
     if isinstance(experts, list | tuple):
         counts = list(experts)
+    counts = [None if each is None else positive_int(each, "experts") for each in counts]
     if len(counts) != len(levels):
         raise ShapeError(f"experts must be one per level, {len(levels)}; got {brief(experts)}.")
     return collect(levels, counts, labels, shown, threshold, model, path)
@@ -197,6 +206,14 @@ def collect(
         checked_path(path)  # before the work
     pairs = [dense_rows(each, count) for each, count in zip(coefficients, experts, strict=True)]
     given, backend = [each for each, _ in pairs], pairs[0][1]
+    for each in given:
+        check_array(each, backend, "coefficients")
+        if not backend.namespace.isdtype(each.dtype, "real floating"):
+            raise ShapeError(
+                f"coefficients must be real floating point; got {each.dtype}. Cast them."
+            )
+    if model is not None:
+        check_array(model.inputs, backend, "inputs")
     values = [_checked(each, backend, level) for level, each in enumerate(given)]
     rows = len(values[0])
     _check_rows(rows, values, shown.examples, model)
@@ -269,10 +286,10 @@ def _check_rows(
             f"examples must be one per input; got {examples.count} for {rows} inputs. Pass them in "
             "the order of the inputs."
         )
-    if model is not None and int(model.inputs.shape[0]) != rows:
+    if model is not None and tuple(model.inputs.shape[:1]) != (rows,):
         raise ShapeError(
-            f"inputs must be those of the coefficients; got {model.inputs.shape[0]} for {rows} "
-            "rows of them."
+            f"inputs must be one per row of the coefficients, {rows}; got shape "
+            f"{tuple(model.inputs.shape)}."
         )
 
 

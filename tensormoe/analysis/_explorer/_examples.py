@@ -136,8 +136,10 @@ class Tokens:
 
     def __post_init__(self) -> None:
         positive_int(self.window, "window")
-        if isinstance(self.texts, str):
-            raise ShapeError("texts must be lists of tokens; got one string. Pass [tokens].")
+        if isinstance(self.texts, str) or not isinstance(self.texts, Sequence):
+            raise ShapeError(
+                f"texts must be a list of lists of tokens; got {brief(self.texts)}. Pass [tokens]."
+            )
         for place, text in enumerate(self.texts):
             _check_strings(text, f"texts[{place}]")
 
@@ -183,6 +185,12 @@ class Table:
 
     def __post_init__(self) -> None:
         _check_strings(self.columns, "columns")
+        if isinstance(self.rows, str) or not (
+            isinstance(self.rows, Sequence) or len(getattr(self.rows, "shape", ())) == 2
+        ):
+            raise ShapeError(
+                f"rows must be a list of rows, or have two axes; got {brief(self.rows)}."
+            )
         for place, row in enumerate(self.rows):
             if isinstance(row, str) or not hasattr(row, "__len__") or len(row) != len(self.columns):
                 raise ShapeError(

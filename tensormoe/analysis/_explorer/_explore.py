@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tensormoe._config import BlockConfig, LayerConfig
-from tensormoe._validation import brief
+from tensormoe._validation import brief, instance, non_negative_int
 from tensormoe.analysis._explorer._collect import Model, Shown, collect, listed
 from tensormoe.analysis._explorer._examples import Examples
 from tensormoe.analysis._explorer._value import Exploration, NearestExperts
@@ -15,8 +16,9 @@ from tensormoe.analysis._inputs import dense_rows
 from tensormoe.analysis._interventions import predictions_of_block, rows_per_step
 from tensormoe.analysis._similarity import expert_similarity
 from tensormoe.backend import Array, Backend, backend_of
+from tensormoe.checkpoint import match_arrays
 from tensormoe.errors import ShapeError, SpecError
-from tensormoe.functional import apply_experts, route
+from tensormoe.functional import apply_experts, check_input, route
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -78,28 +80,32 @@ def explore(
     >>> x = np.random.default_rng(0).standard_normal((50, 8)).astype("float32")
     >>> found = explore(layer, x, layer(x).argmax(1), head="identity", top=4)
     >>> found
-    Exploration(3 experts, 50 inputs, 4 classes, 4 recorded inputs)
+    Exploration(3 experts, 50 inputs, 4 classes, 13 recorded inputs)
     >>> found.levels[0].interventions.correct.sum()
     np.int64(50)
     """
     shown = Shown(examples, class_names, classes, top, title)
+    # what torch.compile returns has the module inside
+    layer = getattr(layer, "_orig_mod", layer)
     config = _config_of(layer)
     if isinstance(layer, LayerConfig):
         if arrays is None:
             raise SpecError("arrays must be given with a configuration; got none. Pass its arrays.")
+        instance(arrays, Mapping, "arrays", "a mapping from names to arrays", SpecError)
     elif arrays is not None:
         raise SpecError("arrays must be those of a configuration; got some beside a layer.")
     else:
         arrays = arrays_of(layer)
-    if head is not None and head != "identity" and not callable(head):
+    # a module whose parameters are computed from others has other names
+    match_arrays({**config.parameter_shapes(), **config.buffer_shapes()}, arrays)
+    identity = isinstance(head, str) and head == "identity"
+    if head is not None and not identity and not callable(head):
         raise SpecError(f"head must be a function or 'identity'; got {brief(head)}.")
     first = config.first if isinstance(config, BlockConfig) else config
-    if x.ndim < 1 or x.shape[-1] != first.spec.in_features:
-        raise ShapeError(
-            f"x must end in an axis of {first.spec.in_features} features; got {tuple(x.shape)}."
-        )
-    backend = backend_of(x)
-    rows = backend.reshape(x, (_count(x), first.spec.in_features))
+    factor = arrays[next(iter(config.parameter_shapes()))]
+    backend = backend_of(factor)
+    lead = check_input(x, first.spec.in_features, factor.dtype, backend)
+    rows = backend.reshape(x, (prod(lead), first.spec.in_features))
     if coefficients is None:
         if first.gate is None:
             raise SpecError(
@@ -126,12 +132,6 @@ def arrays_of(layer: Any) -> dict[str, Array]:
         return dict(state())
     buffers = layer.buffers() if callable(layer.buffers) else layer.buffers
     return {**layer.parameters, **buffers}
-
-
-def _count(x: Array) -> int:
-    from math import prod
-
-    return prod(x.shape[:-1])
 
 
 def _config_of(layer: Any) -> LayerConfig | BlockConfig:
@@ -187,8 +187,6 @@ def _nearest(
     config: LayerConfig | BlockConfig, arrays: Mapping[str, Array], most: int
 ) -> list[NearestExperts | None] | None:
     import numpy as np
-
-    from tensormoe._validation import non_negative_int
 
     most = non_negative_int(most, "nearest")
     if isinstance(config, BlockConfig) or not most:

@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tensormoe._validation import brief
 from tensormoe.analysis._explorer._top import TopInputs
 from tensormoe.analysis._explorer._value import (
     Exploration,
@@ -45,6 +46,7 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
     Raises:
         SpecError: another extension, or a folder that does not exist.
     """
+    _check_is_path(path)
     target = Path(path)
     if "\0" in str(path):
         raise SpecError(f"path must not hold a null character; got {str(path)!r}.")
@@ -57,6 +59,13 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
     if target.is_dir():
         raise SpecError(f"path must be a file; {str(path)!r} is a folder. Choose another one.")
     return target
+
+
+def _check_is_path(path: object) -> None:
+    if not isinstance(path, str) and not (
+        isinstance(path, os.PathLike) and isinstance(os.fspath(path), str)
+    ):
+        raise SpecError(f"path must be a str or an os.PathLike of str; got {brief(path)}.")
 
 
 def packed(array: NDArray[Any] | None, dtype: str | None = None) -> dict[str, Any] | None:
@@ -123,6 +132,9 @@ def read_json(path: str | os.PathLike[str]) -> Exploration:
     Raises:
         CheckpointError: not such a file, or one of another version.
     """
+    _check_is_path(path)
+    if "\0" in str(path):
+        raise CheckpointError(f"path must not hold a null character; got {str(path)!r}.")
     try:
         values = json.loads(Path(path).read_bytes())
     except OSError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tensormoe._validation import brief, instance, non_negative_int, positive_int
+from tensormoe._validation import instance, non_negative_int, positive_int
 from tensormoe.analysis._explorer._value import Exploration
 from tensormoe.errors import SpecError
 
@@ -50,8 +50,9 @@ def neuronpedia_batches(
     for name, value in (("model_id", model_id), ("source_set", source_set), ("dataset", dataset)):
         instance(value, str, name, "a string", SpecError)
     layer, size = non_negative_int(layer, "layer"), positive_int(batch, "batch")
-    if isinstance(level, bool) or level not in range(len(found.levels)):
-        raise SpecError(f"level must lie in [0, {len(found.levels)}); got {brief(level)}.")
+    level = non_negative_int(level, "level")
+    if level >= len(found.levels):
+        raise SpecError(f"level must lie in [0, {len(found.levels)}); got {level}.")
     if found.levels[level].top.marks is None:
         raise SpecError("found must be an exploration of tokens. Pass examples=Tokens(…).")
     features = [_feature(found, level, expert, dataset) for expert in range(found.experts[level])]
