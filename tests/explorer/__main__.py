@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from tests.explorer._pages import HOSTILE, LINEAR, MANY, write_pages
+from tests.explorer._pages import HOSTILE, LEVELS, LINEAR, MANY, write_pages
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,7 +46,7 @@ def main() -> int:
 def check(executable: str, pages: dict[str, Path], pictures: Path) -> Iterator[str]:
     """What is wrong with the pages."""
     from tests.docs._browser import opened
-    from tests.explorer._use import by_keys, edits, hostile, looks, speed
+    from tests.explorer._use import by_keys, edits, grids, hostile, in_notebook, looks, speed
 
     with opened(executable) as browser:
         for name, path in pages.items():
@@ -54,6 +54,8 @@ def check(executable: str, pages: dict[str, Path], pictures: Path) -> Iterator[s
                 yield from (f"{name}: {each}" for each in looks(browser, path, pictures / name))
         yield from (f"{LINEAR}: {each}" for each in edits(browser, pages[LINEAR]))
         yield from (f"{LINEAR}: {each}" for each in by_keys(browser, pages[LINEAR]))
+        yield from (f"{LEVELS}: {each}" for each in grids(browser, pages[LEVELS]))
+        yield from (f"notebook: {each}" for each in in_notebook(browser, pages[LINEAR].parent))
         yield from (f"{HOSTILE}: {each}" for each in hostile(browser, pages[HOSTILE]))
         yield from (f"{MANY}: {each}" for each in speed(browser, pages[MANY], pictures / MANY))
 

@@ -11,7 +11,8 @@ import numpy as np
 from playwright.sync_api import Browser, Page
 
 from tests.docs._browser import LOOKS, NARROW
-from tests.explorer._pages import linear
+from tests.explorer._pages import hostile as hostile_exploration
+from tests.explorer._pages import levels, linear
 
 MOST_BYTES, OPENS, LONGEST_TASK = 20 * 2**20, 2000, 200
 
@@ -156,6 +157,61 @@ def by_keys(browser: Browser, path: Path) -> Iterator[str]:
         if page.evaluate("document.activeElement.id") != "card":
             yield "Enter does not move to the card"
         yield from problems
+
+
+def grids(browser: Browser, path: Path) -> Iterator[str]:
+    """Levels, their grid, and scales of a model that is not linear."""
+    found = levels()
+    with opened_page(browser, path) as (page, problems):
+        page.select_option("#level", "1")
+        if page.inner_text("#card-title") != f"Expert {busiest(found.levels[1])} of level 1":
+            yield f"level 1 starts with {page.inner_text('#card-title')}"
+        if page.is_visible("#scale"):
+            yield "a model that is not linear has a slider"
+        for expert in range(found.experts[1]):
+            page.locator(f"#expert-{expert}").click()
+            for index, scale in enumerate(found.scales):
+                page.select_option("#scale-choice", f"{scale:g}")
+                shown = page.locator("#top li.changed").count()
+                top = found.levels[1].top
+                expected = sum(
+                    int(
+                        top.changed[expert, slot, index].argmax()
+                        != np.argmax(found.recorded[int(number)].logits)
+                    )
+                    for slot, number in enumerate(top.numbers[expert])
+                )
+                if shown != expected:
+                    yield f"expert {expert} times {scale} changes {shown}; NumPy says {expected}"
+        page.focus("#grid")
+        for key in ("ArrowDown", "ArrowRight", "ArrowRight"):
+            page.keyboard.press(key)
+        share = f"{100 * found.grids[0][1, 2]:.1f}%"
+        if page.inner_text("#cell") != f"Expert 1 of level 0 with expert 2 of level 1: {share}":
+            yield f"the cell says {page.inner_text('#cell')}"
+        page.keyboard.press("Enter")
+        if page.inner_text("#card-title") != "Expert 2 of level 1":
+            yield f"Enter in the grid opens {page.inner_text('#card-title')}"
+        yield from problems
+
+
+def busiest(level: Any) -> int:
+    """The expert of the largest load."""
+    return int(level.load.mass.argmax())
+
+
+def in_notebook(browser: Browser, folder: Path) -> Iterator[str]:
+    """A notebook shows the page in a frame that cannot reach it."""
+    for found in (linear(), hostile_exploration()):
+        path = folder / "notebook.html"
+        path.write_bytes(f"<title>t</title>{found._repr_html_()}".encode("utf-8", "replace"))
+        with opened_page(browser, path) as (page, problems):
+            title = page.frame_locator("iframe").locator("#card-title").inner_text()
+            if not title.startswith("Expert"):
+                yield f"the frame shows {title!r}"
+            if page.evaluate("document.querySelector('iframe').contentDocument") is not None:
+                yield "the frame shares the notebook's origin"
+            yield from problems
 
 
 def hostile(browser: Browser, path: Path) -> Iterator[str]:
