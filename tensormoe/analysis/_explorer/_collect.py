@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from itertools import pairwise
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from tensormoe._validation import brief, instance, positive_int
-from tensormoe.analysis._explorer._examples import (
-    LONGEST_CELL,
-    Examples,
-    Images,
-    Table,
-    Texts,
-    Tokens,
-    cut,
-)
-from tensormoe.analysis._explorer._top import TopInputs, marks_of, top_inputs
+from tensormoe._validation import brief, positive_int
+from tensormoe.analysis._explorer._examples import LONGEST_CELL, Examples, Table, cut
+from tensormoe.analysis._explorer._runs import Model, Run, Runs
+from tensormoe.analysis._explorer._shown import Shown
+from tensormoe.analysis._explorer._top import top_inputs, with_marks
 from tensormoe.analysis._explorer._value import (
     Exploration,
     ExploredLevel,
@@ -28,97 +21,15 @@ from tensormoe.analysis._explorer._value import (
 )
 from tensormoe.analysis._histograms import class_histogram
 from tensormoe.analysis._inputs import checked_labels, dense_rows, host
-from tensormoe.analysis._interventions import Interventions, counted, predictions_by_runs
-from tensormoe.analysis._use import expert_load, like_labels
+from tensormoe.analysis._use import expert_load
 from tensormoe.backend import Array, Backend, check_array
-from tensormoe.decomposition._solve import from_host
 from tensormoe.errors import ShapeError, SpecError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Run: TypeAlias = Callable[[Any, Sequence[Any]], Any]
-"""A model with given coefficients: from inputs and one array per level to logits (rows, C)."""
-
-SCALES = (0.0, 0.5, 2.0)
-# rows of one run of the model
-_BATCH = 1024
 # entries of a grid of two levels
 _GRID = 2**20
-
-
-@dataclass(frozen=True, eq=False)
-class Shown:
-    """What an exploration shows besides numbers.
-
-    Args:
-        examples: the inputs as people see them, or None.
-        class_names: one per class, or None.
-        classes: their number, or None.
-        top: inputs per expert.
-        title: of the page.
-    """
-
-    examples: Examples | None
-    class_names: Sequence[str] | None
-    classes: int | None
-    top: int
-    title: str
-
-    def __post_init__(self) -> None:
-        # a frozen value holds plain integers
-        object.__setattr__(self, "top", positive_int(self.top, "top"))
-        if self.classes is not None:
-            object.__setattr__(self, "classes", positive_int(self.classes, "classes"))
-        instance(self.title, str, "title", "a string", SpecError)
-        if self.examples is not None:
-            kinds = (Images, Texts, Tokens, Table)
-            what = "Images, Texts, Tokens or Table"
-            instance(self.examples, kinds, "examples", what, SpecError)
-        if self.class_names is None:
-            return
-        names = self.class_names
-        listed_names = isinstance(names, list | tuple)
-        if not listed_names or not all(isinstance(name, str) for name in names):
-            raise SpecError(f"class_names must be strings, one per class; got {brief(names)}.")
-        if self.classes not in (None, len(names)):
-            raise SpecError(
-                f"class_names must be one per class; got {len(names)} for {self.classes} classes."
-            )
-
-    def size(self, logits: int | None) -> int | None:
-        """The number of classes, if it is known without labels."""
-        known = self.classes if self.class_names is None else len(self.class_names)
-        if logits is not None and known not in (None, logits):
-            raise ShapeError(
-                f"classes must be those of the {logits} logits; got {known}. Name all of them."
-            )
-        return logits if known is None else known
-
-    def names(self, size: int | None) -> tuple[str, ...]:
-        """One name per class, numbers by default."""
-        if size is None:
-            return ()
-        names = self.class_names or [str(number) for number in range(size)]
-        return tuple(cut(name, LONGEST_CELL) for name in names)
-
-
-@dataclass(frozen=True, eq=False)
-class Model:
-    """The model around the experts.
-
-    Args:
-        inputs: (rows, ...), what ``run`` takes.
-        run: to logits.
-        linear: whether logits are linear in every expert.
-        blocks: predictions (rows,) with all experts, and (N, rows) without each of a level, for
-            blocks of rows; by runs of the model if None.
-    """
-
-    inputs: Any
-    run: Run
-    linear: bool = False
-    blocks: Callable[[int], Iterator[tuple[Any, Any]]] | None = None
 
 
 def explore_coefficients(
@@ -218,7 +129,8 @@ def collect(
     rows = len(values[0])
     _check_rows(rows, values, shown.examples, model)
     known = None if labels is None else _labels_only(labels, rows)
-    logits = None if model is None else _logits(model, given, values, backend)
+    runs = None if model is None else Runs(model, given, values, backend)
+    logits = None if runs is None else runs.logits()
     size = shown.size(None if logits is None else logits.shape[1])
     if known is not None:
         known, size = checked_labels(known, rows, size)
@@ -227,16 +139,17 @@ def collect(
             expert_load(given[level], threshold=threshold),
             None if known is None else class_histogram(given[level], known, classes=size),
             None,
-            _with_marks(top_inputs(each, shown.top), each, shown.examples),
+            with_marks(top_inputs(each, shown.top), each, shown.examples),
             None if nearest is None else nearest[level],
         )
         for level, each in enumerate(values)
     )
-    if model is not None and logits is not None and size is not None:
-        runs = _Runs(model, given, values, backend, logits.shape[1])
-        levels = tuple(
-            runs.explored(each, level, known, size, shown) for level, each in enumerate(levels)
-        )
+    if runs is not None and logits is not None and size is not None:
+        explored = [
+            runs.explored(each, level, known, size, logits.shape[1], shown)
+            for level, each in enumerate(levels)
+        ]
+        levels = tuple(explored)
     grids = tuple(
         one.T.astype("float64") @ two / max(rows, 1)
         for one, two in pairwise(values)
@@ -251,7 +164,7 @@ def collect(
         tuple(cut(each, LONGEST_CELL) for each in shown.examples.columns)
         if isinstance(shown.examples, Table)
         else (),
-        () if model is None else ((0.0,) if model.linear else SCALES),
+        () if model is None else model.scales,
         model is not None and model.linear,
         cut(shown.title, LONGEST_CELL),
     )
@@ -296,112 +209,6 @@ def _check_rows(
 def _labels_only(labels: Any, rows: int) -> NDArray[Any]:
     """Labels on the host, checked as such, whatever the number of classes."""
     return checked_labels(labels, rows, None if rows else 1)[0]
-
-
-def _logits(
-    model: Model, given: Sequence[Array], values: Sequence[NDArray[Any]], backend: Backend
-) -> NDArray[Any]:
-    import numpy as np
-
-    found = []
-    # once for no rows, so that batches of any size add up
-    for start in range(0, max(len(values[0]), 1), _BATCH):
-        part = slice(start, start + _BATCH)
-        made = model.run(model.inputs[part], [each[part] for each in given])
-        rows = len(values[0][part])
-        if len(getattr(made, "shape", ())) != 2 or made.shape[0] != rows:
-            raise ShapeError(
-                f"logits must have shape ({rows}, classes) for {rows} inputs; got "
-                f"{tuple(getattr(made, 'shape', ()))}. Pass another head or run."
-            )
-        found.append(host(made, backend).astype(np.float32))
-    return np.concatenate(found)
-
-
-def _with_marks(found: TopInputs, values: NDArray[Any], examples: Examples | None) -> TopInputs:
-    if not isinstance(examples, Tokens):
-        return found
-    import numpy as np
-
-    lengths = [len(each) for each in examples.texts]
-    texts = np.repeat(np.arange(len(lengths)), lengths)
-    return replace(found, marks=marks_of(values, texts, found, examples.window))
-
-
-@dataclass(frozen=True, eq=False)
-class _Runs:
-    """Runs of the model with one expert scaled."""
-
-    model: Model
-    given: Sequence[Array]
-    values: Sequence[NDArray[Any]]
-    backend: Backend
-    classes: int
-
-    def explored(
-        self,
-        found: ExploredLevel,
-        level: int,
-        labels: NDArray[Any] | None,
-        size: int,
-        shown: Shown,
-    ) -> ExploredLevel:
-        """A level with the effects of its experts."""
-        import numpy as np
-
-        values = self.values[level]
-        total: Interventions | None = None
-        # coefficients where the prediction is another one without the expert
-        moved, start = np.zeros_like(values), 0
-        for kept, changed in self._blocks(level):
-            part = slice(start, start + kept.size)
-            moved[part] = np.where(kept[:, None] != changed.T, values[part], 0.0)
-            if labels is not None:
-                here = counted(kept, changed, labels[part], size)
-                total = here if total is None else total + here
-            start += kept.size
-        affected = _with_marks(top_inputs(moved, shown.top), values, shown.examples)
-        return replace(
-            found,
-            interventions=total,
-            top=self.with_changed(found.top, level),
-            affected=self.with_changed(affected, level),
-        )
-
-    def _blocks(self, level: int) -> Iterator[tuple[Any, Any]]:
-        if self.model.blocks is not None:
-            return self.model.blocks(level)
-        run, inputs = self.model.run, self.model.inputs
-        found = predictions_by_runs(run, inputs, self.given, level, self.backend, _BATCH)
-        return iter([found[:2]])
-
-    def with_changed(self, top: TopInputs, level: int) -> TopInputs:
-        """Top inputs with their logits at every scale."""
-        import numpy as np
-
-        scales = (0.0,) if self.model.linear else SCALES
-        made = np.full((*top.numbers.shape, len(scales), self.classes), np.nan, np.float32)
-        experts, places = np.nonzero(top.numbers >= 0)
-        rows = top.numbers[experts, places]
-        for start in range(0, rows.size, _BATCH):
-            part = slice(start, start + _BATCH)
-            for index, scale in enumerate(scales):
-                found = self._scaled(rows[part], experts[part], level, scale)
-                made[experts[part], places[part], index] = found
-        return replace(top, changed=made)
-
-    def _scaled(
-        self, rows: NDArray[Any], experts: NDArray[Any], level: int, scale: float
-    ) -> NDArray[Any]:
-        mixed = [each[rows] for each in self.values]
-        mixed[level][range(rows.size), experts] *= scale
-        index = like_labels(rows, self.given[0], self.backend)
-        arrays = [
-            from_host(each, like, self.backend)
-            for each, like in zip(mixed, self.given, strict=True)
-        ]
-        inputs = self.backend.take(self.model.inputs, index, 0)
-        return host(self.model.run(inputs, arrays), self.backend).astype("float32")
 
 
 def _recorded(

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tensormoe._config import BlockConfig, LayerConfig
 from tensormoe._validation import brief, instance, non_negative_int
-from tensormoe.analysis._explorer._collect import Model, Shown, collect, listed
+from tensormoe.analysis._explorer._collect import collect, listed
 from tensormoe.analysis._explorer._examples import Examples
+from tensormoe.analysis._explorer._runs import Model
+from tensormoe.analysis._explorer._shown import Shown
 from tensormoe.analysis._explorer._value import Exploration, NearestExperts
 from tensormoe.analysis._inputs import dense_rows
 from tensormoe.analysis._interventions import predictions_of_block, rows_per_step

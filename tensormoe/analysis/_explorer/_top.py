@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from tensormoe.analysis._explorer._examples import Examples, Tokens
 from tensormoe.errors import ShapeError
 
 if TYPE_CHECKING:
@@ -134,3 +135,14 @@ def marks_of(
         inside &= texts[row] == texts[np.maximum(top.numbers, 0)]
         made[:, :, place] = np.where(inside, values[row, column], 0.0)
     return made
+
+
+def with_marks(found: TopInputs, values: NDArray[Any], examples: Examples | None) -> TopInputs:
+    """Top inputs with the coefficients around each, where inputs are tokens."""
+    if not isinstance(examples, Tokens):
+        return found
+    import numpy as np
+
+    lengths = [len(each) for each in examples.texts]
+    texts = np.repeat(np.arange(len(lengths)), lengths)
+    return replace(found, marks=marks_of(values, texts, found, examples.window))
