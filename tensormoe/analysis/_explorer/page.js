@@ -476,11 +476,11 @@
     const labels = unpack(data.labels);
     const items = [];
     let [shown, changes] = [0, 0];
-    let wide = false;
+    let kind = "";
     for (let slot = 0; slot < width; slot++) {
       const input = unpack(found.places)[expert * width + slot];
       if (input < 0) continue;
-      wide ||= !data.contents[input].image && Object.keys(data.contents[input]).length > 0;
+      kind = Object.keys(data.contents[input])[0];
       const item = make("li");
       item.append(contentOf(found, expert, slot, input));
       const label = labels[input] < 0 ? "" : ` · ${className(labels[input])}`;
@@ -499,7 +499,8 @@
       item.title = `input ${unpack(data.numbers)[input]}`;
       items.push(item);
     }
-    room.classList.toggle("wide", wide);
+    room.classList.toggle("wide", kind === "text" || kind === "tokens");
+    room.classList.toggle("cards", kind === "cells");
     room.replaceChildren(...(items.length ? items : [make("li", none)]));
     return [changes, shown];
   }
