@@ -11,16 +11,19 @@ from tensormoe_jax._activations import ACTIVATIONS
 from tensormoe_jax._adapter import BACKEND, JaxBackend
 from tensormoe_jax._initialize import initial_buffers, initialize
 from tensormoe_jax._pure import Given, apply, coefficients, route, train
+from tensormoe_jax._specs import Legs, partition_specs
 
 __all__ = [
     "ACTIVATIONS",
     "BACKEND",
     "Given",
     "JaxBackend",
+    "Legs",
     "apply",
     "coefficients",
     "initial_buffers",
     "initialize",
+    "partition_specs",
     "route",
     "train",
 ]

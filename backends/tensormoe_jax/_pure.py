@@ -7,7 +7,7 @@ wrap these functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from math import prod
 
 import jax
@@ -15,27 +15,21 @@ import jax.numpy as jnp
 from jax import Array
 
 from tensormoe import functional
-from tensormoe._names import split_names
-from tensormoe._validation import brief, flag
-from tensormoe.errors import SpecError
+from tensormoe._validation import flag
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.gates import OneExpert, TopK
-from tensormoe_jax._activations import ACTIVATIONS
 from tensormoe_jax._adapter import BACKEND
-from tensormoe_jax._checks import (
-    check_parameters,
-    check_range,
-    checked_buffers,
-    dtype_of,
-    input_dtype,
-)
+from tensormoe_jax._checks import check_parameters, checked_buffers, input_dtype
 from tensormoe_jax._keys import checked_key
+from tensormoe_jax._mix import Act, Drop, Given, dropping, keep, mix_block, mix_layer
+from tensormoe_jax._specs import Legs
 
 __all__ = [
     "Given",
     "apply",
     "coefficients",
     "mix_block",
+    "mix_layer",
     "route",
     "train",
 ]
@@ -45,13 +39,8 @@ jax.tree_util.register_dataclass(TopK, data_fields=["indices", "values"], meta_f
 
 jax.tree_util.register_dataclass(OneExpert, data_fields=["indices", "counts"], meta_fields=[])
 
-Given = Array | TopK | OneExpert | Sequence[Array | TopK | OneExpert]
-"""Ready-made coefficients: an array (..., N_e), a ``TopK`` or a ``OneExpert`` per level."""
-
 Parameters = Mapping[str, Array]
 Config = LayerConfig | BlockConfig
-Drop = Callable[[Array], Array]
-Act = Callable[[Array], Array]
 
 
 def coefficients(
@@ -188,6 +177,7 @@ def apply(
     *,
     buffers: Parameters | None = None,
     act: Act | None = None,
+    legs: Legs | None = None,
 ) -> Array:
     """Run a layer, an embedding or a block outside training.
 
@@ -199,6 +189,11 @@ def apply(
             them otherwise.
         buffers: running statistics of a batch-norm gate; biases of one with ``balance``.
         act: the activation of a block whose configuration names none; any function of arrays.
+        legs: the leg that the layer is cut along, and the axis of the mesh that is set:
+            ``{"r": "model"}``, or of a block ``{"hidden": "model"}``. Each device then runs its
+            part, with arrays placed as :func:`partition_specs` says, and one sum over the axis
+            joins the results; along ``"o"``, outputs stay slices. Inside a ``jax.shard_map`` over
+            the axis, parameters are the device's slices.
 
     Returns:
         (..., out).
@@ -206,7 +201,8 @@ def apply(
     Raises:
         BackendError: no arrays of JAX's.
         ShapeError: parameters, input or coefficients do not fit the layer.
-        SpecError: a block whose configuration names no activation, and none given; or both.
+        SpecError: a block whose configuration names no activation, and none given; or both. Legs
+            that do not fit the layer, or the mesh.
 
     >>> import jax, jax.numpy as jnp
     >>> from tensormoe.functional import LayerConfig
@@ -217,7 +213,7 @@ def apply(
     >>> jax.jit(apply, static_argnums=0)(config, parameters, jnp.ones((5, 8))).shape
     (5, 4)
     """
-    return _run(config, parameters, x, coefficients, buffers, False, None, act)[0]
+    return _run(config, parameters, x, coefficients, buffers, False, None, act, legs)[0]
 
 
 def train(
@@ -229,6 +225,7 @@ def train(
     buffers: Parameters | None = None,
     key: Array | None = None,
     act: Act | None = None,
+    legs: Legs | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """:func:`apply` in training: with the batch's own statistics, noise and dropped entries.
 
@@ -240,15 +237,17 @@ def train(
         buffers: running statistics of a batch-norm gate; biases of one with ``balance``.
         key: of ``jax.random``, for a block that drops entries, and for a gate with ``noise``.
         act: as for :func:`apply`.
+        legs: as for :func:`apply`.
 
     Returns:
         (..., out), and the buffers afterwards.
 
     Raises:
         BackendError, ShapeError: as :func:`apply`.
-        SpecError: a block that drops entries or a gate with ``noise``, and no key.
+        SpecError: a block that drops entries or a gate with ``noise``, and no key; as
+            :func:`apply`.
     """
-    return _run(config, parameters, x, coefficients, buffers, True, key, act)
+    return _run(config, parameters, x, coefficients, buffers, True, key, act, legs)
 
 
 def _run(
@@ -260,14 +259,14 @@ def _run(
     training: bool,
     key: Array | None,
     act: Act | None,
+    legs: Legs | None,
 ) -> tuple[Array, dict[str, Array]]:
     kept = checked_buffers(config, buffers)
     if isinstance(config, BlockConfig):
-        return _run_block(config, parameters, x, given, kept, training, key, act)
+        return _run_block(config, parameters, x, given, kept, training, key, act, legs)
     if given is None:
         given, kept = coefficients(config, parameters, x, buffers=kept, training=training, key=key)
-    check_parameters(config, parameters, "factors.")
-    return _mix(config, parameters, x, given), kept
+    return mix_layer(config, parameters, x, given, legs), kept
 
 
 def _run_block(
@@ -279,87 +278,14 @@ def _run_block(
     training: bool,
     key: Array | None,
     act: Act | None,
+    legs: Legs | None,
 ) -> tuple[Array, dict[str, Array]]:
-    drops: tuple[Drop, Drop] = (_keep, _keep)
+    drops: tuple[Drop, Drop] = (keep, keep)
     if training and config.drop:
         first, second = jax.random.split(checked_key(key, "a block that drops entries needs a key"))
-        drops = (_dropping(config.drop, first), _dropping(config.drop, second))
+        drops = (dropping(config.drop, first), dropping(config.drop, second))
         # entries are dropped by the key's halves, and noise is drawn by another number of parts
         key = jax.random.fold_in(checked_key(key), 2)
     if given is None:
         given, kept = coefficients(config, parameters, x, buffers=kept, training=training, key=key)
-    return mix_block(config, parameters, x, given, *drops, act), kept
-
-
-def mix_block(
-    config: BlockConfig,
-    parameters: Parameters,
-    x: Array,
-    given: Given,
-    drop_middle: Drop,
-    drop_last: Drop,
-    act: Act | None = None,
-) -> Array:
-    """Both layers of a block, mixed by ready-made coefficients.
-
-    Args:
-        config: the block.
-        parameters: by canonical name.
-        x: (..., in).
-        given: the coefficients of both layers.
-        drop_middle: what drops entries behind the activation.
-        drop_last: what drops entries behind the second layer.
-        act: the activation of a block whose configuration names none.
-    """
-    check_parameters(config, parameters, "first.", "second.")
-    if (act is None) == (config.act_layer is None):
-        raise SpecError(
-            "a block has one activation, by name in its configuration or given as act=…; got "
-            f"{config.act_layer!r} and {brief(act)}."
-        )
-    function = ACTIVATIONS[config.act_layer] if config.act_layer is not None else act
-    assert function is not None
-    parts = split_names(parameters)
-    middle = _mix(config.first, parts["first"], x, given)
-    if config.gated:
-        gate, up = jnp.split(middle, 2, axis=-1)
-        middle = function(gate) * up
-    else:
-        middle = function(middle)
-    return drop_last(_mix(config.second, parts["second"], drop_middle(middle), given))
-
-
-def _mix(config: LayerConfig, parameters: Parameters, x: Array, given: Given) -> Array:
-    """The experts, mixed by ready-made coefficients."""
-    if config.indexed_input:
-        check_range(x, config.spec.in_features, "ids")
-        x = functional.check_ids(x, config.spec.in_features, BACKEND, look=False)
-        lead = x.shape
-    else:
-        lead = functional.check_input(x, config.spec.in_features, dtype_of(parameters), BACKEND)
-    listed = given if isinstance(given, list | tuple) else (given,)
-    for each, experts in zip(listed, config.spec.experts, strict=False):
-        if isinstance(each, TopK | OneExpert):
-            check_range(each.indices, experts, "indices of coefficients")
-    merged = functional.merged_coefficients(config, given, lead, BACKEND, look=False)
-    rows = x.reshape(prod(lead), *x.shape[len(lead) :])
-    # an exported function must not be bound to the batch sizes that one plan is the cheapest for
-    any_batch = not isinstance(rows.shape[0], int)
-    result: Array = functional.apply_experts(
-        config, parameters, rows, merged, BACKEND, any_batch=any_batch
-    )
-    return result.reshape(*lead, config.spec.out_features)
-
-
-def _keep(array: Array) -> Array:
-    return array
-
-
-def _dropping(share: float, key: Array) -> Drop:
-    """A share of the entries dropped and the rest enlarged."""
-
-    def drop(array: Array) -> Array:
-        kept = jax.random.bernoulli(key, 1.0 - share, array.shape)
-        return jnp.where(kept, array / (1.0 - share), 0.0)
-
-    return drop
+    return mix_block(config, parameters, x, given, *drops, act, legs), kept
