@@ -8,20 +8,20 @@ are marked as varying where they come in, so that each of their gradients is sum
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 
 from tensormoe.errors import ShapeError, SpecError
-from tensormoe.factorizations import INPUT, OUTPUT
+from tensormoe.factorizations import INPUT, OUTPUT, expert_leg
 from tensormoe.functional import BlockConfig, LayerConfig, cut_axes
 from tensormoe.gates import OneExpert, TopK
 from tensormoe_jax._exchange import exchanged
+from tensormoe_jax._mesh import checked_mesh, kinds_of, listed, resharded
 from tensormoe_jax._specs import HIDDEN, Legs, MeshCut, cut_of, leg_of, spec_of
 
 __all__ = ["Placed", "Rows", "over_devices", "own_slices", "placed"]
@@ -104,22 +104,11 @@ def placed(config: Config, parameters: Parameters, legs: Legs | MeshCut | None) 
     Raises:
         SpecError: legs, a mesh or an axis that do not fit.
     """
-    mesh = jax.sharding.get_abstract_mesh()
     cut = _typed(config, parameters) if legs is None else leg_of(legs)
     if cut is None:
         return None
-    if mesh.empty:
-        raise SpecError(
-            f"legs need a mesh; got {{{cut.leg!r}: {cut.axis!r}}}, and none is set. Call the layer "
-            "under `with jax.set_mesh(mesh):`."
-        )
-    if cut.axis not in mesh.axis_names:
-        names = ", ".join(map(repr, mesh.axis_names))
-        raise SpecError(
-            f"the mesh must have the axis that leg {cut.leg!r} is cut over; got {cut.axis!r}, and "
-            f"axes {names}. Name one of them."
-        )
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    mesh = checked_mesh(cut)
+    kinds = kinds_of(mesh)
     part = cut_of(config, cut, mesh.shape[cut.axis])
     explicit = {name for name, kind in kinds.items() if kind == AxisType.Explicit} - {cut.axis}
     return Placed(config, part, cut, kinds[cut.axis] == AxisType.Manual, frozenset(explicit))
@@ -154,7 +143,7 @@ def over_devices(
         return _joined(cut, local(*_varying(given, mapped)))
 
     run = jax.shard_map(body, in_specs=wanted, out_specs=result, axis_names=set(mapped))
-    made: Array = run(*jax.tree.map(_moved, operands, wanted))
+    made: Array = run(*jax.tree.map(resharded, operands, wanted))
     return made
 
 
@@ -199,9 +188,8 @@ def _rows_specs(cut: Placed, rows: Rows) -> tuple[Rows, Rows, PartitionSpec]:
     if cut.explicit:
         # rows stay where they are, along all axes but the one that the layer is cut over
         spec = jax.typeof(rows.x).sharding.spec
-        names = spec[0] if spec else None
-        listed = names if isinstance(names, tuple) else () if names is None else (names,)
-        first = tuple(name for name in listed if name in cut.explicit) or None
+        names = listed(spec[0] if spec else None)
+        first = tuple(name for name in names if name in cut.explicit) or None
 
     def of(axis: str | None) -> PartitionSpec:
         return PartitionSpec(first, axis)  # type: ignore[no-untyped-call]
@@ -218,7 +206,9 @@ def _rows_specs(cut: Placed, rows: Rows) -> tuple[Rows, Rows, PartitionSpec]:
             counts = None if each.counts is None else PartitionSpec()  # type: ignore[no-untyped-call]
             specs.append(OneExpert(of_ids, counts))
         else:
-            specs.append(of(cut.axis if cut.leg_in == f"n{level}" else None))
+            is_cut = cut.leg_in == expert_leg(level)
+            specs.append(of(cut.axis if is_cut else None))
+            each = _made_whole(each) if is_cut else each
         given.append(each)
     layer = cut.layers[0]
     x = of_ids if layer.indexed_input else of(cut.axis if cut.leg_in == INPUT else None)
@@ -226,18 +216,13 @@ def _rows_specs(cut: Placed, rows: Rows) -> tuple[Rows, Rows, PartitionSpec]:
     return Rows(rows.x, given), Rows(x, specs), out  # type: ignore[arg-type]
 
 
-def _moved(array: Array, spec: PartitionSpec) -> Array:
-    """An array as it lies on the explicit axes of a mesh; the compiler moves it over others."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if AxisType.Explicit not in kinds.values():
-        return array
-
-    def typed(names: Any) -> Any:
-        listed = names if isinstance(names, tuple) else () if names is None else (names,)
-        return tuple(each for each in listed if kinds[each] == AxisType.Explicit) or None
-
-    return jax.sharding.reshard(array, PartitionSpec(*map(typed, spec)))  # type: ignore[no-untyped-call]
+def _made_whole(coefficients: Array) -> Array:
+    """Coefficients that are whole on every device, so that the gate that makes them is too."""
+    if AxisType.Auto not in kinds_of(jax.sharding.get_abstract_mesh()).values():
+        return coefficients
+    # the compiler would else cut the gate as well, whose every iteration then communicates
+    rows = PartitionSpec(PartitionSpec.UNCONSTRAINED, None)  # type: ignore[no-untyped-call]
+    return jax.lax.with_sharding_constraint(coefficients, rows)
 
 
 def _varies(array: Array) -> frozenset[str]:

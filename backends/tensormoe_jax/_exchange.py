@@ -12,9 +12,9 @@ __all__ = ["exchanged", "rounds"]
 def exchanged(array: Array, axis: int, name: str) -> Array:
     """A device's slices of both halves of an axis.
 
-    A ``PartitionSpec`` gives each device one contiguous slice of an axis. The first layer of a gated
-    block needs, of each half of its outputs, what is multiplied: two slices from other devices,
-    of parameters, never of tokens.
+    A ``PartitionSpec`` gives each device one contiguous slice of an axis. In a gated block, a
+    device multiplies its slice of one half of the hidden features by that of the other half. So
+    factors of the first layer are exchanged, two slices per device, and no activations.
 
     Args:
         array: the contiguous slice.

@@ -23,6 +23,7 @@ from tensormoe.mixtures import MixtureConfig
 from tensormoe_jax._adapter import BACKEND, LIBRARY
 from tensormoe_jax._dtypes import FLOATS
 from tensormoe_jax._initialize import initial_buffers, initialize
+from tensormoe_jax._specs import MeshCut
 
 C = TypeVar("C", bound=LayerConfig | BlockConfig | MixtureConfig)
 M = TypeVar("M")
@@ -72,6 +73,13 @@ class _Named(Methods[Array, C]):
     _dtypes = FLOATS
 
     backend: ClassVar[Backend] = BACKEND
+
+    cut: MeshCut | None
+
+    @property
+    def legs(self) -> dict[str, str] | None:
+        """The leg that is cut and its mesh axis, as ``parallelize`` was given them, or None."""
+        return None if self.cut is None else {self.cut.leg: self.cut.axis}
 
     @property
     @abstractmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,17 @@ from tensormoe.factorizations import INPUT, OUTPUT
 from tensormoe.functional import BlockConfig, CutAxis, LayerConfig, cut_axes
 from tensormoe.mixtures import MixtureConfig
 
-__all__ = ["HIDDEN", "Legs", "MeshCut", "cut_of", "leg_of", "partition_specs", "spec_of"]
+__all__ = [
+    "HIDDEN",
+    "Legs",
+    "MeshCut",
+    "cut_of",
+    "has_leg",
+    "leg_of",
+    "no_layer",
+    "partition_specs",
+    "spec_of",
+]
 
 Legs = Mapping[str, str]
 """The leg that is cut, with the mesh axis that it is cut over: ``{"r": "model"}``."""
@@ -60,8 +70,8 @@ def partition_specs(config: Config, legs: Legs) -> dict[str, PartitionSpec]:
     >>> from tensormoe import CP, LayerSpec
     >>> from tensormoe.functional import LayerConfig
     >>> config = LayerConfig(LayerSpec(8, 6, 3, CP(4)), None)
-    >>> partition_specs(config, {"o": "model"})["factors.output"]
-    PartitionSpec('model',)
+    >>> tuple(partition_specs(config, {"r": "model"})["factors.output"])
+    (None, 'model')
     """
     check_config(config)
     cut = leg_of(legs)
@@ -144,3 +154,23 @@ def _hidden_leg(config: MixtureConfig, name: str) -> str | None:
     if len(pair) < 2:
         return None
     return INPUT if role == "down_proj" else OUTPUT
+
+
+def has_leg(config: LayerConfig | BlockConfig, cut: MeshCut) -> bool:
+    """Whether a layer of a model is among those that have a leg."""
+    if isinstance(config, BlockConfig):
+        return cut.leg == HIDDEN
+    return cut.leg in config.spec.network.shardable_legs
+
+
+def no_layer(cut: MeshCut, configs: Sequence[LayerConfig | BlockConfig]) -> SpecError:
+    """The error of a model none of whose layers has a leg."""
+    known: dict[str, None] = {}
+    for config in configs:
+        block = isinstance(config, BlockConfig)
+        known |= dict.fromkeys((HIDDEN,) if block else config.spec.network.shardable_legs)
+    found = f"layers with {', '.join(map(repr, known))}" if known else "no layer of tensormoe"
+    return SpecError(
+        f"legs must name a leg of a layer in the model; got {cut.leg!r}, and {found}. Name one of "
+        "their legs."
+    )

@@ -18,6 +18,7 @@ from tensormoe_jax.equinox._embedding import MuMoEEmbedding
 from tensormoe_jax.equinox._gate import ExpertGate
 from tensormoe_jax.equinox._layer import MuMoE
 from tensormoe_jax.equinox._mlp import MuMoEMLP
+from tensormoe_jax.equinox._parallel import parallelize, partition_specs
 from tensormoe_jax.equinox._rules import parameter_rules
 from tensormoe_jax.equinox.mixtures import (
     CartesianMoE,
@@ -47,5 +48,7 @@ __all__ = [
     "SoftMoE",
     "SparseMoE",
     "adapter_filter",
+    "parallelize",
     "parameter_rules",
+    "partition_specs",
 ]

@@ -15,6 +15,7 @@ from tensormoe._names import split_names
 from tensormoe.checkpoint import save_checkpoint
 from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe_jax._layers import Layer, built
+from tensormoe_jax._specs import MeshCut
 from tensormoe_jax.equinox._gate import ExpertGate
 
 __all__ = ["Mixture", "Stateful"]
@@ -99,11 +100,13 @@ class Mixture(Stateful[LayerConfig], Layer):
     factors: dict[str, Array]
     gate: ExpertGate | None
     config: LayerConfig = eqx.field(static=True)
+    cut: MeshCut | None = eqx.field(static=True)
 
     def __init__(
         self, config: LayerConfig, arrays: Mapping[str, Array], axis_name: Hashable = None
     ) -> None:
         self.config = config
+        self.cut = None
         self.factors = split_names(arrays)["factors"]
         self.gate = None if config.gate is None else ExpertGate(config, arrays, axis_name)
 

@@ -146,5 +146,5 @@ class MuMoE(Mixture, Gated[LayerConfig], LinearSizes, StatefulLayer):
                 coefficients = self.gate(x, key=key, inference=inference)
             else:
                 coefficients, state = self.gate(x, state, key=key, inference=inference)
-        result = _pure.apply(self.config, self.parameters, x, coefficients)
+        result = _pure.apply(self.config, self.parameters, x, coefficients, legs=self.legs)
         return result if state is None else (result, state)

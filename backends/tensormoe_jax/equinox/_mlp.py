@@ -21,6 +21,7 @@ from tensormoe_jax import _pure
 from tensormoe_jax._activations import Act, activation_name, own_activation
 from tensormoe_jax._keys import checked_key
 from tensormoe_jax._layers import Block, built, first_values
+from tensormoe_jax._specs import MeshCut
 from tensormoe_jax.equinox._base import Stateful
 from tensormoe_jax.equinox._gate import ExpertGate, Gated
 from tensormoe_jax.equinox._layer import MuMoE
@@ -37,6 +38,7 @@ class Pair(Stateful[BlockConfig], Block):
     act: Callable[[Array], Array] | None
     dropout: eqx.nn.Dropout
     config: BlockConfig = eqx.field(static=True)
+    cut: MeshCut | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -48,6 +50,7 @@ class Pair(Stateful[BlockConfig], Block):
         parts = split_names(arrays)
         has_gate = config.first.gate is not None
         self.config = config
+        self.cut = None
         self.act = own_activation(config.act_layer, act)
         self.first = MuMoE.restore(replace(config.first, gate=None), parts["first"])
         self.second = MuMoE.restore(config.second, parts["second"])
@@ -202,7 +205,7 @@ class MuMoEMLP(Pair, Gated[BlockConfig], StatefulLayer):
         keys = (None, None) if key is None else jax.random.split(checked_key(key))
         middle, last = (partial(self.dropout, key=each, inference=inference) for each in keys)
         result = _pure.mix_block(
-            self.config, self.parameters, x, coefficients, middle, last, self.act
+            self.config, self.parameters, x, coefficients, middle, last, self.act, self.legs
         )
         return result if state is None else (result, state)
 

@@ -19,6 +19,7 @@ from tensormoe_jax.nnx._embedding import MuMoEEmbedding
 from tensormoe_jax.nnx._gate import ExpertGate
 from tensormoe_jax.nnx._layer import MuMoE
 from tensormoe_jax.nnx._mlp import MuMoEMLP
+from tensormoe_jax.nnx._parallel import parallelize
 from tensormoe_jax.nnx._rules import parameter_rules
 from tensormoe_jax.nnx.mixtures import (
     CartesianMoE,
@@ -48,5 +49,6 @@ __all__ = [
     "SoftMoE",
     "SparseMoE",
     "adapter_filter",
+    "parallelize",
     "parameter_rules",
 ]

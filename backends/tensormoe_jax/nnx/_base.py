@@ -26,6 +26,7 @@ class Mixture(Layer, nnx.Module):
         self, config: LayerConfig, arrays: Mapping[str, Array], rngs: nnx.Rngs | None = None
     ) -> None:
         self.config = config
+        self.cut = None
         named = split_names(arrays)["factors"]
         self.factors = nnx.Dict({name: nnx.Param(named[name]) for name in config.spec.shapes})
         self.gate = None if config.gate is None else ExpertGate(config, arrays, rngs=rngs)

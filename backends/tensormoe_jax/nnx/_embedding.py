@@ -72,4 +72,4 @@ class MuMoEEmbedding(Mixture, EmbeddingSizes):
             BackendError: no arrays of JAX's.
             ShapeError: ids that are no integers or out of range, or coefficients of other shapes.
         """
-        return _pure.apply(self.config, self.parameters, ids, coefficients)
+        return _pure.apply(self.config, self.parameters, ids, coefficients, legs=self.legs)

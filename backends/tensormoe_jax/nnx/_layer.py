@@ -114,7 +114,7 @@ class MuMoE(Mixture, Gated[LayerConfig], LinearSizes):
         """
         if coefficients is None and self.gate is not None:
             coefficients = self.gate(x, use_running_average)
-        return _pure.apply(self.config, self.parameters, x, coefficients)
+        return _pure.apply(self.config, self.parameters, x, coefficients, legs=self.legs)
 
     @classmethod
     def load(cls, path: str | PathLike[str], *, rngs: Source | None = None) -> Self:

@@ -40,6 +40,7 @@ class Pair(Block, nnx.Module):
     ) -> None:
         parts = split_names(arrays)
         self.config = config
+        self.cut = None
         self.act = own_activation(config.act_layer, act)
         self.first = MuMoE.restore(replace(config.first, gate=None), parts["first"])
         self.second = MuMoE.restore(config.second, parts["second"])
@@ -170,7 +171,9 @@ class MuMoEMLP(Pair, Gated[BlockConfig]):
         if coefficients is None:
             coefficients = self.coefficients(x, use_running_average=use_running_average)
         drop = partial(self.dropout, deterministic=deterministic, rngs=rngs)
-        return _pure.mix_block(self.config, self.parameters, x, coefficients, drop, drop, self.act)
+        return _pure.mix_block(
+            self.config, self.parameters, x, coefficients, drop, drop, self.act, self.legs
+        )
 
     @classmethod
     def load(cls, path: str | PathLike[str], *, rngs: Source | None = None) -> Self:
