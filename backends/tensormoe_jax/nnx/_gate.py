@@ -83,6 +83,12 @@ class ExpertGate(nnx.Module):
         """Batch norm's running statistics by canonical name."""
         return {name: self._variable(name).get_value() for name in self.config.buffer_shapes()}
 
+    @property
+    def variables(self) -> dict[str, nnx.Variable[Array]]:
+        """Parameters and buffers by canonical name, as variables."""
+        names = *self._parameter_names, *self.config.buffer_shapes()
+        return {name: self._variable(name) for name in names}
+
     def __call__(self, x: Array, use_running_average: bool | None = None) -> tuple[Array, ...]:
         """The coefficients of inputs (..., in): one array (..., N_e) per level.
 

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
+from tensormoe._names import block_names
 from tensormoe._validation import instance
 from tensormoe.errors import SpecError
 from tensormoe_jax._mesh import checked_mesh, on_mesh
@@ -86,8 +87,9 @@ def _outer(model: nnx.Module) -> list[Mixture | Pair]:
 
 
 def _variables(module: Mixture | Pair) -> dict[str, nnx.Variable[Any]]:
-    """Parameters and buffers by canonical name, which is their path."""
-    names = {*module.config.parameter_shapes(), *module.config.buffer_shapes()}
-    flat = nnx.to_flat_state(nnx.state(module, nnx.Param, nnx.BatchStat)[0])
-    found = {".".join(map(str, path)): variable for path, variable in flat}
-    return {name: found[name] for name in names}
+    """Parameters and buffers by canonical name."""
+    if isinstance(module, Pair):
+        named = block_names(_variables(module.first), _variables(module.second))
+    else:
+        named = {f"factors.{name}": each for name, each in module.factors.items()}
+    return named if module.gate is None else named | module.gate.variables
