@@ -12,11 +12,14 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT 
 """For processes that are started by hand."""
 
 
-def run_python(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(
+    *words: object, timeout: float = 600, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """A Python command that has ended, with what it printed, whatever its exit status.
 
     Args:
         words: what follows ``python``.
+        timeout: seconds that it may take.
         environment: variables besides this process's own.
     """
     return subprocess.run(
@@ -24,6 +27,6 @@ def run_python(*words: object, **environment: str) -> subprocess.CompletedProces
         env={**os.environ, "PYTHONPATH": ENVIRONMENT["PYTHONPATH"], **environment},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=timeout,
         check=False,
     )

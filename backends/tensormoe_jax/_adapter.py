@@ -129,6 +129,12 @@ class JaxBackend:
         return jax.lax.stop_gradient(array)
 
     def to_bytes(self, array: Array, /) -> tuple[str, tuple[int, ...], bytes]:
+        if not isinstance(array, jax.core.Tracer) and not array.is_fully_addressable:
+            raise BackendError(
+                "an array must be on devices of this process to be written; got one that is cut "
+                f"over several processes, {array.sharding}. Save it by Orbax, or gather it by "
+                "jax.experimental.multihost_utils.process_allgather(…, tiled=True)."
+            )
         host = np.ascontiguousarray(array)
         little = host.astype(host.dtype.newbyteorder("<"), copy=False)
         return array.dtype.name, tuple(array.shape), little.tobytes()

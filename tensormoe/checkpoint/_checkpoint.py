@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import IO, Any
 
 from tensormoe._validation import brief, flag, instance
@@ -81,8 +82,8 @@ def save_checkpoint(
 
     Equal content gives equal bytes. A save that is killed leaves the old file as it was, and at
     most a hidden file whose name ends in :data:`PARTIAL_SUFFIX`, which the next save of that path
-    removes. While it runs, the save takes as
-    much memory again as the arrays.
+    removes. While it runs, the save takes as much memory again as the largest array, also of arrays
+    that are cut over several devices.
 
     Args:
         path: the file to write or to replace, in a folder that exists.
@@ -101,7 +102,6 @@ def save_checkpoint(
     target = checkpoint_path(path)
     instance(arrays, Mapping, "arrays", "a mapping from names to arrays", CheckpointError)
     infos: dict[str, ArrayInfo] = {}
-    contents: dict[str, bytes] = {}
     backend: Backend | None = None
     for name, array in arrays.items():
         try:
@@ -109,18 +109,31 @@ def save_checkpoint(
         except BackendError as error:
             raise BackendError(f"array {name!r}: {error}") from None
         check_array(array, backend, f"array {name!r}")
-        dtype, shape, contents[name] = backend.to_bytes(array)
         try:
-            infos[name] = ArrayInfo(dtype, shape)
+            infos[name] = ArrayInfo(_dtype_name(array), tuple(array.shape))
         except CheckpointError as error:
             raise CheckpointError(f"array {name!r}: {error}") from None
-        if len(contents[name]) != infos[name].nbytes:
-            raise BackendError(
-                f"the {backend.name} backend must give {infos[name].nbytes} bytes for {dtype} "
-                f"{shape}; got {len(contents[name])} for {name!r}."
-            )
     head = encode_header(CheckpointHeader(block, config, infos))
-    write_whole(target, (head, *(contents[name] for name in file_order(infos))))
+    contents = (_content(name, arrays[name], infos[name]) for name in file_order(infos))
+    write_whole(target, chain([head], contents))
+
+
+def _dtype_name(array: Array) -> str:
+    """The canonical name of an array's dtype, without a look at its values."""
+    name = getattr(array.dtype, "name", None)
+    return name if isinstance(name, str) else str(array.dtype).rpartition(".")[2]
+
+
+def _content(name: str, array: Array, info: ArrayInfo) -> bytes:
+    """The bytes of one array, read when they are written: on the host, there is one at a time."""
+    backend = backend_of(array)
+    dtype, shape, content = backend.to_bytes(array)
+    if (dtype, tuple(shape), len(content)) != (info.dtype, info.shape, info.nbytes):
+        raise BackendError(
+            f"the {backend.name} backend must give {info.nbytes} bytes for {info.dtype} "
+            f"{info.shape}; got {len(content)} for {dtype} {tuple(shape)}, {name!r}."
+        )
+    return content
 
 
 def read_checkpoint(path: str | os.PathLike[str], backend: Backend) -> Checkpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,14 @@ def test_layout_in_memory_does_not_matter(tmp_path: Path) -> None:
 def test_loaded_arrays_are_writable(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "a", "MuMoE", {}, {"x": np.zeros(3)})
     read_checkpoint(tmp_path / "a", BACKEND).arrays["x"] += 1
+
+
+def test_a_save_holds_one_array_at_a_time(tmp_path: Path) -> None:
+    arrays = {f"a{place}": np.full(2**19, place, "float32") for place in range(8)}
+    tracemalloc.start()
+    try:
+        save_checkpoint(tmp_path / "some", "MuMoE", {}, arrays)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2.5 * arrays["a0"].nbytes

@@ -15,7 +15,6 @@ from tensormoe import CP, Gate, LayerSpec, TensorRing
 from tensormoe.backend import get_backend
 from tensormoe.functional import LayerConfig, apply_experts, experts_vjp
 from tensormoe.gates import OneExpert, TopK
-from tensormoe.routing import spread
 from tensormoe_jax import apply, initial_buffers, initialize, partition_specs, train
 from tests.jax._eight import (
     KINDS,
@@ -304,9 +303,10 @@ def _() -> None:
         looped = jax.jit(lambda own, x: jax.lax.map(partial(apply, GATED, own, legs=legs), x))
         same(looped(placed, ROWS), want)
         again = jax.jit(jax.checkpoint(partial(squared, GATED, legs)))
-        same(jax.grad(lambda own: again(own, ROWS)[0])(placed), jax.grad(
-            lambda own: squared(GATED, None, own, ROWS)[0]
-        )(parameters))
+        same(
+            jax.grad(lambda own: again(own, ROWS)[0])(placed),
+            jax.grad(lambda own: squared(GATED, None, own, ROWS)[0])(parameters),
+        )
         half = jax.tree.map(lambda each: each.astype(jnp.bfloat16), parameters)
         placed = put(mesh, half, partition_specs(GATED, legs))
         run = jax.jit(partial(apply, GATED, legs=legs))

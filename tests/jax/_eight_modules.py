@@ -53,6 +53,16 @@ def ten(model: Any, x: jax.Array) -> list[jax.Array]:
     return [step(model, optimizer, x) for _ in range(10)]
 
 
+@flax.jit
+def run(model: Any, x: jax.Array) -> jax.Array:
+    return model(x)
+
+
+def quiet(model: Any) -> jax.Array:
+    model.eval()
+    return run(model, X)
+
+
 def leaves(model: Any) -> dict[str, jax.Array]:
     states = flax.state(model, flax.Param, flax.BatchStat)
     return {
@@ -79,12 +89,14 @@ def _() -> None:
         factor = model.block.first.factors["output"].get_value()
         assert {each.data.shape for each in factor.addressable_shards} == {(12, 12)}
         again = copy.deepcopy(model)
-        same(again.eval() or again(X), model.eval() or model(X))
+        same(quiet(again), quiet(model))
     assert repr(model.last) == text
     # the layers are those of one device
-    last = nnx.MuMoE.restore(model.last.config, jax.device_get(model.last.parameters))
+    # a layer is what it was, on one device too
+    arrays = jax.tree.map(jnp.asarray, jax.device_get(model.last.parameters))
+    last = nnx.MuMoE.restore(model.last.config, arrays)
     assert last.legs is None
-    same(last(X), model.last.config and whole.last(X), 1e-4)
+    same(last(X), whole.last(X), 1e-4)
 
 
 @check("a model of Flax, made under jit, on explicit axes")
@@ -202,11 +214,11 @@ def _() -> None:
         with jax.set_mesh(mesh_of(model=4)):
             model = nnx.parallelize(Model(flax.Rngs(0)), HIDDEN)
             nnx.parallelize(model, {"r": "model"})
-            want = model.eval() or model(X)
+            want = quiet(model)
             checkpointer = orbax.StandardCheckpointer()
             checkpointer.save(path, flax.state(model))
             checkpointer.wait_until_finished()
-        for devices in (2, 3, 1):
+        for devices in (2, 3):
             with jax.set_mesh(mesh_of(model=devices)):
                 # other values, which are replaced
                 other = nnx.parallelize(Model(flax.Rngs(1)), HIDDEN)
@@ -218,12 +230,12 @@ def _() -> None:
                 assert {each.data.shape for each in factor.addressable_shards} == {
                     (12, 12 // devices)
                 }
-                same(other.eval() or other(X), want, 1e-5)
+                same(quiet(other), want, 1e-5)
         # without any mesh
         plain = Model(flax.Rngs(1))
         shapes = jax.tree.map(orbax.utils.to_shape_dtype_struct, flax.state(plain))
         flax.update(plain, checkpointer.restore(path, shapes))
-        same(plain.eval() or plain(X), want, 1e-5)
+        same(quiet(plain), want, 1e-5)
 
 
 @check("files")
@@ -237,11 +249,11 @@ def _() -> None:
             nnx.parallelize(block, HIDDEN).save(path)
             # the whole layer, byte by byte
             assert path.read_bytes() == plain
-            want = block(X)
+            want = quiet(block)
             again = nnx.parallelize(nnx.MuMoEMLP.load(path), HIDDEN)
-            same(again(X), want)
+            same(quiet(again), want)
             other = in_equinox.parallelize(in_equinox.MuMoEMLP.load(path), HIDDEN)
-            same(other(X), want, 1e-5)
+            same(eqx.filter_jit(other)(X), want, 1e-5)
             other.save(path)
             assert path.read_bytes() == plain
         same(tensormoe_numpy.MuMoEMLP.load(path)(jax.device_get(X)), want, 1e-5)
