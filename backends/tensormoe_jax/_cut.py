@@ -16,6 +16,7 @@ import jax
 from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 
+from tensormoe.checkpoint import check_config
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.factorizations import INPUT, OUTPUT, expert_leg
 from tensormoe.functional import BlockConfig, LayerConfig, cut_axes
@@ -104,6 +105,7 @@ def placed(config: Config, parameters: Parameters, legs: Legs | MeshCut | None) 
     Raises:
         SpecError: legs, a mesh or an axis that do not fit.
     """
+    check_config(config)
     cut = _typed(config, parameters) if legs is None else leg_of(legs)
     if cut is None:
         return None
@@ -161,14 +163,20 @@ jax.tree_util.register_dataclass(Rows, data_fields=["x", "given"], meta_fields=[
 
 
 def _joined(cut: Placed, result: Array) -> Array:
-    joined: Array = result if cut.is_sliced else jax.lax.psum(result, cut.axis)
-    return joined
+    if cut.is_sliced:
+        return result
+    total: Array = jax.lax.psum(result, cut.axis)  # type: ignore[no-untyped-call]
+    return total
 
 
 def _typed(config: Config, parameters: Parameters) -> MeshCut | None:
     """The cut that the types of arrays name, where axes of a mesh are explicit; None if several."""
-    block = isinstance(config, BlockConfig)
-    layers = {"first.": config.first, "second.": config.second} if block else {"": config}
+    if jax.sharding.get_abstract_mesh().empty or not isinstance(parameters, Mapping):
+        return None
+    if isinstance(config, BlockConfig):
+        layers = {"first.": config.first, "second.": config.second}
+    else:
+        layers = {"": config}
     found = set()
     for prefix, layer in layers.items():
         for factor in layer.spec.network.all_factors:
@@ -222,7 +230,8 @@ def _made_whole(coefficients: Array) -> Array:
         return coefficients
     # the compiler would else cut the gate as well, whose every iteration then communicates
     rows = PartitionSpec(PartitionSpec.UNCONSTRAINED, None)  # type: ignore[no-untyped-call]
-    return jax.lax.with_sharding_constraint(coefficients, rows)
+    whole: Array = jax.lax.with_sharding_constraint(coefficients, rows)  # type: ignore[no-untyped-call]
+    return whole
 
 
 def _varies(array: Array) -> frozenset[str]:

@@ -43,12 +43,13 @@ def kinds_of(mesh: AbstractMesh) -> dict[str, AxisType]:
 def on_mesh(array: Any, spec: PartitionSpec) -> Any:
     """An array, a traced one or the shape of one, placed on the mesh that is set."""
     if isinstance(array, jax.ShapeDtypeStruct):
-        return array.update(sharding=NamedSharding(jax.sharding.get_mesh(), spec))
+        where = NamedSharding(jax.sharding.get_mesh(), spec)
+        return array.update(sharding=where)  # type: ignore[no-untyped-call]
     if not isinstance(array, jax.core.Tracer):
         return jax.device_put(array, spec)
     kinds = kinds_of(jax.sharding.get_abstract_mesh()).values()
     if AxisType.Auto in kinds:
-        array = jax.lax.with_sharding_constraint(array, spec)
+        array = jax.lax.with_sharding_constraint(array, spec)  # type: ignore[no-untyped-call]
     return resharded(array, spec)
 
 
@@ -61,7 +62,9 @@ def resharded(array: Array, spec: PartitionSpec) -> Array:
     def typed(names: Any) -> tuple[str, ...] | None:
         return tuple(each for each in listed(names) if kinds[each] == AxisType.Explicit) or None
 
-    return jax.sharding.reshard(array, PartitionSpec(*map(typed, spec)))  # type: ignore[no-untyped-call]
+    where = PartitionSpec(*map(typed, spec))  # type: ignore[no-untyped-call]
+    moved: Array = jax.sharding.reshard(array, where)
+    return moved
 
 
 def listed(names: Any) -> tuple[str, ...]:

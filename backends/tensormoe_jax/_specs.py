@@ -132,7 +132,7 @@ def spec_of(axis: CutAxis | None, cut: MeshCut) -> PartitionSpec:
 
 
 def _mixture_axes(config: MixtureConfig, cut: MeshCut) -> dict[str, CutAxis | None]:
-    found = {}
+    found: dict[str, CutAxis | None] = {}
     for name, layer in config.layers.items():
         leg = _hidden_leg(config, name) if cut.leg == HIDDEN else cut.leg
         if leg in layer.spec.network.shardable_legs:
@@ -167,8 +167,8 @@ def no_layer(cut: MeshCut, configs: Sequence[LayerConfig | BlockConfig]) -> Spec
     """The error of a model none of whose layers has a leg."""
     known: dict[str, None] = {}
     for config in configs:
-        block = isinstance(config, BlockConfig)
-        known |= dict.fromkeys((HIDDEN,) if block else config.spec.network.shardable_legs)
+        legs = (HIDDEN,) if isinstance(config, BlockConfig) else config.spec.network.shardable_legs
+        known |= dict.fromkeys(legs)
     found = f"layers with {', '.join(map(repr, known))}" if known else "no layer of tensormoe"
     return SpecError(
         f"legs must name a leg of a layer in the model; got {cut.leg!r}, and {found}. Name one of "

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tensormoe import Factorization
@@ -108,3 +109,10 @@ def exchanged(text: str) -> list[tuple[str, int]]:
 def predicted(cost: Cost) -> list[tuple[str, int]]:
     """Kind and bytes of every array, by the cost model."""
     return sorted((each.kind, each.bytes) for each in cost.collectives)
+
+
+def refused(kind: type[Exception], message: str, function: Callable[[], Any]) -> None:
+    """A call raises an error with this text."""
+    with pytest.raises(kind) as caught:
+        function()
+    assert message in str(caught.value), (message, str(caught.value))

@@ -112,6 +112,10 @@ GATED = LayerConfig(LayerSpec(16, 8, 8, CP(8)), Gate())
 ROWS = random((8, 16), 52)
 
 
+# compiles in a fraction of the time that the search of a root takes
+QUICK = LayerConfig(GATED.spec, Gate("softmax"))
+
+
 def squared(config: Any, legs: Any, parameters: Any, x: Any) -> Any:
     y = apply(config, parameters, x, legs=legs)
     return (y**2).sum(), y
@@ -142,24 +146,24 @@ check("two explicit axes")(partial(two_axes, True))
 
 @check("explicit axes, rows on both")
 def _() -> None:
-    parameters, mesh = values(GATED), mesh_of(True, data=2, model=4)
-    want = jax.jit(partial(apply, GATED))(parameters, ROWS)
+    parameters, mesh = values(QUICK), mesh_of(True, data=2, model=4)
+    want = jax.jit(partial(apply, QUICK))(parameters, ROWS)
     rows = jax.device_put(ROWS, NamedSharding(mesh, P(("data", "model"))))
     with jax.set_mesh(mesh):
-        placed = put(mesh, parameters, partition_specs(GATED, {"r": "model"}))
-        same(jax.jit(partial(apply, GATED))(placed, rows), want)
+        placed = put(mesh, parameters, partition_specs(QUICK, {"r": "model"}))
+        same(jax.jit(partial(apply, QUICK))(placed, rows), want)
 
 
 @check("inside of a shard_map")
 def _() -> None:
-    parameters, mesh = values(GATED), mesh_of(data=2, model=4)
-    want = jax.jit(jax.grad(partial(squared, GATED, None), (0, 1), has_aux=True))(parameters, ROWS)
+    parameters, mesh = values(QUICK), mesh_of(data=2, model=4)
+    want = jax.jit(jax.grad(partial(squared, QUICK, None), (0, 1), has_aux=True))(parameters, ROWS)
     for leg in ("r", "o", "n0", "i"):
-        specs = partition_specs(GATED, {leg: "model"})
+        specs = partition_specs(QUICK, {leg: "model"})
         out = P("data", "model") if leg == "o" else P("data")
 
         def total(parameters: Any, x: Any, leg: str = leg) -> Any:
-            loss, y = squared(GATED, {leg: "model"}, parameters, x)
+            loss, y = squared(QUICK, {leg: "model"}, parameters, x)
             return jax.lax.psum(loss, ("data", "model") if leg == "o" else "data"), y
 
         ins = specs, P("data")
@@ -172,7 +176,7 @@ def _() -> None:
     # over one axis by the user, over the other by the layer
     with jax.set_mesh(mesh):
         nested = jax.shard_map(
-            partial(apply, GATED, legs={"r": "model"}),
+            partial(apply, QUICK, legs={"r": "model"}),
             in_specs=(P(), P("data")),
             out_specs=P("data"),
             axis_names={"data"},
@@ -182,13 +186,13 @@ def _() -> None:
 
 @check("a slice of the input, inside of a shard_map")
 def _() -> None:
-    parameters, mesh = values(GATED), mesh_of(model=4)
+    parameters, mesh = values(QUICK), mesh_of(model=4)
     made = [random((8, 8), 53)]
-    want = apply(GATED, parameters, ROWS, made)
+    want = apply(QUICK, parameters, ROWS, made)
     run = jax.shard_map(
-        lambda own, x: apply(GATED, own, x, made, legs={"i": "model"}),
+        lambda own, x: apply(QUICK, own, x, made, legs={"i": "model"}),
         mesh=mesh,
-        in_specs=(partition_specs(GATED, {"i": "model"}), P(None, "model")),
+        in_specs=(partition_specs(QUICK, {"i": "model"}), P(None, "model")),
         out_specs=P(),
     )
     same(jax.jit(run)(parameters, ROWS), want)
@@ -229,7 +233,7 @@ def _() -> None:
 @check("embeddings")
 def _() -> None:
     mesh, ids = mesh_of(model=2), jnp.array([[0, 15, 7], [8, 3, 3]])
-    for name in ("cp", "tensor_ring", "dense"):
+    for name in ("cp", "dense"):
         spec = LayerSpec(*SIZES, KINDS[name], bias=False)
         table = LayerConfig(spec, None, indexed_input=True)
         arrays = values(table)
@@ -252,10 +256,10 @@ def _() -> None:
 
 @check("ten training steps")
 def _() -> None:
-    for gate, leg, devices in ((Gate(), "r", 8), (Gate(normalization="batch"), "n0", 4)):
+    adam = optax.adam(1e-2)
+    for gate, leg, devices in ((Gate(), "r", 8), (Gate("softmax", normalization="batch"), "n0", 4)):
         config = LayerConfig(LayerSpec(16, 8, 8, TensorRing((2, 2, 8))), gate)
         leg = "r2" if leg == "r" else leg
-        adam = optax.adam(1e-2)
         target, start = random((8, 8), 60), initialize(config, jax.random.key(0))
 
         def step(carried: Any, legs: Any, config: Any = config, target: Any = target) -> Any:
@@ -291,29 +295,30 @@ def _() -> None:
 
 @check("batches of any shape, of 16 bits, under transformations")
 def _() -> None:
-    parameters, mesh, legs = values(GATED), mesh_of(model=4), {"r": "model"}
+    parameters, mesh, legs = values(QUICK), mesh_of(model=4), {"r": "model"}
     with jax.set_mesh(mesh):
-        placed = put(mesh, parameters, partition_specs(GATED, legs))
+        placed = put(mesh, parameters, partition_specs(QUICK, legs))
         for shape in ((16,), (0, 16), (2, 3, 16), (2, 0, 16)):
             x = random(shape, 54)
-            same(jax.jit(partial(apply, GATED, legs=legs))(placed, x), apply(GATED, parameters, x))
-        want = apply(GATED, parameters, ROWS)
-        mapped = jax.jit(jax.vmap(partial(apply, GATED, legs=legs), (None, 0)))
+            run = jax.jit(partial(apply, QUICK, legs=legs))
+            same(run(placed, x), jax.jit(partial(apply, QUICK))(parameters, x))
+        want = jax.jit(partial(apply, QUICK))(parameters, ROWS)
+        mapped = jax.jit(jax.vmap(partial(apply, QUICK, legs=legs), (None, 0)))
         same(mapped(placed, ROWS), want)
-        looped = jax.jit(lambda own, x: jax.lax.map(partial(apply, GATED, own, legs=legs), x))
+        looped = jax.jit(lambda own, x: jax.lax.map(partial(apply, QUICK, own, legs=legs), x))
         same(looped(placed, ROWS), want)
-        again = jax.jit(jax.checkpoint(partial(squared, GATED, legs)))
+        again = jax.jit(jax.checkpoint(partial(squared, QUICK, legs)))
         same(
             jax.grad(lambda own: again(own, ROWS)[0])(placed),
-            jax.grad(lambda own: squared(GATED, None, own, ROWS)[0])(parameters),
+            jax.grad(lambda own: squared(QUICK, None, own, ROWS)[0])(parameters),
         )
         half = jax.tree.map(lambda each: each.astype(jnp.bfloat16), parameters)
-        placed = put(mesh, half, partition_specs(GATED, legs))
-        run = jax.jit(partial(apply, GATED, legs=legs))
+        placed = put(mesh, half, partition_specs(QUICK, legs))
+        run = jax.jit(partial(apply, QUICK, legs=legs))
         x = ROWS.astype(jnp.bfloat16)
         found = run(placed, x)
         assert found.dtype == jnp.bfloat16
-        same(found, apply(GATED, half, x), 2e-2)
+        same(found, jax.jit(partial(apply, QUICK))(half, x), 2e-2)
         # what is summed has 16 bits, and coefficients have 32
         step = jax.jit(jax.grad(lambda own, x: (run(own, x).astype("f4") ** 2).sum(), (0, 1)))
         text = step.lower(placed, x).as_text()

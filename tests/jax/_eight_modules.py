@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,11 @@ from tensormoe import Gate
 from tensormoe.errors import SpecError
 from tensormoe_jax import equinox as in_equinox
 from tensormoe_jax import nnx
-from tests.jax._eight import P, check, exchanged, mesh_of, predicted, random, same
+from tests.jax._eight import P, check, exchanged, mesh_of, predicted, random, refused, same
 
 HIDDEN = {"hidden": "model"}
 X, TARGET = random((8, 12), 80), random((8, 5), 81)
-NORM = Gate(normalization="batch")
+SOFTMAX, NORM = Gate("softmax"), Gate("softmax", normalization="batch")
 
 
 class Model(flax.Module):
@@ -32,7 +34,7 @@ class Model(flax.Module):
         options: Any = {"experts": 4, "rank": 12, "rngs": rngs}
         self.first = flax.Linear(12, 12, rngs=rngs)
         self.block = nnx.MuMoEMLP(12, 24, drop=0.1, gated=True, gate=NORM, **options)
-        self.last = nnx.MuMoE(12, 5, **options)
+        self.last = nnx.MuMoE(12, 5, gate=SOFTMAX, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.last(self.block(jnp.tanh(self.first(x))))
@@ -107,7 +109,7 @@ def _() -> None:
         @flax.jit
         def make() -> Any:
             return nnx.parallelize(
-                nnx.MuMoEMLP(12, 24, 5, experts=4, rank=4, rngs=flax.Rngs(0)), HIDDEN
+                nnx.MuMoEMLP(12, 24, 5, experts=4, rank=4, gate=SOFTMAX, rngs=flax.Rngs(0)), HIDDEN
             )
 
         with jax.set_mesh(mesh):
@@ -116,16 +118,20 @@ def _() -> None:
             assert {each.data.shape for each in factor.addressable_shards} == {(6, 4)}
             x = jax.device_put(X, NamedSharding(mesh, P("data")))
             found = flax.jit(lambda block, x: block(x))(block, x)
-        same(found, nnx.MuMoEMLP(12, 24, 5, experts=4, rank=4, rngs=flax.Rngs(0))(X), 1e-5)
+        same(
+            found,
+            nnx.MuMoEMLP(12, 24, 5, experts=4, rank=4, gate=SOFTMAX, rngs=flax.Rngs(0))(X),
+            1e-5,
+        )
 
 
 def small(key: Any) -> Any:
-    one, two, three = jax.random.split(key, 3)
+    one, two = jax.random.split(key)
     return eqx.nn.Sequential(
         [
             eqx.nn.Lambda(lambda x: 2 * x),
-            in_equinox.MuMoEMLP(12, 24, experts=4, rank=4, key=one),
-            in_equinox.MuMoE(12, 5, experts=4, rank=4, key=two),
+            in_equinox.MuMoEMLP(12, 24, experts=4, rank=4, gate=SOFTMAX, key=one),
+            in_equinox.MuMoE(12, 5, experts=4, rank=4, gate=SOFTMAX, key=two),
         ]
     )
 
@@ -177,7 +183,7 @@ def _() -> None:
 
 @check("one sum in a block of each framework")
 def _() -> None:
-    options: Any = {"experts": 4, "rank": 4}
+    options: Any = {"experts": 4, "rank": 4, "gate": SOFTMAX}
     with jax.set_mesh(mesh_of(model=4)):
         block = nnx.parallelize(nnx.MuMoEMLP(12, 24, 5, rngs=0, **options), HIDDEN)
         graph, state = flax.split(block)
@@ -272,24 +278,16 @@ def _() -> None:
             (8, {"r": "model"}, "multiple of the 8 devices"),
             (4, {"r": "model", "hidden": "model"}, "legs must be one"),
         ):
-            try:
-                if devices:
-                    with jax.set_mesh(mesh_of(model=devices)):
-                        cut(given, legs)
-                else:
+
+            def run(cut: Any = cut, given: Any = given, legs: Any = legs, n: int = devices) -> None:
+                with jax.set_mesh(mesh_of(model=n)) if n else nullcontext():
                     cut(given, legs)
-            except SpecError as error:
-                assert message in str(error), (message, str(error))
-            else:
-                raise AssertionError((devices, legs, message))
+
+            refused(SpecError, message, run)
     # nothing was changed
     assert model.block.legs is None
     assert model.last.legs is None
-    for wrong in (nnx.parallelize, in_equinox.parallelize):
-        try:
-            with jax.set_mesh(mesh_of(model=2)):
-                wrong(flax.Linear(2, 3, rngs=flax.Rngs(0)), HIDDEN)
-        except SpecError as error:
-            assert "no layer of tensormoe" in str(error), str(error)
-        else:
-            raise AssertionError
+    with jax.set_mesh(mesh_of(model=2)):
+        plain = flax.Linear(2, 3, rngs=flax.Rngs(0))
+        for cut in (nnx.parallelize, in_equinox.parallelize):
+            refused(SpecError, "no layer of tensormoe", partial(cut, plain, HIDDEN))
