@@ -140,9 +140,11 @@ def over_devices(
     operands = (dict(parameters), rows, kept)
     wanted = (placements, specs, None if kept is None else masked)
     mapped = cut.explicit | {cut.axis}
+    # along axes that no rows are cut over, all devices do the same
+    varying = frozenset(listed(specs.x[0])) | {cut.axis}
 
     def body(*given: Any) -> Array:
-        return _joined(cut, local(*_varying(given, mapped)))
+        return _joined(cut, local(*_varying(given, varying)))
 
     run = jax.shard_map(body, in_specs=wanted, out_specs=result, axis_names=set(mapped))
     made: Array = run(*jax.tree.map(resharded, operands, wanted))

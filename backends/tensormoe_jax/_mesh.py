@@ -63,7 +63,7 @@ def resharded(array: Array, spec: PartitionSpec) -> Array:
         return tuple(each for each in listed(names) if kinds[each] == AxisType.Explicit) or None
 
     where = PartitionSpec(*map(typed, spec))  # type: ignore[no-untyped-call]
-    moved: Array = jax.sharding.reshard(array, where)
+    moved: Array = jax.sharding.reshard(array, where)  # type: ignore[no-untyped-call]
     return moved
 
 

@@ -43,6 +43,11 @@ def block_of(kind: Any = "cp", gated: bool = False, drop: float = 0.0) -> BlockC
     return options.block(12, 16, 10, "tanh", drop, gated=gated)
 
 
+def moderate(config: Any) -> dict[str, Any]:
+    """Values for which an activation is not saturated, whose slope would be rounding."""
+    return {name: 0.25 * each for name, each in values(config).items()}
+
+
 def squared(config: Any, legs: Any, parameters: Any, x: Any) -> Any:
     y = apply(config, parameters, x, legs=legs)
     return (y**2).sum(), y
@@ -61,7 +66,7 @@ def slices(config: BlockConfig, devices: int) -> list[tuple[str, int]]:
 
 def on_devices(kind: Any, gated: bool, devices: int) -> None:
     config = block_of(kind, gated)
-    parameters, mesh = values(config), mesh_of(model=devices)
+    parameters, mesh = moderate(config), mesh_of(model=devices)
     want = jax.jit(jax.grad(partial(squared, config, None), (0, 1), has_aux=True))(parameters, X)
     with jax.set_mesh(mesh):
         placed = put(mesh, parameters, partition_specs(config, HIDDEN))
@@ -112,7 +117,7 @@ def _() -> None:
 def two_axes(explicit: bool) -> None:
     for gated in (False, True):
         config = block_of("tensor_ring", gated, drop=0.25)
-        parameters, mesh = values(config), mesh_of(explicit, data=2, model=4)
+        parameters, mesh = moderate(config), mesh_of(explicit, data=2, model=4)
 
         def loss(legs: Any, parameters: Any, x: Any, config: Any = config) -> Any:
             y, _ = train(config, parameters, x, key=jax.random.key(5), legs=legs)
@@ -136,7 +141,7 @@ check("blocks on two explicit axes")(partial(two_axes, True))
 def _() -> None:
     for gated in (False, True):
         config = block_of("cp", gated, drop=0.25)
-        parameters, mesh = values(config), mesh_of(data=2, model=4)
+        parameters, mesh = moderate(config), mesh_of(data=2, model=4)
         specs = partition_specs(config, HIDDEN)
 
         def total(legs: Any, parameters: Any, x: Any, config: Any = config) -> Any:
@@ -187,7 +192,7 @@ def _() -> None:
 def _() -> None:
     config, mesh = block_of(), mesh_of(model=2)
     config = BlockConfig(config.first, config.second, None)
-    parameters = values(config)
+    parameters = moderate(config)
 
     def loss(legs: Any, parameters: Any, slope: Any) -> Any:
         def act(array: Any) -> Any:
@@ -205,7 +210,7 @@ def _() -> None:
 def mixture(config: Any, legs: Any) -> None:
     from tensormoe_jax._mixtures import forward_mixture
 
-    parameters, mesh = values(config), mesh_of(data=2, model=2)
+    parameters, mesh = moderate(config), mesh_of(data=2, model=2)
     specs = partition_specs(config, legs)
     assert any(any(spec) for spec in specs.values())
     x = random((4, 6, 16), 72)
@@ -237,7 +242,7 @@ for each, config in MIXTURES.items():
 def _() -> None:
     config = LayerConfig(LayerSpec(12, 10, 6, KINDS["cp"]), None)
     block, given = block_of(), random((8, 6), 73)
-    parameters, mesh = values(config), mesh_of(data=2, model=4)
+    parameters, mesh = moderate(config), mesh_of(data=2, model=4)
 
     def call(legs: Any, layer: Any = config, own: Any = parameters) -> Any:
         return apply(layer, own, X, given, legs=legs)
@@ -258,7 +263,7 @@ def _() -> None:
         refused(
             SpecError,
             "the leg of a block must be 'hidden', which is between its layers; got 'r'",
-            lambda: call(model, block, values(block)),
+            lambda: call(model, block, moderate(block)),
         )
         refused(
             ShapeError,

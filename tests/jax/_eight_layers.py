@@ -154,6 +154,16 @@ def _() -> None:
         same(jax.jit(partial(apply, QUICK))(placed, rows), want)
 
 
+@check("explicit axes, the same rows everywhere")
+def _() -> None:
+    parameters, mesh = values(QUICK), mesh_of(True, data=2, model=4)
+    want = jax.jit(jax.grad(partial(squared, QUICK, None), (0, 1), has_aux=True))(parameters, ROWS)
+    with jax.set_mesh(mesh):
+        placed = put(mesh, parameters, partition_specs(QUICK, {"o": "model"}))
+        step = jax.jit(jax.grad(partial(squared, QUICK, {"o": "model"}), (0, 1), has_aux=True))
+        same(step(placed, ROWS), want)
+
+
 @check("inside of a shard_map")
 def _() -> None:
     parameters, mesh = values(QUICK), mesh_of(data=2, model=4)

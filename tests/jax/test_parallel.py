@@ -24,6 +24,7 @@ NAMES = [
     "tensor_ring by the compiler",
     *(f"two {kind} axes" for kind in ("automatic", "explicit")),
     "explicit axes, rows on both",
+    "explicit axes, the same rows everywhere",
     "inside of a shard_map",
     "a slice of the input, inside of a shard_map",
     "chosen experts",
