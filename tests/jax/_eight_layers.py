@@ -240,6 +240,22 @@ def _() -> None:
                 assert exchanged(compiled.as_text()) == predicted(part.cost(training=True)), leg
 
 
+@check("rows that are sorted by expert")
+def _() -> None:
+    config = LayerConfig(LayerSpec(64, 64, 4, KINDS["dense"]), None)
+    arrays, x = values(config), random((64, 64), 55)
+    indices = jnp.asarray(np.sort(np.random.default_rng(4).integers(0, 4, 64)))
+    given = OneExpert(indices, jnp.bincount(indices, length=4))
+    assert config.sorts(64)
+    want = jax.jit(partial(apply, config))(arrays, x, given)
+    for explicit in (False, True):
+        mesh, legs = mesh_of(explicit, data=2, model=4), {"o": "model"}
+        with jax.set_mesh(mesh):
+            placed = put(mesh, arrays, partition_specs(config, legs))
+            rows = jax.device_put(x, P("data"))
+            same(jax.jit(partial(apply, config, legs=legs))(placed, rows, given), want)
+
+
 @check("embeddings")
 def _() -> None:
     mesh, ids = mesh_of(model=2), jnp.array([[0, 15, 7], [8, 3, 3]])

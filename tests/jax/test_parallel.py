@@ -28,6 +28,7 @@ NAMES = [
     "inside of a shard_map",
     "a slice of the input, inside of a shard_map",
     "chosen experts",
+    "rows that are sorted by expert",
     "embeddings",
     "ten training steps",
     "batches of any shape, of 16 bits, under transformations",
