@@ -70,7 +70,7 @@ def outcomes() -> dict[str, str]:
     script = HERE / "_on_eight_devices.py"
     words = ["wide"] if WIDE else []
     options = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    ended = run_python("-W", "error", script, *words, timeout=3600 if WIDE else 600, **options)
+    ended = run_python("-W", "error", script, *words, timeout=3600 if WIDE else 1800, **options)
     assert not ended.returncode, ended.stderr
     found: dict[str, str] = json.loads(ended.stdout)
     return found
