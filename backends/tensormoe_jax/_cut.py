@@ -23,7 +23,7 @@ from tensormoe.functional import BlockConfig, LayerConfig, cut_axes
 from tensormoe.gates import OneExpert, TopK
 from tensormoe_jax._exchange import exchanged
 from tensormoe_jax._mesh import checked_mesh, kinds_of, listed, resharded
-from tensormoe_jax._specs import HIDDEN, Legs, MeshCut, cut_of, leg_of, spec_of
+from tensormoe_jax._specs import HIDDEN, Legs, MeshCut, cut_of, has_leg, leg_of, spec_of
 
 __all__ = ["Placed", "Rows", "over_devices", "own_slices", "placed"]
 
@@ -189,7 +189,9 @@ def _typed(config: Config, parameters: Parameters) -> MeshCut | None:
                 if names is not None:
                     inner = (prefix, leg) in (("first.", OUTPUT), ("second.", INPUT))
                     found.add(MeshCut(HIDDEN if inner else leg, names))
-    return found.pop() if len(found) == 1 else None
+    cut = found.pop() if len(found) == 1 else None
+    # whatever else types may say is for JAX to run, or to refuse
+    return cut if cut and isinstance(cut.axis, str) and has_leg(config, cut) else None
 
 
 def _rows_specs(cut: Placed, rows: Rows) -> tuple[Rows, Rows, PartitionSpec]:
@@ -264,6 +266,8 @@ def _own_columns(kept: Array, cut: Placed) -> Array:
 def _check_same(cut: Placed, rows: Rows) -> None:
     """Refuse operands that are not the same on all devices, inside a user's ``shard_map``."""
     position = jax.lax.axis_index(cut.axis)
+    if jax.lax.axis_size(cut.axis) == 1:
+        return
     if cut.axis not in _varies(position):
         raise SpecError(
             f"shard_map must check what varies over the axis {cut.axis!r}; got check_vma=False, "

@@ -196,16 +196,27 @@ def _() -> None:
 
 @check("a slice of the input, inside of a shard_map")
 def _() -> None:
-    parameters, mesh = values(QUICK), mesh_of(model=4)
-    made = [random((8, 8), 53)]
-    want = apply(QUICK, parameters, ROWS, made)
-    run = jax.shard_map(
-        lambda own, x: apply(QUICK, own, x, made, legs={"i": "model"}),
-        mesh=mesh,
-        in_specs=(partition_specs(QUICK, {"i": "model"}), P(None, "model")),
-        out_specs=P(),
-    )
-    same(jax.jit(run)(parameters, ROWS), want)
+    parameters, made = values(QUICK), [random((8, 8), 53)]
+    want = jax.jit(partial(apply, QUICK))(parameters, ROWS, made)
+    for devices in (1, 4):
+        run = jax.shard_map(
+            lambda own, x: apply(QUICK, own, x, made, legs={"i": "model"}),
+            mesh=mesh_of(model=devices),
+            in_specs=(partition_specs(QUICK, {"i": "model"}), P(None, "model")),
+            out_specs=P(),
+        )
+        same(jax.jit(run)(parameters, ROWS), want)
+
+
+@check("types that say something else")
+def _() -> None:
+    # two legs over one axis, which is for JAX to run
+    parameters, mesh = values(QUICK), mesh_of(True, model=4)
+    want = jax.jit(partial(apply, QUICK))(parameters, ROWS)
+    with jax.set_mesh(mesh):
+        parameters["factors.output"] = jax.device_put(parameters["factors.output"], P("model"))
+        parameters["factors.bias"] = jax.device_put(parameters["factors.bias"], P("model"))
+        same(jax.jit(partial(apply, QUICK))(parameters, ROWS), want)
 
 
 @check("chosen experts")

@@ -27,6 +27,7 @@ NAMES = [
     "explicit axes, the same rows everywhere",
     "inside of a shard_map",
     "a slice of the input, inside of a shard_map",
+    "types that say something else",
     "chosen experts",
     "rows that are sorted by expert",
     "embeddings",
