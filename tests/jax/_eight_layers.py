@@ -77,7 +77,8 @@ def every_leg(name: str, devices: int) -> None:
     want, mesh = reference(config, arrays, given), mesh_of(model=devices)
     for leg in legs_of(config, devices):
         found, text = slopes(config, {leg: "model"}, mesh, arrays, given)
-        same(found, want)
+        # with float64, of which a network of six factors in float32 may be this far
+        same(found, want, 1e-6 if devices == 2 else 3e-6)
         part = config.shard(leg, devices)
         wanted = predicted(part.cost(6, training=True))
         if leg.startswith("n"):
