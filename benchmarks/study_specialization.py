@@ -6,7 +6,7 @@
 A layer of experts is the only layer of a classifier of frozen features of text, of pixels, and of
 characters; its factors have the linear layer's parameters, and the gate comes on top. Every row
 gets the learning rate of a grid that is best for it on held-out data, and three seeds; accuracy,
-specialisation with its multinomial baseline, and polysemanticity by interventions are those of test
+specialisation and polysemanticity by interventions, each with what chance gives, are those of test
 data. The linear layer is there to compare accuracies with.
 
 Runs are written to ``out/specialization.jsonl`` as they end, and a second call goes on from there;
@@ -32,6 +32,7 @@ from _gates_tasks import Task, load_task
 from torch import nn
 
 from tensormoe.analysis import (
+    chance_polysemanticity,
     class_histogram,
     expert_load,
     interventions,
@@ -45,7 +46,6 @@ TASKS = ("text", "images", "characters")
 COUNTS = (16, 64, 256, 1024)
 RATES = (0.003, 0.01, 0.03)
 SEEDS = (1, 2, 3)
-MEASURES = ("divergence", "baseline", "polysemanticity", "needed", "dead")
 
 
 def train(task: Task, experts: int, rate: float, seed: int) -> nn.Module:
@@ -82,6 +82,8 @@ def measure(task: Task, layer: nn.Module, held_out: bool) -> dict[str, float]:
         "divergence": float(np.nanmean(special.divergence)),
         "baseline": float(np.nanmean(special.baseline)),
         "polysemanticity": float(np.nanmean(polysemanticity(changed))),
+        "chance": float(np.nanmean(chance_polysemanticity(changed))),
+        "lost": float(changed.lost.sum(axis=1).mean()),
         "needed": float((changed.lost.sum(axis=1) > 0).mean()),
         "dead": load.dead.size / a.shape[1],
         "active": load.active,
@@ -131,16 +133,17 @@ def spread(values: list[float], digits: int) -> str:
 def table(rows: list[tuple[str, int, list[dict[str, float]]]]) -> None:
     """Print one row per task and number of experts."""
     print("| task | experts | accuracy, % | JSD, bits | by chance | above chance |", end="")
-    print(" polysemanticity | needed, % | dead, % |\n| --- |" + " ---: |" * 8)
+    print(" polysemanticity | by chance | lost | needed, % |\n| --- |" + " ---: |" * 9)
     for task, experts, seeds in rows:
         cells = [task, str(experts or "linear"), spread([100 * s["accuracy"] for s in seeds], 2)]
         if experts:
             excess = [s["divergence"] - s["baseline"] for s in seeds]
             cells += [spread([s["divergence"] for s in seeds], 3)]
             cells += [spread([s["baseline"] for s in seeds], 3), spread(excess, 3)]
-            cells += [spread([s["polysemanticity"] for s in seeds], 3)]
-            cells += [spread([100 * s[name] for s in seeds], 1) for name in ("needed", "dead")]
-        print("| " + " | ".join([*cells, *["–"] * (9 - len(cells))]) + " |")
+            cells += [spread([s[name] for s in seeds], 3) for name in ("polysemanticity", "chance")]
+            cells += [f"{mean(s['lost'] for s in seeds):.1f}"]
+            cells += [spread([100 * s["needed"] for s in seeds], 1)]
+        print("| " + " | ".join([*cells, *["–"] * (10 - len(cells))]) + " |")
 
 
 def draw(rows: list[tuple[str, int, list[dict[str, float]]]], path: Path) -> None:
@@ -156,9 +159,10 @@ def draw(rows: list[tuple[str, int, list[dict[str, float]]]], path: Path) -> Non
                 (axes[0], "divergence", "o-"),
                 (axes[0], "baseline", "x--"),
                 (axes[1], "polysemanticity", "o-"),
+                (axes[1], "chance", "x--"),
             ):
                 values = np.array([[each[name] for each in found] for found in seeds])
-                label = {"divergence": task, "baseline": f"{task}, by chance"}.get(name, task)
+                label = f"{task}, by chance" if style == "x--" else task
                 axis.plot(COUNTS, values.mean(1), style, color=colour, label=label)
                 axis.fill_between(COUNTS, values.min(1), values.max(1), color=colour, alpha=0.15)
         for axis, title in zip(axes, ("Specialisation, bits", "Polysemanticity"), strict=True):

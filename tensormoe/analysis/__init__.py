@@ -35,6 +35,7 @@ from tensormoe.analysis._histograms import Specialization as Specialization
 from tensormoe.analysis._histograms import class_histogram as class_histogram
 from tensormoe.analysis._histograms import specialization as specialization
 from tensormoe.analysis._interventions import Interventions as Interventions
+from tensormoe.analysis._interventions import chance_polysemanticity as chance_polysemanticity
 from tensormoe.analysis._interventions import interventions as interventions
 from tensormoe.analysis._interventions import interventions_by_runs as interventions_by_runs
 from tensormoe.analysis._interventions import polysemanticity as polysemanticity
@@ -66,6 +67,7 @@ __all__ = [
     "Tokens",
     "TopInputs",
     "activation_histogram",
+    "chance_polysemanticity",
     "class_histogram",
     "expert_load",
     "expert_similarity",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import comb
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from tensormoe import CP, Factorization, Gate, LayerSpec
 from tensormoe.analysis import (
     Interventions,
+    chance_polysemanticity,
     expert_similarity,
     interventions,
     interventions_by_runs,
@@ -222,6 +224,21 @@ def test_polysemanticity_lies_between_one_class_and_all(classes: int, seed: int)
     most = np.sqrt((1 - 1 / classes) ** 2 + (classes - 1) / classes**2)
     assert found[1] == pytest.approx(most)
     assert np.nanmax(found) <= most + 1e-12
+
+
+def test_chance_is_that_of_as_many_predictions() -> None:
+    correct = np.array([40, 160])
+    lost = np.array([[1, 0], [4, 16], [40, 160], [0, 0]])
+    found = chance_polysemanticity(Interventions(lost, 0 * lost, correct, correct), draws=400)
+    assert found[0] == 0
+    # a fifth of the predictions are of the first class: its share of them weighs four times as much
+    shares = [(first / 40, (20 - first) / 160) for first in range(21)]
+    chances = [comb(20, first) * 0.2**first * 0.8 ** (20 - first) for first in range(21)]
+    want = sum(p * 2**0.5 * min(a, b) / (a + b) for p, (a, b) in zip(chances, shares, strict=True))
+    assert found[1] == pytest.approx(want, abs=0.03)
+    assert np.isnan(found[3])
+    with pytest.raises(SpecError, match="draws must be a positive"):
+        chance_polysemanticity(Interventions(lost, lost, correct, correct), draws=0)
 
 
 @pytest.mark.parametrize("kind", UNEVEN, ids=repr)

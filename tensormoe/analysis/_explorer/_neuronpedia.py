@@ -21,7 +21,7 @@ def neuronpedia_batches(
 ) -> list[dict[str, Any]]:
     """Experts of a level as features of Neuronpedia, in the batches that SAEDashboard writes.
 
-    Each is what SAEDashboard's ``NeuronpediaDashboardBatch.to_dict`` returns (release 0.7), to be
+    Each is what SAEDashboard's ``NeuronpediaDashboardBatch.to_dict`` returns (release 0.8), to be
     written as ``batch-0.json`` and so on. An expert's activations are its coefficients for the
     tokens around each top input. Fields that an expert has no values for, such as tokens that a
     direction promotes, are empty lists. Nothing is sent anywhere.
