@@ -133,7 +133,10 @@ class Mixture(Stored[LayerConfig], LayerMethods[Tensor]):
                 "factors must be the layer's own to be read by expert; got a "
                 f"{type(self.factors).__qualname__} around them. Take the adapter off first."
             )
-        return {name: gathered(array) for name, array in self.factors.by_name().items()}
+        shapes = self.config.parameter_shapes()
+        return {
+            name: gathered(array, shapes[name]) for name, array in self.factors.by_name().items()
+        }
 
     def _costs(self) -> Costs:
         return {"itemsize": self.dtype.itemsize, "library": library(self.dtype)}

@@ -36,17 +36,21 @@ def held_here(array: Tensor) -> Tensor:
     return found
 
 
-def gathered(array: Tensor) -> Tensor:
+def gathered(array: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
     """All entries of a tensor in this process: the tensor itself where it is not sharded.
 
     A gradient of what is gathered is one of the shards.
+
+    Args:
+        array: the tensor.
+        shape: of the whole factor, where halves of gated units may have an axis of their own.
     """
     if not is_sharded(array):
         return array
     held: Any = array
     # offloaded shards are gathered on the mesh's device, where the processes communicate
     found: Tensor = held.to(held.device_mesh.device_type).full_tensor()
-    return found
+    return found if shape is None else found.reshape(shape)
 
 
 class Loads(nn.Module):
@@ -146,17 +150,25 @@ def put(parameter: Tensor, values: Tensor) -> None:
     held: Any = parameter
     mesh = held.device_mesh
     # replicas must stay equal, also where processes draw or compute different values
-    whole = distribute_tensor(values.detach(), mesh, [Replicate()] * mesh.ndim)
+    values = values.detach().reshape(held.shape)
+    whole = distribute_tensor(values, mesh, [Replicate()] * mesh.ndim)
     held.to_local().copy_(whole.redistribute(placements=held.placements).to_local())
 
 
 @contextmanager
-def opened(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def opened(
+    parameters: Sequence[Tensor], shapes: Sequence[tuple[int, ...] | None] | None = None
+) -> Iterator[list[Tensor]]:
     """Parameters as whole tensors that can be edited in place.
 
     Those of sharded ones are written back on leaving, unless by an exception.
+
+    Args:
+        parameters: plain or sharded.
+        shapes: of whole ones; their own by default.
     """
-    whole = [gathered(parameter) for parameter in parameters]
+    shapes = [None] * len(parameters) if shapes is None else shapes
+    whole = [gathered(*pair) for pair in zip(parameters, shapes, strict=True)]
     yield whole
     for parameter, values in zip(parameters, whole, strict=True):
         if values is not parameter:
@@ -224,8 +236,7 @@ class _Gathered(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         assert self._left[0] == name
         self._left.pop(0)
-        array = gathered(self._arrays[name])
-        return array.reshape(self._shapes.get(name, array.shape))
+        return gathered(self._arrays[name], self._shapes.get(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._arrays)

@@ -215,9 +215,11 @@ class FactorizedExperts(Loads):
         bias: Tensor | None = self._parameters.get(name)
         if bias is None or self.boundary is None:
             return bias
-        bias = self.boundary.parameter(bias, self.cut_biases[name])
-        # outputs are summed over the devices, each of which adds its share
-        return bias / self.boundary.devices if role == "down_proj" else bias
+        axis = self.cut_biases.get(name)
+        bias = self.boundary.parameter(bias, axis)
+        # where outputs are summed over the devices, each adds its share
+        shared = role == "down_proj" and axis is None
+        return bias / self.boundary.devices if shared else bias
 
     def _run(self, x: Tensor, given: Tensor | OneExpert | EachExpert) -> Tensor:
         def project(role: str, rows: Tensor) -> Tensor:

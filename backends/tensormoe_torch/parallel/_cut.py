@@ -99,7 +99,7 @@ def _cuts(module: nn.Module, name: str, request: Request) -> Iterator[Do]:
         yield _whole(module, Boundary(request.mesh), name)
     else:
         for short, child in module.named_children():
-            yield from _cuts(child, f"{name}.{short}" if name else short, request)
+            yield from _cuts(child, at(name, short), request)
 
 
 def _layer(layer: Mixture, name: str, request: Request) -> Iterator[Do]:
@@ -126,15 +126,15 @@ def _block(block: MuMoEMLP, name: str, request: Request) -> Iterator[Do]:
     config = block.config.shard(request.devices)
     if (
         block.act is not None
-        and cut_pieces(block.act, block.hidden_features, request.devices, f"{name}.act") != 1
+        and cut_pieces(block.act, block.hidden_features, request.devices, at(name, "act")) != 1
     ):
         raise AssertionError  # one feature of one input
     boundary = Boundary(request.mesh, request.output)
     pieces = 2 if config.gated else 1
     first = replace(config.first, gate=None)
-    yield _factors(block.first, Part(first, request.mesh, pieces, inside=True), f"{name}.first")
+    yield _factors(block.first, Part(first, request.mesh, pieces, inside=True), at(name, "first"))
     second = Part(config.second, request.mesh, inside=True)
-    yield _factors(block.second, second, f"{name}.second")
+    yield _factors(block.second, second, at(name, "second"))
     if block.gate is not None:
         yield _whole(block.gate, Boundary(request.mesh), name)
 
@@ -151,7 +151,7 @@ def _experts(experts: FactorizedExperts, name: str, request: Request) -> Iterato
         if not isinstance(layer, MuMoE):
             raise SpecError(
                 f"experts that are cut must have their own projections; got "
-                f"{_named(layer, f'{name}.projections.{role}')}. Take adapters off first."
+                f"{_named(layer, at(name, f'projections.{role}'))}. Take adapters off first."
             )
     down, devices, mesh = experts.down_proj, request.devices, request.mesh
     biases: dict[str, CutAxis | None] = {}
@@ -168,12 +168,12 @@ def _experts(experts: FactorizedExperts, name: str, request: Request) -> Iterato
         _check_hidden(down.in_features, devices)
         pieces = 1
         width = down.in_features * (2 if "gate_up_proj" in layers else 1)
-        pieces = cut_pieces(experts.act_fn, width, devices, f"{name}.act_fn")
+        pieces = cut_pieces(experts.act_fn, width, devices, at(name, "act_fn"))
         found = dict.fromkeys(layers, (OUTPUT, pieces)) | {"down_proj": (INPUT, 1)}
         biases = {f"{role}_bias": CutAxis(1, pieces) for role in layers if role != "down_proj"}
     for role, (leg, pieces) in found.items():
         part = Part(layers[role].config.shard(leg, devices), mesh, pieces, inside=True)
-        yield _factors(layers[role], part, f"{name}.projections.{role}")
+        yield _factors(layers[role], part, at(name, f"projections.{role}"))
     held = [role for role, _ in experts.named_parameters(recurse=False)]
     _check_own(experts, held, name, others=False)
 
@@ -276,6 +276,11 @@ def _distributed(held: Tensor | None, axis: CutAxis | None, mesh: DeviceMesh) ->
         placement = Shard(place)
     made = distribute_tensor(values, mesh, [placement])
     return nn.Parameter(made, requires_grad=held.requires_grad)
+
+
+def at(name: str, short: str) -> str:
+    """Path of what is in a module."""
+    return f"{name}.{short}" if name else short
 
 
 def _named(module: nn.Module, name: str) -> str:
