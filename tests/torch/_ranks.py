@@ -106,6 +106,6 @@ def _serve(rank: int, count: int, store: str, end: Connection) -> None:
             return
         try:
             answer = "", function(rank, *arguments)
-        except Exception:
+        except BaseException:  # PyTorch has errors that are no exceptions
             answer = f"rank {rank}:\n{traceback.format_exc()}", None
         end.send(answer)

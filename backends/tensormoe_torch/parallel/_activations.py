@@ -37,11 +37,13 @@ def cut_pieces(act: Activation, width: int, devices: int, place: str) -> int:
     values = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
     # an activation may write in place
     wanted = act(values.clone())
-    size = wanted.shape[-1] // devices
-    step = width // devices
+    features = wanted.shape[-1]
+    # one device has all slices of what several devices would have
+    count = devices if devices > 1 else _divisor(features)
+    size, step = features // count, width // count
     for pieces in (1, 2):
         halves = values.chunk(pieces, dim=-1)
-        for position in range(devices):
+        for position in range(count):
             start = position * step // pieces
             own = torch.cat([each[:, start : start + step // pieces] for each in halves], dim=-1)
             made, slice_ = act(own), wanted[:, position * size : (position + 1) * size]
@@ -53,3 +55,8 @@ def cut_pieces(act: Activation, width: int, devices: int, place: str) -> int:
         "an activation between layers that are cut must make each hidden feature of its own "
         f"inputs alone; the one at {place!r} does not. Leave these layers whole."
     )
+
+
+def _divisor(number: int) -> int:
+    """The smallest divisor above one."""
+    return next((each for each in range(2, number + 1) if number % each == 0), 1)

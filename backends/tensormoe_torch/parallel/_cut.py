@@ -209,12 +209,13 @@ def _check_hidden(features: int, devices: int) -> None:
 def _factors(layer: Mixture, part: Part, name: str) -> Do:
     """Cut the factors of a layer."""
     factors = layer.factors
+    if isinstance(factors, Factors):
+        _check_own(factors, [*layer.spec.shapes], name)
     if type(factors) is not Factors:
         raise SpecError(
             f"factors must be the layer's own to be cut; got a {type(factors).__qualname__} around "
-            f"them in {name!r}. Cut the layer before fully_shard, and adapters only behind it."
+            f"them in {name!r}. Take adapters off, and cut layers before fully_shard."
         )
-    _check_own(factors, [*layer.spec.shapes], name)
     part.config.plan_ahead()
 
     def cut() -> None:
