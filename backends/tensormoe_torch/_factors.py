@@ -74,8 +74,8 @@ class Factors(Loads, nn.ParameterDict):
             )
         if part is None:
             return mixture(self.config, self.by_name(), x, given)
-        made = mixture(part.config, *part.operands(self.by_name(), x, given))
-        return part.result(made.reshape(*lead_of(self.config, x), made.shape[-1]), x)
+        operands = part.operands(self.by_name(), x, given)
+        return part.result(mixture(part.config, *operands, lead_of(self.config, x)), x)
 
 
 def lead_of(config: LayerConfig, x: Tensor) -> tuple[int, ...]:
@@ -88,19 +88,28 @@ def mixture(
     parameters: Mapping[str, Tensor],
     x: Tensor,
     coefficients: Sequence[Tensor | TopK | OneExpert],
+    lead: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """The mixture (..., out) of a layer with its factors by canonical name."""
-    lead = lead_of(config, x)
+    """The mixture (..., out) of a layer with its factors by canonical name.
+
+    Args:
+        config: the layer.
+        parameters: the factors.
+        x: (..., in), or ids (...).
+        coefficients: (..., N_e) or a ``TopK`` a level.
+        lead: leading axes of the result, where those of the operands are merged already.
+    """
+    own = lead_of(config, x)
     dtype, parameters = narrowed(parameters)
     rows, given = x, [*coefficients]
-    if len(lead) != 1:
-        count = (prod(lead),)
-        rows = x.reshape(*count, *x.shape[len(lead) :])
+    if len(own) != 1:
+        count = (prod(own),)
+        rows = x.reshape(*count, *x.shape[len(own) :])
         given = [with_lead(each, count) for each in given]
     if rows.dtype != dtype and rows.dtype.is_floating_point:
         rows = rows.to(dtype)
     with no_autocast(x.device.type):
-        return mix(config, parameters, rows, given, lead)
+        return mix(config, parameters, rows, given, own if lead is None else lead)
 
 
 def each(config: LayerConfig, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:

@@ -146,9 +146,11 @@ def _block(block: MuMoEMLP, name: str, request: Request) -> Iterator[Do]:
 
 def _experts(experts: FactorizedExperts, name: str, request: Request) -> Iterator[Do]:
     """Experts behind a router, along their hidden leg."""
-    layers = dict(experts.projections.items())
-    for role, layer in layers.items():
-        if not isinstance(layer, MuMoE):
+    layers: dict[str, MuMoE] = {}
+    for role, layer in experts.projections.items():
+        if isinstance(layer, MuMoE):
+            layers[role] = layer
+        else:
             raise SpecError(
                 f"experts that are cut must have their own projections; got "
                 f"{_named(layer, at(name, f'projections.{role}'))}. Take adapters off first."
@@ -166,7 +168,6 @@ def _experts(experts: FactorizedExperts, name: str, request: Request) -> Iterato
         return
     else:
         _check_hidden(down.in_features, devices)
-        pieces = 1
         width = down.in_features * (2 if "gate_up_proj" in layers else 1)
         pieces = cut_pieces(experts.act_fn, width, devices, at(name, "act_fn"))
         found = dict.fromkeys(layers, (OUTPUT, pieces)) | {"down_proj": (INPUT, 1)}
@@ -264,7 +265,8 @@ def _check_own(module: nn.Module, names: list[str], place: str, others: bool = T
 def _distributed(held: Tensor | None, axis: CutAxis | None, mesh: DeviceMesh) -> nn.Parameter:
     """A parameter on all devices, or its slices; values are those of the first process."""
     assert held is not None
-    values, placement = held.detach(), Replicate()
+    values = held.detach()
+    placement: Placement = Replicate()
     if axis is not None:
         place = axis.axis
         if axis.pieces > 1:
