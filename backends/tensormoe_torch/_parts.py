@@ -169,6 +169,11 @@ class Part(Boundary):
         self.config = config
         self.pieces = pieces
         self.inside = inside
+        # no compiler has to follow what is computed once
+        network = config.spec.network
+        for each in (network, network.whole):
+            _ = each.expert_legs, each.all_factors, each.sizes
+        _ = self.axes
 
     @property
     def leg(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,10 @@ from tensormoe_torch import (
     MuMoEMLP,
     SoftMoE,
     SparseMoE,
+    replace_expert,
+    restored,
+    scale_experts,
+    silence_experts,
 )
 from tensormoe_torch.compression import FactorizedExperts
 from tensormoe_torch.parallel import MuMoEParallel, parallelize
@@ -198,6 +204,8 @@ def compare_experts(rank: int, name: str, biases: bool) -> None:
     with sent() as calls:
         routed(cut, held)
     assert len(calls) == 1
+    cut._sorts = lambda *_: True
+    assert_alike(made, cut, routed, held)
     assert_alike(made, cut, lambda each, held: each[2](held["x"]), {"x": normal(3, size)})
     assert_alike(made, cut, lambda each, held: each.every(held["x"]), {"x": normal(3, size)})
     found = {key: whole(each, made.state_dict()[key]) for key, each in cut.state_dict().items()}
@@ -294,6 +302,86 @@ def train_model(rank: int) -> None:
 
 def test_a_model_of_many_layers(devices: Ranks) -> None:
     devices(train_model)
+
+
+def compile_cold(rank: int) -> None:
+    """Before any eager call."""
+    blocks: list[Any] = [
+        MuMoEMLP(8, 16, experts=4, rank=8, gate="softmax", gated=True),
+        SparseMoE(8, 8, experts=4, top_k=2),
+    ]
+    for module in blocks:
+        randomize(module)
+        cut = parallelize(copy.deepcopy(module), mesh())
+        fast = torch.compile(cut, backend="aot_eager", fullgraph=True)
+        x = normal(5, 8, dtype=torch.float32)
+        with warnings.catch_warnings():
+            # the compiler makes an instance of every function that it meets
+            warnings.filterwarnings("ignore", ".*autograd.function.Function'> should not")
+            output = fast(x)
+        assert_near(output, module(x), tolerance=1e-5)
+        wanted = gradients(module, {}, module(x))
+        for name, grad in gradients(cut, {}, output).items():
+            assert_near(grad, wanted[name], name, tolerance=1e-5)
+
+
+def test_compiled(ranks: Ranks) -> None:
+    ranks(compile_cold)
+
+
+def start_on_meta(rank: int) -> None:
+    """Cut before anything is allocated; initial values are those of one process."""
+
+    def build() -> nn.ModuleList:
+        return nn.ModuleList(
+            [
+                MuMoEMLP(8, 16, experts=4, rank=8, gated=True, gate="softmax"),
+                MuMoE(8, 8, 4, rank=8),
+                SparseMoE(8, 8, experts=4, top_k=2),
+            ]
+        )
+
+    with torch.device("meta"):
+        model = build()
+    parallelize(model, mesh()).to_empty(device="cpu")
+    plain = build()
+    x = normal(3, 8, dtype=torch.float32)
+    for one, other in zip(model, plain, strict=True):
+        for each in (one, other):
+            torch.manual_seed(0)
+            each.reset_parameters()
+        assert_near(one(x), other(x), tolerance=4e-6)
+
+
+def test_on_the_meta_device(ranks: Ranks) -> None:
+    ranks(start_on_meta)
+
+
+def _blocks() -> list[MuMoEMLP]:
+    kinds = (CP(8), Dense())
+    return [MuMoEMLP(12, 16, 10, experts=4, factorization=each, gated=True) for each in kinds]
+
+
+def edit(rank: int) -> None:
+    """Editing experts of cut layers edits those of whole ones."""
+    made: list[Any] = [MuMoE(8, 8, 4, rank=8), *_blocks()]
+    for module in made:
+        module.double()
+        cut = parallelize(copy.deepcopy(module), mesh())
+        x = normal(3, module.in_features)
+        with restored(cut):
+            silence_experts(cut, [0])
+        assert_near(cut(x), module(x))
+        for each in (module, cut):
+            scale_experts(each, {1: 0.5})
+            replace_expert(each, 2, source=1)
+            layer = each if isinstance(each, MuMoE) else each.first
+            replace_expert(layer, 0, normal(layer.in_features, layer.out_features, seed=2))
+        assert_near(cut(x), module(x), tolerance=1e-8)
+
+
+def test_editing(ranks: Ranks) -> None:
+    ranks(edit)
 
 
 class Half(nn.Module):

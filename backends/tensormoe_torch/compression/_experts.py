@@ -91,9 +91,11 @@ class FactorizedExperts(Loads):
         self.plan_ahead()
 
     def plan_ahead(self) -> None:
-        """Plan the layers; to be called when projections are replaced."""
+        """Plan the layers; to be called when projections are replaced or cut."""
         inside = (each for each in self.projections.modules() if isinstance(each, MuMoE))
-        self._layers = tuple(each.config for each in inside)
+        self._layers = tuple(
+            each.config if each._part is None else each._part.config for each in inside
+        )
         for each in self._layers:
             # no compiler has to follow the planner
             _ = each.routed_regimes

@@ -182,6 +182,7 @@ def _experts(experts: FactorizedExperts, name: str, request: Request) -> Iterato
         for bias in held:
             _put(experts, bias, biases.get(bias), mesh)
         experts.boundary, experts.cut_biases = Boundary(mesh, request.output), biases
+        experts.plan_ahead()
 
     yield mark
 
