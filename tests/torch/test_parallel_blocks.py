@@ -364,7 +364,7 @@ def _blocks() -> list[MuMoEMLP]:
 
 def edit(rank: int) -> None:
     """Editing experts of cut layers edits those of whole ones."""
-    made: list[Any] = [MuMoE(8, 8, 4, rank=8), *_blocks()]
+    made: list[Any] = [scaled(each) for each in (MuMoE(8, 8, 4, rank=8), *_blocks())]
     for module in made:
         module.double()
         cut = parallelize(copy.deepcopy(module), mesh())
