@@ -16,7 +16,7 @@ from typing import Any
 __all__ = ["Ranks"]
 
 # a collective that waits for a process that never comes ends before the test does
-PATIENCE, LIMIT = 30, 60
+PATIENCE, LIMIT = 60, 120
 
 
 class Ranks:
