@@ -119,6 +119,8 @@ def save_checkpoint(
                 f"the {backend.name} backend must give {infos[name].nbytes} bytes for {dtype} "
                 f"{shape}; got {len(contents[name])} for {name!r}."
             )
+        # a mapping may make its arrays one by one, as shards are gathered
+        del array
     head = encode_header(CheckpointHeader(block, config, infos))
     write_whole(target, (head, *(contents[name] for name in file_order(infos))))
 

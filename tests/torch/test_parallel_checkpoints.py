@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tensormoe_torch import MuMoE, MuMoEMLP, SparseMoE
+from tensormoe_torch import MuMoE, MuMoEMLP, SparseMoE, _sharded
 from tensormoe_torch.parallel import parallelize
 from tests.torch._cut import assert_near, whole
 from tests.torch._helpers import normal
@@ -183,6 +184,32 @@ def clip(rank: int) -> None:
 
 def test_clipping(devices: Ranks) -> None:
     devices(clip)
+
+
+def gather_one_by_one(rank: int, folder: Path) -> int:
+    """The largest number of gathered tensors that are there at once."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    cut = parallelize(MuMoEMLP(12, 24, experts=4, rank=12, gated=True), mesh)
+    made: list[Any] = []
+    most = 0
+    gathered = _sharded.gathered
+
+    def watched(*arguments: Any) -> Tensor:
+        nonlocal most
+        found = gathered(*arguments)
+        made.append(weakref.ref(found))
+        most = max(most, sum(each() is not None for each in made))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_sharded, "gathered", watched)
+        cut.save(folder / "block")
+    assert len(made) == len([*cut.parameters()])
+    return most
+
+
+def test_files_are_gathered_array_by_array(devices: Ranks, tmp_path: Path) -> None:
+    assert set(devices(gather_one_by_one, tmp_path)) == {1}
 
 
 def fail_to_write(rank: int, folder: Path) -> str:
