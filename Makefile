@@ -99,6 +99,17 @@ gpu:
 	@# asked before gigabytes are installed
 	@$(PYTHON) tests/gpu/_driver.py
 
+.PHONY: test-distributed
+test-distributed: $(VENV)/.ready-dev ## layers cut over 2, 4 and 8 processes (not part of test)
+	@echo "== test-distributed"
+	@TENSORMOE_TEST_PROCESSES=2,4,8 HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(QUICKLY) \
+	    $(BIN)/python -m pytest -q tests/torch/test_parallel_*.py
+	@for sizes in "1 1" "2 2" "4 2" "8 4"; do set -- $$sizes; \
+	    echo "$$1 processes, layers over $$2"; \
+	    OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $$1 examples/gpt_over_devices.py \
+	        --tensor $$2 --steps 20 2> /dev/null | grep -E "^(step|saved)" || exit 1; \
+	done
+
 .PHONY: fuzz
 fuzz: $(VENV)/.ready-dev ## random cases, and junk at every door; resumes (not part of test)
 	@echo "== fuzz"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tensormoe import functional
 from tensormoe._layers import Costs, LayerMethods, check_constructor
 from tensormoe.errors import SpecError
+from tensormoe.factorizations import OUTPUT
 from tensormoe.functional import EachExpert, LayerConfig
 from tensormoe.gates import TopK
 from tensormoe.mixtures import send
@@ -21,8 +22,11 @@ from tensormoe_torch._dtypes import checked_device, checked_dtype
 from tensormoe_torch._factors import Factors, with_lead
 from tensormoe_torch._gate import ExpertGate
 from tensormoe_torch._saving import OF, Stored
-from tensormoe_torch._sharded import gathered, put, stored
+from tensormoe_torch._sharded import gathered, held_here, put, stored
 from tensormoe_torch._tracing import is_traced
+
+if TYPE_CHECKING:
+    from tensormoe_torch._parts import Part
 
 
 class Mixture(Stored[LayerConfig], LayerMethods[Tensor]):
@@ -66,7 +70,20 @@ class Mixture(Stored[LayerConfig], LayerMethods[Tensor]):
         """One of the factors: it has the layer's dtype and device."""
         # an adapter around the factors has what it adapts first
         weight: Tensor | None = getattr(self.factors, self._first, None)
-        return next(self.factors.parameters()) if weight is None else weight
+        found = next(self.factors.parameters()) if weight is None else weight
+        # a layer that is cut over devices takes plain inputs
+        return found if self._part is None else held_here(found)
+
+    @property
+    def _part(self) -> Part | None:
+        """What this device has of a layer that is cut over several."""
+        part: Part | None = getattr(self.factors, "part", None)
+        return part
+
+    @property
+    def _makes_slices(self) -> bool:
+        """Whether outputs of a cut layer's parts are slices, and not terms of a sum."""
+        return self._part is not None and self._part.leg == OUTPUT
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew from PyTorch's generator, as at construction."""
@@ -116,7 +133,10 @@ class Mixture(Stored[LayerConfig], LayerMethods[Tensor]):
                 "factors must be the layer's own to be read by expert; got a "
                 f"{type(self.factors).__qualname__} around them. Take the adapter off first."
             )
-        return {name: gathered(array) for name, array in self.factors.by_name().items()}
+        shapes = self.config.parameter_shapes()
+        return {
+            name: gathered(array, shapes[name]) for name, array in self.factors.by_name().items()
+        }
 
     def _costs(self) -> Costs:
         return {"itemsize": self.dtype.itemsize, "library": library(self.dtype)}
@@ -142,6 +162,9 @@ class Mixture(Stored[LayerConfig], LayerMethods[Tensor]):
 
     def _sends(self, x: Tensor, chosen: TopK) -> bool:
         """Whether tokens are sent to their experts: where one product per expert is the fastest."""
+        # as many rows would be summed over the devices as are sent
+        if self._part is not None:
+            return False
         # compilers do not know k, and autocast chooses the dtype of a sum
         if self.config.indexed_input or is_traced(x) or is_autocast(x.device.type):
             return False

@@ -138,7 +138,7 @@ def replace_expert(
     spec, factors = mixtures[0].spec, stored(mixtures[0].factors, mixtures[0].spec.shapes)
     assert weight is not None
     given = gathered(weight), None if bias is None else gathered(bias)
-    with opened([*factors.values()]) as whole:
+    with opened([*factors.values()], [spec.shapes[name] for name in factors]) as whole:
         arrays = dict(zip(factors, whole, strict=True))
         slices, error = fitted(spec, arrays, index, given, level, BACKEND)
         for name, found in slices.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,14 @@ from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._autograd import mix, no_autocast
 from tensormoe_torch._checks import compute_dtype
 from tensormoe_torch._operator import direct
+from tensormoe_torch._sharded import Loads
 from tensormoe_torch._tracing import is_traced
 
+if TYPE_CHECKING:
+    from tensormoe_torch._parts import Part
 
-class Factors(nn.ParameterDict):
+
+class Factors(Loads, nn.ParameterDict):
     """Factors and bias by name; called with inputs and coefficients, the mixture of the experts.
 
     They are a module that is called, since what others hang on a module works around its call:
@@ -28,11 +33,15 @@ class Factors(nn.ParameterDict):
     Args:
         config: the layer.
         parameters: by name.
+
+    Attributes:
+        part: what this device has of them where they are cut over several; None elsewhere.
     """
 
     def __init__(self, config: LayerConfig, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(parameters)
         self.config = config
+        self.part: Part | None = None
         self._names = tuple((f"factors.{name}", name) for name in config.spec.shapes)
 
     # a dictionary of parameters cannot be called
@@ -50,8 +59,12 @@ class Factors(nn.ParameterDict):
             coefficients: (..., N_e) or a ``TopK`` a level, checked already; or one ``EachExpert``,
                 for inputs (experts…, rows, in).
         """
+        part = self.part
         if len(coefficients) == 1 and isinstance(coefficients[0], EachExpert):
-            return each(self.config, self.by_name(), x)
+            if part is None:
+                return each(self.config, self.by_name(), x)
+            made = each(part.config, *part.each_operands(self.by_name(), x))
+            return part.result(made, x, each=True)
         levels = self.config.spec.levels
         given = [one for one in coefficients if not isinstance(one, EachExpert)]
         if len(given) != levels:
@@ -59,7 +72,15 @@ class Factors(nn.ParameterDict):
                 f"factors are called with an input and {levels} coefficients, one per level; got "
                 f"{len(given)}. Call the layer, or register per_sample_gradients in opacus."
             )
-        return mixture(self.config, self.by_name(), x, given)
+        if part is None:
+            return mixture(self.config, self.by_name(), x, given)
+        operands = part.operands(self.by_name(), x, given)
+        return part.result(mixture(part.config, *operands, lead_of(self.config, x)), x)
+
+
+def lead_of(config: LayerConfig, x: Tensor) -> tuple[int, ...]:
+    """The leading axes of an input."""
+    return tuple(x.shape if config.indexed_input else x.shape[:-1])
 
 
 def mixture(
@@ -67,19 +88,28 @@ def mixture(
     parameters: Mapping[str, Tensor],
     x: Tensor,
     coefficients: Sequence[Tensor | TopK | OneExpert],
+    lead: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """The mixture (..., out) of a layer with its factors by canonical name."""
-    lead = tuple(x.shape if config.indexed_input else x.shape[:-1])
+    """The mixture (..., out) of a layer with its factors by canonical name.
+
+    Args:
+        config: the layer.
+        parameters: the factors.
+        x: (..., in), or ids (...).
+        coefficients: (..., N_e) or a ``TopK`` a level.
+        lead: leading axes of the result, where those of the operands are merged already.
+    """
+    own = lead_of(config, x)
     dtype, parameters = narrowed(parameters)
     rows, given = x, [*coefficients]
-    if len(lead) != 1:
-        count = (prod(lead),)
-        rows = x.reshape(*count, *x.shape[len(lead) :])
+    if len(own) != 1:
+        count = (prod(own),)
+        rows = x.reshape(*count, *x.shape[len(own) :])
         given = [with_lead(each, count) for each in given]
     if rows.dtype != dtype and rows.dtype.is_floating_point:
         rows = rows.to(dtype)
     with no_autocast(x.device.type):
-        return mix(config, parameters, rows, given, lead)
+        return mix(config, parameters, rows, given, own if lead is None else lead)
 
 
 def each(config: LayerConfig, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from tensormoe.gates import Across, Gate
 from tensormoe_torch._autograd import no_autocast, route
 from tensormoe_torch._checks import check_input
 from tensormoe_torch._dtypes import checked_device, checked_dtype
-from tensormoe_torch._sharded import put, stored
+from tensormoe_torch._sharded import Copied, put, stored
 
 __all__ = ["ExpertGate", "Gated", "Logits"]
 
@@ -40,7 +40,7 @@ class Logits(nn.Module):
         return logits
 
 
-class ExpertGate(nn.Module):
+class ExpertGate(Copied):
     """Projection, normalization and activation: (..., in) to one tensor (..., N_e) per level.
 
     A layer makes its own. Its parameters are ``projection_<level>`` (in, N_e) and, if the gate has
@@ -62,6 +62,7 @@ class ExpertGate(nn.Module):
         process_group: that group; None for all processes.
         steering: what is added to the coefficients, a level and one amount per expert each;
             :func:`steered` sets it for a while. Compiled models see it, other than a new hook.
+        boundary: of the layer, where it is cut over devices, which all have the whole gate.
 
     >>> import torch
     >>> from tensormoe_torch import MuMoE
@@ -145,7 +146,10 @@ class ExpertGate(nn.Module):
         flag(logits, "logits")
         keep = logits or bool(self.logits._forward_hooks or self.logits._forward_pre_hooks)
         features = self.config.spec.in_features
-        parameters = {name: getattr(self, short) for name, short in self._names.items()}
+        x = self._whole(x)
+        parameters = {
+            name: self._whole(getattr(self, short)) for name, short in self._names.items()
+        }
         lead = check_input(x, features, parameters["gate.projection_0"], narrower=True)
         rows = x if len(lead) == 1 else x.reshape(prod(lead), features)
         buffers = {name: getattr(self, short) for name, short in self._buffer_names.items()}
@@ -177,7 +181,7 @@ class ExpertGate(nn.Module):
     def _noise(self, rows: Tensor) -> list[Tensor]:
         wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
         return [
-            torch.randn(rows.shape[0], count, device=rows.device, dtype=wide)
+            self._agreed(torch.randn(rows.shape[0], count, device=rows.device, dtype=wide))
             for count in self.config.spec.experts
         ]
 

@@ -116,5 +116,6 @@ class MuMoE(Mixture, Gated[LayerConfig], LinearSizes):
             ShapeError: input or coefficients do not fit the layer.
         """
         weight = self._weight
-        lead = check_input(x, self.spec.in_features, weight)
+        features = self.spec.in_features if self._part is None else self._part.in_features
+        lead = check_input(x, features, weight)
         return self._mix(x, coefficients, lead, weight)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from tensormoe_torch._dtypes import checked_dtype
 from tensormoe_torch._gate import ExpertGate, Gated
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._saving import OF, Stored
+
+if TYPE_CHECKING:
+    from tensormoe_torch._parts import Boundary
 
 
 class MuMoEMLP(Stored[BlockConfig], BlockMethods[Tensor], Gated[BlockConfig]):
@@ -63,6 +66,7 @@ class MuMoEMLP(Stored[BlockConfig], BlockMethods[Tensor], Gated[BlockConfig]):
         gate: the :class:`ExpertGate` of both, or None.
         act: the activation, if it has no name; None otherwise.
         config: specs, gate and options as frozen values.
+        boundary: of the block, where its hidden features are cut over devices.
 
     Raises:
         SpecError, RankError, BudgetError: as :class:`MuMoE`.
@@ -112,6 +116,7 @@ class MuMoEMLP(Stored[BlockConfig], BlockMethods[Tensor], Gated[BlockConfig]):
         super().__init__()
         dtype = checked_dtype(dtype)
         self.config = config
+        self.boundary: Boundary | None = None
         self.act = own_activation(config.act_layer, act, device, dtype)
         self.first = MuMoE.of(replace(config.first, gate=None), init, device, dtype)
         self.second = MuMoE.of(config.second, init, device, dtype)
@@ -167,15 +172,26 @@ class MuMoEMLP(Stored[BlockConfig], BlockMethods[Tensor], Gated[BlockConfig]):
         name = self.config.act_layer
         function = self.act if name is None else ACTIVATIONS[name]
         assert function is not None
-        middle = self.first(x, given)
+        boundary = self.boundary
+        rows, given = (x, given) if boundary is None else boundary.entered(x, given)
+        middle = self.first(rows, given)
         if self.config.gated:
             gate, up = halves(middle)
             # what a user gives may write in place, which PyTorch refuses for one of several views
             middle = function(gate if name is not None else gate.clone()) * up
         else:
             middle = function(middle)
-        result: Tensor = self.second(F.dropout(middle, self.config.drop, self.training), given)
-        return F.dropout(result, self.config.drop, self.training)
+        result: Tensor = self.second(self._dropped(middle, slices=True), given)
+        if boundary is not None:
+            result = boundary.leave(result, x)
+        return self._dropped(result, slices=False)
+
+    def _dropped(self, array: Tensor, *, slices: bool) -> Tensor:
+        """Dropout of hidden features, which are slices where the block is cut, or of outputs."""
+        drop = self.config.drop
+        if self.boundary is None or not self.training or drop == 0.0:
+            return F.dropout(array, drop, self.training)
+        return self.boundary.dropout(array, drop, slices=slices)
 
     def _layers(self) -> tuple[MuMoE, MuMoE]:
         return self.first, self.second

@@ -17,7 +17,7 @@ from tensormoe.functional import BlockConfig, LayerConfig
 from tensormoe.mixtures import MixtureConfig
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._dtypes import FLOATS, checked_device
-from tensormoe_torch._sharded import save_whole
+from tensormoe_torch._sharded import save_whole, sized
 
 OF = "of(config, init, device, dtype), which load and restore call"
 
@@ -149,7 +149,8 @@ def save_module(
     values = config.to_dict()
     arrays = module.state_dict()
     shapes = {**config.parameter_shapes(), **config.buffer_shapes()}
-    match = match_arrays(shapes, arrays, strict=False)
+    found = {name: sized(array, shapes.get(name)) for name, array in arrays.items()}
+    match = match_arrays(shapes, found, strict=False)
     besides = ", ".join(map(repr, match.unexpected))
     if match.missing:
         raise CheckpointError(
@@ -165,5 +166,5 @@ def save_module(
             f"{besides} besides. Save the state_dict(), or keep the layer in a module that has "
             "them."
         )
-    match_arrays(shapes, arrays)
-    save_whole(path, config.block, values, {name: arrays[name] for name in shapes})
+    match_arrays(shapes, found)
+    save_whole(path, config.block, values, {name: arrays[name] for name in shapes}, shapes)

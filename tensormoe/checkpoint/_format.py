@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 from tensormoe._validation import brief
 from tensormoe.checkpoint._safetensors import (
@@ -108,7 +108,14 @@ def encode_header(header: CheckpointHeader) -> bytes:
     return frame
 
 
-def file_order(arrays: Mapping[str, ArrayInfo]) -> list[str]:
+class Entries(Protocol):
+    """Arrays, or what is known of them, by the size of an entry."""
+
+    @property
+    def itemsize(self) -> int: ...
+
+
+def file_order(arrays: Mapping[str, Entries]) -> list[str]:
     """Names in the order of the file: wide entries first, so that every array lies aligned."""
     return sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
 

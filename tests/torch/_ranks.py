@@ -1,4 +1,4 @@
-"""Two processes that talk by gloo, started once: functions run in both, and both results return."""
+"""Processes that talk by gloo, started once: functions run in all, and all results return."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from typing import Any
 
 __all__ = ["Ranks"]
 
-COUNT = 2
 # a collective that waits for a process that never comes ends before the test does
-PATIENCE, LIMIT = 30, 60
+PATIENCE, LIMIT = 60, 120
 
 
 class Ranks:
-    """A pair of processes with a process group; started by the first call.
+    """Some processes with a process group; started by the first call.
 
     A call takes a function of a module, and plain arguments. When a process fails or takes too
-    long, both end, and the next call starts a new pair.
+    long, all end, and the next call starts new ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = 2) -> None:
+        self.count = count
         self._processes: list[Any] = []
         self._ends: list[Connection] = []
 
@@ -42,7 +42,7 @@ class Ranks:
         try:
             for end in self._ends:
                 end.send((function, arguments))
-            answers = [self._answer(rank) for rank in range(COUNT)]
+            answers = [self._answer(rank) for rank in range(self.count)]
         except BaseException:
             self.stop()
             raise
@@ -53,7 +53,7 @@ class Ranks:
         return [result for _, result in answers]
 
     def stop(self) -> None:
-        """End both processes."""
+        """End all processes."""
         for process in self._processes:
             process.terminate()
             process.join(10)
@@ -66,9 +66,10 @@ class Ranks:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         store = Path(tempfile.mkdtemp()) / "store"
-        for rank in range(COUNT):
+        for rank in range(self.count):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, str(store), there), daemon=True)
+            arguments = rank, self.count, str(store), there
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             there.close()
             self._processes.append(process)
@@ -84,7 +85,7 @@ class Ranks:
         return answer
 
 
-def _serve(rank: int, store: str, end: Connection) -> None:
+def _serve(rank: int, count: int, store: str, end: Connection) -> None:
     import torch
     import torch.distributed as dist
 
@@ -94,7 +95,7 @@ def _serve(rank: int, store: str, end: Connection) -> None:
         "gloo",
         init_method=f"file://{store}",
         rank=rank,
-        world_size=COUNT,
+        world_size=count,
         timeout=timedelta(seconds=PATIENCE),
     )
     warnings.simplefilter("error")
@@ -105,6 +106,6 @@ def _serve(rank: int, store: str, end: Connection) -> None:
             return
         try:
             answer = "", function(rank, *arguments)
-        except Exception:
+        except BaseException:  # PyTorch has errors that are no exceptions
             answer = f"rank {rank}:\n{traceback.format_exc()}", None
         end.send(answer)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from operator import index as as_index
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from tensormoe.errors import ShapeError
-from tensormoe.functional import EachExpert
+from tensormoe.functional import CutAxis, EachExpert
 from tensormoe.gates import OneExpert
 from tensormoe.mixtures import run_expert, send
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._layer import MuMoE
+from tensormoe_torch._sharded import Loads
 from tensormoe_torch._tracing import is_traced
+
+if TYPE_CHECKING:
+    from tensormoe_torch._parts import Boundary
 
 PROJECTIONS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 """Roles of an expert's layers: gate and up projection are one layer or two."""
@@ -23,7 +28,7 @@ Activation = Callable[[Tensor], Tensor]
 """The activation between the projections: a module without parameters, or a function."""
 
 
-class FactorizedExperts(nn.Module):
+class FactorizedExperts(Loads):
     """Experts of a sparse model, every projection one tensor network; the router is the model's.
 
     ``y = Σ_k w_k · (act(x G_n) · (x U_n)) D_n`` over the k experts n that the router chose, with
@@ -49,6 +54,7 @@ class FactorizedExperts(nn.Module):
         projections: the layers by role; their parameters are ``projections.<role>.factors.<name>``.
         act_fn: the activation.
         groups: as given, a buffer; None where every expert of the router has its own.
+        boundary: of the experts, where they are cut over devices; None elsewhere.
 
     >>> layers = {
     ...     role: MuMoE(i, o, experts=4, rank=2, bias=False, gate=None)
@@ -76,6 +82,8 @@ class FactorizedExperts(nn.Module):
         for role, bias in (biases or {}).items():
             self.register_parameter(f"{role}_bias", nn.Parameter(bias))
         self.act_fn = act
+        self.boundary: Boundary | None = None
+        self.cut_biases: Mapping[str, CutAxis | None] = {}
         self.groups: Tensor | None
         # kept in state dicts, as other groups would fit the same factors
         self.register_buffer("groups", groups)
@@ -83,9 +91,11 @@ class FactorizedExperts(nn.Module):
         self.plan_ahead()
 
     def plan_ahead(self) -> None:
-        """Plan the layers; to be called when projections are replaced."""
+        """Plan the layers; to be called when projections are replaced or cut."""
         inside = (each for each in self.projections.modules() if isinstance(each, MuMoE))
-        self._layers = tuple(each.config for each in inside)
+        self._layers = tuple(
+            each.config if each._part is None else each._part.config for each in inside
+        )
         for each in self._layers:
             # no compiler has to follow the planner
             _ = each.routed_regimes
@@ -137,18 +147,18 @@ class FactorizedExperts(nn.Module):
             ShapeError: indices or weights that do not fit the input.
         """
         batch_shape, k = check_choices(hidden_states, top_k_index, top_k_weights)
-        features = hidden_states.shape[-1]
+        rows, weights = self._entered(hidden_states), self._entered(top_k_weights)
         index = self._grouped(top_k_index.reshape(-1, k))
         made = send(
             self._run,
-            hidden_states.reshape(-1, features),
+            rows.reshape(-1, rows.shape[-1]),
             index,
-            top_k_weights.reshape(-1, k),
+            weights.reshape(-1, k),
             self._count,
             BACKEND,
-            sort=self._sorts(hidden_states, index.numel()),
+            sort=self._sorts(rows, index.numel()),
         )
-        return made.reshape(*batch_shape, made.shape[-1])
+        return self._left(made.reshape(*batch_shape, made.shape[-1]), hidden_states)
 
     def routed(self, x: Tensor, index: Tensor) -> Tensor:
         """The output of one expert per row.
@@ -160,7 +170,7 @@ class FactorizedExperts(nn.Module):
         Returns:
             (..., out).
         """
-        return self._run(x, OneExpert(self._grouped(index)))
+        return self._called(x, OneExpert(self._grouped(index)))
 
     def _grouped(self, index: Tensor) -> Tensor:
         """Numbers among the layers' experts, from the router's."""
@@ -168,29 +178,70 @@ class FactorizedExperts(nn.Module):
 
     def sized(self, x: Tensor, given: OneExpert) -> Tensor:
         """The output (rows, out) of one expert per row, for rows (rows, in) that were sent here."""
-        return self._run(x, given)
+        return self._called(x, given)
 
     def every(self, x: Tensor) -> Tensor:
         """The outputs (N, rows, out) of all experts, for rows (rows, in) or (N, rows, in)."""
-        return self._run(x, EachExpert())
+        return self._called(x, EachExpert())
 
     def everywhere(self, x: Tensor) -> Tensor:
         """The output (..., out) of the only expert that there is, for rows (..., in)."""
-        ones = torch.ones_like(x[..., :1].detach(), dtype=self.down_proj.dtype)
-        return self._run(x, ones)
+        rows = self._entered(x)
+        ones = torch.ones_like(rows[..., :1].detach(), dtype=self.down_proj.dtype)
+        return self._left(self._run(rows, ones), x)
+
+    def project(self, role: str, x: Tensor, given: Tensor | OneExpert | EachExpert) -> Tensor:
+        """The output of one projection; between them, hidden features may be a device's own.
+
+        Args:
+            role: of the projection.
+            x: its rows.
+            given: their experts.
+        """
+        first = role != "down_proj" or len(self.projections) == 1
+        rows = self._entered(x) if first else x
+        made = self._project(role, rows, given)
+        return self._left(made, x) if role == "down_proj" else made
+
+    def _project(self, role: str, x: Tensor, given: Tensor | OneExpert | EachExpert) -> Tensor:
+        found: Tensor = self.projections[role](x, given)
+        bias = self._bias(role)
+        if bias is None:
+            return found
+        if isinstance(given, EachExpert):
+            return found + bias[:, None]
+        return found + (bias[given.indices] if isinstance(given, OneExpert) else bias[0])
+
+    def _bias(self, role: str) -> Tensor | None:
+        name = f"{role}_bias"
+        bias: Tensor | None = self._parameters.get(name)
+        if bias is None or self.boundary is None:
+            return bias
+        axis = self.cut_biases.get(name)
+        bias = self.boundary.parameter(bias, axis)
+        # where outputs are summed over the devices, each adds its share
+        shared = role == "down_proj" and axis is None
+        return bias / self.boundary.devices if shared else bias
 
     def _run(self, x: Tensor, given: Tensor | OneExpert | EachExpert) -> Tensor:
         def project(role: str, rows: Tensor) -> Tensor:
-            found: Tensor = self.projections[role](rows, given)
-            bias: Tensor | None = self._parameters.get(f"{role}_bias")
-            if bias is None:
-                return found
-            if isinstance(given, EachExpert):
-                return found + bias[:, None]
-            return found + (bias[given.indices] if isinstance(given, OneExpert) else bias[0])
+            return self._project(role, rows, given)
 
         made: Tensor = run_expert(dict(self.projections.items()), project, self.act_fn, x)
         return made
+
+    def _called(self, x: Tensor, given: OneExpert | EachExpert) -> Tensor:
+        return self._left(self._run(self._entered(x), given), x)
+
+    def _entered(self, array: Tensor) -> Tensor:
+        """An input or weights, for use in a device's part of the experts."""
+        return array if self.boundary is None else self.boundary.enter(array)
+
+    def _left(self, made: Tensor, like: Tensor) -> Tensor:
+        """Outputs of all devices' parts."""
+        if self.boundary is None:
+            return made
+        return self.boundary.leave(made, like, -1 if self.down_proj._makes_slices else None)
 
     def _sorts(self, x: Tensor, rows: int) -> bool:
         """Whether to sort rows by expert."""

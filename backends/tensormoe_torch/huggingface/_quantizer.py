@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,6 +51,19 @@ class TensormoeQuantizer(HfQuantizer):
             for module in made
         }
         return model
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Leave factorized layers out of a plan of tensor or expert parallelism.
+
+        Rules of a plan are for the dense experts that were there: their hooks would sum the outputs
+        of whole layers over all processes.
+        """
+        # rules have a wildcard in the place of a layer's number
+        modules = self.quantization_config.modules
+        factorized = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in modules}
+        for key in [*plan]:
+            if any(key == name or key.startswith(f"{name}.") for name in factorized):
+                del plan[key]
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any

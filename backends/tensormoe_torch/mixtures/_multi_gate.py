@@ -17,6 +17,7 @@ from tensormoe.selection import Budget
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._autograd import no_autocast
 from tensormoe_torch._checks import check_input
+from tensormoe_torch._sharded import Copied
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.mixtures._base import MixtureModule, make_experts, reset_all, reset_own
 
@@ -214,7 +215,7 @@ class GatedExperts(nn.Module):
             reset_all(child)
 
 
-class TaskRouter(nn.Module):
+class TaskRouter(Copied):
     """Gates of all tasks, or of all groups: (..., in) to the routing record.
 
     Its parameters are ``projection``, of all gates side by side, and, if the gate has one,
@@ -257,11 +258,12 @@ class TaskRouter(nn.Module):
         Raises:
             BackendError, ShapeError: the input does not fit.
         """
-        held = {f"router.{name}": getattr(self, name) for name in self._own}
-        weight: Tensor = self.get_parameter("projection")
+        held = {f"router.{name}": self._whole(getattr(self, name)) for name in self._own}
+        weight = held["router.projection"]
         if isinstance(inputs, tuple):
             with no_autocast(weight.device.type):
                 return self.stage.route(held, inputs, BACKEND)
+        inputs = self._whole(inputs)
         batch_shape = check_input(inputs, self.stage.features, weight, narrower=True)
         rows = inputs.reshape(prod(batch_shape), self.stage.features)
         with no_autocast(weight.device.type):

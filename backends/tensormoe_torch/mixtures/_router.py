@@ -18,6 +18,7 @@ from tensormoe_torch._autograd import no_autocast
 from tensormoe_torch._checks import check_input
 from tensormoe_torch._gate import across_processes
 from tensormoe_torch._hooks import move_hooks
+from tensormoe_torch._sharded import Copied
 from tensormoe_torch.mixtures._base import reset_own
 
 # a pytree to PyTorch, so that transformations and wrappers find the tensors of a record
@@ -27,7 +28,7 @@ for _record in (Routes, ProductRoutes, LevelRoutes, CartesianRoutes):
     )
 
 
-class MixtureRouter(nn.Module):
+class MixtureRouter(Copied):
     """Routing of a mixture: (..., in) to the routing record.
 
     Its parameters are the mixture's arrays whose names start with ``router.``. Logits and scores
@@ -43,6 +44,7 @@ class MixtureRouter(nn.Module):
         synchronized: whether, in training, ``balance`` counts the load of all processes of a group;
             :func:`synchronize_gates` sets it.
         process_group: that group; None for all processes.
+        boundary: of a mixture that is cut over devices, which all have the whole router.
     """
 
     def __init__(self, config: MixtureConfig, device: Any, dtype: torch.dtype) -> None:
@@ -83,10 +85,10 @@ class MixtureRouter(nn.Module):
             BackendError, ShapeError: the input does not fit.
         """
         features = self.config.in_features
-        weight = next(self.parameters(recurse=False))
+        x, weight = self._whole(x), self._whole(next(self.parameters(recurse=False)))
         batch_shape = check_input(x, features, weight, narrower=True)
         rows = x.reshape(prod(batch_shape), features)
-        held = {f"router.{name}": getattr(self, name) for name in self._own}
+        held = {f"router.{name}": self._whole(getattr(self, name)) for name in self._own}
         held |= {f"router.{name}": buffer for name, buffer in self.named_buffers(recurse=False)}
         across = self.synchronized and self.training
         with no_autocast(x.device.type):
@@ -107,7 +109,7 @@ class MixtureRouter(nn.Module):
         if shape is None:
             return None
         wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        return torch.randn(shape, device=rows.device, dtype=wide)
+        return self._agreed(torch.randn(shape, device=rows.device, dtype=wide))
 
 
 class SparseRouter(MixtureRouter):

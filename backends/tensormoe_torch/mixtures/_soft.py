@@ -16,11 +16,12 @@ from tensormoe_torch._activations import ACTIVATIONS
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._autograd import no_autocast
 from tensormoe_torch._checks import check_input
+from tensormoe_torch._sharded import Copied
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.mixtures._base import MixtureModule, make_experts, reset_own
 
 
-class SoftRouter(nn.Module):
+class SoftRouter(Copied):
     """Logits, and dispatch and combine weights: (..., tokens, in) to the routing record.
 
     Its parameters are ``projection`` (in, N, p), Φ, and, if logits are normalized, ``scale`` (1,).
@@ -70,19 +71,22 @@ class SoftRouter(nn.Module):
             BackendError, ShapeError: input or mask do not fit.
         """
         config = self.config
-        projection: Tensor = self.get_parameter("projection")
+        x, projection = self._whole(x), self._whole(self.get_parameter("projection"))
         batch_shape = check_input(x, config.in_features, projection, narrower=True)
         rows = x.reshape(config.merged_shape(batch_shape))
         rows, counts = counting_tokens(rows, mask, batch_shape, BACKEND)
-        held = {f"router.{name}": getattr(self, name) for name in self._own}
+        held = {f"router.{name}": self._whole(getattr(self, name)) for name in self._own}
         shape = config.noise_shape(*rows.shape[:-1]) if self.training else None
         wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        noise = None
+        if shape is not None:
+            noise = self._agreed(torch.randn(shape, device=x.device, dtype=wide))
         with no_autocast(x.device.type):
             routes, _ = config.route(
                 Parts(_no_layers, held, ACTIVATIONS.__getitem__, BACKEND),
                 rows,
                 training=self.training,
-                noise=None if shape is None else torch.randn(shape, device=x.device, dtype=wide),
+                noise=noise,
                 mask=counts,
             )
         return routes.reshaped(batch_shape, BACKEND) if len(batch_shape) != 2 else routes
@@ -274,11 +278,10 @@ class SoftMoE(SoftMethods[Tensor], MixtureModule[SoftConfig]):
         return batch_shape, rows, routes.reshaped(tuple(rows.shape[:-1]), BACKEND)
 
     def _parts(self) -> Parts:
-        layers = self.experts.projections
+        experts = self.experts
 
         def call(name: str, x: Tensor, given: Any) -> Tensor:
-            made: Tensor = layers[name.rpartition(".")[2]](x, given)
-            return made
+            return experts.project(name.rpartition(".")[2], x, given)
 
         return Parts(call, {}, ACTIVATIONS.__getitem__, BACKEND)
 
