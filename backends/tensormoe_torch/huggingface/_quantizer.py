@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from tensormoe.checkpoint._model_config import METHOD
 from tensormoe.errors import BackendError, CheckpointError, SpecError
+from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch.adapters import freeze, has_adapters
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.huggingface._build import install
@@ -56,7 +58,7 @@ class TensormoeQuantizer(HfQuantizer):
         """Leave factorized layers out of a plan of tensor or expert parallelism.
 
         Rules of a plan are for the dense experts that were there: their hooks would sum the outputs
-        of whole layers over all processes.
+        of whole layers over all processes. Loaded layers are cut along legs of their own.
         """
         # rules have a wildcard in the place of a layer's number
         modules = self.quantization_config.modules
@@ -81,6 +83,7 @@ class TensormoeQuantizer(HfQuantizer):
         if has_adapters(model):
             # as they were added
             freeze(model)
+        _cut(model, self.quantization_config.modules)
         return model
 
     def is_serializable(self) -> bool:
@@ -128,6 +131,28 @@ def _check_loaded(model: nn.Module, shapes: Mapping[int, Mapping[str, torch.Size
             f"{len(missing) - 1} more are missing, or of other shapes. The folder is damaged or "
             "incomplete: copy it anew."
         )
+
+
+def _cut(model: nn.Module, names: Iterable[str]) -> None:
+    """Cut factorized layers over the devices of transformers' tensor parallelism, if that is on.
+
+    Layers stay whole that make both halves of gated units: their factors would be saved in shapes
+    that no folder has. So do those that the devices do not divide, with a warning.
+    """
+    meshes = getattr(model, "_mesh_manager", None)
+    if meshes is None or (getattr(model, "_tp_size", None) or 1) == 1:
+        return
+    from tensormoe_torch.parallel import parallelize
+
+    for name in names:
+        module = model.get_submodule(name)
+        halves = isinstance(module, FactorizedExperts) and module.gate_up_proj is not None
+        if halves or (isinstance(module, MuMoEMLP) and module.config.gated):
+            continue
+        try:
+            parallelize(module, meshes.get_mesh("tp"))
+        except SpecError as error:
+            warnings.warn(f"{name} stays whole on every device: {error}", stacklevel=2)
 
 
 def _check_groups(model: nn.Module) -> None:
