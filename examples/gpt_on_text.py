@@ -6,8 +6,8 @@
 It reads and predicts single characters. Every MLP becomes a ``MuMoEMLP`` block (CP and tensor
 ring), which with its gate has no more parameters than the dense MLP. The gate normalizes over the
 experts of one token, so that no token sees a later one. All models get the same seeds, batches,
-optimizer and steps. Prints a table; figures and loss curves go to ``out/``. The full run takes
-some minutes, ``--quick`` some seconds.
+optimizer and steps. Prints a table; figures, loss curves and a page on what the experts read go to
+``out/``. The full run takes some minutes, ``--quick`` some seconds.
 
 Needs PyTorch, rich and matplotlib (``pip install 'tensormoe[torch,cli]'``). The text is the
 language reference that Python's ``help()`` shows, else sources of the standard library.
@@ -18,17 +18,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from _comparison.compare import compare, parse, resolve_recipe
-from _comparison.outcome import Model, Task
+from _comparison.outcome import Model, Task, seen
 from _comparison.text import Text, batches, load_text, windows
 from _comparison.training import Recipe, Score, evaluate
 from _comparison.variants import Variant, make_mlp
 from torch import Tensor, nn
 
 from tensormoe import Gate
+from tensormoe.analysis import Tokens, explore_coefficients
 
 Make = Callable[[int, int, int], nn.Module]
 # batch norm would let a token see later ones in training
@@ -132,12 +134,28 @@ def make_task(text: Text, sizes: Sizes, recipe: Recipe) -> Task:
         build=lambda variant: GPT(sizes, len(text.symbols), variant),
         batches=lambda seed: batches(text, sizes.context, recipe.batch, seed),
         score=lambda model: score(model, text, sizes.context),
+        explore=lambda model, path: explore(model, text, sizes.context, path),
     )
 
 
 def score(model: nn.Module, text: Text, context: int) -> Score:
     """Loss and accuracy over the test text, in windows side by side."""
     return evaluate(model, *windows(text.test, context), batch=32)
+
+
+def explore(model: nn.Module, text: Text, context: int, path: Path) -> None:
+    """A page on what the experts of the last block read in the test text."""
+    assert isinstance(model, GPT)
+    ids = windows(text.test, context)[0][:64]
+    gate = model.get_submodule(f"layers.{model.sizes.depth - 1}.mlp.gate")
+    explore_coefficients(
+        seen(model, gate, ids),
+        ids,
+        class_names=[symbol if symbol.strip() else repr(symbol) for symbol in text.symbols],
+        examples=Tokens([[text.symbols[each] for each in row] for row in ids.tolist()]),
+        title="Experts of the last block: characters that they read",
+        path=path,
+    )
 
 
 def main() -> None:

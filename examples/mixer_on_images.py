@@ -5,7 +5,8 @@
 
 Both token- and channel-mixing MLPs become ``MuMoEMLP`` blocks (CP and tensor ring), which with
 their gates have no more parameters than the dense MLPs. All models get the same seeds, batches,
-optimizer and steps. Prints a table; figures and loss curves go to ``out/``. The full run takes
+optimizer and steps. Prints a table; figures, loss curves and a page on what the experts see go
+to ``out/``. The full run takes
 some minutes, ``--quick`` some seconds.
 
 Needs PyTorch, rich and matplotlib (``pip install 'tensormoe[torch,demo]'``). The images are
@@ -15,16 +16,19 @@ Fashion-MNIST if Debian's package dataset-fashion-mnist is installed, else sciki
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from _comparison.compare import compare, parse, resolve_recipe
 from _comparison.images import Images, batches, load_images
-from _comparison.outcome import Model, Task
+from _comparison.outcome import Model, Task, seen
 from _comparison.training import Recipe, Score, evaluate
 from _comparison.variants import Variant, make_mlp
 from torch import Tensor, nn
 
 from tensormoe import Gate
+from tensormoe.analysis import Images as Pictures
+from tensormoe.analysis import explore_coefficients
 
 CLASSES = 10
 # the paper's vision models normalize the gate's logits over the batch
@@ -114,12 +118,29 @@ def make_task(images: Images, sizes: Sizes, recipe: Recipe) -> Task:
         build=lambda variant: Mixer(sizes, side, images.patch, variant),
         batches=lambda seed: batches(images, recipe.batch, seed),
         score=lambda model: score(model, images),
+        explore=lambda model, path: explore(model, images, path),
     )
 
 
 def score(model: nn.Module, images: Images) -> Score:
     """Loss and accuracy on the test images."""
     return evaluate(model, images.test, images.test_labels, batch=500)
+
+
+def explore(model: nn.Module, images: Images, path: Path) -> None:
+    """A page on the images that experts of the last block are used for, all patches together."""
+    assert isinstance(model, Mixer)
+    few = images.test[:500]
+    gate = model.get_submodule(f"layers.{model.sizes.depth - 1}.channels.gate")
+    low, high = float(few.min()), float(few.max())
+    explore_coefficients(
+        seen(model, gate, few).mean(dim=1),
+        images.test_labels[:500],
+        classes=CLASSES,
+        examples=Pictures(few, low=low, high=high),
+        title="Experts of the last block: images that they are used for",
+        path=path,
+    )
 
 
 def main() -> None:

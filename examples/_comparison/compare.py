@@ -12,6 +12,7 @@ from statistics import mean
 import torch
 from _tables import make_console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
 
 from _comparison.outcome import Outcome, Task
 from _comparison.report import draw, save, show
@@ -65,17 +66,24 @@ def compare(task: Task, recipe: Recipe, words: argparse.Namespace) -> list[Outco
     seeds = words.seeds or (2 if words.quick else 3)
     with _progress() as start:
         reports = [start(outcome.name, seeds * recipe.steps) for outcome in outcomes]
+        trained: dict[str, nn.Module] = {}
         # in turns, so that a busy hour of the machine falls on all of them
         for seed in range(seeds):
             for variant, outcome, report in zip(variants, outcomes, reports, strict=True):
                 torch.manual_seed(seed)
                 model = task.build(variant)
                 outcome.runs.append(train(model, task.batches(seed), recipe, task.score, report))
+                if variant.factorization is not None:
+                    trained[variant.name] = model
     show(task, recipe, outcomes)
     picture = words.picture or words.out / f"{task.name}.png"
     save(words.out / f"{task.name}.json", task, recipe, outcomes)
     draw(picture, task, outcomes)
     make_console().print(f"\nloss curves: {picture}", soft_wrap=True)
+    for name, model in [*trained.items()][:1]:
+        page = words.out / f"{task.name}-experts.html"
+        task.explore(model, page)
+        make_console().print(f"what the experts of {name} do: {page}", soft_wrap=True)
     for outcome in outcomes:
         for run in outcome.runs:
             _check_learned(outcome.name, run)

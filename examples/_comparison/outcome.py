@@ -5,14 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import mean
 
+import torch
 from torch import Tensor, nn
 
 from _comparison.training import Recipe, Run, Score
 from _comparison.variants import Variant, flops, ranks
 
-__all__ = ["Model", "Outcome", "Task", "parameters"]
+__all__ = ["Model", "Outcome", "Task", "parameters", "seen"]
 
 
 class Model(nn.Module, ABC):
@@ -35,6 +37,7 @@ class Task:
         build: an untrained model.
         batches: training data of a seed.
         score: of a model, on data that is not trained on.
+        explore: write a page on what the experts of a trained model do.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Task:
     build: Callable[[Variant], Model]
     batches: Callable[[int], Iterator[tuple[Tensor, Tensor]]]
     score: Callable[[nn.Module], Score]
+    explore: Callable[[nn.Module, Path], object]
 
 
 @dataclass
@@ -88,6 +92,16 @@ class Outcome:
     def seconds(self) -> float:
         """CPU seconds of training, mean of the runs."""
         return mean(run.seconds for run in self.runs)
+
+
+@torch.no_grad()
+def seen(model: nn.Module, gate: nn.Module, inputs: Tensor) -> Tensor:
+    """Coefficients (..., N) that a gate inside a model makes for the model's inputs."""
+    found: list[Tensor] = []
+    handle = gate.register_forward_hook(lambda module, given, made: found.append(made[0]))
+    model.eval()(inputs)
+    handle.remove()
+    return found[0]
 
 
 def parameters(model: nn.Module) -> int:
