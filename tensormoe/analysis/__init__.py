@@ -35,10 +35,10 @@ from tensormoe.analysis._histograms import Specialization as Specialization
 from tensormoe.analysis._histograms import class_histogram as class_histogram
 from tensormoe.analysis._histograms import specialization as specialization
 from tensormoe.analysis._interventions import Interventions as Interventions
-from tensormoe.analysis._interventions import chance_polysemanticity as chance_polysemanticity
 from tensormoe.analysis._interventions import interventions as interventions
 from tensormoe.analysis._interventions import interventions_by_runs as interventions_by_runs
-from tensormoe.analysis._interventions import polysemanticity as polysemanticity
+from tensormoe.analysis._polysemanticity import chance_polysemanticity as chance_polysemanticity
+from tensormoe.analysis._polysemanticity import polysemanticity as polysemanticity
 from tensormoe.analysis._probes import Probe as Probe
 from tensormoe.analysis._probes import sparse_probe as sparse_probe
 from tensormoe.analysis._similarity import expert_similarity as expert_similarity

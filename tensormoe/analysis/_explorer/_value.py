@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from tensormoe._format import format_experts
 from tensormoe.analysis._explorer._top import TopInputs
 from tensormoe.analysis._histograms import ClassHistogram, Specialization, specialization
-from tensormoe.analysis._interventions import Interventions, polysemanticity
+from tensormoe.analysis._interventions import Interventions
+from tensormoe.analysis._polysemanticity import polysemanticity
 from tensormoe.analysis._use import ExpertLoad
 from tensormoe.errors import ShapeError
 
