@@ -145,13 +145,15 @@ class Mixture(Stored[LayerConfig], LayerMethods[Tensor]):
         self, x: Tensor, coefficients: Given | None, lead: tuple[int, ...], weight: Tensor
     ) -> Tensor:
         """The experts, mixed by the gate's coefficients or by given ones."""
+        part = self._part
+        config = self.config if part is None else part.called(self.config, coefficients)
         if isinstance(coefficients, EachExpert):
             made: Tensor = self.factors(x, coefficients)
             return made
         if coefficients is None:
             given = functional.own_gate(self.gate, self.config)(x)
         else:
-            given = merged(self.config, coefficients, lead, weight)
+            given = merged(config, coefficients, lead, weight)
             first = given[0]
             if len(given) == 1 and isinstance(first, TopK) and self._sends(x, first):
                 return self._sent(x, first, lead)

@@ -1,7 +1,7 @@
 """Communication between the devices of a mesh, differentiable any number of times.
 
 An array is either *whole*, equal on all devices, or each device has one of its own: a term of a
-sum, or a slice. Each function leads from one to the other, and its derivative is the one that leads
+sum, a slice, or rows of a batch. Each function leads from one to the other, and its derivative is the one that leads
 back. They are functional collectives, which compilers follow.
 """
 
@@ -33,6 +33,18 @@ def sliced(whole: Tensor, axis: int, mesh: DeviceMesh) -> Tensor:
 def joined(piece: Tensor, axis: int, mesh: DeviceMesh) -> Tensor:
     """The devices' slices, whole: one all-gather."""
     return _applied(_Joined, piece, mesh, axis % piece.ndim)
+
+
+def exchanged(rows: Tensor, sent: list[int], received: list[int], mesh: DeviceMesh) -> Tensor:
+    """Rows from every device, in the order of the devices, for rows to each: one all-to-all.
+
+    Args:
+        rows: those for the first device first.
+        sent: how many go to each device.
+        received: how many come from each.
+        mesh: of one dimension.
+    """
+    return _applied(_Exchanged, rows, mesh, sent, received)
 
 
 @torch.no_grad()
@@ -95,6 +107,20 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         return _Sliced.apply(cotangent, ctx.mesh, ctx.axis), None, None
+
+
+class _Exchanged(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, mesh: DeviceMesh, sent: list[int], received: list[int]
+    ) -> Tensor:
+        ctx.mesh, ctx.sent, ctx.received = mesh, sent, received
+        made = collectives.all_to_all_single(rows.contiguous(), received, sent, (mesh, 0))
+        return _waited(made)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        return _Exchanged.apply(cotangent, ctx.mesh, ctx.received, ctx.sent), None, None, None
 
 
 def _waited(made: Tensor) -> Tensor:

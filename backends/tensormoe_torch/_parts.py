@@ -28,7 +28,13 @@ class Boundary:
     Args:
         mesh: of one dimension.
         output: placement of outputs; None for whole ones, of DTensors as slices where they are.
+
+    Attributes:
+        apart: whether each device has a batch of its own. What all devices have is then a plain
+            parameter, whose gradient is a term of data-parallel's sum.
     """
+
+    apart = False
 
     def __init__(self, mesh: DeviceMesh, output: Placement | None = None) -> None:
         self.mesh = mesh
@@ -50,6 +56,8 @@ class Boundary:
 
     def parameter(self, held: Tensor, axis: CutAxis | None) -> Tensor:
         """This device's array of a parameter, whose gradient is the parameter's."""
+        if self.apart and axis is None and not isinstance(held, DTensor):
+            return held
         if not isinstance(held, DTensor) or (
             not torch.compiler.is_compiling() and held.device_mesh != self.mesh
         ):
@@ -174,6 +182,15 @@ class Part(Boundary):
         for each in (network, network.whole):
             _ = each.expert_legs, each.all_factors, each.sizes
         _ = self.axes
+
+    def called(self, config: LayerConfig, given: object) -> LayerConfig:
+        """The configuration that fits coefficients of a call: the whole layer's.
+
+        Args:
+            config: of the whole layer.
+            given: the coefficients.
+        """
+        return config
 
     @property
     def leg(self) -> str:

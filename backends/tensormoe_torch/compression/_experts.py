@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from operator import index as as_index
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from tensormoe_torch._sharded import Loads
 from tensormoe_torch._tracing import is_traced
 
 if TYPE_CHECKING:
+    from tensormoe_torch._exchange import Exchange
     from tensormoe_torch._parts import Boundary
 
 PROJECTIONS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
@@ -149,14 +151,15 @@ class FactorizedExperts(Loads):
         batch_shape, k = check_choices(hidden_states, top_k_index, top_k_weights)
         rows, weights = self._entered(hidden_states), self._entered(top_k_weights)
         index = self._grouped(top_k_index.reshape(-1, k))
+        exchange = self._exchange
         made = send(
-            self._run,
+            self._run if exchange is None else partial(self._exchanged, exchange),
             rows.reshape(-1, rows.shape[-1]),
             index,
             weights.reshape(-1, k),
             self._count,
             BACKEND,
-            sort=self._sorts(rows, index.numel()),
+            sort=exchange is not None or self._sorts(rows, index.numel()),
         )
         return self._left(made.reshape(*batch_shape, made.shape[-1]), hidden_states)
 
@@ -228,6 +231,23 @@ class FactorizedExperts(Loads):
             return self._project(role, rows, given)
 
         made: Tensor = run_expert(dict(self.projections.items()), project, self.act_fn, x)
+        return made
+
+    @property
+    def _exchange(self) -> Exchange | None:
+        """What sends rows to the devices of their experts, where these are spread over several."""
+        boundary = self.boundary
+        if boundary is None or not boundary.apart:
+            return None
+        from tensormoe_torch._exchange import Exchange
+
+        assert isinstance(boundary, Exchange)
+        return boundary
+
+    def _exchanged(self, exchange: Exchange, rows: Tensor, given: OneExpert) -> Tensor:
+        made: Tensor = exchange.run(
+            self._run, rows, given, lambda arrived: self._sorts(arrived, len(arrived))
+        )
         return made
 
     def _called(self, x: Tensor, given: OneExpert | EachExpert) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from tensormoe_torch._factors import Factors
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._parts import Boundary, Part
-from tensormoe_torch._sharded import Copied, is_sharded, stored
+from tensormoe_torch._sharded import Copied, held_here, is_sharded, stored
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.mixtures import DiverseMoE, MultiGateMoE, SoftMoE, SparseMoE
 from tensormoe_torch.mixtures._base import MixtureModule
@@ -60,20 +60,33 @@ def cuts(module: nn.Module, request: Request) -> list[Do]:
     Raises:
         SpecError: a layer that cannot be cut as requested.
     """
+    found = list(_cuts(module, "", request))
+    check_alone(module, _layers(module))
+    return found
+
+
+def check_alone(module: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse layers with parameters that another module has too.
+
+    Args:
+        module: has all of them.
+        layers: to be cut, by name.
+
+    Raises:
+        SpecError: a parameter in several modules.
+    """
     held = Counter(
         id(each)
         for part in module.modules()
         for each in part._parameters.values()
         if each is not None
     )
-    found = list(_cuts(module, "", request))
-    for name, layer in _layers(module):
+    for name, layer in layers:
         if any(held[id(each)] > 1 for each in layer.parameters()):
             raise SpecError(
                 f"a parameter of a layer that is cut must belong to it alone; got one of {name!r} "
                 "that another module has too. Untie them first."
             )
-    return found
 
 
 def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -93,7 +106,7 @@ def _cuts(module: nn.Module, name: str, request: Request) -> Iterator[Do]:
         kinds = ", ".join(each.__name__ for each in MIXTURES)
         raise SpecError(
             f"mixtures that are cut over devices must be one of {kinds}; got "
-            f"{_named(module, name)}. Parallelize the other modules one by one."
+            f"{named(module, name)}. Parallelize the other modules one by one."
         )
     elif isinstance(module, Copied):
         yield _whole(module, Boundary(request.mesh), name)
@@ -114,7 +127,7 @@ def _layer(layer: Mixture, name: str, request: Request) -> Iterator[Do]:
     elif leg not in network.shardable_legs:
         return
     part = Part(layer.config.shard(leg, request.devices), request.mesh, output=request.output)
-    yield _factors(layer, part, name)
+    yield cut_factors(layer, part, name)
     if layer.gate is not None:
         yield _whole(layer.gate, Boundary(request.mesh), name)
 
@@ -132,9 +145,9 @@ def _block(block: MuMoEMLP, name: str, request: Request) -> Iterator[Do]:
     boundary = Boundary(request.mesh, request.output)
     pieces = 2 if config.gated else 1
     first = replace(config.first, gate=None)
-    yield _factors(block.first, Part(first, request.mesh, pieces, inside=True), at(name, "first"))
+    yield cut_factors(block.first, Part(first, request.mesh, pieces, inside=True), at(name, "first"))
     second = Part(config.second, request.mesh, inside=True)
-    yield _factors(block.second, second, at(name, "second"))
+    yield cut_factors(block.second, second, at(name, "second"))
     if block.gate is not None:
         yield _whole(block.gate, Boundary(request.mesh), name)
 
@@ -146,15 +159,7 @@ def _block(block: MuMoEMLP, name: str, request: Request) -> Iterator[Do]:
 
 def _experts(experts: FactorizedExperts, name: str, request: Request) -> Iterator[Do]:
     """Experts behind a router, along their hidden leg."""
-    layers: dict[str, MuMoE] = {}
-    for role, layer in experts.projections.items():
-        if isinstance(layer, MuMoE):
-            layers[role] = layer
-        else:
-            raise SpecError(
-                f"experts that are cut must have their own projections; got "
-                f"{_named(layer, at(name, f'projections.{role}'))}. Take adapters off first."
-            )
+    layers = layers_of(experts, name)
     down, devices, mesh = experts.down_proj, request.devices, request.mesh
     biases: dict[str, CutAxis | None] = {}
     if len(layers) == 1:
@@ -174,17 +179,46 @@ def _experts(experts: FactorizedExperts, name: str, request: Request) -> Iterato
         biases = {f"{role}_bias": CutAxis(1, pieces) for role in layers if role != "down_proj"}
     for role, (leg, pieces) in found.items():
         part = Part(layers[role].config.shard(leg, devices), mesh, pieces, inside=True)
-        yield _factors(layers[role], part, at(name, f"projections.{role}"))
+        yield cut_factors(layers[role], part, at(name, f"projections.{role}"))
     held = [role for role, _ in experts.named_parameters(recurse=False)]
-    _check_own(experts, held, name, others=False)
+    check_own(experts, held, name, others=False)
 
-    def mark() -> None:
-        for bias in held:
-            _put(experts, bias, biases.get(bias), mesh)
-        experts.boundary, experts.cut_biases = Boundary(mesh, request.output), biases
-        experts.plan_ahead()
+    axes = {bias: biases.get(bias) for bias in held}
+    yield lambda: cut_biases(experts, axes, Boundary(mesh, request.output))
 
-    yield mark
+
+def cut_biases(
+    experts: FactorizedExperts, axes: Mapping[str, CutAxis | None], boundary: Boundary
+) -> None:
+    """Cut the biases of experts whose layers are cut, and tell the experts.
+
+    Args:
+        experts: whose layers are cut already.
+        axes: the axis of every bias that is cut, by name; None for whole ones.
+        boundary: of the experts.
+    """
+    for bias, axis in axes.items():
+        _put(experts, bias, axis, boundary)
+    experts.boundary, experts.cut_biases = boundary, axes
+    experts.plan_ahead()
+
+
+def layers_of(experts: FactorizedExperts, name: str) -> dict[str, MuMoE]:
+    """The layers of experts by role.
+
+    Raises:
+        SpecError: something around one of them, as an adapter is.
+    """
+    layers: dict[str, MuMoE] = {}
+    for role, layer in experts.projections.items():
+        if isinstance(layer, MuMoE):
+            layers[role] = layer
+        else:
+            raise SpecError(
+                f"experts that are cut must have their own projections; got "
+                f"{named(layer, at(name, f'projections.{role}'))}. Take adapters off first."
+            )
+    return layers
 
 
 def _legs_of_rows(layer: MuMoE, request: Request) -> list[str]:
@@ -208,11 +242,11 @@ def _check_hidden(features: int, devices: int) -> None:
         )
 
 
-def _factors(layer: Mixture, part: Part, name: str) -> Do:
+def cut_factors(layer: Mixture, part: Part, name: str) -> Do:
     """Cut the factors of a layer."""
     factors = layer.factors
     if isinstance(factors, Factors):
-        _check_own(factors, [*layer.spec.shapes], name)
+        check_own(factors, [*layer.spec.shapes], name)
     if type(factors) is not Factors:
         raise SpecError(
             f"factors must be the layer's own to be cut; got a {type(factors).__qualname__} around "
@@ -223,7 +257,7 @@ def _factors(layer: Mixture, part: Part, name: str) -> Do:
     def cut() -> None:
         for full, axis in part.axes.items():
             short = full.removeprefix("factors.")
-            factors[short] = _distributed(factors[short], axis, part.mesh)
+            factors[short] = _distributed(factors[short], axis, part)
         factors.part = part
 
     return cut
@@ -232,21 +266,21 @@ def _factors(layer: Mixture, part: Part, name: str) -> Do:
 def _whole(gate: Copied, boundary: Boundary, name: str) -> Do:
     """A gate or router that every device has."""
     names = [short for short, _ in gate.named_parameters()]
-    _check_own(gate, names, name)
+    check_own(gate, names, name)
 
     def replicate() -> None:
         for short in names:
-            _put(gate, short, None, boundary.mesh)
+            _put(gate, short, None, boundary)
         gate.boundary = boundary
 
     return replicate
 
 
-def _put(module: nn.Module, name: str, axis: CutAxis | None, mesh: DeviceMesh) -> None:
-    module.register_parameter(name, _distributed(module._parameters[name], axis, mesh))
+def _put(module: nn.Module, name: str, axis: CutAxis | None, boundary: Boundary) -> None:
+    module.register_parameter(name, _distributed(module._parameters[name], axis, boundary))
 
 
-def _check_own(module: nn.Module, names: list[str], place: str, others: bool = True) -> None:
+def check_own(module: nn.Module, names: list[str], place: str, others: bool = True) -> None:
     """Refuse parameters that are computed, sharded already, or besides a module's own."""
     held = stored(module, names)
     more = [name for name, _ in module.named_parameters() if name not in held]
@@ -263,7 +297,7 @@ def _check_own(module: nn.Module, names: list[str], place: str, others: bool = T
             )
 
 
-def _distributed(held: Tensor | None, axis: CutAxis | None, mesh: DeviceMesh) -> nn.Parameter:
+def _distributed(held: Tensor | None, axis: CutAxis | None, boundary: Boundary) -> nn.Parameter:
     """A parameter on all devices, or its slices; values are those of the first process."""
     assert held is not None
     values = held.detach()
@@ -278,7 +312,9 @@ def _distributed(held: Tensor | None, axis: CutAxis | None, mesh: DeviceMesh) ->
             )
             place += 1
         placement = Shard(place)
-    made = distribute_tensor(values, mesh, [placement])
+    made: Tensor = distribute_tensor(values, boundary.mesh, [placement])
+    if axis is None and boundary.apart:
+        made = held_here(made)
     return nn.Parameter(made, requires_grad=held.requires_grad)
 
 
@@ -287,5 +323,5 @@ def at(name: str, short: str) -> str:
     return f"{name}.{short}" if name else short
 
 
-def _named(module: nn.Module, name: str) -> str:
+def named(module: nn.Module, name: str) -> str:
     return f"{type(module).__name__} at {name!r}" if name else type(module).__name__
