@@ -1,8 +1,8 @@
 """Communication between the devices of a mesh, differentiable any number of times.
 
 An array is either *whole*, equal on all devices, or each device has one of its own: a term of a
-sum, a slice, or rows of a batch. Each function leads from one to the other, and its derivative is the one that leads
-back. They are functional collectives, which compilers follow.
+sum, a slice, or rows of its batch. Each function leads from one to the other, and its derivative is
+the one that leads back. They are functional collectives, which compilers follow.
 """
 
 from __future__ import annotations

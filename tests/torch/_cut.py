@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tensormoe_torch.parallel import parallelize
+from tensormoe_torch.parallel import parallelize, parallelize_experts
+from tests.torch._helpers import randomize
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
@@ -29,6 +30,20 @@ def mesh() -> DeviceMesh:
 def pair(module: Any, leg: str | None = None) -> tuple[Any, Any]:
     """A module, and an equal one that is cut."""
     return module, parallelize(copy.deepcopy(module), mesh(), leg)
+
+
+def spread_pair(module: Any) -> tuple[Any, Any]:
+    """A module, and an equal one whose experts are spread."""
+    return module, parallelize_experts(copy.deepcopy(module), mesh())
+
+
+def scaled(module: nn.Module) -> Any:
+    """Random parameters, small ones where there are many of them."""
+    randomize(module)
+    with torch.no_grad():
+        for each in module.parameters():
+            each.mul_(each.shape[-1] ** -0.5)
+    return module
 
 
 def whole(array: Any, like: Tensor | None = None) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,15 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
-from tensormoe import CP, TopK
-from tensormoe.errors import BackendError, SpecError
-from tensormoe.gates import OneExpert
-from tensormoe.routing import Router
-from tensormoe_torch import CartesianMoE, MuMoE, SparseMoE
-from tensormoe_torch.adapters import add_adapters
+from tensormoe_torch import MuMoE, SparseMoE
 from tensormoe_torch.compression import FactorizedExperts
-from tensormoe_torch.parallel import parallelize, parallelize_experts
 from tests._kinds import KINDS
-from tests.torch._cut import assert_near, mesh, sent, whole
-from tests.torch._helpers import normal, randomize
+from tests.torch._cut import assert_near, mesh, scaled, sent, spread_pair
+from tests.torch._helpers import normal
 from tests.torch._ranks import Ranks
 
 SIZES = {"gate_proj": (6, 8), "up_proj": (6, 8), "gate_up_proj": (6, 16), "down_proj": (8, 6)}
@@ -39,14 +31,6 @@ ROLES = ("gate_proj up_proj down_proj", "gate_up_proj down_proj", "up_proj down_
 def halves(both: Tensor) -> Tensor:
     gate, up = both.chunk(2, dim=-1)
     return F.silu(gate) * up
-
-
-def scaled(module: Any) -> Any:
-    randomize(module)
-    with torch.no_grad():
-        for each in module.parameters():
-            each.mul_(each.shape[-1] ** -0.5)
-    return module
 
 
 def experts_like(kind: Any, roles: str, count: int, biases: bool) -> FactorizedExperts:
@@ -59,10 +43,6 @@ def experts_like(kind: Any, roles: str, count: int, biases: bool) -> FactorizedE
     act = halves if "gate_up_proj" in roles else F.silu
     made: FactorizedExperts = scaled(FactorizedExperts(layers, act, more))
     return made
-
-
-def pair(module: Any) -> tuple[Any, Any]:
-    return module, parallelize_experts(copy.deepcopy(module), mesh())
 
 
 def assert_alike(module: Any, cut: Any, call: Any, rows: list[int], *inputs: Tensor) -> None:
@@ -99,7 +79,7 @@ def assert_alike(module: Any, cut: Any, call: Any, rows: list[int], *inputs: Ten
 
 def compare_experts(rank: int, kind: Any, roles: str, biases: bool, sort: Any, case: Any) -> None:
     count, rows, index = case
-    made, cut = pair(experts_like(kind, roles, count, biases))
+    made, cut = spread_pair(experts_like(kind, roles, count, biases))
     if sort is not None:
         made._sorts = cut._sorts = lambda *_: sort
     chosen = torch.tensor(index, dtype=torch.long).reshape(sum(rows), 2)
@@ -130,7 +110,11 @@ def test_any_load(devices: Ranks, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
 def test_factorizations(ranks: Ranks, kind: Any) -> None:
-    for rows, index in (([3, 2], [0, 3, 2, 1, 3, 1, 0, 1, 1, 2]), ([0, 2], [0, 1, 1, 0]), ([0, 0], [])):
+    for rows, index in (
+        ([3, 2], [0, 3, 2, 1, 3, 1, 0, 1, 1, 2]),
+        ([0, 2], [0, 1, 1, 0]),
+        ([0, 0], []),
+    ):
         ranks(compare_experts, kind, ROLES[0], False, True, (4, rows, index))
 
 
@@ -148,7 +132,7 @@ def mixtures() -> dict[str, Any]:
 
 
 def compare_mixture(rank: int, name: str, folder: Path) -> None:
-    made, cut = pair(scaled(mixtures()[name]))
+    made, cut = spread_pair(scaled(mixtures()[name]))
     for rows in ([3, 4], [0, 5]):
         assert_alike(made, cut, lambda each, x: each(x), rows, normal(sum(rows), 6))
     assert cut(normal(2, 3, 6)).shape == made(normal(2, 3, 6)).shape
@@ -163,7 +147,7 @@ def compare_mixture(rank: int, name: str, folder: Path) -> None:
     cut.save(folder / "mixture")
     again = SparseMoE.load(folder / "mixture").state_dict()
     assert all(torch.equal(again[key], each) for key, each in made.state_dict().items())
-    _, other = pair(scaled(mixtures()[name]))
+    _, other = spread_pair(scaled(mixtures()[name]))
     other.reset_parameters()
     other.load_state_dict(again)
     assert_near(other(normal(3, 6)), made(normal(3, 6)))
@@ -181,7 +165,7 @@ def test_mixtures(ranks: Ranks, name: str, tmp_path: Path) -> None:
 
 def count_sent(rank: int) -> None:
     """Counts and rows there, rows back; and of the backward pass, two."""
-    _, cut = pair(scaled(mixtures()["CP"]))
+    _, cut = spread_pair(scaled(mixtures()["CP"]))
     x = normal(5, 6).requires_grad_()
     index = cut.route(x).top_k_index
     with sent() as calls:

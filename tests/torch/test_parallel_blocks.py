@@ -39,18 +39,9 @@ from tensormoe_torch import (
 from tensormoe_torch.compression import FactorizedExperts
 from tensormoe_torch.parallel import MuMoEParallel, parallelize
 from tests._kinds import UNEVEN
-from tests.torch._cut import assert_alike, assert_near, gradients, mesh, pair, sent, whole
+from tests.torch._cut import assert_alike, assert_near, gradients, mesh, pair, scaled, sent, whole
 from tests.torch._helpers import normal, randomize
 from tests.torch._ranks import Ranks
-
-
-def scaled(module: nn.Module) -> Any:
-    """Random parameters, small ones where there are many of them."""
-    randomize(module)
-    with torch.no_grad():
-        for each in module.parameters():
-            each.mul_(each.shape[-1] ** -0.5)
-    return module
 
 
 def block(kind: Factorization, gated: bool, **options: Any) -> MuMoEMLP:

@@ -145,7 +145,9 @@ def _block(block: MuMoEMLP, name: str, request: Request) -> Iterator[Do]:
     boundary = Boundary(request.mesh, request.output)
     pieces = 2 if config.gated else 1
     first = replace(config.first, gate=None)
-    yield cut_factors(block.first, Part(first, request.mesh, pieces, inside=True), at(name, "first"))
+    yield cut_factors(
+        block.first, Part(first, request.mesh, pieces, inside=True), at(name, "first")
+    )
     second = Part(config.second, request.mesh, inside=True)
     yield cut_factors(block.second, second, at(name, "second"))
     if block.gate is not None:

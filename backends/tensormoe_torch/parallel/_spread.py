@@ -81,8 +81,14 @@ def parallelize_experts(module: M, mesh: DeviceMesh) -> M:
             f"{type(module).__name__} without. parallelize(module, mesh) cuts other layers."
         )
     todo = [each for name, experts in found for each in _spread(experts, name, checked)]
-    check_alone(module, [(at(name, short), part) for name, experts in found
-                         for short, part in experts.named_modules()])
+    check_alone(
+        module,
+        [
+            (at(name, short), part)
+            for name, experts in found
+            for short, part in experts.named_modules()
+        ],
+    )
     for each in todo:
         each()
     return module
