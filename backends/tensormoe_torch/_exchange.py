@@ -76,7 +76,7 @@ class Exchange(Boundary):
         return made
 
     # how many rows a device gets is not known before, so that compilers cannot follow
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def run(
         self,
         run: Callable[[Tensor, OwnExperts], Tensor],

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 from tensormoe_torch import MuMoE, SparseMoE
 from tensormoe_torch.compression import FactorizedExperts
+from tensormoe_torch.parallel import parallelize_experts
 from tests._kinds import KINDS
 from tests.torch._cut import assert_near, mesh, scaled, sent, spread_pair
 from tests.torch._helpers import normal
@@ -156,6 +158,13 @@ def compare_mixture(rank: int, name: str, folder: Path) -> None:
     dcp.load({"model": (state := other.state_dict())}, checkpoint_id=folder / "step")
     other.load_state_dict(state)
     assert_near(other(normal(3, 6)), made(normal(3, 6)))
+    # and on another number of devices
+    grid = init_device_mesh("cpu", (mesh().size(), 1), mesh_dim_names=("data", "expert"))
+    alone = parallelize_experts(scaled(mixtures()[name]), grid["expert"])
+    alone.reset_parameters()
+    dcp.load({"model": (state := alone.state_dict())}, checkpoint_id=folder / "step")
+    alone.load_state_dict(state)
+    assert_near(alone(normal(3, 6)), made(normal(3, 6)))
 
 
 @pytest.mark.parametrize("name", mixtures())

@@ -56,7 +56,7 @@ class FactorizedExperts(Loads):
         projections: the layers by role; their parameters are ``projections.<role>.factors.<name>``.
         act_fn: the activation.
         groups: as given, a buffer; None where every expert of the router has its own.
-        boundary: of the experts, where they are cut over devices; None elsewhere.
+        boundary: of the experts, where they are cut or spread over devices; None elsewhere.
 
     >>> layers = {
     ...     role: MuMoE(i, o, experts=4, rank=2, bias=False, gate=None)
@@ -136,6 +136,8 @@ class FactorizedExperts(Loads):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The experts' outputs, weighted by the router.
+
+        Where experts are spread over devices, every process calls them, with its own tokens.
 
         Args:
             hidden_states: (tokens, in), in the layers' dtype.
