@@ -18,6 +18,7 @@ from tensormoe.mixtures import send
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._collectives import exchanged
 from tensormoe_torch._parts import Boundary, One, Part
+from tensormoe_torch._tracing import is_traced
 
 TOGETHER = (
     "experts that are spread over devices must be called together, as experts(hidden_states, "
@@ -95,6 +96,12 @@ class Exchange(Boundary):
             given: the experts of the rows, with counts.
             sorts: whether to sort rows that came by expert.
         """
+        if torch.compiler.is_exporting() or is_traced(rows):
+            raise BackendError(
+                "experts that are spread over devices must run eagerly or behind torch.compile; "
+                "got a call that torch.export or a transformation of torch.func follows. Leave "
+                "the experts whole for that."
+            )
         counts = given.counts
         assert counts is not None
         own = len(counts) // self.devices

@@ -20,7 +20,8 @@ from tensormoe import TopK
 from tensormoe.errors import BackendError, SpecError
 from tensormoe.gates import OneExpert
 from tensormoe.routing import Router
-from tensormoe_torch import CartesianMoE, MuMoE, SparseMoE
+from tensormoe_torch import CartesianMoE, MuMoE, SparseMoE, synchronize_gates
+from tensormoe_torch.adapters import add_adapters
 from tensormoe_torch.parallel import parallelize, parallelize_experts
 from tests.torch._cut import assert_near, mesh, scaled, spread_pair, whole
 from tests.torch._helpers import normal
@@ -97,6 +98,23 @@ def train(rank: int) -> None:
 
 def test_training(ranks: Ranks) -> None:
     ranks(train)
+
+
+def balance(rank: int) -> None:
+    """The load of all processes, where gates are synchronized."""
+    size = mesh().size()
+    router = Router("sigmoid", balance=0.01)
+    made, cut = spread_pair(scaled(SparseMoE(8, 8, experts=4, top_k=2, router=router)))
+    x = normal(3 * size, 8).float()
+    synchronize_gates(cut)(x[: 2 * size] if rank else x[2 * size :])
+    other = x if size == 2 else torch.cat([x[2 * size :], *[x[: 2 * size]] * (size - 1)])
+    made(other)
+    assert torch.equal(cut.router.choice_bias, made.router.choice_bias)
+    assert cut.router.choice_bias.any()
+
+
+def test_balance(ranks: Ranks) -> None:
+    ranks(balance)
 
 
 def compiled(rank: int) -> None:
@@ -187,6 +205,14 @@ def refuse(rank: int) -> None:
     for call in calls:
         with pytest.raises(SpecError, match="must be called together"):
             call()
+    with pytest.raises(BackendError, match="must run eagerly"):
+        torch.export.export(twice, (x,))
+    adapted = parallelize_experts(sparse(factorization="cp", rank=4), mesh())
+    add_adapters(adapted, rank=2)
+    with pytest.raises(SpecError, match="got a ResidualExperts for 'gate_up_proj'"):
+        adapted(x)
+    with pytest.raises(SpecError, match="must have their own projections"):
+        parallelize_experts(adapted, mesh())
     placed = DTensor.from_local(x, mesh(), [Replicate()])
     with pytest.raises(BackendError, match="must be plain tensors"):
         experts(placed, ids[:, None], torch.ones(3, 1))

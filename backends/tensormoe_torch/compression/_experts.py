@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from tensormoe.errors import ShapeError
+from tensormoe.errors import ShapeError, SpecError
 from tensormoe.functional import CutAxis, EachExpert
 from tensormoe.gates import OneExpert
 from tensormoe.mixtures import run_expert, send
@@ -247,6 +247,13 @@ class FactorizedExperts(Loads):
         return boundary
 
     def _exchanged(self, exchange: Exchange, rows: Tensor, given: OneExpert) -> Tensor:
+        for role, layer in self.projections.items():
+            # another module would take a device's numbers of experts for those of all
+            if not isinstance(layer, MuMoE) or layer._part is None:
+                raise SpecError(
+                    "experts that are spread over devices must have the layers that were spread; "
+                    f"got a {type(layer).__name__} for {role!r}. Take adapters off first."
+                )
         made: Tensor = exchange.run(
             self._run, rows, given, lambda arrived: self._sorts(arrived, len(arrived))
         )
