@@ -219,7 +219,8 @@ $(OLDEST_VENV)/.ready: $(REQUIREMENTS)
 	    'transformers>=5.13'
 	@touch $@
 
-$(GPU_VENV)/.ready: $(REQUIREMENTS)
+# also under make -k, nothing is installed where there is no GPU
+$(GPU_VENV)/.ready: $(REQUIREMENTS) | gpu
 	@echo "== setting up $(GPU_VENV): $(GPU_PACKAGES)"
 	@$(call make_venv,$(GPU_VENV))
 	@# without the constraints, which pin a PyTorch without CUDA

@@ -64,5 +64,9 @@ pytest_collect_file = Sybil(
 ).pytest()
 
 # not installed everywhere: CuPy, whose package says so at its import, and the driver of a browser
-_NEEDED = {"cupy": "backends/tensormoe_cupy/*", "playwright": "tests/docs/_browser.py"}
-collect_ignore_glob = [path for package, path in _NEEDED.items() if not find_spec(package)]
+_NEEDED = {
+    "backends/tensormoe_cupy/*": "cupy",
+    "tests/docs/_browser.py": "playwright",
+    "tests/explorer/_use.py": "playwright",
+}
+collect_ignore_glob = [path for path, package in _NEEDED.items() if not find_spec(package)]

@@ -62,6 +62,7 @@ def test_errors_are_what_callers_would_catch_anyway(error: str) -> None:
     assert issubclass(kind, TensormoeError)
     builtin = {
         "BackendError": TypeError,
+        "ClusterError": RuntimeError,
         "LayoutError": NotImplementedError,
         "MissingDependencyError": ImportError,
     }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +175,21 @@ def test_work_that_nobody_waits_for_ends(
         "--scheduler",
         cluster.scheduler_address,
     ]
-    with subprocess.Popen(
-        [*map(str, command)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    process = subprocess.Popen(
+        [*map(str, command)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # a shell's background jobs ignore interrupts, and so do their children unless told
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+    with process:
         soon(marker.exists)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        try:
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert err.decode() == "error: interrupted: nothing is done yet.\n"
     assert not list(tmp_path.glob("out*"))

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from _driver import devices
@@ -84,7 +85,14 @@ def run(library: str, device: str, seconds: float | None = None) -> Results:
         # choosing the fastest kernel of each product takes longer than all of them
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
         settings = SETTINGS | {"JAX_PLATFORMS": device, "XLA_FLAGS": flags.strip()}
-        with subprocess.Popen(command, env=os.environ | settings, cwd=TESTS.parent) as tests:
+        started = subprocess.Popen(
+            command,
+            env=os.environ | settings,
+            cwd=TESTS.parent,
+            # a shell's background jobs ignore interrupts, and so do their children unless told
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        )
+        with started as tests:
             unfinished = not _ended(tests, seconds)
             if unfinished:
                 tests.send_signal(signal.SIGINT)
