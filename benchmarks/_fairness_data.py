@@ -69,7 +69,7 @@ class Task:
 
 
 def folder() -> Path:
-    """Where the package keeps its tables; it is not imported.
+    """The folder of the package's tables; it is not imported.
 
     Raises:
         SystemExit: the package is not installed.

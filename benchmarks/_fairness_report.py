@@ -99,7 +99,7 @@ def tables(task: Task, found: Mapping[tuple[str, str], tuple[float, list[Run]]])
 
 
 def _techniques(kept: str, runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """What is done with the logits of a model, and its name."""
+    """A technique applied to the logits of a model, by name."""
     if kept == "oversampled":
         return [("none", "oversampling")]
     names = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Precision:
-    """How numbers are stored and multiplied.
+    """Format in which numbers are stored and multiplied.
 
     Args:
         name: as printed.
@@ -33,7 +33,7 @@ TF32 = Precision("float32, TF32 on", "float32", tf32=True)
 PRECISIONS = (BFLOAT16, FLOAT32, TF32)
 
 TOLERANCES = {BFLOAT16.name: 5e-2, FLOAT32.name: 1e-4, TF32.name: 1e-2}
-"""How far two formulations may be apart, relative to the largest output."""
+"""Largest difference between two formulations, relative to the largest output."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def run(part: str, recorder: Recorder, sizes: Sizes, device: str, folder: Path) 
 
 
 def _rooflines(folder: Path) -> Rooflines:
-    """What the part before found; none if it failed."""
+    """The roofline that the part before found; none if it failed."""
     path = folder / ROOFLINES
     found = json.loads(path.read_text("utf-8")) if path.exists() else {}
     return {name: Roofline.from_dict(values) for name, values in found.items()}

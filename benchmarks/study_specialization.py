@@ -1,4 +1,4 @@
-"""How special experts are, and how much the model needs each of them, against their number.
+"""Specialisation of experts, and the model's need of each, against their number.
 
     python benchmarks/study_specialization.py
     python benchmarks/study_specialization.py table

@@ -76,7 +76,7 @@ class Mixture(Stored[LayerConfig], LayerMethods[Tensor]):
 
     @property
     def _part(self) -> Part | None:
-        """What this device has of a layer that is cut over several."""
+        """This device's part of a layer that is cut over several."""
         part: Part | None = getattr(self.factors, "part", None)
         return part
 

@@ -49,7 +49,7 @@ def exchanged(rows: Tensor, sent: list[int], received: list[int], mesh: DeviceMe
 
 @torch.no_grad()
 def agreed(drawn: Tensor, mesh: DeviceMesh) -> Tensor:
-    """What the first device drew, on all of them."""
+    """The first device's draw, on all of them."""
     if mesh.size() == 1:
         return drawn
     first = int(mesh.mesh.flatten()[0])

@@ -126,7 +126,7 @@ class Boundary:
         return self.enter(x), [self.given(each) for each in given] if levels else self.given(given)
 
     def agreed(self, drawn: Tensor) -> Tensor:
-        """What the first device drew at random, on all of them."""
+        """The first device's random draw, on all of them."""
         return agreed(drawn, self.mesh)
 
     def dropout(self, x: Tensor, share: float, *, slices: bool) -> Tensor:

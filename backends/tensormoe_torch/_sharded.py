@@ -31,7 +31,7 @@ def is_sharded(array: object) -> bool:
 
 
 def held_here(array: Tensor) -> Tensor:
-    """What this process has of a tensor; the tensor itself where it is not sharded."""
+    """This process's part of a tensor; the tensor itself where it is not sharded."""
     held: Any = array
     found: Tensor = held.to_local() if is_sharded(array) else array
     return found
@@ -81,7 +81,7 @@ class Copied(Loads):
         return array if self.boundary is None else self.boundary.whole(array)
 
     def _agreed(self, drawn: Tensor) -> Tensor:
-        """What is drawn at random, the same on every device."""
+        """A random draw, the same on every device."""
         return drawn if self.boundary is None else self.boundary.agreed(drawn)
 
 

@@ -1,4 +1,4 @@
-"""What experts do: use, specialisation, interventions, probes, similarity.
+"""Analysis of experts: use, specialisation, interventions, probes, similarity.
 
 Everything is fed by coefficients or routing records of any library, and by labels. Counts and sums
 of batches add up with ``+``, so that a data set may come in parts; what follows from them is

@@ -1,4 +1,4 @@
-"""What experts are used for: histograms over classes or tokens, and how special they are."""
+"""Histograms of experts over classes or tokens, and their specialisation."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def given_array(given: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Specialization:
-    """How far experts' distributions over classes are from that of all inputs, in bits.
+    """Distance of experts' distributions over classes from that of all inputs, in bits.
 
     Args:
         divergence: (N,) Jensen–Shannon divergence, between 0 and 1; NaN for unused experts.

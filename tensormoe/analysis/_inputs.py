@@ -1,4 +1,4 @@
-"""What analysis is fed with: coefficients of one level, labels, and values on the host."""
+"""Inputs of analysis: coefficients of one level, labels, and values on the host."""
 
 from __future__ import annotations
 

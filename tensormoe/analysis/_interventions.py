@@ -1,4 +1,4 @@
-"""What the output loses without an expert: counterfactual interventions for all experts at once."""
+"""Counterfactual interventions on all experts at once: changes of predictions without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many classes an expert serves, by what its absence costs."""
+"""Polysemanticity of experts: the classes that an expert's absence costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a few experts know: linear probes on their coefficients."""
+"""Linear probes on the coefficients of a few experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How alike experts are, from their factors."""
+"""Similarity of experts, from their factors."""
 
 from __future__ import annotations
 

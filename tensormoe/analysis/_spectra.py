@@ -77,7 +77,7 @@ def rank_curve(
     evaluate: Callable[[Mapping[str, Array]], float],
     shares: Sequence[float] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
 ) -> RankCurve:
-    """How much a trained model needs of the spectra of its layers.
+    """Score of a trained model against the share of its layers' spectra that is kept.
 
     All matrices are truncated to the same share of their singular values; a curve that stays up is
     why experts of low rank can do (Oldfield et al. 2024, appendix on low-rank structure).

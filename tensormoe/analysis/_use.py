@@ -1,4 +1,4 @@
-"""How much experts are used: load, dead experts, histograms of coefficients."""
+"""Use of experts: load, dead experts, histograms of coefficients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an exploration refuses, and what it says then."""
+"""Inputs that an exploration refuses, with the errors."""
 
 from __future__ import annotations
 

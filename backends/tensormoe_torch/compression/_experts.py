@@ -237,7 +237,7 @@ class FactorizedExperts(Loads):
 
     @property
     def _exchange(self) -> Exchange | None:
-        """What sends rows to the devices of their experts, where these are spread over several."""
+        """The exchange of rows with the devices of their experts, where these are spread."""
         boundary = self.boundary
         if boundary is None or not boundary.apart:
             return None

@@ -14,7 +14,7 @@ Activation = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def cut_pieces(act: Activation, width: int, devices: int, place: str) -> int:
-    """How the inputs of an activation are cut, so that its outputs are cut into slices: by trying.
+    """Pieces to cut the inputs of an activation into, so that outputs are slices: by trying.
 
     Args:
         act: the activation, elementwise or of both halves of gated units.

@@ -36,7 +36,7 @@ Do = Callable[[], None]
 
 @dataclass(frozen=True)
 class Request:
-    """How layers are to be cut.
+    """A request to cut layers.
 
     Args:
         mesh: of one dimension.
@@ -55,7 +55,7 @@ class Request:
 
 
 def cuts(module: nn.Module, request: Request) -> list[Do]:
-    """What is to be done to cut all layers in a module; nothing is done yet.
+    """Steps that cut all layers in a module; nothing is done yet.
 
     Raises:
         SpecError: a layer that cannot be cut as requested.

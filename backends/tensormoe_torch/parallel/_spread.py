@@ -118,7 +118,7 @@ def _found(module: nn.Module, name: str) -> Iterator[tuple[str, FactorizedExpert
 
 
 def _spread(experts: FactorizedExperts, name: str, mesh: DeviceMesh) -> Iterator[Do]:
-    """What is to be done to spread experts; nothing is done yet."""
+    """Steps that spread experts; nothing is done yet."""
     layers, devices = layers_of(experts, name), mesh.size()
     count = experts.down_proj.spec.num_experts
     if count % devices:

@@ -47,7 +47,7 @@ def explore_coefficients(
     title: str = "Experts",
     path: str | PathLike[str] | None = None,
 ) -> Exploration:
-    """What every expert does, from coefficients or routing records of any model.
+    """Explore every expert, from coefficients or routing records of any model.
 
     Args:
         coefficients: one entry per level, or that of the only level: an array (..., N_e), a

@@ -46,7 +46,7 @@ def explore(
     title: str = "Experts",
     path: str | PathLike[str] | None = None,
 ) -> Exploration:
-    """What every expert of a layer does: use, classes, top inputs, effects, nearest experts.
+    """Explore every expert of a layer: use, classes, top inputs, effects, nearest experts.
 
     Explorations of batches add up. The page that ``path`` asks for opens from disk. For models that
     are no layer of ours, :func:`explore_coefficients` takes coefficients.

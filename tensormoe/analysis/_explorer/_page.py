@@ -71,7 +71,7 @@ def in_notebook(found: Exploration) -> str:
 
 
 def payload(found: Exploration) -> dict[str, Any]:
-    """What the page is given: the data file's numbers in single precision, cut where they are many.
+    """Contents of the page: the data file's numbers in single precision, cut where they are many.
 
     Of many classes each expert keeps the largest; logits are kept of as many top inputs as fit.
     """

@@ -20,7 +20,7 @@ from tensormoe.errors import ShapeError, SpecError
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """What an exploration shows besides numbers.
+    """Parts of an exploration besides numbers.
 
     Args:
         examples: the inputs as people see them, or None.

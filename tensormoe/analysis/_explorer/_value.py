@@ -102,7 +102,7 @@ class ExploredLevel:
 
 @dataclass(frozen=True, eq=False)
 class Exploration:
-    """What every expert does, over one or more batches of inputs: :func:`explore` makes it.
+    """Behaviour of every expert over one or more batches of inputs: :func:`explore` makes it.
 
     Those of batches add up, in the order of the inputs. :meth:`save` writes a page or a data file.
 
