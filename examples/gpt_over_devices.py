@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -180,8 +181,11 @@ def main() -> None:
 
     OUT.mkdir(exist_ok=True)
     found = get_state_dict(model, optimizer)
-    writer = dcp.FileSystemWriter(checkpoint, overwrite=True)
-    dcp.save({"model": found[0], "optimizer": found[1]}, storage_writer=writer)
+    if dist.get_rank() == 0:
+        # what another number of processes has saved there are other files
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    dist.barrier()
+    dcp.save({"model": found[0], "optimizer": found[1]}, checkpoint_id=checkpoint)
     model.layers[0].experts.save(OUT / "first_block.safetensors")
     if dist.get_rank() == 0:
         again = MuMoEMLP.load(OUT / "first_block.safetensors")
