@@ -100,7 +100,7 @@ def test_as_the_loop(kind: Factorization, level: int) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
 @pytest.mark.parametrize("bias", [True, False])
 def test_outputs_of_a_level_add_up(kind: Factorization, bias: bool) -> None:
-    """What deltas have in common counts as part of each expert."""
+    """Parts that deltas have in common count as part of each expert."""
     for experts in ((7,), (4, 3)):
         config, arrays, x, _ = layer(kind, experts, bias)
         shares = route(config, arrays, x, NUMPY).coefficients

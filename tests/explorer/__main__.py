@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def check(executable: str, pages: dict[str, Path], pictures: Path) -> Iterator[str]:
-    """What is wrong with the pages."""
+    """Problems of the pages."""
     from tests.docs._browser import opened
     from tests.explorer._use import by_keys, edits, grids, hostile, in_notebook, looks, speed
 

@@ -1,4 +1,4 @@
-"""What a reader does with a page, and what must come of it."""
+"""Use of a page as a reader's, and what must come of it."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def edits(browser: Browser, path: Path) -> Iterator[str]:
 
 
 def preview(page: Page) -> str:
-    """What is said of the silenced expert."""
+    """The sentence on the silenced expert."""
     page.click("#silence")
     return page.inner_text("#preview")
 

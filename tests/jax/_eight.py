@@ -1,4 +1,4 @@
-"""What the checks on eight devices share: the checks by name, meshes, and what is communicated."""
+"""Shared parts of the checks on eight devices: checks by name, meshes, and communication."""
 
 from __future__ import annotations
 

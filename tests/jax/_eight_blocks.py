@@ -54,7 +54,7 @@ def squared(config: Any, legs: Any, parameters: Any, x: Any) -> Any:
 
 
 def slices(config: BlockConfig, devices: int) -> list[tuple[str, int]]:
-    """What devices exchange of a gated block's first layer: two slices per array, twice."""
+    """Exchanges of a gated block's first layer: two slices per array, twice."""
     part, found = config.first.shard("o", devices).spec.network, []
     for factor in part.all_factors if config.gated else ():
         if "o" in factor.legs:
