@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from tensormoe._extras import require
+from tensormoe.choosing._words import parse_bytes, parse_parameters, parse_rank
 from tensormoe.cli._compress_show import (
     bars,
     plan_dict,
@@ -17,7 +18,6 @@ from tensormoe.cli._compress_show import (
 )
 from tensormoe.cli._console import make_console, print_json
 from tensormoe.cli._profile import resolve_device
-from tensormoe.cli._values import parse_bytes, parse_parameters, parse_rank
 from tensormoe.compression import (
     Compression,
     compress_checkpoint,

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from tensormoe import LayerSpec
 from tensormoe._format import format_bytes, format_count, format_parameters, format_time
+from tensormoe.choosing._words import parse_bytes, parse_size
 from tensormoe.cli._console import make_table
 from tensormoe.cli._figures import cost_dict
 from tensormoe.cli._layer_arguments import LayerArguments
-from tensormoe.cli._values import parse_bytes, parse_size
 from tensormoe.errors import SpecError
 from tensormoe.planning import CutLayer, Roofline, Routing, compare_legs
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from tensormoe._extras import require
 from tensormoe._format import format_bytes
 from tensormoe.checkpoint import peek_checkpoint
+from tensormoe.choosing._words import parse_size
 from tensormoe.cli._console import make_console, print_json
-from tensormoe.cli._values import parse_size
 from tensormoe.errors import SpecError
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tensormoe._format import format_experts
+from tensormoe.choosing._words import parse_budget, parse_experts, parse_size
 from tensormoe.cli._profile import resolve_device
-from tensormoe.cli._values import parse_budget, parse_experts, parse_size
 from tensormoe.gates import Gate
 from tensormoe.planning import Cost, Roofline, gate_cost
 from tensormoe.selection import Budget

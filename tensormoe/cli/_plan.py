@@ -9,11 +9,11 @@ from typing import Any
 from tensormoe import LayerSpec
 from tensormoe._drawing import Role, network_lines
 from tensormoe._files import check_picture
+from tensormoe.choosing._words import parse_bytes, parse_rank
 from tensormoe.cli._console import make_console, print_json
 from tensormoe.cli._devices import cut_layers, legs_dict, legs_table, with_link
 from tensormoe.cli._figures import cost_dict
 from tensormoe.cli._layer_arguments import LayerArguments
-from tensormoe.cli._values import parse_bytes, parse_rank
 from tensormoe.errors import PlanError, RankError
 from tensormoe.factorizations import rank_pattern, resolve_factorization
 from tensormoe.planning import Cost, CutLayer, Plan, Routing, plan_layer

@@ -13,10 +13,10 @@ from tensormoe import LayerSpec
 from tensormoe._files import check_picture
 from tensormoe._format import format_bytes, format_count, format_time, plain_rank
 from tensormoe._validation import choice
+from tensormoe.choosing._words import parse_bonds, parse_names, parse_size
 from tensormoe.cli._console import make_console, make_table, print_json
 from tensormoe.cli._figures import COLUMNS, Figures, cost_dict
 from tensormoe.cli._layer_arguments import LayerArguments
-from tensormoe.cli._values import parse_bonds, parse_names, parse_size
 from tensormoe.errors import BudgetError, SpecError
 from tensormoe.factorizations import Dense, resolve_factorization
 from tensormoe.selection import (

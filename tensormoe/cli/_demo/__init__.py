@@ -6,8 +6,8 @@ import argparse
 
 from tensormoe._extras import require
 from tensormoe._files import make_folder
+from tensormoe.choosing._words import parse_experts, parse_size
 from tensormoe.cli._console import make_console
-from tensormoe.cli._values import parse_experts, parse_size
 from tensormoe.errors import SpecError
 
 __all__ = ["run_demo"]

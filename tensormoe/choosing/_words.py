@@ -1,4 +1,4 @@
-"""Command-line words as values: sizes, experts, ranks, bonds and budgets."""
+"""Words as values: sizes, experts, ranks, bonds and budgets."""
 
 from __future__ import annotations
 
