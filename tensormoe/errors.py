@@ -28,6 +28,7 @@ __all__ = [
     "MissingDependencyError",
     "PlanError",
     "RankError",
+    "RequestError",
     "ShapeError",
     "SpecError",
     "TensormoeError",
@@ -52,6 +53,26 @@ class SpecError(TensormoeError, ValueError):
 
 class RankError(SpecError):
     """A rank that does not fit its factorization."""
+
+
+class RequestError(SpecError):
+    """A request some of whose fields cannot be.
+
+    Args:
+        fields: the error of each of them, by name.
+
+    >>> str(RequestError({"batch": SpecError("batch must be positive."), "bias": SpecError("No.")}))
+    'batch must be positive. No.'
+    """
+
+    fields: Mapping[str, TensormoeError]
+
+    def __init__(self, fields: Mapping[str, TensormoeError]) -> None:
+        super().__init__(" ".join(map(str, fields.values())))
+        self.fields = dict(fields)
+
+    def __reduce__(self) -> tuple[type[RequestError], tuple[Mapping[str, TensormoeError]]]:
+        return RequestError, (self.fields,)
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,15 @@
-"""Choosing before training: one function from a question to all of its answers, as plain values."""
+"""Choosing before training: one function from a question to all of its answers, as plain values.
+
+The command line, a local server and a page in a browser ask :func:`explore`, which needs no array
+library.
+"""
 
 from __future__ import annotations
+
+from tensormoe.choosing._best import Best as Best
+from tensormoe.choosing._explore import answer as answer
+from tensormoe.choosing._explore import explore as explore
+from tensormoe.choosing._request import Request as Request
+from tensormoe.choosing._request import parse_request as parse_request
+
+__all__ = ["Best", "Request", "answer", "explore", "parse_request"]

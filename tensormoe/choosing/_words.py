@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from math import isfinite
 
 from tensormoe.errors import BudgetError, RankError, SpecError
@@ -156,35 +157,31 @@ def parse_parameters(text: str, name: str) -> int:
     return round(_quantity(text, name, *_UNITS["parameters"]))
 
 
-def parse_budget(
-    text: str,
-    in_features: int,
-    hidden_features: int,
-    out_features: int,
-    bias: bool,
-    batch: int,
-    roofline: Roofline,
-) -> Budget:
-    """A budget from words such as ``linear``, ``mlp``, ``590k`` or ``flops=2G,time=1ms``.
+def parse_budget(text: str, like: Mapping[str, Budget], batch: int, roofline: Roofline) -> Budget:
+    """A budget from words such as ``linear``, ``590k`` or ``flops=2G,time=1ms``.
+
+    Args:
+        text: the words.
+        like: budgets by name.
+        batch: number of inputs of a call.
+        roofline: the device of a budget of time.
 
     Raises:
         BudgetError: an unknown word, a quantity that can't be read, or a limit given twice.
 
     >>> cpu = Roofline("cpu", 1e11, 1e9, 1e10, 1e-6)
-    >>> parse_budget("mlp", 768, 3072, 768, True, 1024, cpu)
+    >>> like = {"linear": Budget.like_linear(768, 768), "mlp": Budget.like_mlp(768, 3072, 768)}
+    >>> parse_budget("mlp", like, 1024, cpu)
     Budget(parameters=4722432)
-    >>> parse_budget("memory=64MiB", 768, 3072, 768, True, 1024, cpu)
+    >>> parse_budget("memory=64MiB", like, 1024, cpu)
     Budget(memory=67108864, batch=1024)
     """
     limits: dict[str, float] = {}
     for part in text.split(","):
         key, equals, amount = part.partition("=")
         key = key.strip().lower()
-        if not equals and key in ("linear", "mlp"):
-            like = Budget.like_linear(in_features, out_features, bias)
-            if key == "mlp":
-                like = Budget.like_mlp(in_features, hidden_features, out_features, bias)
-            name, value = "parameters", float(like.limits["parameters"])
+        if not equals and key in like:
+            name, value = "parameters", float(like[key].limits["parameters"])
         else:
             name, amount = (key, amount) if equals else ("parameters", part)
             if name not in _UNITS or (not equals and not amount.strip()[:1].isdigit()):

@@ -101,7 +101,11 @@ class LayerArguments:
         if text is None:
             # as layers without one: the linear layer's parameters, and the gate on top
             return replace(Budget.parse(None, *sizes[::2], self.bias), batch=self.batch)
-        found = parse_budget(text, *sizes, self.bias, self.batch, self.device)
+        like = {
+            "linear": Budget.like_linear(*sizes[::2], self.bias),
+            "mlp": Budget.like_mlp(*sizes, self.bias),
+        }
+        found = parse_budget(text, like, self.batch, self.device)
         return replace(found, gate=self.gate_in_budget)
 
     @property

@@ -12,7 +12,7 @@ from tensormoe.planning._plan import Plan, plan_layer
 from tensormoe.planning._program import Operand, Program, Step
 from tensormoe.planning._regimes import Regimes, plan_regimes
 from tensormoe.planning._reverse import Reverse, reverse
-from tensormoe.planning._roofline import PUBLISHED_ROOFLINES, Roofline
+from tensormoe.planning._roofline import PUBLISHED_ROOFLINES, Roofline, published_roofline
 from tensormoe.planning._weight_programs import contraction, weight_program
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "gate_cost",
     "plan_layer",
     "plan_regimes",
+    "published_roofline",
     "reverse",
     "weight_program",
 ]

@@ -26,16 +26,23 @@ def gate_parameters(gate: Gate, in_features: int, experts: tuple[int, ...]) -> i
 
 
 def gate_cost(
-    gate: Gate | None, in_features: int, experts: tuple[int, ...], batch: int, itemsize: int = 4
+    gate: Gate | None,
+    in_features: int,
+    experts: tuple[int, ...],
+    batch: int,
+    itemsize: int = 4,
+    *,
+    training: bool = False,
 ) -> Cost:
-    """The cost of a gate alone, in a forward call; nothing for None.
+    """The cost of a gate alone, forward, or forward and backward; nothing for None.
 
     >>> from tensormoe import Gate
     >>> gate_cost(Gate(), 768, (16, 32), batch=64).parameters == 768 * (16 + 32)
     True
     """
     call = GateCall(gate, in_features, experts, batch, itemsize)
-    return Cost(call.parameters, call.steps(), call.peak())
+    steps = call.steps() + (call.backward_steps() if training else ())
+    return Cost(call.parameters, steps, call.peak(training=training))
 
 
 def activation_flops(gate: Gate, experts: int) -> int:

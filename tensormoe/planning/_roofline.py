@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
 
-from tensormoe._validation import is_number
-from tensormoe.errors import PlanError
+from tensormoe._validation import choice, is_number
+from tensormoe.errors import PlanError, SpecError
 from tensormoe.planning._cost import Cost
 
 
@@ -139,3 +139,13 @@ PUBLISHED_ROOFLINES: Mapping[str, Roofline] = MappingProxyType(
 )
 """Peaks that makers publish, by device; ``cpu`` is a rough two-core machine. Measure your own with
 ``tensormoe calibrate``."""
+
+
+def published_roofline(name: str, dtype: str = "float32") -> Roofline:
+    """A published profile by name.
+
+    Raises:
+        SpecError: an unknown name.
+    """
+    del dtype
+    return PUBLISHED_ROOFLINES[choice(name, PUBLISHED_ROOFLINES, "device", SpecError)]
