@@ -11,5 +11,15 @@ from tensormoe.choosing._explore import answer as answer
 from tensormoe.choosing._explore import explore as explore
 from tensormoe.choosing._request import Request as Request
 from tensormoe.choosing._request import parse_request as parse_request
+from tensormoe.choosing._schema import request_schema as request_schema
+from tensormoe.choosing._schema import response_schema as response_schema
 
-__all__ = ["Best", "Request", "answer", "explore", "parse_request"]
+__all__ = [
+    "Best",
+    "Request",
+    "answer",
+    "explore",
+    "parse_request",
+    "request_schema",
+    "response_schema",
+]

@@ -164,10 +164,14 @@ class _Written:
             return ""
         if gate is None:
             return "None"
-        if gate.k is None and gate == Gate(gate.activation):
-            return f'"{gate.activation}"'
-        short = gate.k is not None and gate == Gate(gate.activation, k=gate.k)
-        return f'Gate("{gate.activation}", k={gate.k})' if short else repr(gate)
+        plain = Gate(gate.activation, k=gate.k)
+        differs = [
+            f"{name}={value!r}"
+            for name, value in gate.to_dict().items()
+            if (name == "k" and value is not None) or value != getattr(plain, name)
+        ]
+        named = f'"{gate.activation}"'
+        return f"Gate({', '.join([named, *differs])})" if differs else named
 
     def _call(self) -> list[str]:
         spec, framework = self.first.spec, self.framework

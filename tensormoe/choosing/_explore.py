@@ -140,7 +140,14 @@ def _infeasible(error: TensormoeError | None) -> dict[str, Any]:
     if isinstance(error, BudgetError):
         found["smallest_budget"] = dict(error.needed)
         found["alternatives"] = [
-            {"change": dict(each.change), "smallest_budget": dict(each.needed)}
+            {
+                # levels are a tuple
+                "change": {
+                    name: [*value] if isinstance(value, tuple) else value
+                    for name, value in each.change.items()
+                },
+                "smallest_budget": dict(each.needed),
+            }
             for each in error.alternatives
         ]
     return found
