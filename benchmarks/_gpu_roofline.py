@@ -1,8 +1,7 @@
 """A GPU's roofline for each precision: published if its name is known, measured otherwise.
 
-Published float32 rates of tensor cores are those of TF32. With TF32 off, products run on the vector
-units, and their rate counts; in bfloat16 tensor cores are twice as fast as in TF32, on every data
-sheet of a device that has both.
+With TF32 off, products of float32 run on the vector units; with TF32 on, and in bfloat16, on tensor
+cores. Devices older than A100 have the first only.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from _gpu_timing import Turns
 from _shared import Call
 
 from tensormoe.functional import LayerConfig
-from tensormoe.planning import PUBLISHED_ROOFLINES, Roofline
+from tensormoe.planning import Roofline, published_roofline
 
 # others of the same chip have other clocks or memory: an A100 of 40 GB, an H100 on PCIe, a slice
 NAMES = {
@@ -28,6 +27,7 @@ NAMES = {
     "h100": r"(NVIDIA )?H100 80GB HBM3",
     "h200": r"(NVIDIA )?H200",
 }
+BEFORE_TF32 = ("t4", "v100")
 NO_OVERHEAD = 1e-15
 
 Rooflines = dict[str, Roofline]
@@ -38,13 +38,13 @@ def published(device: str) -> Rooflines | None:
     """Rooflines of a device by the name that its driver gives; None for one that is not known."""
     for name, pattern in NAMES.items():
         if re.fullmatch(pattern, device):
-            found = PUBLISHED_ROOFLINES[name]
-            rates = {FLOAT32: found.elementwise_rate}
-            if found.matmul_rate > found.elementwise_rate:
-                rates |= {TF32: found.matmul_rate, BFLOAT16: 2 * found.matmul_rate}
+            precisions = (FLOAT32,) if name in BEFORE_TF32 else (FLOAT32, TF32, BFLOAT16)
             return {
-                each.name: replace(found, name=f"{name}, published", matmul_rate=rate)
-                for each, rate in rates.items()
+                each.name: replace(
+                    published_roofline(name, "tfloat32" if each.tf32 else each.dtype),
+                    name=f"{name}, published",
+                )
+                for each in precisions
             }
     return None
 

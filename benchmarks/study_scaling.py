@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from tensormoe._format import format_bytes, format_parameters
 from tensormoe.functional import BlockConfig, Options
-from tensormoe.planning import Cost, Roofline
+from tensormoe.planning import Cost, published_roofline
 
 FEATURES, HIDDEN, RANK, LAYERS = 8192, 32768, 6144, 100
 EXPERTS = (1000, 1000, 1000)
@@ -29,9 +29,9 @@ STATE = 12
 """Bytes per parameter besides: gradients in bfloat16 come and go; float32 weights, two moments."""
 NODE = 8
 """Devices that NVLink joins."""
+DEVICE = published_roofline("h100", "bfloat16")
 NVLINK, NETWORK = 450e9, 50e9
 """Bytes per second that a device sends: inside a node, and by 400 Gbit/s between nodes."""
-DEVICE = Roofline("h100, bfloat16", 989e12, 67e12, 3.35e12, 5e-6, link_bandwidth=NVLINK)
 
 
 @dataclass(frozen=True)

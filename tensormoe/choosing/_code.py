@@ -186,8 +186,10 @@ class _Written:
             framework.even.format(f"({self.batch}, {count})", f"1 / {count}", self._dtype)
             for count in spec.experts
         ]
-        given = arrays[0] if spec.levels == 1 else f"({', '.join(arrays)})"
-        return [f"x = {x}", f"coefficients = {given}", "y = layer(x, coefficients)"]
+        given = [f"coefficients = {arrays[0]}"]
+        if spec.levels > 1:
+            given = ["coefficients = (", *(f"    {array}," for array in arrays), ")"]
+        return [f"x = {x}", *given, "y = layer(x, coefficients)"]
 
 
 def _is_ours(factorization: Factorization) -> bool:

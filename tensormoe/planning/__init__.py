@@ -10,9 +10,10 @@ from tensormoe.planning._legs import CutLayer, compare_legs
 from tensormoe.planning._library import Library
 from tensormoe.planning._plan import Plan, plan_layer
 from tensormoe.planning._program import Operand, Program, Step
+from tensormoe.planning._published import PUBLISHED_ROOFLINES, published_roofline
 from tensormoe.planning._regimes import Regimes, plan_regimes
 from tensormoe.planning._reverse import Reverse, reverse
-from tensormoe.planning._roofline import PUBLISHED_ROOFLINES, Roofline, published_roofline
+from tensormoe.planning._roofline import Roofline
 from tensormoe.planning._weight_programs import contraction, weight_program
 
 __all__ = [

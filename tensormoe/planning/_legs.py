@@ -11,7 +11,8 @@ from tensormoe.planning._collectives import collectives
 from tensormoe.planning._cost import Cost
 from tensormoe.planning._draft import DENSE, Routing
 from tensormoe.planning._plan import plan_layer
-from tensormoe.planning._roofline import PUBLISHED_ROOFLINES, Roofline
+from tensormoe.planning._published import PUBLISHED_ROOFLINES
+from tensormoe.planning._roofline import Roofline
 
 DEVICE = PUBLISHED_ROOFLINES["h100"]
 """The device that legs are compared for where none is given."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from types import MappingProxyType
 from typing import Any
 
-from tensormoe._validation import choice, is_number
-from tensormoe.errors import PlanError, SpecError
+from tensormoe._validation import is_number
+from tensormoe.errors import PlanError
 from tensormoe.planning._cost import Cost
 
 
@@ -32,6 +31,7 @@ class Roofline:
         PlanError: a number is not positive.
 
     >>> from tensormoe import CP, LayerSpec
+    >>> from tensormoe.planning import PUBLISHED_ROOFLINES
     >>> spec = LayerSpec(768, 768, experts=512, factorization=CP(rank=256))
     >>> 1e-6 < PUBLISHED_ROOFLINES["a100"].time(spec.cost(1024)) < 1e-3
     True
@@ -110,42 +110,3 @@ class Roofline:
             found = sorted(values) if isinstance(values, Mapping) else values
             raise PlanError(f"a roofline must have exactly {sorted(expected)}; got {found!r}.")
         return cls(**values)
-
-
-def _published(
-    name: str, matmul: float, elementwise: float, bandwidth: float, link: float
-) -> Roofline:
-    # starting a kernel takes a few microseconds on every current GPU
-    return Roofline(
-        name, matmul * 1e12, elementwise * 1e12, bandwidth * 1e9, 5e-6, link_bandwidth=link * 1e9
-    )
-
-
-PUBLISHED_ROOFLINES: Mapping[str, Roofline] = MappingProxyType(
-    {
-        # peak dense TFLOP/s of matrix units in TF32 (float32 in and out), of float32 vector
-        # units, and bandwidths of memory and of the link in one direction in GB/s, from the makers'
-        # data sheets; T4 and the workstation cards without TF32 figures use float32 throughout.
-        # Links are NVLink, and PCIe 3 and 4 of 16 lanes for T4 and L4
-        "t4": _published("t4", 8.1, 8.1, 320, 16),
-        "v100": _published("v100", 15.7, 15.7, 900, 150),
-        "a100": _published("a100", 156.0, 19.5, 2039, 300),
-        "l4": _published("l4", 60.0, 30.3, 300, 32),
-        "h100": _published("h100", 494.0, 67.0, 3350, 450),
-        "h200": _published("h200", 494.0, 67.0, 4800, 450),
-        # one current server core pair: what a laptop or a CI machine has; ten-gigabit Ethernet
-        "cpu": Roofline("cpu", 1.5e11, 1.5e10, 5e10, 5e-6, 3e9, 1e-5, 1.25e9),
-    }
-)
-"""Peaks that makers publish, by device; ``cpu`` is a rough two-core machine. Measure your own with
-``tensormoe calibrate``."""
-
-
-def published_roofline(name: str, dtype: str = "float32") -> Roofline:
-    """A published profile by name.
-
-    Raises:
-        SpecError: an unknown name.
-    """
-    del dtype
-    return PUBLISHED_ROOFLINES[choice(name, PUBLISHED_ROOFLINES, "device", SpecError)]

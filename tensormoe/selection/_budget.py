@@ -10,7 +10,8 @@ from typing import Any
 from tensormoe._validation import choice, flag, is_number, positive_int
 from tensormoe.errors import BudgetError
 from tensormoe.planning._cost import Cost
-from tensormoe.planning._roofline import PUBLISHED_ROOFLINES, Roofline
+from tensormoe.planning._published import PUBLISHED_ROOFLINES
+from tensormoe.planning._roofline import Roofline
 
 
 @dataclass(frozen=True)
