@@ -32,6 +32,7 @@ PARTS = ("rows", "fronts", "baselines", "selected")
 """Parts of a response, which can be asked for one by one."""
 
 LIMITS = ("parameters", "flops", "memory", "time")
+_CPU_DTYPES = ("float32", "float64", "")
 _NO_DEVICE = PUBLISHED_ROOFLINES["cpu"]
 
 Bonds = tuple[int | str | None, ...]
@@ -190,7 +191,8 @@ class _Reader:
         training = one("training", False, lambda it: flag(it, "training"), False)
         dtype = one("dtype", "float32", lambda it: choice(it, ITEMSIZES, "dtype", SpecError), "")
         devices = one("devices", 1, lambda it: _size(it, "devices"), 1)
-        device = one("device", "cpu", lambda it: _device(it, dtype or "float32"), _NO_DEVICE)
+        usual = "cpu" if dtype in _CPU_DTYPES else "a100"
+        device = one("device", usual, lambda it: _device(it, dtype or "float32"), _NO_DEVICE)
         names = one("factorizations", "", _names, ("cp",))
         bonds = one("bonds", {}, lambda it: _bonds(it, names, block), {})
         objective = one(
@@ -284,7 +286,7 @@ def _device(value: Any, dtype: str) -> Roofline:
         return value
     if isinstance(value, Mapping):
         return Roofline.from_dict(value)
-    return published_roofline(value, dtype)
+    return published_roofline(choice(value, PUBLISHED_ROOFLINES, "device", SpecError), dtype)
 
 
 def _names(value: Any) -> tuple[str, ...]:

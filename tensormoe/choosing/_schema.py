@@ -78,7 +78,8 @@ def request_schema() -> Schema:
                 _object(Roofline.__dataclass_fields__),
                 {"type": "null"},
             ],
-            "description": "name of a published profile, or a measured one; cpu",
+            "description": "name of a published profile, or a measured one; cpu, "
+            "and a100 for 16 bits",
         },
         "selected": {
             "type": ["string", "null"],
