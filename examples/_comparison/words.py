@@ -7,6 +7,7 @@ import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from heapq import heapify, heappop, heappush
+from itertools import pairwise
 from shutil import which
 
 import torch
@@ -61,7 +62,7 @@ def vocabulary(words: Iterable[str], count: int) -> list[tuple[str, str]]:
     totals: Counter[tuple[str, str]] = Counter()
     users: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
     for word, letters in spelled.items():
-        for pair in zip(letters, letters[1:], strict=False):
+        for pair in pairwise(letters):
             totals[pair] += counts[word]
             users[pair].add(word)
     # counts change all the time: an entry that is no longer right is passed over
@@ -79,7 +80,7 @@ def vocabulary(words: Iterable[str], count: int) -> list[tuple[str, str]]:
         for word in users.pop(best):
             old, new = spelled[word], joined(spelled[word], best)
             for sign, letters in ((-1, old), (1, new)):
-                for pair in zip(letters, letters[1:], strict=False):
+                for pair in pairwise(letters):
                     totals[pair] += sign * counts[word]
                     moved.add(pair)
                     if sign > 0:
@@ -94,7 +95,7 @@ def encoded(word: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
     """Tokens of a word, by the earliest pair that it has, again and again."""
     letters = list(word)
     while len(letters) > 1:
-        pairs = zip(letters, letters[1:], strict=False)
+        pairs = pairwise(letters)
         best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
         if best not in ranks:
             break
