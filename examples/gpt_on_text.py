@@ -172,24 +172,28 @@ def explore(model: nn.Module, text: Text, context: int, path: Path) -> None:
 
 
 def show(found: Exploration, count: int = 8) -> None:
-    """Print the experts whose tokens are the farthest from all experts', and those tokens."""
+    """Print the experts whose tokens are the farthest from all experts', and those tokens.
+
+    Tokens are those that an expert gets the most often, compared with all experts, among those that
+    are one in a thousand of its own.
+    """
     level = found.levels[0]
     assert level.specialization is not None
     assert level.histogram is not None
     excess = np.nan_to_num(level.specialization.excess, nan=-1.0)
+    mass = level.histogram.mass.sum(axis=0)
     console = make_console()
     for expert in np.argsort(-excess)[:count]:
         shares = level.histogram.shares[expert]
+        more = np.where(shares >= 1e-3, shares * mass.sum() / np.maximum(mass, 1e-12), 0.0)
         read = [
-            f"{found.class_names[place].strip()} {shares[place]:.0%}"
-            for place in np.argsort(-shares)[:8]
-            if shares[place] > 0
+            f"{found.class_names[place].strip()} {more[place]:.0f}×"
+            for place in np.argsort(-more)[:8]
+            if more[place] > 0
         ]
         console.print(
             f"expert {expert}, load {level.load.share[expert]:.2%}, {excess[expert]:.1f} bits "
             f"above chance: {' · '.join(read)}",
-            highlight=False,
-            markup=False,
             soft_wrap=True,
         )
 

@@ -65,8 +65,7 @@ def explore(
         class_names: one per class; numbers by default.
         classes: C, where there are no names; batches that are added up need one number.
         top: inputs that are shown per expert.
-        nearest: experts of a layer that are shown beside each, by the cosine of their matrices; 0
-            for none.
+        nearest: experts that are shown beside each, by the cosine of their matrices; 0 for none.
         threshold: an input uses an expert whose coefficient is larger.
         title: of the page.
         path: where the page (``.html``) or data file (``.json``) is written, if anywhere.
@@ -191,10 +190,11 @@ def _nearest(
     import numpy as np
 
     most = non_negative_int(most, "nearest")
-    if isinstance(config, BlockConfig) or not most:
+    if not most:
         return None
+    first = config.first if isinstance(config, BlockConfig) else config
     found: list[NearestExperts | None] = []
-    for level, count in enumerate(config.spec.experts):
+    for level, count in enumerate(first.spec.experts):
         if count == 1:
             found.append(None)
             continue
