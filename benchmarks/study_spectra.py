@@ -4,10 +4,10 @@
     python benchmarks/study_spectra.py table
     python benchmarks/study_spectra.py quick
 
-Models are trained on three tasks: a residual block on frozen features of text, a GPT on
-characters, and an MLP-Mixer on images. Then every linear layer of their MLP blocks, or every matrix of
-every expert, is replaced by its truncated singular value decomposition, all to the same share of
-their singular values, and the model is scored on test data again (Oldfield et al. 2024, appendix on
+Models are trained on three tasks: a residual block on frozen features of text, a GPT on characters,
+and an MLP-Mixer on images. Then every linear layer of their MLP blocks, or every matrix of every
+expert, is replaced by its truncated singular value decomposition, all to the same share of their
+singular values, and the model is scored on test data again (Oldfield et al. 2024, appendix on
 low-rank structure). Blocks are a dense MLP; experts in CP with the MLP's parameters, gate included;
 and as wide experts that are not factorized, with eight times the parameters. Three seeds, and one
 learning rate per task, that of the examples.
