@@ -146,7 +146,7 @@ class SteeredRouter(Edited):
     calls = 0
 
     # where a graph breaks inside of a mode, a compiled part would run under it a second time
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
         if not self.edits:

@@ -239,10 +239,9 @@ def _steered_router(found: Found, amounts: tuple[float, ...]) -> Iterator[None]:
 @contextmanager
 def _edited(module: nn.Module, kind: type[Edited], edit: Any) -> Iterator[Edited]:
     """A module of others with one more edit of what it does when called."""
-    here = vars(module).get("forward")
-    if not isinstance(here, kind):
-        here = kind(module, here)
-        vars(module)["forward"] = here
+    former = vars(module).get("forward")
+    here: Edited = former if isinstance(former, kind) else kind(module, former)
+    vars(module)["forward"] = here
     here.edits = (*here.edits, edit)
     try:
         yield here

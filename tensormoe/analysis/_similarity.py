@@ -66,7 +66,7 @@ def expert_similarity(
     (3, 3)
     """
     check_config(config)
-    kinds, what = LayerConfig | BlockConfig, "the configuration of a layer or block"
+    kinds, what = (LayerConfig, BlockConfig), "the configuration of a layer or block"
     instance(config, kinds, "config", what, SpecError)
     choice(how, ("matrices", "composed"), "how", SpecError)
     layers = _layers(config)
