@@ -214,15 +214,15 @@ class Runs:
         lines = path.read_text("utf-8").splitlines() if path.exists() else []
         self.known: dict[str, dict[str, Any]] = dict(map(json.loads, lines))
 
-    def rows(self) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
-        """Task, model and the runs of all seeds."""
+    def rows(self, train: bool) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+        """Task, model and the runs of all seeds; without training, those that are complete."""
         for name, load in TASKS.items():
             keys = {
                 (model, seed): json.dumps([name, model, seed], ensure_ascii=False)
                 for model in MODELS
                 for seed in SEEDS
             }
-            missing = [pair for pair, key in keys.items() if key not in self.known]
+            missing = [pair for pair, key in keys.items() if train and key not in self.known]
             task = load() if missing else None
             for model, seed in missing:
                 assert task is not None
@@ -233,7 +233,9 @@ class Runs:
                     file.write(line + "\n")
                 print(name, model, seed, found, file=sys.stderr, flush=True)
             for model in MODELS:
-                yield name, model, [self.known[keys[model, seed]] for seed in SEEDS]
+                seeds = [keys[model, seed] for seed in SEEDS]
+                if all(key in self.known for key in seeds):
+                    yield name, model, [self.known[key] for key in seeds]
 
 
 def enough(scores: list[list[float]], within: float = 0.01) -> float:
@@ -261,7 +263,8 @@ def draw(rows: list[tuple[str, str, list[dict[str, Any]]]], path: Path) -> None:
     from tensormoe.plotting import figure, plot_rank_curves
 
     with figure(path, width=9.4, height=3.2, transparent=True) as drawn:
-        for axis, name in zip(drawn.subplots(1, len(TASKS)), TASKS, strict=True):
+        tasks = [*dict.fromkeys(task for task, _, _ in rows)]
+        for axis, name in zip(drawn.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
             curves = {
                 model: [RankCurve(SHARES, tuple(100 * s for s in each["scores"])) for each in seeds]
                 for task, model, seeds in rows
@@ -289,7 +292,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if "quick" in sys.argv:
         return quick()
-    rows = [*Runs(OUT / "spectra.jsonl").rows()]
+    rows = [*Runs(OUT / "spectra.jsonl").rows("table" not in sys.argv)]
     table(rows)
     draw(rows, OUT / "spectra.svg")
 
