@@ -1,25 +1,30 @@
 """A small GPT whose MLPs are experts, on real text, next to the dense one of the same size.
 
     python examples/gpt_on_text.py
+    python examples/gpt_on_text.py --tokens words
     python examples/gpt_on_text.py --quick
 
-It reads and predicts single characters. Every MLP becomes a ``MuMoEMLP`` block (CP and tensor
-ring), which with its gate has no more parameters than the dense MLP. The gate normalizes over the
-experts of one token, so that no token sees a later one. All models get the same seeds, batches,
-optimizer and steps. Prints a table; figures, loss curves and a page on what the experts read go to
-``out/``. The full run takes some minutes, ``--quick`` some seconds.
+It reads and predicts single characters, or words. Every MLP becomes a ``MuMoEMLP`` block (CP and
+tensor ring), of 32 experts for characters and 256 for words, which with its gate has no more
+parameters than the dense MLP. The gate normalizes over the experts of one token, so that no token
+sees a later one. All models get the same seeds, batches, optimizer and steps. Prints a table, and
+the tokens that the most special experts of the last block read; figures, loss curves and a page on
+all experts go to ``out/``. The full run takes some minutes, ``--quick`` some seconds.
 
-Needs PyTorch, rich and matplotlib (``pip install 'tensormoe[torch,cli]'``). The text is the
-language reference that Python's ``help()`` shows, else sources of the standard library.
+Needs PyTorch, rich and matplotlib (``pip install 'tensormoe[torch,cli]'``). The characters are
+those of the language reference that Python's ``help()`` shows, else of sources of the standard
+library; the words are those of the King James Bible, if Debian's package bible-kjv is installed,
+else of the same reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from _comparison.compare import compare, parse, resolve_recipe
@@ -27,10 +32,12 @@ from _comparison.outcome import Model, Task, seen
 from _comparison.text import Text, batches, load_text, windows
 from _comparison.training import Recipe, Score, evaluate
 from _comparison.variants import Variant, make_mlp
+from _comparison.words import load_words
+from _tables import make_console
 from torch import Tensor, nn
 
 from tensormoe import Gate
-from tensormoe.analysis import Tokens, explore_coefficients
+from tensormoe.analysis import Exploration, Tokens, explore_coefficients
 
 Make = Callable[[int, int, int], nn.Module]
 # batch norm would let a token see later ones in training
@@ -52,6 +59,10 @@ FULL = Sizes()
 QUICK = Sizes(depth=1, channels=32, heads=2, context=32, experts=8)
 RECIPE = Recipe(steps=1200, batch=16, rate=3e-3)
 QUICK_RECIPE = Recipe(steps=60, batch=16, rate=5e-3, scores=3)
+WORDS = Sizes(depth=2, channels=128, context=64, experts=256)
+WORDS_RECIPE = Recipe(steps=1000, batch=16, rate=3e-3, scores=4)
+# windows of the test text that the page is made of
+EXPLORED = 256
 
 
 class Attention(nn.Module):
@@ -88,7 +99,7 @@ class GPT(Model):
 
     Args:
         sizes: of the model; T is at most ``sizes.context``.
-        symbols: number of different characters.
+        symbols: number of different tokens.
         mlp: what its MLPs are: a variant, or a function from features, hidden size and number of
             experts to a module.
     """
@@ -123,12 +134,12 @@ class GPT(Model):
         return [(layer.mlp, rows) for layer in self.layers if isinstance(layer, Layer)]
 
 
-def make_task(text: Text, sizes: Sizes, recipe: Recipe) -> Task:
-    """Predict the next character."""
+def make_task(text: Text, sizes: Sizes, recipe: Recipe, tokens: str = "characters") -> Task:
+    """Predict the next token."""
     return Task(
-        name="gpt",
-        data=f"Character-level GPT on {text.name}: {len(text.train):,} training and "
-        f"{len(text.test):,} test characters",
+        name="gpt" if tokens == "characters" else f"gpt-{tokens}",
+        data=f"GPT of {tokens} on {text.name}: {len(text.train):,} training and "
+        f"{len(text.test):,} test {tokens}",
         figure="loss",
         tokens=sizes.context,
         build=lambda variant: GPT(sizes, len(text.symbols), variant),
@@ -146,25 +157,67 @@ def score(model: nn.Module, text: Text, context: int) -> Score:
 def explore(model: nn.Module, text: Text, context: int, path: Path) -> None:
     """A page on what the experts of the last block read in the test text."""
     assert isinstance(model, GPT)
-    ids = windows(text.test, context)[0][:64]
+    ids = windows(text.test, context)[0][:EXPLORED]
     gate = model.get_submodule(f"layers.{model.sizes.depth - 1}.mlp.gate")
-    explore_coefficients(
-        seen(model, gate, ids),
+    names = [symbol if symbol.strip() else repr(symbol) for symbol in text.symbols]
+    found = explore_coefficients(
+        torch.cat([seen(model, gate, some) for some in ids.split(32)]),
         ids,
-        class_names=[symbol if symbol.strip() else repr(symbol) for symbol in text.symbols],
+        class_names=names,
         examples=Tokens([[text.symbols[each] for each in row] for row in ids.tolist()]),
-        title="Experts of the last block: characters that they read",
+        title="Experts of the last block: tokens that they read",
         path=path,
     )
+    show(found)
+
+
+def show(found: Exploration, count: int = 8) -> None:
+    """Print the experts whose tokens are the farthest from all experts', and those tokens.
+
+    Tokens are those that an expert gets the most often, compared with all experts, among those that
+    are one in a thousand of its own.
+    """
+    level = found.levels[0]
+    assert level.specialization is not None
+    assert level.histogram is not None
+    excess = np.nan_to_num(level.specialization.excess, nan=-1.0)
+    mass = level.histogram.mass.sum(axis=0)
+    console = make_console()
+    for expert in np.argsort(-excess)[:count]:
+        shares = level.histogram.shares[expert]
+        more = np.where(shares >= 1e-3, shares * mass.sum() / np.maximum(mass, 1e-12), 0.0)
+        read = [
+            f"{found.class_names[place].strip()} {more[place]:.0f}×"
+            for place in np.argsort(-more)[:8]
+            if more[place] > 0
+        ]
+        console.print(
+            f"expert {expert}, load {level.load.share[expert]:.2%}, {excess[expert]:.1f} bits "
+            f"above chance: {' · '.join(read)}",
+            soft_wrap=True,
+        )
 
 
 def main() -> None:
-    words = parse("A small GPT of experts next to the dense one, on real text.")
-    recipe = resolve_recipe(QUICK_RECIPE if words.quick else RECIPE, words)
-    text = load_text(holdout=words.holdout)
-    sizes = QUICK if words.quick else FULL
+    words = parse(
+        "A small GPT of experts next to the dense one, on real text.",
+        tokens=("characters", "words"),
+    )
+    recipe, sizes = RECIPE, FULL
+    if words.tokens == "words":
+        vocabulary = 512 if words.quick else 2048
+        text = load_words(vocabulary, holdout=words.holdout)
+        recipe, sizes = WORDS_RECIPE, WORDS
+        # a seed takes as long as three of characters
+        words.seeds = words.seeds or 1
+    else:
+        text = load_text(holdout=words.holdout)
+    if words.quick:
+        recipe, sizes = QUICK_RECIPE, replace(QUICK, experts=sizes.experts // 4)
+        text = replace(text, test=text.test[:20_000])
+    recipe = resolve_recipe(recipe, words)
     torch.use_deterministic_algorithms(True)
-    compare(make_task(text, sizes, recipe), recipe, words)
+    compare(make_task(text, sizes, recipe, words.tokens), recipe, words)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,12 @@ from tensormoe_torch._groups import parameter_groups
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._per_sample import per_sample_gradients
+from tensormoe_torch._routing import (
+    scaled_routing,
+    silenced_routing,
+    steer_router,
+    steered_routing,
+)
 from tensormoe_torch._synchronize import synchronize_gates
 from tensormoe_torch.compression import compress, reduce_experts
 from tensormoe_torch.mixtures import (
@@ -79,8 +85,12 @@ __all__ = [
     "replace_expert",
     "restored",
     "scale_experts",
+    "scaled_routing",
     "silence_experts",
+    "silenced_routing",
+    "steer_router",
     "steered",
+    "steered_routing",
     "synchronize_gates",
     "to_official",
 ]

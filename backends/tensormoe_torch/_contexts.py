@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensormoe.editing._coefficients import check_amounts
+from tensormoe.editing._amounts import check_amounts
 from tensormoe.editing._slices import check_indices
 from tensormoe.errors import SpecError
 from tensormoe_torch._base import Mixture

@@ -24,9 +24,19 @@ __all__ = ["compare", "parse", "resolve_recipe"]
 _CHOICES = {variant.factorization or "dense": variant for variant in VARIANTS}
 
 
-def parse(description: str, words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The words that both examples understand; those of the command line by default."""
+def parse(
+    description: str, words: Sequence[str] | None = None, tokens: Sequence[str] = ()
+) -> argparse.Namespace:
+    """The words that both examples understand; those of the command line by default.
+
+    Args:
+        description: of the example.
+        words: to read instead.
+        tokens: kinds of tokens to choose from, the default first.
+    """
     parser = argparse.ArgumentParser(description=description)
+    if tokens:
+        parser.add_argument("--tokens", choices=tokens, default=tokens[0], help="what is predicted")
     parser.add_argument("--quick", action="store_true", help="a small model and few steps")
     parser.add_argument("--seeds", type=int, help="runs of each variant")
     parser.add_argument("--steps", type=int, help="updates a run")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
 import torch
 from torch import Tensor
 
-__all__ = ["Text", "batches", "load_text", "windows"]
+__all__ = ["Text", "batches", "load_text", "reference", "split", "windows"]
 
 # prose among code, in every installation
 _MODULES = (
@@ -41,19 +41,19 @@ _EVERY = 8
 
 @dataclass(frozen=True)
 class Text:
-    """Characters as ids.
+    """Characters, or words, as ids.
 
     Args:
         name: where the text is from.
-        train: (characters,) ids.
+        train: (tokens,) ids.
         test: those of documents that are not trained on.
-        symbols: the character of every id.
+        symbols: the character or word of every id.
     """
 
     name: str
     train: Tensor
     test: Tensor
-    symbols: str
+    symbols: Sequence[str]
 
 
 def load_text(source: str = "pydoc_data.topics", *, holdout: bool = False) -> Text:
@@ -64,21 +64,27 @@ def load_text(source: str = "pydoc_data.topics", *, holdout: bool = False) -> Te
         holdout: leave out the test documents, and test on every eighth of the others instead, to
             choose settings by.
     """
-    name, documents = _documents(source)
-    titles = sorted(documents)
-    if holdout:
-        titles = [title for place, title in enumerate(titles) if place % _EVERY != _EVERY - 1]
-    test = _paragraphs(documents, titles[_EVERY - 1 :: _EVERY])
-    rest = [title for place, title in enumerate(titles) if place % _EVERY != _EVERY - 1]
-    train = {each: None for each in _paragraphs(documents, rest) if each not in test}
-    joined = ["\n\n".join(part) for part in (train, test)]
+    name, documents = reference(source)
+    joined = split(documents, holdout=holdout)
     symbols = "".join(sorted(set("".join(joined))))
     ids = {symbol: place for place, symbol in enumerate(symbols)}
     encoded = [torch.tensor([ids[symbol] for symbol in part]) for part in joined]
     return Text(name, encoded[0], encoded[1], symbols)
 
 
-def _documents(source: str) -> tuple[str, Mapping[str, str]]:
+def split(documents: Mapping[str, str], *, holdout: bool) -> tuple[str, str]:
+    """Training and test text, as :func:`load_text` divides them."""
+    titles = sorted(documents)
+    if holdout:
+        titles = [title for place, title in enumerate(titles) if place % _EVERY != _EVERY - 1]
+    test = _paragraphs(documents, titles[_EVERY - 1 :: _EVERY])
+    rest = [title for place, title in enumerate(titles) if place % _EVERY != _EVERY - 1]
+    train = {each: None for each in _paragraphs(documents, rest) if each not in test}
+    return "\n\n".join(train), "\n\n".join(test)
+
+
+def reference(source: str) -> tuple[str, Mapping[str, str]]:
+    """Documents by title, and where they are from."""
     try:
         topics: Mapping[str, str] = import_module(source).topics
     except ModuleNotFoundError:

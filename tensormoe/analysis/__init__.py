@@ -37,6 +37,8 @@ from tensormoe.analysis._histograms import specialization as specialization
 from tensormoe.analysis._interventions import Interventions as Interventions
 from tensormoe.analysis._interventions import interventions as interventions
 from tensormoe.analysis._interventions import interventions_by_runs as interventions_by_runs
+from tensormoe.analysis._patching import Metric as Metric
+from tensormoe.analysis._patching import patching as patching
 from tensormoe.analysis._polysemanticity import chance_polysemanticity as chance_polysemanticity
 from tensormoe.analysis._polysemanticity import polysemanticity as polysemanticity
 from tensormoe.analysis._probes import Probe as Probe
@@ -57,6 +59,7 @@ __all__ = [
     "ExploredLevel",
     "Images",
     "Interventions",
+    "Metric",
     "NearestExperts",
     "Probe",
     "RankCurve",
@@ -77,6 +80,7 @@ __all__ = [
     "interventions_by_runs",
     "logit_attribution",
     "neuronpedia_batches",
+    "patching",
     "polysemanticity",
     "rank_curve",
     "risk_difference",

@@ -1,9 +1,9 @@
-"""Experts scaled, silenced, replaced, merged or permuted; coefficients and logits steered by them.
+"""Experts scaled, silenced, replaced, merged or permuted; coefficients, logits and routes steered.
 
 Edits of experts take a layer's configuration and its arrays by canonical name, of any library, and
 return a dictionary with new arrays where something changed. Nothing is changed in place, so that
 keeping the old dictionary is enough to take an edit back. Edits of coefficients and logits take and
-return arrays.
+return arrays, and edits of routes the records of routers.
 
 >>> import numpy as np
 >>> from tensormoe_numpy import MuMoE
@@ -23,6 +23,9 @@ from tensormoe.editing._edit import scale_experts as scale_experts
 from tensormoe.editing._edit import silence_experts as silence_experts
 from tensormoe.editing._merge import merge_experts as merge_experts
 from tensormoe.editing._permute import permute_experts as permute_experts
+from tensormoe.editing._routing import scale_routes as scale_routes
+from tensormoe.editing._routing import silence_routes as silence_routes
+from tensormoe.editing._routing import steer_routes as steer_routes
 from tensormoe.editing._threshold import oversampled_indices as oversampled_indices
 from tensormoe.editing._threshold import threshold_blindly as threshold_blindly
 from tensormoe.editing._threshold import threshold_experts as threshold_experts
@@ -33,8 +36,11 @@ __all__ = [
     "permute_experts",
     "replace_expert",
     "scale_experts",
+    "scale_routes",
     "silence_experts",
+    "silence_routes",
     "steer_experts",
+    "steer_routes",
     "subgroup_coefficients",
     "threshold_blindly",
     "threshold_experts",

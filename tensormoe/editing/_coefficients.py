@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isfinite, prod
-from operator import index as as_index
+from math import prod
 from typing import Any
 
-from tensormoe._validation import brief, is_number, positive_int
+from tensormoe._validation import brief, positive_int
 from tensormoe.backend import Array, Backend, backend_of, default_integer, device_of
-from tensormoe.errors import BackendError, ShapeError, SpecError
+from tensormoe.editing._amounts import check_amounts
+from tensormoe.errors import BackendError, ShapeError
 from tensormoe.functional._dtypes import cast, widened
 from tensormoe.gates import TopK
 from tensormoe.routing import Routes, spread
@@ -126,38 +126,6 @@ def one_level(coefficients: Any, experts: int | None = None) -> tuple[Array, Bac
             "returned."
         )
     return coefficients, backend
-
-
-def check_amounts(additions: Mapping[int, float], experts: int) -> list[float]:
-    """Amounts of all experts, zero for those that are not named.
-
-    Raises:
-        TypeError: not a mapping.
-        ShapeError: an index out of range.
-        SpecError: an amount that is not a finite number.
-    """
-    if not isinstance(additions, Mapping):
-        raise TypeError(
-            f"additions must map experts' indices to numbers; got {type(additions).__qualname__}."
-        )
-    amounts = [0.0] * experts
-    for index, amount in additions.items():
-        place = _place(index)
-        if place is None or not 0 <= place < experts:
-            raise ShapeError(f"expert index must lie in [0, {experts}); got {brief(index)}.")
-        if not is_number(amount) or not isfinite(amount):
-            raise SpecError(
-                f"an amount must be a finite number; got {amount!r} for expert {place}."
-            )
-        amounts[place] += float(amount)
-    return amounts
-
-
-def _place(index: object) -> int | None:
-    try:
-        return None if isinstance(index, bool) else as_index(index)  # type: ignore[arg-type]
-    except (TypeError, RuntimeError):
-        return None
 
 
 def _booleans(members: Any, lead: list[int]) -> list[bool]:

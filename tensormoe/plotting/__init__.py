@@ -17,6 +17,7 @@ from tensormoe.plotting._experts import plot_experts
 from tensormoe.plotting._figure import COLOURS, INK, MUTED, figure, tidy
 from tensormoe.plotting._fronts import plot_fronts
 from tensormoe.plotting._networks import draw_network, draw_plan, network_text
+from tensormoe.plotting._spectra import plot_rank_curves
 
 __all__ = [
     "COLOURS",
@@ -30,5 +31,6 @@ __all__ = [
     "plot_errors",
     "plot_experts",
     "plot_fronts",
+    "plot_rank_curves",
     "tidy",
 ]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import equinox as eqx
 import flax.nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -71,6 +74,27 @@ def test_numbers_are_those_of_analysis() -> None:
         np.testing.assert_array_equal(made.nearest.cosines[:, 0], cosines.max(axis=1))
     expected = np.einsum("ta,tb->ab", *coefficients) / ROWS
     np.testing.assert_allclose(found.grids[0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("framework", [np.asarray, torch.tensor, jnp.asarray])
+def test_contributions_are_what_silent_experts_take_away(framework: Any) -> None:
+    layer = gated()
+    arrays = {name: framework(each) for name, each in layer.arrays.items()}
+    found = explore(
+        layer.config, framework(X), LABELS, arrays=arrays, head="identity", classes=CLASSES, top=6
+    )
+    coefficients = layer.coefficients(X)
+    for number, each in found.recorded.items():
+        assert len(each.contributions) == 2
+        for level, part in enumerate(each.contributions):
+            assert part.experts.tolist() == np.flatnonzero(coefficients[level][number]).tolist()
+            np.testing.assert_allclose(part.logits.sum(axis=0), each.logits, atol=1e-4)
+            pair = [int(n) for n in part.experts[:2]]
+            mixed = [a[number : number + 1].copy() for a in coefficients]
+            mixed[level][:, pair] = 0.0
+            without = layer(X[number : number + 1], mixed)[0]
+            taken = np.array(each.logits) - part.logits[: len(pair)].sum(axis=0)
+            np.testing.assert_allclose(taken, without, atol=1e-4)
 
 
 @pytest.mark.parametrize("linear", [True, False])
@@ -144,6 +168,9 @@ def test_batches_add_up() -> None:
     for number, each in whole.recorded.items():
         assert added.recorded[number].content == each.content
         np.testing.assert_allclose(added.recorded[number].logits, each.logits, rtol=1e-5, atol=1e-6)
+        for one, two in zip(added.recorded[number].contributions, each.contributions, strict=True):
+            np.testing.assert_array_equal(one.experts, two.experts)
+            np.testing.assert_allclose(one.logits, two.logits, rtol=1e-4, atol=1e-5)
     for one, two in zip(added.levels, whole.levels, strict=True):
         np.testing.assert_array_equal(one.top.numbers, two.top.numbers)
         np.testing.assert_allclose(one.top.values, two.top.values, rtol=1e-6)
@@ -189,7 +216,10 @@ def test_blocks() -> None:
     found = explore(block, X, LABELS, head="identity", classes=CLASSES, top=3)
     (level,) = found.levels
     assert not found.linear
-    assert level.nearest is None
+    cosines = expert_similarity(block.config, block.parameters)
+    np.fill_diagonal(cosines, -2)
+    np.testing.assert_array_equal(level.nearest.numbers[:, 0], cosines.argmax(axis=1))
+    assert not any(each.contributions for each in found.recorded.values())
     coefficients = block.coefficients(X)[0]
     lost = 0
     for expert in range(4):

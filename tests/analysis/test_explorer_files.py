@@ -22,6 +22,7 @@ from tensormoe.analysis import (
     explore_coefficients,
     neuronpedia_batches,
 )
+from tensormoe.analysis._explorer._file import packed
 from tensormoe.analysis._explorer._page import payload
 from tensormoe.analysis._explorer._png import png
 from tensormoe.errors import CheckpointError, SpecError
@@ -115,6 +116,23 @@ def test_page_has_the_numbers() -> None:
     numbers = np.array([*found.recorded, -1])
     np.testing.assert_array_equal(numbers[places], level.top.numbers)
     np.testing.assert_array_equal(unpacked(held["top"]["changed"]), level.top.changed)
+    parts = {name: unpacked(each) for name, each in held["parts"].items()}
+    ends = parts["counts"].cumsum()
+    for end, count, each in zip(ends, parts["counts"], found.recorded.values(), strict=True):
+        (part,) = each.contributions
+        np.testing.assert_array_equal(parts["experts"][end - count : end], part.experts)
+        np.testing.assert_array_equal(parts["logits"][end - count : end], part.logits)
+
+
+def test_files_of_earlier_releases_have_no_contributions(tmp_path: Path) -> None:
+    values = json.loads(_good())
+    for each in values["recorded"]:
+        del each["contributions"]
+    (tmp_path / "old.json").write_text(json.dumps(values))
+    found = Exploration.load(tmp_path / "old.json")
+    assert payload(found)["levels"][0]["parts"] is None
+    assert payload(found)["levels"][0]["top"]["changed"] is not None
+    assert (found + pages.linear()).inputs == 400
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -163,6 +181,9 @@ def _good() -> bytes:
         (damaged("levels.0.histogram.inputs", None), "damaged"),
         (damaged("recorded", []), "is not recorded"),
         (damaged("recorded.0.content", {"image": "http://x"}), "not a PNG"),
+        (damaged("recorded.0.contributions", [1, 2]), "damaged"),
+        (damaged("recorded.0.contributions.0.experts", packed(np.array([0, 16]))), "do not fit"),
+        (damaged("recorded.0.contributions.0.logits", packed(np.ones((1, 5)))), "do not fit"),
         (damaged("class_names", ["a", 1, "c", "d", "e"]), "damaged"),
         (damaged("inputs", -1), "damaged"),
     ],
@@ -201,6 +222,13 @@ def test_logits_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) ->
     held = payload(found)
     slots = held["levels"][0]["top"]["changed"]["shape"][1]
     assert 0 < slots < 8 + 1
+    # parts of as many inputs as fit, those that stand first with an expert before others
+    counts = unpacked(held["levels"][0]["parts"]["counts"])
+    assert 0 < counts[counts > 0].sum() <= len(found.recorded)
+    assert (counts < 0).any()
+    first = set(found.levels[0].top.numbers[:, 0].tolist()) - {-1}
+    places = [place for place, number in enumerate(found.recorded) if number in first]
+    assert (counts[places] >= 0).sum() > len(places) // 2
     monkeypatch.setattr("tensormoe.analysis._explorer._page._CLASSES", 2)
     assert payload(found)["levels"][0]["histogram"]["classes"]["shape"] == [16, 2]
 

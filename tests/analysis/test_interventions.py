@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensormoe import CP, Factorization, Gate, LayerSpec
+from tensormoe import CP, Dense, Factorization, Gate, LayerSpec
 from tensormoe.analysis import (
     Interventions,
     chance_polysemanticity,
@@ -27,6 +27,7 @@ from tensormoe.backend import get_backend
 from tensormoe.editing import silence_experts
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.functional import (
+    BlockConfig,
     LayerConfig,
     Options,
     apply_experts,
@@ -253,6 +254,45 @@ def test_similarity_is_that_of_matrices(kind: Factorization) -> None:
         )
 
 
+@pytest.mark.parametrize("how", ["matrices", "composed"])
+@pytest.mark.parametrize("kind", UNEVEN, ids=repr)
+def test_similarity_in_blocks_is_that_of_matrices(kind: Factorization, how: str) -> None:
+    config, arrays, whole = block(kind)
+    for level in (0, 1):
+        rows = []
+        first, second = (np.moveaxis(each, level, 0) for each in whole)
+        for one, two in zip(first, second, strict=True):
+            # all experts of the other level have a part
+            parts = [one, two] if how == "matrices" else [one @ two]
+            rows.append(np.concatenate([each.ravel() for each in parts]))
+        made = np.array(rows) / np.linalg.norm(rows, axis=1, keepdims=True)
+        found = expert_similarity(config, arrays, level, how=how)
+        np.testing.assert_allclose(found, made @ made.T, atol=1e-9)
+
+
+def test_hidden_units_in_another_order_are_the_same_composed_expert() -> None:
+    config, arrays, _ = block(Dense())
+    first, second = arrays["first.factors.weight"], arrays["second.factors.weight"]
+    order = np.random.default_rng(0).permutation(first.shape[-1])
+    first[2] = first[0][..., order] * 2.0
+    second[2] = second[0][..., order, :] / 2.0
+    assert expert_similarity(config, arrays, how="composed")[0, 2] == pytest.approx(1.0)
+    assert expert_similarity(config, arrays)[0, 2] < 0.9
+
+
+def block(kind: Factorization) -> tuple[BlockConfig, dict[str, Any], list[Any]]:
+    """A block of two levels with random arrays, and the matrices of its layers."""
+    specs = LayerSpec(5, 6, (4, 3), kind), LayerSpec(6, 3, (4, 3), kind)
+    config = BlockConfig(LayerConfig(specs[0], Gate()), LayerConfig(specs[1], None), "gelu")
+    rng = np.random.default_rng(1)
+    arrays = {name: rng.standard_normal(s) for name, s in config.parameter_shapes().items()}
+    whole = []
+    for name, layer in (("first.", config.first), ("second.", config.second)):
+        own = {k.removeprefix(name): each for k, each in arrays.items() if k.startswith(name)}
+        whole.append(materialize(LayerConfig(layer.spec, None), own, NUMPY)[0])
+    return config, arrays, whole
+
+
 def test_similarity_of_a_silent_expert() -> None:
     config, arrays, _, _ = layer(CP(7), (4,))
     found = expert_similarity(config, silence_experts(config, arrays, 2))
@@ -294,6 +334,15 @@ CONFIG, ARRAYS, X, LABELS = layer(CP(7), (6,))
             "directions must be",
         ),
         (lambda: expert_similarity(CONFIG, ARRAYS, 2), ShapeError, "level must lie"),
+        (lambda: expert_similarity(CONFIG, ARRAYS, how="pair"), SpecError, "how must be"),
+        (lambda: expert_similarity(CONFIG, ARRAYS, how="composed"), SpecError, "for a layer"),
+        (
+            lambda: expert_similarity(
+                Options(6, "cp", rank=2, gate="entmax").block(6, 8, gated=True), {}, how="composed"
+            ),
+            SpecError,
+            "for gated ones",
+        ),
     ],
 )
 def test_bad_input(call: Any, kind: type[Exception], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,12 +18,13 @@ pytest.importorskip("sklearn")
 from torch import nn  # noqa: E402
 
 from tensormoe import Gate  # noqa: E402
+from tensormoe.analysis import explore_coefficients  # noqa: E402
 from tests.examples._folder import examples  # noqa: E402
 
 with examples():
     import gpt_on_text
     import mixer_on_images
-    from _comparison import images, text, training, variants
+    from _comparison import images, text, training, variants, words
     from _comparison.compare import parse
 
 VARIANTS = pytest.mark.parametrize("variant", variants.VARIANTS, ids=lambda each: each.name)
@@ -196,6 +198,53 @@ def test_text_and_its_fallback(source: str, name: str) -> None:
     assert torch.equal(inputs[:, 1:], labels[:, :-1])
 
 
+def test_words_are_the_text_and_pairs_are_the_most_frequent() -> None:
+    sentence = "the cat sat on the mat; banana banana bandana, aaaa aaa"
+    split = words.pieces(sentence)
+    assert "".join(split) == sentence
+    merges = words.vocabulary(split, 30)
+    # by counting everything anew for each pair
+    spelled = [list(word) for word in split]
+    for pair in merges:
+        counts = Counter(two for word in spelled for two in pairwise(word))
+        assert counts[pair] == max(counts.values()) >= 2
+        spelled = [words.joined(word, pair) for word in spelled]
+    ranks = {pair: rank for rank, pair in enumerate(merges)}
+    assert [words.encoded(word, ranks) for word in split] == spelled
+    assert words.joined(list("aaaaa"), ("a", "a")) == ["aa", "aa", "a"]
+
+
+@pytest.mark.parametrize("bible", [True, False])
+def test_words_of_a_real_text(bible: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not bible:
+        monkeypatch.setattr(words, "which", lambda name: None)
+    elif words.which("bible") is None:
+        pytest.skip("bible-kjv is not installed")
+    found = words.load_words(400)
+    assert len(set(found.symbols)) == len(found.symbols) <= 400
+    assert int(found.train.max()) < len(found.symbols)
+    name, documents = words._documents()
+    assert found.name == name
+    train, test = text.split(documents, holdout=False)
+    for ids, want in ((found.train, train), (found.test, test)):
+        assert "".join(found.symbols[place] for place in ids.tolist()) == want
+        # fewer tokens than characters
+        assert len(ids) < 0.7 * len(want)
+    if bible:
+        assert "In the beginning God created the heaven and the earth.\nAnd the earth was" in train
+        assert len(documents) == 1189
+
+
+def test_special_experts_are_shown_with_their_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    coefficients = np.array([[0.9, 0.1]] * 30 + [[0.0, 1.0]] * 70)
+    labels = [0] * 30 + [1] * 60 + [2] * 10
+    found = explore_coefficients(coefficients, labels, class_names=["zero", " one", " two"])
+    gpt_on_text.show(found, 1)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("expert 0, load 27.00%")
+    assert line.endswith("above chance: zero 3×")
+
+
 def test_windows_cover_the_text_once() -> None:
     inputs, labels = text.windows(torch.arange(30), 7)
     assert inputs.flatten().tolist() == list(range(28))
@@ -232,3 +281,6 @@ def test_words_of_the_command_line() -> None:
     assert words.steps == 5
     assert words.seeds is None
     assert words.picture == Path("a.png")
+    assert not hasattr(words, "tokens")
+    assert parse("what it is", [], ("characters", "words")).tokens == "characters"
+    assert parse("what it is", ["--tokens", "words"], ("characters", "words")).tokens == "words"

@@ -102,13 +102,16 @@ def edits(browser: Browser, path: Path) -> Iterator[str]:
             for scale in (0.0, 2.0):
                 page.locator("#scale").fill(str(scale))
                 changed = page.locator(".inputs li.changed").count()
-                if changed != (expected := changes(level, found, expert, scale)):
+                if changed != (expected := changes(level, found, expert, {expert: scale})):
                     yield f"expert {expert} times {scale} changes {changed}; NumPy says {expected}"
+            page.click("#reset")
+        page.click("#silence")
         if f"{int(level.interventions.lost[expert].sum())} right" not in preview(page):
             yield f"the preview says {preview(page)!r}"
         page.click("#reset")
-        if page.locator(".inputs li.changed").count():
+        if page.locator(".inputs li.changed").count() or page.is_visible("#edits-part"):
             yield "reset changes predictions"
+        yield from several(page, found)
         page.fill("#search", "")
         page.select_option("#sort", "excess")
         first = int(page.locator(".option").first.get_attribute("data-expert") or -1)
@@ -117,22 +120,62 @@ def edits(browser: Browser, path: Path) -> Iterator[str]:
         yield from problems
 
 
+def several(page: Page, found: Any) -> Iterator[str]:
+    """Edits of several experts add up, are listed, and are taken back one by one."""
+    level, wanted = found.levels[0], {2: 0.0, 5: 4.0, 9: 0.0, 11: 2.5}
+    for expert, scale in wanted.items():
+        page.fill("#search", str(expert))
+        page.locator(f"#expert-{expert}").click()
+        page.locator("#scale").fill(str(scale))
+    for step in range(2):
+        for expert in (0, 2, 9):
+            page.fill("#search", str(expert))
+            page.locator(f"#expert-{expert}").click()
+            changed = page.locator(".inputs li.changed").count()
+            if changed != (expected := changes(level, found, expert, wanted)):
+                yield f"edits {wanted} change {changed} of expert {expert}; NumPy says {expected}"
+        listed = page.locator("#edits li").all_inner_texts()
+        if len(listed) != len(wanted):
+            yield f"edits are listed as {listed}"
+        moved = sum(
+            edited(each, wanted) != np.argmax(each.logits) for each in found.recorded.values()
+        )
+        right = sum(edited(each, wanted) == each.label for each in found.recorded.values())
+        if f"it changes for {moved}." not in page.inner_text("#preview"):
+            yield f"{moved} stored inputs change; the page says {page.inner_text('#preview')!r}"
+        if f"and {right} are." not in page.inner_text("#preview"):
+            yield f"{right} stored inputs are right; the page says {page.inner_text('#preview')!r}"
+        if step == 0:
+            page.get_by_role("button", name="remove the edit of expert 5").click()
+            del wanted[5]
+    page.get_by_role("button", name="expert 11, times 2.5").click()
+    if page.inner_text("#card-title") != "Expert 11" or page.input_value("#scale") != "2.5":
+        yield "an edit does not open its expert"
+    page.click("#reset-all")
+    if page.locator("#edits li").count() or page.locator(".inputs li.changed").count():
+        yield "removing all edits leaves some"
+
+
 def preview(page: Page) -> str:
-    """The sentence on the silenced expert."""
-    page.click("#silence")
+    """The sentence on the edits."""
     return page.inner_text("#preview")
 
 
-def changes(level: Any, found: Any, expert: int, scale: float) -> int:
+def edited(recorded: Any, scales: dict[int, float]) -> int:
+    """The prediction for a recorded input with experts scaled."""
+    (part,) = recorded.contributions
+    factors = np.array([scales.get(int(expert), 1.0) - 1.0 for expert in part.experts])
+    return int((np.array(recorded.logits) + factors @ part.logits).argmax())
+
+
+def changes(level: Any, found: Any, expert: int, scales: dict[int, float]) -> int:
     """Top and affected inputs whose prediction changes, from the value."""
     count = 0
     for inputs in (level.top, level.affected):
-        for slot, number in enumerate(inputs.numbers[expert]):
+        for number in inputs.numbers[expert]:
             if number >= 0:
-                whole = np.array(found.recorded[int(number)].logits)
-                without = inputs.changed[expert, slot, 0]
-                scaled = without + scale * (whole - without)
-                count += int(scaled.argmax() != whole.argmax())
+                recorded = found.recorded[int(number)]
+                count += int(edited(recorded, scales) != np.argmax(recorded.logits))
     return count
 
 
@@ -183,6 +226,8 @@ def grids(browser: Browser, path: Path) -> Iterator[str]:
                 )
                 if shown != expected:
                     yield f"expert {expert} times {scale} changes {shown}; NumPy says {expected}"
+        if not page.is_visible("#alone") or page.locator("#edits li").count() > 1:
+            yield "experts of a model that is not linear are scaled together"
         page.focus("#grid")
         for key in ("ArrowDown", "ArrowRight", "ArrowRight"):
             page.keyboard.press(key)
@@ -255,6 +300,10 @@ def speed(browser: Browser, path: Path, pictures: Path) -> Iterator[str]:
         page.fill("#search", "77")
         page.select_option("#sort", "excess")
         page.click("#silence")
+        for expert in range(1000, 1040):
+            page.fill("#search", str(expert))
+            page.locator(f"#expert-{expert}").click()
+            page.click("#silence")
         page.wait_for_timeout(200)
         used = max(page.evaluate("window.tasks"), default=0)
         for what, longest in (("scrolling", scrolled), ("use", used)):

@@ -29,18 +29,27 @@ def find_router(model: nn.Module, experts: DenseExperts) -> nn.Module:
     if sparse is not None:
         router: nn.Module = sparse.router
         return router
-    parent = model.get_submodule(experts.name.rpartition(".")[0])
-    inside = {id(each) for each in experts.module.modules()}
+    return router_beside(model, experts.name, experts.module, experts.count)
+
+
+def router_beside(model: nn.Module, name: str, experts: nn.Module, count: int) -> nn.Module:
+    """The router of a model of others, with ``count`` outputs, beside its experts.
+
+    Raises:
+        SpecError: none, or several.
+    """
+    parent = model.get_submodule(name.rpartition(".")[0])
+    inside = {id(each) for each in experts.modules()}
     found = {
-        name: module
-        for name, module in parent.named_modules()
-        if id(module) not in inside and _outputs(module) == experts.count
+        place: module
+        for place, module in parent.named_modules()
+        if id(module) not in inside and _outputs(module) == count
     }
     named = {k: each for k, each in found.items() if k.rpartition(".")[2] in _NAMES}
     if len(named or found) != 1:
         raise SpecError(
             "experts must have one router beside them, a module with a weight of shape "
-            f"({experts.count}, features); {experts.name!r} has "
+            f"({count}, features); {name!r} has "
             f"{', '.join(map(repr, found)) or 'none'}. Leave it out of the selection."
         )
     return next(iter((named or found).values()))

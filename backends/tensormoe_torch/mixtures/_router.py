@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tensormoe.editing import scale_routes
 from tensormoe.mixtures import PER_CHOICE, MixtureConfig, Parts, SparseConfig
 from tensormoe.routing import CartesianRoutes, LevelRoutes, ProductRoutes, Routes
 from tensormoe_torch._activations import ACTIVATIONS
@@ -45,7 +46,14 @@ class MixtureRouter(Copied):
             :func:`synchronize_gates` sets it.
         process_group: that group; None for all processes.
         boundary: of a mixture that is cut over devices, which all have the whole router.
+        steering: what is added to the logits, one amount per expert each; contexts set it for a
+            while. Compiled models see it, other than a new hook.
+        scaling: factors of the weights by the expert's number, set likewise.
     """
+
+    # of the class, so that routers that were pickled before have them
+    steering: tuple[tuple[float, ...], ...] = ()
+    scaling: tuple[Mapping[int, float], ...] = ()
 
     def __init__(self, config: MixtureConfig, device: Any, dtype: torch.dtype) -> None:
         super().__init__()
@@ -90,6 +98,10 @@ class MixtureRouter(Copied):
         rows = x.reshape(prod(batch_shape), features)
         held = {f"router.{name}": self._whole(getattr(self, name)) for name in self._own}
         held |= {f"router.{name}": buffer for name, buffer in self.named_buffers(recurse=False)}
+        for amounts in self.steering:
+            added = torch.tensor(amounts, dtype=torch.float32, device=x.device)
+            bias = held.get("router.bias")
+            held["router.bias"] = added if bias is None else bias + added
         across = self.synchronized and self.training
         with no_autocast(x.device.type):
             routes, changed = self.config.route(
@@ -102,6 +114,8 @@ class MixtureRouter(Copied):
         for name, values in changed.items():
             with torch.no_grad():
                 self.get_buffer(name.partition(".")[2]).copy_(values)
+        for factors in self.scaling:
+            routes = scale_routes(routes, factors)
         return routes.reshaped(batch_shape, BACKEND) if len(batch_shape) != 1 else routes
 
     def _noise(self, rows: Tensor) -> Tensor | None:

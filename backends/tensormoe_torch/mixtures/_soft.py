@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tensormoe._layers import SoftMethods
+from tensormoe.editing import scale_routes
 from tensormoe.factorizations import FactorizationLike
 from tensormoe.mixtures import Parts, SoftConfig, counting_tokens, soft_config
 from tensormoe.routing import SoftRoutes
@@ -35,7 +37,12 @@ class SoftRouter(Copied):
 
     Attributes:
         config: the mixture.
+        scaling: factors of an expert's slots in the outputs, by its number; contexts set it for a
+            while.
     """
+
+    # of the class, so that routers that were pickled before have it
+    scaling: tuple[Mapping[int, float], ...] = ()
 
     def __init__(self, config: SoftConfig, device: Any, dtype: torch.dtype) -> None:
         super().__init__()
@@ -89,6 +96,8 @@ class SoftRouter(Copied):
                 noise=noise,
                 mask=counts,
             )
+        for factors in self.scaling:
+            routes = scale_routes(routes, factors)
         return routes.reshaped(batch_shape, BACKEND) if len(batch_shape) != 2 else routes
 
 

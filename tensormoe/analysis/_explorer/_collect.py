@@ -159,7 +159,7 @@ def collect(
         rows,
         levels,
         grids if len(grids) == len(levels) - 1 else (),
-        _recorded(levels, shown.examples, known, logits),
+        _recorded(levels, shown.examples, known, logits, runs),
         shown.names(size),
         tuple(cut(each, LONGEST_CELL) for each in shown.examples.columns)
         if isinstance(shown.examples, Table)
@@ -216,12 +216,16 @@ def _recorded(
     examples: Examples | None,
     labels: NDArray[Any] | None,
     logits: NDArray[Any] | None,
+    runs: Runs | None,
 ) -> dict[int, RecordedInput]:
+    numbers = sorted(wanted_inputs(levels))
+    parts = {} if runs is None else runs.contributions(numbers)
     return {
         number: RecordedInput(
             {} if examples is None else examples.content(number),
             None if labels is None else int(labels[number]),
             None if logits is None else tuple(logits[number].tolist()),
+            parts.get(number, ()),
         )
-        for number in sorted(wanted_inputs(levels))
+        for number in numbers
     }

@@ -14,13 +14,14 @@ from tensormoe.analysis._explorer._examples import Examples
 from tensormoe.analysis._explorer._runs import Model
 from tensormoe.analysis._explorer._shown import Shown
 from tensormoe.analysis._explorer._value import Exploration, NearestExperts
-from tensormoe.analysis._inputs import dense_rows
+from tensormoe.analysis._inputs import dense_rows, host
 from tensormoe.analysis._interventions import predictions_of_block, rows_per_step
 from tensormoe.analysis._similarity import expert_similarity
+from tensormoe.analysis._use import like_labels
 from tensormoe.backend import Array, Backend, backend_of
 from tensormoe.checkpoint import match_arrays
 from tensormoe.errors import ShapeError, SpecError
-from tensormoe.functional import apply_experts, check_input, route
+from tensormoe.functional import apply_experts, check_input, level_outputs, route
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,8 +66,7 @@ def explore(
         class_names: one per class; numbers by default.
         classes: C, where there are no names; batches that are added up need one number.
         top: inputs that are shown per expert.
-        nearest: experts of a layer that are shown beside each, by the cosine of their matrices; 0
-            for none.
+        nearest: experts that are shown beside each, by the cosine of their matrices; 0 for none.
         threshold: an input uses an expert whose coefficient is larger.
         title: of the page.
         path: where the page (``.html``) or data file (``.json``) is written, if anywhere.
@@ -171,10 +171,21 @@ def _model(
     def run(x: Array, mixed: Sequence[Array]) -> Array:
         return logits(apply_experts(config, arrays, x, list(mixed), backend))
 
+    dense = [
+        dense_rows(each, size)[0] for each, size in zip(given, config.spec.experts, strict=True)
+    ]
+
+    def terms(level: int, numbers: NDArray[Any]) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        step = rows_per_step(config, level)
+        for start in range(0, len(numbers), step):
+            part = numbers[start : start + step]
+            index = like_labels(part, dense[0], backend)
+            mixed = [backend.take(each, index, 0) for each in dense]
+            x = backend.take(rows, index, 0)
+            made = host(level_outputs(config, arrays, x, mixed, level, backend), backend)
+            yield part, (made * host(mixed[level], backend).T[:, :, None]).astype("float32")
+
     def blocks(level: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-        dense = [
-            dense_rows(each, size)[0] for each, size in zip(given, config.spec.experts, strict=True)
-        ]
         rest = head if callable(head) else None
         step = rows_per_step(config, level)
         for start in range(0, max(int(rows.shape[0]), 1), step):
@@ -182,7 +193,8 @@ def _model(
             mixed = [each[part] for each in dense]
             yield predictions_of_block(config, arrays, rows[part], mixed, level, rest, backend)
 
-    return Model(rows, run, head == "identity", blocks)
+    linear = head == "identity"
+    return Model(rows, run, linear, blocks, terms if linear else None)
 
 
 def _nearest(
@@ -191,10 +203,11 @@ def _nearest(
     import numpy as np
 
     most = non_negative_int(most, "nearest")
-    if isinstance(config, BlockConfig) or not most:
+    if not most:
         return None
+    first = config.first if isinstance(config, BlockConfig) else config
     found: list[NearestExperts | None] = []
-    for level, count in enumerate(config.spec.experts):
+    for level, count in enumerate(first.spec.experts):
         if count == 1:
             found.append(None)
             continue

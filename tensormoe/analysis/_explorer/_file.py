@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tensormoe._validation import brief
 from tensormoe.analysis._explorer._top import TopInputs
 from tensormoe.analysis._explorer._value import (
+    Contributions,
     Exploration,
     ExploredLevel,
     NearestExperts,
@@ -101,6 +102,10 @@ def to_json(found: Exploration) -> bytes:
                 "content": dict(each.content),
                 "label": each.label,
                 "logits": each.logits,
+                "contributions": [
+                    {"experts": packed(part.experts), "logits": packed(part.logits)}
+                    for part in each.contributions
+                ],
             }
             for number, each in found.recorded.items()
         ],
@@ -175,6 +180,8 @@ def _from_dict(values: Mapping[str, Any]) -> Exploration:
                 _read_content(each["content"]),
                 None if each["label"] is None else _whole(each["label"]),
                 None if each["logits"] is None else tuple(map(float, each["logits"])),
+                # not in files of earlier releases
+                tuple(map(_read_contributions, each.get("contributions", ()))),
             )
             for each in values["recorded"]
         },
@@ -189,7 +196,29 @@ def _from_dict(values: Mapping[str, Any]) -> Exploration:
     unknown = wanted_inputs(found.levels) - set(found.recorded)
     if unknown:
         raise ValueError(f"input {min(unknown)} is not recorded")
+    for number, each in found.recorded.items():
+        if each.contributions:
+            _check_contributions(number, each, found.experts)
     return found
+
+
+def _read_contributions(values: Mapping[str, Any]) -> Contributions:
+    experts, logits = _unpacked(values["experts"]), _unpacked(values["logits"])
+    if experts is None or logits is None:
+        raise ValueError("contributions without arrays")
+    return Contributions(experts, logits)
+
+
+def _check_contributions(number: int, found: RecordedInput, experts: tuple[int, ...]) -> None:
+    classes = len(found.logits or ())
+    right = len(found.contributions) == len(experts) and all(
+        part.logits.shape == (part.experts.size, classes)
+        and part.experts.dtype.kind == "i"
+        and ((part.experts >= 0) & (part.experts < count)).all()
+        for part, count in zip(found.contributions, experts, strict=True)
+    )
+    if not right:
+        raise ValueError(f"contributions to input {number} do not fit")
 
 
 def _read_level(values: Mapping[str, Any], classes: int) -> ExploredLevel:

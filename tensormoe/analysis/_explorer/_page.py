@@ -23,13 +23,18 @@ PAGE_VERSION = 1
 _CLASSES = 24
 # entries of logits of scaled experts for top inputs, for affected ones, and of recorded inputs
 _LOGITS = 2**20
+# in this order: what a part runs at once may need those before it
+_SCRIPTS = ("data", "list", "scatter", "card", "edits", "grids", "start")
 # bytes of a page that notebooks show
 _NOTEBOOK = 2**21
 
 
 def page(found: Exploration) -> bytes:
     """The bytes of the page."""
-    style, script, body = (_source(f"page.{end}") for end in ("css", "js", "html"))
+    style, body = (_source(f"page.{end}") for end in ("css", "html"))
+    # one function, so that the parts see one another and the page's globals stay as they are
+    parts = "".join(_source(f"page_{name}.js") for name in _SCRIPTS)
+    script = f'"use strict";\n(() => {{\n{parts}}})();\n'
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; "
         f"script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'"
@@ -38,7 +43,7 @@ def page(found: Exploration) -> bytes:
     # nothing of the data can end the element that holds it, or start a comment in it
     for sign in "<>&":
         data = data.replace(sign, f"\\u{ord(sign):04x}")
-    parts = {
+    places = {
         "POLICY": escape(policy, quote=True),
         "TITLE": escape(found.title).encode("ascii", "xmlcharrefreplace").decode("ascii"),
         "STYLE": style,
@@ -47,7 +52,7 @@ def page(found: Exploration) -> bytes:
     }
     pieces = []
     for piece in body.split("%%"):
-        pieces.append(parts.get(piece, piece))
+        pieces.append(places.get(piece, piece))
     return "".join(pieces).encode("utf-8")
 
 
@@ -92,7 +97,11 @@ def payload(found: Exploration) -> dict[str, Any]:
         "columns": list(found.columns),
         "scales": list(found.scales),
         "linear": found.linear,
-        "levels": [_level(each, numbers, table is not None) for each in found.levels],
+        "levels": [
+            _level(each, numbers, table is not None)
+            | {"parts": None if table is None else _parts(found, place)}
+            for place, each in enumerate(found.levels)
+        ],
         "grids": [packed(each, "float32") for each in found.grids],
         "numbers": packed(np.array(list(found.recorded), "int32")),
         "labels": packed(np.array(labels, "int32")),
@@ -136,6 +145,49 @@ def _level(level: ExploredLevel, numbers: dict[int, int], logits: bool) -> dict[
             "cosines": packed(level.nearest.cosines, "float32"),
         }
     return made
+
+
+def _parts(found: Exploration, level: int) -> dict[str, Any] | None:
+    """What each expert of a level gives to logits, input after input; as many inputs as fit.
+
+    Those that more experts show first come before others.
+    """
+    import numpy as np
+
+    inputs = list(found.recorded.values())
+    if not inputs or not inputs[0].contributions:
+        return None
+    classes, left = len(inputs[0].logits or ()), _LOGITS
+    counts = np.full(len(inputs), -1, np.int32)
+    for place in _by_rank(found):
+        size = inputs[place].contributions[level].experts.size
+        left -= size * classes
+        if left < 0:
+            break
+        counts[place] = size
+    kept = [each.contributions[level] for each, n in zip(inputs, counts, strict=True) if n >= 0]
+    experts = [each.experts for each in kept]
+    logits = [each.logits for each in kept]
+    return {
+        "counts": packed(counts),
+        "experts": packed(np.concatenate([np.zeros(0, np.int32), *experts]), "int32"),
+        "logits": packed(np.concatenate([np.zeros((0, classes)), *logits]), "float32"),
+    }
+
+
+def _by_rank(found: Exploration) -> list[int]:
+    """Places of recorded inputs, those that stand first with an expert before others."""
+    import numpy as np
+
+    rank: dict[int, int] = {}
+    for level in found.levels:
+        for top in (level.top, level.affected):
+            if top is not None:
+                for slot, numbers in enumerate(np.asarray(top.numbers).T.tolist()):
+                    for number in numbers:
+                        rank[number] = min(rank.get(number, slot), slot)
+    numbers = list(found.recorded)
+    return sorted(range(len(numbers)), key=lambda place: (rank[numbers[place]], place))
 
 
 def _inputs(top: TopInputs, numbers: dict[int, int], logits: bool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tensormoe.analysis._explorer._shown import Shown
 from tensormoe.analysis._explorer._top import TopInputs, top_inputs, with_marks
-from tensormoe.analysis._explorer._value import ExploredLevel
+from tensormoe.analysis._explorer._value import Contributions, ExploredLevel
 from tensormoe.analysis._inputs import host
 from tensormoe.analysis._interventions import Interventions, counted, predictions_by_runs
 from tensormoe.analysis._use import like_labels
@@ -37,12 +37,15 @@ class Model:
         linear: whether logits are linear in every expert.
         blocks: predictions (rows,) with all experts, and (N, rows) without each of a level, for
             blocks of rows; by runs of the model if None.
+        terms: the parts (N, rows, C) of logits that come from each expert of a level, with the
+            numbers of their rows, for blocks of given rows; None for models that are not linear.
     """
 
     inputs: Any
     run: Run
     linear: bool = False
     blocks: Callable[[int], Iterator[tuple[Any, Any]]] | None = None
+    terms: Callable[[int, NDArray[Any]], Iterator[tuple[Any, Any]]] | None = None
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -114,6 +117,21 @@ class Runs:
             top=self.with_changed(found.top, level, logits),
             affected=self.with_changed(affected, level, logits),
         )
+
+    def contributions(self, numbers: Sequence[int]) -> dict[int, tuple[Contributions, ...]]:
+        """Parts of the logits of some inputs by expert, one entry per level."""
+        import numpy as np
+
+        if self.model.terms is None:
+            return {}
+        found: dict[int, list[Contributions]] = {each: [] for each in numbers}
+        for level, values in enumerate(self.values):
+            for rows, terms in self.model.terms(level, np.array(numbers, np.int64)):
+                for place, number in enumerate(rows.tolist()):
+                    used = np.flatnonzero(values[number])
+                    part = Contributions(used.astype("int32"), terms[used, place])
+                    found[number].append(part)
+        return {number: tuple(each) for number, each in found.items()}
 
     def _blocks(self, level: int) -> Iterator[tuple[Any, Any]]:
         if self.model.blocks is not None:

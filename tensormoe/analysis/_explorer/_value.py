@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+@dataclass(frozen=True, eq=False)
+class Contributions:
+    """Parts of an input's logits that come from the experts of one level.
+
+    Args:
+        experts: (m,) numbers of those that the input uses.
+        logits: (m, C) their coefficients times their outputs; over all m, they sum to the logits.
+    """
+
+    experts: NDArray[Any]
+    logits: NDArray[Any]
+
+
 @dataclass(frozen=True)
 class RecordedInput:
     """An input that is among the top ones of an expert.
@@ -29,11 +42,13 @@ class RecordedInput:
             ``first`` (its first token's place, from the input), or ``cells``; nothing if unknown.
         label: its class, or None.
         logits: (C,) of the whole model, or None.
+        contributions: one entry per level where logits are linear in every expert; else none.
     """
 
     content: Mapping[str, Any]
     label: int | None = None
     logits: tuple[float, ...] | None = None
+    contributions: tuple[Contributions, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, eq=False)
