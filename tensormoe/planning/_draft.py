@@ -79,8 +79,11 @@ class Draft:
         spread: whether coefficients that come by index are spread over all experts. Otherwise
             the rows of every factor that they name are gathered.
         grouped: whether gathers of large matrices become products grouped by expert.
+        joined: whether the coefficients of all levels are multiplied out first, which makes one
+            level of them.
 
     Attributes:
+        experts: legs of the levels of experts.
         rows: legs of the rows of an input.
         output: legs of the result, in its order.
     """
@@ -95,8 +98,11 @@ class Draft:
         *,
         spread: bool = False,
         grouped: bool = False,
+        joined: bool = False,
     ) -> None:
         self.grouped = grouped
+        self.joined = joined
+        self.experts = frozenset(network.expert_legs)
         self.terms = network.terms
         self.sizes: dict[Leg, int] = dict(network.sizes)
         operands: list[Operand] = []
@@ -169,7 +175,18 @@ class Draft:
         legs = {*self.rows, *(leg for slot in listed.values() for leg in builder.legs[slot])}
         # what all experts have in common is mixed by the sum of their coefficients
         data = [builder.reduce(slot, frozenset(legs)) for slot in dense]
+        if self.joined:
+            data = self._joined(builder, data)
         return Part((*data, *listed.values()), listed[name], bias)
+
+    def _joined(self, builder: Builder, data: Sequence[int]) -> list[int]:
+        """``data`` with one operand in place of the coefficients of several levels."""
+        inputs = [slot for slot in data if slot == self.x]
+        first, *others = (slot for slot in data if slot != self.x)
+        for slot in others:
+            legs = dict.fromkeys((*builder.legs[first], *builder.legs[slot]))
+            first = builder.contract(first, slot, frozenset(legs), tuple(legs))
+        return [first, *inputs]
 
     def _dense(self, builder: Builder, slot: int) -> int:
         """Coefficients of all experts, where those of a few are to be spread."""
@@ -212,7 +229,7 @@ class Draft:
         for step in builder.steps:
             written = volume(step.legs, self.sizes, 1)
             work = WRITE_WEIGHT * written * (2 if step.kind == "gather" else 1)
-            if step.kind in ("linear", "matmul"):
+            if step.kind in ("linear", "matmul", "multiply"):
                 work += volume(tuple({*step.input_legs[0], *step.input_legs[1]}), self.sizes, 1)
             if step.batched:
                 slope += work

@@ -90,12 +90,20 @@ def plan_regimes(network: Network, routing: Routing = DENSE) -> Regimes:
     Raises:
         PlanError: the routing does not fit the layer.
     """
+    return regimes_of(_drafts(network, routing))
+
+
+def _drafts(network: Network, routing: Routing) -> list[Draft]:
+    """All that may be done before the contraction of a layer."""
     drafts = [Draft(network, routing)]
+    levels = len(network.expert_legs)
     if routing.top_k is not None:
         drafts.append(Draft(network, routing, spread=True))
-    if routing.by_expert and len(network.expert_legs) == 1:
+    elif not routing.one_expert and levels > 1:
+        drafts.append(Draft(network, routing, joined=True))
+    if routing.by_expert and levels == 1:
         drafts.append(Draft(network, routing, grouped=True))
-    return regimes_of(drafts)
+    return drafts
 
 
 def regimes_of(drafts: Sequence[Draft]) -> Regimes:
@@ -129,12 +137,35 @@ def _crossings(
 
 def best_candidate(drafts: Sequence[Draft], batch: int) -> Candidate:
     """The cheapest candidate at one batch size; of equals, one of the first draft."""
-    return min((_candidate(draft, batch) for draft in drafts), key=lambda each: each.cost(batch))
+    found = sorted((_candidate(draft, batch) for draft in drafts), key=lambda one: one.cost(batch))
+    return next(each for each in found if not each.draft.joined or _is_direct(each))
+
+
+def _is_direct(candidate: Candidate) -> bool:
+    """Whether joined coefficients meet weights as rows of one product, and nothing is copied.
+
+    Otherwise products that are looped over, or copies of whole factors, cost more than is saved.
+    """
+    program = build_program(candidate)
+    experts = candidate.draft.experts
+
+    def looped(rows: tuple[Leg, ...], weights: tuple[Leg, ...]) -> bool:
+        joined = BATCH in rows and len(rows) > 2 and experts.issuperset({*rows} - {BATCH})
+        return joined and BATCH not in weights
+
+    for step in program.steps:
+        if step.kind == "permute":
+            return False
+        if step.kind == "matmul":
+            left, right = step.input_legs
+            if looped(left, right) or looped(right, left):
+                return False
+    return True
 
 
 def batch_program(network: Network, batch: int, routing: Routing = DENSE) -> Program:
     """The cheapest program for one batch size, sought for it alone; for dense coefficients."""
-    return build_program(_candidate(Draft(network, routing), batch))
+    return build_program(best_candidate(_drafts(network, routing), batch))
 
 
 def _candidate(draft: Draft, batch: int) -> Candidate:
