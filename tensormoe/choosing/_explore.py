@@ -99,7 +99,8 @@ def row_dict(row: Row) -> dict[str, Any]:
         "expert_span": row.expert_span,
     }
     if row.legs:
-        values["cut"] = cut_dict(row.legs[0])
+        part = cut_dict(row.legs[0])
+        values |= {"leg": part.pop("leg"), "cut": part}
     return values
 
 

@@ -75,7 +75,7 @@ def describe_plan(
         "",
         *_table_lines(table, width),
         "",
-        *fact_lines(_facts(plan, cost, itemsize, gate, training, roofline), width),
+        *fact_lines(plan_facts(plan, cost, itemsize, gate, training, roofline), width),
     ]
     # forward alone: what training and the gate add, they add to both
     if plan.network.cut is None and dense_size(plan)[1] < plan.cost(itemsize=itemsize).flops:
@@ -99,7 +99,7 @@ def cost_facts(cost: Cost, batch: int, roofline: Roofline) -> list[tuple[str, st
     facts = [
         ("FLOPs", _flops(cost, batch)),
         ("bytes moved", _moved(cost)),
-        ("memory", f"{format_bytes(cost.peak_memory)} at the peak"),
+        ("memory", f"{format_bytes(cost.peak_memory)} at the peak{_kept(cost)}"),
         ("parameters", f"{cost.parameters:,}"),
         ("time", f"{format_time(roofline.time(cost))} predicted for {roofline.name}"),
     ]
@@ -159,7 +159,7 @@ def _equation(plan: Plan) -> str:
     return f"{equation}, bias added to the input mode" if network.biases else equation
 
 
-def _facts(
+def plan_facts(
     plan: Plan,
     cost: Cost,
     itemsize: int,
@@ -171,7 +171,6 @@ def _facts(
     network, program = plan.network, plan.program
     sizes = batch_sizes(program, plan.chunk)
     largest = max((prod(sizes[leg] for leg in step.legs) for step in program.steps), default=0)
-    kept = f", {format_bytes(cost.saved_memory)} kept for the backward pass"
     paid = cost.parameters - network.num_parameters
     counted = "forward and backward" if training else "forward"
     entries, flops = dense_size(plan)
@@ -185,7 +184,7 @@ def _facts(
         (
             "memory",
             f"{format_bytes(cost.peak_memory)} at the peak, largest intermediate "
-            f"{format_bytes(itemsize * largest)}{kept if training else ''}",
+            f"{format_bytes(itemsize * largest)}{_kept(cost) if training else ''}",
         ),
         (
             "parameters",
@@ -210,6 +209,11 @@ def _facts(
         said = f"{format_time(roofline.time(cost))} predicted for {roofline.name}"
         facts.insert(4, ("time", said))
     return facts
+
+
+def _kept(cost: Cost) -> str:
+    saved = cost.saved_memory
+    return f", {format_bytes(saved)} kept for the backward pass" if saved else ""
 
 
 def _flops(cost: Cost, batch: int) -> str:
@@ -249,14 +253,16 @@ def _table(cost: Cost) -> list[list[Cell]]:
 
 
 def _table_lines(table: list[list[Cell]], width: int | None) -> list[str]:
-    """The table, or where it is too wide one step below another."""
+    """The table; where it is too wide without its bars, and then one step below another."""
     lines = ["  " + line for line in align(table)]
     if width is None or max(map(len, lines)) <= width:
         return lines
-    heads, *rows = ([str(cell).strip() for cell in row] for row in table)
-    # a bar says no more than its share
-    heads = [head.replace("share of time", "share") for head in heads]
-    rows = [[cell.lstrip("█▏▎▍▌▋▊▉ ") for cell in row] for row in rows]
+    plain = [[str(cell).replace("share of time", "share").strip() for cell in row] for row in table]
+    plain = [[cell.lstrip("█▏▎▍▌▋▊▉ ") for cell in row] for row in plain]
+    lines = ["  " + line for line in align(plain)]
+    if max(map(len, lines)) <= width:
+        return lines
+    heads, *rows = plain
     return [line for row in rows for line in stack(heads, row, width)]
 
 

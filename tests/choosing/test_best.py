@@ -102,11 +102,11 @@ def test_a_rank_belongs_to_the_only_factorization() -> None:
 def test_blocks_and_embeddings_are_cut_over_devices() -> None:
     block = _ask(kind="mlp", experts=16, factorizations="cp", devices=2, device="h100")
     (row,) = block["rows"]
-    assert row["cut"]["leg"] == "hidden"
+    assert row["leg"] == "hidden"
     assert row["parameters"] / 2 < row["cut"]["parameters"] < row["parameters"]
     assert row["cut"]["communicated"] > 0
     table = _ask(kind="embedding", experts=16, factorizations="cp", devices=2, device="h100")
-    assert table["rows"][0]["cut"]["leg"]
+    assert table["rows"][0]["leg"]
     odd = _ask(kind="mlp", hidden_features=7, experts=2, factorizations="cp", devices=2, rank=4)
     assert "multiple of the 2 devices" in odd["rows"][0]["note"]
 

@@ -96,7 +96,7 @@ def test_errors_of_a_process_have_no_traceback() -> None:
     done = run("plan", "64", "64", "16", "--rank", "4,4")
     assert done.returncode == 2
     assert not done.stdout
-    assert done.stderr.startswith("error: rank must be one positive integer; got (4, 4).")
+    assert done.stderr.startswith("error: --rank must be one positive integer; got (4, 4).")
     assert "Traceback" not in done.stderr
 
 
