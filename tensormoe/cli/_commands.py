@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 from tensormoe.errors import SpecError
 
@@ -20,8 +20,13 @@ class Parser(argparse.ArgumentParser):
         raise SpecError(f"{message}. Run: {self.prog} --help")
 
 
-Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
-"""What ``add_parser`` of a command's module adds itself to."""
+class Commands(argparse._SubParsersAction):  # type: ignore[type-arg]
+    """Parsers of commands, each with its summary: what ``add_parser`` of a module adds one to."""
+
+    def add_parser(self, name: str, **options: Any) -> Parser:
+        """The parser of a command, to add its options to."""
+        parser: Parser = super().add_parser(name, **{"help": COMMANDS[name].summary, **options})
+        return parser
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ def make_parser(asked: Collection[str]) -> tuple[Parser, Mapping[str, Parser]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"tensormoe {__version__}")
-    commands: Commands = parser.add_subparsers(
+    commands = parser.add_subparsers(
+        action=Commands,
         dest="command",
         metavar="COMMAND",
         required=True,

@@ -47,6 +47,9 @@ def completion(shell: str) -> str:
     from tensormoe.cli._commands import make_parser
 
     parser, known = make_parser(COMMANDS)
+    for action in parser._actions:
+        # the list of commands is a part of the description, and suppressed as an argument
+        action.help = "COMMAND" if action.dest == "command" else action.help
     for each in known.values():
         _offer_words(each)
     text: str = shtab.complete(parser, shell=shell)
