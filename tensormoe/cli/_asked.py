@@ -25,6 +25,8 @@ _OPTIONS = {
 }
 """Options by the field of a request, where their names differ."""
 
+_MEASURED_DTYPE = "float32"
+
 _FIELDS = (
     *_POSITIONAL,
     "kind",
@@ -60,7 +62,8 @@ def parse_layer(arguments: argparse.Namespace, **fields: Any) -> Request:
             values[field] = value
     errors: dict[str, TensormoeError] = {}
     try:
-        values["device"] = _device(arguments.device)
+        device = _device(arguments.device, arguments.dtype)
+        values |= {} if device is None else {"device": device}
     except SpecError as error:
         errors["device"] = error
     try:
@@ -83,12 +86,17 @@ def parse_format(arguments: argparse.Namespace) -> str:
     return choice(arguments.format, FORMATS, option_name(arguments, "format"), SpecError)
 
 
-def _device(name: str | None) -> Roofline | str:
-    """A published device by name, whose profile follows the dtype; this machine's as measured."""
+def _device(name: str | None, dtype: str) -> Roofline | str | None:
+    """A published device by name, whose profile follows the dtype; this machine's as measured.
+
+    None where nothing is named and this machine was not measured, or not with the dtype.
+    """
     if name in DEVICES and name != "this":
-        return str(name)
+        return name
+    if name is None and dtype != _MEASURED_DTYPE:
+        return None
     found = resolve_device(name)
-    return "cpu" if found.name == "cpu" else found
+    return None if found.name == "cpu" else found
 
 
 def _with_link(device: Roofline, arguments: argparse.Namespace) -> Roofline:

@@ -191,7 +191,7 @@ def plot_fronts_of(path: Path, asked: Request, found: Values) -> None:
             name = row["name"]
             fronts[name] = [_point(each) for each in found["fronts"].get(name, ())]
             chosen[name] = _point({**row, "rank": row["rank"]})
-    with figure(path, 8.4, 5.6) as drawn:
+    with figure(path, 9.6, 5.4) as drawn:
         axes = drawn.add_subplot()
         plot_fronts(axes, fronts, chosen)
         axes.set_title(f"What a budget buys: {_title(asked)}\n", loc="left", fontsize=12.5)

@@ -10,6 +10,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from tensormoe._format import stack
+from tensormoe.cli._columns import NOTHING
 
 _ANY_WIDTH = 10_000
 
@@ -29,7 +30,7 @@ class NarrowTable(Table):
 
     def _stacked(self, width: int) -> Iterator[Text]:
         heads = [_plain(column.header) for column in self.columns]
-        columns = [[*map(_plain, _cells(column))] for column in self.columns]
+        columns = [[*map(_figure, _cells(column))] for column in self.columns]
         for row, cells in zip(self.rows, zip(*columns, strict=True), strict=True):
             lines = stack(heads, cells, width)
             yield Text("\n".join(lines), style=row.style or "")
@@ -43,3 +44,9 @@ def _cells(column: Column) -> Iterator[object]:
 
 def _plain(cell: object) -> str:
     return cell.plain if isinstance(cell, Text) else str(cell)
+
+
+def _figure(cell: object) -> str:
+    """A cell of a list, which leaves out what there is not."""
+    text = _plain(cell)
+    return "" if text == NOTHING else text
