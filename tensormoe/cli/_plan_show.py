@@ -15,7 +15,7 @@ from tensormoe.cli._columns import Column, csv_text, markdown_text
 from tensormoe.cli._devices import legs_dict, legs_table
 from tensormoe.cli._planned import Planned
 from tensormoe.factorizations import Network
-from tensormoe.planning._describe import cost_facts, dense_size, fact_lines, plan_facts
+from tensormoe.planning._describe import cost_facts, dense_size, fact_lines, plan_facts, step_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -197,8 +197,25 @@ def _block_title(planned: Planned) -> str:
 
 
 def _block_facts(planned: Planned) -> list[tuple[str, str]]:
+    """Totals of a block, and the steps that belong to neither layer."""
     asked = planned.request
-    return cost_facts(planned.cost, asked.batch, asked.device)
+    own = {
+        label
+        for name, plan in planned.plans.items()
+        for label in step_rows(
+            plan.cost(planned.gate_of(name), training=asked.training, itemsize=asked.itemsize)
+        )
+    }
+    between = [
+        (
+            "between",
+            f"{step['label']}: {format_count(step['flops'])} FLOPs, {format_bytes(step['bytes'])}, "
+            f"{format_time(step['time'])}",
+        )
+        for step in _steps(planned, planned.cost)
+        if step["label"] not in own
+    ]
+    return [*between, *cost_facts(planned.cost, asked.batch, asked.device)]
 
 
 def _block_lines(planned: Planned, width: int) -> list[str]:

@@ -306,7 +306,9 @@ def _notes(asked: Request, found: Values) -> list[str]:
             f"of them{gate}."
         )
     hint = " (tensormoe calibrate measures this machine)" if asked.device.name == "cpu" else ""
-    notes.append(f"time: predicted for {asked.device.name}, {asked.dtype}{hint}.")
+    name = asked.device.name
+    dtype = "" if asked.dtype in name else f", {asked.dtype}"
+    notes.append(f"time: predicted for {name}{dtype}{hint}.")
     return notes
 
 

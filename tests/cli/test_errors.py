@@ -33,7 +33,22 @@ from tests._command import LAYER, run
         (["rank", *LAYER, "--factorization", "svd"], "factorization must be one of 'cp'"),
         (["rank", *LAYER, "--objective", "speed"], "--objective must be one of 'capacity'"),
         (["rank", *LAYER, "--device", "tpu"], "--device must be one of this"),
-        (["rank", *LAYER, "--gate", "relu"], "activation must be one of entmax"),
+        (["rank", *LAYER, "--gate", "relu"], "--gate: activation must be one of entmax"),
+        (["rank", *LAYER, "--kind", "conv"], "--kind must be one of 'layer'"),
+        (["rank", *LAYER, "--hidden", "0"], "--hidden must be a positive integer; got '0'"),
+        (["rank", *LAYER, "--dtype", "int8"], "--dtype must be one of 'float32'"),
+        (["rank", *LAYER, "--devices", "0"], "--devices must be a positive integer"),
+        (["rank", *LAYER, "--devices", "2", "--link", "fast"], "--link must be a quantity"),
+        (["rank", *LAYER, "--format", "xml"], "--format must be one of 'table', 'json'"),
+        (["rank", *LAYER, "--top-k", "none"], "--top-k must be a positive integer"),
+        (["rank", *LAYER, "--kind", "mlp", "--bonds", "4,4"], "--bonds must be left out"),
+        (["rank", *LAYER, "--kind", "mlp", "--front"], "--front is for single layers"),
+        (["plan", *LAYER, "--kind", "gated", "--rank", "4,4"], "--rank must be one positive"),
+        (["plan", *LAYER, "--top-k", "x"], "--top-k must be a positive integer"),
+        (["completion", "tcsh"], "SHELL must be one of 'bash', 'zsh', 'fish'; got 'tcsh'"),
+        (["completion"], "SHELL"),
+        (["config", "ranks"], "COMMAND must be one of 'rank'"),
+        (["rank", *LAYER, "--config", "/no/such.toml"], "--config must be a file"),
         (["rank", *LAYER, "--batch", "many"], "--batch must be a positive integer"),
         (["rank", *LAYER, "--bonds", "4,4"], "bonds must have 3 entries"),
         (["rank", *LAYER, "--bonds", "4,-4,free"], "got '-4' for bond 1"),
@@ -79,6 +94,27 @@ def test_bad_words_are_one_clear_line(
     assert said in captured.err
 
 
+def test_every_word_that_is_wrong_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("0", "64", "16x", "--batch", "many", "--dtype", "int8", "--objective", "speed")
+    assert main(["rank", *words, "--device", "tpu"]) == 2
+    captured = capsys.readouterr()
+    assert not captured.out
+    lines = captured.err.splitlines()
+    for line, said in zip(
+        sorted(lines),
+        (
+            "--batch must be a positive integer; got 'many'. Write digits: 768.",
+            "--device must be one of this",
+            "--dtype must be one of 'float32'",
+            "--objective must be one of 'capacity'",
+            "experts must be positive integers; got '' for level 1 of '16x'.",
+            "in_features must be a positive integer; got '0'. Write digits: 768.",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(f"error: {said}")
+
+
 def test_a_plot_that_cannot_be_written_leaves_nothing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -108,6 +144,7 @@ def test_errors_of_a_process_have_no_traceback() -> None:
         ("matplotlib", ["plan", *LAYER, "--json", "--plot", "x.png"], "plot"),
         ("platformdirs", ["rank", *LAYER, "--device", "this"], "cli"),
         ("numpy", ["calibrate"], "numpy"),
+        ("shtab", ["completion", "bash"], "cli"),
         ("sklearn", ["demo"], "demo"),
         ("matplotlib", ["demo"], "demo"),
     ],

@@ -20,7 +20,7 @@ from tests._python import ENVIRONMENT
 def test_help_and_version() -> None:
     done = run("--help")
     assert done.returncode == 0
-    for command in ("rank", "plan", "calibrate", "demo", "explore"):
+    for command in ("rank", "plan", "calibrate", "demo", "explore", "config", "completion"):
         assert re.search(rf"^  {command} ", done.stdout, re.MULTILINE)
         assert "usage: tensormoe " + command in run(command, "--help").stdout
     assert run("--version").stdout.startswith("tensormoe ")
@@ -30,11 +30,14 @@ def test_help_loads_nothing_heavy() -> None:
     watch = """
 import sys
 from tensormoe.cli import main
-try:
-    main(["--help"])
-except SystemExit:
-    pass
-heavy = {"numpy", "opt_einsum", "rich", "matplotlib", "platformdirs", "scipy", "sklearn"}
+from tensormoe.cli._commands import COMMANDS
+for words in ([], *([name] for name in COMMANDS)):
+    try:
+        main([*words, "--help"])
+    except SystemExit:
+        pass
+heavy = {"numpy", "opt_einsum", "rich", "matplotlib", "platformdirs", "scipy", "sklearn", "shtab"}
+heavy |= {"tensormoe.choosing", "tensormoe.planning", "tensormoe.compression", "tomllib"}
 print(sorted(heavy & set(sys.modules)), file=sys.stderr)
 """
     assert run(code=watch).stderr == "[]\n"
