@@ -21,9 +21,15 @@ class NarrowTable(Table):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """What the console shows."""
         wide = options.update(width=_ANY_WIDTH)
-        if Measurement.get(console, wide, self).maximum <= options.max_width:
-            yield from super().__rich_console__(console, options)
-            return
+        padding = self.padding
+        try:
+            # columns closer together before they are given up
+            for self.padding in (padding, (0, 0, 0, 0)):
+                if Measurement.get(console, wide, self).maximum <= options.max_width:
+                    yield from super().__rich_console__(console, options)
+                    return
+        finally:
+            self.padding = padding
         if self.title:
             yield Text(str(self.title), style="bold")
         yield from self._stacked(options.max_width)

@@ -128,8 +128,9 @@ def _mark(axes: Axes, name: str, taken: FrontPoint, offset: float, look: Mapping
 
 def _offsets(axes: Axes, chosen: Mapping[str, FrontPoint]) -> dict[str, float]:
     """Points to the right by which each mark moves, so that none hides another."""
-    assert axes.figure is not None
-    width, height = (72 * float(size) for size in axes.figure.get_size_inches())
+    drawn = axes.get_figure(root=True)
+    assert drawn is not None
+    width, height = (72 * float(size) for size in drawn.get_size_inches())
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     # about two thirds of a figure are axes
     across, up = 0.66 * width / log2(right / left), 0.66 * height / log2(high / low)
@@ -168,10 +169,10 @@ def _set_scale(axes: Axes, points: Iterable[FrontPoint]) -> None:
         (axes.xaxis, axes.set_xlim, [each.expert_rank for each in listed]),
         (axes.yaxis, axes.set_ylim, [each.expert_span for each in listed]),
     ):
-        low, high = (min(values), max(values)) if values else (1, 1)
+        least, most = (min(values), max(values)) if values else (1, 1)
         # room for what stands side by side
-        spread = max(log2(high / low), 1.0)
-        low, high = low / 2 ** (_MARGIN * spread), high * 2 ** (_MARGIN * spread)
+        room = 2.0 ** (_MARGIN * max(log2(most / least), 1.0))
+        low, high = least / room, most * room
         limits(low, high)
         _set_ticks(axis, low, high)
 
