@@ -69,7 +69,9 @@ def _client(address: str | None) -> AbstractContextManager[Client | None]:
 def _settings(arguments: argparse.Namespace) -> Compression:
     """The words of the command, checked."""
     if not re.fullmatch("[0-9]{1,18}", arguments.seed):
-        raise SpecError(f"--seed must be a non-negative integer; got {arguments.seed!r}.")
+        raise SpecError(
+            f"--seed must be a non-negative integer; got {arguments.seed!r}. Write digits: 0."
+        )
     return Compression(
         arguments.factorization.replace("-", "_"),
         rank=parse_rank(arguments.rank),
@@ -111,7 +113,7 @@ def _tolerance(text: str) -> float:
     percent = text.endswith("%")
     number = _number(text.removesuffix("%"))
     if number is None:
-        raise SpecError(f"--tolerance must be a number such as 0.1 or 10%; got {text!r}.")
+        raise SpecError(f"--tolerance must be a number; got {text!r}. Write 0.1 or 10%.")
     return number / 100 if percent else number
 
 
@@ -123,7 +125,7 @@ def _seconds(text: str) -> float:
     """
     number = _number(text)
     if not number:
-        raise SpecError(f"--seconds must be a positive number such as 90; got {text!r}.")
+        raise SpecError(f"--seconds must be a positive number; got {text!r}. Write 90.")
     return number
 
 

@@ -70,7 +70,9 @@ def _of_checkpoint(path: Path, arguments: argparse.Namespace) -> Exploration:
     layer = getattr(tensormoe_numpy, block).load(path)
     inputs = _array(arguments.inputs, "--inputs")
     if inputs.dtype.kind not in "iuf":
-        raise SpecError(f"--inputs must be numbers; got dtype {inputs.dtype}.")
+        raise SpecError(
+            f"--inputs must be numbers; got dtype {inputs.dtype}. Convert them to float32."
+        )
     levels = [_array(name, "--coefficients") for name in arguments.coefficients]
     return explore(
         layer,

@@ -55,7 +55,7 @@ def forget_defaults(parser: argparse.ArgumentParser) -> dict[str, Any]:
     >>> forget_defaults(parser), parser.parse_args([])
     ({'batch': '1024'}, Namespace())
     """
-    found = {}
+    found: dict[str, Any] = {}
     for action in _actions(parser):
         if action.option_strings and action.dest != "help":
             found.setdefault(action.dest, action.default)
@@ -133,6 +133,7 @@ def option_name(arguments: argparse.Namespace, name: str) -> str:
 def _file(path: Path, needed: bool = False) -> SettingsFile:
     import tomllib
 
+    content: Any
     try:
         content = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:

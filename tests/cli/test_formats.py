@@ -205,7 +205,7 @@ def test_narrow_terminals_show_every_step_of_plan(
     assert format_bytes(found["memory"]) in shown
     for leg in found.get("legs", ()):
         assert f"{leg['leg']} " in shown
-        assert f"exchanged {format_bytes(leg['communicated'])}" in shown
+        assert format_bytes(leg["communicated"]) in shown
 
 
 @pytest.mark.parametrize("width", [50, 40])

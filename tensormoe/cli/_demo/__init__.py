@@ -36,7 +36,9 @@ def run(arguments: argparse.Namespace) -> None:
     experts = parse_experts(arguments.experts)
     epochs = parse_size(arguments.epochs, "--epochs")
     if not arguments.seed.isascii() or not arguments.seed.isdigit():
-        raise SpecError(f"--seed must be an integer of at least 0; got {arguments.seed!r}.")
+        raise SpecError(
+            f"--seed must be an integer of at least 0; got {arguments.seed!r}. Write digits: 0."
+        )
     for package in _NEEDED:
         require("tensormoe demo", (package,), "demo")
     folder = make_folder(arguments.out)
