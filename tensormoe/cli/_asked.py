@@ -13,7 +13,7 @@ from tensormoe.choosing._words import parse_bytes
 from tensormoe.cli._options import FORMATS
 from tensormoe.cli._profile import DEVICES, resolve_device
 from tensormoe.cli._settings import DEFAULT, option_name
-from tensormoe.errors import RequestError, SpecError, TensormoeError
+from tensormoe.errors import BudgetError, RequestError, SpecError, TensormoeError
 from tensormoe.planning import Roofline
 
 _POSITIONAL = ("in_features", "out_features", "experts")
@@ -134,6 +134,14 @@ def _placed(field: str, error: TensormoeError, arguments: argparse.Namespace) ->
         if message.startswith(f"{name} "):
             return SpecError(option + message[len(name) :])
     return SpecError(f"{option}: {message}")
+
+
+def placed(error: TensormoeError, arguments: argparse.Namespace) -> TensormoeError:
+    """An error about a budget, or that starts with the name of a value, as one of its option."""
+    name = "budget" if isinstance(error, BudgetError) else str(error).split(" ")[0]
+    if name in _POSITIONAL or name not in arguments.sources:
+        return error
+    return _placed(name, error, arguments)
 
 
 def as_words(change: Mapping[str, object]) -> str:

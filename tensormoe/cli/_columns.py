@@ -101,10 +101,10 @@ def markdown_text(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int
         rows: cells.
         left: how many columns hold words; the others are numbers.
 
-    >>> print(markdown_text(["layer", "time"], [["a|b", "1 s"]]), end="")
+    >>> print(markdown_text(["layer", "time"], [["a|b *c*", "1 s"]]), end="")
     | layer | time |
     | --- | ---: |
-    | a\|b | 1 s |
+    | a\|b \*c\* | 1 s |
     """
     rules = ["---" if index < left else "---:" for index in range(len(heads))]
     lines = [heads, rules, *rows]

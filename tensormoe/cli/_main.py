@@ -61,5 +61,7 @@ def _run(words: list[str]) -> None:
     from tensormoe.cli._settings import apply, forget_defaults
 
     defaults = forget_defaults(known[asked])
-    given = parser.parse_args(words)
+    given, unknown = parser.parse_known_args(words)
+    if unknown:
+        known[asked].error(f"unrecognized arguments: {' '.join(unknown)}")
     COMMANDS[asked].load().run(apply(asked, known[asked], defaults, given))

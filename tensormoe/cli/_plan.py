@@ -35,7 +35,7 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Plan a layer or block and show it."""
     from tensormoe._files import check_picture
-    from tensormoe.cli._asked import parse_format
+    from tensormoe.cli._asked import parse_format, placed
     from tensormoe.cli._console import make_console, print_json
     from tensormoe.cli._plan_show import (
         plan_csv,
@@ -45,10 +45,16 @@ def run(arguments: argparse.Namespace) -> None:
         show_plan,
     )
     from tensormoe.cli._planned import plan_asked
+    from tensormoe.errors import RequestError, TensormoeError
 
     form = parse_format(arguments)
     path = None if arguments.plot is None else check_picture(arguments.plot, "--plot")
-    planned = plan_asked(arguments)
+    try:
+        planned = plan_asked(arguments)
+    except RequestError:
+        raise
+    except TensormoeError as error:
+        raise placed(error, arguments) from None
     if form == "json":
         print_json({"command": "plan", **plan_dict(planned)})
     elif form == "csv":

@@ -281,7 +281,7 @@ def _notes(asked: Request, found: Values) -> list[str]:
             for name in OBJECTIVES
             if name != asked.objective and name in best["others"]
         }
-        if others:
+        if others and len(asked.names) > 1:
             listed = ", ".join(
                 f"--objective {name} → {row}{' too' if row == best['name'] else ''}"
                 for name, row in others.items()

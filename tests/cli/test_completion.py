@@ -89,3 +89,15 @@ def test_the_list_of_commands_stays_out_of_the_help(capsys: pytest.CaptureFixtur
     text = capsys.readouterr().out
     assert text.count("  rank ") == 1
     assert "positional" not in text
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_zsh_finds_the_script_for_the_command(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    script(capsys, tmp_path, "zsh").rename(tmp_path / "_tensormoe")
+    code = f"fpath=({tmp_path} $fpath); autoload -Uz compinit; compinit -u -D; "
+    assert call("zsh", "-fc", code + "print $_comps[tensormoe]") == ["_tensormoe"]
+    # and it can be loaded
+    code += "autoload +X -Uz _tensormoe; whence -w _tensormoe"
+    assert call("zsh", "-fc", code) == ["_tensormoe: function"]
