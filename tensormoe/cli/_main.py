@@ -58,10 +58,17 @@ def _run(words: list[str]) -> None:
     parser, known = make_parser((asked,))
     if asked not in known:
         parser.parse_args(words)
-    from tensormoe.cli._settings import apply, forget_defaults
+    from tensormoe.cli._settings import apply, forget_defaults, with_source
 
     defaults = forget_defaults(known[asked])
     given, unknown = parser.parse_known_args(words)
     if unknown:
         known[asked].error(f"unrecognized arguments: {' '.join(unknown)}")
-    COMMANDS[asked].load().run(apply(asked, known[asked], defaults, given))
+    arguments = apply(asked, known[asked], defaults, given)
+    try:
+        COMMANDS[asked].load().run(arguments)
+    except RequestError:
+        raise  # its errors name their options
+    except TensormoeError as error:
+        error.args = (with_source(str(error), arguments),)
+        raise

@@ -130,6 +130,21 @@ def option_name(arguments: argparse.Namespace, name: str) -> str:
     return option if source in (DEFAULT, GIVEN) else f"{option} in {source}"
 
 
+def with_source(message: str, arguments: argparse.Namespace) -> str:
+    """An error of an option, with the file that sets it.
+
+    >>> arguments = argparse.Namespace(sources={"epochs": "tensormoe.toml"})
+    >>> with_source("--epochs must be a positive integer; got 'x'.", arguments)
+    "--epochs in tensormoe.toml must be a positive integer; got 'x'."
+    """
+    option = message.split(" ")[0].rstrip(":")
+    name = option.removeprefix("--").replace("-", "_")
+    if not option.startswith("--") or name not in arguments.sources:
+        return message
+    named = option_name(arguments, name)
+    return message if message.startswith(named) else named + message.removeprefix(option)
+
+
 def _file(path: Path, needed: bool = False) -> SettingsFile:
     import tomllib
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from markdown import markdown
 from rich.console import Console
@@ -22,6 +23,7 @@ from tensormoe.cli import main
 from tensormoe.cli._columns import format_ranks, format_whole
 from tensormoe.cli._console import make_table
 from tests._command import LAYER, ask
+from tests._compress_models import PATTERN, experts, save_shards
 
 RANK = ("rank", "96", "64", "16", "--budget", "20k")
 PLAN = ("plan", "96", "64", "16", "--rank", "8")
@@ -244,3 +246,44 @@ def test_a_table_never_cuts_a_cell_off(width: int) -> None:
     assert "…" not in text
     for row in cells:
         assert all(flat(cell) in flat(text) for cell in row if cell != "–")
+
+
+def test_narrow_terminals_show_every_figure_of_the_demo(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    width = 40
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = printed(capsys, "demo", "--epochs", "1", "--experts", "4", "--out", str(tmp_path))
+    assert "…" not in text
+    shown = flat(text)
+    assert shown.count("all with head") == 4
+    assert shown.count("accuracy ") >= 4
+    assert shown.count("expert span") == 4
+    for line in text.splitlines():
+        assert len(line) <= width or str(tmp_path) in line
+
+
+@pytest.mark.parametrize("width", [50, 40])
+def test_narrow_terminals_show_every_figure_of_compress(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    rng: np.random.Generator,
+    width: int,
+) -> None:
+    model = save_shards(tmp_path / "model", experts(rng), experts(rng, rows=12, layer=1))
+    words = ("compress", str(model), "--experts", *PATTERN, "--budget", "50%")
+    words += ("--factorization", "cp", "--seconds", "5")
+    plan = ask(capsys, *words, "--dry-run")
+    monkeypatch.setenv("COLUMNS", str(width))
+    shown = flat(printed(capsys, *words, "--dry-run"))
+    for group in plan["groups"]:
+        assert f"before {format_parameters(group['dense_parameters'])}" in shown
+        assert f"memory {format_bytes(group['memory'])}" in shown
+    text = printed(capsys, *words, "--output", str(tmp_path / "small"))
+    table = text[text.index("joint SVD") :]
+    assert "…" not in table
+    shown = flat(text)
+    assert shown.count("SVD error") >= len(plan["groups"])
+    for group in plan["groups"]:
+        assert f"before {format_parameters(group['dense_parameters'])}" in shown

@@ -120,6 +120,19 @@ def test_what_a_file_cannot_say_is_refused_with_its_name(
     assert "pyproject.toml" in captured.err
 
 
+def test_errors_of_every_command_name_the_file(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    project(folder, '[tool.tensormoe]\nepochs = 0\nbackend = "abacus"\ntop_k = "x"\n')
+    for words, said in (
+        (("demo",), "--epochs in pyproject.toml must be a positive integer; got '0'."),
+        (("calibrate",), "--backend in pyproject.toml must be one of 'numpy', 'torch'"),
+        (("plan", *LAYER), "--top-k in pyproject.toml must be a positive integer; got 'x'."),
+    ):
+        assert main(words) == 2
+        assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
 def test_config_says_what_is_in_force_and_where_from(
     capsys: pytest.CaptureFixture[str], folder: Path, user_file: Path
 ) -> None:

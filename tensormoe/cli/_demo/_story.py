@@ -242,11 +242,13 @@ def _train(
 def _progress(console: Console, name: str, total: int) -> Iterator[Any]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    # on a narrow terminal the figures alone
+    wide = console.width >= 80
     columns = (
-        TextColumn("   {task.description:<14}"),
-        BarColumn(bar_width=28),
+        TextColumn("   {task.description:<14}" if wide else "{task.description:<13}"),
+        *((BarColumn(bar_width=28),) if wide else ()),
         TextColumn("{task.fields[state]:<22}"),
-        TimeElapsedColumn(),
+        *((TimeElapsedColumn(),) if wide else ()),
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(name, total=total, state="")
