@@ -33,9 +33,9 @@ def test_calibrate_keeps_a_profile_that_the_other_commands_use(
     assert 1e8 < kept.bandwidth < 1e13
     assert 1e-7 < kept.overhead < 1e-3
     for words in (["rank", "64", "64", "16"], ["plan", "64", "64", "16", "--device", "this"]):
-        assert Roofline.from_dict(ask(capsys, *words)["device"]) == kept
+        assert Roofline.from_dict(ask(capsys, *words)["request"]["device"]) == kept
     found = ask(capsys, "rank", "64", "64", "16", "--device", "cpu")
-    assert found["device"]["name"] == "cpu"
+    assert found["request"]["device"]["name"] == "cpu"
 
 
 def test_a_profile_that_cannot_be_used_is_said_so(
