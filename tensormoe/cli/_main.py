@@ -198,7 +198,7 @@ def _add_calibrate(commands: argparse._SubParsersAction[_Parser]) -> None:
         "config folder, where rank and plan find it.",
     )
     parser.add_argument(
-        "--backend", default="numpy", metavar="NAME", help="numpy or torch (default: numpy)"
+        "--backend", default="numpy", metavar="NAME", help="numpy, torch or jax (default: numpy)"
     )
     parser.add_argument("--dry-run", action="store_true", help="measure and print, keep nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -318,8 +318,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     option(
         "--device",
         metavar="NAME",
-        help="whose times are predicted: this (see calibrate), t4, v100, a100, l4, h100, h200 or "
-        "cpu (default: this if it was measured, else cpu)",
+        help="whose times are predicted: this (see calibrate; this-torch for one of several), t4, "
+        "v100, a100, l4, l40s, rtx4090, h100, h200, b200, mi300x or cpu (default: this if it was "
+        "measured, else cpu)",
     )
     option("--json", action="store_true", help="print one JSON object")
     option("--plot", metavar="FILE", help="write a picture: .png, .svg or .pdf")

@@ -6,77 +6,75 @@ Both are read off the views of a step: an array in a slot is contiguous in the o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from math import prod
 
 from tensormoe.factorizations import Leg
 from tensormoe.planning._program import Step, View
 
-Layout = tuple[list[int], list[int]]
-"""Sizes and strides of an array, in entries."""
-
 
 def product_sizes(step: Step, sizes: Mapping[Leg, int]) -> tuple[int, tuple[int, int, int]]:
     """Number of matrix products of a step, and the rows, summed entries and columns of each."""
-    (left, _), (right, _) = _layouts(step, sizes)
-    before = [left[:-2], right[:-2]]
-    longest = max(map(len, before))
-    padded = [[1] * (longest - len(each)) + each for each in before]
-    # an empty batch has no product
-    count = prod(min(pair) and max(pair) for pair in zip(*padded, strict=True))
+    left, right = (
+        _ordered(_reshaped([sizes[leg] for leg in legs], view), view)
+        for legs, view in zip(step.input_legs, step.views, strict=True)
+    )
+    # a leading axis of one operand may be 1, or missing, in the other; an empty one leaves nothing
+    leading = zip_longest(left[-3::-1], right[-3::-1], fillvalue=1)
+    count = prod(max(pair) if min(pair) else 0 for pair in leading)
     return count, (left[-2], left[-1], right[-1])
 
 
 def runs(step: Step, sizes: Mapping[Leg, int]) -> int:
     """Number of runs in which an elementwise step or a copy goes through memory.
 
-    Along a run, every operand is read entry after entry, or is one entry.
+    Along a run, every operand goes on by one stride, which is that of neighbours in a copy.
     """
-    arrays = _layouts(step, sizes)
-    axes = max(len(shape) for shape, _ in arrays)
-    shape = [
-        max(own[k - axes] if k >= axes - len(own) else 1 for own, _ in arrays) for k in range(axes)
+    arrays = [
+        _viewed([sizes[leg] for leg in legs], view)
+        for legs, view in zip(step.input_legs, step.views, strict=False)
     ]
-    strides = [_spread(each, axes) for each in arrays]
-    entries = prod(min(own, default=1) and 1 for own, _ in arrays) * prod(shape)
-    return entries // max(_run(shape, strides, step.kind == "permute"), 1)
+    axes = max(len(shape) for shape, _ in arrays)
+    shapes = [[1] * (axes - len(shape)) + shape for shape, _ in arrays]
+    whole = [max(each) if min(each) else 0 for each in zip(*shapes, strict=True)]
+    entries = prod(whole)
+    if not entries:
+        return 0
+    strides = [[0] * (axes - len(each)) + each for _, each in arrays]
+    return entries // _run(whole, strides, copies=step.kind == "permute")
 
 
-def _run(shape: Sequence[int], strides: Sequence[Sequence[int]], copies: bool) -> int:
+def _run(shape: Sequence[int], strides: Sequence[Sequence[int]], *, copies: bool) -> int:
     """Entries from the last axis on that follow one another in all operands."""
-    real = [k for k, size in enumerate(shape) if size > 1]
+    real = [axis for axis, size in enumerate(shape) if size > 1]
     if not real or (copies and strides[0][real[-1]] != 1):
         return 1
     length = shape[real[-1]]
-    for axis, inner in zip(reversed(real[:-1]), reversed(real[1:]), strict=True):
+    for axis, inner in zip(real[-2::-1], real[:0:-1], strict=True):
         if any(each[axis] != each[inner] * shape[inner] for each in strides):
             break
         length *= shape[axis]
     return length
 
 
-def _spread(array: Layout, axes: int) -> list[int]:
-    """Strides of an operand that is broadcast to more axes: 0 where it repeats."""
-    shape, strides = array
-    missing = axes - len(shape)
-    own = [0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)]
-    return [0] * missing + own
+def _viewed(shape: list[int], view: View) -> tuple[list[int], list[int]]:
+    """Sizes and strides of a contiguous array that is reshaped and permuted; 0 where it repeats."""
+    shape = _reshaped(shape, view)
+    strides, step = [0] * len(shape), 1
+    for axis in range(len(shape) - 1, -1, -1):
+        strides[axis] = step if shape[axis] != 1 else 0
+        step *= shape[axis]
+    return _ordered(shape, view), _ordered(strides, view)
 
 
-def _layouts(step: Step, sizes: Mapping[Leg, int]) -> list[Layout]:
-    pairs = zip(step.input_legs, step.views, strict=False)
-    return [_viewed([sizes[leg] for leg in legs], view) for legs, view in pairs]
+def _reshaped(shape: list[int], view: View) -> list[int]:
+    if view.shape is None:
+        return shape
+    # -1 stands for what is left
+    known = prod(size for size in view.shape if size != -1)
+    rest = prod(shape) // known if known else 0
+    return [rest if size == -1 else size for size in view.shape]
 
 
-def _viewed(shape: list[int], view: View) -> Layout:
-    """Sizes and strides of a contiguous array that is reshaped, and then permuted."""
-    if view.shape is not None:
-        known = prod(size for size in view.shape if size != -1)
-        rest = prod(shape) // known if known else 0
-        shape = [rest if size == -1 else size for size in view.shape]
-    strides = [1] * len(shape)
-    for axis in range(len(shape) - 2, -1, -1):
-        strides[axis] = strides[axis + 1] * shape[axis + 1]
-    if view.axes is not None:
-        shape = [shape[axis] for axis in view.axes]
-        strides = [strides[axis] for axis in view.axes]
-    return shape, strides
+def _ordered(values: list[int], view: View) -> list[int]:
+    return values if view.axes is None else [values[axis] for axis in view.axes]
