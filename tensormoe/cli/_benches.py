@@ -184,7 +184,7 @@ class _JaxLayer:
 
         given = (self._parameters, x, cotangent) if training else (self._parameters, x)
         compiled = jax.jit(train if training else forward).lower(*given).compile()
-        return lambda: jax.block_until_ready(compiled(*given))
+        return lambda: jax.block_until_ready(compiled(*given))  # type: ignore[no-untyped-call]
 
 
 BENCHES: dict[str, Callable[[], Bench]] = {

@@ -67,7 +67,7 @@ def resolve_device(name: str | None) -> Roofline:
     """
     if name is not None and name not in DEVICES:
         raise SpecError(f"--device must be one of {', '.join(DEVICES)}; got {name!r}.")
-    if name in PUBLISHED_ROOFLINES:
+    if name is not None and name in PUBLISHED_ROOFLINES:
         return PUBLISHED_ROOFLINES[name]
     if name is None and find_spec("platformdirs") is None:
         # --json works with the core alone

@@ -203,7 +203,8 @@ def _call_rows(cost: Cost, roofline: Roofline | None) -> dict[str, Cost]:
 
 def _table(cost: Cost, calls: tuple[str, ...] = ()) -> list[list[Cell]]:
     """Heads, a line for each step, and totals; lines for the call itself before the steps."""
-    rows: list[list[Cell]] = [["step", "FLOPs", "bytes"], *([label, "", ""] for label in calls)]
+    rows: list[list[Cell]] = [["step", "FLOPs", "bytes"]]
+    rows += [[label, "", ""] for label in calls]
     for label, row in step_rows(cost).items():
         count = len(row.steps)
         named = label if count == 1 else f"{count} × {label}"

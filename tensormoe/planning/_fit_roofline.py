@@ -15,8 +15,9 @@ Sample = tuple[Cost, float]
 """The cost of a call, and the seconds that it took."""
 
 # what a time is the sum of, each with a coefficient
-_TERMS = ("matmul", "rows", "summed", "columns", "elementwise", "traffic", "fresh")
-_TERMS += ("step", "backward", "operation", "product", "run", "call")
+_FACES = ("rows", "summed", "columns")
+_OVERHEADS = ("step", "backward", "operation", "product", "run", "call")
+_TERMS = ("matmul", *_FACES, "elementwise", "traffic", "fresh", *_OVERHEADS)
 _LEAST_SAMPLES = 2 * len(_TERMS)
 
 # bytes that a step may find in the cache; the best of them is kept
@@ -163,5 +164,4 @@ def _check(samples: Sequence[Sample]) -> None:
             )
 
 
-_FACES = ("rows", "summed", "columns")
 _START = Roofline("", 1e11, 1e10, 2e10, 1e-6, cache=1.0)

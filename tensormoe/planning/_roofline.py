@@ -12,8 +12,10 @@ from tensormoe.planning._cost import Cost, StepCost
 
 _NEEDED = ("matmul_rate", "elementwise_rate", "bandwidth", "overhead")
 # fields that came later: profiles that were measured before have none of them
-_LATER = ("link_bandwidth", "cache", "padding", "product_overhead", "run_overhead")
-_LATER += ("operation_overhead", "call_overhead", "threads")
+_LATER = {
+    *("link_bandwidth", "cache", "padding", "operation_overhead", "product_overhead"),
+    *("run_overhead", "call_overhead", "threads"),
+}
 
 
 @dataclass(frozen=True)
