@@ -46,8 +46,9 @@ from _predictions import (  # noqa: E402
     rows,
 )
 
-from tensormoe.cli.calibration import measure_roofline  # noqa: E402
-from tensormoe.planning import Roofline  # noqa: E402
+from tensormoe.cli._benches import BENCHES  # noqa: E402
+from tensormoe.cli.calibration import SAMPLES, measure_samples  # noqa: E402
+from tensormoe.planning import Roofline, fit_roofline  # noqa: E402
 
 NOISE = 8 * 1024
 WITHIN = 0.05
@@ -107,12 +108,19 @@ class Store:
         self.rows: dict[str, Found] = {each["row"]: each for each in map(json.loads, lines)}
 
     def profile(self, backend: str) -> Roofline:
-        """The profile of a backend, measured if the file has none."""
-        found = self.rows.get(f"profile {backend}")
-        if found is None:
-            measured = measure_roofline(backend, clock_of(backend))
-            found = self.keep(f"profile {backend}", {"roofline": measured.to_dict()})
-        return Roofline.from_dict(found["roofline"])
+        """The profile of a backend, from times that are measured if the file has none."""
+        key, bench = f"profile {backend}", BENCHES[backend]()
+        if key not in self.rows:
+            times = [time for _, time in measure_samples(bench, SAMPLES, clock_of(backend))]
+            self.keep(key, {"seconds": times})
+        costs = [
+            layer.cost(batch, training)
+            for each in SAMPLES
+            for layer in [bench.layer(*each.layer)]
+            for batch in each.batches
+            for training in (False, True)
+        ]
+        return fit_roofline(backend, list(zip(costs, self.rows[key]["seconds"], strict=True)))
 
     def keep(self, key: str, found: Found) -> Found:
         """What was found, kept."""

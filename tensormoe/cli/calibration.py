@@ -29,7 +29,14 @@ from tensormoe.factorizations import (
 )
 from tensormoe.planning import Cost, Roofline, fit_roofline
 
-__all__ = ["LIBRARIES", "SAMPLES", "Samples", "measure_roofline", "run_calibrate"]
+__all__ = [
+    "LIBRARIES",
+    "SAMPLES",
+    "Samples",
+    "measure_roofline",
+    "measure_samples",
+    "run_calibrate",
+]
 
 LIBRARIES = tuple(BENCHES)
 Clock = Callable[[], float]
@@ -53,23 +60,28 @@ class Samples:
     factorization: Factorization
     batches: tuple[int, ...] = (1, 24, 400)
 
+    @property
+    def layer(self) -> tuple[int, int, Experts, Factorization]:
+        """Sizes, experts and factorization."""
+        return self.in_features, self.out_features, self.experts, self.factorization
+
 
 SAMPLES = (
     Samples(256, 256, 64, CP(128)),
-    Samples(512, 128, 16, CP(384)),
-    Samples(128, 512, (8, 16), CP(64)),
+    Samples(512, 128, 16, CP(384), (1, 5, 400)),
+    Samples(128, 512, (8, 16), CP(64), (2, 24, 400)),
     Samples(320, 448, 640, CP(96), (1, 400)),
     Samples(512, 512, 32, CP(512), (1, 1600)),
-    Samples(256, 192, 48, TensorRing((3, 5, 32))),
+    Samples(256, 192, 48, TensorRing((3, 5, 32)), (1, 5, 400)),
     Samples(192, 320, (8, 12), TensorRing((3, 3, 4, 48))),
-    Samples(320, 256, 96, TensorTrain((8, 48))),
+    Samples(320, 256, 96, TensorTrain((8, 48)), (1, 5, 400)),
     Samples(192, 256, (12, 8), TensorTrain((4, 8, 40)), (1, 400)),
     Samples(256, 256, 40, Tucker((8, 32, 48))),
-    Samples(320, 192, (6, 16), Tucker((4, 6, 32, 48))),
-    Samples(512, 448, 256, Hadamard()),
+    Samples(320, 192, (6, 16), Tucker((4, 6, 32, 48)), (1, 5, 400)),
+    Samples(512, 448, 256, Hadamard(), (1, 5, 400)),
     Samples(192, 160, 64, SharedBasis((3, 24))),
     Samples(128, 192, (8, 12), SharedBasis((3, 16)), (1, 24, 800)),
-    Samples(256, 320, 128, BaseDelta(3), (1, 1200)),
+    Samples(256, 320, 128, BaseDelta(3), (1, 5, 1200)),
     Samples(192, 256, 48, SharedDelta(5)),
     Samples(160, 128, (8, 12), SharedDelta(4), (1, 24, 800)),
     Samples(128, 192, 24, Dense()),
@@ -97,7 +109,7 @@ def run_calibrate(arguments: argparse.Namespace) -> None:
     if not arguments.json:
         make_console()  # before seconds of work, not after
     bench = BENCHES[library]()
-    measured = list(measure(bench, SAMPLES))
+    measured = list(measure_samples(bench, SAMPLES))
     roofline = _fitted(library, bench, measured)
     checks = list(_checks(bench, roofline))
     path = None if arguments.dry_run else save_profile(library, roofline)
@@ -155,10 +167,10 @@ def measure_roofline(
         samples: the layers and batches.
     """
     bench = BENCHES[library]()
-    return _fitted(library, bench, list(measure(bench, samples, clock, seconds)))
+    return _fitted(library, bench, list(measure_samples(bench, samples, clock, seconds)))
 
 
-def measure(
+def measure_samples(
     bench: Bench,
     samples: Iterable[Samples],
     clock: Clock = perf_counter,
@@ -166,7 +178,7 @@ def measure(
 ) -> Iterable[tuple[Cost, float]]:
     """Costs and seconds of calls, forward and in training."""
     for each in samples:
-        layer = bench.layer(each.in_features, each.out_features, each.experts, each.factorization)
+        layer = bench.layer(*each.layer)
         for batch in each.batches:
             for training in (False, True):
                 call = layer.call(batch, training)
@@ -185,7 +197,9 @@ def _checks(bench: Bench, roofline: Roofline) -> Iterable[dict[str, Any]]:
     for each in _CHECKED:
         label = "CP" if isinstance(each.factorization, CP) else "tensor ring"
         calls = [(batch, training) for batch in each.batches for training in (False, True)]
-        for (batch, training), (cost, time) in zip(calls, measure(bench, (each,)), strict=True):
+        for (batch, training), (cost, time) in zip(
+            calls, measure_samples(bench, (each,)), strict=True
+        ):
             yield {
                 "layer": label,
                 "batch": batch,

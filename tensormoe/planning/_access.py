@@ -13,8 +13,13 @@ from tensormoe.factorizations import Leg
 from tensormoe.planning._program import Step, View
 
 
-def product_sizes(step: Step, sizes: Mapping[Leg, int]) -> tuple[int, tuple[int, int, int]]:
-    """Number of matrix products of a step, and the rows, summed entries and columns of each."""
+def product_sizes(step: Step, sizes: Mapping[Leg, int]) -> tuple[int, tuple[int, int, int], int]:
+    """Matrix products of a step.
+
+    Returns:
+        Their number; the rows, summed entries and columns of each; and the entries of second
+        operands that lie column by column and meet several rows, which are turned round first.
+    """
     left, right = (
         _ordered(_reshaped([sizes[leg] for leg in legs], view), view)
         for legs, view in zip(step.input_legs, step.views, strict=True)
@@ -22,7 +27,9 @@ def product_sizes(step: Step, sizes: Mapping[Leg, int]) -> tuple[int, tuple[int,
     # a leading axis of one operand may be 1, or missing, in the other; an empty one leaves nothing
     leading = zip_longest(left[-3::-1], right[-3::-1], fillvalue=1)
     count = prod(max(pair) if min(pair) else 0 for pair in leading)
-    return count, (left[-2], left[-1], right[-1])
+    axes = step.views[1].axes
+    turned = axes is not None and axes[-1] < axes[-2] and left[-2] > 1 and min(right[-2:]) > 1
+    return count, (left[-2], left[-1], right[-1]), prod(right) if turned else 0
 
 
 def runs(step: Step, sizes: Mapping[Leg, int]) -> int:

@@ -46,6 +46,7 @@ class StepCost:
             parts of gates and activations, a nominal count.
         products: number of matrix products, which share the FLOPs.
         sides: rows, summed entries and columns of each product.
+        turned: entries of second operands that lie column by column, and meet several rows.
         runs: contiguous pieces of memory that elementwise work and copies go through one by one.
     """
 
@@ -58,6 +59,7 @@ class StepCost:
     operations: int = 0
     products: int = 0
     sides: tuple[float, float, float] = (0, 0, 0)
+    turned: int = 0
     runs: int = 0
 
 
@@ -227,8 +229,9 @@ def _step_cost(
     if step.kind in _PRODUCTS:
         made = contraction_cost(label, step.input_legs, step.legs, sizes, itemsize)
         # as the library sees them: legs may be merged into a side, or left to a loop
-        products, sides = product_sizes(step, sizes)
-        return replace(made, operations=_views(step), products=products, sides=sides)
+        products, sides, turned = product_sizes(step, sizes)
+        views = _views(step)
+        return replace(made, operations=views, products=products, sides=sides, turned=turned)
     if step.kind in ("grouped", "outer"):
         return _grouped_cost(label, step, sizes, itemsize)
     volumes = [prod(sizes[leg] for leg in legs) for legs in step.input_legs]

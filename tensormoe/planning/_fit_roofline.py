@@ -16,7 +16,7 @@ Sample = tuple[Cost, float]
 
 # what a time is the sum of, each with a coefficient
 _FACES = ("rows", "summed", "columns")
-_OVERHEADS = ("step", "backward", "operation", "product", "run", "call")
+_OVERHEADS = ("step", "backward", "operation", "product", "turned", "run", "call")
 _TERMS = ("matmul", *_FACES, "elementwise", "traffic", "fresh", *_OVERHEADS)
 _LEAST_SAMPLES = 2 * len(_TERMS)
 
@@ -40,7 +40,7 @@ def fit_roofline(name: str, samples: Sequence[Sample], threads: int | None = Non
     Args:
         name: of the device.
         samples: costs and measured seconds of calls that differ in sizes, batches, factorizations,
-            and in whether they train; at least 26.
+            and in whether they train; at least 28.
         threads: number of threads that ran, kept in the profile.
 
     Returns:
@@ -91,6 +91,7 @@ def _of_step(step: StepCost, roofline: Roofline) -> list[tuple[int, float]]:
         # that of the step itself included: no overhead is below that of an operation
         "operation": 1 + step.operations,
         "product": step.products,
+        "turned": step.turned,
         "run": step.runs,
     }
     if roofline.arithmetic(step) >= roofline.traffic(step):
@@ -119,6 +120,7 @@ def _with(roofline: Roofline, coefficients: Sequence[float]) -> Roofline:
         padding=(rows, summed, columns),
         operation_overhead=of["operation"] or None,
         product_overhead=of["product"] or None,
+        turn_rate=1 / of["turned"] if of["turned"] else None,
         run_overhead=of["run"] or None,
         call_overhead=of["call"] or None,
     )

@@ -151,7 +151,11 @@ class GateCall:
             steps.append(made)
             for inputs, output in (((rows, columns), table), ((columns, table), rows)):
                 label = f"gate {level}: linear, backward → ({' '.join(output)})"
-                steps.append(contraction_cost(label, inputs, output, sizes, self.itemsize))
+                made = contraction_cost(label, inputs, output, sizes, self.itemsize)
+                # the input's gradient meets the projection turned round
+                several = output == rows and self.batch > 1
+                turned = self.in_features * count if several else 0
+                steps.append(replace(made, turned=turned))
             entries = self.batch * self.in_features
             size = self.itemsize * entries
             label = f"gate {level}: add to the input's gradient"

@@ -14,7 +14,7 @@ _NEEDED = ("matmul_rate", "elementwise_rate", "bandwidth", "overhead")
 # fields that came later: profiles that were measured before have none of them
 _LATER = {
     *("link_bandwidth", "cache", "padding", "operation_overhead", "product_overhead"),
-    *("run_overhead", "call_overhead", "threads"),
+    *("turn_rate", "run_overhead", "call_overhead", "threads"),
 }
 
 
@@ -42,6 +42,8 @@ class Roofline:
         operation_overhead: seconds of every further call of the library in a step: of views, and of
             the parts of gates.
         product_overhead: seconds that each of the products of one step takes to start.
+        turn_rate: entries/s at which second operands of products are turned round, where they lie
+            column by column.
         run_overhead: seconds for each contiguous piece of memory that elementwise work or a copy
             goes through.
         call_overhead: seconds of a call of a layer or block, whatever it computes.
@@ -69,6 +71,7 @@ class Roofline:
     padding: tuple[float, float, float] | None = None
     operation_overhead: float | None = None
     product_overhead: float | None = None
+    turn_rate: float | None = None
     run_overhead: float | None = None
     call_overhead: float | None = None
     threads: int | None = None
@@ -89,8 +92,8 @@ class Roofline:
         """Predicted seconds.
 
         A call has its overhead. For every step come the slower of arithmetic and memory traffic,
-        the new memory of its result, and the overheads of the step, of its operations, products and
-        runs.
+        the new memory of its result, turning operands round, and the overheads of the step, of its
+        operations, products and runs.
         Communication comes on top, as if nothing ran meanwhile: for every collective what a device
         sends around a ring, and an overhead per message.
 
@@ -102,10 +105,12 @@ class Roofline:
         backward = self.backward_overhead or self.overhead
         operation, product = self.operation_overhead or 0.0, self.product_overhead or 0.0
         run = self.run_overhead or 0.0
+        turn = 0.0 if self.turn_rate is None else 1 / self.turn_rate
         for step in cost.steps:
             total += max(self.arithmetic(step), self.traffic(step)) + step.bytes_written * fresh
             total += backward if step.backward else self.overhead
-            total += step.operations * operation + step.products * product + step.runs * run
+            total += step.operations * operation + step.products * product
+            total += step.turned * turn + step.runs * run
         return total + self.communication_time(cost)
 
     def arithmetic(self, step: StepCost) -> float:

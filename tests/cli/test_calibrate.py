@@ -13,7 +13,7 @@ from tensormoe import CP, LayerSpec
 from tensormoe.cli import calibration, main
 from tensormoe.cli._benches import BENCHES, threads_now
 from tensormoe.cli._profile import resolve_device, save_profile
-from tensormoe.cli.calibration import Samples, measure, measure_roofline
+from tensormoe.cli.calibration import Samples, measure_roofline, measure_samples
 from tensormoe.errors import PlanError, SpecError
 from tensormoe.factorizations import Dense, SharedBasis
 from tensormoe.planning import PUBLISHED_ROOFLINES, Cost, Roofline
@@ -122,7 +122,7 @@ def test_a_known_machine_is_found_by_a_clock_of_its_own(monkeypatch: pytest.Monk
     monkeypatch.setitem(BENCHES, "numpy", lambda: bench)
     found = measure_roofline("numpy", lambda: bench.now, 0.0)
     assert (found.threads, found.name) == (3, "this machine, numpy, 3 threads")
-    for cost, seconds in measure(bench, FEW, lambda: bench.now, 0.0):
+    for cost, seconds in measure_samples(bench, FEW, lambda: bench.now, 0.0):
         # the fastest of the calls, none of which was disturbed
         assert seconds == pytest.approx(bench.truth.time(cost))
         assert found.time(cost) == pytest.approx(seconds, rel=0.25)

@@ -32,16 +32,18 @@ class Recording(NumpyBackend):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple[int, tuple[int, int, int]]] = []
+        self.seen: list[tuple[int, tuple[int, int, int], int]] = []
 
     def matmul(self, left: Any, right: Any, /) -> Any:
         made = super().matmul(left, right)
         count = int(np.prod(made.shape[:-2], dtype=int))
-        self.seen.append((count, (left.shape[-2], left.shape[-1], right.shape[-1])))
+        rows, summed, columns = left.shape[-2], left.shape[-1], right.shape[-1]
+        turned = right.strides[-1] > right.strides[-2] and min(rows, summed, columns) > 1
+        self.seen.append((count, (rows, summed, columns), right.size if turned else 0))
         return made
 
 
-def _sizes(program: Program, batch: int) -> list[tuple[int, tuple[int, int, int]]]:
+def _sizes(program: Program, batch: int) -> list[tuple[int, tuple[int, int, int], int]]:
     sizes = batch_sizes(program, batch)
     return [product_sizes(s, sizes) for s in program.steps if s.kind in ("linear", "matmul")]
 
@@ -65,7 +67,7 @@ def test_costs_have_them() -> None:
     program = LayerSpec(8, 9, (3, 4), Dense()).plan(7).program
     costs = program_cost(program, batch_sizes(program, 7))
     products = [each for each in costs if each.products]
-    found = [(each.products, each.sides) for each in products]
+    found = [(each.products, each.sides, each.turned) for each in products]
     assert found == _sizes(program, 7)
     for each in products:
         rows, summed, columns = each.sides

@@ -23,6 +23,7 @@ MINE = Roofline(
     padding=(4.0, 40.0, 3.0),
     operation_overhead=1e-6,
     product_overhead=3e-8,
+    turn_rate=2e9,
     run_overhead=4e-9,
     call_overhead=5e-5,
     threads=2,
@@ -79,17 +80,17 @@ def test_work_that_takes_no_time_has_a_rate_all_the_same() -> None:
 @pytest.mark.parametrize(
     ("samples", "rule"),
     [
-        ([], r"samples must be at least 26, twice as many as a profile has numbers; got 0\."),
+        ([], r"samples must be at least 28, twice as many as a profile has numbers; got 0\."),
         (None, r"samples must be a list of pairs \(cost, seconds\); got None"),
-        ([(SAMPLES[0], 1.0)] * 25, r"got 25\. Time more layers"),
+        ([(SAMPLES[0], 1.0)] * 27, r"got 27\. Time more layers"),
         (
-            [(SAMPLES[0], 1.0)] * 26 + [(SAMPLES[0], 0.0)],
-            r"a positive number of seconds; got .* at 26\. Write",
+            [(SAMPLES[0], 1.0)] * 28 + [(SAMPLES[0], 0.0)],
+            r"a positive number of seconds; got .* at 28\. Write",
         ),
-        ([(SAMPLES[0], float("nan"))] * 26, "at 0"),
-        ([(SAMPLES[0], "1")] * 26, "at 0"),
-        ([(1.0, 1.0)] * 26, "a sample must be a pair of a Cost and"),
-        ([SAMPLES[0]] * 26, "a sample must be a pair of a Cost and"),
+        ([(SAMPLES[0], float("nan"))] * 28, "at 0"),
+        ([(SAMPLES[0], "1")] * 28, "at 0"),
+        ([(1.0, 1.0)] * 28, "a sample must be a pair of a Cost and"),
+        ([SAMPLES[0]] * 28, "a sample must be a pair of a Cost and"),
     ],
 )
 def test_samples_that_cannot_be(samples: Any, rule: str) -> None:

@@ -41,6 +41,7 @@ MEASURED = Roofline(
     padding=(2.0, 3.0, 4.0),
     operation_overhead=2e-6,
     product_overhead=3e-6,
+    turn_rate=1e6,
     run_overhead=4e-6,
     call_overhead=1e-4,
     threads=2,
@@ -55,6 +56,7 @@ def test_every_part_of_a_measured_time() -> None:
     assert of(StepCost("nothing"), calls=2) == pytest.approx(2e-4)
     assert of(StepCost("views", operations=5)) == pytest.approx(1e-5)
     assert of(StepCost("copy", runs=5)) == pytest.approx(2e-5)
+    assert of(StepCost("turned", turned=5)) == pytest.approx(5e-6)
     # the cache holds the first megabyte
     assert of(StepCost("reading", bytes_read=10**6)) == pytest.approx(0)
     assert of(StepCost("reading", bytes_read=10**10 + 10**6)) == pytest.approx(1)
