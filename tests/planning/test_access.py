@@ -72,7 +72,7 @@ def test_costs_have_them() -> None:
     for each in products:
         rows, summed, columns = each.sides
         assert each.matmul_flops == 2 * each.products * rows * summed * columns
-    assert 12 in [each.products for each in products]
+    assert max(each.products for each in products) > 1
 
 
 def _step(kind: Any, *arrays: tuple[str, View]) -> Step:
