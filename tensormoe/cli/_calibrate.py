@@ -15,7 +15,7 @@ def add_parser(commands: Commands) -> None:
         "config folder, where rank and plan find it.",
     )
     parser.add_argument(
-        "--backend", default="numpy", metavar="NAME", help="numpy or torch (default: numpy)"
+        "--backend", default="numpy", metavar="NAME", help="numpy, torch or jax (default: numpy)"
     )
     parser.add_argument("--dry-run", action="store_true", help="measure and print, keep nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

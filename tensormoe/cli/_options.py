@@ -99,8 +99,9 @@ def add_layer(parser: argparse.ArgumentParser, gate: str) -> None:
     option(
         "--device",
         metavar="NAME",
-        help="whose times are predicted: this (see calibrate), t4, v100, a100, l4, h100, h200 or "
-        "cpu (default: this if it was measured, else cpu)",
+        help="whose times are predicted: this (see calibrate; this-torch for one of several), t4, "
+        "v100, a100, l4, l40s, rtx4090, h100, h200, b200, mi300x or cpu (default: this if it was "
+        "measured, else cpu)",
     )
     option("--devices", metavar="P", help="cut the layer or block over P devices")
     option("--link", metavar="BYTES", help="bytes per second between devices: 300GB")

@@ -56,10 +56,11 @@ def describe_plan(
         roofline: the device that times are predicted for, if any.
         width: that lines are to fit, if any.
     """
-    table = _table(cost)
+    calls = _call_rows(cost, roofline)
+    table = _table(cost, tuple(calls))
     if roofline is not None:
         total = roofline.time(cost)
-        rows = [*step_rows(cost).values(), *_exchange_rows(cost).values()]
+        rows = [*calls.values(), *step_rows(cost).values(), *_exchange_rows(cost).values()]
         times = [roofline.time(row) for row in rows]
         cells = [[format_time(time), f"{_bar(time / total)} {time / total:4.0%}"] for time in times]
         heads = [["time", f"{'share of time':<{_BAR + 5}}"], *cells, [format_time(total), ""]]
@@ -238,9 +239,17 @@ def _exchange_rows(cost: Cost) -> dict[str, Cost]:
     return {label: Cost(0, (), 0, collectives=tuple(same)) for label, same in found.items()}
 
 
-def _table(cost: Cost) -> list[list[Cell]]:
-    """Heads, a line for each step, and totals."""
+def _call_rows(cost: Cost, roofline: Roofline | None) -> dict[str, Cost]:
+    """What a call takes whatever it computes, by label; none where that is not known."""
+    if roofline is None or roofline.call_overhead is None or not cost.calls:
+        return {}
+    return {"call": Cost(0, (), 0, calls=cost.calls)}
+
+
+def _table(cost: Cost, calls: tuple[str, ...] = ()) -> list[list[Cell]]:
+    """Heads, a line for each step, and totals; lines for the call itself before the steps."""
     rows: list[list[Cell]] = [["step", "FLOPs", "bytes"]]
+    rows += [[label, "", ""] for label in calls]
     for label, row in step_rows(cost).items():
         count = len(row.steps)
         named = label if count == 1 else f"{count} × {label}"

@@ -175,7 +175,7 @@ def _chunked(of: Callable[[int], Cost], batch: int, chunk: int, row: int) -> Cos
     one = of(chunk)
     total = replace(one, steps=one.steps * whole, collectives=one.collectives * whole)
     if rest:
-        total = total.then(replace(of(rest), parameters=0))
+        total = total.then(replace(of(rest), parameters=0, calls=0))
     waiting = row * (batch - chunk)
     return replace(total, peak_memory=max(waiting + one.peak_memory, 2 * row * batch))
 
