@@ -102,7 +102,7 @@ def allocate(
     >>> weights = {name: 1.0 + 8 * ("layers.1" in name) for s in sites for name in s.unit_names}
     >>> found = allocate(sites, "25%", sensitivities=weights)
     >>> [layer.factorizations[0].rank for layer in found.layers]
-    [40, 121]
+    [40, 122]
     """
     sites = sites_of(model, what)
     if not sites:
