@@ -124,7 +124,7 @@ def allocate(
     known = _known(by, sensitivities, inputs, units)
     if known is None and by == "sensitivity":
         share = limit / sum(u.before * s for u, s in zip(units, scale, strict=True))
-        known = measured(model, sites, kinds, inputs, share)
+        known = measured(model, sites, kinds, experts, inputs, share)
         known = checked_sensitivities(known, [each.name for each in units])
     if len(kinds) > 1 and not (known and isinstance(next(iter(known.values())), Sensitivity)):
         raise SpecError(

@@ -32,6 +32,7 @@ class Surveys(Protocol):
         model: Any,
         sites: Sequence[LayerSite],
         kinds: Sequence[type[Factorization]],
+        experts: int | tuple[int, ...],
         inputs: Any,
         share: float,
         /,
@@ -70,6 +71,7 @@ def measured(
     model: Any,
     sites: Sequence[LayerSite],
     kinds: Sequence[type[Factorization]],
+    experts: int | tuple[int, ...],
     inputs: Any,
     share: float,
 ) -> Iterable[Sensitivity]:
@@ -83,7 +85,7 @@ def measured(
             f"sensitivities must be measured on a model with values; got {brief(model)}. Pass the "
             "model, or sensitivities=…"
         )
-    return _surveyor(model).model_sensitivities(model, sites, kinds, inputs, share)
+    return _surveyor(model).model_sensitivities(model, sites, kinds, experts, inputs, share)
 
 
 def checked_parts(what: str | Sequence[str] | None) -> tuple[str, ...] | None:
