@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from typing import NoReturn
 
+from tensormoe.cli._allocate import add_allocate
 from tensormoe.cli._console import print_error
 from tensormoe.errors import SpecError, TensormoeError
 
@@ -27,6 +28,7 @@ commands:
   calibrate   measure this machine, for predicted times
   demo        factorized experts on real images, from budget to picture
   compress    the experts of a model's checkpoint, decomposed
+  allocate    one budget for all layers of a model: a rank for each
   explore     a page that shows what every expert of a layer does
 """
 
@@ -96,6 +98,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
         from tensormoe.cli._compress import run_compress
 
         return run_compress
+    if name == "allocate":
+        from tensormoe.cli._allocate import run_allocate
+
+        return run_allocate
     if name == "explore":
         from tensormoe.cli._explore import run_explore
 
@@ -128,6 +134,7 @@ def _parser() -> _Parser:
     _add_calibrate(commands)
     _add_demo(commands)
     _add_compress(commands)
+    add_allocate(commands)
     _add_explore(commands)
     return parser
 
@@ -243,9 +250,10 @@ def _add_compress(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="where they are otherwise: 'layers.*.experts.*.w1', once for each projection",
     )
     option("--layout", default="auto", metavar="NAME", help="auto, out_in or in_out (auto)")
-    option("--factorization", default="tensor_ring", metavar="NAME", help="(tensor_ring)")
+    option("--factorization", metavar="NAME", help="(tensor_ring)")
     option("--budget", metavar="SIZE", help="25%% of the experts' parameters, or 1.5G for all")
     option("--rank", metavar="RANK", help="one size for all bonds, or one a bond: 4,4,94")
+    option("--allocation", metavar="FILE", help="ranks from tensormoe allocate --output FILE")
     option("--tolerance", metavar="ERROR", help="relative error that each layer is to reach: 0.1")
     option("--dense", action="store_true", help="write rebuilt matrices under their old keys")
     option("--max-memory", metavar="BYTES", help="refuse what would take more: 6GiB")

@@ -11,7 +11,7 @@ from tensormoe._validation import brief, choice, is_number, positive_int
 from tensormoe.errors import BudgetError, SpecError
 from tensormoe.factorizations import Factorization, FactorizationLike
 from tensormoe.gates import Gate
-from tensormoe.selection._allocate_solve import Point, along_curves, in_proportion, smoothed
+from tensormoe.selection._allocate_solve import Bounds, Point, along_curves, in_proportion, smoothed
 from tensormoe.selection._allocate_units import Unit, checked_kinds, units_of
 from tensormoe.selection._allocation import (
     METHODS,
@@ -296,7 +296,15 @@ def _by_curves(
     ]
     found = along_curves(curves, limit)
     chosen: list[Any] = [point.label for point in found]
-    given = [point.cost / size for point, size in zip(found, scale, strict=True)]
+    most = [
+        each.bounds(kind).most * size
+        for each, kind, size in zip(units, chosen, scale, strict=True)
+    ]
+    # beyond what was measured, what is left goes to all alike
+    bounds = [Bounds(p.cost, max(p.cost, m)) for p, m in zip(found, most, strict=True)]
+    rates = [each.before * size for each, size in zip(units, scale, strict=True)]
+    costs = in_proportion(rates, bounds, limit)
+    given = [cost / size for cost, size in zip(costs, scale, strict=True)]
     rows = zip(units, chosen, given, strict=True)
     return [each.spec(kind, n) for each, kind, n in rows], [point.loss for point in found]
 

@@ -9,7 +9,8 @@ from math import exp, log
 
 # parts that the stretch between two measured points is cut into
 _PARTS = 16
-_FLOOR = 1e-12
+# losses below this share of a curve's largest are taken for noise
+_FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
     Args:
         points: by rising cost.
     """
-    least = _FLOOR * max(1e-300, *(point.loss for point in points))
+    least = max(1e-300, *(_FLOOR * point.loss for point in points))
     falling: list[Point] = []
     for point in points:
         loss = max(point.loss, least)
