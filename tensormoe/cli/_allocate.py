@@ -134,7 +134,7 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
             from tensormoe_torch.allocation import empty_model
 
             return empty_model(values), None
-        return values, None
+        return name, None
     context = parse_size(arguments.context, "--context")
     windows = parse_size(arguments.windows, "--windows")
     try:

@@ -44,7 +44,7 @@ def empty_model(config: Any) -> nn.Module:
         name = brief(values.get("model_type") if values is not None else config)
         raise SpecError(
             f"a configuration must be of a model that transformers knows; {name} can't be made: "
-            f"{error}."
+            f"{_brief(error)}"
         ) from error
     return model
 
@@ -69,9 +69,15 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[nn.Module, Any]:
     except Exception as error:
         raise SpecError(
             f"a model and its tokenizer must be in the folder {path!r}; transformers can't open "
-            f"them: {error}."
+            f"them: {_brief(error)}"
         ) from error
     return model, tokenizer
+
+
+def _brief(error: Exception) -> str:
+    """The beginning of a message: some list all models that there are."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _class_of(config: Any, default: Any) -> Any:
