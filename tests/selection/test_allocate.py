@@ -167,9 +167,9 @@ def test_gates_count() -> None:
 
 
 def test_bytes() -> None:
-    found = allocate(SITES, 20_000, unit="bytes", experts=2, by="size")
+    found = allocate(SITES, 200_000, unit="bytes", experts=2, by="size")
     counted = sum(layer.parameters * layer.site.itemsize for layer in found.layers)
-    assert 0.95 * 20_000 < counted == found.bytes <= 20_000
+    assert 0.95 * 200_000 < counted == found.bytes <= 200_000
     assert allocate(SITES, "25%", unit="bytes", experts=2).limit == found.bytes_before // 4
 
 
@@ -289,7 +289,7 @@ def test_what_no_curve_asks_for_is_shared_equally() -> None:
         for k in range(2)
     ]
     found = allocate(sites, "50%", sensitivities=flat, experts=1, gate=None)
-    assert found.parameters > 0.95 * found.limit
+    assert found.parameters > 0.9 * found.limit
     one, other = (layer.factorizations[0].rank for layer in found.layers)
     assert one == other
 
