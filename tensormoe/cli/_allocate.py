@@ -140,7 +140,9 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     try:
         text = Path(arguments.data).read_text("utf-8")
     except (OSError, ValueError) as error:
-        raise SpecError(f"--data must be a text file; {arguments.data!r} is not: {error}.") from None
+        raise SpecError(
+            f"--data must be a text file; {arguments.data!r} is not: {error}."
+        ) from None
     require("tensormoe allocate --data", ("torch", "transformers"), "huggingface")
     from tensormoe_torch.allocation import load_model, text_batches
 

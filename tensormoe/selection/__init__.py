@@ -1,4 +1,4 @@
-"""Budget → rank, for a layer or a whole model, and the front of ranks; costs of the layers that mixtures are compared with."""
+"""Budget → rank of a layer or a whole model, the front of ranks, and costs of other layers."""
 
 from __future__ import annotations
 

@@ -152,8 +152,11 @@ def _known(
     by: str, sensitivities: Any, inputs: Any, units: Sequence[Unit]
 ) -> dict[str, float] | dict[str, Sensitivity] | None:
     """Sensitivities that were given, checked; None where there are none, or some to measure."""
-    given = [name for name, value in (("sensitivities", sensitivities), ("inputs", inputs)) if
-             value is not None]
+    given = [
+        name
+        for name, value in (("sensitivities", sensitivities), ("inputs", inputs))
+        if value is not None
+    ]
     if by != "sensitivity":
         if given:
             raise SpecError(
@@ -297,8 +300,7 @@ def _by_curves(
     found = along_curves(curves, limit)
     chosen: list[Any] = [point.label for point in found]
     most = [
-        each.bounds(kind).most * size
-        for each, kind, size in zip(units, chosen, scale, strict=True)
+        each.bounds(kind).most * size for each, kind, size in zip(units, chosen, scale, strict=True)
     ]
     # beyond what was measured, what is left goes to all alike
     bounds = [Bounds(p.cost, max(p.cost, m)) for p, m in zip(found, most, strict=True)]
@@ -309,9 +311,7 @@ def _by_curves(
     return [each.spec(kind, n) for each, kind, n in rows], [point.loss for point in found]
 
 
-def _curve(
-    unit: Unit, kind: Kind, scale: int, points: Sequence[SensitivityPoint]
-) -> list[Point]:
+def _curve(unit: Unit, kind: Kind, scale: int, points: Sequence[SensitivityPoint]) -> list[Point]:
     """Losses of one factorization against cost, from its smallest rank on.
 
     Below the first measured rank the loss goes on as between the first two; a single point stands

@@ -41,9 +41,7 @@ class Point:
     label: Hashable = None
 
 
-def in_proportion(
-    weights: Sequence[float], bounds: Sequence[Bounds], limit: float
-) -> list[float]:
+def in_proportion(weights: Sequence[float], bounds: Sequence[Bounds], limit: float) -> list[float]:
     """Shares in proportion to weights, as far as bounds allow; together the limit, or all of most.
 
     With weights √(w·n) they minimize Σ w·n/x, the losses of n entries that get x of them and lose

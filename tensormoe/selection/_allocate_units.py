@@ -95,9 +95,7 @@ def checked_kinds(
         SpecError: unknown names, or none.
     """
     listed = (
-        list(factorization)
-        if isinstance(factorization, tuple | list)
-        else [factorization]  # type: ignore[list-item]
+        list(factorization) if isinstance(factorization, tuple | list) else [factorization]  # type: ignore[list-item]
     )
     kinds = []
     for each in listed:

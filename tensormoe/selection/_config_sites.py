@@ -109,9 +109,7 @@ class _Values:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise SpecError(
-                f"{name} of a configuration must be true or false; got {brief(value)}."
-            )
+            raise SpecError(f"{name} of a configuration must be true or false; got {brief(value)}.")
         return value
 
     def layers(self, name: str, *others: str) -> int:
@@ -145,7 +143,7 @@ class _Values:
         """Name of the part that has the layers: none of its own in a model without a head."""
         listed = self.given.get("architectures")
         first = listed[0] if isinstance(listed, list | tuple) and listed else "For"
-        return prefix if isinstance(first, str) and "For" in first or "LMHead" in first else ""
+        return prefix if (isinstance(first, str) and "For" in first) or "LMHead" in first else ""
 
 
 Found = Iterator[tuple[str, LayerSite]]
@@ -168,7 +166,7 @@ def _mlp(
         LayerSite.of_mlp(stem, width, hidden, gated=len(names) == 3, bias=bias, itemsize=itemsize),
     )
     *up, down = names
-    linears = {name: (width, hidden, bias) for name in up} | {down: (hidden, width, bias)}
+    linears = dict.fromkeys(up, (width, hidden, bias)) | {down: (hidden, width, bias)}
     yield from _linears("mlp_linear", stem, linears, itemsize)
 
 
@@ -182,9 +180,7 @@ def _gpt2(values: _Values) -> Found:
         stem = f"{values.stem('transformer.')}h.{k}"
         attention = {"c_attn": (width, 3 * width, True), "c_proj": (width, width, True)}
         yield from _linears("attention", f"{stem}.attn", attention, values.itemsize)
-        yield from _mlp(
-            f"{stem}.mlp", ("c_fc", "c_proj"), (width, hidden), True, values.itemsize
-        )
+        yield from _mlp(f"{stem}.mlp", ("c_fc", "c_proj"), (width, hidden), True, values.itemsize)
 
 
 def _vit(values: _Values) -> Found:
@@ -192,7 +188,7 @@ def _vit(values: _Values) -> Found:
     bias = values.flag("qkv_bias", True)
     for k in range(values.layers("num_hidden_layers")):
         stem = f"{values.stem('vit.')}layers.{k}"
-        attention = {name: (width, width, bias) for name in ("q_proj", "k_proj", "v_proj")}
+        attention = dict.fromkeys(("q_proj", "k_proj", "v_proj"), (width, width, bias))
         attention["o_proj"] = (width, width, True)
         yield from _linears("attention", f"{stem}.attention", attention, values.itemsize)
         yield from _mlp(f"{stem}.mlp", ("fc1", "fc2"), (width, hidden), True, values.itemsize)

@@ -129,11 +129,13 @@ def test_smoothed_curves_fall_and_pass_through_what_was_measured() -> None:
     losses = [point.loss for point in found]
     assert losses == sorted(losses, reverse=True)
     known = {point.cost: point.loss for point in found}
-    assert known[1] == 4.0 and known[3] == pytest.approx(1.0)
+    assert known[1] == 4.0
+    assert known[3] == pytest.approx(1.0)
     # halfway between logarithms
     assert known[2] == pytest.approx(2.0)
     # more loss at a higher cost is noise, and so is a gain
-    assert known[5] == pytest.approx(1.0) and 0 < known[7] < 0.01
+    assert known[5] == pytest.approx(1.0)
+    assert 0 < known[7] < 0.01
 
 
 # --- budgets
@@ -147,7 +149,8 @@ def test_budgets_are_kept_and_spent(by: str, factorization: str) -> None:
         found = allocate(
             SITES, share, by=by, factorization=factorization, experts=2, sensitivities=known
         )
-        assert found.by == by and found.names == tuple(site.name for site in SITES)
+        assert found.by == by
+        assert found.names == tuple(site.name for site in SITES)
         assert found.parameters <= share * found.parameters_before
         assert found.limit == int(share * found.parameters_before)
         # bonds are whole numbers, and several grow together
@@ -162,7 +165,8 @@ def test_gates_count() -> None:
     assert linear.parameters == linear.specs[0].num_parameters + 64 * 8
     assert found.parameters <= found.limit == free.limit
     assert free["2.attention"].specs[0].num_parameters > linear.specs[0].num_parameters
-    assert found["0.experts"].gate is None and linear.gate == Gate()
+    assert found["0.experts"].gate is None
+    assert linear.gate == Gate()
     assert free["2.attention"].gate is None
 
 
@@ -235,9 +239,7 @@ def curve(name: str, scale: float, kind: Any = CP, decay: float = 1 / 20) -> Sen
     for rank in (4, 10, 20, 40):
         value = kind(rank) if kind is CP else kind((1, rank, rank))
         spec = LayerSpec(64, 64, 1, value, False)
-        points.append(
-            SensitivityPoint(value, spec.num_parameters, scale * 2.0 ** (-rank * decay))
-        )
+        points.append(SensitivityPoint(value, spec.num_parameters, scale * 2.0 ** (-rank * decay)))
     return Sensitivity(name, tuple(points))
 
 
@@ -251,7 +253,8 @@ def test_measured_losses() -> None:
         gate=None,
     )
     one, other, last = (layer.factorizations[0].rank for layer in found.layers)
-    assert abs(one - other) <= 3 and last > one + 10
+    assert abs(one - other) <= 3
+    assert last > one + 10
     assert found.parameters <= found.limit
     # the losses of exponentials are equal at the optimum, but for the ends of what was measured
     assert found.layers[2].loss == pytest.approx(8.0 * 2 ** (-last / 20), rel=0.1)
@@ -322,7 +325,8 @@ def test_allocations_are_values(tmp_path: Path) -> None:
     found.save(path)
     assert Allocation.load(path) == found
     for again in (pickle.loads(pickle.dumps(found)), copy.deepcopy(found)):
-        assert again == found and hash(again) == hash(found)
+        assert again == found
+        assert hash(again) == hash(found)
     names = {
         "Allocation": Allocation,
         "AllocatedLayer": AllocatedLayer,
@@ -340,9 +344,11 @@ def test_tables() -> None:
     text = str(found)
     for layer in found.layers:
         line = next(line for line in text.splitlines() if line.startswith(layer.name))
-        assert f"{layer.parameters:,}" in line and f"{layer.share:.1%}" in line
+        assert f"{layer.parameters:,}" in line
+        assert f"{layer.share:.1%}" in line
         assert " | ".join(str(kind.rank) for kind in layer.factorizations) in line
-    assert f"{found.parameters:,}" in text and "by equal" in text
+    assert f"{found.parameters:,}" in text
+    assert "by equal" in text
     assert "<table" in found._repr_html_()
     assert "total" in str(found.of_kind())
 

@@ -63,12 +63,13 @@ def test_budgets(budget: Any, said: str) -> None:
 def test_the_smallest_budget_is_named_and_enough() -> None:
     with pytest.raises(BudgetError, match="at least 264 parameters") as caught:
         allocate(SITES, 200)
-    assert caught.value.needed == {"parameters": 264} and caught.value.given == {"parameters": 200}
+    assert caught.value.needed == {"parameters": 264}
+    assert caught.value.given == {"parameters": 200}
     for by in ("equal", "size"):
         found = allocate(SITES, 264, by=by)
         assert found.parameters == 264
         assert all(kind == CP(1) for layer in found.layers for kind in layer.factorizations)
-    with pytest.raises(BudgetError, match="at least 263 parameters|at least 264"):
+    with pytest.raises(BudgetError, match="at least 264"):
         allocate(SITES, 263)
     with pytest.raises(BudgetError, match="at least 1,056 bytes") as caught:
         allocate(SITES, 1055, unit="bytes")
@@ -76,8 +77,9 @@ def test_the_smallest_budget_is_named_and_enough() -> None:
     gated = [LayerSite.of_linear("a", 64, 64)]
     with pytest.raises(BudgetError) as caught:
         allocate(gated, 100, experts=8)
-    assert allocate(gated, int(caught.value.needed["parameters"]), experts=8).parameters == (
-        caught.value.needed["parameters"]
+    assert (
+        allocate(gated, int(caught.value.needed["parameters"]), experts=8).parameters
+        == (caught.value.needed["parameters"])
     )
 
 
@@ -175,7 +177,7 @@ def test_configurations(values: dict[str, Any], said: str) -> None:
 
 
 def test_parts() -> None:
-    with pytest.raises(SpecError, match="'experts'; llama has none. It has attention, mlp"):
+    with pytest.raises(SpecError, match=r"'experts'; llama has none\. It has attention, mlp"):
         allocate(CONFIG, 0.5, what="experts")
     for what, said in (
         ("heads", "what must be one of"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tensormoe import LayerSpec
@@ -174,9 +173,7 @@ def _samples(
     """Inputs of stacks of experts, where they are needed; None of other layers."""
     stacks = [group[0].stack for group in weights if group[0].stack is not None]
     made = iter(collect(model, [each for each, _ in stacks], batches) if wanted and stacks else [])
-    return [
-        next(made) if wanted and group[0].stack is not None else None for group in weights
-    ]
+    return [next(made) if wanted and group[0].stack is not None else None for group in weights]
 
 
 def _scorer(
@@ -190,9 +187,7 @@ def _scorer(
     flat = [each for group in weights for each in group]
     if measure == "error":
         errors = output_errors(model, [each for each in flat if each.stack is None], batches)
-        return lambda each, made, off: (
-            errors(each, *made) if off is None else off**2
-        )
+        return lambda each, made, off: errors(each, *made) if off is None else off**2
     if measure == "gradient":
         squares = squared_gradients(model, flat, batches, loss)
 

@@ -46,9 +46,7 @@ def output_errors(model: nn.Module, weights: Sequence[Weights], batches: Sequenc
                 f"inputs must reach every layer; {each.name!r} got none. Give other batches."
             )
 
-    def error(
-        each: Weights, made: tuple[Tensor, ...], rows: tuple[Tensor | None, ...]
-    ) -> float:
+    def error(each: Weights, made: tuple[Tensor, ...], rows: tuple[Tensor | None, ...]) -> float:
         moment = moments[each.name]
         old = _table(each.weights, each.biases, moment)
         off = _table(made, rows, moment) - old
@@ -69,9 +67,7 @@ def _summed(moments: dict[str, Tensor], name: str) -> Callable[..., None]:
     return hook
 
 
-def _table(
-    weights: Sequence[Tensor], biases: Sequence[Tensor | None], like: Tensor
-) -> Tensor:
+def _table(weights: Sequence[Tensor], biases: Sequence[Tensor | None], like: Tensor) -> Tensor:
     """Weights and biases as one matrix (in + 1, out)."""
     tables = []
     for weight, bias in zip(weights, biases, strict=True):

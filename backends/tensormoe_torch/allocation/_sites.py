@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -105,10 +106,8 @@ def _heads(model: nn.Module) -> set[int]:
     found: set[int] = set()
     ask: Any = getattr(model, "get_output_embeddings", None)
     if callable(ask):
-        try:
+        with contextlib.suppress(AttributeError, NotImplementedError):
             found.add(id(ask()))
-        except (AttributeError, NotImplementedError):
-            pass
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in _HEADS:
             found.add(id(module))
@@ -142,7 +141,7 @@ def _stack_site(name: str, module: nn.Module) -> LayerSite:
     """A stack or a list of experts, or dense ones of ours."""
     made: tuple[Projection, ...]
     if isinstance(module, FactorizedExperts):
-        layers = {role: each for role, each in module.projections.items()}
+        layers = dict(module.projections.items())
         made = tuple(
             Projection(
                 role,
@@ -182,7 +181,9 @@ def _mlp_site(name: str, module: nn.Module) -> LayerSite | None:
     *ahead, down = found
     if len({each.sizes for each in ahead}) > 1:
         # the last one down need not be the last one by name
-        down = next((e for e in found if all(o.sizes != e.sizes for o in found if o is not e)), down)
+        down = next(
+            (e for e in found if all(o.sizes != e.sizes for o in found if o is not e)), down
+        )
         ahead = [each for each in found if each is not down]
     if len({each.sizes for each in ahead}) > 1 or ahead[0].sizes[1] != down.sizes[0]:
         return None

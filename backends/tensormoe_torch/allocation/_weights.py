@@ -138,4 +138,3 @@ def read_weights(model: nn.Module, site: LayerSite) -> list[Weights]:
             biases = (stack.biases,) if whole else stack.biases
         found.append(Weights(name, weights, biases, (experts, each.role)))
     return found
-

@@ -60,7 +60,9 @@ def allocated_modules(
     return select_modules(model, lambda _, module: id(module) in wanted)
 
 
-def layer_of(allocation: Allocation, name: str, sizes: dict[str, tuple[int, int]]) -> AllocatedLayer:
+def layer_of(
+    allocation: Allocation, name: str, sizes: dict[str, tuple[int, int]]
+) -> AllocatedLayer:
     """The layer of a name, for projections of these sizes.
 
     Raises:
