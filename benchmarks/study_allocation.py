@@ -133,7 +133,7 @@ class Plan:
 
 FULL = Plan(
     Host(Sizes(4, 64, 4, 64, 8), hidden=128, top_k=2, steps=2000, batch=16, rate=3e-3),
-    settings=(("cp", 0.5), ("cp", 0.25), ("cp", 0.125)),
+    settings=(("cp", 0.5), ("cp", 0.25)),
     calibration=128,
     seeds=3,
     scored=32_768,

@@ -124,8 +124,8 @@ def allocate(
     known = _known(by, sensitivities, inputs, units)
     if known is None and by == "sensitivity":
         share = limit / sum(u.before * s for u, s in zip(units, scale, strict=True))
-        known = measured(model, sites, kinds, experts, inputs, share)
-        known = checked_sensitivities(known, [each.name for each in units])
+        found = measured(model, sites, kinds, experts, inputs, share)
+        known = checked_sensitivities(found, [each.name for each in units])
     if len(kinds) > 1 and not (known and isinstance(next(iter(known.values())), Sensitivity)):
         raise SpecError(
             f"factorization must be one without measured sensitivities; got {len(kinds)}. Give "
@@ -136,13 +136,13 @@ def allocate(
     layers = []
     for site, group in zip(sites, groups, strict=True):
         rows = [next(made) for _ in group]
-        found = [loss for *_, loss in rows]
+        lost = [loss for *_, loss in rows]
         layers.append(
             AllocatedLayer(
                 site,
                 tuple(spec for _, spec, _ in rows),
                 built if site.experts is None else None,
-                None if any(each is None for each in found) else float(sum(found)),  # type: ignore[arg-type]
+                None if None in lost else sum(each for each in lost if each is not None),
             )
         )
     return Allocation(tuple(layers), by, limit, unit)
@@ -261,25 +261,28 @@ def _shared_out(
     if known and isinstance(next(iter(known.values())), Sensitivity):
         curves: Any = [known[each.name] for each in units]
         return _by_curves(units, kinds, scale, limit, curves)
-    weights = {
-        "equal": lambda each: each.before,
-        "size": lambda each: sqrt(each.before),
-        "sensitivity": lambda each: sqrt(known[each.name] * each.before),  # type: ignore[index, operator]
-    }[by]
+    weighted: Any = known
+    # in proportion to √(w·n), with w = n for equal shares and w = 1 for sizes
+    weights = [
+        each.before
+        if by == "equal"
+        else sqrt(each.before * (1.0 if by == "size" else weighted[each.name]))
+        for each in units
+    ]
     (kind,) = kinds
     bounds = [each.bounds(kind) for each in units]
     costs = [
-        type(each)(each.least * size, each.most * size)
+        Bounds(each.least * size, each.most * size)
         for each, size in zip(bounds, scale, strict=True)
     ]
-    rates = [weights(each) * size for each, size in zip(units, scale, strict=True)]
+    rates = [weight * size for weight, size in zip(weights, scale, strict=True)]
     shares = in_proportion(rates, costs, limit)
     given = [share / size for share, size in zip(shares, scale, strict=True)]
     specs = [each.spec(kind, entries) for each, entries in zip(units, given, strict=True)]
     if not known:
         return specs, [None] * len(units)
     losses: list[float | None] = [
-        float(known[each.name]) * each.before / each.entries(spec)  # type: ignore[arg-type]
+        weighted[each.name] * each.before / each.entries(spec)
         for each, spec in zip(units, specs, strict=True)
     ]
     return specs, losses

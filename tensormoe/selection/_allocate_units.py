@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from tensormoe._spec import LayerSpec
 from tensormoe._validation import positive_ints
@@ -74,7 +75,7 @@ def units_of(
     levels = positive_ints(experts, "experts", "level")
     found = []
     for site in sites:
-        made = []
+        made: list[Unit] = []
         counts = levels if site.experts is None else (site.experts,)
         for name, each in zip(site.unit_names, site.projections, strict=True):
             first = site.experts is None and not made
@@ -94,9 +95,9 @@ def checked_kinds(
         RankError: one with a rank, which is what is to be found.
         SpecError: unknown names, or none.
     """
-    listed = (
-        list(factorization) if isinstance(factorization, tuple | list) else [factorization]  # type: ignore[list-item]
-    )
+    listed: list[Any] = [factorization]
+    if isinstance(factorization, tuple | list):
+        listed = [*factorization]
     kinds = []
     for each in listed:
         if isinstance(each, Factorization):

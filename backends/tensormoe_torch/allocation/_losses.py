@@ -94,10 +94,10 @@ def squared_gradients(
         key: torch.zeros_like(each, dtype=torch.promote_types(each.dtype, torch.float32))
         for key, each in owners.items()
     }
-    flags = [(each, each.requires_grad) for each in model.parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        for each in model.parameters():
-            each.requires_grad_(id(each) in owners)
+        for parameter, _ in flags:
+            parameter.requires_grad_(id(parameter) in owners)
         with torch.enable_grad():
             for batch in batches:
                 found = torch.autograd.grad(
@@ -107,8 +107,8 @@ def squared_gradients(
                     if gradient is not None:
                         wide[key] += gradient.detach().to(wide[key].dtype).square() / len(batches)
     finally:
-        for each, wanted in flags:
-            each.requires_grad_(wanted)
+        for parameter, wanted in flags:
+            parameter.requires_grad_(wanted)
     made = {}
     for each in weights:
         parts = []
