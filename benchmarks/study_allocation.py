@@ -160,7 +160,9 @@ class Runs:
         self.path, self.plan, self.parts = folder / "allocation.jsonl", plan, parts
         self.name = "allocation-quick" if plan is QUICK else "allocation"
         lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
-        self.known = {tuple(key): value for key, value in map(json.loads, lines)}
+        self.known: dict[tuple[Any, ...], dict[str, Any]] = {
+            tuple(key): value for key, value in map(json.loads, lines)
+        }
 
     def get(self, way: str, name: str, share: float, seed: int) -> dict[str, Any]:
         """Bytes of the experts, cross-entropy, seconds, and ranks by projection."""

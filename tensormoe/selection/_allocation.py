@@ -1,4 +1,4 @@
-"""Which layer of a model gets which factorization and rank: a value, a table and JSON."""
+"""The factorization and rank of each layer of a model: a value, a table and JSON."""
 
 from __future__ import annotations
 

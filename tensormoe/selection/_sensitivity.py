@@ -1,4 +1,4 @@
-"""What a model loses when one projection is factorized, at a few ranks."""
+"""Losses of a model when one projection is factorized, at a few ranks."""
 
 from __future__ import annotations
 

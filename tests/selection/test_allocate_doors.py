@@ -226,7 +226,7 @@ def test_sites() -> None:
         ((3, "linear", (Projection("", 2, 2),)), "name of a layer"),
     ):
         with pytest.raises(SpecError, match=said):
-            LayerSite(*values)  # type: ignore[arg-type]
+            LayerSite(*values)
     with pytest.raises(SpecError, match="out_features"):
         LayerSite.of_linear("a", 3, 0)
 

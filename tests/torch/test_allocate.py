@@ -100,7 +100,7 @@ def test_compress_some_layers_only() -> None:
 
 def test_lists_of_experts_and_sparse_mixtures() -> None:
     torch.manual_seed(0)
-    listed = OneByOne(nn.ModuleList(Expert() for _ in range(4)))
+    listed = OneByOne([Expert() for _ in range(4)])
     ours = nn.ModuleDict({"moe": SparseMoE(6, 8, experts=4, top_k=2)})
     for model in (nn.ModuleDict({"moe": listed}), ours):
         found = allocate(model, "70%")
@@ -120,7 +120,7 @@ def test_replace() -> None:
         assert sum(each.numel() for each in module.parameters()) == layer.parameters
         if layer.kind == "linear":
             assert isinstance(module, MuMoE)
-            assert module.gate.gate == layer.gate
+            assert module.config.gate == layer.gate
             assert module.spec == layer.specs[0]
         else:
             assert isinstance(module, MuMoEMLP)
@@ -222,8 +222,9 @@ def test_gradients() -> None:
     assert same(model, before)
     assert [each.requires_grad for each in model.parameters()] == flags
     assert all(each.grad is None for each in model.parameters())
-    for each, layer in zip(found, model.attention, strict=True):
-        rank = each.points[0].factorization.rank
+    layers: Any = model.attention
+    for each, layer in zip(found, layers, strict=True):
+        rank: Any = each.points[0].factorization.rank
         table = torch.cat([layer.weight.detach().T, layer.bias.detach()[None]])
         left, values, right = torch.linalg.svd(table, full_matrices=False)
         off = (left[:, :rank] * values[:rank] @ right[:rank] - table)[:-1].T
@@ -231,7 +232,8 @@ def test_gradients() -> None:
         for batch in batches:
             model.zero_grad()
             logits = model(batch)
-            F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).backward()
+            loss: Any = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+            loss.backward()
             total = total + (layer.weight.grad.square() * off.square()).sum() / len(batches)
         assert each.points[0].loss == pytest.approx(float(0.5 * total), rel=1e-6)
 
@@ -261,11 +263,12 @@ def test_layers_that_do_not_matter_get_less() -> None:
     model = net(scale=0.0)
     wanted = model(IDS).detach()
 
-    def apart(given: nn.Module, ids: Tensor) -> Tensor:
-        return (given(ids) - wanted).square().mean()
+    def distance(given: nn.Module, ids: Tensor) -> Tensor:
+        apart: Tensor = (given(ids) - wanted).square().mean()
+        return apart
 
     options: Any = {"what": "mlp", "experts": 1}
-    known = measure_sensitivities(model, IDS, loss=apart, **options)
+    known = measure_sensitivities(model, IDS, loss=distance, **options)
     assert {point.loss for each in known[2:] for point in each.points} == {0.0}
     found = allocate(model, "45%", sensitivities=known, gate=None, **options)
     used, unused = (layer.parameters for layer in found.layers)
@@ -290,7 +293,7 @@ def test_experts_of_all_kinds(measure: str) -> None:
             logits: Tensor = self.head(x + self.moe(x.flatten(0, 1)).reshape(x.shape))
             return logits
 
-    for moe in (SparseMoE(6, 8, experts=4, top_k=2), OneByOne(nn.ModuleList(map(_expert, "abcd")))):
+    for moe in (SparseMoE(6, 8, experts=4, top_k=2), OneByOne([Expert() for _ in range(4)])):
         model, ids = Tokens(moe), IDS % 9
         before = state(model)
         found = measure_sensitivities(model, ids, shares=(0.4, 0.8), measure=measure, search=QUICK)
@@ -300,10 +303,6 @@ def test_experts_of_all_kinds(measure: str) -> None:
         assert all(loss == loss for loss in losses)
         assert max(losses) > 0
         compress(model, allocate(model, "60%", sensitivities=found), search=QUICK)
-
-
-def _expert(_: str) -> Expert:
-    return Expert()
 
 
 def test_training_mode_and_weighted() -> None:
@@ -355,7 +354,8 @@ def test_failures_leave_the_model_as_it_was() -> None:
         calls.append(1)
         if len(calls) > 2:
             raise RuntimeError("out of memory")
-        return given(ids).square().mean()
+        found: Tensor = given(ids).square().mean()
+        return found
 
     before = state(model)
     with pytest.raises(RuntimeError, match="out of memory"):

@@ -1,4 +1,4 @@
-"""What a model loses by factors of each of its projections, measured on samples."""
+"""Losses of a model by factors of each of its projections, measured on samples."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def _scorer(
     measure: str,
     loss: LossFunction | None,
 ) -> Score:
-    """What is lost with other weights in the place of a projection's."""
+    """A function from other weights of a projection to what is lost by them."""
     flat = [each for group in weights for each in group]
     if measure == "error":
         errors = output_errors(model, [each for each in flat if each.stack is None], batches)

@@ -12,7 +12,6 @@ from tensormoe.errors import SpecError
 from tensormoe.selection import LayerSite, Projection
 from tensormoe.selection._config_sites import chosen_parts
 from tensormoe.selection._model_sites import checked_parts
-from tensormoe_torch._layer import MuMoE
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.compression._find import holds_experts, is_dense, is_named, linears_by_role
 from tensormoe_torch.compression._read import stack_projections
@@ -141,12 +140,13 @@ def _stack_site(name: str, module: nn.Module) -> LayerSite:
     """A stack or a list of experts, or dense ones of ours."""
     made: tuple[Projection, ...]
     if isinstance(module, FactorizedExperts):
-        layers = dict(module.projections.items())
+        layers: dict[str, Any] = dict(module.projections.items())
         made = tuple(
             Projection(
                 role,
-                *_sizes(each),
-                each.spec.bias or f"{role}_bias" in module._parameters,  # type: ignore[union-attr]
+                each.spec.in_features,
+                each.spec.out_features,
+                each.spec.bias or f"{role}_bias" in module._parameters,
             )
             for role, each in layers.items()
         )
@@ -163,11 +163,6 @@ def _stack_site(name: str, module: nn.Module) -> LayerSite:
     else:
         count, made = stack_projections(module, name)
     return LayerSite(name, "experts", made, count, _itemsize(module))
-
-
-def _sizes(layer: Any) -> tuple[int, int]:
-    assert isinstance(layer, MuMoE)
-    return layer.spec.in_features, layer.spec.out_features
 
 
 def _mlp_site(name: str, module: nn.Module) -> LayerSite | None:
