@@ -48,8 +48,8 @@ def add_allocate(commands: Any) -> None:
 
 def run_allocate(arguments: argparse.Namespace) -> None:
     """Check the words, allocate, and show or write the result."""
+    from tensormoe.choosing._words import parse_experts, parse_names
     from tensormoe.cli._console import make_console, print_json
-    from tensormoe.cli._values import parse_experts, parse_names
     from tensormoe.selection import allocate
     from tensormoe.selection._model_sites import checked_parts
 
@@ -96,7 +96,7 @@ def _budget(text: str) -> tuple[int | str, str]:
     >>> _budget("25%"), _budget("1.5G"), _budget("2GiB")
     (('25%', 'parameters'), (1500000000, 'parameters'), (2147483648, 'bytes'))
     """
-    from tensormoe.cli._values import parse_bytes, parse_parameters
+    from tensormoe.choosing._words import parse_bytes, parse_parameters
 
     if text.endswith("%"):
         return text, "parameters"
@@ -120,7 +120,7 @@ def _check_output(name: str) -> None:
 
 def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """What stands for the model, and batches of ids of the text if it is to be run."""
-    from tensormoe.cli._values import parse_size
+    from tensormoe.choosing._words import parse_size
     from tensormoe.selection._allocation import read_json
     from tensormoe.selection._config_sites import FAMILIES
 

@@ -189,6 +189,9 @@ def test_losses_are_those_of_the_model_with_one_projection_in_factors() -> None:
     before = state(model)
     batches = [TOKENS[:1], TOKENS[1:]]
     (first, *_), points = model_sites(model), []
+    errors: list[Tensor] = []
+    stack_of: Any = model.get_submodule(first.name).gate_up_proj
+    squares = torch.zeros_like(stack_of).detach()
     found = measure_sensitivities(model, batches, shares=(0.3, 0.7), search=QUICK)
     assert [each.name for each in found] == [
         name for site in model_sites(model) for name in site.unit_names
@@ -205,11 +208,21 @@ def test_losses_are_those_of_the_model_with_one_projection_in_factors() -> None:
         weight = stack.detach().transpose(1, 2)[..., 24:]
         made = decompose(weight, point.factorization, search=QUICK)
         rebuilt, _ = MuMoE.restore(made.config(), made.parameters).materialize()
+        errors.append((rebuilt - weight).detach().transpose(1, 2))
         stack.data[:, 24:] = rebuilt.detach().transpose(1, 2)
         assert point.parameters == made.spec.num_parameters
         points.append(point.loss)
         assert point.loss == pytest.approx(loss(changed) - loss(model), abs=1e-6)
     assert len(set(points)) == 2
+    for batch in batches:
+        # mean squared gradients of a part of a parameter
+        squares = squares + torch.autograd.grad(model(batch, labels=batch).loss, stack_of)[0] ** 2
+    by_gradient = measure_sensitivities(
+        model, batches, shares=(0.3, 0.7), search=QUICK, measure="gradient"
+    )
+    for point, off in zip(by_gradient[1].points, errors, strict=True):
+        wanted = float((0.5 * squares[:, 24:] * off**2).sum() / 2)
+        assert point.loss == pytest.approx(wanted, rel=1e-6)
 
 
 def test_gradients() -> None:
