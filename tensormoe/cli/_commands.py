@@ -58,6 +58,7 @@ COMMANDS: Mapping[str, Command] = {
     "calibrate": Command("_calibrate", "measure this machine, for predicted times"),
     "demo": Command("_demo", "factorized experts on real images, from budget to picture"),
     "compress": Command("_compress", "the experts of a model's checkpoint, decomposed"),
+    "allocate": Command("_allocate", "one budget for all layers of a model: a rank for each"),
     "explore": Command("_explore", "a page that shows what every expert of a layer does"),
     "config": Command("_config", "defaults that are in force, and where each comes from"),
     "completion": Command("_completion", "the script that completes words in bash, zsh or fish"),

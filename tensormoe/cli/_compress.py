@@ -33,9 +33,10 @@ def add_parser(commands: Commands) -> None:
         help="where they are otherwise: 'layers.*.experts.*.w1', once for each projection",
     )
     option("--layout", default="auto", metavar="NAME", help="auto, out_in or in_out (auto)")
-    option("--factorization", default="tensor_ring", metavar="NAME", help="(tensor_ring)")
+    option("--factorization", metavar="NAME", help="(tensor_ring, or that of --allocation)")
     option("--budget", metavar="SIZE", help="25%% of the experts' parameters, or 1.5G for all")
     option("--rank", metavar="RANK", help="one size for all bonds, or one a bond: 4,4,94")
+    option("--allocation", metavar="FILE", help="ranks from tensormoe allocate --output FILE")
     option("--tolerance", metavar="ERROR", help="relative error that each layer is to reach: 0.1")
     add_switch(parser, "dense", "write rebuilt matrices under their old keys")
     option("--max-memory", metavar="BYTES", help="refuse what would take more: 6GiB")

@@ -25,6 +25,7 @@ from tensormoe.compression import (
 )
 from tensormoe.compression._cluster import connected
 from tensormoe.errors import BudgetError, SpecError
+from tensormoe.selection import Allocation
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -72,8 +73,9 @@ def _settings(arguments: argparse.Namespace) -> Compression:
         raise SpecError(
             f"--seed must be a non-negative integer; got {arguments.seed!r}. Write digits: 0."
         )
+    allocation = None if arguments.allocation is None else Allocation.load(arguments.allocation)
     return Compression(
-        arguments.factorization.replace("-", "_"),
+        _factorization(arguments.factorization, allocation),
         rank=parse_rank(arguments.rank),
         budget=None if arguments.budget is None else _budget(arguments.budget),
         tolerance=None if arguments.tolerance is None else _tolerance(arguments.tolerance),
@@ -84,7 +86,17 @@ def _settings(arguments: argparse.Namespace) -> Compression:
         compare=arguments.svd,
         seed=int(arguments.seed),
         seconds=None if arguments.seconds is None else _seconds(arguments.seconds),
+        allocation=allocation,
     )
+
+
+def _factorization(text: str | None, allocation: Allocation | None) -> str:
+    """The name that was given, or that of an allocation."""
+    if text is not None:
+        return text.replace("-", "_")
+    if allocation is None or not allocation.layers:
+        return "tensor_ring"
+    return allocation.layers[0].factorizations[0].name
 
 
 def _budget(text: str) -> int | float:
