@@ -27,6 +27,7 @@ def ask(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
     """What a command prints with --json; an error besides if nothing fits a budget."""
     code = main([*words, "--json"])
     captured = capsys.readouterr()
+    assert captured.out, captured.err
     found = json.loads(captured.out)
     nothing = words[0] == "rank" and found["best"] is None
     assert code == (2 if nothing else 0)

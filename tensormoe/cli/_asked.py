@@ -11,10 +11,10 @@ from tensormoe._validation import choice
 from tensormoe.choosing import Request, parse_request
 from tensormoe.choosing._words import parse_bytes
 from tensormoe.cli._options import FORMATS
-from tensormoe.cli._profile import DEVICES, resolve_device
+from tensormoe.cli._profile import resolve_device
 from tensormoe.cli._settings import DEFAULT, option_name
 from tensormoe.errors import BudgetError, RequestError, SpecError, TensormoeError
-from tensormoe.planning import Roofline
+from tensormoe.planning import PUBLISHED_ROOFLINES, Roofline
 
 _POSITIONAL = ("in_features", "out_features", "experts")
 _OPTIONS = {
@@ -91,7 +91,7 @@ def _device(name: str | None, dtype: str) -> Roofline | str | None:
 
     None where nothing is named and this machine was not measured, or not with the dtype.
     """
-    if name in DEVICES and name != "this":
+    if name in PUBLISHED_ROOFLINES:
         return name
     if name is None and dtype != _MEASURED_DTYPE:
         return None
