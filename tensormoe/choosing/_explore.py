@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tensormoe._format import plain_rank
@@ -14,6 +14,8 @@ from tensormoe.choosing._selected import selected
 from tensormoe.errors import BudgetError, RequestError, TensormoeError
 from tensormoe.planning import Cost, gate_cost
 from tensormoe.selection import RankChoice
+
+MakeRow = Callable[[Request, str], Row]
 
 VERSION = 1
 """Of the form of responses."""
@@ -35,9 +37,14 @@ def explore(request: Mapping[str, Any] | Request) -> dict[str, Any]:
     >>> explore({"in_features": "many", "out_features": 768, "experts": 512})["errors"]
     [{'field': 'in_features', 'message': "in_features must be a positive integer; got 'many'."}]
     """
+    return answer_or_errors(request)
+
+
+def answer_or_errors(request: Mapping[str, Any] | Request, make: MakeRow = row) -> dict[str, Any]:
+    """The response to a request, or the errors of its fields."""
     try:
         asked = request if isinstance(request, Request) else parse_request(request)
-        return answer(asked)
+        return answer(asked, make)
     except RequestError as error:
         return _refused(error.fields.items())
     except TensormoeError as error:
@@ -45,13 +52,17 @@ def explore(request: Mapping[str, Any] | Request) -> dict[str, Any]:
         return _refused([("", error)])
 
 
-def answer(request: Request) -> dict[str, Any]:
+def answer(request: Request, make: MakeRow = row) -> dict[str, Any]:
     """The response to a request that was checked.
+
+    Args:
+        request: as :func:`parse_request` makes it.
+        make: makes a row of a request for a factorization, or has it already.
 
     Raises:
         TensormoeError: sizes that are possible one by one, and not together.
     """
-    rows = [row(request, name) for name in request.names]
+    rows = [make(request, name) for name in request.names]
     found = best(rows, request.objective)
     response: dict[str, Any] = {
         "version": VERSION,

@@ -24,6 +24,7 @@ commands:
               layers that they replace
   plan        how a layer runs: its tensor network, and the steps of its
               contraction with their cost
+  choose      the same as a page in the browser: fields, tables, plots, code
   calibrate   measure this machine, for predicted times
   demo        factorized experts on real images, from budget to picture
   compress    the experts of a model's checkpoint, decomposed
@@ -88,6 +89,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], None]:
         from tensormoe.cli._plan import run_plan
 
         return run_plan
+    if name == "choose":
+        from tensormoe.cli._choose import run_choose
+
+        return run_choose
     if name == "calibrate":
         from tensormoe.cli.calibration import run_calibrate
 
@@ -125,6 +130,7 @@ def _parser() -> _Parser:
     )
     _add_rank(commands)
     _add_plan(commands)
+    _add_choose(commands)
     _add_calibrate(commands)
     _add_demo(commands)
     _add_compress(commands)
@@ -189,6 +195,17 @@ def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
     option("--link", metavar="BYTES", help="bytes per second between devices: 300GB")
     _add_gate(parser, "counted in every figure; with --top-k, none is")
     _add_common(parser)
+
+
+def _add_choose(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "choose",
+        description="A page in the browser that answers what rank and plan answer, as fields and "
+        "sliders move. It is served to this machine alone.",
+    )
+    option = parser.add_argument
+    option("--port", default="8765", metavar="N", help="where (default: 8765; 0: any free one)")
+    option("--no-browser", dest="browser", action="store_false", help="print the address alone")
 
 
 def _add_calibrate(commands: argparse._SubParsersAction[_Parser]) -> None:
