@@ -84,14 +84,19 @@ function showCode(code) {
   );
 }
 
+/** Whether a text is on the clipboard now: pages without https have none. */
+export async function copyText(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
 export async function copyCode() {
   const code = byId("code");
-  try {
-    await navigator.clipboard.writeText(code.textContent);
-    byId("copied").textContent = "Copied.";
-  } catch {
-    // pages without https have no clipboard
-    getSelection().selectAllChildren(code);
-    byId("copied").textContent = "Selected: press Ctrl-C.";
-  }
+  const copied = await copyText(code.textContent);
+  if (!copied) getSelection().selectAllChildren(code);
+  byId("copied").textContent = copied ? "Copied." : "Selected: press Ctrl-C.";
 }

@@ -7,7 +7,7 @@ export async function openEngine(report) {
     return response.json();
   });
   if (found.engine === "server") return { ...found, explore: askServer };
-  if (found.engine === "pyodide") return { ...found, explore: await openWorker(found, report) };
+  if (found.engine === "pyodide") return { ...found, ...(await openWorker(found, report)) };
   throw new Error(found.reason);
 }
 
@@ -27,11 +27,11 @@ async function openWorker(found, report) {
   const worker = new Worker("worker.js", { type: "module" });
   const waiting = new Map();
   let last = 0;
-  await new Promise((resolve, reject) => {
+  const factorizations = await new Promise((resolve, reject) => {
     worker.onerror = (event) => reject(new Error(event.message || "the worker did not start"));
     worker.onmessage = ({ data }) => {
       if (data.progress) report(data.progress);
-      if (data.ready) resolve();
+      if (data.ready) resolve(data.factorizations);
       if (data.failed) reject(new Error(data.failed));
       const asked = waiting.get(data.id);
       if (!asked) return;
@@ -41,9 +41,10 @@ async function openWorker(found, report) {
     };
     worker.postMessage({ core: found.core });
   });
-  return (question) =>
+  const explore = (question) =>
     new Promise((resolve, reject) => {
       waiting.set(++last, { resolve, reject });
       worker.postMessage({ id: last, question: JSON.stringify(question) });
     });
+  return { explore, factorizations };
 }

@@ -29,13 +29,14 @@ const UNITS = { k: 1e3, m: 1e6, g: 1e9 };
 
 const defaults = {};
 let names = [];
-let measured = false;
+let resolved = {};
 
 /** Put sliders beside the fields, and take what the page says for the defaults. */
 export function prepare(engine) {
-  names = engine.factorizations ?? [];
-  measured = Boolean(engine.measured);
-  if (measured) {
+  names = engine.factorizations;
+  // a small screen has room for the results
+  if (matchMedia("(max-width: 820px)").matches) for (const group of document.querySelectorAll(".group")) group.open = false;
+  if (engine.measured) {
     const option = make("option", { value: "this" }, "this machine, as measured");
     byId("device").prepend(option);
     byId("device").value = "this";
@@ -64,13 +65,6 @@ function addName(name) {
   byId("selected").append(make("option", { value: name }, name));
 }
 
-/** The factorizations there are, where the engine did not say. */
-export function setNames(found) {
-  if (names.length) return;
-  names = found;
-  for (const name of names) addName(name);
-}
-
 const boxes = () => [...document.querySelectorAll("[data-compared]")];
 
 /** The form as texts. */
@@ -87,7 +81,11 @@ export function readForm() {
 export function writeForm(given) {
   const state = { ...defaults, ...given };
   const listed = state.factorizations.split(",").filter((name) => name && name !== "none");
-  for (const name of [...listed, state.selected]) if (name && !names.includes(name)) (names = [...names, name]), addName(name);
+  for (const name of listed) {
+    if (names.includes(name)) continue;
+    names = [...names, name];
+    addName(name);
+  }
   for (const name of [...FIELDS, ...SHOWN]) {
     const field = byId(name);
     field.value = state[name];
@@ -102,12 +100,19 @@ export function writeForm(given) {
   follow();
 }
 
+/** What the engine made of fields that are empty. */
+export function setResolved(request) {
+  resolved = request;
+  follow();
+}
+
 /** Sliders and fields that depend on others. */
 export function follow() {
   for (const slider of document.querySelectorAll("[data-slider]")) {
-    const text = byId(slider.dataset.slider).value.trim().toLowerCase();
-    const steps = SLIDERS[slider.dataset.slider].map(amount);
-    const parts = slider.dataset.slider === "experts" ? text.split(/[x×,]/) : [text];
+    const name = slider.dataset.slider;
+    const text = (byId(name).value.trim() || String(resolved[name] ?? resolved.budget?.[name] ?? "")).toLowerCase();
+    const steps = SLIDERS[name].map(amount);
+    const parts = name === "experts" ? text.split(/[x×,]/) : [text];
     const value = parts.map(amount).reduce((product, part) => product * part, 1);
     if (!(value > 0)) continue;
     const above = steps.findIndex((step) => step >= value);
@@ -189,7 +194,7 @@ export function showErrors(errors) {
     }
     const id = `error-${field}`;
     place.append(make("p", { id, class: "error" }, message));
-    if (place.tagName === "DETAILS") place.open = true;
+    for (const closed of [place, place.closest(".group")]) if (closed?.tagName === "DETAILS") closed.open = true;
     const control = controlOf(field, message);
     if (!control) continue;
     control.setAttribute("aria-invalid", "true");

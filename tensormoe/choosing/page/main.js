@@ -1,8 +1,8 @@
 // A change in the form becomes a question; answers come part by part, the newest question first.
-import { byId } from "./dom.js";
-import { copyCode, showDetails } from "./details.js";
+import { byId, make } from "./dom.js";
+import { copyCode, copyText, showDetails } from "./details.js";
 import { openEngine } from "./engine.js";
-import { follow, fromHash, prepare, question, readForm, setNames, showErrors, split, toHash, writeForm } from "./fields.js";
+import { follow, fromHash, prepare, question, readForm, setResolved, showErrors, split, toHash, writeForm } from "./fields.js";
 import { rank as inWords } from "./format.js";
 import { showPlot } from "./plot.js";
 import { showBaselines, showRows } from "./table.js";
@@ -100,7 +100,7 @@ async function show(isNewest) {
     results.setAttribute("aria-busy", "false");
     return;
   }
-  setNames(response.request.factorizations);
+  setResolved(response.request);
   Object.assign(shown, { rows: response.rows, request: response.request, best: response.best, fronts: {} });
   showRows(response, { select: (name) => pick(name, null), change });
   redraw();
@@ -145,7 +145,24 @@ async function showFronts(isNewest) {
 
 function redraw() {
   if (!shown.request) return;
-  showPlot({ ...shown, cost: byId("cost").value, selected: shown.request.selected ?? shown.best?.name, pick });
+  const selected = shown.request.selected ?? shown.best?.name;
+  showPlot({ ...shown, cost: byId("cost").value, selected, pick });
+  showFront(selected);
+}
+
+/** The front of the chosen factorization as a list, for those who do not click. */
+function showFront(name) {
+  const front = shown.fronts[name] ?? [];
+  byId("front-part").hidden = front.length < 2;
+  byId("front-name").textContent = name;
+  const row = shown.rows.find((each) => each.name === name);
+  byId("front").replaceChildren(
+    ...front.map((each) => {
+      const words = `${inWords(each.rank)}: expert rank ${each.expert_rank}, span ${each.expert_span}, ${each.parameters.toLocaleString("en")} parameters`;
+      return make("option", { value: inWords(each.rank) }, words);
+    })
+  );
+  byId("front").value = inWords(row?.rank);
 }
 
 // ---------------------------------------------------------------- start
@@ -169,6 +186,11 @@ function listen() {
   byId("draw-fronts").addEventListener("click", () => {
     frontsWanted = true;
     update();
+  });
+  byId("front").addEventListener("change", () => pick(byId("front-name").textContent, byId("front").value));
+  byId("share").addEventListener("click", async () => {
+    const copied = await copyText(location.href);
+    byId("shared").textContent = copied ? "Copied." : "Copy the address above.";
   });
   byId("copy").addEventListener("click", copyCode);
   window.addEventListener("popstate", () => {

@@ -79,7 +79,7 @@ export function showPlot({ rows, fronts, baselines, cost, selected, rank, pick }
   for (const each of marks) placed.push([each.mx - each.radius, each.my - each.radius, each.mx + each.radius, each.my + each.radius]);
   for (const each of marks) if (Math.hypot(each.mx - each.px, each.my - each.py) > 1) picture.append(draw("path", { d: `M${each.px} ${each.py}L${each.mx} ${each.my}`, stroke: "var(--quiet)", "stroke-width": 1 }));
   for (const each of marks) picture.append(chosen(each, selected, pick));
-  const names = [...marks.map((each) => [each.row.name, each.mx, each.my, each.radius]), ...labelled(others).map((row) => [row.name, x.at(row.expert_rank), y.at(row.expert_span), 6])];
+  const names = [...labelled(others).map((row) => [row.name, x.at(row.expert_rank), y.at(row.expert_span), 6]), ...marks.map((each) => [each.row.name, each.mx, each.my, each.radius])];
   for (const name of names) picture.append(label(name, placed, width, height));
   const held = document.activeElement?.dataset?.series;
   host.replaceChildren(picture);
@@ -91,7 +91,7 @@ function labelled(others) {
   const found = new Map();
   for (const row of others) {
     const key = `${row.expert_rank} ${row.expert_span}`;
-    found.set(key, found.has(key) ? { ...row, name: `${found.get(key).name}, ${row.name}` } : row);
+    found.set(key, found.has(key) ? { ...row, name: `${found.get(key).name.replace(" MoE", "")}, ${row.name}` } : row);
   }
   return [...found.values()];
 }
@@ -154,10 +154,11 @@ function apart(marks, width, height) {
 function label([name, px, py, radius], placed, width, height) {
   const long = 6.7 * name.length;
   const places = [];
-  for (const far of [4, 14, 26, 40]) {
+  for (const far of [4, 14, 26, 40, 60]) {
     places.push([px + radius + far, py + 4], [px - radius - far - long, py + 4]);
     places.push([px - long / 2, py - radius - far], [px - long / 2, py + radius + far + 9]);
     places.push([px + radius + far, py - radius - far], [px - radius - far - long, py + radius + far + 8]);
+    places.push([width - long - 4, py + radius + far + 9], [width - long - 4, py - radius - far]);
   }
   const box = ([left, base]) => [left, base - 11, left + long, base + 3];
   const inside = ([left, top, right, bottom]) => left > LEFT && right < width && top > 0 && bottom < height - BOTTOM;

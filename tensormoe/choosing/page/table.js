@@ -11,19 +11,23 @@ export function showRows(response, actions) {
   const selected = response.request.selected ?? best;
   const made = response.rows.map((row, index) => {
     const words = row.name === best ? `★ ${row.name}` : row.name;
-    const button = make("button", { type: "button", class: "plain", "aria-pressed": String(row.name === selected), onclick: () => actions.select(row.name) }, words);
-    const head = make("th", { scope: "row" }, mark(index), button);
+    const name = row.feasible
+      ? make("button", { type: "button", class: "plain", "data-select": row.name, "aria-pressed": String(row.name === selected), onclick: () => actions.select(row.name) }, words)
+      : row.name;
+    const head = make("th", { scope: "row" }, mark(index), name);
     const line = make("tr", { "data-name": row.name, "aria-selected": String(row.name === selected) }, head);
     if (row.name === best) line.className = "best";
     if (row.feasible) line.append(...figures(row));
     else {
+      const why = row.smallest_budget ? `Too large: it needs ${said(row.smallest_budget)}.` : row.message;
       line.classList.add("infeasible");
-      button.disabled = true;
-      line.append(make("td", { colspan: 7, class: "words" }, row.message, ...remedies(row, response.request, actions)));
+      line.append(make("td", { colspan: 7, class: "words", title: row.message }, make("div", {}, why), ...remedies(row, response.request, actions)));
     }
     return line;
   });
+  const held = document.activeElement?.dataset?.select;
   byId("rows").replaceChildren(...made);
+  if (held) document.querySelector(`[data-select="${CSS.escape(held)}"]`)?.focus();
   byId("gate-row").replaceChildren(...(response.gate ? [plain({ name: "gate", ...response.gate }, "in every row above")] : []));
   showBest(response, actions);
 }

@@ -9,6 +9,7 @@ import sys
 sys.path.insert(0, "${FOLDER}")
 
 from tensormoe.choosing import Session
+from tensormoe.factorizations import FACTORIZATIONS
 
 session = Session()
 
@@ -17,10 +18,11 @@ def answer(question):
     return json.dumps(session.explore(json.loads(question)))
 
 
-answer
+answer, list(FACTORIZATIONS)
 `;
 
 let answer = null;
+let names = [];
 
 async function start(core) {
   // both are on their way at once
@@ -32,14 +34,14 @@ async function start(core) {
   const [python, bytes] = await Promise.all([loadPyodide(), archive]);
   postMessage({ progress: "Loading tensormoe" });
   python.unpackArchive(bytes, "zip", { extractDir: FOLDER });
-  answer = python.runPython(START);
+  [answer, names] = python.runPython(START).toJs();
 }
 
 onmessage = async ({ data }) => {
   if (data.core) {
     try {
       await start(data.core);
-      postMessage({ ready: true });
+      postMessage({ ready: true, factorizations: names });
     } catch (error) {
       postMessage({ failed: String(error.message ?? error) });
     }
