@@ -52,14 +52,19 @@ def build(site: Path) -> None:
     if missing is not None:
         if os.environ.get(REQUIRED):
             sys.exit(f"The rank explorer can't be built: {missing}")
-        print(f"The rank explorer is built without its engine: {missing}", file=sys.stderr)
+        print(
+            f"The rank explorer is built without its engine: {missing}",
+            file=sys.stderr,
+        )
         reason = f"this documentation was built without it ({missing})"
         write_json(site / "engine.json", {"engine": "none", "reason": reason})
         return
     (site / "pyodide").mkdir()
     for name in PARTS:
         shutil.copyfile(PYODIDE / name, site / "pyodide" / name)
-    (site / "pyodide" / "NOTICE.txt").write_text(NOTICE.format(version=pinned()))
+    (site / "pyodide" / "NOTICE.txt").write_text(
+        NOTICE.format(version=pinned())
+    )
     core = core_archive()
     name = f"core-{sha256(core).hexdigest()[:12]}.zip"
     (site / name).write_bytes(core)
@@ -71,7 +76,11 @@ def build(site: Path) -> None:
         "engine": "pyodide",
         "core": name,
         "version": digest.hexdigest()[:12],
-        "files": ["./", "engine.json", *(path.relative_to(site).as_posix() for path in files)],
+        "files": [
+            "./",
+            "engine.json",
+            *(path.relative_to(site).as_posix() for path in files),
+        ],
     }
     write_json(site / "engine.json", engine)
 
@@ -83,9 +92,18 @@ def install() -> str | None:
     npm = shutil.which("npm")
     if npm is None:
         return "npm is missing. Install it (Debian: apt install npm), and build again."
-    command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
+    command = [
+        npm,
+        "ci",
+        "--ignore-scripts",
+        "--no-audit",
+        "--no-fund",
+        "--loglevel=error",
+    ]
     try:
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, cwd=HERE, capture_output=True, text=True, timeout=300
+        )
     except subprocess.TimeoutExpired:
         return "npm ci took more than five minutes."
     if done.returncode or installed() != pinned():
@@ -96,7 +114,9 @@ def install() -> str | None:
 
 def pinned() -> str:
     """The version of Pyodide that the lock file names."""
-    locked = json.loads(LOCK.read_text("utf-8"))["packages"]["node_modules/pyodide"]
+    locked = json.loads(LOCK.read_text("utf-8"))["packages"][
+        "node_modules/pyodide"
+    ]
     return str(locked["version"])
 
 
@@ -104,15 +124,21 @@ def installed() -> str | None:
     """The version of Pyodide that is here, whole."""
     if not all((PYODIDE / name).is_file() for name in PARTS):
         return None
-    return str(json.loads((PYODIDE / "package.json").read_text("utf-8"))["version"])
+    return str(
+        json.loads((PYODIDE / "package.json").read_text("utf-8"))["version"]
+    )
 
 
 def core_archive() -> bytes:
-    """tensormoe and opt_einsum as an archive of their sources, the same bytes for the same tree."""
+    """Sources of tensormoe and opt_einsum in an archive, the same bytes for the same tree."""
     written = BytesIO()
     with ZipFile(written, "w", ZIP_DEFLATED) as archive:
         for name, path in sorted(sources()):
-            archive.writestr(ZipInfo(name, (2026, 1, 1, 0, 0, 0)), path.read_bytes(), ZIP_DEFLATED)
+            archive.writestr(
+                ZipInfo(name, (2026, 1, 1, 0, 0, 0)),
+                path.read_bytes(),
+                ZIP_DEFLATED,
+            )
     return written.getvalue()
 
 
@@ -122,7 +148,11 @@ def sources() -> Iterator[tuple[str, Path]]:
         yield path.relative_to(ROOT).as_posix(), path
     yield "tensormoe/LICENSE", ROOT / "LICENSE"
     for path in distribution("opt_einsum").files or ():
-        if path.suffix == ".py" and "tests" not in path.parts and ".." not in path.parts:
+        if (
+            path.suffix == ".py"
+            and "tests" not in path.parts
+            and ".." not in path.parts
+        ):
             yield path.as_posix(), Path(str(path.locate()))
         elif path.name.startswith("LICENSE"):
             yield f"opt_einsum/{path.name}", Path(str(path.locate()))
@@ -134,4 +164,6 @@ def write_json(path: Path, value: object) -> None:
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "site" / "explorer"))
+    build(
+        Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "site" / "explorer")
+    )

@@ -5,14 +5,21 @@ import { whole } from "./format.js";
 
 const COLOURS = 9;
 const TOP = 14, RIGHT = 18, BOTTOM = 44, LEFT = 56;
-const CORNERS = [0, 4, 3, 5, 4, 6, 3, 8, 7];
-const TURNS = [0, 0.25, 0, 0, 0, 0, 0.5, 0, 0.5];
+// corners of the marks, and by how much of the way from one to the next they are turned
+const CORNERS = [0, 4, 3, 5, 4, 6, 3];
+const TURNS = [0, 0.5, 0, 0, 0, 0, 0.5];
 
 function outline(index, radius) {
-  const corners = CORNERS[index % COLOURS];
+  const kind = index % COLOURS;
+  const corners = CORNERS[kind];
+  if (kind === 7) {
+    const [far, near] = [radius, radius / 3].map((size) => size.toFixed(2));
+    return `M${-near} ${-far}H${near}V${-near}H${far}V${near}H${near}V${far}H${-near}V${near}H${-far}V${-near}H${-near}Z`;
+  }
+  if (kind === 8) return `M${-radius} ${-radius / 2}H${radius}V${radius / 2}H${-radius}Z`;
   if (!corners) return `M${-radius} 0a${radius} ${radius} 0 1 0 ${2 * radius} 0a${radius} ${radius} 0 1 0 ${-2 * radius} 0Z`;
   const points = Array.from({ length: corners }, (_, k) => {
-    const angle = (2 * Math.PI * (k + 2 * TURNS[index % COLOURS])) / corners - Math.PI / 2;
+    const angle = (2 * Math.PI * (k + TURNS[kind])) / corners - Math.PI / 2;
     return `${(1.15 * radius * Math.cos(angle)).toFixed(2)} ${(1.15 * radius * Math.sin(angle)).toFixed(2)}`;
   });
   return `M${points.join("L")}Z`;

@@ -21,7 +21,7 @@ export function showRows(response, actions) {
     else {
       const why = row.smallest_budget ? `Too large: it needs ${said(row.smallest_budget)}.` : row.message;
       line.classList.add("infeasible");
-      line.append(make("td", { colspan: 7, class: "words", title: row.message }, make("div", {}, why), ...remedies(row, response.request, actions)));
+      line.append(make("td", { colspan: 7, class: "words", title: row.message }, make("div", {}, why, ...remedies(row, response.request, actions))));
     }
     return line;
   });
