@@ -69,6 +69,7 @@ async function update() {
   wanted++;
   follow();
   if (!engine) return;
+  byId("results").setAttribute("aria-busy", "true");
   if (running) return void stop.abort();
   running = true;
   for (let turn = 0; turn !== wanted; ) {
@@ -79,6 +80,7 @@ async function update() {
     } catch (error) {
       if (error.name !== "AbortError") {
         byId("results").classList.add("stale");
+        byId("results").setAttribute("aria-busy", "false");
         status(`No answer: ${error.message}. ${engine.engine === "server" ? "Is tensormoe choose still running?" : "Load the page again."}`);
       }
     }
@@ -90,7 +92,6 @@ async function show(isNewest) {
   const started = performance.now();
   const measured = (name) => performance.measure(name, { start: started, end: performance.now() });
   const results = byId("results");
-  results.setAttribute("aria-busy", "true");
   const response = await ask(["rows"]);
   if (!isNewest()) return;
   showErrors(response.errors);
