@@ -168,13 +168,13 @@ def _staircase(
         near: a test that smaller ranks pass if larger ones do, and all that fit.
         fits: whether a rank keeps to the budget.
     """
-    place, bound = 0, end
+    place, bound, least = 0, end, 1
     while bound > 0:
-        place = _first(lambda k: wants((outers[k], bound)), place, len(outers) - 1)  # noqa: B023
+        place = _next(lambda k: wants((outers[k], bound)), place, len(outers) - 1)  # noqa: B023
         if place == len(outers):
             return
         outer = outers[place]
-        least = _first(lambda size: wants((outer, size)), 1, bound)  # noqa: B023
+        least = _around(lambda size: wants((outer, size)), least, bound)  # noqa: B023
         if near((outer, least)):
             bound = _first(lambda size: not near((outer, size)), least + 1, bound) - 1  # noqa: B023
             inner = next((k for k in range(bound, least - 1, -1) if fits((outer, k))), None)
@@ -188,6 +188,25 @@ def _staircase(
 def _first(passes: Callable[[int], bool], low: int, high: int) -> int:
     """The smallest size that passes, as all larger ones do; ``high + 1`` if there is none."""
     return low + bisect_left(range(low, high + 1), True, key=passes)
+
+
+def _next(passes: Callable[[int], bool], low: int, high: int) -> int:
+    """The same, asked fewer times where it is near ``low``."""
+    step = 1
+    while low + step <= high and not passes(low + step - 1):
+        low, step = low + step, 2 * step
+    return _first(passes, low, min(low + step - 1, high))
+
+
+def _around(passes: Callable[[int], bool], guess: int, high: int) -> int:
+    """The smallest size from 1 on that passes, asked fewer times where it is near a guess."""
+    guess = min(guess, high)
+    if not passes(guess):
+        return _next(passes, guess + 1, high)
+    step = 1
+    while guess > step and passes(guess - step):
+        guess, step = guess - step, 2 * step
+    return _first(passes, max(guess - step + 1, 1), guess)
 
 
 def _monotone(fits: Test) -> Test:
