@@ -102,7 +102,8 @@ async function show(isNewest) {
     return;
   }
   setResolved(response.request);
-  Object.assign(shown, { rows: response.rows, request: response.request, best: response.best, fronts: {} });
+  const fronts = sameFronts(response.request) ? shown.fronts : {};
+  Object.assign(shown, { rows: response.rows, request: response.request, best: response.best, fronts });
   showRows(response, { select: (name) => pick(name, null), change });
   redraw();
   measured("explorer-update");
@@ -119,6 +120,12 @@ async function show(isNewest) {
   results.setAttribute("aria-busy", "false");
   status("");
   await showFronts(isNewest);
+}
+
+/** Whether the fronts that are shown are those of a request: they do not depend on what is chosen. */
+function sameFronts(request) {
+  const [one, two] = [request, shown.request].map((each) => JSON.stringify({ ...each, selected: null, rank: null, parts: null }));
+  return one === two;
 }
 
 /** Fronts come last, one after another: only they take long. */
