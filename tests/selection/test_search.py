@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tensormoe.factorizations import FACTORIZATIONS
+from tensormoe.selection._family import Family
 from tensormoe.selection._search import _around, _Corners, _first, _monotone, _next
 
 PAIRS = st.tuples(st.integers(-9, 9), st.integers(-9, 9))
+
+
+@pytest.mark.parametrize("name", FACTORIZATIONS)
+@pytest.mark.parametrize("experts", [1, 7, (4, 8), (3, 4, 5)])
+def test_figures_are_those_of_the_layer(name: str, experts: int | tuple[int, ...]) -> None:
+    family = Family(name, 40, 24, experts, True, None)
+    for outer in (1, 2, 9, 33) if family.symbols == 2 else (1,):
+        for inner in (1, 3, 17) if family.symbols else (1,):
+            spec = family.spec((outer, inner))
+            assert family.figures((outer, inner)) == (spec.expert_rank, spec.expert_span)
 
 
 @given(st.lists(PAIRS), PAIRS)
