@@ -80,7 +80,7 @@ def watched(context: BrowserContext, problems: list[str]) -> Page:
 
 def settle(page: Page, fronts: bool = False) -> None:
     """Wait for the answer to what the form says; the policy lets no string be run in the page."""
-    for _ in range(1200):
+    for _ in range(4800):
         page.wait_for_timeout(25)
         if page.evaluate(
             "performance.getEntriesByName('explorer-ready').length && "
