@@ -1,15 +1,20 @@
 """The Python blocks of the README and the documentation run as tests, a document in order.
 
-A ``text`` block directly behind a Python block is what that block prints, and is compared.
+A ``text`` block directly behind a Python block is what that block prints, and is compared; so is
+one directly behind a ``console`` block with one ``tensormoe`` command. Other commands do not run.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack, chdir, redirect_stdout
+import os
+import shlex
+from contextlib import ExitStack, chdir, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from io import StringIO
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 from sybil import Example, Sybil
 from sybil.evaluators.python import PythonEvaluator
@@ -22,6 +27,26 @@ class _Captured(PythonEvaluator):
         with redirect_stdout(printed):
             super().__call__(example)
         example.namespace["__printed__"] = (example.region.end, printed.getvalue())
+
+
+def _command(example: Example) -> None:
+    """Run a command whose output is shown, as on a terminal of 80 columns."""
+    words = shlex.split(str(example.parsed).replace("\\\n", " "))
+    shown = example.document.text[example.region.end :].lstrip("`\n").startswith("text\n")
+    if words[:2] != ["$", "tensormoe"] or not shown:
+        return
+    from tensormoe.cli import main
+
+    printed = StringIO()
+    # no profile and no settings of this machine's
+    alone = {"COLUMNS": "80", "XDG_CONFIG_HOME": str(Path.cwd())}
+    with (
+        patch.dict(os.environ, alone),
+        redirect_stdout(printed),
+        redirect_stderr(printed),
+    ):
+        main(words[2:])
+    example.namespace["__printed__"] = (example.region.end, printed.getvalue())
 
 
 def _compare(example: Example) -> str | None:
@@ -55,6 +80,7 @@ def _teardown(namespace: dict[str, Any]) -> None:
 pytest_collect_file = Sybil(
     parsers=[
         CodeBlockParser("python", _Captured()),
+        CodeBlockParser("console", _command),
         CodeBlockParser("text", _compare),
         SkipParser(),
     ],

@@ -90,7 +90,7 @@ def parameters() -> None:
 def latency() -> None:
     """Print time and memory of one input at 128 experts."""
     experts = 128
-    roofline = measure_roofline("torch", process_time, 0.3)
+    roofline = measure_roofline("torch", process_time)
     modules: dict[str, nn.Module] = {"linear": nn.Linear(SIZE, SIZE)}
     for name in ("cp", "tensor_ring"):
         kind = matched(name, experts)

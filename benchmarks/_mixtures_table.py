@@ -182,7 +182,7 @@ def run(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    roofline = measure_roofline("torch", process_time, 0.3)
+    roofline = measure_roofline("torch", process_time)
     way = "compiled" if options.compile else "eager"
     print(
         f"{SIZE} → {HIDDEN} → {SIZE}, batch {BATCH}, {way}, equal {options.equal}; "

@@ -21,21 +21,30 @@ from tensormoe import (
     TensorTrain,
     Tucker,
 )
-
-IN, OUT = 384, 256
-EXPERTS = (32, 512, (16, 32))
-BATCHES = (1, 64, 2048)
+from tensormoe.functional import BlockConfig, LayerConfig, Options
+from tensormoe.planning import Cost, Library
 
 Call = Callable[[], object]
+Experts = int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prediction: a layer, a batch, and whether it trains."""
+    """One prediction: a layer or block, a batch, and whether it trains.
+
+    Args:
+        backend: "numpy", "torch" or "jax".
+        sizes: of a layer's input and output; of a block's input, hidden features and output.
+        kind: how the experts are stored.
+        experts: one size per level.
+        batch: number of inputs.
+        training: forward and backward, instead of forward alone.
+    """
 
     backend: str
+    sizes: tuple[int, ...]
     kind: Factorization
-    experts: int | tuple[int, ...]
+    experts: Experts
     batch: int
     training: bool
 
@@ -43,12 +52,43 @@ class Row:
     def key(self) -> str:
         """Name of the row in a file of results."""
         way = "training" if self.training else "forward"
-        return f"{self.backend} {self.kind!r} {self.experts} {self.batch} {way}"
+        sizes = "→".join(map(str, self.sizes))
+        return f"{self.backend} {sizes} {self.kind!r} {self.experts} {self.batch} {way}"
+
+    @property
+    def layer(self) -> tuple[Any, ...]:
+        """What rows of one layer have in common."""
+        return self.backend, self.sizes, self.kind, self.experts
+
+    def config(self) -> LayerConfig | BlockConfig:
+        """The configuration of the layer or block."""
+        options = Options(self.experts, self.kind)
+        if len(self.sizes) == 2:
+            return options.layer(*self.sizes)
+        return options.block(*self.sizes, "gelu", 0.0)
 
 
-def kinds(experts: int | tuple[int, ...]) -> list[Factorization]:
+@dataclass(frozen=True)
+class Suite:
+    """Rows of one purpose.
+
+    Args:
+        sizes: as :class:`Row`.
+        experts: numbers of experts.
+        batches: numbers of inputs.
+        kinds: factorizations by whether there are several levels.
+        dense: the largest number of inputs times experts of ``Dense``.
+    """
+
+    sizes: tuple[tuple[int, ...], ...]
+    experts: tuple[Experts, ...]
+    batches: tuple[int, ...]
+    kinds: Callable[[bool], list[Factorization]]
+    dense: int
+
+
+def _tuned(more: bool) -> list[Factorization]:
     """Every factorization, at ranks of some hundred thousand parameters where that is possible."""
-    more = isinstance(experts, tuple)
     return [
         CP(256),
         TensorRing((4, 4, 4, 64) if more else (4, 4, 64)),
@@ -62,55 +102,160 @@ def kinds(experts: int | tuple[int, ...]) -> list[Factorization]:
     ]
 
 
-def rows(backends: tuple[str, ...]) -> Iterator[Row]:
-    """All rows, layer by layer."""
+def _held_out(more: bool) -> list[Factorization]:
+    """Every factorization, at other ranks."""
+    return [
+        CP(320),
+        TensorRing((3, 3, 3, 80) if more else (6, 6, 48)),
+        TensorTrain((6, 12, 48) if more else (12, 96)),
+        Tucker((6, 10, 48, 80) if more else (12, 80, 48)),
+        Hadamard(),
+        SharedBasis((6, 24)),
+        BaseDelta(6),
+        SharedDelta(3),
+        Dense(),
+    ]
+
+
+def _of_blocks(more: bool) -> list[Factorization]:
+    return [CP(160), _held_out(more)[1], Hadamard()]
+
+
+SUITES = {
+    # where the form of the time model was chosen
+    "tuned": (Suite(((384, 256),), (32, 512, (16, 32)), (1, 64, 2048), _tuned, 32768),),
+    # sizes that played no part in that
+    "held out": (
+        Suite(((640, 768),), (24, 256, (8, 48)), (4, 200, 1000), _held_out, 4800),
+        Suite(((256, 768, 320),), (48, (12, 20)), (1, 128, 1500), _of_blocks, 0),
+    ),
+}
+
+
+def rows(suite: str, backends: tuple[str, ...]) -> Iterator[Row]:
+    """All rows of a suite, layer by layer."""
     for backend in backends:
-        for experts in EXPERTS:
-            for kind in kinds(experts):
-                for batch in BATCHES:
-                    for training in (False, True):
-                        yield Row(backend, kind, experts, batch, training)
+        for part in SUITES[suite]:
+            for sizes in part.sizes:
+                for experts in part.experts:
+                    yield from _rows(part, backend, sizes, experts)
 
 
-def prepared(row: Row, layer: Any) -> Call:
-    """The call of a row on a layer."""
-    return (_numpy_call if row.backend == "numpy" else _torch_call)(row, layer)
+def _rows(part: Suite, backend: str, sizes: tuple[int, ...], experts: Experts) -> Iterator[Row]:
+    more = isinstance(experts, tuple)
+    count = 1
+    for each in experts if isinstance(experts, tuple) else (experts,):
+        count *= each
+    for kind in part.kinds(more):
+        for batch in part.batches:
+            if isinstance(kind, Dense) and count * batch > part.dense and count > 32:
+                continue
+            for training in (False, True):
+                yield Row(backend, sizes, kind, experts, batch, training)
+
+
+def cost_of(row: Row) -> Cost:
+    """The cost of a row's call, as its library runs it."""
+    return row.config().cost(row.batch, training=row.training, library=_library(row.backend))
+
+
+def _library(backend: str) -> Library:
+    if backend == "numpy":
+        from tensormoe_numpy import BACKEND
+
+        return BACKEND.library
+    if backend == "jax":
+        from tensormoe_jax import LIBRARY
+
+        return LIBRARY
+    import torch
+
+    from tensormoe_torch._adapter import library
+
+    return library(torch.float32)
 
 
 def build(row: Row) -> Any:
     """The layer of a row, its gate as after training: logits differ."""
-    if row.backend == "numpy":
-        import numpy as np
+    return _BUILD[row.backend](row)
 
-        import tensormoe_numpy
 
-        made = tensormoe_numpy.MuMoE(IN, OUT, row.experts, row.kind, seed=0)
-        rng = np.random.default_rng(1)
-        for name, array in made.parameters.items():
-            if name.startswith("gate."):
-                array[...] = rng.standard_normal(array.shape) * IN**-0.5
-        return made
+def _numpy_layer(row: Row) -> Any:
+    import numpy as np
+
+    import tensormoe_numpy
+
+    if len(row.sizes) == 2:
+        made: Any = tensormoe_numpy.MuMoE(*row.sizes, row.experts, row.kind, seed=0)
+    else:
+        made = tensormoe_numpy.MuMoEMLP(
+            *row.sizes, experts=row.experts, factorization=row.kind, seed=0
+        )
+    rng = np.random.default_rng(1)
+    for name, array in made.parameters.items():
+        if name.startswith("gate."):
+            array[...] = rng.standard_normal(array.shape) * row.sizes[0] ** -0.5
+    return made
+
+
+def _torch_layer(row: Row) -> Any:
     import torch
 
     import tensormoe_torch
 
     torch.manual_seed(0)
-    layer = tensormoe_torch.MuMoE(IN, OUT, row.experts, row.kind)
-    assert layer.gate is not None
+    if len(row.sizes) == 2:
+        layer: Any = tensormoe_torch.MuMoE(*row.sizes, row.experts, row.kind)
+    else:
+        layer = tensormoe_torch.MuMoEMLP(*row.sizes, experts=row.experts, factorization=row.kind)
     with torch.no_grad():
         for parameter in layer.gate.parameters():
-            parameter.normal_(0.0, IN**-0.5)
+            parameter.normal_(0.0, row.sizes[0] ** -0.5)
     return layer
+
+
+@dataclass(frozen=True)
+class JaxLayer:
+    """A configuration and its parameters, as JAX's pure functions take them."""
+
+    config: LayerConfig | BlockConfig
+    parameters: dict[str, Any]
+
+
+def _jax_layer(row: Row) -> JaxLayer:
+    import jax
+
+    import tensormoe_jax
+
+    config = row.config()
+    parameters = tensormoe_jax.initialize(config, jax.random.key(0))
+    for name, array in parameters.items():
+        if name.startswith("gate."):
+            drawn = jax.random.normal(jax.random.key(1), array.shape)
+            parameters[name] = drawn * row.sizes[0] ** -0.5
+    return JaxLayer(config, parameters)
+
+
+_BUILD: dict[str, Callable[[Row], Any]] = {
+    "numpy": _numpy_layer,
+    "torch": _torch_layer,
+    "jax": _jax_layer,
+}
+
+
+def prepared(row: Row, layer: Any) -> Call:
+    """The call of a row on a layer."""
+    return _CALL[row.backend](row, layer)
 
 
 def _numpy_call(row: Row, layer: Any) -> Call:
     import numpy as np
 
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((row.batch, IN), dtype="float32")
+    x = rng.standard_normal((row.batch, row.sizes[0]), dtype="float32")
     if not row.training:
         return lambda: layer(x)
-    cotangent = rng.standard_normal((row.batch, OUT), dtype="float32")
+    cotangent = rng.standard_normal((row.batch, row.sizes[-1]), dtype="float32")
 
     def train() -> object:
         output, pull = layer.vjp(x)
@@ -122,7 +267,7 @@ def _numpy_call(row: Row, layer: Any) -> Call:
 def _torch_call(row: Row, layer: Any) -> Call:
     import torch
 
-    x = torch.randn(row.batch, IN)
+    x = torch.randn(row.batch, row.sizes[0])
     if not row.training:
 
         def forward() -> object:
@@ -131,7 +276,7 @@ def _torch_call(row: Row, layer: Any) -> Call:
 
         return forward
     x.requires_grad_()
-    cotangent = torch.randn(row.batch, OUT)
+    cotangent = torch.randn(row.batch, row.sizes[-1])
 
     def train() -> object:
         layer.zero_grad(set_to_none=True)
@@ -143,17 +288,57 @@ def _torch_call(row: Row, layer: Any) -> Call:
     return train
 
 
-def fastest(call: Call, seconds: float) -> float:
-    """Processor seconds of the fastest of several calls: on one thread, others' work is not in it.
+def _jax_call(row: Row, layer: JaxLayer) -> Call:
+    """A compiled call, whose ``memory`` is what XLA says that it takes."""
+    import jax
+
+    from tensormoe_jax import apply
+
+    keys = jax.random.split(jax.random.key(2))
+    x = jax.random.normal(keys[0], (row.batch, row.sizes[0]))
+    cotangent = jax.random.normal(keys[1], (row.batch, row.sizes[-1]))
+
+    def forward(parameters: Any, x: Any) -> Any:
+        return apply(layer.config, parameters, x)
+
+    def train(parameters: Any, x: Any, cotangent: Any) -> Any:
+        output, pull = jax.vjp(forward, parameters, x)
+        return output, pull(cotangent)
+
+    given = (layer.parameters, x, cotangent) if row.training else (layer.parameters, x)
+    compiled = jax.jit(train if row.training else forward).lower(*given).compile()
+
+    def call() -> object:
+        return jax.block_until_ready(compiled(*given))
+
+    found = compiled.memory_analysis()
+    call.memory = found.temp_size_in_bytes + found.output_size_in_bytes  # type: ignore[attr-defined]
+    return call
+
+
+_CALL: dict[str, Callable[[Row, Any], Call]] = {
+    "numpy": _numpy_call,
+    "torch": _torch_call,
+    "jax": _jax_call,
+}
+
+
+def clock_of(backend: str) -> Callable[[], float]:
+    """The clock for calls of a library: that of the processor, but for work in other threads."""
+    return perf_counter if backend == "jax" else process_time
+
+
+def fastest(call: Call, seconds: float, clock: Callable[[], float] = process_time) -> float:
+    """Seconds of the fastest of several calls; on one thread, others' work is not in them.
 
     Three calls at least, unless one takes four times as long as there is time for all.
     """
     call()
     best, end, count = float("inf"), perf_counter() + seconds, 0
     while (count < 3 and best < 4 * seconds) or perf_counter() < end:
-        start = process_time()
+        start = clock()
         call()
-        best = min(best, process_time() - start)
+        best = min(best, clock() - start)
         count += 1
     return best
 
@@ -162,6 +347,9 @@ def peak_memory(row: Row, call: Call) -> int:
     """Bytes that a call allocates at its worst moment, beyond what was there before."""
     call()
     gc.collect()
+    if row.backend == "jax":
+        planned: int = call.memory  # type: ignore[attr-defined]
+        return planned
     return _traced(call) if row.backend == "numpy" else profiled(call)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 Cell = str | tuple[str, str]
@@ -114,6 +115,51 @@ def align(rows: Sequence[Sequence[Cell]]) -> list[str]:
         width = max(map(len, texts))
         columns.append([f"{text:{'>' if index else '<'}{width}}" for text in texts])
     return ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
+
+
+def stack(heads: Sequence[str], cells: Sequence[str], width: int) -> list[str]:
+    r"""One row of a table for narrow pages: its first cell, and below it every other with its head.
+
+    Nothing is cut off: what is wider than the page is broken.
+
+    >>> heads, cells = ["layer", "rank", "FLOPs", "time"], ["cp *", "288", "1.21 G", "12 ms"]
+    >>> print(*stack(heads, cells, 30), sep="\n")
+    cp *
+      rank 288 · FLOPs 1.21 G
+      time 12 ms
+    """
+    lines = _wrapped(cells[0], width)
+    line = ""
+    for head, cell in zip(heads[1:], cells[1:], strict=True):
+        item = " ".join(f"{head} {cell}".split())
+        if not cell.strip():
+            continue
+        if line and len(line) + 3 + len(item) <= width:
+            line += f" · {item}"
+            continue
+        lines += _wrapped(line, width) if line else []
+        line = f"  {item}"
+    return lines + (_wrapped(line, width) if line else [])
+
+
+def fill(text: str, width: int | None, indent: str = "  ") -> list[str]:
+    """Lines of a text, broken between words where there is a width.
+
+    >>> fill("a layer of experts", 10), fill("a layer of experts", None)
+    (['a layer of', '  experts'], ['a layer of experts'])
+    """
+    return [text] if width is None else _wrapped(text, width, indent)
+
+
+def _wrapped(text: str, width: int, indent: str = "    ") -> list[str]:
+    lead = text[: len(text) - len(text.lstrip())]
+    return textwrap.wrap(
+        text.lstrip(),
+        max(width, 16),
+        initial_indent=lead,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+    ) or [""]
 
 
 def align_totals(rows: Sequence[Sequence[Cell]]) -> list[str]:

@@ -8,7 +8,7 @@ if absent := missing("tensormoe_jax", ("jax",), "jax"):
     raise absent
 
 from tensormoe_jax._activations import ACTIVATIONS
-from tensormoe_jax._adapter import BACKEND, JaxBackend
+from tensormoe_jax._adapter import BACKEND, LIBRARY, JaxBackend
 from tensormoe_jax._initialize import initial_buffers, initialize
 from tensormoe_jax._pure import Given, apply, coefficients, route, train
 from tensormoe_jax._specs import Legs, partition_specs
@@ -16,6 +16,7 @@ from tensormoe_jax._specs import Legs, partition_specs
 __all__ = [
     "ACTIVATIONS",
     "BACKEND",
+    "LIBRARY",
     "Given",
     "JaxBackend",
     "Legs",

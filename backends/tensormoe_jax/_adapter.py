@@ -224,3 +224,4 @@ def _no_wrap(indices: Array, size: int) -> Array:
 BACKEND = JaxBackend()
 """The adapter of JAX, which ``tensormoe.get_backend`` returns."""
 LIBRARY = Library(frees_saved=True, convolves="shared")
+"""Properties of JAX that costs depend on: ``config.cost(64, library=LIBRARY)``."""

@@ -8,10 +8,11 @@ that nobody traces, inside :mod:`tensormoe_torch._autograd`, where gradients com
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 from tensormoe.backend import State, Step
@@ -22,6 +23,10 @@ from tensormoe_torch._convolution import convolution
 from tensormoe_torch._grouped import grouped_matmul, grouped_outer
 from tensormoe_torch._products import copies_transposed, product
 from tensormoe_torch._tracing import is_traced
+
+if TYPE_CHECKING:
+    from tensormoe.factorizations import Factorization
+    from tensormoe.selection import LayerSite, Sensitivity
 
 __all__ = ["BACKEND", "EAGER", "TorchBackend", "library"]
 
@@ -133,6 +138,36 @@ class TorchBackend:
         /,
     ) -> Tensor:
         return convolution(images, kernels, bias, stride, padding, dilation)
+
+    def model_sites(
+        self, model: nn.Module, parts: Sequence[str] | None, /
+    ) -> tuple[LayerSite, ...]:
+        # surgery and compression stand on this adapter
+        from tensormoe_torch.allocation import model_sites
+
+        return model_sites(model, parts)
+
+    def model_sensitivities(
+        self,
+        model: nn.Module,
+        sites: Sequence[LayerSite],
+        kinds: Sequence[type[Factorization]],
+        experts: int | tuple[int, ...],
+        inputs: Any,
+        share: float,
+        /,
+    ) -> Iterable[Sensitivity]:
+        from tensormoe_torch.allocation import measure_sensitivities
+        from tensormoe_torch.allocation._measure import around
+
+        return measure_sensitivities(
+            model,
+            inputs,
+            sites=sites,
+            factorization=kinds,
+            experts=experts,
+            shares=around(share),
+        )
 
     def floats(self, array: Tensor, /) -> list[float]:
         return array.tolist()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tensormoe.choosing._rows import Row
+from tensormoe.factorizations import Dense
 
 _ENOUGH = 0.5
 """Share of the highest expert rank below which no row is recommended for its capacity.
@@ -22,7 +23,8 @@ class Best:
     Args:
         name: of the factorization.
         reason: why, with the figures.
-        others: the factorization that each objective recommends.
+        others: the factorization that each objective recommends; of a budget that is not of
+            parameters alone, only the one that was asked for.
     """
 
     name: str
@@ -30,15 +32,25 @@ class Best:
     others: dict[str, str]
 
 
-def best(rows: Sequence[Row], objective: str) -> Best | None:
-    """The row that an objective recommends; None where nothing fits the budget."""
-    fitting = [row for row in rows if row.error is None]
-    if not fitting:
+def best(rows: Mapping[str, Sequence[Row]], objective: str) -> Best | None:
+    """The row that an objective recommends; None where nothing fits the budget.
+
+    Args:
+        rows: of every factorization, by the objective that their ranks were chosen by.
+        objective: one of them.
+    """
+    fitting = {name: [row for row in found if row.error is None] for name, found in rows.items()}
+    if not fitting[objective]:
         return None
-    chosen = {name: _highest(fitting, name) for name in ("capacity", "expert_rank", "expert_span")}
+    chosen = {name: _highest(found, name) for name, found in fitting.items() if found}
     row = chosen[objective]
+    names = {name: each.name for name, each in chosen.items()}
+    return Best(row.name, _reason(row, fitting[objective], objective), names)
+
+
+def _reason(row: Row, rows: Sequence[Row], objective: str) -> str:
     rank, span = _figures(row)
-    limit = max(_figures(each)[0] for each in fitting)
+    limit = max(_figures(each)[0] for each in _differing(rows))
     reasons = {
         "capacity": f"the highest expert rank × expert span, {rank:,} × {span:,}, of the layers "
         f"with at least half of the highest expert rank ({limit:,})",
@@ -47,19 +59,40 @@ def best(rows: Sequence[Row], objective: str) -> Best | None:
         "expert_span": f"the highest expert span, {span:,}, so that experts differ as much as the "
         "budget allows",
     }
-    names = {name: each.name for name, each in chosen.items()}
-    return Best(row.name, reasons[objective], names)
+    alike = [each.name for each in rows if _figures(each) == (rank, span) and each is not row]
+    if not alike:
+        return reasons[objective]
+    cheapest = (
+        "experts in full, which no factorization restricts, fit the budget"
+        if row.name == Dense.name
+        else "it takes the least time"
+    )
+    return f"{reasons[objective]}; of those alike ({', '.join(alike)}), {cheapest}"
 
 
 def _figures(row: Row) -> tuple[int, int]:
     return row.expert_rank or 0, row.expert_span or 0
 
 
+def _differing(rows: Sequence[Row]) -> Sequence[Row]:
+    """Rows whose experts are no multiples of one another, where there are any."""
+    return [row for row in rows if _figures(row)[1] > 1] or rows
+
+
 def _highest(rows: Sequence[Row], objective: str) -> Row:
     if objective == "expert_rank":
-        return max(rows, key=_figures)
+        return max(rows, key=lambda row: (*_figures(row), *_cheap(row)))
     if objective == "expert_span":
-        return max(rows, key=lambda row: _figures(row)[::-1])
+        return max(rows, key=lambda row: (*_figures(row)[::-1], *_cheap(row)))
+    rows = _differing(rows)
     least = _ENOUGH * max(_figures(row)[0] for row in rows)
     kept = [row for row in rows if _figures(row)[0] >= least]
-    return max(kept, key=lambda row: (_figures(row)[0] * _figures(row)[1], _figures(row)[0]))
+    return max(
+        kept,
+        key=lambda row: (_figures(row)[0] * _figures(row)[1], _figures(row)[0], *_cheap(row)),
+    )
+
+
+def _cheap(row: Row) -> tuple[bool, float]:
+    """Of rows with the same figures, experts in full win, and then what takes the least time."""
+    return row.name == Dense.name, -(row.time or 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tensormoe._format import plain_rank
@@ -10,10 +11,10 @@ from tensormoe.choosing._best import best
 from tensormoe.choosing._compared import compared
 from tensormoe.choosing._request import Request, parse_request
 from tensormoe.choosing._rows import Row, fronts, row
-from tensormoe.choosing._selected import selected
+from tensormoe.choosing._selected import cut_dict, selected
 from tensormoe.errors import BudgetError, RequestError, TensormoeError
 from tensormoe.planning import Cost, gate_cost
-from tensormoe.selection import RankChoice
+from tensormoe.selection import OBJECTIVES, RankChoice
 
 MakeRow = Callable[[Request, str], Row]
 
@@ -35,7 +36,8 @@ def explore(request: Mapping[str, Any] | Request) -> dict[str, Any]:
     >>> response["best"]["name"], response["rows"][0]["rank"]
     ('tensor_ring', 288)
     >>> explore({"in_features": "many", "out_features": 768, "experts": 512})["errors"]
-    [{'field': 'in_features', 'message': "in_features must be a positive integer; got 'many'."}]
+    [{'field': 'in_features', 'message': "in_features must be a positive integer; got 'many'. \
+Write digits: 768."}]
     """
     return answer_or_errors(request)
 
@@ -62,8 +64,15 @@ def answer(request: Request, make: MakeRow = row) -> dict[str, Any]:
     Raises:
         TensormoeError: sizes that are possible one by one, and not together.
     """
-    rows = [make(request, name) for name in request.names]
-    found = best(rows, request.objective)
+    # ranks follow the objective, and so does what another one would recommend; that is asked where
+    # it takes no search
+    fast = {*request.budget.limits} == {"parameters"}
+    by_objective = {
+        objective: [make(replace(request, objective=objective), name) for name in request.names]
+        for objective in (OBJECTIVES if fast else (request.objective,))
+    }
+    rows = by_objective[request.objective]
+    found = best(by_objective, request.objective)
     response: dict[str, Any] = {
         "version": VERSION,
         "request": request.to_dict(),
@@ -101,7 +110,8 @@ def row_dict(row: Row) -> dict[str, Any]:
         "expert_span": row.expert_span,
     }
     if row.legs:
-        values["leg"] = row.legs[0].leg
+        part = cut_dict(row.legs[0])
+        values |= {"leg": part.pop("leg"), "cut": part}
     return values
 
 

@@ -17,7 +17,7 @@ from tensormoe.choosing._words import (
     parse_size,
 )
 from tensormoe.errors import BudgetError, RankError, RequestError, SpecError, TensormoeError
-from tensormoe.factorizations import rank_pattern
+from tensormoe.factorizations import resolve_factorization
 from tensormoe.gates import Gate
 from tensormoe.planning import PUBLISHED_ROOFLINES, Roofline, published_roofline
 from tensormoe.selection import OBJECTIVES, Budget
@@ -205,7 +205,9 @@ class _Reader:
             "budget", "", lambda it: _budget(it, like, call, covered, device), like["linear"]
         )
         selected = one("selected", "", lambda it: _selected(it, names), None)
-        rank = one("rank", "", lambda it: _rank(it, selected, experts), None)
+        shown = selected or (names[0] if len(names) == 1 else None)
+        unknown = {"factorizations", "selected"} & {*self._errors}
+        rank = one("rank", "", lambda it: None if unknown else _rank(it, shown), None)
         parts = one("parts", PARTS, _parts, PARTS)
         for name in sorted({*map(str, self._values)} - self._read):
             self._errors[name] = SpecError(
@@ -232,7 +234,7 @@ class _Reader:
             dtype=dtype,
             devices=devices,
             device=device,
-            selected=selected,
+            selected=shown if rank is not None else selected,
             rank=rank,
             parts=parts,
         )
@@ -364,21 +366,19 @@ def _selected(value: Any, names: tuple[str, ...]) -> str | None:
     return None if value == "" else choice(value, names, "selected", SpecError)
 
 
-def _rank(
-    value: Any, selected: str | None, experts: tuple[int, ...]
-) -> int | tuple[int, ...] | None:
+def _rank(value: Any, selected: str | None) -> int | tuple[int, ...] | None:
     if value == "":
         return None
     if selected is None:
-        raise RankError(f"rank must come with a selected factorization; got {brief(value)}.")
+        raise RankError(
+            f"rank must come with a selected factorization; got {brief(value)}. Select one."
+        )
     rank = parse_rank(value) if isinstance(value, str) else value
     if not isinstance(rank, int) or isinstance(rank, bool):
         rank = positive_ints(rank, "rank", "bond", RankError)
     else:
         rank = positive_int(rank, "rank", RankError)
-    bonds = len(rank_pattern(selected, len(experts)))
-    if not bonds or (isinstance(rank, tuple) and len(rank) not in (1, bonds)):
-        raise RankError(f"rank of {selected} must be {bonds} sizes; got {value!r}.")
+    resolve_factorization(selected, rank)
     return rank
 
 

@@ -10,8 +10,8 @@ from tensormoe._resolve import Options
 from tensormoe._spec import LayerSpec
 from tensormoe.choosing._request import Request
 from tensormoe.errors import BudgetError, TensormoeError
-from tensormoe.factorizations import resolve_factorization
-from tensormoe.planning import Cost, CutLayer, compare_legs
+from tensormoe.factorizations import Factorization, resolve_factorization
+from tensormoe.planning import Cost, Routing, compare_legs
 from tensormoe.selection import (
     RankChoice,
     rank_front,
@@ -21,6 +21,21 @@ from tensormoe.selection import (
 
 Rank = int | tuple[int, ...] | None
 Config = LayerConfig | BlockConfig
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One device's part of a layer or block.
+
+    Args:
+        leg: that is cut: of a layer's network, or ``hidden`` of a block.
+        cost: of a call on one device; of a layer without its gate, input and output whole.
+        time: predicted seconds of it, communication included.
+    """
+
+    leg: str
+    cost: Cost
+    time: float
 
 
 @dataclass(frozen=True)
@@ -36,7 +51,7 @@ class Row:
         expert_span: dimension of the space that experts span, likewise.
         error: why there are no figures.
         note: what the name leaves open.
-        legs: along which the layer can be cut over the devices, the fastest first.
+        legs: the ways to cut it over the devices, the fastest first.
     """
 
     name: str
@@ -47,7 +62,7 @@ class Row:
     expert_span: int | None = None
     error: TensormoeError | None = None
     note: str = ""
-    legs: tuple[CutLayer, ...] = field(default=(), repr=False)
+    legs: tuple[Cut, ...] = field(default=(), repr=False)
 
     @property
     def specs(self) -> tuple[LayerSpec, ...]:
@@ -65,7 +80,7 @@ class Row:
 def row(request: Request, name: str) -> Row:
     """The layer that a budget buys, or that a rank makes."""
     try:
-        config = _config(request, name)
+        config = chosen(request, name)
     except BudgetError as error:
         if not error.needed:
             raise
@@ -92,42 +107,46 @@ def fronts(request: Request, name: str) -> tuple[RankChoice, ...]:
         return ()
 
 
-def _config(request: Request, name: str) -> Config:
-    gate, bias, experts = request.gate, request.bias, request.experts
-    fixed = request.rank if name == request.selected else None
+def chosen(request: Request, name: str) -> Config:
+    """The layer of the rank that is asked for, or of the best one within the budget.
+
+    Raises:
+        BudgetError: nothing fits.
+    """
+    if request.rank is not None and name == request.selected:
+        return made(request, name, request.rank)
+    common: dict[str, Any] = {
+        "budget": request.budget,
+        "bias": request.bias,
+        "objective": request.objective,
+        "gate": request.gate,
+    }
     if request.is_block:
         sizes = request.in_features, request.hidden_features, request.out_features
         gated = request.kind == "gated"
-        kinds: Any = name
-        if fixed is None:
-            first, second = select_block(
-                name,
-                *sizes,
-                experts,
-                budget=request.budget,
-                bias=bias,
-                objective=request.objective,
-                gate=gate,
-                gated=gated,
-            )
-            kinds = first.factorization, second.factorization
-        options = Options(experts, kinds, fixed, bias=bias, gate=gate)
+        both = select_block(name, *sizes, request.experts, gated=gated, **common)
+        first, second = (each.factorization for each in both)
+        return made(request, (first, second))
+    bonds, indexed = request.bonds.get(name), request.kind == "embedding"
+    rank = select_rank(name, *request.sizes, bonds=bonds, indexed_input=indexed, **common)
+    return made(request, name, rank)
+
+
+def made(
+    request: Request,
+    factorization: str | tuple[Factorization, Factorization],
+    rank: int | tuple[int, ...] | None = None,
+) -> Config:
+    """A layer or block of a rank, whatever it takes; of a block, one rank or two values."""
+    gate, bias = request.gate, request.bias
+    if request.is_block:
+        sizes = request.in_features, request.hidden_features, request.out_features
+        gated = request.kind == "gated"
+        options = Options(request.experts, factorization, rank, bias=bias, gate=gate)
         return options.block(*sizes, "silu" if gated else "gelu", gated=gated)
-    indexed = request.kind == "embedding"
-    rank = fixed
-    if rank is None:
-        rank = select_rank(
-            name,
-            *request.sizes,
-            budget=request.budget,
-            bias=bias,
-            objective=request.objective,
-            bonds=request.bonds.get(name),
-            gate=gate,
-            indexed_input=indexed,
-        )
-    spec = LayerSpec(*request.sizes, resolve_factorization(name, rank), bias)
-    return LayerConfig(spec, gate, indexed)
+    assert isinstance(factorization, str)
+    spec = LayerSpec(*request.sizes, resolve_factorization(factorization, rank), bias)
+    return LayerConfig(spec, gate, request.kind == "embedding")
 
 
 def _of_config(request: Request, name: str, config: Config) -> Row:
@@ -139,17 +158,25 @@ def _of_config(request: Request, name: str, config: Config) -> Row:
         expert_rank=min(spec.expert_rank for spec in specs),
         expert_span=min(spec.expert_span for spec in specs),
     )
-    if request.devices == 1 or request.kind != "layer":
+    if request.devices == 1:
         return found
     try:
-        legs = compare_legs(
-            specs[0].network,
-            request.devices,
-            batch=request.batch,
-            training=request.training,
-            itemsize=request.itemsize,
-            roofline=request.device,
-        )
+        return replace(found, legs=_cuts(request, config))
     except TensormoeError as error:
         return replace(found, note=str(error))
-    return replace(found, legs=legs)
+
+
+def _cuts(request: Request, config: Config) -> tuple[Cut, ...]:
+    call: dict[str, Any] = {"itemsize": request.itemsize, "training": request.training}
+    if isinstance(config, BlockConfig):
+        cost = config.shard(request.devices).cost(request.batch, **call)
+        return (Cut("hidden", cost, request.device.time(cost)),)
+    legs = compare_legs(
+        config.spec.network,
+        request.devices,
+        batch=request.batch,
+        routing=Routing(None, config.indexed_input),
+        roofline=request.device,
+        **call,
+    )
+    return tuple(Cut(each.leg, each.cost, each.time) for each in legs)

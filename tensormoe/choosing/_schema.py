@@ -71,7 +71,7 @@ def request_schema() -> Schema:
         "batch": {**size, "description": "inputs of a call; 1024"},
         "training": {**_FLAG, "description": "costs of forward and backward; false"},
         "dtype": {**_one_of(ITEMSIZES), "description": "of all arrays; float32"},
-        "devices": {**size, "description": "that one layer is cut over; 1"},
+        "devices": {**size, "description": "that a layer or block is cut over; 1"},
         "device": {
             "anyOf": [
                 {"type": "string", "examples": list(PUBLISHED_ROOFLINES)},
@@ -133,6 +133,10 @@ def response_schema() -> Schema:
             "expert_rank": _COUNT_OR_NONE,
             "expert_span": _COUNT_OR_NONE,
             "leg": {"type": "string", "description": "the fastest to cut over the devices"},
+            "cut": {
+                **_object(("parameters", "memory", "communicated", "time")),
+                "description": "one device's part, of a layer without its gate",
+            },
             "message": {"type": "string", "description": "why nothing fits"},
             "smallest_budget": limits,
             "alternatives": _list(_object(("change", "smallest_budget"), smallest_budget=limits)),

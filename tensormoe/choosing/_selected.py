@@ -7,8 +7,8 @@ from typing import Any
 from tensormoe._config import BlockConfig, LayerConfig
 from tensormoe.choosing._code import code
 from tensormoe.choosing._request import Request
-from tensormoe.choosing._rows import Row
-from tensormoe.planning import Cost, Plan
+from tensormoe.choosing._rows import Cut, Row
+from tensormoe.planning import Cost, Plan, Roofline
 from tensormoe.planning._describe import dense_size, step_rows
 
 
@@ -22,19 +22,21 @@ def selected(request: Request, row: Row) -> dict[str, Any]:
         "factorization": row.name,
         "title": " and ".join(repr(spec.factorization) for spec in row.specs),
         "layers": [_layer(request, name, layer) for name, layer in layers.items()],
-        "steps": _steps(request, cost),
+        "steps": step_list(cost, request.device),
         "memory": _memory(request, config),
         "code": code(config, request.batch, request.dtype),
-        "legs": [
-            {
-                "leg": each.leg,
-                "parameters": each.network.num_parameters,
-                "memory": each.cost.peak_memory,
-                "communicated": each.cost.communicated,
-                "time": each.time,
-            }
-            for each in row.legs
-        ],
+        "legs": [cut_dict(each) for each in row.legs],
+    }
+
+
+def cut_dict(cut: Cut) -> dict[str, Any]:
+    """One device's part in plain values."""
+    return {
+        "leg": cut.leg,
+        "parameters": cut.cost.parameters,
+        "memory": cut.cost.peak_memory,
+        "communicated": cut.cost.communicated,
+        "time": cut.time,
     }
 
 
@@ -71,7 +73,8 @@ def _text(request: Request, layer: LayerConfig, plan: Plan) -> str:
     )
 
 
-def _steps(request: Request, cost: Cost) -> list[dict[str, Any]]:
+def step_list(cost: Cost, device: Roofline) -> list[dict[str, Any]]:
+    """The steps of a cost in plain values, with the time that is predicted for each."""
     return [
         {
             "label": label,
@@ -80,7 +83,7 @@ def _steps(request: Request, cost: Cost) -> list[dict[str, Any]]:
             "elementwise_flops": each.elementwise_flops,
             "bytes_read": each.bytes_read,
             "bytes_written": each.bytes_written,
-            "time": request.device.time(each),
+            "time": device.time(each),
         }
         for label, each in step_rows(cost).items()
     ]

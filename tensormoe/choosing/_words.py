@@ -44,7 +44,7 @@ def parse_size(text: str, name: str) -> int:
     """
     size = _whole(text)
     if size is None:
-        raise SpecError(f"{name} must be a positive integer; got {text!r}.")
+        raise SpecError(f"{name} must be a positive integer; got {text!r}. Write digits: 768.")
     return size
 
 
@@ -187,7 +187,8 @@ def parse_budget(text: str, like: Mapping[str, Budget], batch: int, roofline: Ro
             if name not in _UNITS or (not equals and not amount.strip()[:1].isdigit()):
                 raise BudgetError(
                     "budget must be linear, mlp, a number of parameters, or limits such as "
-                    f"parameters=590k, flops=2G, memory=64MiB, time=2ms; got {part!r}."
+                    f"parameters=590k, flops=2G, memory=64MiB, time=2ms; got {part!r}. Write one "
+                    "of them."
                 )
             value = _quantity(amount, f"{name} of a budget", *_UNITS[name])
         if name in limits:
@@ -219,5 +220,8 @@ def _quantity(text: str, name: str, units: dict[str, float], example: str) -> fl
     if match and unit in units:
         value = float(match[1].replace("_", "") + (match[2] or "")) * units[unit]
     if not value > 0 or not isfinite(value) or (units is not _SECONDS and value < 1):
-        raise BudgetError(f"{name} must be a quantity such as {example}; got {text!r}.")
+        raise BudgetError(
+            f"{name} must be a quantity such as {example}; got {text!r}. Write a number above zero "
+            "and its unit."
+        )
     return value

@@ -1,132 +1,61 @@
-"""``tensormoe compress``: the experts of a model on disk, decomposed and written anew."""
+"""``tensormoe compress``: what it takes."""
 
 from __future__ import annotations
 
 import argparse
-import re
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
 
-from tensormoe._extras import require
-from tensormoe.choosing._words import parse_bytes, parse_parameters, parse_rank
-from tensormoe.cli._compress_show import (
-    bars,
-    plan_dict,
-    result_dict,
-    show_plan,
-    show_result,
-)
-from tensormoe.cli._console import make_console, print_json
-from tensormoe.cli._profile import resolve_device
-from tensormoe.compression import (
-    Compression,
-    compress_checkpoint,
-    plan_compression,
-)
-from tensormoe.compression._cluster import connected
-from tensormoe.errors import BudgetError, SpecError
-
-if TYPE_CHECKING:
-    from distributed import Client
+from tensormoe.cli._commands import Commands
+from tensormoe.cli._options import add_switch
 
 
-def run_compress(arguments: argparse.Namespace) -> None:
-    """Compress a model, or say what that would do."""
-    settings = _settings(arguments)
-    limit = parse_bytes(arguments.max_memory, "--max-memory")
-    if arguments.dry_run:
-        device = resolve_device(arguments.device)
-        plan = plan_compression(arguments.model, settings, roofline=device)
-        if arguments.json:
-            print_json(plan_dict(plan, device, limit))
-        else:
-            show_plan(plan, device, limit)
-        return
-    if arguments.output is None:
-        raise SpecError("--output must be given; got none. Name a folder that does not exist yet.")
-    require("tensormoe compress", ("numpy",), "numpy")
-    # before hours of work, not after
-    console = None if arguments.json else make_console()
-    with _client(arguments.scheduler) as client, bars(console) as callback:
-        result = compress_checkpoint(
-            arguments.model,
-            arguments.output,
-            settings,
-            max_memory=limit,
-            callback=callback,
-            client=client,
-        )
-    if console is None:
-        print_json(result_dict(result, settings))
-    else:
-        show_result(console, result, settings)
-
-
-def _client(address: str | None) -> AbstractContextManager[Client | None]:
-    return nullcontext() if address is None else connected(address)
-
-
-def _settings(arguments: argparse.Namespace) -> Compression:
-    """The words of the command, checked."""
-    if not re.fullmatch("[0-9]{1,18}", arguments.seed):
-        raise SpecError(f"--seed must be a non-negative integer; got {arguments.seed!r}.")
-    return Compression(
-        arguments.factorization.replace("-", "_"),
-        rank=parse_rank(arguments.rank),
-        budget=None if arguments.budget is None else _budget(arguments.budget),
-        tolerance=None if arguments.tolerance is None else _tolerance(arguments.tolerance),
-        experts=tuple(arguments.experts),
-        preset=None if arguments.preset is None else arguments.preset.replace("-", "_"),
-        layout=arguments.layout.replace("-", "_"),
-        dense=arguments.dense,
-        compare=arguments.compare,
-        seed=int(arguments.seed),
-        seconds=None if arguments.seconds is None else _seconds(arguments.seconds),
+def add_parser(commands: Commands) -> None:
+    """The options of the command."""
+    parser = commands.add_parser(
+        "compress",
+        description="Decompose the experts of a sparse mixture on disk, a layer's projection at a "
+        "time, and write the model anew. Killed, the same command goes on where it was.",
+        epilog="example: tensormoe compress Mixtral-8x7B --preset mixtral --factorization "
+        "tensor_ring --budget 25% --max-memory 6GiB --output Mixtral-25",
     )
+    option = parser.add_argument
+    option("model", metavar="MODEL", help="a .safetensors file, an index, or a folder of them")
+    option("--output", metavar="DIR", help="a folder that does not exist yet")
+    option(
+        "--preset",
+        metavar="NAME",
+        help="where the experts are: mixtral, qwen_moe, olmoe, deepseek, or fused for stacks",
+    )
+    option(
+        "--experts",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="where they are otherwise: 'layers.*.experts.*.w1', once for each projection",
+    )
+    option("--layout", default="auto", metavar="NAME", help="auto, out_in or in_out (auto)")
+    option("--factorization", metavar="NAME", help="(tensor_ring, or that of --allocation)")
+    option("--budget", metavar="SIZE", help="25%% of the experts' parameters, or 1.5G for all")
+    option("--rank", metavar="RANK", help="one size for all bonds, or one a bond: 4,4,94")
+    option("--allocation", metavar="FILE", help="ranks from tensormoe allocate --output FILE")
+    option("--tolerance", metavar="ERROR", help="relative error that each layer is to reach: 0.1")
+    add_switch(parser, "dense", "write rebuilt matrices under their old keys")
+    option("--max-memory", metavar="BYTES", help="refuse what would take more: 6GiB")
+    option(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="of a Dask cluster whose workers decompose, on a file system that all share: "
+        "tcp://host:8786",
+    )
+    add_switch(parser, "svd", "compare with SVDs (default)", True)
+    option("--seed", default="0", metavar="N", help="of the random starts (default: 0)")
+    option("--seconds", metavar="S", help="a time limit for the search of each stack of experts")
+    option("--dry-run", action="store_true", help="sizes, ranks and time, from headers alone")
+    option("--device", metavar="NAME", help="whose time a dry run predicts, as for rank")
+    option("--json", action="store_true", help="print one JSON object")
 
 
-def _budget(text: str) -> int | float:
-    """A share of the experts' entries, or a number of them.
+def run(arguments: argparse.Namespace) -> None:
+    """Compress a model, or say what that would do."""
+    from tensormoe.cli._compress_run import run_compress
 
-    >>> _budget("25%"), _budget("1.5G")
-    (0.25, 1500000000)
-    """
-    if not text.endswith("%"):
-        return parse_parameters(text, "--budget")
-    share = _number(text[:-1])
-    if share is None or not 0 < share < 100:
-        raise BudgetError(
-            f"a share of --budget must lie between 0% and 100%; got {text!r}. Write 25%, or a "
-            "number of parameters such as 1.5G."
-        )
-    return share / 100
-
-
-def _tolerance(text: str) -> float:
-    """A relative error, as a number or in percent.
-
-    >>> _tolerance("0.1"), _tolerance("10%")
-    (0.1, 0.1)
-    """
-    percent = text.endswith("%")
-    number = _number(text.removesuffix("%"))
-    if number is None:
-        raise SpecError(f"--tolerance must be a number such as 0.1 or 10%; got {text!r}.")
-    return number / 100 if percent else number
-
-
-def _seconds(text: str) -> float:
-    """A time limit.
-
-    >>> _seconds("90")
-    90.0
-    """
-    number = _number(text)
-    if not number:
-        raise SpecError(f"--seconds must be a positive number such as 90; got {text!r}.")
-    return number
-
-
-def _number(text: str) -> float | None:
-    plain = re.fullmatch(r"([0-9]+(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]{1,3})?", text.strip(), re.I)
-    return float(text) if plain else None
+    run_compress(arguments)

@@ -241,10 +241,13 @@ def _planned_rank(each: GroupPlan, settings: Compression) -> str:
 
 
 def _at_most(text: str, settings: Compression) -> str:
-    return text if settings.rank is not None else f"≤ {text}"
+    exact = settings.rank is not None or settings.allocation is not None
+    return text if exact else f"≤ {text}"
 
 
 def _wish(settings: Compression) -> str:
+    if settings.allocation is not None:
+        return f"ranks of an allocation by {settings.allocation.by}"
     if settings.tolerance is not None:
         return f"errors up to {settings.tolerance:g}"
     if isinstance(settings.budget, float):

@@ -31,12 +31,13 @@ def make_console(quiet: bool = False) -> Console:
 def make_table(*columns: str, left: int = 1) -> Table:
     """A table with thin rules; the first ``left`` columns hold words, the others numbers.
 
-    The tables of costs fit a terminal of 80 columns.
+    The tables of costs fit a terminal of 80 columns; a narrower one gets a list.
     """
     from rich import box
-    from rich.table import Table
 
-    table = Table(
+    from tensormoe.cli._table import NarrowTable
+
+    table = NarrowTable(
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,

@@ -3,49 +3,27 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tensormoe import LayerSpec
 from tensormoe._format import format_bytes, format_count, format_parameters, format_time
-from tensormoe.choosing._words import parse_bytes, parse_size
+from tensormoe.choosing import Request
+from tensormoe.choosing._explore import cost_dict
 from tensormoe.cli._console import make_table
-from tensormoe.cli._figures import cost_dict
-from tensormoe.cli._layer_arguments import LayerArguments
-from tensormoe.errors import SpecError
-from tensormoe.planning import CutLayer, Roofline, Routing, compare_legs
+from tensormoe.planning import CutLayer, Routing, compare_legs
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+Cuts: TypeAlias = tuple[tuple[CutLayer, ...], CutLayer]
+"""The legs that a layer can be cut along, and the one that is taken."""
+
 _COLUMNS = ("leg", "of each", "parameters", "FLOPs", "exchanged", "time")
 
 
-def with_link(device: Roofline, arguments: argparse.Namespace) -> Roofline:
-    """The device, with the link speed that a command names.
-
-    Raises:
-        SpecError: ``--link`` without ``--devices``, or devices whose link is not known.
-    """
-    link = parse_bytes(arguments.link, "--link")
-    if arguments.devices is None:
-        for name, value in (("--link", link), ("--leg", arguments.leg)):
-            if value is not None:
-                raise SpecError(f"{name} is for a layer cut over --devices; got none. Give both.")
-        return device
-    if link is not None:
-        return replace(device, link_bandwidth=float(link))
-    if device.link_bandwidth is None:
-        raise SpecError(
-            f"--devices needs the speed of the link between them; it is not known for "
-            f"{device.name}. Pass --link 10GB, bytes per second in one direction, or --device h100."
-        )
-    return device
-
-
 def cut_layers(
-    arguments: argparse.Namespace, spec: LayerSpec, given: LayerArguments
-) -> tuple[tuple[CutLayer, ...], CutLayer] | None:
+    arguments: argparse.Namespace, spec: LayerSpec, asked: Request, routing: Routing
+) -> Cuts | None:
     """The layer cut along each leg that divides, and along the one that is asked for.
 
     None without ``--devices``; the leg is the fastest without ``--leg``.
@@ -55,16 +33,16 @@ def cut_layers(
     """
     if arguments.devices is None:
         return None
-    devices = parse_size(arguments.devices, "--devices")
     if arguments.leg is not None:
-        spec.network.slice(arguments.leg, devices)
+        spec.network.slice(arguments.leg, asked.devices)
     found = compare_legs(
         spec.network,
-        devices,
-        batch=given.batch,
-        routing=Routing(given.top_k),
-        training=arguments.training,
-        roofline=given.device,
+        asked.devices,
+        batch=asked.batch,
+        routing=routing,
+        training=asked.training,
+        itemsize=asked.itemsize,
+        roofline=asked.device,
     )
     chosen = arguments.leg or found[0].leg
     return found, next(each for each in found if each.leg == chosen)

@@ -1,36 +1,105 @@
-"""``tensormoe calibrate``: this machine's roofline, measured with a library as layers use it."""
+"""``tensormoe calibrate``: this machine's roofline, from times of layers of one library."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from mmap import mmap
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 from tensormoe._extras import require
 from tensormoe._format import format_bytes, format_count, format_time
 from tensormoe._validation import choice
+from tensormoe.cli._benches import BENCHES, Bench, Experts
 from tensormoe.cli._console import make_console, make_table, print_json
 from tensormoe.cli._profile import THIS_MACHINE, save_profile
 from tensormoe.errors import SpecError
-from tensormoe.gates import Gate, activate
-from tensormoe.planning import Roofline
-from tensormoe.planning._gate_cost import activation_flops
+from tensormoe.factorizations import (
+    CP,
+    BaseDelta,
+    Dense,
+    Factorization,
+    Hadamard,
+    SharedBasis,
+    SharedDelta,
+    TensorRing,
+    TensorTrain,
+    Tucker,
+)
+from tensormoe.planning import Cost, Roofline, fit_roofline
 
-__all__ = ["LIBRARIES", "measure_roofline", "run_calibrate"]
+__all__ = [
+    "LIBRARIES",
+    "SAMPLES",
+    "Samples",
+    "measure_roofline",
+    "measure_samples",
+    "run_calibrate",
+]
 
-_MATMUL_SIZE = 1024
-# weights of a layer that runs again and again stay in the last cache
-_WEIGHT_SIZE = 1024
-_FRESH_BYTES = 2**23
-# of the results of a call, about one in two gets memory that another has just let go
-_REUSED = 2
-_GATE_ROWS, _GATE_EXPERTS = 256, 512
-# other programs may run: the fastest of many short runs is what the machine can do
-_SECONDS = 0.6
-
+LIBRARIES = tuple(BENCHES)
 Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Calls of one layer whose times are measured.
+
+    Args:
+        in_features: size of an input.
+        out_features: size of an output.
+        experts: one size per level.
+        factorization: of the experts.
+        batches: numbers of inputs, forward and in training.
+    """
+
+    in_features: int
+    out_features: int
+    experts: Experts
+    factorization: Factorization
+    batches: tuple[int, ...] = (1, 24, 400)
+
+    @property
+    def layer(self) -> tuple[int, int, Experts, Factorization]:
+        """Sizes, experts and factorization."""
+        return self.in_features, self.out_features, self.experts, self.factorization
+
+
+SAMPLES = (
+    Samples(256, 256, 64, CP(128)),
+    Samples(512, 128, 16, CP(384), (1, 5, 400)),
+    Samples(128, 512, (8, 16), CP(64), (2, 24, 400)),
+    Samples(320, 448, 640, CP(96), (1, 400)),
+    Samples(512, 512, 32, CP(512), (1, 1600)),
+    Samples(256, 192, 48, TensorRing((3, 5, 32)), (1, 5, 400)),
+    Samples(192, 320, (8, 12), TensorRing((3, 3, 4, 48))),
+    Samples(320, 256, 96, TensorTrain((8, 48)), (1, 5, 400)),
+    Samples(192, 256, (12, 8), TensorTrain((4, 8, 40)), (1, 400)),
+    Samples(256, 256, 40, Tucker((8, 32, 48))),
+    Samples(320, 192, (6, 16), Tucker((4, 6, 32, 48)), (1, 5, 400)),
+    Samples(512, 448, 256, Hadamard(), (1, 5, 400)),
+    Samples(192, 160, 64, SharedBasis((3, 24))),
+    Samples(128, 192, (8, 12), SharedBasis((3, 16)), (1, 24, 800)),
+    Samples(256, 320, 128, BaseDelta(3), (1, 5, 1200)),
+    Samples(192, 256, 48, SharedDelta(5)),
+    Samples(160, 128, (8, 12), SharedDelta(4), (1, 24, 800)),
+    Samples(128, 192, 24, Dense()),
+    # more than the last cache of most machines holds
+    Samples(512, 448, 96, Dense(), (1, 8)),
+    Samples(320, 256, 352, SharedBasis((4, 40)), (1,)),
+    Samples(288, 224, 24, SharedDelta(3), (48, 1400)),
+)
+"""Every factorization with one level of experts and with two, small batches and large ones."""
+
+# other programs may run: the fastest of many short runs is what the machine can do
+_SECONDS = 0.06
+_LEAST_RUNS = 3
+# layers that are measured besides, which no profile was fitted to
+_CHECKED = (
+    Samples(768, 768, 512, CP(288), (64, 1024)),
+    Samples(768, 768, 512, TensorRing((4, 4, 94)), (64, 1024)),
+)
 
 
 def run_calibrate(arguments: argparse.Namespace) -> None:
@@ -39,43 +108,43 @@ def run_calibrate(arguments: argparse.Namespace) -> None:
     require("tensormoe calibrate", (library,), library)
     if not arguments.json:
         make_console()  # before seconds of work, not after
-    roofline = measure_roofline(library)
-    checks = _checks(roofline, library)
-    path = None if arguments.dry_run else save_profile(roofline)
+    bench = BENCHES[library]()
+    measured = list(measure_samples(bench, SAMPLES))
+    roofline = _fitted(library, bench, measured)
+    checks = list(_checks(bench, roofline))
+    path = None if arguments.dry_run else save_profile(library, roofline)
+    within = _within([time / roofline.time(cost) for cost, time in measured])
     if arguments.json:
         print_json(
             {
                 "command": "calibrate",
                 "backend": library,
                 "roofline": roofline.to_dict(),
+                "samples": len(measured),
+                "within_1.5": within,
                 "checks": checks,
                 "path": None if path is None else str(path),
             }
         )
         return
     console = make_console()
-    table = make_table(f"this machine, {library}, float32", "measured")
-    table.add_row("matrix products", f"{format_count(roofline.matmul_rate)}FLOP/s")
-    table.add_row("elementwise work of gates", f"{format_count(roofline.elementwise_rate)}FLOP/s")
-    table.add_row("reading", f"{format_bytes(roofline.bandwidth)}/s")
-    assert roofline.fresh_bandwidth is not None
-    table.add_row("results in new memory", f"{format_bytes(roofline.fresh_bandwidth)}/s")
-    assert roofline.backward_overhead is not None
-    table.add_row("starting a step", format_time(roofline.overhead))
-    table.add_row("starting one of a backward pass", format_time(roofline.backward_overhead))
     console.print()
-    console.print(table)
+    console.print(_table(roofline, library))
     console.print()
     check = make_table("a layer, 768 → 768, 512 experts", "batch", "predicted", "measured")
     for each in checks:
         check.add_row(
-            each["layer"],
+            each["layer"] + (", training" if each["training"] else ""),
             str(each["batch"]),
             format_time(each["predicted"]),
             format_time(each["measured"]),
         )
     console.print(check)
     console.print()
+    console.print(
+        f"{within:.0%} of the {len(measured)} times that the profile was fitted to are within a "
+        "factor of 1.5 of its predictions."
+    )
     if path is None:
         console.print("A dry run: nothing was kept.")
     else:
@@ -84,150 +153,104 @@ def run_calibrate(arguments: argparse.Namespace) -> None:
 
 
 def measure_roofline(
-    library: str = "numpy", clock: Clock = perf_counter, seconds: float | None = None
+    library: str = "numpy",
+    clock: Clock = perf_counter,
+    seconds: float | None = None,
+    samples: Iterable[Samples] = SAMPLES,
 ) -> Roofline:
-    """The rates of a library on this machine: the best of several runs each.
-
-    Every number is that of something a layer does: a large product, one input times a large matrix,
-    the first touch of memory that the system gives, the activation of a gate, and the smallest
-    layer there is, forward and in training.
+    """The profile of a library on this machine, fitted to times of its layers.
 
     Args:
-        library: "numpy" or "torch".
+        library: "numpy", "torch" or "jax".
         clock: gives seconds; of the processor, for figures that other programs disturb less.
-        seconds: for each figure.
+        seconds: for each of the calls.
+        samples: the layers and batches.
     """
-    bench = _BENCHES[library]()
-
-    def best(run: Callable[[], object], repeats: int = 1) -> float:
-        return _best(run, repeats, clock, _SECONDS if seconds is None else seconds)
-
-    left, right = bench.array(_MATMUL_SIZE, _MATMUL_SIZE), bench.array(_MATMUL_SIZE, _MATMUL_SIZE)
-    matmul = 2 * _MATMUL_SIZE**3 / best(lambda: bench.backend.matmul(left, right))
-    row, weights = bench.array(1, _WEIGHT_SIZE), bench.array(_WEIGHT_SIZE, _WEIGHT_SIZE)
-    reading = 4 * _WEIGHT_SIZE**2 / best(lambda: bench.backend.matmul(row, weights), 5)
-    content = bytes(_FRESH_BYTES)
-    fresh = _REUSED * _FRESH_BYTES / best(lambda: _touch(content))
-    gate, logits = Gate(), bench.array(_GATE_ROWS, _GATE_EXPERTS)
-    work = activation_flops(gate, _GATE_EXPERTS) * _GATE_ROWS * _GATE_EXPERTS
-    elementwise = work / best(lambda: activate(gate, logits, backend=bench.backend))
-    layer = bench.layer(*_SMALLEST, factorization="tensor_ring", rank=2)
-    x, cotangent = bench.array(1, _SMALLEST[0]), bench.array(1, _SMALLEST[1])
-    calls = bench.forward(layer, x), bench.train(layer, x, cotangent)
-    costs = layer.cost(1), layer.cost(1, training=True)
-    forward, training = (best(call, 10) for call in calls)
-    steps = [len(cost.steps) for cost in costs]
-    overhead = forward / steps[0]
-    backward = max((training - forward) / (steps[1] - steps[0]), overhead)
-    return Roofline(THIS_MACHINE, matmul, elementwise, reading, overhead, fresh, backward)
+    bench = BENCHES[library]()
+    return _fitted(library, bench, list(measure_samples(bench, samples, clock, seconds)))
 
 
-class _NumpyBench:
-    """NumPy's arrays and layers."""
-
-    def __init__(self) -> None:
-        import numpy as np
-
-        from tensormoe_numpy import BACKEND, MuMoE
-
-        self.backend: Any = BACKEND
-        self._layers = MuMoE
-        self._rng = np.random.default_rng(0)
-
-    def array(self, *shape: int) -> Any:
-        return self._rng.standard_normal(shape, dtype="float32")
-
-    def layer(self, *sizes: Any, **options: Any) -> Any:
-        return self._layers(*sizes, **options, seed=0)
-
-    def forward(self, layer: Any, x: Any) -> Callable[[], object]:
-        return lambda: layer(x)
-
-    def train(self, layer: Any, x: Any, cotangent: Any) -> Callable[[], object]:
-        def call() -> object:
-            output, pull = layer.vjp(x)
-            return output, pull(cotangent)
-
-        return call
+def measure_samples(
+    bench: Bench,
+    samples: Iterable[Samples],
+    clock: Clock = perf_counter,
+    seconds: float | None = None,
+) -> Iterable[tuple[Cost, float]]:
+    """Costs and seconds of calls, forward and in training."""
+    for each in samples:
+        layer = bench.layer(*each.layer)
+        for batch in each.batches:
+            for training in (False, True):
+                call = layer.call(batch, training)
+                time = _best(call, clock, _SECONDS if seconds is None else seconds)
+                yield layer.cost(batch, training), time
 
 
-class _TorchBench:
-    """PyTorch's tensors on the CPU, and its layers."""
-
-    def __init__(self) -> None:
-        import torch
-
-        from tensormoe_torch import MuMoE, TorchBackend
-
-        self.backend: Any = TorchBackend(eager=True)
-        self._layers = MuMoE
-        self._torch = torch
-        self._generator = torch.Generator().manual_seed(0)
-
-    def array(self, *shape: int) -> Any:
-        return self._torch.randn(shape, generator=self._generator)
-
-    def layer(self, *sizes: Any, **options: Any) -> Any:
-        return self._layers(*sizes, **options)
-
-    def forward(self, layer: Any, x: Any) -> Callable[[], object]:
-        def call() -> object:
-            with self._torch.no_grad():
-                return layer(x)
-
-        return call
-
-    def train(self, layer: Any, x: Any, cotangent: Any) -> Callable[[], object]:
-        x = x.requires_grad_()
-
-        def call() -> object:
-            layer.zero_grad(set_to_none=True)
-            x.grad = None
-            output = layer(x)
-            output.backward(cotangent)
-            return output
-
-        return call
+def _fitted(library: str, bench: Bench, measured: list[tuple[Cost, float]]) -> Roofline:
+    threads = bench.threads
+    name = f"{THIS_MACHINE}, {library}, {threads} thread{'s' if threads > 1 else ''}"
+    return fit_roofline(name, measured, threads)
 
 
-_SMALLEST = (4, 4, 4)
-_BENCHES: dict[str, Callable[[], Any]] = {"numpy": _NumpyBench, "torch": _TorchBench}
-LIBRARIES = tuple(_BENCHES)
+def _checks(bench: Bench, roofline: Roofline) -> Iterable[dict[str, Any]]:
+    """Predicted and measured times of layers that the profile was not fitted to."""
+    for each in _CHECKED:
+        label = "CP" if isinstance(each.factorization, CP) else "tensor ring"
+        calls = [(batch, training) for batch in each.batches for training in (False, True)]
+        for (batch, training), (cost, time) in zip(
+            calls, measure_samples(bench, (each,)), strict=True
+        ):
+            yield {
+                "layer": label,
+                "batch": batch,
+                "training": training,
+                "predicted": roofline.time(cost),
+                "measured": time,
+            }
 
 
-def _checks(roofline: Roofline, library: str) -> list[dict[str, Any]]:
-    """Predicted and measured times of real layers."""
-    found = []
-    bench = _BENCHES[library]()
-    for name, label in (("cp", "CP"), ("tensor_ring", "tensor ring")):
-        rank = 288 if name == "cp" else (4, 4, 94)
-        layer = bench.layer(768, 768, experts=512, factorization=name, rank=rank)
-        for batch in (64, 1024):
-            x = bench.array(batch, 768)
-            measured = _best(bench.forward(layer, x), 1, perf_counter, _SECONDS)
-            predicted = roofline.time(layer.cost(batch))
-            found.append(
-                {"layer": label, "batch": batch, "predicted": predicted, "measured": measured}
-            )
-    return found
+def _table(roofline: Roofline, library: str) -> Any:
+    """The profile in words."""
+    table = make_table(f"this machine, {library}, float32", "measured")
+    table.add_row("threads", str(roofline.threads))
+    table.add_row("matrix products", f"{format_count(roofline.matmul_rate)}FLOP/s")
+    if roofline.padding is not None:
+        rows, summed, columns = (f"{each:.0f}" for each in roofline.padding)
+        sides = f"{rows} rows, {summed} summed, {columns} columns"
+        table.add_row("sides of a product are longer by", sides)
+    table.add_row("elementwise work of gates", f"{format_count(roofline.elementwise_rate)}FLOP/s")
+    table.add_row("memory traffic", f"{format_bytes(roofline.bandwidth)}/s")
+    for name, size, per in (
+        ("after a cache of", roofline.cache, ""),
+        ("results in new memory", roofline.fresh_bandwidth, "/s"),
+    ):
+        if size is not None:
+            table.add_row(name, format_bytes(size) + per)
+    for name, seconds in (
+        ("a call", roofline.call_overhead),
+        ("starting a step", roofline.overhead),
+        ("starting one of a backward pass", roofline.backward_overhead),
+        ("a further operation", roofline.operation_overhead),
+        ("one product of many", roofline.product_overhead),
+        ("a run through memory", roofline.run_overhead),
+    ):
+        if seconds is not None:
+            table.add_row(name, format_time(seconds))
+    return table
 
 
-def _touch(content: bytes) -> None:
-    # straight from the system: when libraries return memory to it depends on what ran before
-    with mmap(-1, len(content)) as memory:
-        memory[:] = content
+def _within(ratios: list[float]) -> float:
+    """Share of ratios between 1/1.5 and 1.5."""
+    return sum(1 / 1.5 <= ratio <= 1.5 for ratio in ratios) / len(ratios)
 
 
-def _best(run: Callable[[], object], repeats: int, clock: Clock, seconds: float) -> float:
-    """Seconds of the fastest run; ``repeats`` runs are timed together if one is too short."""
+def _best(run: Callable[[], object], clock: Clock, seconds: float) -> float:
+    """Seconds of the fastest run, the first one left out."""
     run()
-    best = float("inf")
+    times: list[float] = []
     end = perf_counter() + seconds
-    count = 0
-    while count < 3 or perf_counter() < end:
+    while len(times) < _LEAST_RUNS or perf_counter() < end:
         start = clock()
-        for _ in range(repeats):
-            run()
-        best = min(best, (clock() - start) / repeats)
-        count += 1
-    return best
+        run()
+        times.append(clock() - start)
+    return min(times)

@@ -24,7 +24,12 @@ from tensormoe._format import format_bytes
 from tensormoe.checkpoint._files import PARTIAL_SUFFIX, sync_folder
 from tensormoe.compression._effort import BASE_MEMORY
 from tensormoe.compression._measure import GroupReport
-from tensormoe.compression._plan import CompressionPlan, GroupPlan, longest_first
+from tensormoe.compression._plan import (
+    CompressionPlan,
+    GroupPlan,
+    longest_first,
+    settings_of,
+)
 from tensormoe.compression._worker import SHARED, Task, check_version, compress_task
 from tensormoe.errors import CheckpointError, ClusterError, PlanError
 
@@ -169,7 +174,7 @@ def _task(plan: CompressionPlan, each: GroupPlan, inbox: str, file: str) -> Task
         shard.path: shard for key in each.group.keys for shard in (plan.model.places[key][0],)
     }
     read = tuple((path, dict(shard.identity)) for path, shard in shards.items())
-    return Task(__version__, inbox, file, read, each.group, plan.settings, each.budget)
+    return Task(__version__, inbox, file, read, each.group, settings_of(plan, each), each.budget)
 
 
 def _result(future: Future[GroupReport], each: GroupPlan) -> GroupReport | None:

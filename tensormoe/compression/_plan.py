@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from heapq import heapreplace
 from math import prod
@@ -12,6 +12,7 @@ from math import prod
 from tensormoe._spec import LayerSpec
 from tensormoe._validation import positive_int
 from tensormoe.checkpoint._safetensors import ArrayInfo
+from tensormoe.compression._allocated import allocated_kinds
 from tensormoe.compression._effort import memory_needed, seconds_needed
 from tensormoe.compression._groups import Group, find_groups
 from tensormoe.compression._settings import Compression
@@ -124,6 +125,14 @@ class CompressionPlan:
         )
 
 
+def settings_of(plan: CompressionPlan, each: GroupPlan) -> Compression:
+    """The settings of one group: its own rank, where an allocation has one for each."""
+    if plan.settings.allocation is None:
+        return plan.settings
+    rank = each.specs[0].factorization.rank
+    return replace(plan.settings, rank=rank, allocation=None)
+
+
 def longest_first(groups: Iterable[GroupPlan]) -> list[GroupPlan]:
     """Groups in the order in which several machines take them."""
     return sorted(groups, key=lambda each: -each.seconds)
@@ -154,11 +163,14 @@ def plan_compression(
     opened = open_model(model)
     groups = find_groups(opened, settings.experts, settings.preset, settings.layout)
     shares = _shares(groups, settings)
+    given: Mapping[str, Factorization] = {}
+    if settings.allocation is not None:
+        given = allocated_kinds(groups, settings.allocation)
     return CompressionPlan(
         opened,
         settings,
         tuple(
-            _planned(group, settings, share, roofline)
+            _planned(group, settings, share, given.get(group.name), roofline)
             for group, share in zip(groups, shares, strict=True)
         ),
     )
@@ -176,12 +188,19 @@ def _shares(groups: Sequence[Group], settings: Compression) -> list[int | None]:
 
 
 def _planned(
-    group: Group, settings: Compression, share: int | None, roofline: Roofline
+    group: Group,
+    settings: Compression,
+    share: int | None,
+    given: Factorization | None,
+    roofline: Roofline,
 ) -> GroupPlan:
     sizes = (group.in_features, group.out_features, (group.experts,))
     name = settings.factorization
     try:
-        if settings.tolerance is not None or share is not None:
+        kinds: tuple[Factorization, ...]
+        if given is not None:
+            kinds = (given,)
+        elif settings.tolerance is not None or share is not None:
             most = group.entries - 1 if share is None else share
             if most < 1:
                 raise BudgetError("a budget must leave every group an entry; got none.")

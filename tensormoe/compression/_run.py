@@ -12,7 +12,7 @@ from tensormoe.compression._cluster import check_cluster, on_cluster
 from tensormoe.compression._limits import check_apart, check_disk, check_memory
 from tensormoe.compression._measure import GroupReport
 from tensormoe.compression._outputs import EXPERTS, factor_files, write_model
-from tensormoe.compression._plan import CompressionPlan, plan_compression
+from tensormoe.compression._plan import CompressionPlan, plan_compression, settings_of
 from tensormoe.compression._progress import CompressionCallback, Teller
 from tensormoe.compression._resume import Work, open_work
 from tensormoe.compression._settings import Compression
@@ -157,7 +157,7 @@ def _made(
             group = each.group
             tell(EXPERTS, group.label, done, total)
             follow = tell.searching(group.label, done, total)
-            given = (plan.model, group, plan.settings, each.budget, paths[group.name])
+            given = (plan.model, group, settings_of(plan, each), each.budget, paths[group.name])
             work.record(group.name, compress_stack(*given, follow).to_dict())
             done += group.entries
     tell(EXPERTS, "", done, total)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from tensormoe._format import plain_rank
-from tensormoe._validation import brief, choice, non_negative_int, positive_int, positive_ints
+from tensormoe._validation import (
+    brief,
+    choice,
+    instance,
+    non_negative_int,
+    positive_int,
+    positive_ints,
+)
 from tensormoe.compression._patterns import LAYOUTS, PRESETS, Pattern
 from tensormoe.decomposition._choose import checked_tolerance
 from tensormoe.decomposition._search import checked_seconds
 from tensormoe.errors import BudgetError, RankError, SpecError
 from tensormoe.factorizations import Factorization, factorization_class, rank_pattern
+from tensormoe.selection import Allocation
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,8 @@ class Compression:
         seed: of the random starts, a non-negative integer.
         seconds: a time limit for the search of each group; None for no limit. With one, the bytes
             of the output depend on the machine.
+        allocation: ranks of all groups instead of rank, budget and tolerance, from
+            :func:`tensormoe.selection.allocate`; all of the one factorization.
 
     Raises:
         SpecError: an unknown name, an invalid pattern, a seed, tolerance or limit that cannot
@@ -61,6 +71,7 @@ class Compression:
     compare: bool = True
     seed: int = 0
     seconds: float | None = None
+    allocation: Allocation | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -69,9 +80,8 @@ class Compression:
         if factorization_class(kind.name) is not kind:
             raise SpecError(f"factorization {kind.name!r} must be registered as {kind!r}.")
         put(self, "factorization", kind.name)
-        given = [
-            name for name in ("rank", "budget", "tolerance") if getattr(self, name) is not None
-        ]
+        names = ("rank", "budget", "tolerance", "allocation")
+        given = [name for name in names if getattr(self, name) is not None]
         if len(given) > 1 or (not given and rank_pattern(kind)):
             raise SpecError(
                 f"one of rank, budget and tolerance must be given; got {' and '.join(given)}."
@@ -79,6 +89,8 @@ class Compression:
                 else "one of rank, budget and tolerance must be given; got none. Give for example "
                 "a budget of 0.25."
             )
+        if self.allocation is not None:
+            _check_allocation(self.allocation, kind.name)
         if self.rank is not None:
             sizes = positive_ints(self.rank, "rank", "bond", RankError)
             put(self, "rank", sizes if isinstance(self.rank, tuple) else sizes[0])
@@ -111,4 +123,32 @@ class Compression:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings in plain values, as JSON knows them."""
-        return asdict(self) | {"experts": list(self.experts), "rank": plain_rank(self.rank)}
+        plain = {each.name: getattr(self, each.name) for each in fields(self)}
+        plain |= {"experts": list(self.experts), "rank": plain_rank(self.rank)}
+        # outputs from before there were allocations go on with the same command
+        if plain.pop("allocation") is not None:
+            assert self.allocation is not None
+            plain["allocation"] = self.allocation.to_dict()
+        return plain
+
+
+def _check_allocation(allocation: Allocation, name: str) -> None:
+    """Refuse what is no allocation of experts in one factorization.
+
+    Raises:
+        SpecError: it is none.
+    """
+    instance(allocation, Allocation, "allocation", "an Allocation", SpecError)
+    layers = allocation.of_kind("experts").layers
+    if not layers or len(layers) < len(allocation.layers):
+        raise SpecError(
+            "an allocation must be of experts alone for a model on disk; it has "
+            f"{len(layers)} such layers of {len(allocation.layers)}. Give allocation.of_kind("
+            "'experts')."
+        )
+    kinds = {kind.name for layer in layers for kind in layer.factorizations}
+    if kinds != {name}:
+        raise SpecError(
+            f"an allocation must be of the factorization {name!r} alone; it has "
+            f"{', '.join(sorted(kinds))}. Allocate with one, and name it."
+        )

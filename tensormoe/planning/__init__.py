@@ -5,6 +5,7 @@ from __future__ import annotations
 from tensormoe.planning._block_cost import block_cost
 from tensormoe.planning._cost import Collective, Cost, StepCost
 from tensormoe.planning._draft import Routing
+from tensormoe.planning._fit_roofline import fit_roofline
 from tensormoe.planning._gate_cost import gate_cost
 from tensormoe.planning._legs import CutLayer, compare_legs
 from tensormoe.planning._library import Library
@@ -34,6 +35,7 @@ __all__ = [
     "block_cost",
     "compare_legs",
     "contraction",
+    "fit_roofline",
     "gate_cost",
     "plan_layer",
     "plan_regimes",

@@ -66,10 +66,10 @@ def block_cost(
         network, second.network, batch, training=training, itemsize=itemsize
     )
     if not training:
-        return Cost(parameters, block.steps(), block.peak(), collectives=exchanged)
+        return Cost(parameters, block.steps(), block.peak(), collectives=exchanged, calls=1)
     steps = block.steps() + block.backward_steps()
     saved = block.saved - block.output
-    return Cost(parameters, steps, block.training_peak(), saved, exchanged)
+    return Cost(parameters, steps, block.training_peak(), saved, exchanged, calls=1)
 
 
 def block_held(

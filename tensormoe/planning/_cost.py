@@ -19,6 +19,7 @@ from math import prod
 from typing import Literal
 
 from tensormoe.factorizations import BATCH, Leg
+from tensormoe.planning._access import product_sizes, runs
 from tensormoe.planning._library import DEFAULT, Library
 from tensormoe.planning._program import Program, Role, Step
 
@@ -26,6 +27,7 @@ INDEX_BYTES = 8
 """Size of an index: 64-bit integers, as NumPy, PyTorch and CuPy make them."""
 
 _ELEMENTWISE = frozenset({"multiply", "add"})
+_IN_RUNS = _ELEMENTWISE | {"permute"}
 _PRODUCTS = frozenset({"linear", "matmul"})
 
 
@@ -40,6 +42,12 @@ class StepCost:
         bytes_read: operands.
         bytes_written: results.
         backward: whether it is of the backward pass, where starting a step takes longer.
+        operations: calls of the array library beside the one that does the work: views, and the
+            parts of gates and activations, a nominal count.
+        products: number of matrix products, which share the FLOPs.
+        sides: rows, summed entries and columns of each product.
+        turned: entries of second operands that lie column by column, and meet several rows.
+        runs: contiguous pieces of memory that elementwise work and copies go through one by one.
     """
 
     label: str
@@ -48,6 +56,11 @@ class StepCost:
     bytes_read: int = 0
     bytes_written: int = 0
     backward: bool = False
+    operations: int = 0
+    products: int = 0
+    sides: tuple[float, float, float] = (0, 0, 0)
+    turned: int = 0
+    runs: int = 0
 
 
 Kind = Literal["all-reduce", "all-gather"]
@@ -99,6 +112,7 @@ class Cost:
         saved_memory: bytes of them kept from forward to backward; 0 for inference.
         collectives: what the devices exchange, of a layer that is cut over several; the figures
             above are those of one device.
+        calls: of layers and blocks.
     """
 
     parameters: int
@@ -106,6 +120,7 @@ class Cost:
     peak_memory: int
     saved_memory: int = 0
     collectives: tuple[Collective, ...] = ()
+    calls: int = 0
 
     @cached_property
     def matmul_flops(self) -> int:
@@ -151,6 +166,7 @@ class Cost:
             peak_memory=max(self.peak_memory, other.peak_memory),
             saved_memory=self.saved_memory + other.saved_memory,
             collectives=self.collectives + other.collectives,
+            calls=self.calls + other.calls,
         )
 
 
@@ -170,11 +186,20 @@ def contraction_cost(
     for leg in set(touched).difference(output):
         if sum(leg in legs for legs in inputs) == 1:
             touched.discard(leg)
+    left, right = (touched.intersection(legs) for legs in inputs)
+    kept = touched.intersection(output)
+    shared, rows, columns = left & right & kept, left - right, right - left
     return StepCost(
         label,
         matmul_flops=2 * prod(sizes[leg] for leg in touched),
         bytes_read=itemsize * sum(prod(sizes[leg] for leg in legs) for legs in inputs),
         bytes_written=itemsize * prod(sizes[leg] for leg in output),
+        products=prod(sizes[leg] for leg in shared),
+        sides=(
+            prod(sizes[leg] for leg in rows),
+            prod(sizes[leg] for leg in (left & right) - kept),
+            prod(sizes[leg] for leg in columns),
+        ),
     )
 
 
@@ -202,7 +227,11 @@ def _step_cost(
         program.operands[slot].role if slot < count else "data" for slot in step.inputs
     ]
     if step.kind in _PRODUCTS:
-        return contraction_cost(label, step.input_legs, step.legs, sizes, itemsize)
+        made = contraction_cost(label, step.input_legs, step.legs, sizes, itemsize)
+        # as the library sees them: legs may be merged into a side, or left to a loop
+        products, sides, turned = product_sizes(step, sizes)
+        views = _views(step)
+        return replace(made, operations=views, products=products, sides=sides, turned=turned)
     if step.kind in ("grouped", "outer"):
         return _grouped_cost(label, step, sizes, itemsize)
     volumes = [prod(sizes[leg] for leg in legs) for legs in step.input_legs]
@@ -218,7 +247,15 @@ def _step_cost(
     )
     work = {"reduce": volumes[0], "scatter": volumes[0]}.get(step.kind, 0)
     work = written if step.kind in _ELEMENTWISE else work
-    return StepCost(label, 0, work, read, itemsize * written)
+    pieces = runs(step, sizes) if step.kind in _IN_RUNS else 0
+    views = _views(step)
+    return StepCost(label, 0, work, read, itemsize * written, operations=views, runs=pieces)
+
+
+def _views(step: Step) -> int:
+    """Reshapes and permutations around the operation of a step."""
+    named = [each for view in step.views for each in (view.shape, view.axes)]
+    return sum(each is not None for each in (*named, step.shape))
 
 
 def _grouped_cost(label: str, step: Step, sizes: Mapping[Leg, int], itemsize: int) -> StepCost:
@@ -233,7 +270,8 @@ def _grouped_cost(label: str, step: Step, sizes: Mapping[Leg, int], itemsize: in
         # experts without rows are not read
         second = matrix * min(sizes[expert], sizes[BATCH])
     read = itemsize * (first + second) + INDEX_BYTES * sizes[expert]
-    return StepCost(label, 2 * work, 0, read, itemsize * written)
+    products = min(sizes[expert], sizes[BATCH])
+    return StepCost(label, 2 * work, 0, read, itemsize * written, products=products)
 
 
 def program_peak(

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
-from tensormoe._format import Cell, align, format_bytes, format_count, format_experts, format_time
+from tensormoe._format import (
+    Cell,
+    align,
+    fill,
+    format_bytes,
+    format_count,
+    format_experts,
+    format_time,
+    stack,
+)
 from tensormoe._html import table_html
 from tensormoe.factorizations import Network
 from tensormoe.planning._cost import Collective, Cost, StepCost, batch_sizes
@@ -33,6 +43,7 @@ def describe_plan(
     gate: Gate | None = None,
     training: bool = False,
     roofline: Roofline | None = None,
+    width: int | None = None,
 ) -> str:
     """Equation, steps and totals of a plan.
 
@@ -43,32 +54,57 @@ def describe_plan(
         gate: included in the cost, if any.
         training: whether the cost is that of forward and backward.
         roofline: the device that times are predicted for, if any.
+        width: that lines are to fit, if any.
     """
-    table = _table(cost)
+    calls = _call_rows(cost, roofline)
+    table = _table(cost, tuple(calls))
     if roofline is not None:
         total = roofline.time(cost)
-        rows = [*step_rows(cost).values(), *_exchange_rows(cost).values()]
+        rows = [*calls.values(), *step_rows(cost).values(), *_exchange_rows(cost).values()]
         times = [roofline.time(row) for row in rows]
         cells = [[format_time(time), f"{_bar(time / total)} {time / total:4.0%}"] for time in times]
         heads = [["time", f"{'share of time':<{_BAR + 5}}"], *cells, [format_time(total), ""]]
         table = [[*line, *more] for line, more in zip(table, heads, strict=True)]
-    lines = align(table)
-    facts = _facts(plan, cost, itemsize, gate, training, roofline)
-    width = max(len(name) for name, _ in facts) + 2
-    said = [
+    head = [
         f"{plan.title}: {layer_sizes(plan.network.whole)}",
         *_cut(plan.network),
         f"y[b o] = {_equation(plan)}",
         plan_regime(plan),
+    ]
+    said = [
+        *(part for line in head for part in fill(line, width)),
         "",
-        *("  " + line for line in lines),
+        *_table_lines(table, width),
         "",
-        *(f"{name:<{width}}{value}" for name, value in facts),
+        *fact_lines(plan_facts(plan, cost, itemsize, gate, training, roofline), width),
     ]
     # forward alone: what training and the gate add, they add to both
     if plan.network.cut is None and dense_size(plan)[1] < plan.cost(itemsize=itemsize).flops:
-        said.append("Factorized is not worth it here: the dense experts need fewer FLOPs.")
+        told = "Factorized is not worth it here: the dense experts need fewer FLOPs."
+        said += fill(told, width)
     return "\n".join(said)
+
+
+def fact_lines(facts: Sequence[tuple[str, str]], width: int | None = None) -> list[str]:
+    """Totals, one a line: names to the left, values in a column of their own."""
+    indent = max(len(name) for name, _ in facts) + 2
+    return [
+        line
+        for name, value in facts
+        for line in fill(f"{name:<{indent}}{value}", width, " " * indent)
+    ]
+
+
+def cost_facts(cost: Cost, batch: int, roofline: Roofline) -> list[tuple[str, str]]:
+    """Totals of a cost by name, whatever it is of."""
+    facts = [
+        ("FLOPs", _flops(cost, batch)),
+        ("bytes moved", _moved(cost)),
+        ("memory", f"{format_bytes(cost.peak_memory)} at the peak{_kept(cost)}"),
+        ("parameters", f"{cost.parameters:,}"),
+        ("time", f"{format_time(roofline.time(cost))} predicted for {roofline.name}"),
+    ]
+    return [*facts, ("communication", _communication(cost))] if cost.collectives else facts
 
 
 def cost_html(cost: Cost) -> str:
@@ -124,7 +160,7 @@ def _equation(plan: Plan) -> str:
     return f"{equation}, bias added to the input mode" if network.biases else equation
 
 
-def _facts(
+def plan_facts(
     plan: Plan,
     cost: Cost,
     itemsize: int,
@@ -136,7 +172,6 @@ def _facts(
     network, program = plan.network, plan.program
     sizes = batch_sizes(program, plan.chunk)
     largest = max((prod(sizes[leg] for leg in step.legs) for step in program.steps), default=0)
-    kept = f", {format_bytes(cost.saved_memory)} kept for the backward pass"
     paid = cost.parameters - network.num_parameters
     counted = "forward and backward" if training else "forward"
     entries, flops = dense_size(plan)
@@ -144,14 +179,13 @@ def _facts(
         ("counted", counted if gate is None else f"{counted}, {gate.activation} gate included"),
         (
             "FLOPs",
-            f"{cost.flops:,} ({format_count(cost.matmul_flops)} in matrix products; "
-            f"{format_count(cost.flops / max(plan.batch, 1))} per input)",
+            _flops(cost, plan.batch),
         ),
         ("bytes moved", _moved(cost)),
         (
             "memory",
             f"{format_bytes(cost.peak_memory)} at the peak, largest intermediate "
-            f"{format_bytes(itemsize * largest)}{kept if training else ''}",
+            f"{format_bytes(itemsize * largest)}{_kept(cost) if training else ''}",
         ),
         (
             "parameters",
@@ -178,6 +212,18 @@ def _facts(
     return facts
 
 
+def _kept(cost: Cost) -> str:
+    saved = cost.saved_memory
+    return f", {format_bytes(saved)} kept for the backward pass" if saved else ""
+
+
+def _flops(cost: Cost, batch: int) -> str:
+    return (
+        f"{cost.flops:,} ({format_count(cost.matmul_flops)} in matrix products; "
+        f"{format_count(cost.flops / max(batch, 1))} per input)"
+    )
+
+
 def _communication(cost: Cost) -> str:
     count = len(cost.collectives)
     if not count:
@@ -193,9 +239,17 @@ def _exchange_rows(cost: Cost) -> dict[str, Cost]:
     return {label: Cost(0, (), 0, collectives=tuple(same)) for label, same in found.items()}
 
 
-def _table(cost: Cost) -> list[list[Cell]]:
-    """Heads, a line for each step, and totals."""
+def _call_rows(cost: Cost, roofline: Roofline | None) -> dict[str, Cost]:
+    """What a call takes whatever it computes, by label; none where that is not known."""
+    if roofline is None or roofline.call_overhead is None or not cost.calls:
+        return {}
+    return {"call": Cost(0, (), 0, calls=cost.calls)}
+
+
+def _table(cost: Cost, calls: tuple[str, ...] = ()) -> list[list[Cell]]:
+    """Heads, a line for each step, and totals; lines for the call itself before the steps."""
     rows: list[list[Cell]] = [["step", "FLOPs", "bytes"]]
+    rows += [[label, "", ""] for label in calls]
     for label, row in step_rows(cost).items():
         count = len(row.steps)
         named = label if count == 1 else f"{count} × {label}"
@@ -205,6 +259,20 @@ def _table(cost: Cost) -> list[list[Cell]]:
         named = label if count == 1 else f"{count} × {label}"
         rows.append([named, "", format_bytes(row.communicated)])
     return [*rows, ["all", format_count(cost.flops), _moved(cost)]]
+
+
+def _table_lines(table: list[list[Cell]], width: int | None) -> list[str]:
+    """The table; where it is too wide without its bars, and then one step below another."""
+    lines = ["  " + line for line in align(table)]
+    if width is None or max(map(len, lines)) <= width:
+        return lines
+    plain = [[str(cell).replace("share of time", "share").strip() for cell in row] for row in table]
+    plain = [[cell.lstrip("█▏▎▍▌▋▊▉ ") for cell in row] for row in plain]
+    lines = ["  " + line for line in align(plain)]
+    if max(map(len, lines)) <= width:
+        return lines
+    heads, *rows = plain
+    return [line for row in rows for line in stack(heads, row, width)]
 
 
 def _moved(cost: Cost) -> str:

@@ -141,11 +141,11 @@ def layer_cost(
             mixing = sum(routing.values()) + call.peak()
         else:
             mixing = call.peak(tuple(routing))
-        return Cost(parameters, steps, max(made.peak(), mixing))
+        return Cost(parameters, steps, max(made.peak(), mixing), calls=1)
     held = sum(routing.values()) + made.saved
     # the backward pass through the gate, while the program's gradients are all live
     after = (0 if library.frees_saved else call.saved) + call.gradients + made.backward_peak()
     backward = call.result + max(call.saved + call.backward_peak(), after if gate else 0)
     peak = max(made.peak(training=True), held + max(call.peak(training=True), backward))
     steps += call.backward_steps() + made.backward_steps()
-    return Cost(parameters, steps, peak, call.saved + held)
+    return Cost(parameters, steps, peak, call.saved + held, calls=1)

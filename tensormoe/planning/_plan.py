@@ -102,6 +102,7 @@ class Plan:
         training: bool = False,
         itemsize: int = 4,
         roofline: Roofline | None = None,
+        width: int | None = None,
     ) -> str:
         """The plan as text: equation, steps, FLOPs, bytes, memory, and the dense equivalent.
 
@@ -110,6 +111,8 @@ class Plan:
             training: forward and backward with all gradients, instead of forward alone.
             itemsize: bytes per entry: 4 for float32.
             roofline: the device that the time of every step is predicted for, if any.
+            width: columns that lines are to fit; the table becomes a list where it does not.
+                Lines are as long as they come without one.
 
         Raises:
             PlanError, GateError: an argument that cannot be.
@@ -123,8 +126,10 @@ class Plan:
         gate = _parsed(gate)
         flag(training, "training", PlanError)
         instance(roofline, (Roofline, NoneType), "roofline", "a Roofline or None", PlanError)
+        if width is not None:
+            positive_int(width, "width", PlanError)
         cost = self.cost(gate, training=training, itemsize=itemsize)
-        return describe_plan(self, cost, itemsize, gate, training, roofline)
+        return describe_plan(self, cost, itemsize, gate, training, roofline, width)
 
     def draw(self, *, itemsize: int = 4) -> Drawing:
         """A picture of the contraction: its steps in order, with sizes, memory and FLOPs.
@@ -170,7 +175,7 @@ def _chunked(of: Callable[[int], Cost], batch: int, chunk: int, row: int) -> Cos
     one = of(chunk)
     total = replace(one, steps=one.steps * whole, collectives=one.collectives * whole)
     if rest:
-        total = total.then(replace(of(rest), parameters=0))
+        total = total.then(replace(of(rest), parameters=0, calls=0))
     waiting = row * (batch - chunk)
     return replace(total, peak_memory=max(waiting + one.peak_memory, 2 * row * batch))
 

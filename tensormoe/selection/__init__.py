@@ -1,14 +1,18 @@
-"""Budget → rank, and the front of ranks; costs of the layers that mixtures are compared with."""
+"""Budget → rank of a layer or a whole model, the front of ranks, and costs of other layers."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tensormoe.selection._allocate import allocate
+from tensormoe.selection._allocation import AllocatedLayer, Allocation
 from tensormoe.selection._baselines import dense_moe_cost, linear_cost, mlp_cost, sparse_moe_cost
 from tensormoe.selection._budget import Budget, mlp_budgets
 from tensormoe.selection._select import OBJECTIVES, RankChoice, rank_front, select_rank
 from tensormoe.selection._select_block import select_block
+from tensormoe.selection._sensitivity import Sensitivity, SensitivityPoint
+from tensormoe.selection._sites import LayerSite, Projection
 from tensormoe.selection._useful import excess
 
 if TYPE_CHECKING:
@@ -16,8 +20,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OBJECTIVES",
+    "AllocatedLayer",
+    "Allocation",
     "Budget",
+    "LayerSite",
+    "Projection",
     "RankChoice",
+    "Sensitivity",
+    "SensitivityPoint",
+    "allocate",
     "dense_moe_cost",
     "excess",
     "explore",

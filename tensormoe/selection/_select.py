@@ -177,10 +177,32 @@ def rank_front(
     built = counted_gate(gate)
     limits, counted = _parsed(family, budget, built)
     spending = spending_of_layer(limits, counted)
-    found = front(family, spending)
+    found: list[RankChoice] = []
+    families = [family]
+    for rest in families:
+        for sizes in front(rest, spending):
+            found.append(_choice(rest, spending, sizes, built))
+            # what bonds that are as large as useful leave of the budget is for the others
+            capped = without_waste(family, rest, rest.spec(sizes))
+            if capped is not None and capped.symbols and capped.bonds not in _bonds(families):
+                families.append(capped)
     if not found:
         raise infeasible(family, limits, counted)
-    return tuple(_choice(family, spending, sizes, built) for sizes in found)
+    return _undominated(found)
+
+
+def _bonds(families: Sequence[Family]) -> list[Sequence[int | str]]:
+    return [family.bonds for family in families]
+
+
+def _undominated(choices: Sequence[RankChoice]) -> tuple[RankChoice, ...]:
+    """The choices that no other beats in both figures, of equals the one of fewer parameters."""
+    kept: list[RankChoice] = []
+    order = sorted(choices, key=lambda one: (-one.expert_rank, -one.expert_span, one.parameters))
+    for each in order:
+        if not kept or each.expert_span > kept[-1].expert_span:
+            kept.append(each)
+    return tuple(reversed(kept))
 
 
 def measure_of(objective: str) -> Measure:

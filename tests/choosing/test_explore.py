@@ -189,7 +189,8 @@ def test_errors_are_values_and_never_raised() -> None:
         "errors": [
             {
                 "field": "in_features",
-                "message": "in_features must be a positive integer; got '<script>'.",
+                "message": "in_features must be a positive integer; got '<script>'. Write digits: "
+                "768.",
             }
         ],
     }
@@ -219,9 +220,9 @@ def test_the_best_row_has_no_collapsed_rank() -> None:
         Row("round", expert_rank=100, expert_span=100),
         Row("tall", expert_rank=120, expert_span=2),
     ]
-    found = best(rows, "capacity")
+    found = best(dict.fromkeys(("capacity", "expert_rank", "expert_span"), rows), "capacity")
     assert found is not None
     assert found.name == "round"
     assert found.others == {"capacity": "round", "expert_rank": "tall", "expert_span": "flat"}
     assert "100 × 100" in found.reason
-    assert best([Row("none", error=BudgetError("No."))], "capacity") is None
+    assert best({"capacity": [Row("none", error=BudgetError("No."))]}, "capacity") is None

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tensormoe.choosing import explore
-from tensormoe.cli._choose import LARGEST, ChoosingServer
+from tensormoe.cli._server import LARGEST, ChoosingServer
 from tensormoe.errors import SpecError
 from tensormoe.planning import Roofline
 

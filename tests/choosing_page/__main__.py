@@ -54,7 +54,7 @@ def main() -> int:
 def served_by(engine: str) -> Iterator[str]:
     """The address of the page with an engine."""
     if engine == "server":
-        from tensormoe.cli._choose import ChoosingServer
+        from tensormoe.cli._server import ChoosingServer
 
         with ChoosingServer(0) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -33,7 +33,22 @@ from tests._command import LAYER, run
         (["rank", *LAYER, "--factorization", "svd"], "factorization must be one of 'cp'"),
         (["rank", *LAYER, "--objective", "speed"], "--objective must be one of 'capacity'"),
         (["rank", *LAYER, "--device", "tpu"], "--device must be one of this"),
-        (["rank", *LAYER, "--gate", "relu"], "activation must be one of entmax"),
+        (["rank", *LAYER, "--gate", "relu"], "--gate: activation must be one of entmax"),
+        (["rank", *LAYER, "--kind", "conv"], "--kind must be one of 'layer'"),
+        (["rank", *LAYER, "--hidden", "0"], "--hidden must be a positive integer; got '0'"),
+        (["rank", *LAYER, "--dtype", "int8"], "--dtype must be one of 'float32'"),
+        (["rank", *LAYER, "--devices", "0"], "--devices must be a positive integer"),
+        (["rank", *LAYER, "--devices", "2", "--link", "fast"], "--link must be a quantity"),
+        (["rank", *LAYER, "--format", "xml"], "--format must be one of 'table', 'json'"),
+        (["rank", *LAYER, "--top-k", "none"], "--top-k must be a positive integer"),
+        (["rank", *LAYER, "--kind", "mlp", "--bonds", "4,4"], "--bonds must be left out"),
+        (["rank", *LAYER, "--kind", "mlp", "--front"], "--front is for single layers"),
+        (["plan", *LAYER, "--kind", "gated", "--rank", "4,4"], "--rank must be one positive"),
+        (["plan", *LAYER, "--top-k", "x"], "--top-k must be a positive integer"),
+        (["completion", "tcsh"], "SHELL must be one of 'bash', 'zsh', 'fish'; got 'tcsh'"),
+        (["completion"], "SHELL"),
+        (["config", "ranks"], "COMMAND must be one of 'rank'"),
+        (["rank", *LAYER, "--config", "/no/such.toml"], "--config must be a file"),
         (["rank", *LAYER, "--batch", "many"], "--batch must be a positive integer"),
         (["rank", *LAYER, "--bonds", "4,4"], "bonds must have 3 entries"),
         (["rank", *LAYER, "--bonds", "4,-4,free"], "got '-4' for bond 1"),
@@ -46,14 +61,15 @@ from tests._command import LAYER, run
         (["plan", *LAYER, "--rank", "4", "--budget", "linear"], "exclude one another"),
         (["plan", *LAYER, "--factorization", "dense", "--rank", "4"], "rank must be None"),
         (["plan", *LAYER, "--factorization", "svd", "--rank", "4"], "factorization must be one"),
-        (["plan", *LAYER, "--budget", "10"], "parameters must be at least"),
-        (["plan", *LAYER, "--rank", "4", "--top-k", "99"], "top_k must be at most"),
-        (["plan", *LAYER, "--rank", "4", "--memory-limit", "9"], "memory_limit must be at least"),
+        (["plan", *LAYER, "--budget", "10"], "--budget: parameters must be at least"),
+        (["plan", *LAYER, "--size", "4"], "arguments: --size 4. Run: tensormoe plan --help"),
+        (["plan", *LAYER, "--rank", "4", "--top-k", "99"], "--top-k must be at most"),
+        (["plan", *LAYER, "--rank", "4", "--memory-limit", "9"], "--memory-limit must be at least"),
         (["plan", *LAYER, "--rank", "4", "--memory-limit", "x"], "--memory-limit must be"),
         (["plan", *LAYER, "--memory-limit", "1M", "--training"], "--memory-limit is for forward"),
         (["plan", *LAYER, "--rank", "4", "--devices", "x"], "--devices must be a positive"),
         (["plan", *LAYER, "--rank", "4", "--devices", "7"], "multiple of the 7 devices"),
-        (["plan", *LAYER, "--rank", "4", "--devices", "2", "--leg", "z"], "leg must be one of"),
+        (["plan", *LAYER, "--rank", "4", "--devices", "2", "--leg", "z"], "--leg must be one of"),
         (["plan", *LAYER, "--rank", "5", "--devices", "2", "--leg", "r"], "got 5 for leg 'r'"),
         (["plan", *LAYER, "--rank", "4", "--leg", "r"], "--leg is for a layer cut over"),
         (["plan", *LAYER, "--rank", "4", "--link", "1G"], "--link is for a layer cut over"),
@@ -79,6 +95,27 @@ def test_bad_words_are_one_clear_line(
     assert said in captured.err
 
 
+def test_every_word_that_is_wrong_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("0", "64", "16x", "--batch", "many", "--dtype", "int8", "--objective", "speed")
+    assert main(["rank", *words, "--device", "tpu"]) == 2
+    captured = capsys.readouterr()
+    assert not captured.out
+    lines = captured.err.splitlines()
+    for line, said in zip(
+        sorted(lines),
+        (
+            "--batch must be a positive integer; got 'many'. Write digits: 768.",
+            "--device must be one of this",
+            "--dtype must be one of 'float32'",
+            "--objective must be one of 'capacity'",
+            "experts must be positive integers; got '' for level 1 of '16x'.",
+            "in_features must be a positive integer; got '0'. Write digits: 768.",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(f"error: {said}")
+
+
 def test_a_plot_that_cannot_be_written_leaves_nothing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -96,7 +133,7 @@ def test_errors_of_a_process_have_no_traceback() -> None:
     done = run("plan", "64", "64", "16", "--rank", "4,4")
     assert done.returncode == 2
     assert not done.stdout
-    assert done.stderr.startswith("error: rank must be one positive integer; got (4, 4).")
+    assert done.stderr.startswith("error: --rank must be one positive integer; got (4, 4).")
     assert "Traceback" not in done.stderr
 
 
@@ -108,6 +145,7 @@ def test_errors_of_a_process_have_no_traceback() -> None:
         ("matplotlib", ["plan", *LAYER, "--json", "--plot", "x.png"], "plot"),
         ("platformdirs", ["rank", *LAYER, "--device", "this"], "cli"),
         ("numpy", ["calibrate"], "numpy"),
+        ("shtab", ["completion", "bash"], "cli"),
         ("sklearn", ["demo"], "demo"),
         ("matplotlib", ["demo"], "demo"),
     ],

@@ -32,14 +32,14 @@ def test_plan_is_that_of_the_library(capsys: pytest.CaptureFixture[str]) -> None
     found = ask(capsys, "plan", "768", "768", "512", *words)
     spec = LayerSpec(768, 768, 512, TensorRing((4, 4, 97)))
     cost = spec.cost(64)
-    assert LayerSpec.from_dict(found["spec"]) == spec
+    assert LayerSpec.from_dict(found["layers"][0]["spec"]) == spec
     assert found["flops"] == cost.flops
     assert found["memory"] == cost.peak_memory
     assert found["parameters"] == spec.num_parameters
     assert [step["label"] for step in found["steps"]] == [step.label for step in cost.steps]
     assert sum(step["matmul_flops"] for step in found["steps"]) == cost.matmul_flops
     assert sum(step["time"] for step in found["steps"]) == pytest.approx(found["time"])
-    assert found["dense"]["parameters"] == 512 * 769 * 768
+    assert found["layers"][0]["dense"]["parameters"] == 512 * 769 * 768
 
 
 def test_plan_of_gate_training_top_k_and_prepared(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,29 +52,30 @@ def test_plan_of_gate_training_top_k_and_prepared(capsys: pytest.CaptureFixture[
     assert training["flops"] == spec.cost(1024, gate="entmax", training=True).flops
     assert training["saved_memory"] > 0 == plain["saved_memory"]
     assert "gather" in ask(capsys, *layer, "--top-k", "2")["steps"][0]["label"]
-    assert ask(capsys, *layer, "--prepared")["prepared"] is True
+    assert ask(capsys, *layer, "--prepared")["layers"][0]["prepared"] is True
 
 
 def test_plan_under_a_memory_limit_adds_the_chunks_up(capsys: pytest.CaptureFixture[str]) -> None:
     layer = ("plan", "64", "64", "16", "--rank", "256", "--batch", "1000")
     whole = ask(capsys, *layer)
     cut = ask(capsys, *layer, "--memory-limit", "700KiB")
-    assert cut["chunk"] < 1000 == whole["chunk"]
+    (chunk,) = (each["chunk"] for each in cut["layers"])
+    assert chunk < 1000 == whole["layers"][0]["chunk"]
     assert cut["memory"] <= 700 * 1024 < whole["memory"]
     assert cut["flops"] == whole["flops"]
-    assert {step["count"] for step in cut["steps"]} == {-(-1000 // cut["chunk"])}
+    assert {step["count"] for step in cut["steps"]} == {-(-1000 // chunk)}
 
 
 def test_plan_chooses_a_rank_by_budget(capsys: pytest.CaptureFixture[str]) -> None:
     # the gate comes on top without a budget, and counts against one
     for words, rank in (([], 288), (["--budget", "linear"], 96)):
         found = ask(capsys, "plan", "768", "768", "512", *words)
-        assert found["spec"]["rank"] == rank
+        assert found["layers"][0]["spec"]["rank"] == rank
     for words in (["--gate-on-top"], ["--gate", "none"]):
         found = ask(capsys, "plan", "768", "768", "512", "--budget", "linear", *words)
-        assert found["spec"]["rank"] == 288
+        assert found["layers"][0]["spec"]["rank"] == 288
     found = ask(capsys, "plan", "768", "768", "16x8", "--factorization", "hadamard")
-    assert found["spec"]["rank"] is None
+    assert found["layers"][0]["spec"]["rank"] is None
 
 
 def test_plan_shows_the_network_and_every_step(capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +156,7 @@ def test_plan_of_one_device_of_several(capsys: pytest.CaptureFixture[str]) -> No
     layer = ("plan", "768", "640", "512", "--rank", "256", "--gate", "none", "--device", "h100")
     spec = LayerSpec(768, 640, 512, CP(256))
     best = ask(capsys, *layer, "--devices", "8", "--training")
-    assert (best["devices"], best["leg"], best["spec"]) == (8, "r", spec.to_dict())
+    assert (best["devices"], best["leg"], best["layers"][0]["spec"]) == (8, "r", spec.to_dict())
     cost = spec.shard("r", 8).cost(1024, training=True)
     assert best["parameters"] == cost.parameters
     assert (
@@ -167,7 +168,7 @@ def test_plan_of_one_device_of_several(capsys: pytest.CaptureFixture[str]) -> No
     assert {each["leg"] for each in best["legs"]} == {"r", "i", "o", "n0"}
     sliced = ask(capsys, *layer, "--devices", "8", "--leg", "o", "--link", "1GB")
     assert sliced["collectives"] == []
-    assert sliced["device"]["link_bandwidth"] == 1e9
+    assert sliced["request"]["device"]["link_bandwidth"] == 1e9
     assert main([*layer, "--devices", "8", "--leg", "i"]) == 0
     shown = capsys.readouterr().out
     assert "one of 8 devices, each with 96 of the 768 of leg i" in shown

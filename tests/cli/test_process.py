@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tensormoe.cli._commands import COMMANDS, make_parser
 from tests._command import LAYER, run
 from tests._python import ENVIRONMENT
 
@@ -20,7 +21,7 @@ from tests._python import ENVIRONMENT
 def test_help_and_version() -> None:
     done = run("--help")
     assert done.returncode == 0
-    for command in ("rank", "plan", "calibrate", "demo", "explore"):
+    for command in ("rank", "plan", "calibrate", "demo", "explore", "config", "completion"):
         assert re.search(rf"^  {command} ", done.stdout, re.MULTILINE)
         assert "usage: tensormoe " + command in run(command, "--help").stdout
     assert run("--version").stdout.startswith("tensormoe ")
@@ -30,11 +31,14 @@ def test_help_loads_nothing_heavy() -> None:
     watch = """
 import sys
 from tensormoe.cli import main
-try:
-    main(["--help"])
-except SystemExit:
-    pass
-heavy = {"numpy", "opt_einsum", "rich", "matplotlib", "platformdirs", "scipy", "sklearn"}
+from tensormoe.cli._commands import COMMANDS
+for words in ([], *([name] for name in COMMANDS)):
+    try:
+        main([*words, "--help"])
+    except SystemExit:
+        pass
+heavy = {"numpy", "opt_einsum", "rich", "matplotlib", "platformdirs", "scipy", "sklearn", "shtab"}
+heavy |= {"tensormoe.choosing", "tensormoe.planning", "tensormoe.compression", "tomllib"}
 print(sorted(heavy & set(sys.modules)), file=sys.stderr)
 """
     assert run(code=watch).stderr == "[]\n"
@@ -88,3 +92,13 @@ def test_an_interrupt_is_status_130(tmp_path: Path) -> None:
             process.kill()
     assert process.returncode == 130
     assert errors == "error: interrupted.\n"
+
+
+def test_the_page_lists_every_command_and_option() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text("utf-8")
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    for name, parser in make_parser(COMMANDS)[1].items():
+        assert f"[`{name}`](#{name})" in text
+        for option in parser.format_help().split():
+            if re.fullmatch(r"--[a-z][a-z-]+", option) and not option.startswith("--no-"):
+                assert f"`{option}" in sections[name] or option == "--help", (name, option)

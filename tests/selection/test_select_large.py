@@ -136,6 +136,10 @@ def test_no_rank_within_a_number_of_parameters_is_better(many: Many, objective: 
             assert reached >= OBJECTIVES[objective](*known[wanted])
 
 
+def _covers(one: Sizes, other: Sizes) -> bool:
+    return one[0] >= other[0] and one[1] >= other[1]
+
+
 @pytest.mark.parametrize("many", MANY, ids=str)
 def test_the_front_of_a_large_family_is_whole(many: Many) -> None:
     known = figures(many)
@@ -150,7 +154,17 @@ def test_the_front_of_a_large_family_is_whole(many: Many) -> None:
                 span = pair[1]
                 front.append(pair)
         found = rank_front(many.name, *many.sizes, budget=limit, gate=None)
-        assert [(each.expert_rank, each.expert_span) for each in found] == front[::-1]
+        pairs = [(each.expert_rank, each.expert_span) for each in found]
+        assert pairs == sorted(pairs)
+        assert not any(_covers(*two) for two in itertools.permutations(pairs, 2))
+        if not any(excess(many.spec(many.rank(sizes))) for sizes in taken if known[sizes] in front):
+            assert pairs == front[::-1]
+        # bonds beyond use are cut, and what they leave goes to the others
+        for objective in OBJECTIVES:
+            rank = select_rank(many.name, *many.sizes, budget=limit, gate=None, objective=objective)
+            spec = many.spec(rank)
+            front.append((spec.expert_rank, spec.expert_span))
+        assert all(any(_covers(own, pair) for own in pairs) for pair in front)
         assert all(each.parameters <= limit for each in found)
         assert not any(excess(each.spec) for each in found)
 

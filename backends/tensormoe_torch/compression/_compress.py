@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -12,8 +12,8 @@ from tensormoe import LayerSpec
 from tensormoe._validation import flag
 from tensormoe.decomposition import Decomposition, Progress, Search, decompose
 from tensormoe.errors import RankError, SpecError
-from tensormoe.factorizations import Factorization, FactorizationLike, resolve_factorization
-from tensormoe.selection import Budget
+from tensormoe.factorizations import FactorizationLike, resolve_factorization
+from tensormoe.selection import Allocation, Budget
 from tensormoe_torch._hub import mark
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch.compression._dense import ROLES, DenseExperts
@@ -27,6 +27,7 @@ from tensormoe_torch.compression._report import (
     CompressionReport,
 )
 from tensormoe_torch.compression._samples import Batch, Samples, collect, output_error
+from tensormoe_torch.surgery._allocated import allocated_modules, check_alone, layer_of
 from tensormoe_torch.surgery._replace import at, num_parameters
 from tensormoe_torch.surgery._select import Select
 from tensormoe_torch.surgery._surroundings import check_surroundings
@@ -34,7 +35,7 @@ from tensormoe_torch.surgery._surroundings import check_surroundings
 
 def compress(
     model: nn.Module,
-    factorization: FactorizationLike,
+    factorization: FactorizationLike | Allocation,
     *,
     rank: int | tuple[int, ...] | None = None,
     budget: Budget | int | float | None = None,
@@ -62,7 +63,8 @@ def compress(
     Args:
         model: it holds the experts.
         factorization: of every projection: a value such as ``CP(64)``, or a name with one of the
-            three below.
+            three below. Or a :class:`tensormoe.selection.Allocation` of experts, which has one with
+            its rank for each projection of each layer, and names the layers.
         rank: bond sizes, with a name.
         budget: of each projection: a :class:`tensormoe.Budget`, a number of parameters, or as a
             float in (0, 1] a share of the weights' own; of weights alone, as the router stays.
@@ -109,15 +111,21 @@ def compress(
     flag(weighted, "weighted")
     if weighted and inputs is None:
         raise SpecError("weighted compression needs inputs; got none. Pass inputs=….")
+    if isinstance(factorization, Allocation):
+        given = {"rank": rank, "budget": budget, "tolerance": tolerance, "select": select}
+        check_alone("compress", given)
+        wanted = allocated_modules(model, factorization, ("experts",), "replace")
+        select = tuple(wanted)
     chosen = find_experts(model, select)
     check_surroundings(model, chosen)
     # a module that is used in several places is replaced by one
     names = list({id(module): name for name, module in reversed(chosen.items())}.values())[::-1]
     sources = [read_experts(chosen[name], name) for name in names]
-    if budget is None and tolerance is None:
-        kind = resolve_factorization(factorization, rank)
-        for source in sources:
-            _check_sizes(source, kind)
+    kinds: dict[str, Mapping[str, FactorizationLike]] = {}
+    for source in sources:
+        kinds[source.name] = _kinds(source, factorization)
+        if budget is None and tolerance is None:
+            _check_sizes(source, kinds[source.name], rank)
     samples: list[Samples] | list[None] = [None] * len(sources)
     if inputs is not None:
         samples = collect(model, sources, inputs)
@@ -133,7 +141,7 @@ def compress(
                     source,
                     role,
                     sample,
-                    factorization,
+                    kinds[source.name][role],
                     rank=rank,
                     budget=budget,
                     tolerance=tolerance,
@@ -165,13 +173,39 @@ def compress(
     return CompressionReport(tuple(modules), (count, num_parameters(model)))
 
 
-def _check_sizes(source: DenseExperts, kind: Factorization) -> None:
+def _kinds(
+    source: DenseExperts, factorization: FactorizationLike | Allocation
+) -> Mapping[str, FactorizationLike]:
+    """The factorization of each projection.
+
+    Raises:
+        SpecError: an allocation for experts of other sizes or another number.
+    """
+    if not isinstance(factorization, Allocation):
+        return dict.fromkeys(source.stacks, factorization)
+    sizes = {role: stack.sizes for role, stack in source.stacks.items()}
+    layer = layer_of(factorization, source.name, sizes)
+    if layer.site.experts != source.count:
+        raise SpecError(
+            f"an allocation must have as many experts as the model; {source.name!r} has "
+            f"{source.count}, the allocation {layer.site.experts}. Allocate anew for this model."
+        )
+    roles = (each.role for each in layer.site.projections)
+    return dict(zip(roles, layer.factorizations, strict=True))
+
+
+def _check_sizes(
+    source: DenseExperts,
+    kinds: Mapping[str, FactorizationLike],
+    rank: int | tuple[int, ...] | None,
+) -> None:
     """Refuse, before any work, factors that are larger than what they stand for.
 
     Raises:
         RankError: they are; or bonds that do not fit.
     """
     for role, stack in source.stacks.items():
+        kind = resolve_factorization(kinds[role], rank)
         with at(f"{source.name}.{role}"):
             rows, columns = stack.sizes
             bias = stack.biases is not None

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tensormoe.errors import ShapeError, SpecError
+from tensormoe.selection import Projection
 from tensormoe_torch._dtypes import FLOATS
 from tensormoe_torch.compression._dense import ROLES, DenseExperts, Stack
 from tensormoe_torch.compression._experts import FactorizedExperts
@@ -44,18 +45,7 @@ def whole_stacks(module: nn.Module, name: str) -> dict[str, Stack]:
     _check_held(held, {key, "down_proj", f"{key}_bias", "down_proj_bias"}, name)
     for each, parameter in held.items():
         _check_values(parameter, f"{name}.{each}")
-    up, down = held[key], held["down_proj"]
-    count, rows, columns = down.shape
-    # (experts, out, in), as nn.Linear has it, or (experts, in, out)
-    as_linear = up.shape == (count, parts * columns, rows)
-    as_matrix = up.shape == (count, columns, parts * rows)
-    if as_linear and as_matrix:
-        as_matrix = bool(getattr(module, "is_transposed", False))
-    elif not as_linear and not as_matrix:
-        raise ShapeError(
-            f"{name}.{key} and {name}.down_proj must be the projections of the same experts; got "
-            f"shapes {tuple(up.shape)} and {tuple(down.shape)}."
-        )
+    as_matrix = _stores_matrices(module, name, key)
 
     def stack(key: str) -> Stack:
         weight, bias = held[key].detach(), held.get(f"{key}_bias")
@@ -63,6 +53,43 @@ def whole_stacks(module: nn.Module, name: str) -> dict[str, Stack]:
         return Stack(weight, None if bias is None else bias.detach())
 
     return {key: stack(key), "down_proj": stack("down_proj")}
+
+
+def _stores_matrices(module: nn.Module, name: str, key: str) -> bool:
+    """Whether stacks are (experts, in, out), not (experts, out, in), as nn.Linear has it.
+
+    Raises:
+        ShapeError: they are neither.
+    """
+    up, down = module.get_parameter(key), module.get_parameter("down_proj")
+    parts = 2 if key == "gate_up_proj" else 1
+    count, rows, columns = down.shape
+    as_linear = up.shape == (count, parts * columns, rows)
+    as_matrix = up.shape == (count, columns, parts * rows)
+    if as_linear and as_matrix:
+        return bool(getattr(module, "is_transposed", False))
+    if not as_linear and not as_matrix:
+        raise ShapeError(
+            f"{name}.{key} and {name}.down_proj must be the projections of the same experts; got "
+            f"shapes {tuple(up.shape)} and {tuple(down.shape)}."
+        )
+    return as_matrix
+
+
+def stack_projections(module: nn.Module, name: str) -> tuple[int, tuple[Projection, ...]]:
+    """Number of stacked experts, and their projections, by shapes alone.
+
+    Raises:
+        ShapeError: they do not fit.
+    """
+    held = dict(module.named_parameters())
+    key = "gate_up_proj" if "gate_up_proj" in held else "up_proj"
+    count, rows, columns = held["down_proj"].shape
+    hidden, out = (rows, columns) if _stores_matrices(module, name, key) else (columns, rows)
+    bias = f"{key}_bias" in held
+    roles = ("gate_proj", "up_proj") if key == "gate_up_proj" else ("up_proj",)
+    ahead = (Projection(role, out, hidden, bias) for role in roles)
+    return count, (*ahead, Projection("down_proj", hidden, out, "down_proj_bias" in held))
 
 
 def is_concatenated(module: nn.Module) -> bool:

@@ -15,11 +15,17 @@ from tensormoe.factorizations import INITIALIZATIONS, FactorizationLike
 from tensormoe.functional import BlockConfig, Fit, LayerConfig, Options, checked_noise
 from tensormoe.gates import Gate
 from tensormoe.planning import PUBLISHED_ROOFLINES, Cost, Roofline
-from tensormoe.selection import Budget, linear_cost
+from tensormoe.selection import Allocation, Budget, linear_cost
 from tensormoe_torch._hooks import move_hooks
 from tensormoe_torch._hub import mark
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._mlp import MuMoEMLP
+from tensormoe_torch.surgery._allocated import (
+    allocated_modules,
+    check_alone,
+    layer_of,
+    options_of,
+)
 from tensormoe_torch.surgery._block import Block, read_block
 from tensormoe_torch.surgery._convert import (
     block_config,
@@ -40,9 +46,9 @@ _STARTS = ("weights", *INITIALIZATIONS)
 
 def replace(
     model: nn.Module,
-    select: Select,
+    select: Select | Allocation,
     *,
-    experts: int | tuple[int, ...],
+    experts: int | tuple[int, ...] | None = None,
     factorization: FactorizationLike | tuple[FactorizationLike, FactorizationLike] = "cp",
     rank: int | tuple[int, ...] | None = None,
     budget: Budget | int | str | None = None,
@@ -67,8 +73,10 @@ def replace(
         select: which ones: a pattern on names or several of them, in which ``*`` stands for one
             part of a dotted name and ``**`` for any number of parts ("**.mlp"); a class of modules;
             or a function of name and module. All that it selects must be linear layers or MLPs as
-            :func:`from_linear` and :func:`from_mlp` take them, none inside another.
-        experts: N, or one size per level of hierarchy.
+            :func:`from_linear` and :func:`from_mlp` take them, none inside another. Or a
+            :class:`tensormoe.selection.Allocation` of linear layers and MLPs, which has
+            the experts, the factorizations with their ranks, and the gate of each.
+        experts: N, or one size per level of hierarchy; to be given unless with an allocation.
         factorization: a value such as ``CP(rank=64)``, a name, or, for blocks, a pair of them.
         rank: bond sizes, with a name.
         budget: upper limits for each layer or block with its gate instead, as for
@@ -113,12 +121,26 @@ def replace(
     if batch is not None and example is not None:
         raise SpecError(f"batch and example exclude one another; got batch={batch!r}. Drop one.")
     rows = positive_int(1024 if batch is None else batch, "batch")
-    options = Options(experts, factorization, rank, budget, gate=gate)
-
-    chosen = select_modules(model, select)
+    if isinstance(select, Allocation):
+        own = None if factorization == "cp" else factorization, None if gate == "entmax" else gate
+        given = {"experts": experts, "rank": rank, "budget": budget}
+        check_alone("replace", {**given, "factorization": own[0], "gate": own[1]})
+        chosen = allocated_modules(model, select, ("linear", "mlp"), "compress")
+    else:
+        if experts is None:
+            raise SpecError("experts must be given; got None. Give N, or one size per level.")
+        chosen = select_modules(model, select)
     sources = {name: _read(name, module, model, start) for name, module in chosen.items()}
     check_surroundings(model, chosen)
-    configs = {name: _config(name, source, options, drop) for name, source in sources.items()}
+    configs = {}
+    for name, source in sources.items():
+        if isinstance(select, Allocation):
+            first = next(key for key in select.names if chosen[key] is chosen[name])
+            options = options_of(layer_of(select, first, _projections(source)))
+        else:
+            assert experts is not None
+            options = Options(experts, factorization, rank, budget, gate=gate)
+        configs[name] = _config(name, source, options, drop)
     # a module that is used in several places is replaced by one
     names = list({id(module): name for name, module in reversed(chosen.items())}.values())[::-1]
     if example is None:
@@ -147,6 +169,15 @@ def replace(
             try_out(model, example)
     mark(model)
     return Surgery(tuple(replacements), (count, num_parameters(model)), device, bool(training))
+
+
+def _projections(source: Linear | Block) -> dict[str, tuple[int, int]]:
+    """Sizes of what is built, by role."""
+    if isinstance(source, Linear):
+        return {"": source.sizes}
+    rows, hidden, columns = source.sizes
+    wide = hidden if source.up is None else 2 * hidden
+    return {"first": (rows, wide), "second": (hidden, columns)}
 
 
 def _roofline(roofline: Roofline | str) -> Roofline:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -12,19 +12,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tensormoe import LayerSpec
+from tensormoe._config import LayerConfig
 from tensormoe._format import format_rank
 from tensormoe.analysis import Images, explore
+from tensormoe.choosing._explore import row_dict
+from tensormoe.choosing._rows import Row
+from tensormoe.cli._columns import LAYER_COLUMNS
 from tensormoe.cli._console import make_table, print_json
 from tensormoe.cli._demo import _digits
 from tensormoe.cli._demo._picture import draw
 from tensormoe.cli._demo._proof import largest_error, routing
 from tensormoe.cli._demo._training import HIDDEN, Classifier, History, Linear, train
-from tensormoe.cli._figures import COLUMNS, Figures
 from tensormoe.cli._profile import resolve_device
 from tensormoe.errors import CheckpointError
 from tensormoe.factorizations import resolve_factorization
 from tensormoe.gates import Gate
-from tensormoe.planning import Roofline
+from tensormoe.planning import Cost, Roofline
 from tensormoe.planning._gate_cost import gate_parameters
 from tensormoe.selection import Budget, dense_moe_cost, linear_cost, select_rank
 from tensormoe_numpy import MuMoE
@@ -148,7 +151,7 @@ def tell(
                 "train_images": len(digits.train),
                 "test_images": len(digits.test),
                 "device": device.to_dict(),
-                "costs": {row.name: row.to_dict() for row in rows},
+                "costs": {row.name: row_dict(row) for row in rows},
                 "max_relative_error": errors,
                 "models": [_entry_dict(entry) for entry in entries],
                 "files": files,
@@ -177,36 +180,28 @@ def _entries(experts: tuple[int, ...]) -> list[Entry]:
 
 def _compare(
     console: Console, entries: list[Entry], experts: tuple[int, ...], device: Roofline
-) -> list[Figures]:
+) -> list[Row]:
     pixels = _digits.PIXELS
     listed = " × ".join(map(str, experts))
     console.print(f"\n1  A linear layer, {pixels} → {HIDDEN}, and {listed} experts", style="bold")
-    rows = []
-    for entry in entries:
-        if entry.spec is not None:
-            rows.append(
-                Figures.of(
-                    entry.name,
-                    entry.spec.cost(_BATCH, gate=_GATE),
-                    device,
-                    rank=entry.spec.factorization.rank,
-                    expert_rank=entry.spec.expert_rank,
-                    expert_span=entry.spec.expert_span,
-                )
-            )
+    rows = [
+        _row(entry.name, entry.spec.cost(_BATCH, gate=_GATE), device, entry.spec)
+        for entry in entries
+        if entry.spec is not None
+    ]
     dense = LayerSpec(pixels, HIDDEN, experts, "dense")
-    linear = linear_cost(pixels, HIDDEN, _BATCH)
-    plain: dict[str, Any] = {"expert_rank": dense.expert_rank, "expert_span": 1}
-    rows.append(Figures.of("linear", linear, device, **plain))
+    linear = _row("linear", linear_cost(pixels, HIDDEN, _BATCH), device)
+    rows.append(replace(linear, expert_rank=dense.expert_rank, expert_span=1))
     cost = dense_moe_cost(pixels, HIDDEN, experts, _BATCH, gate=_GATE)
-    spans: dict[str, Any] = {"expert_rank": dense.expert_rank, "expert_span": dense.expert_span}
-    rows.append(Figures.of("dense MoE", cost, device, **spans))
-    table = make_table(*COLUMNS[:3], "gate", *COLUMNS[3:], left=2)
+    rows.append(_row("dense MoE", cost, device, dense))
+    heads = [column.head for column in LAYER_COLUMNS]
+    table = make_table(*heads[:3], "gate", *heads[3:], left=2)
     gate = gate_parameters(_GATE, pixels, experts)
     for row in rows:
-        cells, own = row.cells(), 0 if row.name == "linear" else gate
+        values, own = row_dict(row), 0 if row.name == "linear" else gate
+        cells = [column.cell(values) for column in LAYER_COLUMNS]
         style = "green" if row.name in _FACTORIZATIONS.values() else ""
-        counts = (f"{row.cost.parameters - own:,}", f"{own:,}" if own else "–")
+        counts = (f"{values['parameters'] - own:,}", f"{own:,}" if own else "–")
         table.add_row(*cells[:2], *counts, *cells[3:], style=style)
     console.print()
     console.print(table)
@@ -219,6 +214,13 @@ def _compare(
         style="dim",
     )
     return rows
+
+
+def _row(name: str, cost: Cost, device: Roofline, spec: LayerSpec | None = None) -> Row:
+    if spec is None:
+        return Row(name, cost, device.time(cost))
+    config = LayerConfig(spec, _GATE)
+    return Row(name, cost, device.time(cost), config, spec.expert_rank, spec.expert_span)
 
 
 def _train(
@@ -240,11 +242,13 @@ def _train(
 def _progress(console: Console, name: str, total: int) -> Iterator[Any]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    # on a narrow terminal the figures alone
+    wide = console.width >= 80
     columns = (
-        TextColumn("   {task.description:<14}"),
-        BarColumn(bar_width=28),
+        TextColumn("   {task.description:<14}" if wide else "{task.description:<13}"),
+        *((BarColumn(bar_width=28),) if wide else ()),
         TextColumn("{task.fields[state]:<22}"),
-        TimeElapsedColumn(),
+        *((TimeElapsedColumn(),) if wide else ()),
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(name, total=total, state="")
