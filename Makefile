@@ -120,6 +120,7 @@ fuzz: $(VENV)/.ready-dev ## random cases, and junk at every door; resumes (not p
 docs: $(VENV)/.ready-dev ## the documentation, built strictly into site/
 	@echo "== docs"
 	@# not --quiet: it would keep the warnings from --strict, which counts them
+	@# npm puts Python for browsers beside the rank explorer once; where there is none, the build says so
 	@$(BIN)/mkdocs build --strict 2>&1 | sed '/^INFO /d'
 
 .PHONY: docs-check
@@ -131,6 +132,11 @@ docs-check: $(VENV)/.ready-docs-check ## every page of the documentation in Chro
 explorer-check: $(VENV)/.ready-docs-check ## the explorer of experts in Chromium (not part of test)
 	@echo "== explorer-check"
 	@PYTHONPATH=.:backends $(BIN)/python -m tests.explorer
+
+.PHONY: rank-explorer-check
+rank-explorer-check: $(VENV)/.ready-docs-check ## the rank explorer in Chromium (not part of test)
+	@echo "== rank-explorer-check"
+	@PYTHONPATH=.:backends $(BIN)/python -m tests.choosing_page
 
 .PHONY: build-check
 build-check: $(VENV)/.ready-dev ## sdist -> wheel -> clean environment -> import every package
@@ -173,6 +179,7 @@ pre-commit: $(VENV)/.ready-dev ## run the checks of a commit now, and before eve
 .PHONY: clean
 clean: ## remove environments and everything built
 	@rm -rf $(VENV) $(CORE_VENV) $(OLDEST_VENV) $(GPU_VENV) build dist site out \
+	    docs/explorer/node_modules \
 	    .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find tensormoe backends tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 

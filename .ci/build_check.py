@@ -26,6 +26,9 @@ for package in sys.argv[1:]:
     assert files(package).joinpath("py.typed").is_file(), f"{package} ships no py.typed"
 for name in ("page.html", "page.css", "page.js"):
     assert files("tensormoe.analysis._explorer").joinpath(name).is_file(), f"no {name}"
+page = files("tensormoe.choosing").joinpath("page")
+for name in ("index.html", "page.css", "main.js", "worker.js", "icon.svg"):
+    assert page.joinpath(name).is_file(), f"no {name}"
 for point in entry_points(group="tensormoe.backends"):
     assert point.load().name == point.name, point
 import tensormoe

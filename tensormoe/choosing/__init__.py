@@ -13,10 +13,12 @@ from tensormoe.choosing._request import Request as Request
 from tensormoe.choosing._request import parse_request as parse_request
 from tensormoe.choosing._schema import request_schema as request_schema
 from tensormoe.choosing._schema import response_schema as response_schema
+from tensormoe.choosing._session import Session as Session
 
 __all__ = [
     "Best",
     "Request",
+    "Session",
     "answer",
     "explore",
     "parse_request",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,8 @@ from tensormoe.choosing._selected import cut_dict, selected
 from tensormoe.errors import BudgetError, RequestError, TensormoeError
 from tensormoe.planning import Cost, gate_cost
 from tensormoe.selection import OBJECTIVES, RankChoice
+
+MakeRow = Callable[[Request, str], Row]
 
 VERSION = 1
 """Of the form of responses."""
@@ -37,9 +39,14 @@ def explore(request: Mapping[str, Any] | Request) -> dict[str, Any]:
     [{'field': 'in_features', 'message': "in_features must be a positive integer; got 'many'. \
 Write digits: 768."}]
     """
+    return answer_or_errors(request)
+
+
+def answer_or_errors(request: Mapping[str, Any] | Request, make: MakeRow = row) -> dict[str, Any]:
+    """The response to a request, or the errors of its fields."""
     try:
         asked = request if isinstance(request, Request) else parse_request(request)
-        return answer(asked)
+        return answer(asked, make)
     except RequestError as error:
         return _refused(error.fields.items())
     except TensormoeError as error:
@@ -47,8 +54,12 @@ Write digits: 768."}]
         return _refused([("", error)])
 
 
-def answer(request: Request) -> dict[str, Any]:
+def answer(request: Request, make: MakeRow = row) -> dict[str, Any]:
     """The response to a request that was checked.
+
+    Args:
+        request: as :func:`parse_request` makes it.
+        make: makes a row of a request for a factorization, or has it already.
 
     Raises:
         TensormoeError: sizes that are possible one by one, and not together.
@@ -57,7 +68,7 @@ def answer(request: Request) -> dict[str, Any]:
     # it takes no search
     fast = {*request.budget.limits} == {"parameters"}
     by_objective = {
-        objective: [row(replace(request, objective=objective), name) for name in request.names]
+        objective: [make(replace(request, objective=objective), name) for name in request.names]
         for objective in (OBJECTIVES if fast else (request.objective,))
     }
     rows = by_objective[request.objective]

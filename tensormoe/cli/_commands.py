@@ -55,6 +55,7 @@ COMMANDS: Mapping[str, Command] = {
         "_plan",
         "how a layer runs: its tensor network, and the steps of its contraction with their cost",
     ),
+    "choose": Command("_choose", "the same as a page in the browser: tables, plots and code"),
     "calibrate": Command("_calibrate", "measure this machine, for predicted times"),
     "demo": Command("_demo", "factorized experts on real images, from budget to picture"),
     "compress": Command("_compress", "the experts of a model's checkpoint, decomposed"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, cached_property
 from typing import Any, cast
 
 from tensormoe._spec import LayerSpec
@@ -76,12 +77,18 @@ class Family:
         self.place_of: dict[Leg, int] = {}
         """Index in the rank of every bond that follows it."""
         self.legs = self._symbolic_sizes(self.place_of)
-        network = self.spec((1, 1)).network
-        symbolic = _symbolic(network, self.legs)
-        self.parameters = symbolic.num_parameters
-        unfoldings = (({INPUT}, {OUTPUT}), (network.expert_legs, {INPUT, OUTPUT}))
-        self._figures: tuple[tuple[Polynomial, ...], ...] = tuple(
-            symbolic.generic_ranks(*sides, Polynomial.constant(1), least) for sides in unfoldings
+        self._network = self.spec((1, 1)).network
+        self._symbolic = _symbolic(self._network, self.legs)
+        self.parameters = self._symbolic.num_parameters
+        self._at = cache(lambda outer: [_at(terms, outer) for terms in self._figures])
+
+    @cached_property
+    def _figures(self) -> tuple[tuple[Polynomial, ...], ...]:
+        """Expert rank and expert span, each the least of its terms; costs are known without."""
+        unfoldings = (({INPUT}, {OUTPUT}), (self._network.expert_legs, {INPUT, OUTPUT}))
+        return tuple(
+            self._symbolic.generic_ranks(*sides, Polynomial.constant(1), least)
+            for sides in unfoldings
         )
 
     def with_bonds(self, bonds: Sequence[int | str | None]) -> Family:
@@ -108,8 +115,14 @@ class Family:
 
     def figures(self, sizes: Choice) -> tuple[int, int]:
         """Expert rank and expert span."""
-        rank, span = (int(min(term(*sizes) for term in terms)) for terms in self._figures)
-        return rank, span
+        outer, inner = sizes
+        (rank, sums), (span, more) = self._at(outer)
+        # searches ask this more often than anything else
+        least = [min([value * inner**power for power, value in each]) for each in (rank, span)]
+        for index, others in enumerate((sums, more)):
+            for term in others:
+                least[index] = min(least[index], term(outer, inner))
+        return int(least[0]), int(least[1])
 
     def saturation(self, symbol: int) -> int:
         """The size from which on a symbol changes neither figure, whatever the other's size."""
@@ -171,6 +184,26 @@ def _checked_bonds(
 def _symbolic(network: Network, legs: Mapping[Leg, Polynomial]) -> Any:
     # counting multiplies and adds sizes, and polynomials can be multiplied and added
     return Network(network.factors, cast(Any, tuple(legs.items())), network.biases)
+
+
+def _at(
+    terms: Iterable[Polynomial], outer: int
+) -> tuple[list[tuple[int, float]], list[Polynomial]]:
+    """What is left of a minimum of terms at an outer size.
+
+    Returns:
+        The least coefficient of every power of the inner size, and the terms that are sums.
+    """
+    single: dict[int, float] = {}
+    sums = []
+    for term in terms:
+        if len(term.terms) > 1:
+            sums.append(term)
+            continue
+        for (first, second), value in term.terms.items():
+            there = value * outer**first
+            single[second] = min(single.get(second, there), there)
+    return list(single.items()), sums
 
 
 def _reaching(term: Polynomial, symbol: int, bound: float, low: int) -> int:

@@ -7,10 +7,11 @@ memory and time fall now and then, where a larger rank runs by another path, but
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from itertools import product
+from operator import itemgetter
 
 from tensormoe.selection._family import INNER, OUTER, Choice, Family
 from tensormoe.selection._spending import Spending
@@ -54,11 +55,15 @@ def front(family: Family, spending: Spending) -> list[Choice]:
     ranks = _Ranks(family, spending)
     found: dict[Figures, Choice] = {}
 
+    reached = _Corners()
+
     def undominated(pair: Figures) -> bool:
-        return not any(pair[0] <= rank and pair[1] <= span for rank, span in found)
+        return not reached.cover(pair)
 
     for sizes in ranks.search(range(1, ranks.last + 1), lambda *pair: pair, undominated):
-        found[family.figures(sizes)] = sizes
+        pair = family.figures(sizes)
+        reached.add(pair)
+        found[pair] = sizes
     front: list[Choice] = []
     span = 0
     for pair in sorted(found, reverse=True):
@@ -163,13 +168,13 @@ def _staircase(
         near: a test that smaller ranks pass if larger ones do, and all that fit.
         fits: whether a rank keeps to the budget.
     """
-    place, bound = 0, end
+    place, bound, least = 0, end, 1
     while bound > 0:
-        place = _first(lambda k: wants((outers[k], bound)), place, len(outers) - 1)  # noqa: B023
+        place = _next(lambda k: wants((outers[k], bound)), place, len(outers) - 1)  # noqa: B023
         if place == len(outers):
             return
         outer = outers[place]
-        least = _first(lambda size: wants((outer, size)), 1, bound)  # noqa: B023
+        least = _around(lambda size: wants((outer, size)), least, bound)  # noqa: B023
         if near((outer, least)):
             bound = _first(lambda size: not near((outer, size)), least + 1, bound) - 1  # noqa: B023
             inner = next((k for k in range(bound, least - 1, -1) if fits((outer, k))), None)
@@ -185,19 +190,63 @@ def _first(passes: Callable[[int], bool], low: int, high: int) -> int:
     return low + bisect_left(range(low, high + 1), True, key=passes)
 
 
+def _next(passes: Callable[[int], bool], low: int, high: int) -> int:
+    """The same, asked fewer times where it is near ``low``."""
+    step = 1
+    while low + step <= high and not passes(low + step - 1):
+        low, step = low + step, 2 * step
+    return _first(passes, low, min(low + step - 1, high))
+
+
+def _around(passes: Callable[[int], bool], guess: int, high: int) -> int:
+    """The smallest size from 1 on that passes, asked fewer times where it is near a guess."""
+    guess = min(guess, high)
+    if not passes(guess):
+        return _next(passes, guess + 1, high)
+    step = 1
+    while guess > step and passes(guess - step):
+        guess, step = guess - step, 2 * step
+    return _first(passes, max(guess - step + 1, 1), guess)
+
+
 def _monotone(fits: Test) -> Test:
     """``fits`` for ranks of which smaller ones pass and larger ones fail, asked where needed."""
-    passed: list[Choice] = []
-    failed: list[Choice] = []
+    passed, failed = _Corners(), _Corners()
 
     def told(sizes: Choice) -> bool:
         outer, inner = sizes
-        if any(outer <= known[0] and inner <= known[1] for known in passed):
+        if passed.cover(sizes):
             return True
-        if any(outer >= known[0] and inner >= known[1] for known in failed):
+        if failed.cover((-outer, -inner)):
             return False
         answer = fits(sizes)
-        (passed if answer else failed).append(sizes)
+        if answer:
+            passed.add(sizes)
+        else:
+            failed.add((-outer, -inner))
         return answer
 
     return told
+
+
+class _Corners:
+    """Pairs, of which those are kept that no other is at least as large as in both entries."""
+
+    def __init__(self) -> None:
+        # the first entries rise, and so the second ones fall
+        self._pairs: list[tuple[int, int]] = []
+
+    def cover(self, pair: tuple[int, int]) -> bool:
+        """Whether one of them is at least as large in both entries."""
+        index = bisect_left(self._pairs, pair[0], key=itemgetter(0))
+        return index < len(self._pairs) and self._pairs[index][1] >= pair[1]
+
+    def add(self, pair: tuple[int, int]) -> None:
+        """Keep a pair that is not covered, and drop those that it covers."""
+        if self.cover(pair):
+            return
+        end = bisect_right(self._pairs, pair[0], key=itemgetter(0))
+        start = end
+        while start > 0 and self._pairs[start - 1][1] <= pair[1]:
+            start -= 1
+        self._pairs[start:end] = [pair]

@@ -28,7 +28,7 @@
     const [one, two] = [parse(getComputedStyle(element).color), ground(element)].map(luminance);
     const contrast = (Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05);
     if (contrast < 4.5) problems.add(`contrast ${contrast.toFixed(2)}: ${element.tagName} ${element.textContent.slice(0, 30)}`);
-    if (element.scrollWidth > element.clientWidth + 1 && getComputedStyle(element).overflow === "visible" && getComputedStyle(element).display !== "inline")
+    if (!(element instanceof SVGElement) && element.scrollWidth > element.clientWidth + 1 && getComputedStyle(element).overflow === "visible" && getComputedStyle(element).display !== "inline")
       problems.add(`text sticks out: ${element.tagName} ${element.textContent.slice(0, 30)}`);
   }
   return [...problems];
