@@ -24,7 +24,7 @@ class Best:
         name: of the factorization.
         reason: why, with the figures.
         others: the factorization that each objective recommends; of a budget that is not of
-            parameters alone, only the one that was asked for.
+            parameters alone, or where others were not asked for, only that of the objective.
     """
 
     name: str

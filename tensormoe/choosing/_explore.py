@@ -66,7 +66,7 @@ def answer(request: Request, make: MakeRow = row) -> dict[str, Any]:
     """
     # ranks follow the objective, and so does what another one would recommend; that is asked where
     # it takes no search
-    fast = {*request.budget.limits} == {"parameters"}
+    fast = "others" in request.parts and {*request.budget.limits} == {"parameters"}
     by_objective = {
         objective: [make(replace(request, objective=objective), name) for name in request.names]
         for objective in (OBJECTIVES if fast else (request.objective,))

@@ -28,8 +28,9 @@ KINDS = ("layer", "mlp", "gated", "embedding")
 ITEMSIZES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 """Bytes per entry by dtype."""
 
-PARTS = ("rows", "fronts", "baselines", "selected")
-"""Parts of a response, which can be asked for one by one."""
+PARTS = ("rows", "others", "fronts", "baselines", "selected")
+"""Parts of a response, which can be asked for one by one; ``others`` is what other objectives
+recommend."""
 
 LIMITS = ("parameters", "flops", "memory", "time")
 _CPU_DTYPES = ("float32", "float64", "")

@@ -12,7 +12,7 @@ from tensormoe.choosing._request import Request
 from tensormoe.choosing._rows import Row, row
 
 _KEPT = 512
-"""Rows that are kept: those of more than a dozen requests, for every objective."""
+"""Rows that are kept: those of dozens of requests."""
 
 # what a row does not depend on
 _BESIDES = ("factorizations", "bonds", "parts", "selected", "rank")
@@ -28,11 +28,11 @@ class Session:
     >>> asked = {"in_features": 768, "out_features": 768, "experts": 512}
     >>> response = session.explore({**asked, "parts": ["rows"]})
     >>> response["best"]["name"], session.rows
-    ('tensor_ring', 27)
+    ('tensor_ring', 9)
     >>> session.explore({**asked, "parts": ["selected"]})["selected"]["factorization"]
     'tensor_ring'
     >>> session.rows
-    27
+    9
     """
 
     def __init__(self) -> None:

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     form = parse_format(arguments)
     path = None if arguments.plot is None else check_picture(arguments.plot, "--plot")
-    parts = ["rows", "baselines"]
+    parts = ["rows", "others", "baselines"]
     if arguments.front or path is not None or form == "json":
         # what takes seconds is asked for where it is shown
         parts.append("fronts")

@@ -179,20 +179,18 @@ def rank_front(
     spending = spending_of_layer(limits, counted)
     found: list[RankChoice] = []
     families = [family]
+    seen = {tuple(family.bonds)}
     for rest in families:
         for sizes in front(rest, spending):
             found.append(_choice(rest, spending, sizes, built))
             # what bonds that are as large as useful leave of the budget is for the others
             capped = without_waste(family, rest, rest.spec(sizes))
-            if capped is not None and capped.symbols and capped.bonds not in _bonds(families):
+            if capped is not None and capped.symbols and tuple(capped.bonds) not in seen:
+                seen.add(tuple(capped.bonds))
                 families.append(capped)
     if not found:
         raise infeasible(family, limits, counted)
     return _undominated(found)
-
-
-def _bonds(families: Sequence[Family]) -> list[Sequence[int | str]]:
-    return [family.bonds for family in families]
 
 
 def _undominated(choices: Sequence[RankChoice]) -> tuple[RankChoice, ...]:

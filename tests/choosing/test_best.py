@@ -13,7 +13,7 @@ from tensormoe.errors import BudgetError, RequestError
 
 
 def _ask(**values: Any) -> Any:
-    return explore({"in_features": 768, "out_features": 768, "parts": ["rows"], **values})
+    return explore({"in_features": 768, "out_features": 768, "parts": ["rows", "others"], **values})
 
 
 def _rows(**figures: tuple[int, int, float]) -> list[Row]:

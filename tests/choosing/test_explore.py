@@ -199,6 +199,17 @@ def test_errors_are_values_and_never_raised() -> None:
     assert [each["field"] for each in found["errors"]] == [""]
 
 
+def test_others_are_told_where_they_are_asked_for() -> None:
+    for budget, parts, told in (
+        (9000, ["others"], 3),
+        (9000, ["rows"], 1),
+        ("flops=9M", ["others"], 1),
+    ):
+        found = explore({**LAYER, "budget": budget, "parts": parts})["best"]
+        assert len(found["others"]) == told
+        assert found["others"]["capacity"] == found["name"]
+
+
 def test_parts_are_answered_alone() -> None:
     whole = explore(LAYER)
     for part, keys in {"rows": {"rows", "gate"}, "baselines": {"baselines"}}.items():

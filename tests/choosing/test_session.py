@@ -77,5 +77,5 @@ def test_a_row_is_computed_once(made: list[str]) -> None:
 def test_rows_that_are_old_go(made: list[str]) -> None:
     session = Session()
     for size in range(1, 30):
-        session.explore({**BASE, "in_features": size, "parts": ["rows"]})
+        session.explore({**BASE, "in_features": size, "parts": ["rows", "others"]})
     assert session.rows == _session._KEPT
