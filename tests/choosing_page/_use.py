@@ -155,8 +155,8 @@ def ranks(browser: Browser, address: str) -> Iterator[str]:
             page.select_option("#budget", "mlp")
             settle(page)
             said = command_line(rows, columns, experts, "--budget", "mlp")
-            for each in said["factorizations"]:
-                name, rank = each["factorization"], each.get("rank")
+            for each in said["rows"]:
+                name, rank = each["name"], each.get("rank")
                 row = page.locator(f'#rows tr[data-name="{name}"]')
                 shown = row.locator("[data-rank]")
                 found = shown.get_attribute("data-rank") if shown.count() else "too large"
