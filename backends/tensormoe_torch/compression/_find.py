@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,16 @@ def is_stacked(module: nn.Module) -> bool:
     held = module._parameters
     first = held.get("gate_up_proj", held.get("up_proj"))
     return all(each is not None and each.ndim == 3 for each in (first, held.get("down_proj")))
+
+
+def takes_routing(module: nn.Module) -> bool:
+    """Whether experts are called together, with tokens, indices and weights."""
+    return len(inspect.signature(type(module).forward).parameters) == 4
+
+
+def takes_blocks(module: nn.Module) -> bool:
+    """Whether experts are called together with tokens alone, an equal block for each in turn."""
+    return len(inspect.signature(type(module).forward).parameters) == 2
 
 
 def is_dense(name: str, module: nn.Module, model: nn.Module) -> bool:

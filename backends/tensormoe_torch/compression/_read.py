@@ -13,7 +13,8 @@ from tensormoe_torch._dtypes import FLOATS
 from tensormoe_torch.compression._dense import ROLES, DenseExperts, Stack
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.compression._find import is_stacked, linears_by_role
-from tensormoe_torch.compression._recognize import own_activation, recognized
+from tensormoe_torch.compression._gate import has_own_gate, own_activation
+from tensormoe_torch.compression._recognize import recognized
 from tensormoe_torch.surgery._linears import Linear, read_linear
 
 
@@ -107,9 +108,12 @@ def stacks_of(module: nn.Module, name: str) -> dict[str, Stack]:
 
 
 def _stacks_of(module: nn.Module, name: str) -> dict[str, Stack]:
-    """Parameters of all experts; gate and up are halves of one, or take turns in it."""
+    """Parameters of all experts; gate and up are halves of one, or take turns in it.
+
+    They stay one where the experts have a gate of their own.
+    """
     found = whole_stacks(module, name)
-    if "gate_up_proj" not in found:
+    if "gate_up_proj" not in found or has_own_gate(module):
         return found
     both, down = found["gate_up_proj"], found["down_proj"]
     hidden = down.sizes[0]
