@@ -67,6 +67,5 @@ def _e2m1() -> NDArray[Any]:
 def _e8m0() -> NDArray[Any]:
     import numpy as np
 
-    found = np.ldexp(np.float32(1), np.arange(256) - 127)
-    found[255] = np.nan
-    return found.astype(np.float32)
+    powers = [2.0 ** (code - 127) for code in range(255)]
+    return np.array([*powers, np.nan], np.float32)
