@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 
 import tensormoe_torch.huggingface  # noqa: F401
 from tensormoe.compression import PRESETS, Compression, compress_checkpoint, plan_compression
+from tensormoe.errors import CheckpointError
 from tensormoe_torch import compress
 from tensormoe_torch.compression import FactorizedExperts
-from tests._compress_models import logits
+from tests._compress_models import logits, save, save_shards
 from tests._more_models import MORE, RANK, experts_of, low_rank
 
 QUICK = {"compare": False}
@@ -92,3 +93,43 @@ def test_presets_have_types_of_their_own() -> None:
     kinds = [kind for preset in PRESETS.values() for kind in preset.model_types]
     assert len(kinds) == len({*kinds})
     assert {preset for preset, _ in MORE.values()} <= {*PRESETS}
+
+
+def names(model: Path, **options: Any) -> set[str]:
+    wanted = Compression("cp", rank=1, **options)
+    return {each.group.name for each in plan_compression(model, wanted).groups}
+
+
+def test_keys_decide_where_the_type_of_a_model_does_not(tmp_path: Path) -> None:
+    def matrices(*keys: str, stacked: bool = False) -> dict[str, torch.Tensor]:
+        shape = (4, 8, 6) if stacked else (8, 6)
+        places = [""] if stacked else [f"{number}." for number in range(2)]
+        return {
+            f"layers.0.{key.replace('#', place)}": torch.ones(shape)
+            for key in keys
+            for place in places
+        }
+
+    mixtral = matrices(*(f"block_sparse_moe.experts.#w{k}" for k in (1, 2, 3)))
+    # neither a config nor an unknown type says anything
+    alone = names(save(tmp_path / "m.safetensors", mixtral))
+    assert len(alone) == 3
+    folder = save_shards(tmp_path / "model", mixtral)
+    assert names(folder) == alone == names(folder, preset="auto")
+    # a type whose files look otherwise, as of a model saved as it is in memory
+    (folder / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    assert names(folder) == alone
+    (folder / "config.json").write_text('{"text_config": {"model_type": "jamba"}}')
+    jamba = matrices(*(f"feed_forward.experts.#{k}_proj" for k in ("gate", "up", "down")))
+    save_shards(folder, {**mixtral, **jamba})
+    (folder / "config.json").write_text('{"text_config": {"model_type": "jamba"}}')
+    assert len(names(folder)) == 3
+    assert names(folder) == names(folder, preset="jamba")
+    # two kinds of experts, and no type
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"one preset must fit .*'mixtral', 'jamba'"):
+        names(folder)
+    (folder / "config.json").write_text("not JSON")
+    assert len(names(folder, preset="jamba")) == 3
+    with pytest.raises(CheckpointError, match=r"a preset must match .* without config.json"):
+        names(save(tmp_path / "none.safetensors", matrices("mlp.#w")))
