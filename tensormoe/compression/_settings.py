@@ -113,7 +113,7 @@ class Compression:
         put(self, "experts", tuple(Pattern(each).text for each in patterns))
         if self.preset is not None and self.experts:
             raise SpecError(
-                "patterns of experts or a preset must be given, and not both; got "
+                "patterns of experts or a preset may be given, and not both; got "
                 f"{self.experts!r} and {self.preset!r}. Presets are {', '.join(PRESETS)}."
             )
         if not self.experts:

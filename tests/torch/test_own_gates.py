@@ -54,7 +54,7 @@ def test_a_clamp_that_a_trial_does_not_reach_is_kept() -> None:
     torch.testing.assert_close(experts(x, index, weights), wanted, rtol=1e-4, atol=1e-2)
     unclamped = copy.deepcopy(dense)
     unclamped._apply_gate = lambda both: dense.act_fn(both[..., :12]) * both[..., 12:]
-    assert float((unclamped(x, index, weights) - wanted).abs().max()) > 100
+    assert bool(((unclamped(x, index, weights) - wanted).abs() > 100).any())
     assert "act_fn): Own(Clamped)" in repr(experts)
 
 
