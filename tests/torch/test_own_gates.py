@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
+from tensormoe import LayerSpec, Tucker
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe_torch import MuMoE, compress
 from tensormoe_torch.adapters import add_adapters
+from tensormoe_torch.allocation import model_sites
+from tensormoe_torch.allocation._weights import read_weights
 from tensormoe_torch.compression import FactorizedExperts, reduce_experts
 from tensormoe_torch.huggingface._activations import activation_of
 from tests._compress_models import logits
@@ -100,6 +103,27 @@ def test_trained_gpt_oss_experts_follow() -> None:
     model(TOKENS, labels=TOKENS).loss.backward()
     experts = model.model.layers[1].mlp.experts
     assert all(each.grad is not None and each.grad.any() for each in experts.parameters())
+
+
+def test_allocations_take_gate_and_up_projection_as_one() -> None:
+    model = low_rank("gpt_oss")
+    site, *_ = model_sites(model, "experts")
+    roles = [
+        (each.role, each.in_features, each.out_features, each.bias) for each in site.projections
+    ]
+    assert roles == [("gate_up_proj", 16, 48, False), ("down_proj", 24, 16, False)]
+    for each, role in zip(read_weights(model, site), ("gate_up_proj", "down_proj"), strict=True):
+        assert each.weights[0] is not None
+        assert torch.equal(each.weights[0], experts_of(model)[0].get_parameter(role))
+        assert each.biases == (None,)
+    first, second = (
+        LayerSpec(*sizes, (4,), Tucker(RANK), bias=False) for sizes in ((16, 48), (24, 16))
+    )
+    before = logits(model)
+    for each, spec in zip(read_weights(model, site), (first, second), strict=True):
+        weights, biases, _ = each.approximated(spec, None, 0)
+        with each.replaced(weights, biases):
+            torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-3)
 
 
 def layers(count: int = 4) -> dict[str, MuMoE]:

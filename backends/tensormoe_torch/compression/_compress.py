@@ -243,9 +243,7 @@ def _decomposed(
     callback: Callable[[Progress], bool | None] | None,
     seed: int,
 ) -> Decomposition:
-    weights, bias = source.stacks[role].tensors()
-    if source.keeps_biases:
-        bias = None
+    weights, bias = source.decomposed(role)
     return decompose(
         weights,
         factorization,

@@ -102,6 +102,11 @@ class DenseExperts:
         """
         return isinstance(self.act, Own)
 
+    def decomposed(self, role: str) -> tuple[Tensor, Tensor | None]:
+        """Weights (experts, in, out) of a projection, and the biases that factors replace."""
+        weights, biases = self.stacks[role].tensors()
+        return weights, None if self.keeps_biases else biases
+
     def parameters_of(self, count: int) -> tuple[int, int]:
         """Entries of all experts, and of ``count`` of them."""
         sizes = [(*each.sizes, each.biases is not None) for each in self.stacks.values()]

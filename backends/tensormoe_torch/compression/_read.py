@@ -87,6 +87,9 @@ def stack_projections(module: nn.Module, name: str) -> tuple[int, tuple[Projecti
     key = "gate_up_proj" if "gate_up_proj" in held else "up_proj"
     count, rows, columns = held["down_proj"].shape
     hidden, out = (rows, columns) if _stores_matrices(module, name, key) else (columns, rows)
+    if key == "gate_up_proj" and has_own_gate(module):
+        # biases stay as they are
+        return count, (Projection(key, out, 2 * hidden), Projection("down_proj", hidden, out))
     bias = f"{key}_bias" in held
     roles = ("gate_proj", "up_proj") if key == "gate_up_proj" else ("up_proj",)
     ahead = (Projection(role, out, hidden, bias) for role in roles)
