@@ -18,6 +18,8 @@ from tensormoe_torch.adapters import add_adapters
 from tensormoe_torch.allocation import model_sites
 from tensormoe_torch.allocation._weights import read_weights
 from tensormoe_torch.compression import FactorizedExperts, reduce_experts
+from tensormoe_torch.compression._read import read_experts
+from tensormoe_torch.compression._samples import collect
 from tensormoe_torch.huggingface._activations import activation_of
 from tests._compress_models import logits
 from tests._more_models import RANK, experts_of, low_rank
@@ -159,6 +161,13 @@ def test_blocks_must_be_equal() -> None:
 def test_llama_4_is_calibrated_with_what_its_router_chose() -> None:
     model = low_rank("llama4_text")
     before = logits(model)
+    block = model.model.layers[1].feed_forward
+    chosen: list[Tensor] = []
+    handle = block.router.register_forward_hook(lambda *_: chosen.append(_[2][0] > 0))
+    (sample,) = collect(model, [read_experts(block.experts, "x")], TOKENS)
+    handle.remove()
+    # expert by expert, as its blocks of rows are
+    assert torch.equal(sample.index[:, 0], chosen[0].T.nonzero()[:, 0])
     report = compress(model, "tucker", rank=RANK, inputs=TOKENS, weighted=True)
     assert report.modules[0].output_error is not None
     assert report.modules[0].output_error < 1e-3
