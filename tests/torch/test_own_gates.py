@@ -163,8 +163,9 @@ def test_llama_4_is_calibrated_with_what_its_router_chose() -> None:
     before = logits(model)
     block = model.model.layers[1].feed_forward
     chosen: list[Tensor] = []
-    handle = block.router.register_forward_hook(lambda *_: chosen.append(_[2][0] > 0))
-    (sample,) = collect(model, [read_experts(block.experts, "x")], TOKENS)
+    handle = block.router.register_forward_hook(lambda _, __, made: chosen.append(made[0] > 0))
+    # not the token for padding, which is zero everywhere
+    (sample,) = collect(model, [read_experts(block.experts, "x")], TOKENS + 1)
     handle.remove()
     # expert by expert, as its blocks of rows are
     assert torch.equal(sample.index[:, 0], chosen[0].T.nonzero()[:, 0])
