@@ -15,6 +15,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import FP4_VALUES, convert_moe_packed_tensors
 
 import tensormoe_torch.huggingface  # noqa: F401
+from tensormoe.cli import main
 from tensormoe.compression import Compression, compress_checkpoint, plan_compression
 from tensormoe.compression import _values as values_module
 from tensormoe.compression._cluster import _task
@@ -364,3 +365,12 @@ def test_models_that_transformers_dequantizes_are_compressed_in_place(
     torch.testing.assert_close(logits(model), before, atol=0.1, rtol=0.05)
     model.save_pretrained(tmp_path / "out")
     assert torch.equal(logits(opened(tmp_path / "out")), logits(model))
+
+
+def test_a_dry_run_says_when_nothing_is_saved(
+    models: dict[str, tuple[Any, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, larger in ((40, True), (5, False)):
+        words = ["compress", str(models["gpt_oss"][1]), "--factorization", "cp", "--dry-run"]
+        assert main([*words, "--rank", str(rank)]) == 0
+        assert ("The output is not smaller" in capsys.readouterr().out) == larger
