@@ -24,7 +24,7 @@ FAMILIES = {
     "granitemoe": ("fused", True),
 }
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -37,7 +37,7 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_LATENT: dict[str, Any] = {
+LATENT: dict[str, Any] = {
     "intermediate_size": 24,
     "moe_intermediate_size": 12,
     "num_key_value_heads": 2,
@@ -67,8 +67,8 @@ _SIZES: dict[str, dict[str, Any]] = {
         "head_dim": 8,
     },
     "olmoe": {"intermediate_size": 12, "num_experts": 4},
-    "deepseek_v2": _LATENT,
-    "deepseek_v3": _LATENT,
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
     "gpt_oss": {
         "intermediate_size": 24,
         "num_local_experts": 4,
@@ -82,7 +82,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 def family(name: str, seed: int = 0) -> Any:
     """A random model of a family."""
     torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(name, **{**_COMMON, **_SIZES[name]})
+    config = transformers.AutoConfig.for_model(name, **{**COMMON, **_SIZES[name]})
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 

@@ -77,7 +77,7 @@ def _words() -> dict[str, Iterable[str]]:
     from tensormoe.cli._options import FORMATS
     from tensormoe.cli._profile import DEVICES
     from tensormoe.cli.calibration import LIBRARIES
-    from tensormoe.compression._patterns import PRESETS
+    from tensormoe.compression._patterns import AUTO, PRESETS
     from tensormoe.factorizations import FACTORIZATIONS
     from tensormoe.gates._gate import ACTIVATIONS
     from tensormoe.selection import OBJECTIVES
@@ -93,7 +93,7 @@ def _words() -> dict[str, Iterable[str]]:
         "--kind": KINDS,
         "--layout": ("auto", "out_in", "in_out"),
         "--objective": OBJECTIVES,
-        "--preset": PRESETS,
+        "--preset": (AUTO, *PRESETS),
         "names": COMMANDS,
         "shell": SHELLS,
     }

@@ -14,8 +14,8 @@ def add_parser(commands: Commands) -> None:
         "compress",
         description="Decompose the experts of a sparse mixture on disk, a layer's projection at a "
         "time, and write the model anew. Killed, the same command goes on where it was.",
-        epilog="example: tensormoe compress Mixtral-8x7B --preset mixtral --factorization "
-        "tensor_ring --budget 25% --max-memory 6GiB --output Mixtral-25",
+        epilog="example: tensormoe compress Mixtral-8x7B --factorization tensor_ring "
+        "--budget 25% --max-memory 6GiB --output Mixtral-25",
     )
     option = parser.add_argument
     option("model", metavar="MODEL", help="a .safetensors file, an index, or a folder of them")
@@ -23,7 +23,7 @@ def add_parser(commands: Commands) -> None:
     option(
         "--preset",
         metavar="NAME",
-        help="where the experts are: mixtral, qwen_moe, olmoe, deepseek, or fused for stacks",
+        help="the model's family, such as mixtral, gpt_oss or deepseek (auto, by its config.json)",
     )
     option(
         "--experts",

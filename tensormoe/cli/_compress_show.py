@@ -116,6 +116,13 @@ def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> Non
     )
     times = (f"{format_time(plan.seconds_on(each))} on {each}" for each in MACHINES)
     console.print(f"on such machines in a cluster: {', '.join(times)}", soft_wrap=True)
+    if plan.quantized and plan.output_bytes >= plan.model.nbytes:
+        console.print(
+            "The output is not smaller than the model: its weights have 4 or 8 bits, and what is "
+            "written has 16.",
+            style="bold red",
+            soft_wrap=True,
+        )
     if limit is not None and plan.memory > limit:
         console.print(f"This does not fit in {format_bytes(limit)}.", style="bold red")
     console.print("A dry run: only headers were read, and nothing was written.")

@@ -171,7 +171,9 @@ def on_cluster(
 
 def _task(plan: CompressionPlan, each: GroupPlan, inbox: str, file: str) -> Task:
     shards = {
-        shard.path: shard for key in each.group.keys for shard in (plan.model.places[key][0],)
+        shard.path: shard
+        for key in sorted(each.group.stored_keys)
+        for shard in (plan.model.places[key][0],)
     }
     read = tuple((path, dict(shard.identity)) for path, shard in shards.items())
     return Task(__version__, inbox, file, read, each.group, settings_of(plan, each), each.budget)

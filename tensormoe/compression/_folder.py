@@ -8,14 +8,21 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tensormoe.checkpoint._files import open_regular
 from tensormoe.checkpoint._model_config import IMPORT, PROJECTION_NAMES, model_config
-from tensormoe.checkpoint._safetensors import parse_json
+from tensormoe.compression._config_file import (
+    CONFIG,
+    QUANTIZED,
+    found_config,
+    quantization,
+    read_config,
+    unquantized,
+)
 from tensormoe.compression._groups import Group
+from tensormoe.compression._quantized import METHODS
 from tensormoe.compression._shards import Model
 from tensormoe.errors import CheckpointError
 
-CONFIG, README = "config.json", "README.md"
+README = "README.md"
 
 _MAX_BYTES = 64 * 2**20
 _ROLES = {name: role for role, names in PROJECTION_NAMES.items() for name in names}
@@ -76,14 +83,14 @@ def place_of(group: Group) -> Place | None:
 
 
 def whole_model(
-    model: Model, configs: Iterable[tuple[Group, Mapping[str, Any]]], dropped: Collection[str]
+    model: Model, configs: Iterable[tuple[Group, Mapping[str, Any]]], kept: Collection[str]
 ) -> Whole:
     """The configuration of a compressed model, or why it can have none.
 
     Args:
         model: as it was.
         configs: of the layer of each group, as checkpoints store them.
-        dropped: keys of the experts.
+        kept: keys of all tensors that are not in factors.
     """
     modules: dict[str, dict[str, Mapping[str, Any]]] = {}
     for group, config in configs:
@@ -91,18 +98,17 @@ def whole_model(
         if place is None:
             return Whole(None, f"the name {group.name!r} does not tell which projection it is")
         modules.setdefault(place.module, {})[place.role] = config
-    rest = [key for key in model.places if key not in dropped]
     entries: dict[str, dict[str, Any]] = {}
     for module, layers in modules.items():
-        left = {key.removeprefix(f"{module}.") for key in rest if key.startswith(f"{module}.")}
+        left = {key.removeprefix(f"{module}.") for key in kept if key.startswith(f"{module}.")}
         biases = [role for role in layers if f"{role}_bias" in left]
         others = sorted(left - {f"{role}_bias" for role in biases})
         if others or set(layers) not in _COMPLETE:
-            kept = f"{module}.{others[0]}" if others else "others"
+            left_out = f"{module}.{others[0]}" if others else "others"
             return Whole(
                 None,
-                f"of the experts {module!r}, only {', '.join(layers)} are in factors and {kept} "
-                "are not",
+                f"of the experts {module!r}, only {', '.join(layers)} are in factors and "
+                f"{left_out} are not",
             )
         entries[module] = {
             "kind": "FactorizedExperts",
@@ -111,21 +117,21 @@ def whole_model(
             "projections": layers,
         }
     try:
-        config = _read_config(model)
+        config = read_config(model)
     except CheckpointError as error:
         return Whole(None, f"the model has no {CONFIG} that can be read ({error})")
-    if "quantization_config" in config:
+    found = quantization(config)
+    if found and found.get("quant_method") not in METHODS:
         return Whole(None, "the model is quantized as well")
-    return Whole({**config, "quantization_config": model_config(entries)})
+    return Whole({**unquantized(config), QUANTIZED: model_config(entries)})
 
 
-def _read_config(model: Model) -> dict[str, Any]:
-    if model.folder is None:
-        raise CheckpointError("it is a file on its own")
-    with open_regular(os.path.join(model.folder, CONFIG)) as (file, size):
-        if size > _MAX_BYTES:
-            raise CheckpointError(f"it has {size:,} bytes")
-        return parse_json(file.read(), CONFIG)
+def plain_config(model: Model) -> Mapping[str, Any] | None:
+    """The configuration of a model all of whose weights were dequantized; None for others."""
+    config = found_config(model)
+    if quantization(config).get("quant_method") not in METHODS:
+        return None
+    return unquantized(config)
 
 
 def readme(model: Model, whole: Whole, summary: str) -> str:

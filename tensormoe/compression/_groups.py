@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 from tensormoe.checkpoint._safetensors import Placed
+from tensormoe.compression._config_file import found_config, model_types
 from tensormoe.compression._match import Match, find_matches
+from tensormoe.compression._patterns import AUTO, PRESETS
+from tensormoe.compression._quantized import (
+    REMEDY,
+    Quantized,
+    check_formats,
+    described,
+    find_quantized,
+    plain_tensors,
+    stored_keys,
+)
 from tensormoe.compression._shards import Model
 from tensormoe.errors import CheckpointError
 
@@ -23,14 +35,16 @@ class Group:
 
     Args:
         name: their key, with a ``*`` for the expert's number; a stack's own key.
-        keys: of the tensors on disk: one per expert in the order of their numbers, or the stack's.
+        keys: of the tensors: one per expert in the order of their numbers, or the stack's; of
+            quantized ones those that they have once they are not.
         stacked: whether one tensor holds all experts, with their axis first.
         experts: how many.
         in_features: size of an input.
         out_features: size of an output.
         transposed: whether a matrix is stored as (out, in), as PyTorch's linear layers do.
         dtype: that the experts are stored in: ``"bfloat16"``, ``"float16"``, ``"float32"`` or
-            ``"float64"``.
+            ``"float64"``; bfloat16 for quantized ones.
+        quantized: the tensors among them that are dequantized on the way.
     """
 
     name: str
@@ -41,6 +55,13 @@ class Group:
     out_features: int
     transposed: bool
     dtype: str
+    quantized: tuple[Quantized, ...] = ()
+
+    @property
+    def stored_keys(self) -> frozenset[str]:
+        """Keys of the tensors on disk."""
+        names = {each.name for each in self.quantized}
+        return stored_keys(self.quantized) | (frozenset(self.keys) - names)
 
     @property
     def entries(self) -> int:
@@ -55,7 +76,7 @@ class Group:
 
 def find_groups(
     model: Model, experts: tuple[str, ...], preset: str | None, layout: str
-) -> tuple[Group, ...]:
+) -> tuple[tuple[Group, ...], Mapping[str, Quantized]]:
     """The groups of a model, layer by layer.
 
     Args:
@@ -65,21 +86,62 @@ def find_groups(
         layout: how a matrix is stored: ``"out_in"``, ``"in_out"``, or ``"auto"``, which is as
             PyTorch's linear layers do, and for stacks what the sizes of two projections say.
 
+    Returns:
+        The groups, and the quantized tensors of the model, also of what are not experts.
+
     Raises:
         CheckpointError: a pattern that matches nothing, or what another one does; experts that are
             missing, or that differ in shape or dtype; tensors that are not matrices of
-            floating-point numbers.
+            floating-point numbers, nor of a format that is dequantized.
     """
-    shapes = {key: each.shape for key, (_, each) in model.places.items()}
-    matches = find_matches(shapes, experts, preset)
-    groups = [_group(match, model, layout != "in_out") for match in matches]
+    config = found_config(model)
+    check_formats(model, config, _texts(experts, preset))
+    quantized = find_quantized(model, config)
+    plain = plain_tensors(model, quantized)
+    shapes = {key: each.shape for key, each in plain.items()}
+    matches = find_matches(shapes, experts, preset, model_types(config))
+    _check_floats(matches, plain, config)
+    groups = [_group(match, plain, quantized, layout != "in_out") for match in matches]
     if layout == "auto":
         groups = _oriented(groups, matches)
     _check_counts(groups)
-    return tuple(sorted(groups, key=lambda group: _natural(group.name)))
+    return tuple(sorted(groups, key=lambda group: _natural(group.name))), quantized
 
 
-def _group(match: Match, model: Model, transposed: bool) -> Group:
+def _texts(experts: tuple[str, ...], preset: str | None) -> Sequence[str]:
+    """Patterns that are looked for."""
+    if preset is None:
+        return experts
+    known = PRESETS.values() if preset == AUTO else [PRESETS[preset]]
+    return [text for each in known for texts in each.alternatives for text in texts]
+
+
+def _check_floats(
+    matches: list[Match], plain: Mapping[str, Placed], config: Mapping[str, Any]
+) -> None:
+    """Refuse experts of a dtype that is not one of their values.
+
+    Raises:
+        CheckpointError: some are; the message names the format.
+    """
+    for match in matches:
+        for key in [match.name] if match.keys is None else match.keys.values():
+            each = plain[key]
+            if each.info is None or each.info.dtype not in _FLOATS:
+                found = each.code if each.info is None else each.info.dtype
+                raise CheckpointError(
+                    f"experts must be one of {', '.join(_FLOATS)}, FP8 with weight_scale_inv, or "
+                    f"MXFP4; got {found} for {key!r}, of {described(config, 'no known format')}. "
+                    f"{REMEDY}"
+                )
+
+
+def _group(
+    match: Match,
+    plain: Mapping[str, Placed],
+    quantized: Mapping[str, Quantized],
+    transposed: bool,
+) -> Group:
     keys: tuple[str, ...] = (match.name,)
     if match.keys is not None:
         count = max(match.keys) + 1
@@ -91,14 +153,16 @@ def _group(match: Match, model: Model, transposed: bool) -> Group:
                 "pattern."
             )
         keys = tuple(match.keys[number] for number in range(count))
-    placed = [model.places[key][1] for key in keys]
+    placed = [plain[key] for key in keys]
     shape = _agreed(match.name, placed)
     *leading, rows, columns = shape
     sizes = (columns, rows) if transposed else (rows, columns)
     experts = leading[0] if match.keys is None else len(keys)
     info = placed[0].info
     assert info is not None
-    return Group(match.name, keys, match.keys is None, experts, *sizes, transposed, info.dtype)
+    kept = tuple(quantized[key] for key in keys if key in quantized)
+    stacked = match.keys is None
+    return Group(match.name, keys, stacked, experts, *sizes, transposed, info.dtype, kept)
 
 
 def _agreed(name: str, placed: list[Placed]) -> tuple[int, ...]:
@@ -107,14 +171,6 @@ def _agreed(name: str, placed: list[Placed]) -> tuple[int, ...]:
     Raises:
         CheckpointError: they differ, or there is nothing to decompose.
     """
-    for each in placed:
-        if each.info is None or each.info.dtype not in _FLOATS:
-            found = each.code if each.info is None else each.info.dtype
-            raise CheckpointError(
-                f"experts must be one of {', '.join(_FLOATS)}; got {found} for {each.name!r}. "
-                "Dequantize the checkpoint first: integers and 8-bit floats are weights only "
-                "together with their scales."
-            )
     kinds = Counter((each.shape, each.code) for each in placed)
     (shape, code), _ = kinds.most_common(1)[0]
     if len(kinds) > 1:

@@ -9,12 +9,20 @@ from dataclasses import dataclass
 
 from tensormoe.checkpoint import peek_checkpoint
 from tensormoe.checkpoint._files import write_whole
-from tensormoe.compression._folder import CONFIG, README, config_bytes, readme, whole_model
+from tensormoe.compression._config_file import CONFIG
+from tensormoe.compression._folder import (
+    README,
+    config_bytes,
+    plain_config,
+    readme,
+    whole_model,
+)
 from tensormoe.compression._plan import CompressionPlan
 from tensormoe.compression._progress import Teller
 from tensormoe.compression._resume import Work
 from tensormoe.compression._shards import INDEX_SUFFIX, Shard
 from tensormoe.compression._write import (
+    Plain,
     Rebuilt,
     copy_index,
     kept_name,
@@ -46,19 +54,27 @@ def factor_files(plan: CompressionPlan) -> dict[str, str]:
 def write_model(plan: CompressionPlan, work: Work, files: Mapping[str, str], tell: Teller) -> None:
     """Every shard that is not there yet, and what belongs to the model besides."""
     model, dense = plan.model, plan.settings.dense
-    count = _Count(tell, model.nbytes if dense else plan.kept_bytes)
+    plain = Plain(model, plan.quantized)
+    count = _Count(tell, plan.output_bytes if dense else plan.kept_bytes)
     rebuilt = _rebuilt(plan, work, files) if dense else None
     for shard in model.shards:
         path = work.path(shard.name if dense else kept_name(shard.name))
-        _write_shard(shard, path, plan.expert_keys, rebuilt, count)
+        _write_shard(plain, shard, path, plan.expert_keys, rebuilt, count)
     tell("files", "", count.total, count.total)
+    # a model whose weights are plain now is not to be read as a quantized one
+    config = plain_config(model) if dense else None
     if not dense:
-        _describe(plan, work, files)
+        _describe(plan, plain, work, files)
+    elif model.index is not None and plan.quantized:
+        write_index(plain, (), {}, work.path(model.index), str)
     elif model.index is not None:
         copy_index(model, work.path(model.index))
+    if config is not None:
+        write_whole(work.path(CONFIG), (config_bytes(config),))
+    written = () if dense and config is None else (CONFIG,) if dense else (CONFIG, README)
     for name in side_files(model):
         assert model.folder is not None
-        if dense or name not in (CONFIG, README):
+        if name not in written:
             _copy(os.path.join(model.folder, name), work.path(name))
 
 
@@ -95,24 +111,29 @@ def _rebuilt(plan: CompressionPlan, work: Work, files: Mapping[str, str]) -> Reb
 
 
 def _write_shard(
-    shard: Shard, path: str, experts: Collection[str], rebuilt: Rebuilt | None, count: _Count
+    plain: Plain,
+    shard: Shard,
+    path: str,
+    experts: Collection[str],
+    rebuilt: Rebuilt | None,
+    count: _Count,
 ) -> None:
     """Write a shard with rebuilt experts, or without experts, unless it is there or empty."""
     dropped = experts if rebuilt is None else ()
-    sizes = [each.nbytes for key, each in shard.entries.items() if key not in dropped]
+    sizes = [each.nbytes for each in plain.entries(shard, dropped)]
     done = count.done + sum(sizes)
     # a shard has its name when it is whole
     if sizes and not os.path.isfile(path):
         count.name = shard.name
         count(0)
         if rebuilt is None:
-            write_rest(shard, experts, path, count)
+            write_rest(plain, shard, experts, path, count)
         else:
-            write_dense(shard, rebuilt, path, count)
+            write_dense(plain, shard, rebuilt, path, count)
     count.done = done
 
 
-def _describe(plan: CompressionPlan, work: Work, files: Mapping[str, str]) -> None:
+def _describe(plan: CompressionPlan, plain: Plain, work: Work, files: Mapping[str, str]) -> None:
     """Write the files that describe a factorized model: index, config, README."""
     model = plan.model
     headers = {
@@ -125,10 +146,11 @@ def _describe(plan: CompressionPlan, work: Work, files: Mapping[str, str]) -> No
         (each.group, header.config)
         for each, header in zip(plan.groups, headers.values(), strict=True)
     ]
-    whole = whole_model(model, configs, plan.expert_keys)
+    kept = [key for key in plan.plain if key not in plan.expert_keys]
+    whole = whole_model(model, configs, kept)
     added = {} if whole.config is None else headers
     index = model.index or f"model{INDEX_SUFFIX}"
-    write_index(model, plan.expert_keys, added, work.path(index))
+    write_index(plain, plan.expert_keys, added, work.path(index), kept_name)
     if whole.config is not None:
         write_whole(work.path(CONFIG), (config_bytes(whole.config),))
     before = plan.dense_entries

@@ -92,6 +92,7 @@ class Preset:
             first way of which every pattern matches a key is taken.
         families: names of the models, for people.
         stacked: whether one tensor, of three axes, holds all experts of a layer and projection.
+        model_types: values of ``model_type`` in a ``config.json`` for which it is chosen.
 
     >>> PRESETS["mixtral"].alternatives[0][0]
     'layers.*.block_sparse_moe.experts.*.w1'
@@ -100,29 +101,76 @@ class Preset:
     alternatives: tuple[tuple[str, ...], ...]
     families: str
     stacked: bool = False
+    model_types: tuple[str, ...] = ()
 
 
-_GATED = (
-    "layers.*.mlp.experts.*.gate_proj",
-    "layers.*.mlp.experts.*.up_proj",
-    "layers.*.mlp.experts.*.down_proj",
-)
+AUTO = "auto"
+"""The preset that a model's ``config.json`` and keys decide."""
+
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_NUMBERED = ("w1", "w3", "w2")
+
+
+def _listed(
+    parent: str, names: tuple[str, ...], families: str, model_types: str, stacked: bool = False
+) -> Preset:
+    """A preset of one way of writing: a tensor per expert, or a stack per layer."""
+    expert = "" if stacked else "*."
+    patterns = tuple(f"layers.*.{parent}.{expert}{name}" for name in names)
+    return Preset((patterns,), families, stacked, tuple(model_types.split()))
+
+
+_STACKS = ("gate_up_proj", "down_proj")
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
-        "mixtral": Preset(
-            (tuple(f"layers.*.block_sparse_moe.experts.*.{name}" for name in ("w1", "w3", "w2")),),
-            "Mixtral, MiniMax, Phi-3.5-MoE",
+        "mixtral": _listed("block_sparse_moe.experts", _NUMBERED, "Mixtral", "mixtral"),
+        "minimax": _listed(
+            "block_sparse_moe.experts", _NUMBERED, "MiniMax, MiniMax-M2", "minimax minimax_m2"
         ),
-        "qwen_moe": Preset((_GATED,), "Qwen1.5-MoE, Qwen2-MoE, Qwen3-MoE"),
-        "olmoe": Preset((_GATED,), "OLMoE, FlexOlmo"),
-        "deepseek": Preset((_GATED,), "DeepSeekMoE, DeepSeek-V2, DeepSeek-V3"),
+        "phi_moe": _listed("block_sparse_moe.experts", _NUMBERED, "Phi-3.5-MoE", "phimoe"),
+        "qwen_moe": _listed(
+            "mlp.experts",
+            _GATED,
+            "Qwen1.5-MoE, Qwen2-MoE, Qwen3-MoE, Qwen3-Next",
+            "qwen2_moe qwen3_moe qwen3_next qwen3_5_moe qwen3_5_moe_text",
+        ),
+        "olmoe": _listed("mlp.experts", _GATED, "OLMoE, FlexOlmo", "olmoe flex_olmo"),
+        "deepseek": _listed(
+            "mlp.experts",
+            _GATED,
+            "DeepSeekMoE, DeepSeek-V2, DeepSeek-V3, dots.llm1",
+            "deepseek_v2 deepseek_v3 deepseek_v32 dots1",
+        ),
+        "glm_moe": _listed(
+            "mlp.experts",
+            _GATED,
+            "GLM-4.5, GLM-4.5-Air, GLM-4.7-Flash, Solar-Open",
+            "glm4_moe glm4_moe_lite solar_open",
+        ),
+        "ernie_moe": _listed("mlp.experts", _GATED, "ERNIE 4.5", "ernie4_5_moe"),
+        "hunyuan_moe": _listed("mlp.experts", _GATED, "Hunyuan-A13B", "hunyuan_v1_moe"),
+        "jamba": _listed("feed_forward.experts", _GATED, "Jamba", "jamba"),
+        "lfm_moe": _listed("feed_forward.experts", _NUMBERED, "LFM2-MoE", "lfm2_moe"),
+        "nemotron_h": _listed(
+            "mixer.experts", ("up_proj", "down_proj"), "Nemotron 3", "nemotron_h"
+        ),
+        "gpt_oss": _listed("mlp.experts", _STACKS, "GPT-OSS", "gpt_oss", True),
+        "llama4": _listed("feed_forward.experts", _STACKS, "Llama 4", "llama4 llama4_text", True),
+        "granite_moe": _listed(
+            "block_sparse_moe",
+            ("input_linear", "output_linear"),
+            "Granite 3 MoE, Granite 4",
+            "granitemoe granitemoeshared granitemoehybrid",
+            True,
+        ),
+        "gemma": _listed("experts", _STACKS, "Gemma 4", "gemma4 gemma4_text", True),
         "fused": Preset(
             (
                 ("layers.*.experts.gate_up_proj", "layers.*.experts.down_proj"),
                 ("layers.*.input_linear", "layers.*.output_linear"),
             ),
-            "stacks of all experts: GPT-OSS, Llama 4, Granite, models saved as they are in memory",
+            "stacks of all experts, as models are in memory",
             stacked=True,
         ),
     }

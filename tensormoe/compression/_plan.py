@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from heapq import heapreplace
 from math import prod
 
 from tensormoe._spec import LayerSpec
 from tensormoe._validation import positive_int
-from tensormoe.checkpoint._safetensors import ArrayInfo
+from tensormoe.checkpoint._safetensors import ArrayInfo, Placed
 from tensormoe.compression._allocated import allocated_kinds
 from tensormoe.compression._effort import memory_needed, seconds_needed
 from tensormoe.compression._groups import Group, find_groups
+from tensormoe.compression._quantized import Quantized, plain_tensors
 from tensormoe.compression._settings import Compression
 from tensormoe.compression._shards import Model, open_model
 from tensormoe.compression._values import working_dtype
@@ -58,11 +59,14 @@ class CompressionPlan:
         model: what the headers of its files say.
         settings: what is wanted.
         groups: in the order in which they are decomposed: layer by layer.
+        quantized: tensors that are dequantized on the way, experts and others, by their name in
+            what is written.
     """
 
     model: Model
     settings: Compression
     groups: tuple[GroupPlan, ...]
+    quantized: Mapping[str, Quantized] = field(default_factory=dict)
 
     @property
     def memory(self) -> int:
@@ -105,21 +109,25 @@ class CompressionPlan:
 
     @property
     def expert_keys(self) -> frozenset[str]:
-        """Keys of the experts' tensors."""
+        """Keys of the experts' tensors, as they are written with ``dense``."""
         return frozenset(key for each in self.groups for key in each.group.keys)
 
     @property
+    def plain(self) -> Mapping[str, Placed]:
+        """Tensors of the model with nothing quantized; of those that were, only sizes are told."""
+        return plain_tensors(self.model, self.quantized)
+
+    @property
     def kept_bytes(self) -> int:
-        """Bytes of the tensors that are not experts."""
+        """Bytes of the tensors that are written and are not experts."""
         keys = self.expert_keys
-        places = self.model.places.items()
-        return sum(each.nbytes for key, (_, each) in places if key not in keys)
+        return sum(each.nbytes for key, each in self.plain.items() if key not in keys)
 
     @property
     def output_bytes(self) -> int:
         """Bytes of the tensors that are written, at most."""
         if self.settings.dense:
-            return self.model.nbytes
+            return sum(each.nbytes for each in self.plain.values())
         return self.kept_bytes + sum(
             each.parameters * ArrayInfo(each.group.dtype, ()).nbytes for each in self.groups
         )
@@ -161,7 +169,7 @@ def plan_compression(
         SpecError: a factorization that can't be fitted.
     """
     opened = open_model(model)
-    groups = find_groups(opened, settings.experts, settings.preset, settings.layout)
+    groups, quantized = find_groups(opened, settings.experts, settings.preset, settings.layout)
     shares = _shares(groups, settings)
     given: Mapping[str, Factorization] = {}
     if settings.allocation is not None:
@@ -173,6 +181,7 @@ def plan_compression(
             _planned(group, settings, share, given.get(group.name), roofline)
             for group, share in zip(groups, shares, strict=True)
         ),
+        quantized,
     )
 
 

@@ -14,7 +14,7 @@ from tensormoe._validation import (
     positive_int,
     positive_ints,
 )
-from tensormoe.compression._patterns import LAYOUTS, PRESETS, Pattern
+from tensormoe.compression._patterns import AUTO, LAYOUTS, PRESETS, Pattern
 from tensormoe.decomposition._choose import checked_tolerance
 from tensormoe.decomposition._search import checked_seconds
 from tensormoe.errors import BudgetError, RankError, SpecError
@@ -36,7 +36,9 @@ class Compression:
         tolerance: relative error in (0, 1) that each group is to reach instead, with as few
             entries as can be.
         experts: patterns of the experts' keys, one for each projection; see :class:`Pattern`.
-        preset: name of a family of models instead, one of :data:`PRESETS`.
+        preset: name of a family of models instead, one of :data:`PRESETS`, or ``"auto"`` for the
+            one that the model's ``config.json`` and keys tell; that is what it is where neither is
+            given.
         layout: how a matrix is stored, one of :data:`LAYOUTS`.
         dense: whether to write the experts' matrices, rebuilt from their factors, under their old
             keys, instead of the factors.
@@ -109,13 +111,14 @@ class Compression:
         if not listed or not all(isinstance(each, str) for each in patterns):
             raise SpecError(f"experts must be a tuple of patterns; got {brief(patterns)}.")
         put(self, "experts", tuple(Pattern(each).text for each in patterns))
-        if (self.preset is None) == (not self.experts):
+        if self.preset is not None and self.experts:
             raise SpecError(
-                "patterns of experts or a preset must be given, and not both; got "
+                "patterns of experts or a preset may be given, and not both; got "
                 f"{self.experts!r} and {self.preset!r}. Presets are {', '.join(PRESETS)}."
             )
-        if self.preset is not None:
-            choice(self.preset, PRESETS, "preset", SpecError)
+        if not self.experts:
+            put(self, "preset", AUTO if self.preset is None else self.preset)
+            choice(self.preset, (AUTO, *PRESETS), "preset", SpecError)
         choice(self.layout, LAYOUTS, "layout", SpecError)
         non_negative_int(self.seed, "seed")
         if self.seconds is not None:

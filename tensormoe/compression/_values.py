@@ -11,6 +11,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from tensormoe.compression._groups import Group
+from tensormoe.compression._low_precision import from_e2m1, from_e4m3, from_e8m0
+from tensormoe.compression._quantized import FP8, Quantized
 from tensormoe.compression._shards import Model, read_range
 from tensormoe.errors import CheckpointError
 
@@ -80,24 +82,83 @@ def read_stack(model: Model, group: Group) -> NDArray[Any]:
 
     sizes = (group.experts, group.in_features, group.out_features)
     stack = np.empty(sizes, working_dtype(group.dtype))
+    quantized = {each.name: each for each in group.quantized}
     for number in range(group.experts):
         key = group.keys[0 if group.stacked else number]
-        shard, placed = model.places[key]
-        size = placed.nbytes // (group.experts if group.stacked else 1)
-        begin = placed.begin + (number * size if group.stacked else 0)
-        matrix = stack[number].T if group.transposed else stack[number]
-        itemsize = size // matrix.size
+        found = quantized.get(key)
+        place = number if group.stacked else 0
+        turned = group.transposed != (found is not None and found.turned)
+        matrix = stack[number].T if turned else stack[number]
         step = max(1, _ENTRIES // matrix.shape[1])
         for start in range(0, len(matrix), step):
             rows = matrix[start : start + step]
-            first = begin + start * matrix.shape[1] * itemsize
-            data = b"".join(read_range(shard, first, first + rows.size * itemsize))
-            values = decoded(data, group.dtype)
+            if found is not None:
+                values = quantized_rows(model, found, place, start, start + len(rows))
+                key = found.values
+            else:
+                values = _rows(model, group, key, place, rows.shape, start)
             if not np.isfinite(values).all():
-                place = f"{key!r}, expert {number}" if group.stacked else repr(key)
+                shown = f"{key!r}, expert {number}" if group.stacked else repr(key)
                 raise CheckpointError(
-                    f"weights must be finite; got NaN or infinity in {place}, of {shard.name!r}. "
-                    "Repair the checkpoint, or leave that layer out."
+                    f"weights must be finite; got NaN or infinity in {shown}, of "
+                    f"{model.places[key][0].name!r}. Repair the checkpoint, or leave that layer "
+                    "out."
                 )
             rows[...] = values.reshape(rows.shape)
     return stack
+
+
+def _rows(
+    model: Model, group: Group, key: str, number: int, shape: tuple[int, ...], start: int
+) -> NDArray[Any]:
+    """Some rows of a matrix that is stored as it is."""
+    matrix = group.in_features * group.out_features
+    itemsize = model.places[key][1].nbytes // (matrix * (group.experts if group.stacked else 1))
+    first = number * matrix + start * shape[1]
+    return decoded(_bytes(model, key, first * itemsize, prod(shape) * itemsize), group.dtype)
+
+
+def quantized_rows(
+    model: Model, each: Quantized, number: int, start: int, stop: int
+) -> NDArray[Any]:
+    """Rows ``start`` to ``stop`` of one stored matrix (out, in) of a quantized tensor, in float32.
+
+    Raises:
+        CheckpointError: a file that can't be read.
+    """
+    import numpy as np
+
+    (rows, columns), (height, width) = each.sizes, each.block
+    decode, share = (from_e4m3, 1) if each.method == FP8 else (from_e2m1, 2)
+    first, count = (number * rows + start) * columns, (stop - start) * columns
+    values = decode(_bytes(model, each.values, first // share, count // share))
+    down, across = -(-rows // height), -(-columns // width)
+    top, bottom = start // height, -(-stop // height)
+    itemsize = model.places[each.scales][1].nbytes // (each.count * down * across)
+    first, count = (number * down + top) * across, (bottom - top) * across
+    data = _bytes(model, each.scales, first * itemsize, count * itemsize)
+    dtype = each.scale_dtype
+    scales = from_e8m0(data) if dtype is None else decoded(data, dtype)
+    taken = scales.reshape(bottom - top, across)[np.arange(start, stop) // height - top]
+    with np.errstate(over="ignore"):
+        # infinity is refused where it matters
+        found: NDArray[Any] = values.reshape(stop - start, columns)
+        found = found * np.repeat(taken, width, axis=1)[:, :columns]
+    return found
+
+
+def dequantized(model: Model, each: Quantized) -> Iterator[bytes]:
+    """The bytes of a plain tensor in bfloat16; rows at a time, or a matrix where it is turned."""
+    rows, columns = each.sizes
+    step = rows if each.turned else max(1, _ENTRIES // columns)
+    for number in range(each.count):
+        for start in range(0, rows, step):
+            found = quantized_rows(model, each, number, start, min(start + step, rows))
+            yield from pieces(found.T if each.turned else found, each.dtype)
+
+
+def _bytes(model: Model, key: str, begin: int, count: int) -> bytes:
+    """Some bytes of a tensor."""
+    shard, placed = model.places[key]
+    begin += placed.begin
+    return b"".join(read_range(shard, begin, begin + count))

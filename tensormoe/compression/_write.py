@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from tensormoe._config import LayerConfig
@@ -13,8 +15,9 @@ from tensormoe.backend import get_backend
 from tensormoe.checkpoint import read_checkpoint
 from tensormoe.checkpoint._files import open_regular, write_whole
 from tensormoe.checkpoint._format import CheckpointHeader, encode_header, file_order
-from tensormoe.checkpoint._safetensors import ArrayInfo, encode_frame
+from tensormoe.checkpoint._safetensors import ArrayInfo, Placed, encode_frame
 from tensormoe.compression._groups import Group
+from tensormoe.compression._quantized import Quantized, stored_keys
 from tensormoe.compression._resume import MANIFEST
 from tensormoe.compression._shards import (
     INDEX_SUFFIX,
@@ -23,7 +26,7 @@ from tensormoe.compression._shards import (
     Shard,
     read_range,
 )
-from tensormoe.compression._values import pieces
+from tensormoe.compression._values import dequantized, pieces
 from tensormoe.functional import expert_weight
 
 # weights in other formats, which would hold the experts a second time
@@ -55,18 +58,60 @@ def write_factors(
     write_whole(path, parts())
 
 
-def write_rest(shard: Shard, dropped: Collection[str], path: str, report: Report) -> None:
-    """A shard without the tensors of some keys; all others byte for byte."""
-    kept = [each for key, each in shard.entries.items() if key not in dropped]
-    head = shard.head
-    if len(kept) < len(shard.entries):
-        placed = ((each.name, each.code, each.shape, each.nbytes) for each in kept)
-        head = encode_frame(placed, shard.metadata)
+@dataclass(frozen=True, eq=False)
+class Plain:
+    """A model with nothing quantized, as its shards are written.
+
+    Args:
+        model: as it is.
+        quantized: tensors that are dequantized on the way.
+    """
+
+    model: Model
+    quantized: Mapping[str, Quantized]
+
+    @cached_property
+    def _names(self) -> Mapping[str, str | None]:
+        """Names of what is stored of quantized tensors; None for scales, which are not written."""
+        stored = stored_keys(self.quantized.values())
+        names = {each.values: each.name for each in self.quantized.values()}
+        return {key: names.get(key) for key in stored}
+
+    def entries(self, shard: Shard, dropped: Collection[str]) -> list[Placed]:
+        """The tensors of a shard by the names that they are written under, without some."""
+        found = []
+        for key, placed in shard.entries.items():
+            name = self._names.get(key, key)
+            if name is not None and name not in dropped:
+                found.append(self.quantized[name].placed if key in self._names else placed)
+        return found
+
+    def head(self, shard: Shard, entries: Sequence[Placed]) -> bytes:
+        """The first part of a shard with these tensors; the one that it has if nothing changes."""
+        if [each.name for each in entries] == list(shard.entries) and not any(
+            each.name in self.quantized for each in entries
+        ):
+            return shard.head
+        placed = ((each.name, each.code, each.shape, each.nbytes) for each in entries)
+        return encode_frame(placed, shard.metadata)
+
+    def parts(self, shard: Shard, each: Placed) -> Iterator[bytes]:
+        """The bytes of a tensor of a shard."""
+        if each.name in self.quantized:
+            return dequantized(self.model, self.quantized[each.name])
+        return read_range(shard, each.begin, each.end)
+
+
+def write_rest(
+    plain: Plain, shard: Shard, dropped: Collection[str], path: str, report: Report
+) -> None:
+    """A shard without the tensors of some keys; all others byte for byte, or dequantized."""
+    kept = plain.entries(shard, dropped)
 
     def parts() -> Iterator[bytes]:
-        yield head
+        yield plain.head(shard, kept)
         for each in kept:
-            for data in read_range(shard, each.begin, each.end):
+            for data in plain.parts(shard, each):
                 yield data
                 report(len(data))
 
@@ -117,15 +162,17 @@ class Rebuilt:
         return sum(array.nbytes for array in arrays.values())
 
 
-def write_dense(shard: Shard, rebuilt: Rebuilt, path: str, report: Report) -> None:
-    """A shard whose experts are the rebuilt ones; keys, dtypes, shapes and order stay."""
+def write_dense(plain: Plain, shard: Shard, rebuilt: Rebuilt, path: str, report: Report) -> None:
+    """A shard whose experts are the rebuilt ones; keys, dtypes, shapes and order stay.
+
+    Only what was quantized has the name and the dtype of a plain model.
+    """
+    entries = plain.entries(shard, ())
 
     def parts() -> Iterator[bytes]:
-        yield shard.head
-        for key, each in shard.entries.items():
-            found = (
-                rebuilt.parts(key) if key in rebuilt else read_range(shard, each.begin, each.end)
-            )
+        yield plain.head(shard, entries)
+        for each in entries:
+            found = rebuilt.parts(each.name) if each.name in rebuilt else plain.parts(shard, each)
             for data in found:
                 yield data
                 report(len(data))
@@ -142,21 +189,28 @@ def copy_index(model: Model, path: str) -> None:
 
 
 def write_index(
-    model: Model, dropped: Collection[str], added: Mapping[str, CheckpointHeader], path: str
+    plain: Plain,
+    dropped: Collection[str],
+    added: Mapping[str, CheckpointHeader],
+    path: str,
+    named: Callable[[str], str],
 ) -> None:
     """An index of the tensors that are kept, and of those of new files.
 
     Args:
-        model: as it was.
+        plain: the model.
         dropped: keys that are not kept.
         added: headers of the new files, by their path from the index.
         path: of the index.
+        named: names of files by those of shards.
     """
-    places = {
-        key: kept_name(shard.name) for key, (shard, _) in model.places.items() if key not in dropped
-    }
-    kept = [model.places[key][1] for key in places]
-    size = sum(each.nbytes for each in kept)
+    kept = [
+        (named(shard.name), each)
+        for shard in plain.model.shards
+        for each in plain.entries(shard, dropped)
+    ]
+    places = {each.name: file for file, each in kept}
+    size = sum(each.nbytes for _, each in kept)
     for name, header in added.items():
         places |= {header.prefix + key: name for key in header.arrays}
         size += sum(each.nbytes for each in header.arrays.values())

@@ -125,7 +125,7 @@ def test_a_model_in_one_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"quantization_config": {"quant_method": "fp8"}}', "quantized as well"),
+        ('{"quantization_config": {"quant_method": "gptq"}}', "quantized as well"),
         ("{", "can be read"),
         (None, "no checkpoint|none at|can be read"),
     ],

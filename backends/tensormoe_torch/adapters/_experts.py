@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormoe import LayerSpec
+from tensormoe.errors import SpecError
 from tensormoe.factorizations import Dense
 from tensormoe.functional import LayerConfig
 from tensormoe.mixtures import gated
@@ -17,6 +18,7 @@ from tensormoe_torch._layer import MuMoE
 from tensormoe_torch.compression._dense import Stack
 from tensormoe_torch.compression._experts import Activation, FactorizedExperts
 from tensormoe_torch.compression._find import is_stacked
+from tensormoe_torch.compression._gate import Own
 from tensormoe_torch.compression._read import (
     is_concatenated,
     read_experts,
@@ -93,6 +95,12 @@ def adapted(module: nn.Module, name: str) -> AdaptedExperts:
         SpecError, ShapeError: experts that compute something else, or cannot be read.
     """
     source = read_experts(module, name)
+    if isinstance(source.act, Own):
+        raise SpecError(
+            f"adapters need experts that compute (act(x G) · (x U)) D; those of {name!r} "
+            f"({type(module).__name__}) gate in a way of their own. Leave them out of the "
+            "selection."
+        )
     stacks = dict(source.stacks)
     if is_stacked(module) and "gate_proj" in stacks:
         if is_concatenated(module):

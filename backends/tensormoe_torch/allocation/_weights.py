@@ -53,7 +53,7 @@ class Weights:
         if self.stack is None:
             return *self._upcycled(spec), None
         experts, role = self.stack
-        weight, bias = experts.stacks[role].tensors()
+        weight, bias = experts.decomposed(role)
         found = decompose(
             weight,
             spec.factorization,
@@ -134,7 +134,7 @@ def read_weights(model: nn.Module, site: LayerSite) -> list[Weights]:
         whole = isinstance(stack.weights, Tensor)
         weights = (stack.weights,) if whole else stack.weights
         biases: Any = (None,) * len(weights)
-        if stack.biases is not None:
+        if stack.biases is not None and not experts.keeps_biases:
             biases = (stack.biases,) if whole else stack.biases
         found.append(Weights(name, weights, biases, (experts, each.role)))
     return found

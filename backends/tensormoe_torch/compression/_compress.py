@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tensormoe import LayerSpec
 from tensormoe._validation import flag
@@ -50,12 +50,14 @@ def compress(
     """Replace the experts of a sparse model by factors of them, in place; its router stays.
 
     Found are the stacks of experts of Hugging Face transformers 5 (parameters ``gate_up_proj`` and
-    ``down_proj``: Mixtral, Qwen-MoE, OLMoE, DeepSeek and others), lists of equal experts of
-    ``nn.Linear`` layers (``gate_proj``, ``up_proj`` and ``down_proj``, or ``w1``, ``w3`` and
+    ``down_proj``: Mixtral, Qwen-MoE, DeepSeek, GPT-OSS, Llama 4 and others), lists of equal experts
+    of ``nn.Linear`` layers (``gate_proj``, ``up_proj`` and ``down_proj``, or ``w1``, ``w3`` and
     ``w2``), and dense experts of ours, a :class:`SparseMoE`'s or merged ones
     (:func:`reduce_experts`). Each projection is decomposed by itself, and
     :class:`FactorizedExperts` take their place, called as they were: they compute what the dense
-    experts rebuilt from the factors would. A :class:`SparseMoE`'s configuration follows.
+    experts rebuilt from the factors would. Where experts gate in a way of their own, as those of
+    GPT-OSS do, gate and up projection are decomposed as one, and biases stay as they are. A
+    :class:`SparseMoE`'s configuration follows.
 
     Dtype, device, mode, hooks and ``requires_grad`` stay. Either all that is selected is replaced,
     or nothing is and an error says why. Make optimizers afterwards: they hold parameters.
@@ -154,7 +156,7 @@ def compress(
                 # all or nothing
                 raise KeyboardInterrupt
         layers = {r: MuMoE.restore(each.config(), each.parameters) for r, each in found.items()}
-        new = FactorizedExperts(layers, source.act)
+        new = FactorizedExperts(layers, source.act, _kept_biases(source))
         made[id(source.module)] = new
         off = None if sample is None else output_error(source, new, sample)
         new.groups = source.groups
@@ -208,7 +210,7 @@ def _check_sizes(
         kind = resolve_factorization(kinds[role], rank)
         with at(f"{source.name}.{role}"):
             rows, columns = stack.sizes
-            bias = stack.biases is not None
+            bias = stack.biases is not None and not source.keeps_biases
             parameters = LayerSpec(rows, columns, (source.count,), kind, bias=bias).num_parameters
             dense = source.count * (rows + bias) * columns
             if parameters > dense:
@@ -216,6 +218,14 @@ def _check_sizes(
                     f"factors must have no more entries than the weights, {dense:,}; {kind} has "
                     f"{parameters:,}. Lower the rank, or give a budget."
                 )
+
+
+def _kept_biases(source: DenseExperts) -> dict[str, Tensor]:
+    """Biases that are no part of the factors, by role."""
+    if not source.keeps_biases:
+        return {}
+    found = {role: stack.tensors()[1] for role, stack in source.stacks.items()}
+    return {role: each.clone() for role, each in found.items() if each is not None}
 
 
 @torch.no_grad()
@@ -233,7 +243,7 @@ def _decomposed(
     callback: Callable[[Progress], bool | None] | None,
     seed: int,
 ) -> Decomposition:
-    weights, bias = source.stacks[role].tensors()
+    weights, bias = source.decomposed(role)
     return decompose(
         weights,
         factorization,

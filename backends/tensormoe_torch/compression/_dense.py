@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tensormoe.mixtures import hidden_units
 from tensormoe_torch.compression._experts import Activation
+from tensormoe_torch.compression._gate import Own
 
 ROLES = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 """The projections of an expert, in the order in which reports have them."""
@@ -87,6 +88,24 @@ class DenseExperts:
     def count(self) -> int:
         """N."""
         return len(self.stacks["down_proj"].weights)
+
+    @property
+    def routes(self) -> int:
+        """Number of experts that the router has: more than N where some were merged."""
+        return self.count if self.groups is None else len(self.groups)
+
+    @property
+    def keeps_biases(self) -> bool:
+        """Whether biases are added to the outputs of factors, and are no part of them.
+
+        Those of gate and up projection as one would be a row of a matrix twice as wide.
+        """
+        return isinstance(self.act, Own)
+
+    def decomposed(self, role: str) -> tuple[Tensor, Tensor | None]:
+        """Weights (experts, in, out) of a projection, and the biases that factors replace."""
+        weights, biases = self.stacks[role].tensors()
+        return weights, None if self.keeps_biases else biases
 
     def parameters_of(self, count: int) -> tuple[int, int]:
         """Entries of all experts, and of ``count`` of them."""

@@ -38,8 +38,9 @@ class FactorizedExperts(Loads):
     what lies between the projections is not linear: of the factors, its expert's entries are taken,
     and no expert's matrix is built.
 
-    It stands where a model calls its experts together, ``experts(x, indices, weights)``, and where
-    it calls them one by one, ``experts[n](x)``.
+    It stands where a model calls its experts together, ``experts(x, indices, weights)``, or
+    ``experts(x)`` with a block of rows for each, and where it calls them one by one,
+    ``experts[n](x)``.
 
     Args:
         layers: :class:`MuMoE` layers without gates by role: ``"up_proj"``, ``"down_proj"`` and, of
@@ -134,22 +135,37 @@ class FactorizedExperts(Loads):
         found: MuMoE | None = dict(self.projections.items()).get(role)  # type: ignore[assignment]
         return found
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
+    ) -> Tensor:
         """The experts' outputs, weighted by the router.
+
+        Without indices and weights every expert gets a block of rows, as Llama 4 calls its experts:
+        the first one the first ``rows``, and so on, each row with a weight of 1.
 
         Where experts are spread over devices, every process calls them, with its own tokens.
 
         Args:
-            hidden_states: (tokens, in), in the layers' dtype.
+            hidden_states: (tokens, in), in the layers' dtype; (N · rows, in) without indices.
             top_k_index: (tokens, k) numbers of the experts that the router chose.
             top_k_weights: (tokens, k) their weights, in any floating-point dtype.
 
         Returns:
-            (tokens, out), in the dtype of the input.
+            (tokens, out), or (N · rows, out), in the dtype of the input.
 
         Raises:
-            ShapeError: indices or weights that do not fit the input.
+            ShapeError: indices or weights that do not fit the input; rows that are no equal blocks.
         """
+        if top_k_index is None or top_k_weights is None:
+            if top_k_index is not top_k_weights:
+                raise ShapeError(
+                    "top_k_index and top_k_weights must be given both, or neither; got one of "
+                    "them. Give what the router gives."
+                )
+            return self._blocks(hidden_states)
         batch_shape, k = check_choices(hidden_states, top_k_index, top_k_weights)
         rows, weights = self._entered(hidden_states), self._entered(top_k_weights)
         index = self._grouped(top_k_index.reshape(-1, k))
@@ -164,6 +180,22 @@ class FactorizedExperts(Loads):
             sort=exchange is not None or self._sorts(rows, index.numel()),
         )
         return self._left(made.reshape(*batch_shape, made.shape[-1]), hidden_states)
+
+    def _blocks(self, hidden_states: Tensor) -> Tensor:
+        """Outputs (N · rows, out) for an equal block of rows (N · rows, in) per expert."""
+        count = self.num_experts
+        if hidden_states.ndim != 2 or hidden_states.shape[0] % count:
+            raise ShapeError(
+                f"without indices, hidden_states must have shape ({count} · rows, in), a block per "
+                f"expert; got {tuple(hidden_states.shape)}. Give top_k_index and top_k_weights."
+            )
+        rows = hidden_states.shape[0] // count
+        if self.groups is None and self._exchange is None:
+            # sizes as they are: an empty array has no size that could be left open
+            made = self.every(hidden_states.reshape(count, rows, hidden_states.shape[1]))
+            return made.reshape(count * rows, made.shape[-1])
+        index = torch.arange(count, device=hidden_states.device).repeat_interleave(rows)[:, None]
+        return self(hidden_states, index, torch.ones_like(hidden_states[:, :1]))
 
     def routed(self, x: Tensor, index: Tensor) -> Tensor:
         """The output of one expert per row.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,27 @@ def is_stacked(module: nn.Module) -> bool:
     held = module._parameters
     first = held.get("gate_up_proj", held.get("up_proj"))
     return all(each is not None and each.ndim == 3 for each in (first, held.get("down_proj")))
+
+
+# names of what experts are called with: all together, in transformers
+_ROUTED = (
+    ["hidden_states", "top_k_index", "top_k_weights"],
+    ["hidden_states", "router_indices", "routing_weights"],
+)
+
+
+def takes_routing(module: nn.Module) -> bool:
+    """Whether experts are called together, with tokens, indices and weights."""
+    return _arguments(module) in _ROUTED
+
+
+def takes_blocks(module: nn.Module) -> bool:
+    """Whether experts are called together with tokens alone, an equal block for each in turn."""
+    return _arguments(module) == _ROUTED[0][:1]
+
+
+def _arguments(module: nn.Module) -> list[str]:
+    return [*inspect.signature(type(module).forward).parameters][1:]
 
 
 def is_dense(name: str, module: nn.Module, model: nn.Module) -> bool:

@@ -13,7 +13,8 @@ from tensormoe_torch._dtypes import FLOATS
 from tensormoe_torch.compression._dense import ROLES, DenseExperts, Stack
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.compression._find import is_stacked, linears_by_role
-from tensormoe_torch.compression._recognize import own_activation, recognized
+from tensormoe_torch.compression._gate import has_own_gate, own_activation
+from tensormoe_torch.compression._recognize import recognized
 from tensormoe_torch.surgery._linears import Linear, read_linear
 
 
@@ -86,6 +87,9 @@ def stack_projections(module: nn.Module, name: str) -> tuple[int, tuple[Projecti
     key = "gate_up_proj" if "gate_up_proj" in held else "up_proj"
     count, rows, columns = held["down_proj"].shape
     hidden, out = (rows, columns) if _stores_matrices(module, name, key) else (columns, rows)
+    if key == "gate_up_proj" and has_own_gate(module):
+        # biases stay as they are
+        return count, (Projection(key, out, 2 * hidden), Projection("down_proj", hidden, out))
     bias = f"{key}_bias" in held
     roles = ("gate_proj", "up_proj") if key == "gate_up_proj" else ("up_proj",)
     ahead = (Projection(role, out, hidden, bias) for role in roles)
@@ -107,9 +111,12 @@ def stacks_of(module: nn.Module, name: str) -> dict[str, Stack]:
 
 
 def _stacks_of(module: nn.Module, name: str) -> dict[str, Stack]:
-    """Parameters of all experts; gate and up are halves of one, or take turns in it."""
+    """Parameters of all experts; gate and up are halves of one, or take turns in it.
+
+    They stay one where the experts have a gate of their own.
+    """
     found = whole_stacks(module, name)
-    if "gate_up_proj" not in found:
+    if "gate_up_proj" not in found or has_own_gate(module):
         return found
     both, down = found["gate_up_proj"], found["down_proj"]
     hidden = down.sizes[0]

@@ -20,16 +20,11 @@ from tensormoe_torch._activations import ACTIVATIONS
 from tensormoe_torch._hooks import without_hooks
 from tensormoe_torch.compression._dense import DenseExperts, one_by_one
 from tensormoe_torch.compression._experts import Activation, FactorizedExperts
+from tensormoe_torch.compression._find import takes_blocks, takes_routing
+from tensormoe_torch.compression._gate import Own, has_own_gate, own_activation
 from tensormoe_torch.surgery._inputs import evaluating
 
 _TOKENS = 6
-_NAMES = ("act_fn", "act", "activation", "activation_fn")
-
-
-def own_activation(module: nn.Module) -> Activation | None:
-    """The activation of a module, by the names that models use."""
-    found = (getattr(module, name, None) for name in _NAMES)
-    return next((each for each in found if callable(each)), None)
 
 
 def recognized(experts: DenseExperts) -> DenseExperts:
@@ -51,7 +46,7 @@ def recognized(experts: DenseExperts) -> DenseExperts:
         # the search refuses them, and says which
         return experts
     wanted = _outputs(experts, shown, (x, index, weights))
-    own = own_activation(shown)
+    own = Own(shown) if has_own_gate(shown) else own_activation(shown)
     acts: Iterable[Activation] = ACTIVATIONS.values() if own is None else (own,)
     errors = [_error(replace(few, act=act), x, index, weights, wanted) for act in acts]
     least = min(errors)
@@ -82,13 +77,13 @@ def _check_plain(experts: DenseExperts, shown: nn.Module) -> None:
             f"experts must be in one process; those of {experts.name!r} are spread over several. "
             "Load the model without expert parallelism."
         )
-    wanted = [*inspect.signature(FactorizedExperts.forward).parameters]
-    found = [*inspect.signature(type(shown).forward).parameters]
-    if experts.together and found != wanted:
+    if experts.together and not (takes_routing(shown) or takes_blocks(shown)):
+        wanted = [*inspect.signature(FactorizedExperts.forward).parameters]
+        found = [*inspect.signature(type(shown).forward).parameters]
         raise SpecError(
-            f"stacked experts must be called with {', '.join(wanted[1:])}; those of "
-            f"{experts.name!r} ({type(shown).__name__}) take {', '.join(found[1:])}. Leave them "
-            "out of the selection."
+            f"stacked experts must be called with {', '.join(wanted[1:])}, or with "
+            f"{wanted[1]} alone; those of {experts.name!r} ({type(shown).__name__}) take "
+            f"{', '.join(found[1:])}. Leave them out of the selection."
         )
 
 
@@ -122,9 +117,13 @@ def _outputs(
     """
     try:
         with evaluating(shown), without_hooks(shown):
-            if experts.together:
+            if experts.together and takes_routing(shown):
                 return shown(*given)
-            x, _, weights = given
+            x, index, weights = given
+            if experts.together:
+                every = shown(x.repeat(experts.count, 1)).unflatten(0, (experts.count, len(x)))
+                chosen = every[index, torch.arange(len(x), device=x.device)[:, None]]
+                return (chosen * weights.unsqueeze(-1)).sum(1)
             return copy.deepcopy(shown).to("cpu", torch.float64)(x) * weights
     except Exception as error:
         # any code may run here

@@ -23,10 +23,10 @@ from tensormoe.errors import SpecError
 from tensormoe_torch._hub import mark
 from tensormoe_torch.compression._dense import DenseExperts
 from tensormoe_torch.compression._experts import FactorizedExperts
-from tensormoe_torch.compression._find import find_experts
+from tensormoe_torch.compression._find import find_experts, takes_blocks
 from tensormoe_torch.compression._prune import Pruned, check_model, prune
 from tensormoe_torch.compression._put import dense_layers, put_experts, sparse_parent
-from tensormoe_torch.compression._read import read_experts
+from tensormoe_torch.compression._read import is_concatenated, read_experts
 from tensormoe_torch.compression._reduce_report import ReducedModule, ReductionReport
 from tensormoe_torch.compression._routers import check_prunable, find_router, watched
 from tensormoe_torch.compression._samples import Batch, Samples, collect, output_error
@@ -98,6 +98,8 @@ def reduce_experts(
     check_surroundings(model, chosen)
     names = list({id(module): name for name, module in reversed(chosen.items())}.values())[::-1]
     layers = [_layer(model, chosen[name], name) for name in names]
+    if how == "merge" and align:
+        _check_alignable(layers)
     if how == "prune":
         check_model(model, names, keep)
         for layer in layers:
@@ -155,6 +157,12 @@ class _Layer:
 
 def _layer(model: nn.Module, module: nn.Module, name: str) -> _Layer:
     source = read_experts(module, name)
+    if source.together and takes_blocks(module):
+        raise SpecError(
+            f"experts must be called with what the router chose to be merged or pruned; those of "
+            f"{name!r} ({type(module).__name__}) get a block of tokens each. Factorize them with "
+            "compress."
+        )
     sparse = sparse_parent(model, name)
     if source.groups is not None or (sparse is not None and sparse.config.groups is not None):
         raise SpecError(
@@ -162,6 +170,21 @@ def _layer(model: nn.Module, module: nn.Module, name: str) -> _Layer:
             "original model."
         )
     return _Layer(source, find_router(model, source))
+
+
+def _check_alignable(layers: list[_Layer]) -> None:
+    """Refuse units that can't be permuted: those whose gate and up projection take turns.
+
+    Raises:
+        SpecError: they do.
+    """
+    for layer in layers:
+        source = layer.source
+        if source.keeps_biases and not is_concatenated(source.module):
+            raise SpecError(
+                f"units of experts can't be aligned where gate and up projection take turns, as in "
+                f"{source.name!r} ({type(source.module).__name__}). Pass align=False."
+            )
 
 
 def _listed(inputs: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -62,7 +63,7 @@ def collect(
     for found, each in zip(parts, experts, strict=True):
         modules = [each.module] if each.together else [*each.module.children()]
         for index, module in enumerate(modules):
-            hook = _chosen(found) if each.together else _alone(found, index)
+            hook = _chosen(found, each.routes) if each.together else _alone(found, index)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     alone = isinstance(batches, Tensor | tuple | Mapping)
     listed: Any = [batches] if alone else batches
@@ -89,13 +90,21 @@ def _joined(parts: list[Samples], experts: DenseExperts) -> Samples:
     return Samples(x, index if experts.groups is None else experts.groups[index], weights)
 
 
-def _chosen(found: list[Samples]) -> Callable[..., None]:
-    def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        names = ("hidden_states", "top_k_index", "top_k_weights")
+def _chosen(found: list[Samples], count: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        names = [*inspect.signature(type(module).forward).parameters][1:]
         given = dict(zip(names, args, strict=False)) | kwargs
-        x, index, weights = (given[name].detach() for name in names)
+        x, *choice = (given[name].detach() for name in names if given.get(name) is not None)
         rows = x.reshape(-1, x.shape[-1]).clone()
-        found.append(Samples(rows, index.reshape(len(rows), -1), weights.reshape(len(rows), -1)))
+        if choice:
+            index, weights = (each.reshape(len(rows), -1) for each in choice)
+            found.append(Samples(rows, index, weights))
+            return
+        # a block of rows per expert; those of tokens that did not choose it are zero
+        numbers = torch.arange(count, device=rows.device).repeat_interleave(len(rows) // count)
+        taken = rows.any(dim=1)
+        rows = rows[taken]
+        found.append(Samples(rows, numbers[taken, None], rows.new_ones(len(rows), 1)))
 
     return hook
 

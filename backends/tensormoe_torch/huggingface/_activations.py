@@ -2,43 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.activations import ACT2FN
 
 from tensormoe.errors import SpecError
 from tensormoe_torch._activations import ACTIVATIONS
 from tensormoe_torch.compression._experts import Activation
-from tensormoe_torch.compression._recognize import own_activation
-
-
-class Own(nn.Module):
-    """Activation of transformers' experts, between projections: (..., 2 · hidden) → (..., hidden).
-
-    Args:
-        experts: as transformers makes them; their weights are not kept.
-    """
-
-    def __init__(self, experts: nn.Module) -> None:
-        super().__init__()
-        apply: Any = getattr(experts, "_apply_gate", None)
-        if apply is None:
-            raise SpecError(
-                f"experts whose gate and up projection are one must say how they are gated; "
-                f"{type(experts).__name__} does not."
-            )
-        for name in [*experts._parameters]:
-            experts.register_parameter(name, None)
-        # not a submodule: it would be given initial values
-        self._experts = (experts,)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the activation to the gates, and multiply."""
-        found: Tensor = self._experts[0]._apply_gate(x)  # type: ignore[operator]
-        return found
+from tensormoe_torch.compression._gate import Own, has_own_gate, own_activation
 
 
 def name_of(act: Activation) -> str | None:
@@ -84,6 +55,11 @@ def activation_of(name: object, old: nn.Module, fused: bool) -> Activation:
                 f"act must be null; got {name!r:.80}."
             )
         return Own(old)
+    if has_own_gate(old):
+        raise SpecError(
+            f"{type(old).__name__} gate in a way of their own, which takes gate and up projection "
+            "as one layer; got two. Compress such a model in place, or with --dense."
+        )
     if name is None:
         first = next(old.children(), old) if isinstance(old, nn.ModuleList) else old
         found = own_activation(first)
@@ -106,8 +82,3 @@ def act_of(name: object) -> Activation:
         if not [*act.parameters()]:
             return act
     raise SpecError(f"act must be the name of an activation; got {name!r:.80}.")
-
-
-def takes_routing(module: nn.Module) -> bool:
-    """Whether experts are called together, with tokens, indices and weights."""
-    return len(inspect.signature(type(module).forward).parameters) == 4

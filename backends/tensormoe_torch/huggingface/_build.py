@@ -24,8 +24,8 @@ from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch.adapters import AdaptedExperts
 from tensormoe_torch.compression._experts import FactorizedExperts
-from tensormoe_torch.compression._find import is_stacked
-from tensormoe_torch.huggingface._activations import activation_of, takes_routing
+from tensormoe_torch.compression._find import is_stacked, takes_blocks, takes_routing
+from tensormoe_torch.huggingface._activations import activation_of
 from tensormoe_torch.huggingface._describe import ADAPTERS, EXPERTS, block_config, entry
 from tensormoe_torch.mixtures import ResidualExperts
 from tensormoe_torch.surgery._linears import is_linear, read_linear
@@ -246,10 +246,11 @@ def _dense_sizes(old: nn.Module) -> tuple[int, set[int] | None]:
     """
     if isinstance(old, nn.ModuleList):
         return len(old), None
-    if not is_stacked(old) or not takes_routing(old):
+    if not is_stacked(old) or not (takes_routing(old) or takes_blocks(old)):
         raise SpecError(
             "experts must take the place of experts that are called with tokens, indices and "
-            f"weights; {type(old).__name__} are not. Compress such a model with --dense."
+            f"weights, or with an equal block of tokens each; {type(old).__name__} are not. "
+            "Compress such a model with --dense."
         )
     count, *sizes = old.get_parameter("down_proj").shape
     return count, {*sizes}
