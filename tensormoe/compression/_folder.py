@@ -111,7 +111,7 @@ def whole_model(
             "projections": layers,
         }
     try:
-        config = _read_config(model)
+        config = read_config(model)
     except CheckpointError as error:
         return Whole(None, f"the model has no {CONFIG} that can be read ({error})")
     if "quantization_config" in config:
@@ -119,7 +119,12 @@ def whole_model(
     return Whole({**config, "quantization_config": model_config(entries)})
 
 
-def _read_config(model: Model) -> dict[str, Any]:
+def read_config(model: Model) -> dict[str, Any]:
+    """The ``config.json`` of a model.
+
+    Raises:
+        CheckpointError: it has none that can be read.
+    """
     if model.folder is None:
         raise CheckpointError("it is a file on its own")
     with open_regular(os.path.join(model.folder, CONFIG)) as (file, size):

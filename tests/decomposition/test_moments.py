@@ -18,7 +18,7 @@ QUICK = Search(starts=1, sweeps=6, polish=1)
 KINDS = [CP(3), TensorRing((2, 2, 3)), Tucker((2, 3, 3)), BaseDelta(2)]
 
 
-def _uneven(rng: np.random.Generator, samples: int, size: int) -> np.ndarray[Any, Any]:
+def _uneven(rng: np.random.Generator, samples: int, size: int) -> Any:
     """Samples that vary far more in some directions, none of them an axis."""
     scales = np.logspace(0, -2, size)
     turned, _ = np.linalg.qr(rng.standard_normal((size, size)))

@@ -1,7 +1,15 @@
-"""Experts of sparse models, compressed in place: factorized, merged, or pruned."""
+"""Experts of sparse models, compressed in place: factorized, merged, or pruned.
+
+Before that, :func:`calibrate` gathers second moments of what experts get and give on data.
+"""
 
 from __future__ import annotations
 
+from tensormoe_torch.compression._calibrate import calibrate, calibration_memory
+from tensormoe_torch.compression._calibrate_checkpoint import (
+    CalibrationProgress,
+    calibrate_checkpoint,
+)
 from tensormoe_torch.compression._compress import compress
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.compression._reduce import reduce_experts
@@ -11,14 +19,21 @@ from tensormoe_torch.compression._report import (
     CompressedProjection,
     CompressionReport,
 )
+from tensormoe_torch.compression._text import TextWindows, next_token_loss
 
 __all__ = [
+    "CalibrationProgress",
     "CompressedModule",
     "CompressedProjection",
     "CompressionReport",
     "FactorizedExperts",
     "ReducedModule",
     "ReductionReport",
+    "TextWindows",
+    "calibrate",
+    "calibrate_checkpoint",
+    "calibration_memory",
     "compress",
+    "next_token_loss",
     "reduce_experts",
 ]
