@@ -1,6 +1,7 @@
 """Experts of sparse models, compressed in place: factorized, merged, or pruned.
 
-Before that, :func:`calibrate` gathers second moments of what experts get and give on data.
+Before that, :func:`calibrate` gathers second moments of what experts get and give on data; after
+it, :func:`evaluate` says what became of the model's predictions.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from tensormoe_torch.compression._calibrate_checkpoint import (
     calibrate_checkpoint,
 )
 from tensormoe_torch.compression._compress import compress
+from tensormoe_torch.compression._evaluate import Evaluation, LayerEffect, evaluate
+from tensormoe_torch.compression._evaluate_checkpoints import evaluate_checkpoints
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.compression._reduce import reduce_experts
 from tensormoe_torch.compression._reduce_report import ReducedModule, ReductionReport
@@ -26,7 +29,9 @@ __all__ = [
     "CompressedModule",
     "CompressedProjection",
     "CompressionReport",
+    "Evaluation",
     "FactorizedExperts",
+    "LayerEffect",
     "ReducedModule",
     "ReductionReport",
     "TextWindows",
@@ -34,6 +39,8 @@ __all__ = [
     "calibrate_checkpoint",
     "calibration_memory",
     "compress",
+    "evaluate",
+    "evaluate_checkpoints",
     "next_token_loss",
     "reduce_experts",
 ]
