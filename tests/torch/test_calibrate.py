@@ -278,6 +278,42 @@ def test_a_calibration_takes_the_place_of_inputs(name: str) -> None:
         assert errors(report)[2] == pytest.approx((missing / whole) ** 0.5, rel=1e-6)
 
 
+@pytest.mark.parametrize("experts", ["equal", "frequency", "router"])
+@pytest.mark.parametrize("weighting", ["inputs", "both", "fisher"])
+def test_what_is_minimized_is_a_sum_over_rows(weighting: str, experts: str) -> None:
+    """Errors of all experts for all rows, outputs or gradients turned until they are white."""
+    model = sparse("mixtral")
+    found = calibrate(model, TOKENS, loss=loss, dtype="float64", ridge=0.05)
+    mine = copy.deepcopy(model)
+    words: Any = {"weighting": weighting, "expert_weights": experts}
+    report = compress(mine, "cp", rank=3, calibration=found, search=QUICK, **words)
+    layer = NAMES[1]
+    rows = rows_of(model, layer, TOKENS)
+    numbers = [row["expert"] for row in rows]
+    weights = np.array([row["weight"] for row in rows])
+    shares = np.ones(4)
+    if experts != "equal":
+        powers = weights**2 if experts == "router" else np.ones(len(rows))
+        shares = np.bincount(numbers, weights=powers, minlength=4)
+    moments = moment([row["down_proj"] for row in rows])
+    if weighting == "fisher":
+        moments = found.arrays[f"{layer}.down_proj.gradients"]
+    metric = moments / (np.trace(moments) / 16) + 0.05 * np.eye(16)
+    values, vectors = np.linalg.eigh(metric)
+    power = {"inputs": 0.0, "both": -0.5, "fisher": 0.5}[weighting]
+    root = vectors * values**power
+    before = model.get_submodule(layer).down_proj.detach().numpy()
+    factors: Any = mine.get_submodule(layer)
+    after = factors.down_proj.materialize()[0].detach().numpy().transpose(0, 2, 1)
+    x = np.stack([row["hidden"] for row in rows])
+    sums = [
+        sum(shares[n] * float(((x @ each[n].T @ root) ** 2).sum()) for n in range(4))
+        for each in (before - after, before)
+    ]
+    wanted = (sums[0] / sums[1]) ** 0.5
+    assert report.modules[1].projections[2].report.weighted_error == pytest.approx(wanted, rel=1e-6)
+
+
 def test_a_layer_gets_what_compressed_layers_before_it_give() -> None:
     model = sparse("mixtral")
     options: Any = {"rank": 3, "search": QUICK, "inputs": iter([TOKENS[:2], TOKENS[2:]])}
