@@ -87,6 +87,10 @@ def test_what_cannot_be_is_refused_and_nothing_written(
     assert "must fit in max_memory" in run(capsys, *words, *SMALL, "--max-memory", "1KiB")
     assert "must be a positive integer" in run(capsys, *words, "--samples", "0")
     assert "--ridge must be a number" in run(capsys, *words, "--ridge", "x")
+    assert "device must be one of PyTorch's" in run(capsys, *words, "--device", "x")
+    if not torch.cuda.is_available():
+        assert "does not run on 'cuda'" in run(capsys, *words, *SMALL, "--device", "cuda")
+    assert "dtype must be one of" in run(capsys, *words, *SMALL, "--dtype", "x")
     short = tmp_path / "short.txt"
     short.write_text("w1 w2")
     assert "has 2" in run(capsys, model, "--data", short, "--output", output)

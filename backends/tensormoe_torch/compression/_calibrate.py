@@ -96,8 +96,7 @@ def calibrate(
     """
     sources = _sources(model, select)
     kept = Kept(flag(outputs, "outputs"), flag(per_expert, "per_expert"), loss is not None)
-    choice(dtype, ("float32", "float64"), "dtype", SpecError)
-    checked = RIDGE if ridge is None else checked_ridge(ridge)
+    checked = checked_options(ridge, dtype)
     needed = sum(kept.nbytes(each) for each in sources)
     if max_memory is not None and needed > positive_int(max_memory, "max_memory"):
         raise PlanError(
@@ -145,6 +144,16 @@ def calibration_memory(
     """
     kept = Kept(outputs, per_expert, gradients)
     return sum(kept.nbytes(each) for each in _sources(model, select))
+
+
+def checked_options(ridge: float | None, dtype: str) -> float:
+    """The ridge that is meant.
+
+    Raises:
+        SpecError: a ridge or dtype that cannot be.
+    """
+    choice(dtype, ("float32", "float64"), "dtype", SpecError)
+    return RIDGE if ridge is None else checked_ridge(ridge)
 
 
 def needed_tokens(model: nn.Module) -> int:

@@ -14,6 +14,7 @@ from tensormoe.errors import CheckpointError, SpecError
 from tensormoe_torch.compression._calibrate import (
     calibrate,
     calibration_memory,
+    checked_options,
     needed_tokens,
 )
 from tensormoe_torch.compression._text import (
@@ -80,6 +81,8 @@ def calibrate_checkpoint(
             not the model's; a text with too few tokens, before anything runs.
         MissingDependencyError: transformers is not installed.
     """
+    # before a model is loaded, not after
+    checked_options(ridge, dtype)
     folder = checkpoint_path(model)
     words = folder if tokenizer is None else checkpoint_path(tokenizer)
     identity = checkpoint_identity(open_model(folder))

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from tensormoe._extras import require
-from tensormoe._validation import non_negative_int, positive_int
+from tensormoe._validation import choice, non_negative_int, positive_int
 from tensormoe.checkpoint._files import checkpoint_path
 from tensormoe.errors import CheckpointError, SpecError
 
 # what a vocabulary may have more than its tokenizer: rows that round it up
 _PADDED, _PADDED_SHARE = 1024, 0.05
 _CONTEXT = 2048
+_DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def load_model(folder: str | os.PathLike[str], device: str, dtype: str = "auto")
 
     Raises:
         CheckpointError: transformers can't open it.
+        SpecError: an unknown dtype, or a device that is none or not there.
     """
     require("models of transformers", ("transformers",), "huggingface")
     import transformers
@@ -84,6 +86,13 @@ def load_model(folder: str | os.PathLike[str], device: str, dtype: str = "auto")
     # folders with factors
     import tensormoe_torch.huggingface  # noqa: F401
 
+    choice(dtype, _DTYPES, "dtype", SpecError)
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise SpecError(
+            f"device must be one of PyTorch's, such as cuda; got {device!r}."
+        ) from error
     path = checkpoint_path(folder)
     if not os.path.isdir(path):
         raise CheckpointError(
@@ -96,7 +105,11 @@ def load_model(folder: str | os.PathLike[str], device: str, dtype: str = "auto")
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(f"transformers can't open {path!r}: {error}") from error
-    return model.to(device).eval()
+    try:
+        return model.to(place).eval()
+    except (RuntimeError, AssertionError) as error:
+        # not there, or too small
+        raise SpecError(f"the model does not run on {device!r}: {error}") from error
 
 
 def load_tokens(
