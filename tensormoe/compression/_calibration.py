@@ -63,7 +63,7 @@ class Calibration:
         tokens: that reached each layer, by its name.
         model: digests of the model that it was gathered with, by what they are of.
         ridge: share of the mean second moment that is added to all before anything is weighted by
-            their inverse or root.
+            them.
 
     Raises:
         CheckpointError: arrays that are not those of a calibration.
@@ -140,9 +140,9 @@ class Calibration:
         Args:
             layer: one of :attr:`layers`.
             role: of the projection; ``gate_up_proj`` is both halves side by side.
-            weighting: one of :data:`WEIGHTINGS`. ``both`` measures outputs by the inverse of their
-                second moments, a ridge added: the error of every direction of the outputs counts
-                relative to what it carries. Two halves are measured each by itself.
+            weighting: one of :data:`WEIGHTINGS`. ``both`` measures outputs by their own second
+                moments, a ridge added: an error counts more in directions that carry more. Two
+                halves are measured each by itself.
             experts: one of :data:`EXPERT_WEIGHTS`.
             bias: whether the matrices have one more row, of biases.
 
@@ -339,16 +339,13 @@ class Calibration:
         return np.block([[found, mean[:, None]], [mean[None, :], np.ones((1, 1), found.dtype)]])
 
     def _metric(self, key: str) -> NDArray[Any]:
-        """The metric of outputs: the inverse of their moments, or those of gradients."""
+        """The metric of outputs: second moments of theirs or of gradients, and a ridge."""
         import numpy as np
 
         found = self.arrays[key].astype("float64")
         mean = np.trace(found) / len(found) or 1.0
-        found = found / mean + self.ridge * np.eye(len(found))
-        if not key.endswith("outputs"):
-            return found
-        inverse = np.linalg.inv(found)
-        return (inverse + inverse.T) / 2
+        whole: NDArray[Any] = found + self.ridge * mean * np.eye(len(found))
+        return whole
 
     def _check(self, layer: str) -> None:
         """Refuse arrays that are missing or do not fit."""

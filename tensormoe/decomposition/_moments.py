@@ -29,9 +29,9 @@ class Moments:
 
     Args:
         inputs: S, (in, in); with biases (in + 1, in + 1), the last input being 1.
-        outputs: M, (out, out): the inverse of the outputs' second moments, so that all directions
-            of the outputs count alike relative to what they carry; or the second moments of a
-            loss's gradients with respect to the outputs.
+        outputs: M, (out, out), positive definite: second moments of a loss's gradients with respect
+            to the outputs, or of the outputs themselves, so that errors count more in directions
+            that carry more.
         experts: p, (N,), not negative.
         ridge: share of the mean of the diagonal of S that is added to it, positive, and of the mean
             of p that each expert is worth at least. Both decide what is searched for, not the

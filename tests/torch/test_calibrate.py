@@ -281,7 +281,7 @@ def test_a_calibration_takes_the_place_of_inputs(name: str) -> None:
 @pytest.mark.parametrize("experts", ["equal", "frequency", "router"])
 @pytest.mark.parametrize("weighting", ["inputs", "both", "fisher"])
 def test_what_is_minimized_is_a_sum_over_rows(weighting: str, experts: str) -> None:
-    """Errors of all experts for all rows, outputs or gradients turned until they are white."""
+    """Errors of all experts for all rows, outputs turned and stretched."""
     model = sparse("mixtral")
     found = calibrate(model, TOKENS, loss=loss, dtype="float64", ridge=0.05)
     mine = copy.deepcopy(model)
@@ -300,8 +300,7 @@ def test_what_is_minimized_is_a_sum_over_rows(weighting: str, experts: str) -> N
         moments = found.arrays[f"{layer}.down_proj.gradients"]
     metric = moments / (np.trace(moments) / 16) + 0.05 * np.eye(16)
     values, vectors = np.linalg.eigh(metric)
-    power = {"inputs": 0.0, "both": -0.5, "fisher": 0.5}[weighting]
-    root = vectors * values**power
+    root = vectors * values ** (0.0 if weighting == "inputs" else 0.5)
     before = model.get_submodule(layer).down_proj.detach().numpy()
     factors: Any = mine.get_submodule(layer)
     after = factors.down_proj.materialize()[0].detach().numpy().transpose(0, 2, 1)
