@@ -72,10 +72,9 @@ def windows(arguments: argparse.Namespace) -> Any:
 def torch_compression() -> Any:
     """The part of the command that runs models, of the distribution's package for PyTorch."""
     require("models of transformers", ("torch", "transformers"), "huggingface")
-    from importlib import import_module
+    import tensormoe_torch.compression
 
-    # the core names no framework but by words that people type, as a backend's
-    return import_module("tensormoe_torch.compression")
+    return tensormoe_torch.compression
 
 
 def run(arguments: argparse.Namespace) -> None:

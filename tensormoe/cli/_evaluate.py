@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from tensormoe.cli._calibrate_model import add_windows, torch_compression, windows
+from tensormoe.cli._commands import Commands
 from tensormoe.cli._console import print_json
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """The options of the command."""
     parser = commands.add_parser(
         "evaluate",
