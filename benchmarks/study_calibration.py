@@ -15,14 +15,18 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch.nn.functional as F
 from _mxd_model import load_parts
-from study_merging import FULL, QUICK, windows
+from study_merging import FULL, QUICK
 from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from _comparison.text import windows
 
 from tensormoe.decomposition import Search
 from tensormoe_torch import compress

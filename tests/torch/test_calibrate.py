@@ -291,7 +291,7 @@ def test_what_is_minimized_is_a_sum_over_rows(weighting: str, experts: str) -> N
     rows = rows_of(model, layer, TOKENS)
     numbers = [row["expert"] for row in rows]
     weights = np.array([row["weight"] for row in rows])
-    shares = np.ones(4)
+    shares: Any = np.ones(4)
     if experts != "equal":
         powers = weights**2 if experts == "router" else np.ones(len(rows))
         shares = np.bincount(numbers, weights=powers, minlength=4)
