@@ -26,7 +26,7 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "calibrate-model",
         description="Run a sparse model over a text, and keep second moments of what its experts "
-        "get and give, which tensormoe compress --calibration weighs errors by.",
+        "get and give, which tensormoe compress weighs errors by.",
         epilog="example: tensormoe calibrate-model Mixtral-8x7B --data wiki.txt --output "
         "calibration.safetensors",
     )
