@@ -59,6 +59,10 @@ COMMANDS: Mapping[str, Command] = {
     "calibrate": Command("_calibrate", "measure this machine, for predicted times"),
     "demo": Command("_demo", "factorized experts on real images, from budget to picture"),
     "compress": Command("_compress", "the experts of a model's checkpoint, decomposed"),
+    "calibrate-model": Command(
+        "_calibrate_model", "what a model's experts get and give on a text, for compress"
+    ),
+    "evaluate": Command("_evaluate", "what a compression does to what a model predicts"),
     "allocate": Command("_allocate", "one budget for all layers of a model: a rank for each"),
     "explore": Command("_explore", "a page that shows what every expert of a layer does"),
     "config": Command("_config", "defaults that are in force, and where each comes from"),

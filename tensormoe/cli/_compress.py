@@ -39,6 +39,20 @@ def add_parser(commands: Commands) -> None:
     option("--allocation", metavar="FILE", help="ranks from tensormoe allocate --output FILE")
     option("--tolerance", metavar="ERROR", help="relative error that each layer is to reach: 0.1")
     add_switch(parser, "dense", "write rebuilt matrices under their old keys")
+    option("--calibration", metavar="FILE", help="of calibrate-model: errors of outputs count")
+    option(
+        "--weighting",
+        default="inputs",
+        metavar="NAME",
+        help="what of the calibration errors are weighted by: inputs, both, fisher or none "
+        "(default: inputs)",
+    )
+    option(
+        "--expert-weights",
+        default="equal",
+        metavar="NAME",
+        help="what an expert counts: equal, frequency or router (default: equal)",
+    )
     option("--max-memory", metavar="BYTES", help="refuse what would take more: 6GiB")
     option(
         "--scheduler",

@@ -87,6 +87,9 @@ def _settings(arguments: argparse.Namespace) -> Compression:
         seed=int(arguments.seed),
         seconds=None if arguments.seconds is None else _seconds(arguments.seconds),
         allocation=allocation,
+        calibration=arguments.calibration,
+        weighting=arguments.weighting,
+        expert_weights=arguments.expert_weights,
     )
 
 

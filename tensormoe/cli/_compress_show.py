@@ -81,7 +81,10 @@ def _state(now: CompressionProgress) -> str:
 def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> None:
     """Show a plan."""
     console = make_console()
-    table = make_table("experts", "shape", "dtype", "rank", "before", "after", "memory", "time")
+    settings = plan.settings
+    calibrated = settings.calibration is not None
+    columns = ["experts", "shape", "dtype", "rank", "before", "after", "memory", "time"]
+    table = make_table(*columns, *(["rows"] if calibrated else []))
     for each in plan.groups:
         table.add_row(
             each.group.label,
@@ -92,8 +95,8 @@ def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> Non
             _at_most(format_parameters(each.parameters), plan.settings),
             format_bytes(each.memory),
             format_time(each.seconds),
+            *([f"{each.rows:,}"] if each.rows is not None else []),
         )
-    settings = plan.settings
     shards = len(plan.model.shards)
     console.print()
     console.print(
@@ -114,6 +117,8 @@ def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> Non
         f"on {device.name}, as far as FLOPs tell",
         soft_wrap=True,
     )
+    if calibrated:
+        console.print(f"calibration: {_calibrated(settings)}", soft_wrap=True)
     times = (f"{format_time(plan.seconds_on(each))} on {each}" for each in MACHINES)
     console.print(f"on such machines in a cluster: {', '.join(times)}", soft_wrap=True)
     if plan.quantized and plan.output_bytes >= plan.model.nbytes:
@@ -131,7 +136,8 @@ def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> Non
 def show_result(console: Console, result: CompressionResult, settings: Compression) -> None:
     """Show a result."""
     columns = ["experts", "shape", "rank", "before", "after", "error"]
-    columns += ["SVD error", "joint SVD", "time"]
+    calibrated = settings.calibration is not None
+    columns += [*(["outputs"] if calibrated else []), "SVD error", "joint SVD", "time"]
     table = make_table(*columns)
     for each in result.groups:
         table.add_row(
@@ -141,6 +147,7 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
             format_parameters(each.dense_parameters),
             format_parameters(each.parameters),
             format_share(each.error),
+            *([format_share(each.output_error)] if calibrated else []),
             format_share(each.svd_error),
             format_share(None if each.joint is None else each.joint.error),
             "–" if each.seconds is None else format_time(each.seconds),
@@ -154,6 +161,12 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
         f"({result.parameters / result.dense_parameters:.1%}), {settings.factorization}",
         soft_wrap=True,
     )
+    if calibrated:
+        console.print(
+            f"error: of weights; outputs: error of outputs on the calibration's data, weighted by "
+            f"{_calibrated(settings)}",
+            soft_wrap=True,
+        )
     for line in _verdicts(result):
         console.print(line, soft_wrap=True)
     what = (
@@ -162,6 +175,14 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
         else "experts in factors; README.md says how to open it"
     )
     console.print(f"{result.output}: {what}", soft_wrap=True)
+
+
+def _calibrated(settings: Compression) -> str:
+    """What errors are weighted by, in words."""
+    what = {"both": "inputs and outputs", "fisher": "inputs and gradients", "none": "nothing"}
+    shown = what.get(settings.weighting, settings.weighting)
+    experts = {"equal": "alike", "frequency": "by frequency", "router": "by router weights"}
+    return f"{shown}, experts {experts[settings.expert_weights]}"
 
 
 def _verdicts(result: CompressionResult) -> Iterator[str]:
@@ -216,6 +237,7 @@ def plan_dict(plan: CompressionPlan, device: Roofline, limit: int | None) -> dic
                 "parameters": each.parameters,
                 "memory": each.memory,
                 "seconds": each.seconds,
+                "rows": each.rows,
             }
             for each in plan.groups
         ],

@@ -44,6 +44,7 @@ Another way to fewer bytes is fewer experts: :func:`choice_frequencies` and
 
 from __future__ import annotations
 
+from tensormoe.compression._calibration import EXPERT_WEIGHTS, WEIGHTINGS, Calibration
 from tensormoe.compression._grouping import (
     ExpertGroups,
     allot_experts,
@@ -64,8 +65,11 @@ from tensormoe.compression._settings import Compression
 from tensormoe.compression._shards import Model, Shard
 
 __all__ = [
+    "EXPERT_WEIGHTS",
     "LAYOUTS",
     "PRESETS",
+    "WEIGHTINGS",
+    "Calibration",
     "Compression",
     "CompressionPlan",
     "CompressionProgress",

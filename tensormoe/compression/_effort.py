@@ -35,6 +35,8 @@ BASE_MEMORY = 144 * 2**20
 # a bound for what is held at once: copies of the factors, matrices of an expert, and float64
 # matrices of each part of a factor's equations, or of the smaller side of an expert
 _FACTORS, _MATRICES, _SQUARES = 9, 4, 6
+# float64 matrices of each side's size
+_MOMENTS = 5
 # sweeps after which a search usually ends, and those on the tensor itself
 _SWEEPS, _POLISH = 40, 5
 # products with each part of the equations for one factor
@@ -59,6 +61,12 @@ def memory_needed(spec: LayerSpec, itemsize: int, compare: bool) -> int:
     search += _FACTORS * factors + _MATRICES * matrix
     spectra = factors + _spectra_peak(spec, matrix) if compare else 0
     return BASE_MEMORY + spec.num_experts * matrix + max(search, spectra)
+
+
+def moments_needed(spec: LayerSpec) -> int:
+    """Bytes of second moments of both sides, their roots and inverses, and an expert in float64."""
+    rows, columns = spec.in_features, spec.out_features
+    return 8 * (_MOMENTS * (rows**2 + columns**2) + 3 * rows * columns)
 
 
 def _spectra_peak(spec: LayerSpec, matrix: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,8 @@ class GroupReport:
             :class:`tensormoe.decomposition.Report`; empty if not asked for.
         seconds: that the decomposition took; None where the output was whole before.
         ended: why its search ended, see :class:`tensormoe.decomposition.Report`.
+        output_error: of the outputs on the calibration's data, as its moments tell; None without a
+            calibration.
     """
 
     name: str
@@ -60,6 +62,7 @@ class GroupReport:
     controls: tuple[Control, ...]
     seconds: float | None
     ended: str
+    output_error: float | None = None
 
     @property
     def svd_error(self) -> float | None:
@@ -93,25 +96,36 @@ class GroupReport:
         return cls(**{**values, **parts})
 
 
-def stored_errors(
-    stack: NDArray[Any], config: LayerConfig, factors: Mapping[str, Any], dtype: str, dense: bool
-) -> tuple[float, tuple[float, ...]]:
-    """Relative error of all experts, and of each, as they are read back from the file.
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """Experts next to what the file gives back for them.
 
     Args:
         stack: the experts (experts, in, out), in the working dtype.
         config: of the layer.
         factors: by canonical name, in the working dtype, rounded if factors are stored.
-        dtype: of the file.
-        dense: whether matrices are stored.
+        dtype: of the file if matrices are stored; None for factors.
     """
-    backend = get_backend("numpy")
-    missing, whole = [], []
-    for number, matrix in enumerate(stack):
-        found, _ = expert_weight(config, factors, (number,), backend)
-        if dense:
-            found = rounded(found, dtype)
-        found = matrix - found
-        missing.append(norm(found, backend))
-        whole.append(norm(matrix, backend))
-    return shares(missing, whole)
+
+    stack: NDArray[Any]
+    config: LayerConfig
+    factors: Mapping[str, Any]
+    dtype: str | None
+
+    def pairs(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        """Of every expert its matrix, and what is missing of it."""
+        backend = get_backend("numpy")
+        for number, matrix in enumerate(self.stack):
+            found, _ = expert_weight(self.config, self.factors, (number,), backend)
+            if self.dtype is not None:
+                found = rounded(found, self.dtype)
+            yield matrix, matrix - found
+
+    def errors(self) -> tuple[float, tuple[float, ...]]:
+        """Relative error of all experts, and of each."""
+        backend = get_backend("numpy")
+        norms = [
+            (norm(missing, backend), norm(matrix, backend)) for matrix, missing in self.pairs()
+        ]
+        missing, whole = zip(*norms, strict=True)
+        return shares(missing, whole)

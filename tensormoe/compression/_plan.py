@@ -13,7 +13,8 @@ from tensormoe._spec import LayerSpec
 from tensormoe._validation import positive_int
 from tensormoe.checkpoint._safetensors import ArrayInfo, Placed
 from tensormoe.compression._allocated import allocated_kinds
-from tensormoe.compression._effort import memory_needed, seconds_needed
+from tensormoe.compression._calibrated import calibrated_group, check_calibration
+from tensormoe.compression._effort import memory_needed, moments_needed, seconds_needed
 from tensormoe.compression._groups import Group, find_groups
 from tensormoe.compression._quantized import Quantized, plain_tensors
 from tensormoe.compression._settings import Compression
@@ -37,6 +38,7 @@ class GroupPlan:
         budget: entries that the factors may take; None where the rank is given or found.
         memory: bytes that a process takes for it, at most, the interpreter included.
         seconds: that its decomposition takes, about.
+        rows: of the calibration that its outputs are weighted by; None without one.
     """
 
     group: Group
@@ -44,6 +46,7 @@ class GroupPlan:
     budget: int | None
     memory: int
     seconds: float
+    rows: int | None = None
 
     @property
     def parameters(self) -> int:
@@ -164,12 +167,14 @@ def plan_compression(
 
     Raises:
         TypeError: ``model`` is neither a string nor a path.
-        CheckpointError: not a model, or without experts, or with some that do not make a tensor.
+        CheckpointError: not a model, or without experts, or with some that do not make a tensor;
+            a calibration of another model.
         RankError, BudgetError: a rank or budget that a group cannot have; the message names it.
-        SpecError: a factorization that can't be fitted.
+        SpecError: a factorization that can't be fitted, or moments that were not gathered.
     """
     opened = open_model(model)
     groups, quantized = find_groups(opened, settings.experts, settings.preset, settings.layout)
+    check_calibration(opened, groups, settings)
     shares = _shares(groups, settings)
     given: Mapping[str, Factorization] = {}
     if settings.allocation is not None:
@@ -222,8 +227,12 @@ def _planned(
         raise located(error, repr(group.name)) from None
     itemsize = ArrayInfo(working_dtype(group.dtype), ()).nbytes
     memory = max(memory_needed(spec, itemsize, settings.compare) for spec in specs)
+    calibrated = calibrated_group(group, settings)
+    if calibrated is not None:
+        memory += moments_needed(specs[0])
     seconds = seconds_needed(specs, itemsize, settings.compare, roofline)
-    return GroupPlan(group, specs, share, memory, seconds)
+    rows = None if calibrated is None else calibrated.rows
+    return GroupPlan(group, specs, share, memory, seconds, rows)
 
 
 @lru_cache(maxsize=256)

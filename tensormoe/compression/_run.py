@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tensormoe import __version__
+from tensormoe.compression._calibrated import calibration_identity
 from tensormoe.compression._cluster import check_cluster, on_cluster
 from tensormoe.compression._limits import check_apart, check_disk, check_memory
 from tensormoe.compression._measure import GroupReport
@@ -105,6 +106,7 @@ def compress_checkpoint(
         "model": plan.model.name,
         "shards": plan.model.identity,
         **settings.to_dict(),
+        **calibration_identity(settings),
     }
     # matrices are rebuilt from factors that nobody needs afterwards
     temporary = EXPERTS if settings.dense else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,6 +15,8 @@ from tensormoe._validation import (
     positive_int,
     positive_ints,
 )
+from tensormoe.checkpoint._files import checkpoint_path
+from tensormoe.compression._calibration import EXPERT_WEIGHTS, WEIGHTINGS
 from tensormoe.compression._patterns import AUTO, LAYOUTS, PRESETS, Pattern
 from tensormoe.decomposition._choose import checked_tolerance
 from tensormoe.decomposition._search import checked_seconds
@@ -49,10 +52,14 @@ class Compression:
             of the output depend on the machine.
         allocation: ranks of all groups instead of rank, budget and tolerance, from
             :func:`tensormoe.selection.allocate`; all of the one factorization.
+        calibration: path of a :class:`Calibration`'s file, to minimize the error of outputs rather
+            than that of weights, and to report it.
+        weighting: what of the calibration errors are weighted by, one of :data:`WEIGHTINGS`.
+        expert_weights: what an expert counts, one of :data:`EXPERT_WEIGHTS`.
 
     Raises:
         SpecError: an unknown name, an invalid pattern, a seed, tolerance or limit that cannot
-            be, or values that exclude one another.
+            be, values that exclude one another, or weights without a calibration.
         RankError: a rank of other values than positive integers.
         BudgetError: a budget that is neither a share nor a positive integer.
 
@@ -74,6 +81,9 @@ class Compression:
     seed: int = 0
     seconds: float | None = None
     allocation: Allocation | None = None
+    calibration: str | None = None
+    weighting: str = "inputs"
+    expert_weights: str = "equal"
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -123,11 +133,24 @@ class Compression:
         non_negative_int(self.seed, "seed")
         if self.seconds is not None:
             put(self, "seconds", checked_seconds(self.seconds))
+        choice(self.weighting, WEIGHTINGS, "weighting", SpecError)
+        choice(self.expert_weights, EXPERT_WEIGHTS, "expert_weights", SpecError)
+        if self.calibration is not None:
+            # workers read it too, wherever they run
+            put(self, "calibration", os.path.abspath(checkpoint_path(self.calibration)))
+        elif (self.weighting, self.expert_weights) != ("inputs", "equal"):
+            raise SpecError(
+                "weighting and expert_weights need a calibration; got none. Make one with "
+                "tensormoe calibrate-model."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings in plain values, as JSON knows them."""
         plain = {each.name: getattr(self, each.name) for each in fields(self)}
         plain |= {"experts": list(self.experts), "rank": plain_rank(self.rank)}
+        if self.calibration is None:
+            for name in ("calibration", "weighting", "expert_weights"):
+                del plain[name]
         # outputs from before there were allocations go on with the same command
         if plain.pop("allocation") is not None:
             assert self.allocation is not None

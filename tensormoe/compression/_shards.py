@@ -104,14 +104,14 @@ def open_model(path: str | os.PathLike[str]) -> Model:
     elif whole.endswith(INDEX_SUFFIX):
         folder, listed = os.path.split(whole)
     else:
-        shard = _open_shard(whole)
+        shard = open_shard(whole)
         return Model(shard.name, None, None, (shard,))
     name = os.path.basename(whole)
     if not listed.endswith(INDEX_SUFFIX):
-        return Model(name, folder, None, (_open_shard(os.path.join(folder, listed)),))
+        return Model(name, folder, None, (open_shard(os.path.join(folder, listed)),))
     places = _read_index(os.path.join(folder, listed))
     files = sorted(set(places.values()))
-    model = Model(name, folder, listed, tuple(_open_shard(os.path.join(folder, k)) for k in files))
+    model = Model(name, folder, listed, tuple(open_shard(os.path.join(folder, k)) for k in files))
     _check_keys(model, places)
     return model
 
@@ -126,7 +126,7 @@ def open_shards(shards: Sequence[tuple[str, Mapping[str, Any]]]) -> Model:
         CheckpointError: a file that is not there, or is not the one that the other process has
             opened.
     """
-    found = tuple(_open_shard(path) for path, _ in shards)
+    found = tuple(open_shard(path) for path, _ in shards)
     for shard, (path, identity) in zip(found, shards, strict=True):
         differing = [key for key in identity if shard.identity[key] != identity[key]]
         if differing:
@@ -181,7 +181,12 @@ def _weights_in(shown: str, folder: str) -> str:
     )
 
 
-def _open_shard(path: str) -> Shard:
+def open_shard(path: str) -> Shard:
+    """Read the header of a file.
+
+    Raises:
+        CheckpointError: nothing there, or a damaged header.
+    """
     with open_regular(path) as (file, size):
         text = read_frame(path, file, size, _MAX_HEADER_BYTES)
         status = os.fstat(file.fileno())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
+from tensormoe.compression._calibrated import calibrated_group
 from tensormoe.compression._folder import place_of
 from tensormoe.compression._groups import Group
-from tensormoe.compression._measure import GroupReport, stored_errors
+from tensormoe.compression._measure import GroupReport, Stored
 from tensormoe.compression._outputs import EXPERTS
 from tensormoe.compression._settings import Compression
 from tensormoe.compression._shards import Model
@@ -41,7 +42,9 @@ def compress_stack(
         KeyboardInterrupt: the group is left as it is for another time.
     """
     stack = read_stack(model, group)
+    calibrated = calibrated_group(group, settings)
     try:
+        moments = None if calibrated is None else calibrated.moments(stack)
         found = decompose(
             stack,
             settings.factorization,
@@ -49,6 +52,7 @@ def compress_stack(
             budget=budget,
             tolerance=settings.tolerance,
             search=Search(seconds=settings.seconds),
+            moments=moments,
             callback=callback,
             compare=settings.compare,
             seed=settings.seed,
@@ -65,7 +69,9 @@ def compress_stack(
     if stored != working_dtype(group.dtype):
         best = robust(config.spec.network, best)
     factors = {f"factors.{name}": rounded(array, stored) for name, array in best.items()}
-    error, errors = stored_errors(stack, config, factors, group.dtype, settings.dense)
+    missing = Stored(stack, config, factors, group.dtype if settings.dense else None)
+    error, errors = missing.errors()
+    off = None if calibrated is None else calibrated.output_error(missing.pairs())
     place = None if settings.dense else place_of(group)
     write_factors(path, config, factors, stored, "" if place is None else place.prefix)
     return GroupReport(
@@ -83,4 +89,5 @@ def compress_stack(
         found.report.controls,
         found.report.seconds,
         found.report.ended,
+        off,
     )

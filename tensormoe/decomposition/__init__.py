@@ -11,6 +11,7 @@ from tensormoe.decomposition._curves import (
     error_curves,
 )
 from tensormoe.decomposition._decompose import decompose
+from tensormoe.decomposition._moments import Moments
 from tensormoe.decomposition._report import Decomposition, Report
 from tensormoe.decomposition._search import Search
 from tensormoe.decomposition._watch import Progress
@@ -21,6 +22,7 @@ __all__ = [
     "Decomposition",
     "ErrorCurve",
     "ErrorPoint",
+    "Moments",
     "Progress",
     "Report",
     "Search",

@@ -19,19 +19,21 @@ from tensormoe.decomposition._checks import (
 from tensormoe.decomposition._controls import Control, spectra
 from tensormoe.decomposition._errors import (
     bias_error,
+    moment_error,
     output_error,
     total_error,
     weight_errors,
 )
 from tensormoe.decomposition._gauge import robust, stretched
 from tensormoe.decomposition._host import Workplace
+from tensormoe.decomposition._moments import Moments
 from tensormoe.decomposition._report import Decomposition, Report
 from tensormoe.decomposition._runs import Runs
 from tensormoe.decomposition._search import Found, Search
 from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._watch import Callback, Watch
-from tensormoe.decomposition._weighted import Weighting, weigh
+from tensormoe.decomposition._weighted import Weighting, check_metric, from_samples, weigh
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.factorizations import FactorizationLike
 from tensormoe.selection import Budget
@@ -48,6 +50,7 @@ def decompose(
     inputs: Array | None = None,
     coefficients: Array | None = None,
     weighted: bool = False,
+    moments: Moments | None = None,
     search: Search | None = None,
     callback: Callback | None = None,
     compare: bool = True,
@@ -68,13 +71,15 @@ def decompose(
             ranks that no other one of the cost beats in expert rank and span, the one with the
             smallest error is taken; of more than 2²⁴ weights, the one with the most capacity.
         tolerance: the relative error that is to be reached with as few parameters as can be, within
-            a few percent: of weights and biases together, as one tensor; if ``weighted``, of the
-            outputs, as far as second moments tell.
+            a few percent: of weights and biases together, as one tensor; if ``weighted``, or with
+            moments, of the outputs, as far as second moments tell.
         bias: (experts…, out), the experts' biases: one more row of each matrix.
         inputs: (samples, in), to report the error of outputs.
         coefficients: (samples, experts…) or (samples, N), with inputs: outputs are mixed by them.
         weighted: whether factors minimize the error of outputs rather than that of the weights, as
             far as second moments of inputs and loads of experts tell.
+        moments: second moments to weight by instead, of inputs that nobody has to keep; of outputs
+            too, if wanted.
         search: how long to search, a time limit included; :class:`Search` has the defaults.
         callback: called with a :class:`Progress` after every sweep; True ends the search.
         compare: whether to compute the errors of truncated singular value decompositions of no more
@@ -92,7 +97,7 @@ def decompose(
         MissingDependencyError: without NumPy, which solves the equations of bonds on the host.
         BackendError: arrays of an unknown library, or of several.
         ShapeError: weights that are not a stack of matrices, not finite, or other shapes that do
-            not fit.
+            not fit, those of moments included.
         SpecError, RankError, BudgetError: a factorization, rank, budget or tolerance that cannot
             be, a rank above what any tensor of the shape can need among them.
 
@@ -108,18 +113,21 @@ def decompose(
     instance(search, Search, "search", "a Search or None", SpecError)
     watch = Watch(search.seconds, callback)
     given = _taken(weights, bias, inputs, coefficients)
-    if weighted and given.inputs is None:
-        raise SpecError("weighted decomposition needs inputs; got none. Pass inputs=….")
-    weighting = Weighting(given.source)
-    if weighted:
-        weighting = weigh(given.source, given.inputs, given.coefficients)
+    metric = _metric(given, weighted, moments)
+    weighting = Weighting(given.source) if metric is None else weigh(given.source, metric)
     *experts, rows, columns = given.weights.shape
     sizes = (rows, columns, tuple(experts))
+    if metric is not None:
+        check_metric(factorization, sizes, metric)
     runs = Runs(weighting.source, sizes, bias is not None, search, seed, watch)
     kind, found = runs.find(factorization, rank, budget, tolerance)
     spec = LayerSpec(*sizes, kind, bias=bias is not None)
     factors = _stored(spec, weighting.undo(spec, found.factors), given)
-    return Decomposition(spec, factors, _report(spec, factors, given, found, compare, watch))
+    report = _report(spec, factors, given, found, compare, watch)
+    if moments is not None:
+        off = moment_error(spec, _read(factors, given), given.source, moments)
+        report = replace(report, weighted_error=off)
+    return Decomposition(spec, factors, report)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +151,21 @@ class _Given:
     bias: Array | None
     inputs: Array | None
     coefficients: Array | None
+
+
+def _metric(given: _Given, weighted: bool, moments: Moments | None) -> Moments | None:
+    """The moments that weigh the error, if any do."""
+    if weighted and moments is not None:
+        raise SpecError("one of weighted and moments must be given; got both. Leave one out.")
+    if moments is not None:
+        instance(moments, Moments, "moments", "Moments or None", SpecError)
+        moments.check(tuple(given.weights.shape), given.bias is not None)
+        return moments
+    if not weighted:
+        return None
+    if given.inputs is None:
+        raise SpecError("weighted decomposition needs inputs; got none. Pass inputs=….")
+    return from_samples(given.source, given.inputs, given.coefficients)
 
 
 def _taken(
@@ -194,7 +217,7 @@ def _report(
     watch: Watch,
 ) -> Report:
     """Errors of the factors as they are stored, next to those of singular value decompositions."""
-    read = {name: given.place.take(array) for name, array in factors.items()}
+    read = _read(factors, given)
     bias, dense, off = given.bias, prod(given.weights.shape), None
     backend = given.place.backend
     plain = given.source if bias is None else Source(given.lent, backend).scaled()
@@ -221,6 +244,11 @@ def _report(
         ended=ended,
         total_error=total,
     )
+
+
+def _read(factors: Mapping[str, Array], given: _Given) -> dict[str, Array]:
+    """Factors as they are stored, where the work is done."""
+    return {name: given.place.take(array) for name, array in factors.items()}
 
 
 def _controls(

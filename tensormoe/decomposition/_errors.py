@@ -10,6 +10,8 @@ from tensormoe.backend import Array
 from tensormoe.decomposition._bias_rows import with_bias_rows
 from tensormoe.decomposition._contractions import structures
 from tensormoe.decomposition._gauge import stretched
+from tensormoe.decomposition._moments import Moments
+from tensormoe.decomposition._solve import wide
 from tensormoe.decomposition._source import Source, norm, norms, power
 from tensormoe.decomposition._starts import given
 from tensormoe.factorizations import INPUT, OUTPUT
@@ -75,6 +77,15 @@ def output_error(
     if coefficients is not None:
         missing, whole = [norm(lacking, backend)], [norm(total, backend)]
     return shares(missing, whole)[0]
+
+
+def moment_error(
+    spec: LayerSpec, factors: Mapping[str, Array], source: Source, moments: Moments
+) -> float:
+    """Relative error of weights, biases included, in the metric of second moments."""
+    backend = source.backend
+    pairs = zip(source.matrices(), _left(spec, factors, source).matrices(), strict=True)
+    return moments.error((wide(whole, backend), wide(left, backend)) for whole, left in pairs)
 
 
 def bias_error(

@@ -41,6 +41,8 @@ class Report:
             before that ``"time"``, the limit; ``"stopped"``, by the callback; ``"interrupted"``, by
             Ctrl-C.
         total_error: of weights and biases together, which is that of the controls as well.
+        weighted_error: of what was minimized: weights and biases in the given moments; None without
+            moments.
     """
 
     error: float
@@ -55,6 +57,7 @@ class Report:
     seconds: float
     ended: str
     total_error: float
+    weighted_error: float | None = None
 
     @property
     def svd_error(self) -> float | None:
@@ -95,6 +98,8 @@ class Report:
             lines.append(f"biases off by {format_share(self.bias_error)}")
         if self.output_error is not None:
             lines.append(f"outputs off by {format_share(self.output_error)}")
+        if self.weighted_error is not None:
+            lines.append(f"off by {format_share(self.weighted_error)} in the given moments")
         shown = ", ".join(str(each) for each in self.controls if each.rank)
         if shown:
             lines.append(f"truncated SVDs with no more parameters: {shown}")

@@ -33,7 +33,8 @@ class Source:
         inputs: R, of the input's size, if inputs weigh differently: the tensor stands for Rᵀ times
             itself.
         weights: (experts₀,) of the first level, if experts weigh differently.
-        taken: networks that are subtracted, and their factors by name; after weights and inputs.
+        outputs: Q, of the output's size, if outputs weigh differently: itself times Q.
+        taken: networks that are subtracted, and their factors by name; after all weights.
         scale: a power of two that the array and the bias are multiplied with.
     """
 
@@ -44,6 +45,7 @@ class Source:
     weights: Array | None = None
     taken: tuple[tuple[Structure, Mapping[str, Array]], ...] = ()
     scale: float = 1.0
+    outputs: Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,6 +74,8 @@ class Source:
             found = found * self.scale
         if self.inputs is not None:
             found = self.backend.matmul(self.backend.permute(self.inputs, (1, 0)), found)
+        if self.outputs is not None:
+            found = self.backend.matmul(found, self.outputs)
         if self.weights is not None:
             ones = (1,) * (found.ndim - 1)
             found = found * self.backend.reshape(self.weights[start:stop], (-1, *ones))
@@ -95,7 +99,7 @@ class Source:
     @property
     def plain(self) -> bool:
         """Whether the array is worked on as it is."""
-        changed = (self.bias, self.inputs, self.weights)
+        changed = (self.bias, self.inputs, self.weights, self.outputs)
         same = all(each is None for each in changed) and not self.taken
         return same and self.scale == 1.0 and self.dtype == self.array.dtype
 

@@ -3,7 +3,8 @@
 For inputs with second moments S = E[x xᵀ] and coefficients that do not depend on them, the expected
 squared error of an expert's output is ‖Rᵀ (W − Ŵ)‖² with S = R Rᵀ, and its share in the mixture's
 is its mean squared coefficient. So the decomposition of √pₙ Rᵀ Wₙ minimizes it, and its
-factors, taken back, are those of the weights.
+factors, taken back, are those of the weights. A metric M = Q Qᵀ of the outputs is one more matrix,
+√pₙ Rᵀ Wₙ Q.
 """
 
 from __future__ import annotations
@@ -15,15 +16,23 @@ from typing import TYPE_CHECKING, Any
 
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array
+from tensormoe.decomposition._choose import Sizes
+from tensormoe.decomposition._moments import Moments
 from tensormoe.decomposition._solve import from_host, wide
 from tensormoe.decomposition._source import Source, power
-from tensormoe.factorizations import INPUT, expert_leg
+from tensormoe.errors import ShapeError, SpecError
+from tensormoe.factorizations import (
+    INPUT,
+    OUTPUT,
+    Factorization,
+    FactorizationLike,
+    expert_leg,
+    rank_pattern,
+    resolve_factorization,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-# of the mean second moment, added to all: directions that no sample shows are not free
-_FLOOR = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,18 +42,20 @@ class Weighting:
     Args:
         source: the tensor, weighted.
         back: the inverse of Rᵀ (in, in), in float64 on the host; None where nothing is weighted.
-        loads: square roots of the mean squared coefficients of the first level, on the host.
+        loads: √p of the first level, on the host.
+        out: the inverse of Qᵀ (out, out), as ``back``.
     """
 
     source: Source
     back: NDArray[Any] | None = None
     loads: NDArray[Any] | None = None
+    out: NDArray[Any] | None = None
 
     def undo(self, spec: LayerSpec, factors: Mapping[str, Array]) -> dict[str, Array]:
         """The factors of the tensor without weights."""
         found = dict(factors)
         backend = self.source.backend
-        weighted = ((INPUT, self.back), (expert_leg(0), self.loads))
+        weighted = ((INPUT, self.back), (expert_leg(0), self.loads), (OUTPUT, self.out))
         for term, (leg, inverse) in product(spec.network.terms, weighted):
             # a term that is the same for all experts was found for weights of one
             if inverse is None or leg not in term.legs:
@@ -61,11 +72,33 @@ class Weighting:
         return found
 
 
-def weigh(source: Source, inputs: Array, coefficients: Array | None) -> Weighting:
-    """A tensor weighted by the second moments of samples.
+def check_metric(factorization: FactorizationLike, sizes: Sizes, moments: Moments) -> None:
+    """Refuse networks in which a side can't be turned: several factors have its leg.
+
+    Raises:
+        SpecError: moments of that side, and such a network.
+    """
+    kind = factorization
+    if not isinstance(kind, Factorization):
+        # any rank has the same legs
+        pattern = rank_pattern(kind, len(sizes[2]))
+        kind = resolve_factorization(kind, 1 if pattern else None)
+    network = LayerSpec(*sizes, kind, bias=False).network
+    sides = (("inputs", INPUT, moments.inputs), ("outputs", OUTPUT, moments.outputs))
+    for term, (side, leg, given) in product(network.terms, sides):
+        holders = [each.name for each in term.factors if leg in each.legs]
+        if given is not None and len(holders) > 1:
+            raise SpecError(
+                f"moments of {side} need one factor that has the {side}; in {kind.name!r}, "
+                f"{' and '.join(holders)} have them. Leave the moments of {side} out."
+            )
+
+
+def from_samples(source: Source, inputs: Array, coefficients: Array | None) -> Moments:
+    """Second moments of samples.
 
     Args:
-        source: the tensor.
+        source: the tensor that they are the inputs of.
         inputs: (samples, in).
         coefficients: (samples, N), all levels flattened.
     """
@@ -78,22 +111,54 @@ def weigh(source: Source, inputs: Array, coefficients: Array | None) -> Weightin
     # only ratios count, and squares are to stay in range
     samples = samples * power(float(np.abs(samples).max()), 64)
     moments = samples.T @ samples / len(samples)
-    size = len(moments)
-    moments[np.diag_indices(size)] += _FLOOR * np.trace(moments) / size or 1.0
-    root = np.linalg.cholesky(moments)
-    loads = None
-    if coefficients is not None:
-        weights = wide(coefficients, backend)
-        weights = weights * power(float(np.abs(weights).max()), 64)
-        shares = np.mean(weights**2, axis=0).reshape(source.shape[0], -1).sum(axis=1)
+    if coefficients is None:
+        return Moments(moments)
+    weights = wide(coefficients, backend)
+    weights = weights * power(float(np.abs(weights).max()), 64)
+    shares = np.mean(weights**2, axis=0).reshape(source.shape[0], -1).sum(axis=1)
+    return Moments(moments, experts=shares if shares.any() else None)
+
+
+def weigh(source: Source, moments: Moments) -> Weighting:
+    """A tensor weighted by second moments.
+
+    Raises:
+        ShapeError: a metric of outputs that is not positive definite.
+    """
+    import numpy as np
+
+    like, backend = source.like, source.backend
+    weighted, back, loads, out = source, None, None, None
+    if moments.inputs is not None:
+        root = _root(moments.inputs, moments.ridge)
+        back = np.linalg.inv(root.T)
+        weighted = replace(weighted, inputs=from_host(root, like, backend))
+    if moments.outputs is not None:
+        try:
+            root = _root(moments.outputs, 0.0)
+        except np.linalg.LinAlgError:
+            raise ShapeError(
+                "outputs of moments must be positive definite; this matrix is not. Add a small "
+                "multiple of the identity."
+            ) from None
+        out = np.linalg.inv(root.T)
+        weighted = replace(weighted, outputs=from_host(root, like, backend))
+    if moments.experts is not None:
+        shares = moments.experts.astype("float64")
         # experts that no sample used stay worth something
-        loads = np.sqrt(np.maximum(shares, _FLOOR * shares.mean()))
-        if not loads.any():
-            loads = None
-    like = source.like
-    weighted = replace(
-        source,
-        inputs=from_host(root, like, backend),
-        weights=None if loads is None else from_host(loads, like, backend),
-    )
-    return Weighting(weighted, np.linalg.inv(root.T), loads)
+        loads = np.sqrt(np.maximum(shares, moments.ridge * shares.mean()))
+        loads = loads / np.sqrt(np.mean(loads**2))
+        weighted = replace(weighted, weights=from_host(loads, like, backend))
+    return Weighting(weighted, back, loads, out)
+
+
+def _root(matrix: NDArray[Any], ridge: float) -> NDArray[Any]:
+    """R with R Rᵀ the matrix and a ridge, scaled to a mean of the diagonal of 1."""
+    import numpy as np
+
+    found = matrix.astype("float64")
+    size = len(found)
+    mean = np.trace(found) / size or 1.0
+    found = found / mean
+    found[np.diag_indices(size)] += ridge
+    return np.linalg.cholesky(found / (np.trace(found) / size or 1.0))

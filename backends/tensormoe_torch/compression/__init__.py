@@ -1,8 +1,19 @@
-"""Experts of sparse models, compressed in place: factorized, merged, or pruned."""
+"""Experts of sparse models, compressed in place: factorized, merged, or pruned.
+
+Before that, :func:`calibrate` gathers second moments of what experts get and give on data; after
+it, :func:`evaluate` says what became of the model's predictions.
+"""
 
 from __future__ import annotations
 
+from tensormoe_torch.compression._calibrate import calibrate, calibration_memory
+from tensormoe_torch.compression._calibrate_checkpoint import (
+    CalibrationProgress,
+    calibrate_checkpoint,
+)
 from tensormoe_torch.compression._compress import compress
+from tensormoe_torch.compression._evaluate import Evaluation, LayerEffect, evaluate
+from tensormoe_torch.compression._evaluate_checkpoints import evaluate_checkpoints
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.compression._reduce import reduce_experts
 from tensormoe_torch.compression._reduce_report import ReducedModule, ReductionReport
@@ -11,14 +22,25 @@ from tensormoe_torch.compression._report import (
     CompressedProjection,
     CompressionReport,
 )
+from tensormoe_torch.compression._text import TextWindows, next_token_loss
 
 __all__ = [
+    "CalibrationProgress",
     "CompressedModule",
     "CompressedProjection",
     "CompressionReport",
+    "Evaluation",
     "FactorizedExperts",
+    "LayerEffect",
     "ReducedModule",
     "ReductionReport",
+    "TextWindows",
+    "calibrate",
+    "calibrate_checkpoint",
+    "calibration_memory",
     "compress",
+    "evaluate",
+    "evaluate_checkpoints",
+    "next_token_loss",
     "reduce_experts",
 ]

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tensormoe import LayerSpec
-from tensormoe._validation import flag
+from tensormoe._validation import flag, instance
+from tensormoe.compression import Calibration
 from tensormoe.decomposition import Decomposition, Progress, Search, decompose
 from tensormoe.errors import RankError, SpecError
 from tensormoe.factorizations import FactorizationLike, resolve_factorization
 from tensormoe.selection import Allocation, Budget
 from tensormoe_torch._hub import mark
 from tensormoe_torch._layer import MuMoE
+from tensormoe_torch.compression._calibrate import module_identity
 from tensormoe_torch.compression._dense import ROLES, DenseExperts
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.compression._find import find_experts
+from tensormoe_torch.compression._gather import first_values
 from tensormoe_torch.compression._put import put_experts
 from tensormoe_torch.compression._read import read_experts
 from tensormoe_torch.compression._report import (
@@ -26,7 +31,14 @@ from tensormoe_torch.compression._report import (
     CompressedProjection,
     CompressionReport,
 )
-from tensormoe_torch.compression._samples import Batch, Samples, collect, output_error
+from tensormoe_torch.compression._samples import (
+    Batch,
+    Samples,
+    collect,
+    listed,
+    output_error,
+    standing_in,
+)
 from tensormoe_torch.surgery._allocated import allocated_modules, check_alone, layer_of
 from tensormoe_torch.surgery._replace import at, num_parameters
 from tensormoe_torch.surgery._select import Select
@@ -43,6 +55,10 @@ def compress(
     select: Select | None = None,
     inputs: Batch | Iterable[Batch] | None = None,
     weighted: bool = False,
+    sequential: bool = False,
+    calibration: Calibration | None = None,
+    weighting: str = "inputs",
+    expert_weights: str = "equal",
     search: Search | None = None,
     callback: Callable[[Progress], bool | None] | None = None,
     seed: int = 0,
@@ -79,6 +95,15 @@ def compress(
             the experts get is kept meanwhile.
         weighted: whether factors minimize the error of outputs for these inputs rather than that of
             the weights.
+        sequential: whether the inputs of a layer are those that it gets once the layers before it
+            are compressed, so that it makes up for them; with ``weighted``. The model then runs the
+            inputs, which are kept, once for each layer.
+        calibration: second moments to weight by instead of inputs, from :func:`calibrate`; errors
+            of outputs are then predicted from them.
+        weighting: what of the calibration errors are weighted by, one of
+            :data:`tensormoe.compression.WEIGHTINGS`.
+        expert_weights: what an expert counts, one of
+            :data:`tensormoe.compression.EXPERT_WEIGHTS`.
         search: how long to search for each projection, a time limit included.
         callback: called with a :class:`tensormoe.decomposition.Progress` after every sweep, which
             has the projection's name; True ends the search for that projection.
@@ -92,6 +117,7 @@ def compress(
             compute something else, weights that are used in other places too, or arguments that
             cannot be.
         ShapeError: experts of different shapes, or weights that are not finite.
+        CheckpointError: a calibration of another model.
         RankError, BudgetError: as :func:`tensormoe.decomposition.decompose`, with the name of the
             projection; and a rank with which factors would have more entries than the weights.
         KeyboardInterrupt: Ctrl-C; the model is as it was.
@@ -113,6 +139,9 @@ def compress(
     flag(weighted, "weighted")
     if weighted and inputs is None:
         raise SpecError("weighted compression needs inputs; got none. Pass inputs=….")
+    if flag(sequential, "sequential") and not weighted:
+        raise SpecError("sequential compression is weighted by inputs. Pass weighted=True too.")
+    _check_calibration(model, calibration, weighted, weighting, expert_weights)
     if isinstance(factorization, Allocation):
         given = {"rank": rank, "budget": budget, "tolerance": tolerance, "select": select}
         check_alone("compress", given)
@@ -129,46 +158,47 @@ def compress(
         if budget is None and tolerance is None:
             _check_sizes(source, kinds[source.name], rank)
     samples: list[Samples] | list[None] = [None] * len(sources)
-    if inputs is not None:
-        samples = collect(model, sources, inputs)
+    batches = [] if inputs is None else listed(inputs)
+    if sequential:
+        batches = [*batches]
+    elif inputs is not None:
+        samples = collect(model, sources, batches)
 
     count = num_parameters(model)
     made: dict[int, FactorizedExperts] = {}
     modules = []
-    for source, sample in zip(sources, samples, strict=True):
-        found = {}
-        for role in (each for each in ROLES if each in source.stacks):
-            with at(f"{source.name}.{role}"):
-                found[role] = _decomposed(
-                    source,
-                    role,
-                    sample,
-                    kinds[source.name][role],
-                    rank=rank,
-                    budget=budget,
-                    tolerance=tolerance,
-                    weighted=weighted,
-                    search=search,
-                    callback=_named(callback, f"{source.name}.{role}"),
-                    seed=seed,
-                )
-            if found[role].report.ended == "interrupted":
-                # all or nothing
-                raise KeyboardInterrupt
-        layers = {r: MuMoE.restore(each.config(), each.parameters) for r, each in found.items()}
-        new = FactorizedExperts(layers, source.act, _kept_biases(source))
-        made[id(source.module)] = new
-        off = None if sample is None else output_error(source, new, sample)
-        new.groups = source.groups
-        projections = tuple(
-            CompressedProjection(r, source.stacks[r].sizes, each.spec.factorization, each.report)
-            for r, each in found.items()
-        )
-        modules.append(
-            CompressedModule(
-                source.name, type(source.module).__name__, source.count, projections, off
-            )
-        )
+    with ExitStack() as replaced:
+        for source, at_once in zip(sources, samples, strict=True):
+            sample = collect(model, [source], batches)[0] if sequential else at_once
+            found = {}
+            for role in (each for each in ROLES if each in source.stacks):
+                with at(f"{source.name}.{role}"):
+                    found[role] = _decomposed(
+                        source,
+                        role,
+                        sample,
+                        kinds[source.name][role],
+                        rank=rank,
+                        budget=budget,
+                        tolerance=tolerance,
+                        weighted=weighted,
+                        calibrated=_calibrated(source, role, calibration),
+                        weighting=(weighting, expert_weights),
+                        search=search,
+                        callback=_named(callback, f"{source.name}.{role}"),
+                        seed=seed,
+                    )
+                if found[role].report.ended == "interrupted":
+                    # all or nothing
+                    raise KeyboardInterrupt
+            layers = {r: MuMoE.restore(each.config(), each.parameters) for r, each in found.items()}
+            new = FactorizedExperts(layers, source.act, _kept_biases(source))
+            made[id(source.module)] = new
+            off = None if sample is None else output_error(source, new, sample)
+            new.groups = source.groups
+            if sequential:
+                replaced.enter_context(standing_in(source, new))
+            modules.append(_reported(source, found, off))
     for name, old in chosen.items():
         put_experts(model, name, old, made[id(old)])
     mark(model)
@@ -194,6 +224,57 @@ def _kinds(
         )
     roles = (each.role for each in layer.site.projections)
     return dict(zip(roles, layer.factorizations, strict=True))
+
+
+def _reported(
+    source: DenseExperts, found: Mapping[str, Decomposition], off: float | None
+) -> CompressedModule:
+    projections = tuple(
+        CompressedProjection(r, source.stacks[r].sizes, each.spec.factorization, each.report)
+        for r, each in found.items()
+    )
+    return CompressedModule(
+        source.name, type(source.module).__name__, source.count, projections, off
+    )
+
+
+def _check_calibration(
+    model: nn.Module,
+    calibration: Calibration | None,
+    weighted: bool,
+    weighting: str,
+    expert_weights: str,
+) -> None:
+    """Refuse a calibration of another model, or words without one.
+
+    Raises:
+        SpecError, CheckpointError: there is one, or there are.
+    """
+    if calibration is None:
+        if (weighting, expert_weights) != ("inputs", "equal"):
+            raise SpecError(
+                "weighting and expert_weights need a calibration; got none. Pass calibration=…."
+            )
+        return
+    instance(calibration, Calibration, "calibration", "a Calibration or None", SpecError)
+    if weighted:
+        raise SpecError("one of weighted and calibration must be given; got both. Leave one out.")
+    calibration.check_model(module_identity(model), f"this {type(model).__name__}")
+
+
+def _calibrated(
+    source: DenseExperts, role: str, calibration: Calibration | None
+) -> tuple[Calibration, str] | None:
+    """The calibration, and its name of a layer whose weights it was gathered with.
+
+    Raises:
+        CheckpointError: other weights, or no such layer.
+    """
+    if calibration is None:
+        return None
+    layer = calibration.find(source.name)
+    calibration.check_values(layer, role, first_values(source, role).numpy())
+    return calibration, layer
 
 
 def _check_sizes(
@@ -239,12 +320,18 @@ def _decomposed(
     budget: Budget | int | float | None,
     tolerance: float | None,
     weighted: bool,
+    calibrated: tuple[Calibration, str] | None,
+    weighting: tuple[str, str],
     search: Search | None,
     callback: Callable[[Progress], bool | None] | None,
     seed: int,
 ) -> Decomposition:
     weights, bias = source.decomposed(role)
-    return decompose(
+    moments = None
+    if calibrated is not None:
+        calibration, layer = calibrated
+        moments = calibration.moments(layer, role, *weighting, bias=bias is not None)
+    found = decompose(
         weights,
         factorization,
         rank=rank,
@@ -254,10 +341,30 @@ def _decomposed(
         inputs=None if sample is None else sample.of(role, source),
         coefficients=None if sample is None else sample.coefficients(source.count),
         weighted=weighted,
+        moments=moments,
         search=search,
         callback=callback,
         seed=seed,
     )
+    if calibrated is None:
+        return found
+    pairs = _pairs(found, weights, bias)
+    off = calibration.output_error(layer, role, pairs, bias=bias is not None)
+    return replace(found, report=replace(found.report, output_error=off))
+
+
+def _pairs(found: Decomposition, weights: Tensor, bias: Tensor | None) -> Iterator[tuple[Any, Any]]:
+    """Of every expert its matrix, a row of biases below it, and what is missing, on the host."""
+    layer = MuMoE.restore(found.config(), found.parameters)
+    for place in range(len(weights)):
+        whole, row = layer.expert(place)
+        matrix, rebuilt = weights[place], whole
+        if bias is not None:
+            assert row is not None
+            matrix = torch.cat([matrix, bias[place][None]])
+            rebuilt = torch.cat([rebuilt, row[None]])
+        given, stored = (each.double().cpu().numpy() for each in (matrix, rebuilt))
+        yield given, given - stored
 
 
 def _named(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -59,24 +60,161 @@ def collect(
         SpecError: no batches, or some experts get no token of them.
     """
     parts: list[list[Samples]] = [[] for _ in experts]
-    handles = []
-    for found, each in zip(parts, experts, strict=True):
-        modules = [each.module] if each.together else [*each.module.children()]
-        for index, module in enumerate(modules):
-            hook = _chosen(found, each.routes) if each.together else _alone(found, index)
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    alone = isinstance(batches, Tensor | tuple | Mapping)
-    listed: Any = [batches] if alone else batches
-    if not isinstance(listed, Iterable):
+
+    def take(place: int, samples: Samples) -> None:
+        parts[place].append(_copied(samples))
+
+    with watched(experts, take), evaluating(model):
+        for batch in listed(batches):
+            run_model(model, batch)
+    return [_joined(found, each) for found, each in zip(parts, experts, strict=True)]
+
+
+def listed(batches: Batch | Iterable[Batch]) -> Iterable[Any]:
+    """Batches one by one, also where there is one alone.
+
+    Raises:
+        SpecError: neither a batch nor several.
+    """
+    if isinstance(batches, Tensor | tuple | Mapping):
+        return [batches]
+    if not isinstance(batches, Iterable):
         raise SpecError(f"inputs must be a batch or several of them; got {type(batches).__name__}.")
+    return batches
+
+
+@contextmanager
+def watched(
+    experts: Sequence[DenseExperts],
+    take: Callable[[int, Samples], None],
+    gradients: Callable[[int, Samples, Tensor], None] | None = None,
+) -> Iterator[None]:
+    """Hand over what modules of experts get while the model runs.
+
+    Args:
+        experts: of the model.
+        take: called with a module's place in the list and a call's samples, which are views.
+        gradients: called with the gradient (tokens, out) of what it gave as well, in a backward
+            pass.
+    """
+    handles: list[Any] = []
     try:
-        with evaluating(model):
-            for batch in listed:
-                run_model(model, batch)
+        for place, each in enumerate(experts):
+            modules = [each.module] if each.together else [*each.module.children()]
+            for index, module in enumerate(modules):
+                expert = None if each.together else index
+                read = _Read(module, expert, each.routes, each.groups)
+                handles.append(
+                    module.register_forward_pre_hook(_taking(place, read, take), with_kwargs=True)
+                )
+                if gradients is not None:
+                    hook = _probing(place, read, gradients)
+                    handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return [_joined(found, each) for found, each in zip(parts, experts, strict=True)]
+
+
+@contextmanager
+def standing_in(experts: DenseExperts, new: Any) -> Iterator[None]:
+    """The model computes with new experts meanwhile; nothing is put anywhere."""
+
+    def whole(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: object) -> Any:
+        return new(*args, **kwargs)
+
+    def one(place: int) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: object) -> Any:
+            return new[place](*args, **kwargs)
+
+        return hook
+
+    hooks: list[tuple[nn.Module, Callable[..., Any]]] = [(experts.module, whole)]
+    if not experts.together:
+        hooks = [(each, one(place)) for place, each in enumerate(experts.module.children())]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _taking(place: int, read: _Read, take: Callable[[int, Samples], None]) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with torch.no_grad():
+            take(place, read(args, kwargs))
+
+    return hook
+
+
+def _probing(
+    place: int, read: _Read, gradients: Callable[[int, Samples, Tensor], None]
+) -> Callable[..., Tensor]:
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        samples = read(args, kwargs)
+        if len(samples.x) != output.numel() // output.shape[-1]:
+            raise SpecError(
+                "gradients must be of experts that are called with their tokens' choices; "
+                f"{type(module).__qualname__} gets a block of rows per expert. Leave gradients out."
+            )
+        # where gradients of what the experts gave are read: no parameter has any
+        probe = torch.zeros_like(output, requires_grad=True)
+        probe.register_hook(
+            lambda found: gradients(place, samples, found.reshape(-1, found.shape[-1]))
+        )
+        return output + probe
+
+    return hook
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """Samples from the arguments of a module's call.
+
+    Args:
+        module: that is called.
+        expert: which one the module is; None for a module of all.
+        count: experts of the router.
+        groups: the expert behind each of the router's, where they were merged before.
+    """
+
+    module: nn.Module
+    expert: int | None
+    count: int
+    groups: Tensor | None
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Samples:
+        if self.expert is None:
+            names = [*inspect.signature(type(self.module).forward).parameters][1:]
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            x, *choice = (given[name].detach() for name in names if given.get(name) is not None)
+            rows = x.reshape(-1, x.shape[-1])
+            index, weights = choice if choice else (None, None)
+            if index is None or weights is None:
+                return self._blocks(rows)
+            index = index.reshape(len(rows), -1)
+            index = index if self.groups is None else self.groups[index]
+            return Samples(rows, index, weights.reshape(len(rows), -1))
+        x = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)).detach()
+        rows = x.reshape(-1, x.shape[-1])
+        index = torch.full((len(rows), 1), self.expert, device=rows.device)
+        return Samples(rows, index, rows.new_ones(len(rows), 1))
+
+    def _blocks(self, rows: Tensor) -> Samples:
+        """A block of rows per expert; those of tokens that did not choose it are zero."""
+        size = len(rows) // self.count
+        numbers = torch.arange(self.count, device=rows.device).repeat_interleave(size)
+        taken = rows.any(dim=1)
+        index = numbers[taken, None]
+        index = index if self.groups is None else self.groups[index]
+        return Samples(rows[taken], index, rows.new_ones(len(index), 1))
+
+
+def _copied(samples: Samples) -> Samples:
+    return Samples(samples.x.clone(), samples.index, samples.weights)
 
 
 def _joined(parts: list[Samples], experts: DenseExperts) -> Samples:
@@ -86,37 +224,7 @@ def _joined(parts: list[Samples], experts: DenseExperts) -> Samples:
             "Give other batches, or leave inputs out."
         )
     columns = zip(*((each.x, each.index, each.weights) for each in parts), strict=True)
-    x, index, weights = (torch.cat(column) for column in columns)
-    return Samples(x, index if experts.groups is None else experts.groups[index], weights)
-
-
-def _chosen(found: list[Samples], count: int) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        names = [*inspect.signature(type(module).forward).parameters][1:]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        x, *choice = (given[name].detach() for name in names if given.get(name) is not None)
-        rows = x.reshape(-1, x.shape[-1]).clone()
-        if choice:
-            index, weights = (each.reshape(len(rows), -1) for each in choice)
-            found.append(Samples(rows, index, weights))
-            return
-        # a block of rows per expert; those of tokens that did not choose it are zero
-        numbers = torch.arange(count, device=rows.device).repeat_interleave(len(rows) // count)
-        taken = rows.any(dim=1)
-        rows = rows[taken]
-        found.append(Samples(rows, numbers[taken, None], rows.new_ones(len(rows), 1)))
-
-    return hook
-
-
-def _alone(found: list[Samples], place: int) -> Callable[..., None]:
-    def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        x = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)).detach()
-        rows = x.reshape(-1, x.shape[-1]).clone()
-        index = torch.full((len(rows), 1), place, device=rows.device)
-        found.append(Samples(rows, index, rows.new_ones(len(rows), 1)))
-
-    return hook
+    return Samples(*(torch.cat(column) for column in columns))
 
 
 @torch.no_grad()

@@ -81,23 +81,22 @@ def _put_back(buffer: Tensor | None, value: Tensor | None) -> None:
         buffer.copy_(value)
 
 
-def run_model(model: nn.Module, example: Any) -> None:
-    """Call a model with an input, a tuple of arguments, or a mapping of them.
+def run_model(model: nn.Module, example: Any) -> Any:
+    """What a model gives for an input, a tuple of arguments, or a mapping of them.
 
     Raises:
         SpecError: none of these.
     """
     if isinstance(example, Tensor):
-        model(example)
-    elif isinstance(example, tuple):
-        model(*example)
-    elif isinstance(example, Mapping):
-        model(**example)
-    else:
-        raise SpecError(
-            "example must be a tensor, a tuple of arguments or a mapping of them by name; got "
-            f"{type(example).__name__}. For a number of inputs, give batch=…"
-        )
+        return model(example)
+    if isinstance(example, tuple):
+        return model(*example)
+    if isinstance(example, Mapping):
+        return model(**example)
+    raise SpecError(
+        "example must be a tensor, a tuple of arguments or a mapping of them by name; got "
+        f"{type(example).__name__}. For a number of inputs, give batch=…"
+    )
 
 
 def _counter(counts: dict[str, int], name: str, width: int) -> Callable[..., None]:

@@ -1,0 +1,122 @@
+"""Calibration of a model on disk, from its folder and a text file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tensormoe.checkpoint._files import checkpoint_path
+from tensormoe.compression import Calibration
+from tensormoe.compression._identity import checkpoint_identity, tokenizer_identity
+from tensormoe.compression._shards import open_model
+from tensormoe.errors import CheckpointError, SpecError
+from tensormoe_torch.compression._calibrate import (
+    calibrate,
+    calibration_memory,
+    checked_options,
+    needed_tokens,
+)
+from tensormoe_torch.compression._text import (
+    TextWindows,
+    load_model,
+    load_tokens,
+    next_token_loss,
+)
+
+
+@dataclass(frozen=True)
+class CalibrationProgress:
+    """Progress of a calibration.
+
+    Args:
+        done: windows that the model ran.
+        total: of them.
+        nbytes: that the sums of moments take, in float64.
+    """
+
+    done: int
+    total: int
+    nbytes: int
+
+
+def calibrate_checkpoint(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    windows: TextWindows | None = None,
+    outputs: bool = True,
+    per_expert: bool = False,
+    fisher: bool = False,
+    ridge: float | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    max_memory: int | None = None,
+    callback: Callable[[CalibrationProgress], None] | None = None,
+) -> Calibration:
+    """Second moments of what the experts of a model of transformers get and give on a text.
+
+    Args:
+        model: its folder.
+        data: a text file in UTF-8.
+        tokenizer: folder of the tokenizer; the model's by default.
+        windows: how the text is cut; 128 windows of 2048 tokens by default.
+        outputs: as of :func:`calibrate`.
+        per_expert: as of :func:`calibrate`.
+        fisher: whether second moments of the gradients of the next tokens' cross-entropy are
+            gathered: of the tokens of the text, the empirical Fisher information.
+        ridge: as of :func:`calibrate`.
+        dtype: as of :func:`calibrate`.
+        device: that the model runs on.
+        max_memory: as of :func:`calibrate`.
+        callback: called before the first window, and after each.
+
+    Returns:
+        The calibration, with digests of the model's files and of the tokenizer.
+
+    Raises:
+        CheckpointError: a model, tokenizer or text that can't be opened.
+        SpecError, ShapeError, PlanError: as of :func:`calibrate`; a tokenizer whose vocabulary is
+            not the model's; a text with too few tokens, before anything runs.
+        MissingDependencyError: transformers is not installed.
+    """
+    # before a model is loaded, not after
+    checked_options(ridge, dtype)
+    folder = checkpoint_path(model)
+    words = folder if tokenizer is None else checkpoint_path(tokenizer)
+    identity = checkpoint_identity(open_model(folder))
+    if not os.path.isdir(words):
+        raise CheckpointError(f"a tokenizer must be a folder; {words!r} is none.")
+    identity |= tokenizer_identity(words)
+    loaded = load_model(folder, device)
+    # refuses models without experts before the text is read
+    wanted = needed_tokens(loaded)
+    batches = (windows or TextWindows()).of(load_tokens(data, words, (loaded,)), loaded)
+    count = sum(each.numel() for each in batches)
+    if ridge is None and count < wanted:
+        raise SpecError(
+            f"second moments need at least {wanted:,} tokens for the largest of the experts' "
+            f"inputs and hidden units; got {count:,}. Give more text or samples, or a ridge of "
+            "your own such as 0.01."
+        )
+    nbytes = calibration_memory(loaded, outputs=outputs, per_expert=per_expert, gradients=fisher)
+
+    def tell(done: int) -> None:
+        if callback is not None:
+            callback(CalibrationProgress(done, len(batches), nbytes))
+
+    if max_memory is None or nbytes <= max_memory:
+        tell(0)
+    return calibrate(
+        loaded,
+        (each.to(device) for each in batches),
+        outputs=outputs,
+        per_expert=per_expert,
+        loss=next_token_loss if fisher else None,
+        ridge=ridge,
+        dtype=dtype,
+        max_memory=max_memory,
+        identity=identity,
+        callback=tell,
+    )

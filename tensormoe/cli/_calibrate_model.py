@@ -1,0 +1,189 @@
+"""``tensormoe calibrate-model``: second moments of a model's experts on a text."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from tensormoe._extras import require
+from tensormoe._format import format_bytes
+from tensormoe.cli._commands import Commands
+from tensormoe.cli._console import make_console, make_table, print_json
+from tensormoe.errors import CheckpointError, SpecError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tensormoe.compression import Calibration
+
+
+def add_parser(commands: Commands) -> None:
+    """The options of the command."""
+    parser = commands.add_parser(
+        "calibrate-model",
+        description="Run a sparse model over a text, and keep second moments of what its experts "
+        "get and give, which tensormoe compress weighs errors by.",
+        epilog="example: tensormoe calibrate-model Mixtral-8x7B --data wiki.txt --output "
+        "calibration.safetensors",
+    )
+    option = parser.add_argument
+    option("model", metavar="MODEL", help="the folder of a model of transformers")
+    option("--data", metavar="TEXT", required=True, help="a text file in UTF-8")
+    option("--output", metavar="FILE", required=True, help="the calibration: a .safetensors file")
+    option("--tokenizer", metavar="DIR", help="folder of the tokenizer (default: MODEL)")
+    add_windows(parser)
+    option("--no-outputs", dest="outputs", action="store_false", help="moments of inputs alone")
+    option("--per-expert", action="store_true", help="moments of each expert too: N times as much")
+    option("--fisher", action="store_true", help="moments of the loss's gradients too")
+    option(
+        "--ridge",
+        metavar="R",
+        help="share of the mean second moment that is added to all; with one, fewer tokens than "
+        "inputs are taken (default: 0.001, and they are refused)",
+    )
+    option("--dtype", default="float32", metavar="NAME", help="of moments: float32 or float64")
+    option("--device", default="cpu", metavar="NAME", help="that the model runs on: cuda (cpu)")
+    option("--max-memory", metavar="BYTES", help="refuse sums that would take more: 6GiB")
+    option("--json", action="store_true", help="print one JSON object")
+
+
+def add_windows(parser: argparse.ArgumentParser) -> None:
+    """How a text is cut into windows of tokens."""
+    option = parser.add_argument
+    option("--samples", default="128", metavar="N", help="windows at most, or all (default: 128)")
+    option("--context", metavar="N", help="tokens of a window (default: 2048, or the model's most)")
+    option("--seed", default="0", metavar="N", help="of the draw of windows (default: 0)")
+
+
+def windows(arguments: argparse.Namespace) -> Any:
+    """The words of :func:`add_windows`, checked."""
+    samples = arguments.samples
+    return torch_compression().TextWindows(
+        None if samples == "all" else _integer(samples, "--samples"),
+        None if arguments.context is None else _integer(arguments.context, "--context"),
+        _integer(arguments.seed, "--seed"),
+    )
+
+
+def torch_compression() -> Any:
+    """The part of the command that runs models, of the distribution's package for PyTorch."""
+    require("models of transformers", ("torch", "transformers"), "huggingface")
+    import tensormoe_torch.compression
+
+    return tensormoe_torch.compression
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Gather moments, and write them."""
+    from tensormoe.choosing._words import parse_bytes
+
+    limit = parse_bytes(arguments.max_memory, "--max-memory")
+    folder = os.path.dirname(os.path.abspath(arguments.output))
+    # before the model runs, not after
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"the folder of --output must exist; {folder!r} does not.")
+    cut, ridge = windows(arguments), None
+    if arguments.ridge is not None:
+        ridge = _number(arguments.ridge, "--ridge")
+    console = None if arguments.json else make_console()
+    with _bar(console) as callback:
+        found = torch_compression().calibrate_checkpoint(
+            arguments.model,
+            arguments.data,
+            tokenizer=arguments.tokenizer,
+            windows=cut,
+            outputs=arguments.outputs,
+            per_expert=arguments.per_expert,
+            fisher=arguments.fisher,
+            ridge=ridge,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            max_memory=limit,
+            callback=callback,
+        )
+    found.save(arguments.output)
+    if console is None:
+        print_json({"command": "calibrate-model", "output": arguments.output, **_plain(found)})
+    else:
+        _show(console, found, arguments.output)
+
+
+@contextmanager
+def _bar(console: Console | None) -> Iterator[Callable[[Any], None] | None]:
+    """A bar of windows, behind a line that says how much memory the sums take."""
+    if console is None:
+        yield None
+        return
+    from rich.progress import Progress
+
+    with ExitStack() as stack:
+        bar = Progress(console=console)
+        tasks: list[Any] = []
+
+        def report(now: Any) -> None:
+            if not tasks:
+                # not before there is something to show: errors come alone
+                console.print(f"sums of moments take {format_bytes(now.nbytes)}", soft_wrap=True)
+                stack.enter_context(bar)
+                tasks.append(bar.add_task("windows", total=now.total))
+            bar.update(tasks[0], completed=now.done)
+
+        yield report
+
+
+def _plain(found: Calibration) -> dict[str, Any]:
+    layers = [
+        {
+            "name": layer,
+            "tokens": found.tokens[layer],
+            "rows": found.rows(layer),
+            "frequencies": found.frequencies(layer).tolist(),
+            "mean_weights": found.mean_weights(layer).tolist(),
+        }
+        for layer in found.layers
+    ]
+    return {
+        "model": dict(found.model),
+        "ridge": found.ridge,
+        "bytes": found.nbytes,
+        "layers": layers,
+    }
+
+
+def _show(console: Console, found: Calibration, path: str) -> None:
+    table = make_table("experts", "tokens", "rows", "least used", "most used", "unused")
+    for layer in found.layers:
+        shares = found.frequencies(layer)
+        table.add_row(
+            layer.removeprefix("model."),
+            f"{found.tokens[layer]:,}",
+            f"{found.rows(layer):,}",
+            f"{shares.min():.2%}",
+            f"{shares.max():.2%}",
+            f"{int((shares == 0).sum())}",
+        )
+    console.print()
+    console.print(table)
+    console.print()
+    console.print(
+        f"{path}: {format_bytes(found.nbytes)}, ridge {found.ridge:g}; compress with "
+        f"--calibration {path}",
+        soft_wrap=True,
+    )
+
+
+def _integer(text: str, name: str) -> int:
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise SpecError(f"{name} must be an integer that is not negative; got {text!r}.")
+    return int(text)
+
+
+def _number(text: str, name: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise SpecError(f"{name} must be a number such as 0.01; got {text!r}.") from None

@@ -1,0 +1,416 @@
+"""What the experts of a model get and give on real data, as second moments by layer."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from tensormoe._validation import choice, is_number
+from tensormoe.compression._calibration_file import StoredArrays, open_arrays, write_arrays
+from tensormoe.decomposition import Moments
+from tensormoe.decomposition._moments import RIDGE, energy, relative
+from tensormoe.errors import CheckpointError, SpecError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+WEIGHTINGS = ("none", "inputs", "both", "fisher")
+"""What a calibration weighs errors by: nothing, the second moments of inputs, those of inputs and
+outputs, or those of inputs and of a loss's gradients."""
+
+EXPERT_WEIGHTS = ("equal", "frequency", "router")
+"""What an expert counts: as much as any other, as often as it is chosen, or the sum of the router's
+squared weights."""
+
+VALUES = 4
+"""Entries of every expert's matrix that tell one model's weights from another's."""
+
+_ROLES = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+_DIGESTS = {
+    "config": "configuration",
+    "checkpoint": "names and shapes of tensors",
+    "module": "names and shapes of parameters",
+    "tokenizer": "tokenizer",
+}
+# values are compared across 16-bit dtypes
+_CLOSE = 1e-2
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Second moments of what the experts of a model get and give on calibration data.
+
+    A *row* is a token and one of the experts that it goes to. Of every layer, whose name is that of
+    the module with its experts in PyTorch, the arrays are
+
+    - ``LAYER.counts`` (N,): rows of each expert; ``LAYER.weights`` and ``LAYER.squares`` (N,): sums
+      of the router's weights and of their squares;
+    - ``LAYER.inputs`` (in, in) and ``LAYER.inputs.mean`` (in,): second moments and mean of the
+      tokens, of all rows; ``LAYER.hidden`` and ``LAYER.hidden.mean``: of the inputs of the down
+      projection;
+    - ``LAYER.ROLE.outputs`` (out, out): of the outputs of a projection, ``gate_proj``, ``up_proj``
+      or ``down_proj``; ``LAYER.ROLE.gradients``: of a loss's gradients with respect to them;
+    - ``LAYER.ROLE.values``: the first entries of every expert's matrix, which tell the model;
+    - with ``.experts`` behind inputs, hidden and outputs, the same for each expert, (N, …, …), and
+      with ``.experts.mean`` its means.
+
+    Args:
+        arrays: by these names; of a loaded calibration they are read when they are asked for.
+        tokens: that reached each layer, by its name.
+        model: digests of the model that it was gathered with, by what they are of.
+        ridge: share of the mean second moment that is added to all before anything is weighted by
+            them.
+
+    Raises:
+        CheckpointError: arrays that are not those of a calibration.
+        SpecError: a ridge that is not a positive number.
+    """
+
+    arrays: Mapping[str, NDArray[Any]]
+    tokens: Mapping[str, int]
+    model: Mapping[str, str]
+    ridge: float = RIDGE
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ridge", checked_ridge(self.ridge))
+        if not self.tokens:
+            raise CheckpointError("a calibration must have layers; got none.")
+        for layer in self.tokens:
+            self._check(layer)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers, in the model's order."""
+        return tuple(self.tokens)
+
+    def roles(self, layer: str) -> tuple[str, ...]:
+        """The projections of a layer's experts."""
+        return tuple(each for each in _ROLES if f"{layer}.{each}.values" in self.arrays)
+
+    def rows(self, layer: str) -> int:
+        """Tokens times the experts that each went to."""
+        return int(self.arrays[f"{layer}.counts"].sum())
+
+    def frequencies(self, layer: str) -> NDArray[Any]:
+        """Each expert's share of the rows, (N,)."""
+        counts = self.arrays[f"{layer}.counts"]
+        found: NDArray[Any] = counts / counts.sum()
+        return found
+
+    def mean_weights(self, layer: str) -> NDArray[Any]:
+        """Mean of the router's weights of each expert's rows, (N,); 0 for those without any."""
+        counts = self.arrays[f"{layer}.counts"]
+        found: NDArray[Any] = self.arrays[f"{layer}.weights"] / counts.clip(min=1)
+        return found
+
+    def find(self, module: str) -> str:
+        """The layer of a module of experts, also under the name that files give it.
+
+        Names in files differ from those in PyTorch (``block_sparse_moe`` and ``mlp``), the numbers
+        in them do not.
+
+        Raises:
+            CheckpointError: no such layer.
+        """
+        if module in self.tokens:
+            return module
+        numbers = re.findall("[0-9]+", module)
+        found = [each for each in self.tokens if re.findall("[0-9]+", each) == numbers]
+        if len(found) != 1:
+            raise CheckpointError(
+                f"the calibration must have the layer {module!r}; it has {_listed(self.layers)}. "
+                "Calibrate all layers that are compressed."
+            )
+        return found[0]
+
+    def moments(
+        self,
+        layer: str,
+        role: str,
+        weighting: str = "inputs",
+        experts: str = "equal",
+        bias: bool = False,
+    ) -> Moments | None:
+        """Moments that the decomposition of a projection is weighted by.
+
+        Args:
+            layer: one of :attr:`layers`.
+            role: of the projection; ``gate_up_proj`` is both halves side by side.
+            weighting: one of :data:`WEIGHTINGS`. ``both`` measures outputs by their own second
+                moments, a ridge added: an error counts more in directions that carry more. Two
+                halves are measured each by itself.
+            experts: one of :data:`EXPERT_WEIGHTS`.
+            bias: whether the matrices have one more row, of biases.
+
+        Returns:
+            The moments; None where nothing is weighted.
+
+        Raises:
+            SpecError: unknown words, or moments that were not gathered.
+            CheckpointError: no such layer or projection.
+        """
+        choice(weighting, WEIGHTINGS, "weighting", SpecError)
+        choice(experts, EXPERT_WEIGHTS, "expert_weights", SpecError)
+        parts = self._parts(layer, role)
+        self.check_kept(layer, role, weighting)
+        if (weighting, experts) == ("none", "equal"):
+            return None
+        inputs = None if weighting == "none" else self._inputs(layer, role, bias)
+        outputs = None
+        if weighting in ("both", "fisher"):
+            kind = "outputs" if weighting == "both" else "gradients"
+            outputs = _beside([self._metric(f"{layer}.{part}.{kind}") for part in parts])
+        shares = None
+        if experts != "equal":
+            kept = "counts" if experts == "frequency" else "squares"
+            shares = self.arrays[f"{layer}.{kept}"].astype("float64")
+        return Moments(inputs, outputs, shares, self.ridge)
+
+    def output_error(
+        self,
+        layer: str,
+        role: str,
+        pairs: Iterable[tuple[NDArray[Any], NDArray[Any]]],
+        bias: bool = False,
+    ) -> float:
+        """Relative error of a projection's outputs on the calibration data.
+
+        Every row counts once: √(Σ ‖Δₙᵀ x‖² / Σ ‖Wₙᵀ x‖²). This is exact where the moments of each
+        expert were gathered; otherwise every expert is taken to get what all of them get.
+
+        Args:
+            layer: one of :attr:`layers`.
+            role: of the projection.
+            pairs: of every expert its matrix (in, out), and what is missing of it.
+            bias: whether the matrices have one more row, of biases.
+        """
+        self._parts(layer, role)
+        shares = self.frequencies(layer)
+        pooled = None
+        if f"{_side(layer, role)}.experts" not in self.arrays:
+            pooled = self._inputs(layer, role, bias)
+
+        def squares() -> Iterable[tuple[float, float]]:
+            for place, (matrix, missing) in enumerate(pairs):
+                if not shares[place]:
+                    continue
+                own = self._inputs(layer, role, bias, place) if pooled is None else pooled
+                share = float(shares[place])
+                yield share * energy(missing, own, None), share * energy(matrix, own, None)
+
+        return relative(squares())
+
+    def sizes(self, layer: str, role: str) -> tuple[int, int, int | None]:
+        """Experts, inputs and outputs of a projection, from shapes alone; None if not known."""
+        keys = [f"{layer}.{part}.outputs" for part in self._parts(layer, role)]
+        outputs = [_shape(self.arrays, key)[0] for key in keys if key in self.arrays]
+        rows = _shape(self.arrays, _side(layer, role))[0]
+        experts = _shape(self.arrays, f"{layer}.counts")[0]
+        return experts, rows, sum(outputs) if len(outputs) == len(keys) else None
+
+    def check_kept(self, layer: str, role: str, weighting: str) -> None:
+        """Refuse a weighting by moments that were not gathered; reads shapes alone.
+
+        Raises:
+            SpecError: they were not.
+        """
+        kind = {"both": "outputs", "fisher": "gradients"}.get(weighting)
+        for part in self._parts(layer, role) if kind else ():
+            if f"{layer}.{part}.{kind}" not in self.arrays:
+                raise SpecError(
+                    f"weighting={weighting!r} needs second moments of {kind}; the calibration was "
+                    f"gathered without. Calibrate with {kind}, or weight by inputs alone."
+                )
+
+    def check_model(self, found: Mapping[str, str], what: str) -> None:
+        """Refuse another model than the one that the calibration was gathered with.
+
+        Args:
+            found: digests of the model that is there, as far as they are known.
+            what: it is, for the message.
+
+        Raises:
+            CheckpointError: digests that both have differ.
+        """
+        differing = [
+            text
+            for key, text in _DIGESTS.items()
+            if key in found and key in self.model and found[key] != self.model[key]
+        ]
+        if differing:
+            raise CheckpointError(
+                f"the calibration must be of the model that is compressed; its "
+                f"{' and its '.join(differing)} differ from those of {what}. Calibrate that model."
+            )
+
+    def check_values(self, layer: str, role: str, values: NDArray[Any]) -> None:
+        """Refuse weights of another model, of the same shapes.
+
+        Args:
+            layer: one of :attr:`layers`.
+            role: of the projection.
+            values: (N, k) first entries of every expert's matrix: its first input, and the first
+                outputs.
+
+        Raises:
+            CheckpointError: another number of experts, or other values.
+        """
+        import numpy as np
+
+        kept = self.arrays[f"{layer}.{self._parts(layer, role)[0]}.values"]
+        same = kept.shape[0] == values.shape[0]
+        columns = min(kept.shape[1], values.shape[1])
+        scale = float(np.abs(kept).max()) if kept.size else 0.0
+        if not same or not np.allclose(
+            kept[:, :columns], values[:, :columns], rtol=_CLOSE, atol=_CLOSE * scale
+        ):
+            raise CheckpointError(
+                f"the calibration must be of the weights that are compressed; those of {role} in "
+                f"{layer!r} differ. Calibrate this model."
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a safetensors file, whole or not at all.
+
+        Raises:
+            TypeError: not a path.
+            CheckpointError: the file can't be written.
+        """
+        about = {"tokens": dict(self.tokens), "model": dict(self.model), "ridge": self.ridge}
+        write_arrays(path, self.arrays, about)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Open a file of :meth:`save`; arrays are read when they are asked for.
+
+        Raises:
+            TypeError: not a path.
+            CheckpointError: not a calibration, damaged, or of a later version.
+        """
+        arrays, about = open_arrays(path)
+        try:
+            tokens = {str(name): int(count) for name, count in about["tokens"].items()}
+            model = {str(name): str(digest) for name, digest in about["model"].items()}
+            found = cls(arrays, tokens, model, float(about["ridge"]))
+        except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as error:
+            raise CheckpointError(f"{os.fspath(path)!r} is no calibration: {error}") from None
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        if isinstance(self.arrays, StoredArrays):
+            return self.arrays.nbytes
+        return sum(each.nbytes for each in self.arrays.values())
+
+    def __repr__(self) -> str:
+        least, most = min(self.tokens.values()), max(self.tokens.values())
+        count = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        return f"Calibration({len(self.layers)} layers, {count} tokens, ridge {self.ridge:g})"
+
+    def _parts(self, layer: str, role: str) -> tuple[str, ...]:
+        """The recorded projections that make a wanted one."""
+        there = self.roles(layer)
+        if role in there:
+            return (role,)
+        if role == "gate_up_proj" and {"gate_proj", "up_proj"} <= set(there):
+            return ("gate_proj", "up_proj")
+        raise CheckpointError(
+            f"the calibration must have the projection {role!r} of {layer!r}; it has "
+            f"{_listed(there)}."
+        )
+
+    def _inputs(self, layer: str, role: str, bias: bool, expert: int | None = None) -> NDArray[Any]:
+        """Second moments of the inputs of a projection: of all rows, or of an expert's."""
+        import numpy as np
+
+        key = _side(layer, role)
+        if expert is None:
+            found, mean = self.arrays[key], self.arrays[f"{key}.mean"]
+        else:
+            found = self.arrays[f"{key}.experts"][expert]
+            mean = self.arrays[f"{key}.experts.mean"][expert]
+        if not bias:
+            return found
+        return np.block([[found, mean[:, None]], [mean[None, :], np.ones((1, 1), found.dtype)]])
+
+    def _metric(self, key: str) -> NDArray[Any]:
+        """The metric of outputs: second moments of theirs or of gradients, and a ridge."""
+        import numpy as np
+
+        found = self.arrays[key].astype("float64")
+        mean = np.trace(found) / len(found) or 1.0
+        whole: NDArray[Any] = found + self.ridge * mean * np.eye(len(found))
+        return whole
+
+    def _check(self, layer: str) -> None:
+        """Refuse arrays that are missing or do not fit."""
+        shapes = {
+            key.removeprefix(f"{layer}."): _shape(self.arrays, key)
+            for key in self.arrays
+            if key.startswith(f"{layer}.")
+        }
+        for name in ("counts", "weights", "squares", "hidden", "hidden.mean"):
+            if name not in shapes:
+                raise CheckpointError(f"a calibration must have {layer}.{name}; it has not.")
+        if len(shapes["counts"]) != 1:
+            raise CheckpointError(f"{layer}.counts must have shape (N,); got {shapes['counts']}.")
+        for name, shape in shapes.items():
+            if not _fits(name, shape, shapes["counts"][0]):
+                raise CheckpointError(f"{layer}.{name} must fit its layer; got shape {shape}.")
+
+
+def _fits(name: str, shape: tuple[int, ...], experts: int) -> bool:
+    """Whether an array has a shape that its name allows."""
+    if name in ("counts", "weights", "squares"):
+        return shape == (experts,)
+    lead = (experts,) if "experts" in name.split(".") else ()
+    if name.endswith(".values"):
+        return len(shape) == 2 and shape[0] == experts
+    if name.endswith(".mean"):
+        return shape[:-1] == lead
+    return shape[:-2] == lead and len(shape) >= 2 and shape[-1] == shape[-2]
+
+
+def checked_ridge(ridge: Any) -> float:
+    """A ridge as a float.
+
+    Raises:
+        SpecError: not a positive number.
+    """
+    if not is_number(ridge) or not isfinite(ridge) or ridge <= 0:
+        raise SpecError(f"ridge must be a positive number; got {ridge!r}. The usual: {RIDGE:g}.")
+    return float(ridge)
+
+
+def _side(layer: str, role: str) -> str:
+    return f"{layer}.{'hidden' if role == 'down_proj' else 'inputs'}"
+
+
+def _shape(arrays: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    if isinstance(arrays, StoredArrays):
+        return arrays.shape(key)
+    return tuple(arrays[key].shape)
+
+
+def _beside(blocks: list[NDArray[Any]]) -> NDArray[Any]:
+    """A matrix of blocks on the diagonal."""
+    import numpy as np
+
+    sizes = [len(each) for each in blocks]
+    whole = np.zeros((sum(sizes),) * 2)
+    start = 0
+    for block in blocks:
+        stop = start + len(block)
+        whole[start:stop, start:stop] = block
+        start = stop
+    return whole
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    shown = ", ".join(map(repr, names[:3]))
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
