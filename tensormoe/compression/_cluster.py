@@ -264,4 +264,6 @@ def _reaching() -> Iterator[None]:
         yield
     # the last one of a client that has closed itself in the meantime
     except (OSError, RuntimeError, CancelledError, AttributeError) as error:
-        raise ClusterError(f"the scheduler was lost: {error}. {_CONTINUES}") from None
+        # a timeout may come without words
+        reason = str(error) or ("timed out" if isinstance(error, TimeoutError) else repr(error))
+        raise ClusterError(f"the scheduler was lost: {reason}. {_CONTINUES}") from None
