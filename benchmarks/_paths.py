@@ -142,6 +142,6 @@ def apart() -> Iterator[None]:
 
 
 def path_of(program: Program) -> object:
-    """What a program contracts with what, whatever the order of steps and legs."""
+    """Pairs of operands that a program contracts, whatever the order of steps and legs."""
     steps = ((*sorted(map(sorted, step.input_legs)), sorted(step.legs)) for step in program.steps)
     return tuple(sorted(map(str, steps)))

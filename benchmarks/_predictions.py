@@ -57,7 +57,7 @@ class Row:
 
     @property
     def layer(self) -> tuple[Any, ...]:
-        """What rows of one layer have in common."""
+        """Key of the layer, which several rows share."""
         return self.backend, self.sizes, self.kind, self.experts
 
     def config(self) -> LayerConfig | BlockConfig:

@@ -123,7 +123,7 @@ class Store:
         return fit_roofline(backend, list(zip(costs, self.rows[key]["seconds"], strict=True)))
 
     def keep(self, key: str, found: Found) -> Found:
-        """What was found, kept."""
+        """Results that are kept in a file."""
         self.rows[key] = {"row": key, **found}
         if self._path is not None:
             with self._path.open("a") as file:

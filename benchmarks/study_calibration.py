@@ -1,4 +1,4 @@
-"""What weighting by data does to a sparse language model whose experts are factorized.
+"""Effect of weighting by data on a sparse language model whose experts are factorized.
 
     python benchmarks/study_calibration.py
     python benchmarks/study_calibration.py --quick

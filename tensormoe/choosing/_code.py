@@ -12,7 +12,7 @@ from tensormoe.gates import Gate
 
 @dataclass(frozen=True)
 class _Framework:
-    """How a framework says the same.
+    """Words of one framework for the same layer.
 
     Args:
         imports: besides tensormoe's.

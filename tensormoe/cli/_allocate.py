@@ -118,7 +118,7 @@ def _check_output(name: str) -> None:
 
 
 def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """What stands for the model, and batches of ids of the text if it is to be run."""
+    """A stand-in for the model, and batches of ids of the text if it is to be run."""
     from tensormoe.choosing._words import parse_size
     from tensormoe.selection._allocation import read_json
     from tensormoe.selection._config_sites import FAMILIES

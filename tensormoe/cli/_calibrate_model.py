@@ -52,7 +52,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def add_windows(parser: argparse.ArgumentParser) -> None:
-    """How a text is cut into windows of tokens."""
+    """Windows of tokens that a text is cut into."""
     option = parser.add_argument
     option("--samples", default="128", metavar="N", help="windows at most, or all (default: 128)")
     option("--context", metavar="N", help="tokens of a window (default: 2048, or the model's most)")

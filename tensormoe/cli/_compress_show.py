@@ -178,7 +178,7 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
 
 
 def _calibrated(settings: Compression) -> str:
-    """What errors are weighted by, in words."""
+    """Weighting of errors, in words."""
     what = {"both": "inputs and outputs", "fisher": "inputs and gradients", "none": "nothing"}
     shown = what.get(settings.weighting, settings.weighting)
     experts = {"equal": "alike", "frequency": "by frequency", "router": "by router weights"}

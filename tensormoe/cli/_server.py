@@ -196,7 +196,7 @@ def _explored(session: Session, question: Any) -> dict[str, Any]:
 
 
 def _engine() -> bytes:
-    """What answers the page's questions, and what it knows beyond the page."""
+    """A server of the page and of answers to its questions, with what it knows beyond the page."""
     try:
         resolve_device("this")
     except TensormoeError:

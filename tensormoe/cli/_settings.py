@@ -91,7 +91,7 @@ def apply(
 def from_files(
     command: str, parser: argparse.ArgumentParser, config: str | None
 ) -> dict[str, Setting]:
-    """What files say about a command's options, by the name that the parser gives them."""
+    """Settings of a command in files, by the name that the parser gives them."""
     found = {}
     for file in settings_files(config):
         if file.table:

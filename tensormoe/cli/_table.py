@@ -19,7 +19,7 @@ class NarrowTable(Table):
     """A table of which nothing is cut off: rows below one another where they do not fit."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """What the console shows."""
+        """Text that the console shows."""
         wide = options.update(width=_ANY_WIDTH)
         padding = self.padding
         try:

@@ -41,7 +41,7 @@ class CalibratedGroup:
         return self.calibration.rows(self.layer)
 
     def moments(self, stack: NDArray[Any]) -> Moments | None:
-        """What the decomposition is weighted by.
+        """Moments that the decomposition is weighted by.
 
         Args:
             stack: the experts (experts, in, out), which must be the calibrated ones.
@@ -82,14 +82,14 @@ def check_calibration(model: Model, groups: Iterable[Group], settings: Compressi
 
 
 def calibration_identity(settings: Compression) -> dict[str, Any]:
-    """What changes if somebody changes the calibration's file; empty without one."""
+    """A mark that changes with the calibration's file; empty without one."""
     if settings.calibration is None:
         return {}
     return {"calibration_file": open_shard(settings.calibration).identity}
 
 
 def calibrated_group(group: Group, settings: Compression) -> CalibratedGroup | None:
-    """What the calibration says of a group; None without one.
+    """Part of the calibration that is about a group; None without one.
 
     Raises:
         CheckpointError: no calibration, or one without the group.

@@ -1,4 +1,4 @@
-"""What the experts of a model get and give on real data, as second moments by layer."""
+"""Inputs and outputs of a model's experts on real data, as second moments by layer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WEIGHTINGS = ("none", "inputs", "both", "fisher")
-"""What a calibration weighs errors by: nothing, the second moments of inputs, those of inputs and
+"""Weightings of errors: nothing, the second moments of inputs, those of inputs and
 outputs, or those of inputs and of a loss's gradients."""
 
 EXPERT_WEIGHTS = ("equal", "frequency", "router")
-"""What an expert counts: as much as any other, as often as it is chosen, or the sum of the router's
+"""Weights of an expert: as much as any other, as often as it is chosen, or the sum of the router's
 squared weights."""
 
 VALUES = 4

@@ -48,7 +48,7 @@ def model_types(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """How a model's weights are quantized; empty where they are not."""
+    """Quantization of a model's weights; empty where there is none."""
     found = (each.get(QUANTIZED) for each in _parts(config))
     return next((each for each in found if isinstance(each, Mapping)), {})
 

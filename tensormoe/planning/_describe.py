@@ -240,7 +240,7 @@ def _exchange_rows(cost: Cost) -> dict[str, Cost]:
 
 
 def _call_rows(cost: Cost, roofline: Roofline | None) -> dict[str, Cost]:
-    """What a call takes whatever it computes, by label; none where that is not known."""
+    """Cost of a call whatever it computes, by label; none where that is not known."""
     if roofline is None or roofline.call_overhead is None or not cost.calls:
         return {}
     return {"call": Cost(0, (), 0, calls=cost.calls)}

@@ -75,7 +75,7 @@ def fit_roofline(name: str, samples: Sequence[Sample], threads: int | None = Non
 
 
 def _amounts(cost: Cost, roofline: Roofline) -> list[float]:
-    """What a predicted time has of every term; of arithmetic and traffic, the slower one."""
+    """Amount of every term in a predicted time; of arithmetic and traffic, the slower one."""
     total = [0.0] * len(_TERMS)
     total[_TERMS.index("call")] = cost.calls
     for step in cost.steps:

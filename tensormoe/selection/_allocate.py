@@ -183,7 +183,7 @@ def _check_gate(gate: Gate | None, experts: int | tuple[int, ...]) -> None:
 
 
 def _limit(budget: Any, sites: Sequence[LayerSite], unit: str) -> int:
-    """What all factors together may take, in the unit.
+    """Limit for all factors together, in the unit.
 
     Raises:
         BudgetError: not a budget, or more than what is replaced.

@@ -189,7 +189,7 @@ def _symbolic(network: Network, legs: Mapping[Leg, Polynomial]) -> Any:
 def _at(
     terms: Iterable[Polynomial], outer: int
 ) -> tuple[list[tuple[int, float]], list[Polynomial]]:
-    """What is left of a minimum of terms at an outer size.
+    """A minimum of terms at an outer size, as far as it depends on the inner one.
 
     Returns:
         The least coefficient of every power of the inner size, and the terms that are sums.

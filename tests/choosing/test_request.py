@@ -1,4 +1,4 @@
-"""What requests are read from, and the messages for those that cannot be."""
+"""Requests: words and numbers that they are read from, and messages for those that cannot be."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def words(rank: Any) -> str:
 
 
 def state(page: Page) -> dict[str, Any]:
-    """What the form and the results say."""
+    """Texts of the form and of the results."""
     fields = page.evaluate(
         "[...document.querySelectorAll('#form input[name], #form select')].map("
         "it => [it.id, it.type === 'checkbox' ? it.checked : it.value])"

@@ -27,7 +27,7 @@ QUICK = {"compare": False}
 
 
 def tokens(model: Any) -> list[int]:
-    """What a model says, a few tokens."""
+    """A few tokens that a model generates."""
     found = model.generate(
         torch.arange(3, 9)[None], max_new_tokens=6, do_sample=False, pad_token_id=0
     )

@@ -1,4 +1,4 @@
-"""What cannot be allocated is refused, with the rule, the value and a remedy."""
+"""Refusals of what cannot be allocated, with the rule, the value and a remedy."""
 
 from __future__ import annotations
 

@@ -325,7 +325,7 @@ def _counterpart(experts: DenseExperts, compressed: nn.Module) -> Any:
 
 
 def _logits(model: nn.Module, batch: Any) -> Tensor:
-    """What a model predicts, in evaluation mode.
+    """Predictions of a model, in evaluation mode.
 
     Raises:
         SpecError: something else than logits.

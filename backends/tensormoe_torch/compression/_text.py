@@ -25,7 +25,7 @@ _DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class TextWindows:
-    """How text becomes batches: windows of tokens side by side, of which some are drawn.
+    """Batches of a text: windows of tokens side by side, of which some are drawn.
 
     Args:
         samples: windows at most; None for all that there are.

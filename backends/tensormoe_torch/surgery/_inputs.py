@@ -82,7 +82,7 @@ def _put_back(buffer: Tensor | None, value: Tensor | None) -> None:
 
 
 def run_model(model: nn.Module, example: Any) -> Any:
-    """What a model gives for an input, a tuple of arguments, or a mapping of them.
+    """Output of a model for an input, a tuple of arguments, or a mapping of them.
 
     Raises:
         SpecError: none of these.

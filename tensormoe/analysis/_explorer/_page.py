@@ -148,7 +148,7 @@ def _level(level: ExploredLevel, numbers: dict[int, int], logits: bool) -> dict[
 
 
 def _parts(found: Exploration, level: int) -> dict[str, Any] | None:
-    """What each expert of a level gives to logits, input after input; as many inputs as fit.
+    """Terms of logits from each expert of a level, input after input; as many inputs as fit.
 
     Those that more experts show first come before others.
     """
