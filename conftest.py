@@ -93,6 +93,7 @@ pytest_collect_file = Sybil(
 _NEEDED = {
     "backends/tensormoe_cupy/*": "cupy",
     "tests/docs/_browser.py": "playwright",
+    "tests/choosing_page/_use.py": "playwright",
     "tests/explorer/_use.py": "playwright",
 }
 collect_ignore_glob = [path for path, package in _NEEDED.items() if not find_spec(package)]

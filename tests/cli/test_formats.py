@@ -45,7 +45,7 @@ def test_json_is_the_response_of_the_library(capsys: pytest.CaptureFixture[str])
     assert found == again
     assert found.pop("command") == "rank"
     request = {"in_features": 96, "out_features": 64, "experts": "16", "budget": "20k"}
-    wanted = explore({**request, "parts": ["rows", "baselines", "fronts"]})
+    wanted = explore({**request, "parts": ["rows", "others", "baselines", "fronts"]})
     assert found == json.loads(json.dumps(wanted))
     assert {*found} <= {*response_schema()["properties"]}
 

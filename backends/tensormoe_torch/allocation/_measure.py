@@ -79,6 +79,8 @@ def measure_sensitivities(
         SpecError: layers that can't be replaced, no batches, a model without a loss, or one that
             is not finite.
 
+    >>> import torch
+    >>> from torch import nn
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9))
     >>> ids = torch.randint(9, (4, 6))
