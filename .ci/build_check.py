@@ -24,7 +24,8 @@ for package in sys.argv[1:]:
     module = import_module(package)
     assert "site-packages" in module.__file__, f"{package} came from {module.__file__}"
     assert files(package).joinpath("py.typed").is_file(), f"{package} ships no py.typed"
-for name in ("page.html", "page.css", "page.js"):
+from tensormoe.analysis._explorer._page import _SCRIPTS
+for name in ("page.html", "page.css", *(f"page_{part}.js" for part in _SCRIPTS)):
     assert files("tensormoe.analysis._explorer").joinpath(name).is_file(), f"no {name}"
 page = files("tensormoe.choosing").joinpath("page")
 for name in ("index.html", "page.css", "main.js", "worker.js", "icon.svg"):
