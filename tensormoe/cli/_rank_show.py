@@ -129,7 +129,8 @@ def rank_markdown(asked: Request, found: Values, *, front: bool) -> str:
         for row in (*found["rows"], *gate, *found["baselines"])
     ]
     heads = [column.head for column in columns]
-    text = f"**{_title(asked)}**{_details(asked)}; budget {_budget(asked)}, {_call(asked)}.\n\n"
+    text = f"**{_title(asked)}**{_details(asked)}\n\n"
+    text += f"Budget: {_budget(asked)}, {_call(asked)}.\n\n"
     text += markdown_text(heads, rows, left=2)
     if front:
         cells = [[column.cell(point) for column in _FRONT_COLUMNS] for point in _points(found)]
