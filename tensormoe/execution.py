@@ -32,14 +32,22 @@ def execute(
     slots: dict[int, Array] = dict(enumerate(arrays))
     arrays.clear()
     kept = {slot: slots[slot] for slot in keep if slot in slots}
+    # asked once: programs run often, and checks of protocols are slow
+    multiply = getattr(backend, "matmul_stored", None)
     for step in program.steps:
         operands = [slots[slot] for slot in step.inputs]
+        stored = multiply is not None and step.kind in _PRODUCTS
+        transposed = [False, False]
         for k, view in enumerate(step.views):
             if view.shape is not None:
                 operands[k] = backend.reshape(operands[k], view.shape)
-            if view.axes is not None:
+            if stored and view.axes == (1, 0):
+                transposed[k] = True
+            elif view.axes is not None:
                 operands[k] = backend.permute(operands[k], view.axes)
-        if step.in_place and step.inputs[0] not in kept:
+        if multiply is not None and True in transposed:
+            result = multiply(operands[0], operands[1], tuple(transposed))
+        elif step.in_place and step.inputs[0] not in kept:
             result = plus(operands[0], operands[1], backend)
         else:
             result = _RUN[step.kind](program, step, operands, backend)
@@ -149,6 +157,7 @@ def _flattened(
     return array, flat, size
 
 
+_PRODUCTS = ("linear", "matmul")
 _Run = Callable[[Program, Step, list[Array], Backend], Array]
 _RUN: Mapping[str, _Run] = {
     "linear": _matmul,

@@ -47,6 +47,20 @@ class JaxBackend:
             left, right = jax.lax.optimization_barrier((left, right))  # type: ignore[no-untyped-call]
         return jnp.matmul(left, right)
 
+    def matmul_stored(self, left: Array, right: Array, transposed: tuple[bool, bool], /) -> Array:
+        if left.ndim != 2 or right.ndim != 2:
+            left, right = (
+                each.T if turned else each
+                for each, turned in zip((left, right), transposed, strict=True)
+            )
+            return self.matmul(left, right)
+        # for a product with one row, XLA copies a transposed matrix on the CPU. A vector comes
+        # first: where the matrix does, it is read column by column
+        inner = (0 if transposed[0] else 1, 1 if transposed[1] else 0)
+        if right.shape[1 - inner[1]] == 1:
+            return jax.lax.dot_general(right, left, (((inner[1],), (inner[0],)), ((), ()))).T
+        return jax.lax.dot_general(left, right, (((inner[0],), (inner[1],)), ((), ())))
+
     def reshape(self, array: Array, shape: tuple[int, ...], /) -> Array:
         return jnp.reshape(array, shape)
 

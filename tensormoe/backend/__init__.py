@@ -22,6 +22,7 @@ from tensormoe.backend._protocol import (
     Selects,
     State,
     Step,
+    StoredProducts,
 )
 from tensormoe.backend._registry import (
     available_backends,
@@ -44,6 +45,7 @@ __all__ = [
     "Selects",
     "State",
     "Step",
+    "StoredProducts",
     "available_backends",
     "backend_of",
     "check_array",

@@ -185,6 +185,18 @@ class Ranks(Protocol):
 
 
 @runtime_checkable
+class StoredProducts(Protocol):
+    """Optional member of an adapter: products of matrices that are given as they are stored.
+
+    Without it a transposed view is multiplied, which costs nothing where a library has views.
+    """
+
+    def matmul_stored(self, left: Array, right: Array, transposed: tuple[bool, bool], /) -> Array:
+        """Matrix product of operands of which one or both are to be transposed first."""
+        ...
+
+
+@runtime_checkable
 class Groups(Protocol):
     """Optional members of an adapter: products of rows that are sorted by expert.
 
