@@ -48,18 +48,19 @@ class JaxBackend:
         return jnp.matmul(left, right)
 
     def matmul_stored(self, left: Array, right: Array, transposed: tuple[bool, bool], /) -> Array:
-        if left.ndim != 2 or right.ndim != 2:
+        inner = (-2 if transposed[0] else -1, -1 if transposed[1] else -2)
+        if left.ndim != 2 or right.ndim != 2 or left.shape[inner[0]] == 1:
             left, right = (
-                each.T if turned else each
+                jnp.matrix_transpose(each) if turned else each
                 for each, turned in zip((left, right), transposed, strict=True)
             )
             return self.matmul(left, right)
         # for a product with one row, XLA copies a transposed matrix on the CPU. A vector comes
         # first: where the matrix does, it is read column by column
-        inner = (0 if transposed[0] else 1, 1 if transposed[1] else 0)
-        if right.shape[1 - inner[1]] == 1:
-            return jax.lax.dot_general(right, left, (((inner[1],), (inner[0],)), ((), ()))).T
-        return jax.lax.dot_general(left, right, (((inner[0],), (inner[1],)), ((), ())))
+        numbers = (inner[0] + 2,), (inner[1] + 2,)
+        if right.shape[-3 - inner[1]] == 1:
+            return jax.lax.dot_general(right, left, (numbers[::-1], ((), ()))).T
+        return jax.lax.dot_general(left, right, (numbers, ((), ())))
 
     def reshape(self, array: Array, shape: tuple[int, ...], /) -> Array:
         return jnp.reshape(array, shape)
