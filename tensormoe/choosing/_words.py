@@ -67,7 +67,7 @@ def parse_experts(text: str) -> tuple[int, ...]:
 
 
 def parse_rank(text: str | None) -> int | tuple[int, ...] | None:
-    """One size for all bonds, or one a bond.
+    """One size for all bonds, or one per bond.
 
     >>> parse_rank("64"), parse_rank("4,4,97")
     (64, (4, 4, 97))

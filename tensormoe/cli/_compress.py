@@ -35,7 +35,7 @@ def add_parser(commands: Commands) -> None:
     option("--layout", default="auto", metavar="NAME", help="auto, out_in or in_out (auto)")
     option("--factorization", metavar="NAME", help="(tensor_ring, or that of --allocation)")
     option("--budget", metavar="SIZE", help="25%% of the experts' parameters, or 1.5G for all")
-    option("--rank", metavar="RANK", help="one size for all bonds, or one a bond: 4,4,94")
+    option("--rank", metavar="RANK", help="one size for all bonds, or one per bond: 4,4,94")
     option("--allocation", metavar="FILE", help="ranks from tensormoe allocate --output FILE")
     option("--tolerance", metavar="ERROR", help="relative error that each layer is to reach: 0.1")
     add_switch(parser, "dense", "write rebuilt matrices under their old keys")

@@ -23,7 +23,7 @@ def add_parser(commands: Commands) -> None:
     option(
         "--rank",
         metavar="RANK",
-        help="one size for all bonds, or one a bond: 4,4,94; of a block, for each of its layers "
+        help="one size for all bonds, or one per bond: 4,4,94; of a block, for each of its layers "
         "(default: the best within the budget)",
     )
     option("--top-k", metavar="K", help="coefficients come as K values and indices a level")

@@ -14,8 +14,8 @@ from typing import Any
 
 from playwright.sync_api import Browser, BrowserContext, Page
 
-from tests.docs._browser import LOOKS, NARROW, Look
-from tests.explorer._use import PROBE, named
+from tests.docs._browser import LOOKS, Look
+from tests.explorer._use import seen
 
 READY, UPDATE = 5000, 150
 ATTACK = "<img src=x onerror='window.broken=1'>"
@@ -133,16 +133,7 @@ def looks(browser: Browser, address: str, pictures: Path) -> Iterator[str]:
             page, problems = made
             settle(page, fronts=True)
             page.screenshot(path=pictures / f"{look}.png", full_page=True)
-            for problem in [*page.evaluate(PROBE), *problems]:
-                yield f"{problem} ({look})"
-            wide = page.evaluate("document.documentElement.scrollWidth")
-            if wide > look.width:
-                yield f"{wide} pixels wide ({look})"
-            if look.width == NARROW:
-                continue
-            for field in page.locator("button, select, input, [tabindex='0']").all():
-                if field.is_visible() and not named(field):
-                    yield f"{field.evaluate('it => it.outerHTML')[:90]} has no name"
+            yield from seen(page, look, problems)
 
 
 def ranks(browser: Browser, address: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from playwright.sync_api import Browser, Page
 
-from tests.docs._browser import LOOKS, NARROW
+from tests.docs._browser import LOOKS, NARROW, Look
 from tests.explorer._pages import hostile as hostile_exploration
 from tests.explorer._pages import levels, linear
 
@@ -56,16 +56,21 @@ def looks(browser: Browser, path: Path, pictures: Path) -> Iterator[str]:
     for look in LOOKS:
         with opened_page(browser, path, look.width, look.scheme) as (page, problems):
             page.screenshot(path=pictures / f"{look}.png", full_page=True)
-            for problem in [*page.evaluate(PROBE), *problems]:
-                yield f"{problem} ({look})"
-            wide = page.evaluate("document.documentElement.scrollWidth")
-            if wide > look.width:
-                yield f"{wide} pixels wide ({look})"
-            if look.width == NARROW:
-                continue
-            for field in page.locator("button, select, input, [tabindex='0']").all():
-                if field.is_visible() and not named(field):
-                    yield f"{field.evaluate('it => it.outerHTML')[:80]} has no name"
+            yield from seen(page, look, problems)
+
+
+def seen(page: Page, look: Look, problems: list[str]) -> Iterator[str]:
+    """Contrast, width and names of fields of a page in one look."""
+    for problem in [*page.evaluate(PROBE), *problems]:
+        yield f"{problem} ({look})"
+    wide = page.evaluate("document.documentElement.scrollWidth")
+    if wide > look.width:
+        yield f"{wide} pixels wide ({look})"
+    if look.width == NARROW:
+        return
+    for field in page.locator("button, select, input, [tabindex='0']").all():
+        if field.is_visible() and not named(field):
+            yield f"{field.evaluate('it => it.outerHTML')[:80]} has no name"
 
 
 def named(field: Any) -> bool:
