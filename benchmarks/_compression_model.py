@@ -112,7 +112,8 @@ class Host:
 def written(folder: Path) -> dict[str, Path]:
     """Files of the King James Bible of Debian's package bible-kjv, else of Python's reference.
 
-    Of every sixteen pieces of 256 lines one is held out, to choose settings by, and one is for tests.
+    Of every sixteen pieces of 256 lines one is held out, to choose settings by, and one is for
+    tests.
     """
     paths = {part: folder / f"{part}.txt" for part in PARTS}
     if all(path.exists() for path in paths.values()):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Dense,
         Factorization,
         Hadamard,
+        LowRank,
         SharedBasis,
         SharedDelta,
         TensorRing,
@@ -54,6 +55,7 @@ __all__ = [
     "Gate",
     "Hadamard",
     "LayerSpec",
+    "LowRank",
     "Plan",
     "RankChoice",
     "Roofline",
@@ -87,8 +89,8 @@ _NAMES = {
         "available_backends", "backend_of", "convert", "get_backend", "known_backends"
     ),
     "tensormoe.factorizations": (
-        "CP", "BaseDelta", "Dense", "Factorization", "Hadamard", "SharedBasis",
-        "SharedDelta", "TensorRing", "TensorTrain", "Tucker", "from_tensorly",
+        "CP", "BaseDelta", "Dense", "Factorization", "Hadamard", "LowRank",
+        "SharedBasis", "SharedDelta", "TensorRing", "TensorTrain", "Tucker", "from_tensorly",
         "register_factorization", "to_tensorly"
     ),
     "tensormoe.gates": ("Gate", "TopK", "entmax", "softmax", "sparsemax"),

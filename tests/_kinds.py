@@ -12,6 +12,7 @@ from tensormoe import (
     Factorization,
     Gate,
     Hadamard,
+    LowRank,
     SharedBasis,
     SharedDelta,
     TensorRing,
@@ -29,6 +30,7 @@ KINDS: list[Factorization] = [
     TensorRing(3),
     TensorTrain(3),
     Tucker(2),
+    LowRank(3),
     SharedBasis((2, 3)),
     *_OTHERS,
 ]
@@ -39,6 +41,7 @@ UNEVEN: list[Factorization] = [
     TensorRing((2, 3, 2, 3)),
     TensorTrain((2, 3, 4)),
     Tucker((2, 3, 2, 3)),
+    LowRank(3),
     SharedBasis((2, 3)),
     *_OTHERS,
 ]
@@ -49,6 +52,7 @@ LARGE: list[Factorization] = [
     TensorRing(4),
     TensorTrain(4),
     Tucker(5),
+    LowRank(5),
     SharedBasis(5),
     *_OTHERS,
 ]
@@ -59,6 +63,7 @@ ABLE: list[Factorization] = [
     TensorRing((2, 2, 8)),
     TensorTrain((4, 8)),
     Tucker((4, 8, 8)),
+    LowRank(4),
     SharedBasis((2, 4)),
     *_OTHERS,
 ]
@@ -69,6 +74,7 @@ ONE_LEVEL: list[Factorization] = [
     TensorRing((2, 3, 2)),
     TensorTrain((3, 4)),
     Tucker((3, 4, 5)),
+    LowRank(2),
     SharedBasis((2, 3)),
     BaseDelta(2),
 ]

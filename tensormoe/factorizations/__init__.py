@@ -6,6 +6,7 @@
 | `TensorRing(rank=(r₁, r₂, r₃))` | a ring of cores | min(r₃·min(r₁, r₂), I, O) | min(N, r₁r₂, …) |
 | `TensorTrain(rank=(r₁, r₂))` | a ring with an outer bond of 1 | min(r₂, I, O) | min(N, r₁, …) |
 | `Tucker(rank=(p, q, s))` | a core, one factor per mode | min(q, s, I, O) | min(N, p, qs) |
+| `LowRank(rank=r)` | a product of rank r for each expert | min(r, I, O) | min(N, I·O) |
 | `SharedBasis(rank=(J, r))` | mixtures of J matrices, times own ones | min(r, I, O) | min(N, …) |
 | `BaseDelta(rank=r)` | a common matrix plus products of rank r | min(I, O) | min(N, I·O) |
 | `SharedDelta(rank=r)` | the same, one side shared | min(I, O) | min(N, 1 + r·min(I, O)) |
@@ -29,6 +30,7 @@ from tensormoe.factorizations._hadamard import Hadamard as Hadamard
 from tensormoe.factorizations._initialization import Draw as Draw
 from tensormoe.factorizations._initialization import Initializer as Initializer
 from tensormoe.factorizations._initialization import draw_factor as draw_factor
+from tensormoe.factorizations._low_rank import LowRank as LowRank
 from tensormoe.factorizations._named import FACTORIZATIONS as FACTORIZATIONS
 from tensormoe.factorizations._named import FactorizationLike as FactorizationLike
 from tensormoe.factorizations._named import factorization_class as factorization_class
@@ -71,6 +73,7 @@ __all__ = [
     "Hadamard",
     "Initializer",
     "Leg",
+    "LowRank",
     "Network",
     "Response",
     "SharedBasis",

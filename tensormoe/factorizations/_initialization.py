@@ -10,7 +10,7 @@ from typing import Literal
 
 from tensormoe.backend import Array, Backend, device_of
 
-__all__ = ["Draw", "Initializer", "chain_energy", "draw_factor", "noise_share"]
+__all__ = ["Draw", "Initializer", "apart", "chain_energy", "draw_factor", "noise_share"]
 
 Draw = Callable[[tuple[int, ...]], Array]
 """Draws an array of a shape: standard normal, or uniform on [-1, 1)."""
@@ -139,3 +139,14 @@ def draw_factor(
         center = xp.concat([block] * -(-rows // period), axis=0)[:rows, :]
         center = xp.concat([center] * -(-columns // period), axis=1)[:, :columns]
     return center * (1.0 + array) if initializer.diagonal else center + array
+
+
+def apart(variance: float, share: float, levels: int) -> Initializer:
+    """A draw that all experts share, and noise of ``share`` of its energy.
+
+    Of a factor whose axes are the mode, then all levels of experts, then bonds.
+    """
+    common = variance / (1.0 + share)
+    axes = tuple(range(1, 1 + levels))
+    std = sqrt(share * common)
+    return Initializer(std, center="shared", center_std=sqrt(common), expert_axes=axes)

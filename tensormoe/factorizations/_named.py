@@ -15,6 +15,7 @@ from tensormoe.factorizations._classes import check_values, checked_class, sampl
 from tensormoe.factorizations._cp import CP
 from tensormoe.factorizations._dense import Dense
 from tensormoe.factorizations._hadamard import Hadamard
+from tensormoe.factorizations._low_rank import LowRank
 from tensormoe.factorizations._shared_basis import SharedBasis
 from tensormoe.factorizations._tensor_ring import TensorRing
 from tensormoe.factorizations._tensor_train import TensorTrain
@@ -30,6 +31,7 @@ _BUILT_IN = (
     TensorRing,
     TensorTrain,
     Tucker,
+    LowRank,
     SharedBasis,
     BaseDelta,
     SharedDelta,

@@ -17,7 +17,7 @@ from tensormoe.factorizations._base import (
     ones_like_table,
     spread_rank,
 )
-from tensormoe.factorizations._initialization import Initializer, noise_share
+from tensormoe.factorizations._initialization import Initializer, apart, noise_share
 from tensormoe.factorizations._network import INPUT, OUTPUT, Factor, Leg, Network, expert_leg
 
 
@@ -97,8 +97,8 @@ class SharedBasis(Factorization):
         writing = 1.0 / (3.0 * bases * inner * (1.0 + share))
         return {
             "mixing": Initializer(sqrt(share), "normal", "one"),
-            "input": Initializer(sqrt(reading)) if wide else _apart(reading, share, levels),
-            "output": _apart(writing, share, levels) if wide else Initializer(sqrt(writing)),
+            "input": Initializer(sqrt(reading)) if wide else apart(reading, share, levels),
+            "output": apart(writing, share, levels) if wide else Initializer(sqrt(writing)),
         }
 
     def upcycled_factors(
@@ -137,14 +137,6 @@ def _factors(levels: int, basis: Leg, own: Leg) -> tuple[Factor, ...]:
         Factor("input", legs[INPUT]),
         Factor("output", legs[OUTPUT]),
     )
-
-
-def _apart(variance: float, share: float, levels: int) -> Initializer:
-    """A draw that all experts share, and noise of ``share`` of its energy."""
-    common = variance / (1.0 + share)
-    axes = tuple(range(1, 1 + levels))
-    std = sqrt(share * common)
-    return Initializer(std, center="shared", center_std=sqrt(common), expert_axes=axes)
 
 
 def _owned(bases: int, inner: int, like: Array, xp: Any) -> Array:

@@ -86,8 +86,9 @@ def select_rank(
     memory alone, they stop where a larger one would add nothing to either figure.
 
     Args:
-        factorization: "cp", "tensor_ring", "tensor_train", "tucker", "shared_basis", "base_delta",
-            "shared_delta", "hadamard", "dense", another name that is registered, or a class.
+        factorization: "cp", "tensor_ring", "tensor_train", "tucker", "low_rank", "shared_basis",
+            "base_delta", "shared_delta", "hadamard", "dense", another name that is registered, or a
+            class.
         in_features: I, the size of an input.
         out_features: O, the size of an output.
         experts: N, or one size per level of hierarchy.

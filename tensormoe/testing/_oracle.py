@@ -15,7 +15,7 @@ from tensormoe.factorizations import Factorization, to_tensorly
 Doubles = npt.NDArray[np.float64]
 
 _KNOWN = (
-    *("cp", "tensor_ring", "tensor_train", "tucker", "shared_basis"),
+    *("cp", "tensor_ring", "tensor_train", "tucker", "low_rank", "shared_basis"),
     *("base_delta", "shared_delta", "hadamard", "dense"),
 )
 _EXPERTS = "abcdefgh"
@@ -47,7 +47,7 @@ def reconstruct(factorization: Factorization, factors: Mapping[str, Any]) -> Dou
     """
     if factorization.name == "shared_basis":
         return _shared_basis(*_with_bias_row(_doubles(factors)))
-    if factorization.name in ("base_delta", "shared_delta"):
+    if factorization.name in ("low_rank", "base_delta", "shared_delta"):
         return _base_delta(_with_bias_row(_doubles(factors))[0])
     read: Callable[[Any], Any]
     # here, not at the top: the default backend may be another one when this is imported
@@ -114,12 +114,12 @@ def reconstruct_by_einsum(factorization: Factorization, factors: Mapping[str, An
         bonds = _BONDS[: len(modes)]
         names.insert(0, "core")
         terms = [bonds, *(m + bond for m, bond in zip(modes, bonds, strict=True))]
-    elif factorization.name in ("base_delta", "shared_delta"):
+    elif factorization.name in ("low_rank", "base_delta", "shared_delta"):
         left, right = arrays["input"], arrays["output"]
         experts = _EXPERTS[: max(left.ndim, right.ndim) - 2]
         terms = [f"{mode}{experts[: side.ndim - 2]}r" for mode, side in (("i", left), ("o", right))]
         deltas: Doubles = np.einsum(f"{','.join(terms)}->{experts}io", left, right)
-        return arrays["base"] + deltas
+        return arrays.get("base", 0.0) + deltas
     else:
         names = ["mixing", "input", "output"]
         experts = _EXPERTS[: arrays["mixing"].ndim - 1]
@@ -184,8 +184,9 @@ def _shared_basis(arrays: Mapping[str, Doubles], in_features: int) -> Doubles:
 
 
 def _base_delta(arrays: Mapping[str, Doubles]) -> Doubles:
-    """B + U V, expert by expert; a side without experts is that of all of them."""
-    base, left, right = (arrays[name] for name in ("base", "input", "output"))
+    """B + U V, or U V, expert by expert; a side without experts is that of all of them."""
+    left, right = arrays["input"], arrays["output"]
+    base = arrays.get("base", np.zeros((left.shape[0], right.shape[0])))
     experts = max(left.shape, right.shape, key=len)[1:-1]
     result = np.empty((*experts, *base.shape))
     for index in np.ndindex(experts):

@@ -19,6 +19,7 @@ FACTORIZATIONS = [
     "tensor_ring",
     "tensor_train",
     "tucker",
+    "low_rank",
     "shared_basis",
     "base_delta",
     "shared_delta",

@@ -12,7 +12,7 @@ import sys
 for name in ("cupy", "jax", "jaxlib", "numpy", "scipy", "torch"):
     sys.modules[name] = None  # importing it now fails as if it weren't installed
 
-from tensormoe import CP, BaseDelta, Dense, Hadamard, LayerSpec, SharedBasis, SharedDelta
+from tensormoe import CP, BaseDelta, Dense, Hadamard, LayerSpec, LowRank, SharedBasis, SharedDelta
 from tensormoe import TensorRing, TensorTrain, Tucker
 
 spec = LayerSpec(16, 12, experts=(6, 5), factorization={factorization})
@@ -30,6 +30,7 @@ print(spec.plan(32).describe())
         "Tucker(rank=(2, 3, 4, 5))",
         "Hadamard()",
         "SharedBasis((2, 3))",
+        "LowRank(2)",
         "BaseDelta(2)",
         "SharedDelta(2)",
         "Dense()",

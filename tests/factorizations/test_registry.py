@@ -61,7 +61,7 @@ def test_a_class_is_registered_once(own: Any) -> None:
     assert register_factorization(own) is own
     assert FACTORIZATIONS["own"] is own
     assert [*FACTORIZATIONS][-1] == "own"
-    assert len(FACTORIZATIONS) == 10
+    assert len(FACTORIZATIONS) == 11
     assert resolve_factorization("own", 3) == own(3)
     with pytest.raises(SpecError, match=r"one factorization; got 'own' for .*, which is taken by"):
         register_factorization(own_class("other: int = 1"))
