@@ -41,10 +41,16 @@ class JaxBackend:
         return isinstance(array, Array) and isinstance(array.dtype, np.dtype)
 
     def matmul(self, left: Array, right: Array, /) -> Array:
-        if left.ndim > 2 < right.ndim and jax.default_backend() == "cpu":
-            # XLA would fold the transposes around a batched product into it, and then runs it by a
-            # loop that is ten times slower than the copies
-            left, right = jax.lax.optimization_barrier((left, right))  # type: ignore[no-untyped-call]
+        if right.ndim > 2 and jax.default_backend() == "cpu":
+            if left.shape[-2] <= right.shape[-1]:
+                # of rows that all matrices meet XLA would make one product, and for it a transposed
+                # copy of the matrices
+                batch = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+                left = jnp.broadcast_to(left, (*batch, *left.shape[-2:]))
+            if left.ndim > 2:
+                # XLA would fold the transposes around a batched product into it, and then runs it
+                # by a loop that is ten times slower than the copies
+                left, right = jax.lax.optimization_barrier((left, right))  # type: ignore[no-untyped-call]
         return jnp.matmul(left, right)
 
     def matmul_stored(self, left: Array, right: Array, transposed: tuple[bool, bool], /) -> Array:

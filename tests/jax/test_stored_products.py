@@ -55,3 +55,17 @@ def test_one_row_copies_no_weights() -> None:
     found = compiled.memory_analysis()
     assert found is not None
     assert found.temp_size_in_bytes < parameters["factors.output"].nbytes / 8
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA on the CPU")
+@pytest.mark.parametrize("rows", [1, 5])
+def test_rows_that_all_experts_meet_copy_no_weights(rows: int) -> None:
+    config = Options(24, "dense", bias=False, gate=None).layer(64, 128)
+    parameters = initialize(config, jax.random.key(0))
+    x, coefficients = jnp.ones((rows, 64)), jnp.full((rows, 24), 1 / 24)
+    run = jax.jit(lambda p, x, a: apply(config, p, x, a))
+    found = run.lower(parameters, x, coefficients).compile().memory_analysis()
+    assert found is not None
+    assert found.temp_size_in_bytes < parameters["factors.weight"].nbytes / 4
+    want = jnp.einsum("bi,nio->bo", x, parameters["factors.weight"]) / 24
+    np.testing.assert_allclose(run(parameters, x, coefficients), want, rtol=1e-5, atol=1e-6)
