@@ -30,18 +30,24 @@ from tensormoe.decomposition._moments import Moments
 from tensormoe.decomposition._report import Decomposition, Report
 from tensormoe.decomposition._runs import Runs
 from tensormoe.decomposition._search import Found, Search
+from tensormoe.decomposition._several import Choice, several
 from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._watch import Callback, Watch
-from tensormoe.decomposition._weighted import Weighting, check_metric, from_samples, weigh
+from tensormoe.decomposition._weighted import (
+    Weighting,
+    check_metric,
+    from_samples,
+    turns_experts,
+    weigh,
+)
 from tensormoe.errors import ShapeError, SpecError
-from tensormoe.factorizations import FactorizationLike
 from tensormoe.selection import Budget
 
 
 def decompose(
     weights: Array,
-    factorization: FactorizationLike,
+    factorization: Choice,
     *,
     rank: int | tuple[int, ...] | None = None,
     budget: Budget | int | float | None = None,
@@ -64,7 +70,13 @@ def decompose(
 
     Args:
         weights: (experts…, in, out), of any library, dtype and device; they are not changed.
-        factorization: a value such as ``CP(64)``, or a name with one of the three below.
+        factorization: a value such as ``CP(64)``, or a name with one of the three below. With a
+            budget also several names, or ``"auto"`` for all that are registered: the one with the
+            smallest error is taken, in the metric of moments if there are some, and
+            ``report.tried`` has the others' errors. Each is searched for shortly, and those within
+            5 % of the best for as long as it takes. Of more than 2²⁴ weights ``"auto"`` takes
+            those alone whose best factors are known without a search, ``low_rank`` and
+            ``shared_basis`` with one shared matrix; with a time limit, of which each has its part.
         rank: bond sizes, with a name.
         budget: upper limits for the factors alone, without a gate: a :class:`tensormoe.Budget`, a
             number of parameters, or as a float in (0, 1] a share of the weights' own. Of a few
@@ -114,16 +126,28 @@ def decompose(
     watch = Watch(search.seconds, callback)
     given = _taken(weights, bias, inputs, coefficients)
     metric = _metric(given, weighted, moments)
-    weighting = Weighting(given.source) if metric is None else weigh(given.source, metric)
     *experts, rows, columns = given.weights.shape
     sizes = (rows, columns, tuple(experts))
-    if metric is not None:
-        check_metric(factorization, sizes, metric)
-    runs = Runs(weighting.source, sizes, bias is not None, search, seed, watch)
-    kind, found = runs.find(factorization, rank, budget, tolerance)
+    choice = several(factorization, metric)
+    if metric is not None and choice is None:
+        check_metric(factorization, sizes, metric)  # type: ignore[arg-type]
+    weightings = _Weightings.of(given, metric)
+    runs = Runs(
+        weightings.pooled.source,
+        sizes,
+        bias is not None,
+        search,
+        seed,
+        watch,
+        None if weightings.apart is None else weightings.apart.source,
+        None if weightings.apart is None else weightings.score,
+    )
+    kind, found = runs.find(choice or factorization, rank, budget, tolerance)  # type: ignore[arg-type]
     spec = LayerSpec(*sizes, kind, bias=bias is not None)
-    factors = _stored(spec, weighting.undo(spec, found.factors), given)
+    factors = _stored(spec, weightings.undo(spec, found.factors), given)
     report = _report(spec, factors, given, found, compare, watch)
+    if choice is not None:
+        report = replace(report, tried=tuple(choice.tried.items()))
     if moments is not None:
         off = moment_error(spec, _read(factors, given), given.source, moments)
         report = replace(report, weighted_error=off)
@@ -151,6 +175,41 @@ class _Given:
     bias: Array | None
     inputs: Array | None
     coefficients: Array | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Weightings:
+    """The weighted tensor, and that of every expert weighted by itself.
+
+    Args:
+        given: the arrays.
+        metric: of the errors, if any.
+        pooled: of networks whose experts share their input side.
+        apart: of those whose experts do not; None where all experts weigh their inputs alike.
+    """
+
+    given: _Given
+    metric: Moments | None
+    pooled: Weighting
+    apart: Weighting | None = None
+
+    @classmethod
+    def of(cls, given: _Given, metric: Moments | None) -> _Weightings:
+        if metric is None:
+            return cls(given, None, Weighting(given.source))
+        pooled = weigh(given.source, metric.pooled())
+        return cls(given, metric, pooled, weigh(given.source, metric) if metric.apart else None)
+
+    def undo(self, spec: LayerSpec, factors: Mapping[str, Array]) -> dict[str, Array]:
+        """The factors of the tensor without weights."""
+        own = self.apart is not None and turns_experts(replace(spec, bias=False))
+        return (self.apart if own and self.apart else self.pooled).undo(spec, factors)
+
+    def score(self, spec: LayerSpec, factors: Mapping[str, Array]) -> float:
+        """The error in the metric itself, by which networks of both weightings are compared."""
+        assert self.metric is not None
+        found = without_bias_rows(spec.network, self.undo(spec, factors))
+        return moment_error(spec, found, self.given.source, self.metric)
 
 
 def _metric(given: _Given, weighted: bool, moments: Moments | None) -> Moments | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,13 @@ class Moments:
         Σₙ pₙ tr(M Δₙᵀ S Δₙ),  Δₙ = Wₙ − Ŵₙ:
 
     with S = E[x xᵀ], the expected squared error of the outputs y = Wₙᵀ x in the metric M, of
-    experts that are used with shares pₙ. What is not given weighs alike. Only ratios count.
+    experts that are used with shares pₙ. What is not given weighs alike. Only ratios count. Where
+    every expert has moments Sₙ of its own, networks whose input side is each expert's own, such as
+    :class:`tensormoe.LowRank`, are fitted to them, others to their mean; errors are exact for both.
 
     Args:
-        inputs: S, (in, in); with biases (in + 1, in + 1), the last input being 1.
+        inputs: S, (in, in), or Sₙ, (N, in, in); with biases (in + 1, in + 1), the last input being
+            1.
         outputs: M, (out, out), positive definite: second moments of a loss's gradients with respect
             to the outputs, or of the outputs themselves, so that errors count more in directions
             that carry more.
@@ -64,18 +67,40 @@ class Moments:
                 found = np.asarray(given)
                 if found.dtype.kind != "f":
                     raise ShapeError(f"{name} of moments must be floats; got {found.dtype}.")
-                (_check_shares if name == "experts" else _check_symmetric)(found, name)
+                if name == "experts":
+                    _check_shares(found, name)
+                elif name == "inputs" and found.ndim == 3 and len(found):
+                    for each in found:
+                        _check_symmetric(each, name)
+                else:
+                    _check_symmetric(found, name)
                 object.__setattr__(self, name, found)
 
     @property
     def features(self) -> tuple[int | None, int | None, int | None]:
         """Sizes of inputs, outputs and experts, as far as they are given."""
-        sizes = (None if each is None else len(each) for each in self._arrays)
-        return tuple(sizes)  # type: ignore[return-value]
+        given = self.inputs, self.outputs, self.experts
+        inputs, outputs, experts = (None if each is None else each.shape[-1] for each in given)
+        return (
+            inputs,
+            outputs,
+            len(self.inputs) if self.apart and self.inputs is not None else experts,
+        )
 
     @property
-    def _arrays(self) -> tuple[NDArray[Any] | None, ...]:
-        return self.inputs, self.outputs, self.experts
+    def apart(self) -> bool:
+        """Whether every expert has second moments of its own inputs."""
+        return self.inputs is not None and self.inputs.ndim == 3
+
+    def pooled(self) -> Moments:
+        """The same with the mean of all experts' inputs, as often as each is used."""
+        import numpy as np
+
+        if not self.apart:
+            return self
+        shares = self.experts
+        mean = np.average(np.asarray(self.inputs), axis=0, weights=shares)
+        return replace(self, inputs=mean)
 
     def check(self, shape: tuple[int, ...], bias: bool) -> None:
         """Refuse weights of other sizes.
@@ -90,16 +115,23 @@ class Moments:
         *experts, rows, columns = shape
         wanted = (rows + bias, columns, experts[0])
         names = ("inputs", "outputs", "experts")
-        for name, found, size in zip(names, self.features, wanted, strict=True):
+        found_sizes = self.features
+        if self.experts is not None and self.apart and len(self.experts) != found_sizes[2]:
+            raise ShapeError(
+                f"experts of moments must be as many as inputs are given for; got "
+                f"{len(self.experts)} and {found_sizes[2]}."
+            )
+        for name, found, size in zip(names, found_sizes, wanted, strict=True):
             if found is not None and found != size:
                 more = " with the row of the biases" if name == "inputs" and bias else ""
                 raise ShapeError(
                     f"{name} of moments must have {size} entries per axis{more} for weights of "
                     f"shape {shape}; got {found}."
                 )
-        if self.experts is not None and len(experts) > 1:
+        if (self.experts is not None or self.apart) and len(experts) > 1:
             raise ShapeError(
-                f"experts of moments need weights of one level; got {len(experts)}. Leave them out."
+                f"moments of single experts need weights of one level; got {len(experts)}. Leave "
+                "them out."
             )
 
     def error(self, pairs: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> float:
@@ -108,13 +140,16 @@ class Moments:
         Args:
             pairs: of every expert its matrix (in, out), and what is missing of it.
         """
-        return relative(
-            (
-                self._share(place) * energy(missing, *self._arrays[:2]),
-                self._share(place) * energy(matrix, *self._arrays[:2]),
-            )
-            for place, (matrix, missing) in enumerate(pairs)
-        )
+
+        def squares() -> Iterable[tuple[float, float]]:
+            for place, (matrix, missing) in enumerate(pairs):
+                share, given = self._share(place), (self._inputs(place), self.outputs)
+                yield share * energy(missing, *given), share * energy(matrix, *given)
+
+        return relative(squares())
+
+    def _inputs(self, place: int) -> NDArray[Any] | None:
+        return self.inputs[place] if self.apart and self.inputs is not None else self.inputs
 
     def _share(self, place: int) -> float:
         return 1.0 if self.experts is None else float(self.experts[place])

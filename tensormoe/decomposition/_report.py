@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tensormoe._format import format_share
+from tensormoe._format import format_share, plain_rank
 from tensormoe._html import text_html
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array
 from tensormoe.decomposition._controls import EACH, Control, best_joint, closest, verdict
+from tensormoe.factorizations import Factorization
 from tensormoe.functional import LayerConfig
 from tensormoe.gates import Gate
 
@@ -41,6 +42,8 @@ class Report:
             before that ``"time"``, the limit; ``"stopped"``, by the callback; ``"interrupted"``, by
             Ctrl-C.
         total_error: of weights and biases together, which is that of the controls as well.
+        tried: of several factorizations that were to choose from, each with its rank and the error
+            that a search came to, in the metric that errors were weighted by.
         weighted_error: of what was minimized: weights and biases in the given moments; None without
             moments.
     """
@@ -58,6 +61,7 @@ class Report:
     ended: str
     total_error: float
     weighted_error: float | None = None
+    tried: tuple[tuple[Factorization, float], ...] = ()
 
     @property
     def svd_error(self) -> float | None:
@@ -85,7 +89,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report in plain values, for JSON."""
-        return asdict(self) | {"ratio": self.ratio, "svd_error": self.svd_error}
+        tried = [{"name": k.name, "rank": plain_rank(k.rank), "error": e} for k, e in self.tried]
+        return asdict(self) | {"ratio": self.ratio, "svd_error": self.svd_error, "tried": tried}
 
     def __str__(self) -> str:
         worst = max(self.expert_errors)
@@ -100,6 +105,10 @@ class Report:
             lines.append(f"outputs off by {format_share(self.output_error)}")
         if self.weighted_error is not None:
             lines.append(f"off by {format_share(self.weighted_error)} in the given moments")
+        if self.tried:
+            best = sorted(self.tried, key=lambda each: each[1])
+            others = ", ".join(f"{kind} {format_share(error)}" for kind, error in best)
+            lines.append(f"of those tried the closest: {others}")
         shown = ", ".join(str(each) for each in self.controls if each.rank)
         if shown:
             lines.append(f"truncated SVDs with no more parameters: {shown}")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import inf, prod
 
 from tensormoe._spec import LayerSpec
 from tensormoe._validation import non_negative_int
+from tensormoe.decomposition._als import Factors
 from tensormoe.decomposition._checks import checked_bonds
 from tensormoe.decomposition._choose import Sizes, candidates, checked_tolerance, smallest
 from tensormoe.decomposition._contractions import structures
 from tensormoe.decomposition._fit import fit
 from tensormoe.decomposition._search import Found, Search
+from tensormoe.decomposition._several import Several
 from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._watch import Stopped, Watch
+from tensormoe.decomposition._weighted import turns_experts
 from tensormoe.errors import BudgetError, SpecError
 from tensormoe.factorizations import (
     INPUT,
@@ -32,6 +36,10 @@ LARGE = 2**24
 
 
 _STOPPED = ("time", "stopped", "interrupted")
+# of the smallest error after a short search, up to which others are searched for long
+_CLOSE = 1.05
+# ranks of each of several factorizations that are tried
+_EACH = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +47,15 @@ class Runs:
     """The search for the factors of one tensor.
 
     Args:
-        source: the tensor.
+        source: the tensor, weighted if errors are.
         sizes: in, out, and the experts.
         bias: whether the layer has biases, which are one more row of the tensor's matrices.
         search: how long to search.
         seed: of the random starts.
         watch: which ends searches before their time.
+        apart: the tensor with every expert weighted by itself, for networks that can be.
+        score: error of factors that are compared with those of another weighting; None where what
+            searches minimize is one error for all.
     """
 
     source: Source
@@ -53,6 +64,8 @@ class Runs:
     search: Search
     seed: int
     watch: Watch = field(default_factory=Watch)
+    apart: Source | None = None
+    score: Callable[[LayerSpec, Factors], float] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", non_negative_int(self.seed, "seed"))
@@ -72,8 +85,10 @@ class Runs:
         wider = {**network.sizes, INPUT: rows + self.bias}
         terms = structures(network, open_legs, wider)
         rng, watch = np.random.default_rng(self.seed), self.watch
+        own = self.apart is not None and turns_experts(spec)
+        source = self.apart if own and self.apart is not None else self.source
         try:
-            return fit(terms, self.source, search or self.search, rng, watch.follow(kind))
+            return fit(terms, source, search or self.search, rng, watch.follow(kind))
         except (KeyboardInterrupt, Stopped) as reason:
             if watch.best is None:
                 raise
@@ -85,17 +100,26 @@ class Runs:
 
     def find(
         self,
-        factorization: FactorizationLike,
+        factorization: FactorizationLike | Several,
         rank: int | tuple[int, ...] | None,
         budget: Budget | float | None,
         tolerance: float | None,
     ) -> tuple[Factorization, Found]:
         """The factorization with its rank, and its factors: the best so far of a stopped search.
 
+        Of several ones, that with the smallest error.
+
         Raises:
             KeyboardInterrupt: before there were any factors.
             SpecError, RankError, BudgetError: one that cannot be.
         """
+        if isinstance(factorization, Several):
+            if budget is None or rank is not None or tolerance is not None:
+                raise SpecError(
+                    "one of several factorizations is chosen within a budget; got none, or a rank "
+                    "or tolerance. Give budget=…."
+                )
+            return self._chosen(factorization, self._budget(budget))
         given = [each is not None for each in (rank, budget, tolerance)]
         if isinstance(factorization, Factorization) or not any(given):
             if any(given):
@@ -112,6 +136,38 @@ class Runs:
             return self._long(*self._best(factorization, self._budget(budget)))
         assert tolerance is not None
         return self._within(factorization, checked_tolerance(tolerance))
+
+    def _chosen(self, several: Several, budget: Budget | int) -> tuple[Factorization, Found]:
+        """The best of several factorizations, of those closest after a short search a long one."""
+        trials: list[tuple[float, Factorization, Found | None]] = []
+        for name in several.within(self.sizes, budget, self.bias, self._dense > LARGE):
+            kind, found = self._best(name, budget, _EACH)
+            if found is None:
+                found = self._or(trials[-1][2] if trials else None, kind, TRIAL)
+            trials.append((self._score(kind, found), kind, found))
+            several.tried[kind] = trials[-1][0]
+            if found.ended in _STOPPED:
+                break
+        trials.sort(key=lambda each: each[0])
+        least = trials[0][0]
+        finals = [each for each in trials if each[0] <= _CLOSE * least]
+        best: tuple[float, Factorization, Found] | None = None
+        for _, kind, trial in finals:
+            kind, found = self._long(kind, trial)
+            score = several.tried[kind] = self._score(kind, found)
+            if best is None or score < best[0]:
+                best = score, kind, found
+            if found.ended in _STOPPED:
+                break
+        assert best is not None
+        return best[1], best[2]
+
+    def _score(self, kind: Factorization, found: Found) -> float:
+        """Error by which factors of several networks are compared."""
+        if self.score is None:
+            return _least(found)
+        rows, columns, experts = self.sizes
+        return self.score(LayerSpec(rows, columns, experts, kind, bias=self.bias), found.factors)
 
     @property
     def _dense(self) -> int:
@@ -136,13 +192,14 @@ class Runs:
         return kind, self.run(kind)
 
     def _best(
-        self, name: str | type[Factorization], budget: Budget | int
+        self, name: str | type[Factorization], budget: Budget | int, most: int | None = None
     ) -> tuple[Factorization, Found | None]:
         """The candidate within a budget with the lowest error of a short search, and its result.
 
-        Candidates that a stopped search did not get to are left out.
+        Candidates that a stopped search did not get to are left out, and those beyond ``most``.
         """
         kinds = candidates(name, self.sizes, budget, self.bias)
+        kinds = kinds if most is None else kinds[:: -(-len(kinds) // most)]
         if len(kinds) == 1 or self._dense > LARGE:
             return kinds[0], None
         best: tuple[Factorization, Found] | None = None

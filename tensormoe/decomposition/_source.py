@@ -31,7 +31,7 @@ class Source:
         backend: adapter of its library.
         bias: (experts…, out), one more row of every matrix, if any.
         inputs: R, of the input's size, if inputs weigh differently: the tensor stands for Rᵀ times
-            itself.
+            itself; (experts₀, …, …) where those of every expert do.
         weights: (experts₀,) of the first level, if experts weigh differently.
         outputs: Q, of the output's size, if outputs weigh differently: itself times Q.
         taken: networks that are subtracted, and their factors by name; after all weights.
@@ -73,7 +73,11 @@ class Source:
         if self.scale != 1.0:
             found = found * self.scale
         if self.inputs is not None:
-            found = self.backend.matmul(self.backend.permute(self.inputs, (1, 0)), found)
+            if self.inputs.ndim == 2:
+                turned = self.backend.permute(self.inputs, (1, 0))
+            else:
+                turned = self.backend.permute(self.inputs[start:stop], (0, 2, 1))
+            found = self.backend.matmul(turned, found)
         if self.outputs is not None:
             found = self.backend.matmul(found, self.outputs)
         if self.weights is not None:

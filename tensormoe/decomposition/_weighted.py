@@ -41,7 +41,8 @@ class Weighting:
 
     Args:
         source: the tensor, weighted.
-        back: the inverse of Rᵀ (in, in), in float64 on the host; None where nothing is weighted.
+        back: the inverse of Rᵀ (in, in), in float64 on the host, or those of all experts
+            (N, in, in); None where nothing is weighted.
         loads: √p of the first level, on the host.
         out: the inverse of Qᵀ (out, out), as ``back``.
     """
@@ -53,6 +54,8 @@ class Weighting:
 
     def undo(self, spec: LayerSpec, factors: Mapping[str, Array]) -> dict[str, Array]:
         """The factors of the tensor without weights."""
+        import numpy as np
+
         found = dict(factors)
         backend = self.source.backend
         weighted = ((INPUT, self.back), (expert_leg(0), self.loads), (OUTPUT, self.out))
@@ -64,6 +67,13 @@ class Weighting:
             factor = next(each for each in term.factors if leg in each.legs)
             axis = factor.legs.index(leg)
             host = wide(found[factor.name], backend)
+            if inverse.ndim == 3:
+                moved = np.moveaxis(host, (factor.legs.index(expert_leg(0)), axis), (0, 1))
+                flat = inverse @ moved.reshape(*moved.shape[:2], -1)
+                back = (0, 1), (factor.legs.index(expert_leg(0)), axis)
+                host = np.moveaxis(flat.reshape(moved.shape), *back)
+                found[factor.name] = from_host(host, found[factor.name], backend)
+                continue
             moved = host.swapaxes(0, axis)
             flat = moved.reshape(moved.shape[0], -1)
             flat = inverse @ flat if inverse.ndim == 2 else flat / inverse[:, None]
@@ -94,6 +104,16 @@ def check_metric(factorization: FactorizationLike, sizes: Sizes, moments: Moment
             )
 
 
+def turns_experts(spec: LayerSpec) -> bool:
+    """Whether the inputs of every expert can be turned by themselves, in one factor of its own."""
+    expert = expert_leg(0)
+    holders = [
+        factor for term in spec.network.terms for factor in term.factors if INPUT in factor.legs
+    ]
+    once = len(holders) == len(spec.network.terms)
+    return once and all(expert in factor.legs for factor in holders)
+
+
 def from_samples(source: Source, inputs: Array, coefficients: Array | None) -> Moments:
     """Second moments of samples.
 
@@ -120,7 +140,7 @@ def from_samples(source: Source, inputs: Array, coefficients: Array | None) -> M
 
 
 def weigh(source: Source, moments: Moments) -> Weighting:
-    """A tensor weighted by second moments.
+    """A tensor weighted by second moments, those of every expert by its own.
 
     Raises:
         ShapeError: a metric of outputs that is not positive definite.
@@ -130,8 +150,8 @@ def weigh(source: Source, moments: Moments) -> Weighting:
     like, backend = source.like, source.backend
     weighted, back, loads, out = source, None, None, None
     if moments.inputs is not None:
-        root = _root(moments.inputs, moments.ridge)
-        back = np.linalg.inv(root.T)
+        root = _roots(moments)
+        back = np.linalg.inv(root.swapaxes(-1, -2))
         weighted = replace(weighted, inputs=from_host(root, like, backend))
     if moments.outputs is not None:
         try:
@@ -150,6 +170,22 @@ def weigh(source: Source, moments: Moments) -> Weighting:
         loads = loads / np.sqrt(np.mean(loads**2))
         weighted = replace(weighted, weights=from_host(loads, like, backend))
     return Weighting(weighted, back, loads, out)
+
+
+def _roots(moments: Moments) -> NDArray[Any]:
+    """Of the inputs' moments, or of every expert's, all to one scale."""
+    import numpy as np
+
+    assert moments.inputs is not None
+    if not moments.apart:
+        return _root(moments.inputs, moments.ridge)
+    size = moments.inputs.shape[-1]
+    pooled = np.asarray(moments.pooled().inputs, "float64")
+    mean = np.trace(pooled) / size or 1.0
+    ridge = moments.ridge * np.eye(size)
+    return np.stack(
+        [np.linalg.cholesky(each.astype("float64") / mean + ridge) for each in moments.inputs]
+    )
 
 
 def _root(matrix: NDArray[Any], ridge: float) -> NDArray[Any]:
