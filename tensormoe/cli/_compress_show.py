@@ -137,7 +137,9 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
     """Show a result."""
     columns = ["experts", "shape", "rank", "before", "after", "error"]
     calibrated = settings.calibration is not None
-    columns += [*(["outputs"] if calibrated else []), "SVD error", "joint SVD", "time"]
+    predicted = result.predicted_loss
+    columns += [*(["outputs"] if calibrated else []), *([] if predicted is None else ["loss"])]
+    columns += ["SVD error", "joint SVD", "time"]
     table = make_table(*columns)
     for each in result.groups:
         table.add_row(
@@ -148,6 +150,7 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
             format_parameters(each.parameters),
             format_share(each.error),
             *([format_share(each.output_error)] if calibrated else []),
+            *([] if predicted is None else [f"{each.predicted_loss:+.4f}"]),
             format_share(each.svd_error),
             format_share(None if each.joint is None else each.joint.error),
             "–" if each.seconds is None else format_time(each.seconds),
@@ -165,6 +168,12 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
         console.print(
             f"error: of weights; outputs: error of outputs on the calibration's data, weighted by "
             f"{_calibrated(settings)}",
+            soft_wrap=True,
+        )
+    if predicted is not None:
+        console.print(
+            f"loss: {predicted:+.4f} nats per token, as gradients and inputs predict it for small "
+            "errors; tensormoe evaluate measures it",
             soft_wrap=True,
         )
     for line in _verdicts(result):
@@ -253,6 +262,7 @@ def result_dict(result: CompressionResult, settings: Compression) -> dict[str, A
         "settings": settings.to_dict(),
         "dense_parameters": result.dense_parameters,
         "parameters": result.parameters,
+        "predicted_loss": result.predicted_loss,
         "groups": [each.to_dict() | {"svd_error": each.svd_error} for each in result.groups],
     }
 

@@ -59,6 +59,7 @@ from tensormoe.compression._merging import merge_stacks
 from tensormoe.compression._mixtures import merge_mixture, prune_mixture
 from tensormoe.compression._patterns import LAYOUTS, PRESETS, Pattern, Preset
 from tensormoe.compression._plan import CompressionPlan, GroupPlan, plan_compression
+from tensormoe.compression._predicted import predicted_loss
 from tensormoe.compression._progress import CompressionProgress
 from tensormoe.compression._run import CompressionResult, compress_checkpoint
 from tensormoe.compression._settings import Compression
@@ -91,5 +92,6 @@ __all__ = [
     "merge_stacks",
     "most_frequent",
     "plan_compression",
+    "predicted_loss",
     "prune_mixture",
 ]

@@ -10,6 +10,7 @@ from tensormoe.compression._calibration import VALUES, Calibration
 from tensormoe.compression._folder import place_of
 from tensormoe.compression._groups import Group
 from tensormoe.compression._identity import checkpoint_identity
+from tensormoe.compression._predicted import Lost, Pairs, lost
 from tensormoe.compression._settings import Compression
 from tensormoe.compression._shards import Model, open_shard
 from tensormoe.decomposition import Moments
@@ -53,9 +54,9 @@ class CalibratedGroup:
         chosen = self.settings.weighting, self.settings.expert_weights
         return self.calibration.moments(self.layer, self.role, *chosen)
 
-    def output_error(self, pairs: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> float:
-        """Relative error of outputs on the calibration's data."""
-        return self.calibration.output_error(self.layer, self.role, pairs)
+    def lost(self, pairs: Pairs) -> Lost:
+        """Error of outputs on the calibration's data, and what that adds to the model's loss."""
+        return lost(self.calibration, self.layer, self.role, pairs)
 
 
 def check_calibration(model: Model, groups: Iterable[Group], settings: Compression) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from tensormoe._validation import choice, is_number
 from tensormoe.compression._calibration_file import StoredArrays, open_arrays, write_arrays
+from tensormoe.compression._predicted import Pairs, lost
 from tensormoe.decomposition import Moments
-from tensormoe.decomposition._moments import RIDGE, energy, relative
+from tensormoe.decomposition._moments import RIDGE
 from tensormoe.errors import CheckpointError, SpecError
 
 if TYPE_CHECKING:
@@ -174,7 +176,7 @@ class Calibration:
         self,
         layer: str,
         role: str,
-        pairs: Iterable[tuple[NDArray[Any], NDArray[Any]]],
+        pairs: Pairs,
         bias: bool = False,
     ) -> float:
         """Relative error of a projection's outputs on the calibration data.
@@ -188,21 +190,41 @@ class Calibration:
             pairs: of every expert its matrix (in, out), and what is missing of it.
             bias: whether the matrices have one more row, of biases.
         """
+        return lost(self, layer, role, pairs, bias).output_error
+
+    def inputs_of_experts(
+        self, layer: str, role: str, bias: bool = False
+    ) -> Iterator[NDArray[Any]]:
+        """Second moments of what each expert gets: its own where they were gathered, or all rows'.
+
+        Args:
+            layer: one of :attr:`layers`.
+            role: of the projection.
+            bias: whether a last input is always 1.
+
+        Raises:
+            CheckpointError: no such layer or projection.
+        """
         self._parts(layer, role)
-        shares = self.frequencies(layer)
-        pooled = None
+        experts = _shape(self.arrays, f"{layer}.counts")[0]
         if f"{_side(layer, role)}.experts" not in self.arrays:
-            pooled = self._inputs(layer, role, bias)
+            yield from repeat(self._inputs(layer, role, bias), experts)
+            return
+        for place in range(experts):
+            yield self._inputs(layer, role, bias, place)
 
-        def squares() -> Iterable[tuple[float, float]]:
-            for place, (matrix, missing) in enumerate(pairs):
-                if not shares[place]:
-                    continue
-                own = self._inputs(layer, role, bias, place) if pooled is None else pooled
-                share = float(shares[place])
-                yield share * energy(missing, own, None), share * energy(matrix, own, None)
+    def gradients(self, layer: str, role: str) -> NDArray[Any] | None:
+        """Second moments of a loss's gradients with respect to a projection's outputs, (out, out).
 
-        return relative(squares())
+        Those of two halves are taken to be independent. None where they were not gathered.
+
+        Raises:
+            CheckpointError: no such layer or projection.
+        """
+        keys = [f"{layer}.{part}.gradients" for part in self._parts(layer, role)]
+        if any(key not in self.arrays for key in keys):
+            return None
+        return _beside([self.arrays[key] for key in keys])
 
     def sizes(self, layer: str, role: str) -> tuple[int, int, int | None]:
         """Experts, inputs and outputs of a projection, from shapes alone; None if not known."""

@@ -46,6 +46,8 @@ class GroupReport:
         ended: why its search ended, see :class:`tensormoe.decomposition.Report`.
         output_error: of the outputs on the calibration's data, as its moments tell; None without a
             calibration.
+        predicted_loss: increase of the model's loss if this group alone is compressed, in nats per
+            token, see :func:`predicted_loss`; None without gradients in a calibration.
     """
 
     name: str
@@ -63,6 +65,7 @@ class GroupReport:
     seconds: float | None
     ended: str
     output_error: float | None = None
+    predicted_loss: float | None = None
 
     @property
     def svd_error(self) -> float | None:

@@ -14,6 +14,7 @@ from tensormoe.compression._limits import check_apart, check_disk, check_memory
 from tensormoe.compression._measure import GroupReport
 from tensormoe.compression._outputs import EXPERTS, factor_files, write_model
 from tensormoe.compression._plan import CompressionPlan, plan_compression, settings_of
+from tensormoe.compression._predicted import summed
 from tensormoe.compression._progress import CompressionCallback, Teller
 from tensormoe.compression._resume import Work, open_work
 from tensormoe.compression._settings import Compression
@@ -44,6 +45,14 @@ class CompressionResult:
     def parameters(self) -> int:
         """Entries of the factors of all groups."""
         return sum(each.parameters for each in self.groups)
+
+    @property
+    def predicted_loss(self) -> float | None:
+        """The increase of the model's loss in nats per token: the sum of those of its groups.
+
+        None without gradients in a calibration, see :func:`predicted_loss`.
+        """
+        return summed(each.predicted_loss for each in self.groups)
 
 
 def compress_checkpoint(

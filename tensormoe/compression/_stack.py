@@ -71,7 +71,7 @@ def compress_stack(
     factors = {f"factors.{name}": rounded(array, stored) for name, array in best.items()}
     missing = Stored(stack, config, factors, group.dtype if settings.dense else None)
     error, errors = missing.errors()
-    off = None if calibrated is None else calibrated.output_error(missing.pairs())
+    off = None if calibrated is None else calibrated.lost(missing.pairs())
     place = None if settings.dense else place_of(group)
     write_factors(path, config, factors, stored, "" if place is None else place.prefix)
     return GroupReport(
@@ -89,5 +89,6 @@ def compress_stack(
         found.report.controls,
         found.report.seconds,
         found.report.ended,
-        off,
+        None if off is None else off.output_error,
+        None if off is None else off.predicted_loss,
     )

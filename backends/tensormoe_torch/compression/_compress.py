@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tensormoe import LayerSpec
 from tensormoe._validation import flag, instance
 from tensormoe.compression import Calibration
+from tensormoe.compression._predicted import lost
 from tensormoe.decomposition import Decomposition, Progress, Search, decompose
 from tensormoe.errors import RankError, SpecError
 from tensormoe.factorizations import FactorizationLike, resolve_factorization
@@ -170,10 +171,10 @@ def compress(
     with ExitStack() as replaced:
         for source, at_once in zip(sources, samples, strict=True):
             sample = collect(model, [source], batches)[0] if sequential else at_once
-            found = {}
+            found, increases = {}, {}
             for role in (each for each in ROLES if each in source.stacks):
                 with at(f"{source.name}.{role}"):
-                    found[role] = _decomposed(
+                    found[role], increases[role] = _decomposed(
                         source,
                         role,
                         sample,
@@ -198,7 +199,7 @@ def compress(
             new.groups = source.groups
             if sequential:
                 replaced.enter_context(standing_in(source, new))
-            modules.append(_reported(source, found, off))
+            modules.append(_reported(source, found, increases, off))
     for name, old in chosen.items():
         put_experts(model, name, old, made[id(old)])
     mark(model)
@@ -227,10 +228,15 @@ def _kinds(
 
 
 def _reported(
-    source: DenseExperts, found: Mapping[str, Decomposition], off: float | None
+    source: DenseExperts,
+    found: Mapping[str, Decomposition],
+    increases: Mapping[str, float | None],
+    off: float | None,
 ) -> CompressedModule:
     projections = tuple(
-        CompressedProjection(r, source.stacks[r].sizes, each.spec.factorization, each.report)
+        CompressedProjection(
+            r, source.stacks[r].sizes, each.spec.factorization, each.report, increases[r]
+        )
         for r, each in found.items()
     )
     return CompressedModule(
@@ -325,7 +331,8 @@ def _decomposed(
     search: Search | None,
     callback: Callable[[Progress], bool | None] | None,
     seed: int,
-) -> Decomposition:
+) -> tuple[Decomposition, float | None]:
+    """Factors of a projection, and the increase of the loss that a calibration predicts."""
     weights, bias = source.decomposed(role)
     moments = None
     if calibrated is not None:
@@ -347,10 +354,10 @@ def _decomposed(
         seed=seed,
     )
     if calibrated is None:
-        return found
-    pairs = _pairs(found, weights, bias)
-    off = calibration.output_error(layer, role, pairs, bias=bias is not None)
-    return replace(found, report=replace(found.report, output_error=off))
+        return found, None
+    off = lost(calibration, layer, role, _pairs(found, weights, bias), bias is not None)
+    report = replace(found.report, output_error=off.output_error)
+    return replace(found, report=report), off.predicted_loss
 
 
 def _pairs(found: Decomposition, weights: Tensor, bias: Tensor | None) -> Iterator[tuple[Any, Any]]:

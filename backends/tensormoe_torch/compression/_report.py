@@ -8,6 +8,7 @@ from typing import Any
 
 from tensormoe._format import Cell, align_totals, format_share
 from tensormoe._html import table_html
+from tensormoe.compression._predicted import summed
 from tensormoe.decomposition import Report
 from tensormoe.decomposition._controls import verdict
 from tensormoe.factorizations import Factorization
@@ -23,12 +24,16 @@ class CompressedProjection:
         factorization: with its rank.
         report: errors and parameters, as ``decompose`` reports them. Its output error is that of
             the rows that the router gave the experts, in its weights.
+        predicted_loss: increase of the model's loss if this projection alone is compressed, in nats
+            per token, see :func:`tensormoe.compression.predicted_loss`; None without gradients in a
+            calibration.
     """
 
     role: str
     sizes: tuple[int, int]
     factorization: Factorization
     report: Report
+    predicted_loss: float | None = None
 
     @property
     def rank(self) -> Any:
@@ -87,6 +92,14 @@ class CompressionReport:
         return sum(before), sum(after)
 
     @property
+    def predicted_loss(self) -> float | None:
+        """The increase of the model's loss in nats per token: the sum of those of projections.
+
+        None without gradients in a calibration, see :func:`tensormoe.compression.predicted_loss`.
+        """
+        return summed(p.predicted_loss for each in self.modules for p in each.projections)
+
+    @property
     def seconds(self) -> float:
         """Seconds that the decompositions took."""
         return sum(p.report.seconds for each in self.modules for p in each.projections)
@@ -101,13 +114,18 @@ class CompressionReport:
                     "sizes": p.sizes,
                     "factorization": p.factorization.name,
                     "rank": p.rank,
+                    "predicted_loss": p.predicted_loss,
                     **p.report.to_dict(),
                 }
                 for p in each.projections
             ]
             plain = {key: getattr(each, key) for key in ("name", "kind", "experts", "output_error")}
             modules.append(plain | {"projections": projections})
-        return {"modules": modules, "model_parameters": self.model_parameters}
+        return {
+            "modules": modules,
+            "model_parameters": self.model_parameters,
+            "predicted_loss": self.predicted_loss,
+        }
 
     def __str__(self) -> str:
         return "\n".join([*align_totals(self._rows()), *self._notes()])
@@ -118,6 +136,10 @@ class CompressionReport:
     def _rows(self) -> list[list[Cell]]:
         heads: list[Cell] = ["experts", "N × in × out", "factorization", "parameters", "share"]
         heads += ["weights off by", "SVDs", "joint SVD", "outputs off by"]
+        predicted = self.predicted_loss
+        more: list[Cell] = [] if predicted is None else [_signed(predicted)]
+        heads += ["loss"] if more else []
+        blank: list[Cell] = [""] * len(more)
         rows: list[list[Cell]] = [heads]
         for module in self.modules:
             for each in module.projections:
@@ -133,11 +155,14 @@ class CompressionReport:
                         _share(report.svd_error),
                         _share(None if report.joint is None else report.joint.error),
                         _share(report.output_error),
+                        *([_signed(each.predicted_loss)] if more else []),
                     ]
                 )
             off = _share(module.output_error)
-            rows.append([module.name, "", "", *_counts(*module.parameters), "", "", "", off])
-        return [*rows, ["total", "", "", *_counts(*self.parameters), "", "", "", ""]]
+            rows.append(
+                [module.name, "", "", *_counts(*module.parameters), "", "", "", off, *blank]
+            )
+        return [*rows, ["total", "", "", *_counts(*self.parameters), "", "", "", "", *more]]
 
     def _notes(self) -> list[str]:
         before, after = self.model_parameters
@@ -145,8 +170,14 @@ class CompressionReport:
             f"whole model: {before:,} → {after:,} parameters; {self.seconds:.1f} s",
             "SVDs: truncated, with no more parameters, of each expert; joint SVD: the best of "
             "all together",
+            *self._predicted(),
             *self._verdicts(),
         ]
+
+    def _predicted(self) -> list[str]:
+        """A line on where the loss is from."""
+        said = "loss: nats per token, as gradients and inputs predict it for small errors"
+        return [] if self.predicted_loss is None else [said]
 
     def _verdicts(self) -> Iterator[str]:
         """Of each projection that a truncated singular value decomposition is closer to."""
@@ -163,3 +194,7 @@ def _counts(before: int, after: int) -> list[Cell]:
 
 def _share(value: float | None) -> str:
     return "" if value is None else format_share(value)
+
+
+def _signed(value: float | None) -> str:
+    return "" if value is None else f"{value:+.4f}"
