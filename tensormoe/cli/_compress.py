@@ -33,7 +33,12 @@ def add_parser(commands: Commands) -> None:
         help="where they are otherwise: 'layers.*.experts.*.w1', once for each projection",
     )
     option("--layout", default="auto", metavar="NAME", help="auto, out_in or in_out (auto)")
-    option("--factorization", metavar="NAME", help="(tensor_ring, or that of --allocation)")
+    option(
+        "--factorization",
+        metavar="NAME",
+        help="one, several with commas between, or auto: the one that loses least in each stack "
+        "(tensor_ring, or that of --allocation)",
+    )
     option("--budget", metavar="SIZE", help="25%% of the experts' parameters, or 1.5G for all")
     option("--rank", metavar="RANK", help="one size for all bonds, or one per bond: 4,4,94")
     option("--allocation", metavar="FILE", help="ranks from tensormoe allocate --output FILE")
@@ -52,6 +57,12 @@ def add_parser(commands: Commands) -> None:
         default="equal",
         metavar="NAME",
         help="what an expert counts: equal, frequency or router (default: equal)",
+    )
+    option(
+        "--share",
+        default="equal",
+        metavar="NAME",
+        help="the budget of a stack: equal, or by sensitivity, with a calibration (default: equal)",
     )
     option("--max-memory", metavar="BYTES", help="refuse what would take more: 6GiB")
     option(

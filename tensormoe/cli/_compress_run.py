@@ -90,13 +90,19 @@ def _settings(arguments: argparse.Namespace) -> Compression:
         calibration=arguments.calibration,
         weighting=arguments.weighting,
         expert_weights=arguments.expert_weights,
+        share=arguments.share,
     )
 
 
-def _factorization(text: str | None, allocation: Allocation | None) -> str:
-    """The name that was given, or that of an allocation."""
+def _factorization(text: str | None, allocation: Allocation | None) -> str | tuple[str, ...]:
+    """The name or names that were given, or that of an allocation.
+
+    >>> _factorization("low-rank,tucker", None)
+    ('low_rank', 'tucker')
+    """
     if text is not None:
-        return text.replace("-", "_")
+        names = tuple(each.strip() for each in text.replace("-", "_").split(","))
+        return names if len(names) > 1 else names[0]
     if allocation is None or not allocation.layers:
         return "tensor_ring"
     return allocation.layers[0].factorizations[0].name

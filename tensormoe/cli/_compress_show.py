@@ -101,7 +101,7 @@ def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> Non
     console.print()
     console.print(
         f"{plan.model.name}: {format_bytes(plan.model.nbytes)} in {shards} "
-        f"{'file' if shards == 1 else 'files'}, {settings.factorization}, {_wish(settings)}"
+        f"{'file' if shards == 1 else 'files'}, {_factors(settings)}, {_wish(settings)}"
     )
     console.print()
     console.print(table)
@@ -135,7 +135,9 @@ def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> Non
 
 def show_result(console: Console, result: CompressionResult, settings: Compression) -> None:
     """Show a result."""
-    columns = ["experts", "shape", "rank", "before", "after", "error"]
+    several = not isinstance(settings.factorization, str) or settings.factorization == "auto"
+    columns = ["experts", "shape", *(["factors"] if several else []), "rank"]
+    columns += ["before", "after", "error"]
     calibrated = settings.calibration is not None
     predicted = result.predicted_loss
     columns += [*(["outputs"] if calibrated else []), *([] if predicted is None else ["loss"])]
@@ -145,6 +147,7 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
         table.add_row(
             each.name.removesuffix(".weight").removeprefix("model."),
             _shape(each.experts, each.in_features, each.out_features),
+            *([each.factorization] if several else []),
             format_rank(each.rank),
             format_parameters(each.dense_parameters),
             format_parameters(each.parameters),
@@ -161,7 +164,7 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
     console.print(
         f"experts: {format_parameters(result.dense_parameters)} → "
         f"{format_parameters(result.parameters)} parameters "
-        f"({result.parameters / result.dense_parameters:.1%}), {settings.factorization}",
+        f"({result.parameters / result.dense_parameters:.1%}), {_factors(settings)}",
         soft_wrap=True,
     )
     if calibrated:
@@ -274,6 +277,8 @@ def _shape(experts: int, rows: int, columns: int) -> str:
 def _planned_rank(each: GroupPlan, settings: Compression) -> str:
     """The likeliest rank, and how many others are tried."""
     rank = format_rank(each.specs[0].factorization.rank)
+    if len({spec.factorization.name for spec in each.specs}) > 1:
+        return f"of {len(each.specs)} in {len({s.factorization.name for s in each.specs})} forms"
     if settings.tolerance is not None:
         return f"≤ {rank}"
     return rank if len(each.specs) == 1 else f"{rank} of {len(each.specs)}"
@@ -282,6 +287,13 @@ def _planned_rank(each: GroupPlan, settings: Compression) -> str:
 def _at_most(text: str, settings: Compression) -> str:
     exact = settings.rank is not None or settings.allocation is not None
     return text if exact else f"≤ {text}"
+
+
+def _factors(settings: Compression) -> str:
+    """The factorization, or those to choose from."""
+    named = settings.factorization
+    shown = named if isinstance(named, str) else " or ".join(map(str, named))  # type: ignore[arg-type]
+    return shown if settings.share == "equal" else f"{shown}, shared out by {settings.share}"
 
 
 def _wish(settings: Compression) -> str:

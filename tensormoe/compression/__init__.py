@@ -64,11 +64,13 @@ from tensormoe.compression._progress import CompressionProgress
 from tensormoe.compression._run import CompressionResult, compress_checkpoint
 from tensormoe.compression._settings import Compression
 from tensormoe.compression._shards import Model, Shard
+from tensormoe.compression._sharing import SHARES
 
 __all__ = [
     "EXPERT_WEIGHTS",
     "LAYOUTS",
     "PRESETS",
+    "SHARES",
     "WEIGHTINGS",
     "Calibration",
     "Compression",

@@ -10,7 +10,7 @@ from tensormoe.compression._calibration import VALUES, Calibration
 from tensormoe.compression._folder import place_of
 from tensormoe.compression._groups import Group
 from tensormoe.compression._identity import checkpoint_identity
-from tensormoe.compression._predicted import Lost, Pairs, lost
+from tensormoe.compression._predicted import Lost, Pairs, badness, lost
 from tensormoe.compression._settings import Compression
 from tensormoe.compression._shards import Model, open_shard
 from tensormoe.decomposition import Moments
@@ -57,6 +57,10 @@ class CalibratedGroup:
     def lost(self, pairs: Pairs) -> Lost:
         """Error of outputs on the calibration's data, and what that adds to the model's loss."""
         return lost(self.calibration, self.layer, self.role, pairs)
+
+    def judged(self, pairs: Pairs) -> float:
+        """Which of several factors are better: the smaller, the better."""
+        return badness(self.calibration, self.layer, self.role, pairs)
 
 
 def check_calibration(model: Model, groups: Iterable[Group], settings: Compression) -> None:

@@ -144,7 +144,9 @@ class Calibration:
             role: of the projection; ``gate_up_proj`` is both halves side by side.
             weighting: one of :data:`WEIGHTINGS`. ``both`` measures outputs by their own second
                 moments, a ridge added: an error counts more in directions that carry more. Two
-                halves are measured each by itself.
+                halves are measured each by itself. Inputs are those of each expert where they were
+                gathered; those of few rows are mixed with all rows', as if each expert had as many
+                of these as there are features.
             experts: one of :data:`EXPERT_WEIGHTS`.
             bias: whether the matrices have one more row, of biases.
 
@@ -161,7 +163,7 @@ class Calibration:
         self.check_kept(layer, role, weighting)
         if (weighting, experts) == ("none", "equal"):
             return None
-        inputs = None if weighting == "none" else self._inputs(layer, role, bias)
+        inputs = None if weighting == "none" else self._mixed_inputs(layer, role, bias)
         outputs = None
         if weighting in ("both", "fisher"):
             kind = "outputs" if weighting == "both" else "gradients"
@@ -359,6 +361,18 @@ class Calibration:
         if not bias:
             return found
         return np.block([[found, mean[:, None]], [mean[None, :], np.ones((1, 1), found.dtype)]])
+
+    def _mixed_inputs(self, layer: str, role: str, bias: bool) -> NDArray[Any]:
+        """Second moments of inputs, (in, in); of each expert, (N, in, in), where they are known."""
+        import numpy as np
+
+        pooled = self._inputs(layer, role, bias)
+        if f"{_side(layer, role)}.experts" not in self.arrays:
+            return pooled
+        size = len(pooled)
+        counts = self.arrays[f"{layer}.counts"].tolist()
+        own = zip(counts, self.inputs_of_experts(layer, role, bias), strict=True)
+        return np.stack([(rows * each + size * pooled) / (rows + size) for rows, each in own])
 
     def _metric(self, key: str) -> NDArray[Any]:
         """The metric of outputs: second moments of theirs or of gradients, and a ridge."""

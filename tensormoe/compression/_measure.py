@@ -44,6 +44,7 @@ class GroupReport:
             :class:`tensormoe.decomposition.Report`; empty if not asked for.
         seconds: that the decomposition took; None where the output was whole before.
         ended: why its search ended, see :class:`tensormoe.decomposition.Report`.
+        factorization: name of it; "" in outputs from before it was kept.
         output_error: of the outputs on the calibration's data, as its moments tell; None without a
             calibration.
         predicted_loss: increase of the model's loss if this group alone is compressed, in nats per
@@ -66,6 +67,7 @@ class GroupReport:
     ended: str
     output_error: float | None = None
     predicted_loss: float | None = None
+    factorization: str = ""
 
     @property
     def svd_error(self) -> float | None:

@@ -155,9 +155,10 @@ def _describe(plan: CompressionPlan, plain: Plain, work: Work, files: Mapping[st
         write_whole(work.path(CONFIG), (config_bytes(whole.config),))
     before = plan.dense_entries
     after = sum(work.done[each.group.name]["parameters"] for each in plan.groups)
+    names = {work.done[each.group.name]["factorization"]: None for each in plan.groups}
     summary = (
-        f"Its experts are stored as factors ({plan.settings.factorization}): {after:,} parameters "
-        f"in place of {before:,}."
+        f"Its experts are stored as factors ({', '.join(names)}): {after:,} parameters in place of "
+        f"{before:,}."
     )
     write_whole(work.path(README), (readme(model, whole, summary).encode(),))
 

@@ -19,9 +19,11 @@ from tensormoe.compression._groups import Group, find_groups
 from tensormoe.compression._quantized import Quantized, plain_tensors
 from tensormoe.compression._settings import Compression
 from tensormoe.compression._shards import Model, open_model
+from tensormoe.compression._sharing import MOST
 from tensormoe.compression._values import working_dtype
 from tensormoe.decomposition._choose import Sizes, candidates
-from tensormoe.decomposition._runs import LARGE
+from tensormoe.decomposition._runs import LARGE, tried
+from tensormoe.decomposition._several import several
 from tensormoe.errors import BudgetError, RankError, TensormoeError, located
 from tensormoe.factorizations import Factorization, resolve_factorization
 from tensormoe.planning import PUBLISHED_ROOFLINES, Roofline
@@ -218,8 +220,14 @@ def _planned(
             most = group.entries - 1 if share is None else share
             if most < 1:
                 raise BudgetError("a budget must leave every group an entry; got none.")
-            kinds = _within(name, sizes, most)
+            if settings.share != "equal":
+                # what a group may get; the likeliest first
+                largest = min(int(MOST * most), group.entries - 1)
+                kinds = (*_within(name, sizes, most), *_within(name, sizes, largest))
+            else:
+                kinds = _within(name, sizes, most)
         else:
+            assert isinstance(name, str)
             kinds = (resolve_factorization(name, settings.rank),)
         specs = tuple(LayerSpec(*sizes, kind, bias=False) for kind in kinds)
         _check_smaller(specs[0], group)
@@ -236,11 +244,17 @@ def _planned(
 
 
 @lru_cache(maxsize=256)
-def _within(name: str, sizes: Sizes, budget: int) -> tuple[Factorization, ...]:
+def _within(name: str | tuple[str, ...], sizes: Sizes, budget: int) -> tuple[Factorization, ...]:
     """Factorizations within a budget; the layers of a model mostly have the same sizes."""
-    found = tuple(candidates(name, sizes, budget, False))
     rows, columns, experts = sizes
-    return found if rows * columns * prod(experts) <= LARGE else found[:1]
+    large = rows * columns * prod(experts) > LARGE
+    choice = several(name, None)
+    if choice is None:
+        found = candidates(name, sizes, budget, False)  # type: ignore[arg-type]
+        return tuple(found[:1] if large else found)
+    names = choice.within(sizes, budget, False, large)
+    listed = [candidates(each, sizes, budget, False) for each in names]
+    return tuple(kind for each in listed for kind in (each[:1] if large else tried(each)))
 
 
 def _check_smaller(spec: LayerSpec, group: Group) -> None:

@@ -94,6 +94,14 @@ def lost(calibration: Calibration, layer: str, role: str, pairs: Pairs, bias: bo
     return Lost(relative(squares), None if metric is None else increase)
 
 
+def badness(
+    calibration: Calibration, layer: str, role: str, pairs: Pairs, bias: bool = False
+) -> float:
+    """What factors of a projection lose: of the loss where that is known, else of the outputs."""
+    found = lost(calibration, layer, role, pairs, bias)
+    return found.output_error if found.predicted_loss is None else found.predicted_loss
+
+
 def summed(increases: Iterable[float | None]) -> float | None:
     """The sum of increases; None where one is not known."""
     listed = [*increases]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tensormoe import __version__
-from tensormoe.compression._calibrated import calibration_identity
+from tensormoe.compression._calibrated import calibrated_group, calibration_identity
 from tensormoe.compression._cluster import check_cluster, on_cluster
 from tensormoe.compression._limits import check_apart, check_disk, check_memory
 from tensormoe.compression._measure import GroupReport
@@ -18,10 +19,15 @@ from tensormoe.compression._predicted import summed
 from tensormoe.compression._progress import CompressionCallback, Teller
 from tensormoe.compression._resume import Work, open_work
 from tensormoe.compression._settings import Compression
+from tensormoe.compression._sharing import loss_curve, shared
 from tensormoe.compression._stack import compress_stack
+from tensormoe.compression._values import read_stack
 
 if TYPE_CHECKING:
     from distributed import Client
+
+# in the journal beside the groups, none of which can have this name
+_SHARES = "*shares*"
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,9 @@ def _made(
         for each in plan.groups
         if each.group.name not in work.done or not os.path.isfile(paths[each.group.name])
     ]
+    if plan.settings.share != "equal":
+        entries = _shares(plan, work, tell)
+        left = [replace(each, budget=entries[each.group.name]) for each in left]
     total = plan.dense_entries
     done = total - sum(each.group.entries for each in left)
     if client is not None and left:
@@ -176,11 +185,31 @@ def _made(
     return tuple(GroupReport.from_dict(work.done[each.group.name]) for each in plan.groups)
 
 
+def _shares(plan: CompressionPlan, work: Work, tell: Teller) -> Mapping[str, int]:
+    """Entries for each group, by what the model loses; kept for when the command goes on."""
+    if _SHARES not in work.done:
+        curves = {}
+        total, done = plan.dense_entries, 0
+        for each in plan.groups:
+            tell(EXPERTS, f"weighing {each.group.label}", done, total)
+            found = calibrated_group(each.group, plan.settings)
+            assert found is not None
+            stack = read_stack(plan.model, each.group)
+            found.moments(stack)
+            curves[each.group.name] = loss_curve(stack, found.calibration, found.layer, found.role)
+            done += each.group.entries
+        limit = sum(each.budget or 0 for each in plan.groups)
+        sizes = {each.group.name: each.group.entries for each in plan.groups}
+        work.record(_SHARES, shared(curves, sizes, limit))
+    return work.done[_SHARES]
+
+
 def _resumed(plan: CompressionPlan, work: Work) -> str:
     """Message of a compression that was interrupted."""
-    if not work.done:
+    count = len(work.done.keys() - {_SHARES})
+    if not count:
         return "nothing is done yet"
     return (
-        f"{len(work.done)} of {len(plan.groups)} groups are done, in {work.folder!r}; the same "
+        f"{count} of {len(plan.groups)} groups are done, in {work.folder!r}; the same "
         "command goes on from there"
     )

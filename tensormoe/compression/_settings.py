@@ -18,8 +18,10 @@ from tensormoe._validation import (
 from tensormoe.checkpoint._files import checkpoint_path
 from tensormoe.compression._calibration import EXPERT_WEIGHTS, WEIGHTINGS
 from tensormoe.compression._patterns import AUTO, LAYOUTS, PRESETS, Pattern
+from tensormoe.compression._sharing import SHARES
 from tensormoe.decomposition._choose import checked_tolerance
 from tensormoe.decomposition._search import checked_seconds
+from tensormoe.decomposition._several import several
 from tensormoe.errors import BudgetError, RankError, SpecError
 from tensormoe.factorizations import Factorization, factorization_class, rank_pattern
 from tensormoe.selection import Allocation
@@ -31,7 +33,9 @@ class Compression:
 
     Args:
         factorization: name of one that :func:`tensormoe.decomposition.decompose` fits, such as
-            ``"tensor_ring"``, or the class of that name.
+            ``"tensor_ring"``, or the class of that name. With a budget also several of them, or
+            ``"auto"``: each group gets the one that loses least, of outputs where there is a
+            calibration.
         rank: bond sizes, for every group of experts; one integer stands for all bonds. Of rank,
             budget and tolerance one must be given, but for a factorization without rank.
         budget: what the factors may take instead: as a float in (0, 1) a share of each group's
@@ -56,6 +60,8 @@ class Compression:
             than that of weights, and to report it.
         weighting: what of the calibration errors are weighted by, one of :data:`WEIGHTINGS`.
         expert_weights: what an expert counts, one of :data:`EXPERT_WEIGHTS`.
+        share: how the budget of all groups is shared out, one of :data:`SHARES`: the same share of
+            each, or, with a calibration, more for those by which the model loses more.
 
     Raises:
         SpecError: an unknown name, an invalid pattern, a seed, tolerance or limit that cannot
@@ -69,7 +75,7 @@ class Compression:
     ['layers.3.experts.*.w1']
     """
 
-    factorization: str | type[Factorization]
+    factorization: str | type[Factorization] | tuple[str, ...]
     rank: int | tuple[int, ...] | None = None
     budget: int | float | None = None
     tolerance: float | None = None
@@ -84,25 +90,13 @@ class Compression:
     calibration: str | None = None
     weighting: str = "inputs"
     expert_weights: str = "equal"
+    share: str = "equal"
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        # resumed runs and what is written know it by its name, which has to lead back to it
-        kind = factorization_class(self.factorization)
-        if factorization_class(kind.name) is not kind:
-            raise SpecError(f"factorization {kind.name!r} must be registered as {kind!r}.")
-        put(self, "factorization", kind.name)
-        names = ("rank", "budget", "tolerance", "allocation")
-        given = [name for name in names if getattr(self, name) is not None]
-        if len(given) > 1 or (not given and rank_pattern(kind)):
-            raise SpecError(
-                f"one of rank, budget and tolerance must be given; got {' and '.join(given)}."
-                if given
-                else "one of rank, budget and tolerance must be given; got none. Give for example "
-                "a budget of 0.25."
-            )
+        self._check_factorization()
         if self.allocation is not None:
-            _check_allocation(self.allocation, kind.name)
+            _check_allocation(self.allocation, self.factorization)
         if self.rank is not None:
             sizes = positive_ints(self.rank, "rank", "bond", RankError)
             put(self, "rank", sizes if isinstance(self.rank, tuple) else sizes[0])
@@ -116,6 +110,41 @@ class Compression:
             put(self, "budget", positive_int(self.budget, "budget", BudgetError))
         if self.tolerance is not None:
             put(self, "tolerance", checked_tolerance(self.tolerance))
+        self._check_experts()
+        choice(self.layout, LAYOUTS, "layout", SpecError)
+        non_negative_int(self.seed, "seed")
+        if self.seconds is not None:
+            put(self, "seconds", checked_seconds(self.seconds))
+        self._check_calibration()
+
+    def _check_factorization(self) -> None:
+        """The names of factorizations, and what their size is given by."""
+        put = object.__setattr__
+        choices = several(self.factorization, None)
+        names = ("rank", "budget", "tolerance", "allocation")
+        given = [name for name in names if getattr(self, name) is not None]
+        if choices is not None:
+            if not choices.auto:
+                put(self, "factorization", tuple(map(_registered, choices.names)))
+            if given != ["budget"]:
+                raise SpecError(
+                    "one of several factorizations is chosen within a budget; got "
+                    f"{' and '.join(given) or 'none'}. Give for example a budget of 0.25."
+                )
+            return
+        name = _registered(self.factorization)  # type: ignore[arg-type]
+        put(self, "factorization", name)
+        if len(given) > 1 or (not given and rank_pattern(name)):
+            raise SpecError(
+                f"one of rank, budget and tolerance must be given; got {' and '.join(given)}."
+                if given
+                else "one of rank, budget and tolerance must be given; got none. Give for example "
+                "a budget of 0.25."
+            )
+
+    def _check_experts(self) -> None:
+        """The patterns, or the family."""
+        put = object.__setattr__
         patterns: Any = self.experts
         listed = isinstance(patterns, tuple | list)
         if not listed or not all(isinstance(each, str) for each in patterns):
@@ -129,15 +158,21 @@ class Compression:
         if not self.experts:
             put(self, "preset", AUTO if self.preset is None else self.preset)
             choice(self.preset, (AUTO, *PRESETS), "preset", SpecError)
-        choice(self.layout, LAYOUTS, "layout", SpecError)
-        non_negative_int(self.seed, "seed")
-        if self.seconds is not None:
-            put(self, "seconds", checked_seconds(self.seconds))
+
+    def _check_calibration(self) -> None:
+        """The calibration, and what needs one."""
         choice(self.weighting, WEIGHTINGS, "weighting", SpecError)
         choice(self.expert_weights, EXPERT_WEIGHTS, "expert_weights", SpecError)
+        choice(self.share, SHARES, "share", SpecError)
+        if self.share != "equal" and (self.calibration is None or self.budget is None):
+            raise SpecError(
+                "a budget is shared out by sensitivity with a calibration; got no "
+                f"{'budget' if self.budget is None else 'calibration'}. Give both."
+            )
         if self.calibration is not None:
             # workers read it too, wherever they run
-            put(self, "calibration", os.path.abspath(checkpoint_path(self.calibration)))
+            path = os.path.abspath(checkpoint_path(self.calibration))
+            object.__setattr__(self, "calibration", path)
         elif (self.weighting, self.expert_weights) != ("inputs", "equal"):
             raise SpecError(
                 "weighting and expert_weights need a calibration; got none. Make one with "
@@ -148,9 +183,13 @@ class Compression:
         """The settings in plain values, as JSON knows them."""
         plain = {each.name: getattr(self, each.name) for each in fields(self)}
         plain |= {"experts": list(self.experts), "rank": plain_rank(self.rank)}
+        if isinstance(self.factorization, tuple):
+            plain["factorization"] = list(self.factorization)
         if self.calibration is None:
             for name in ("calibration", "weighting", "expert_weights"):
                 del plain[name]
+        if self.share == "equal":
+            del plain["share"]
         # outputs from before there were allocations go on with the same command
         if plain.pop("allocation") is not None:
             assert self.allocation is not None
@@ -158,7 +197,19 @@ class Compression:
         return plain
 
 
-def _check_allocation(allocation: Allocation, name: str) -> None:
+def _registered(factorization: str | type[Factorization]) -> str:
+    """The name of a factorization, which resumed runs and what is written know it by.
+
+    Raises:
+        SpecError: it does not lead back to the class.
+    """
+    kind = factorization_class(factorization)
+    if factorization_class(kind.name) is not kind:
+        raise SpecError(f"factorization {kind.name!r} must be registered as {kind!r}.")
+    return kind.name
+
+
+def _check_allocation(allocation: Allocation, name: object) -> None:
     """Refuse what is no allocation of experts in one factorization.
 
     Raises:

@@ -55,6 +55,7 @@ def compress_stack(
             moments=moments,
             callback=callback,
             compare=settings.compare,
+            judge=None if calibrated is None else calibrated.judged,
             seed=settings.seed,
         )
     except TensormoeError as reason:
@@ -91,4 +92,5 @@ def compress_stack(
         found.report.ended,
         None if off is None else off.output_error,
         None if off is None else off.predicted_loss,
+        config.spec.factorization.name,
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any, TypeAlias
 
 from tensormoe._extras import missing
 from tensormoe._spec import LayerSpec
@@ -19,6 +20,7 @@ from tensormoe.decomposition._checks import (
 from tensormoe.decomposition._controls import Control, spectra
 from tensormoe.decomposition._errors import (
     bias_error,
+    expert_pairs,
     moment_error,
     output_error,
     total_error,
@@ -36,6 +38,7 @@ from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._watch import Callback, Watch
 from tensormoe.decomposition._weighted import (
     Weighting,
+    any_rank,
     check_metric,
     from_samples,
     turns_experts,
@@ -43,6 +46,9 @@ from tensormoe.decomposition._weighted import (
 )
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.selection import Budget
+
+Judge: TypeAlias = Callable[[Iterable[tuple[Any, Any]]], float]
+"""How bad factors are, from every expert's matrix and what is missing of it."""
 
 
 def decompose(
@@ -60,6 +66,7 @@ def decompose(
     search: Search | None = None,
     callback: Callback | None = None,
     compare: bool = True,
+    judge: Judge | None = None,
     seed: int = 0,
 ) -> Decomposition:
     """Factors of dense experts by alternating least squares, and what was lost.
@@ -96,6 +103,9 @@ def decompose(
         callback: called with a :class:`Progress` after every sweep; True ends the search.
         compare: whether to compute the errors of truncated singular value decompositions of no more
             parameters, see :class:`Control`, which takes products of the weights with themselves.
+        judge: how bad factors are, by which one of several factorizations is chosen: a function of
+            every expert's matrix (in, out), on the host, and of what is missing of it. By default
+            their error, in the metric of moments if there are some.
         seed: of the random starts.
 
     Returns:
@@ -131,7 +141,10 @@ def decompose(
     choice = several(factorization, metric)
     if metric is not None and choice is None:
         check_metric(factorization, sizes, metric)  # type: ignore[arg-type]
-    weightings = _Weightings.of(given, metric)
+    own = metric is not None and metric.apart
+    if own and choice is None:
+        own = turns_experts(any_rank(factorization, sizes))  # type: ignore[arg-type]
+    weightings = _Weightings.of(given, metric, own, judge)
     runs = Runs(
         weightings.pooled.source,
         sizes,
@@ -140,7 +153,7 @@ def decompose(
         seed,
         watch,
         None if weightings.apart is None else weightings.apart.source,
-        None if weightings.apart is None else weightings.score,
+        weightings.score if judge is not None or weightings.apart is not None else None,
     )
     kind, found = runs.find(choice or factorization, rank, budget, tolerance)  # type: ignore[arg-type]
     spec = LayerSpec(*sizes, kind, bias=bias is not None)
@@ -186,19 +199,23 @@ class _Weightings:
         metric: of the errors, if any.
         pooled: of networks whose experts share their input side.
         apart: of those whose experts do not; None where all experts weigh their inputs alike.
+        judge: of factors.
     """
 
     given: _Given
     metric: Moments | None
     pooled: Weighting
     apart: Weighting | None = None
+    judge: Judge | None = None
 
     @classmethod
-    def of(cls, given: _Given, metric: Moments | None) -> _Weightings:
+    def of(
+        cls, given: _Given, metric: Moments | None, own: bool, judge: Judge | None
+    ) -> _Weightings:
         if metric is None:
-            return cls(given, None, Weighting(given.source))
+            return cls(given, None, Weighting(given.source), judge=judge)
         pooled = weigh(given.source, metric.pooled())
-        return cls(given, metric, pooled, weigh(given.source, metric) if metric.apart else None)
+        return cls(given, metric, pooled, weigh(given.source, metric) if own else None, judge)
 
     def undo(self, spec: LayerSpec, factors: Mapping[str, Array]) -> dict[str, Array]:
         """The factors of the tensor without weights."""
@@ -206,10 +223,13 @@ class _Weightings:
         return (self.apart if own and self.apart else self.pooled).undo(spec, factors)
 
     def score(self, spec: LayerSpec, factors: Mapping[str, Array]) -> float:
-        """The error in the metric itself, by which networks of both weightings are compared."""
-        assert self.metric is not None
+        """What the judge says, or else the error in the metric itself: of any network."""
         found = without_bias_rows(spec.network, self.undo(spec, factors))
-        return moment_error(spec, found, self.given.source, self.metric)
+        judge = self.judge
+        if judge is None:
+            assert self.metric is not None
+            judge = self.metric.error
+        return judge(expert_pairs(spec, found, self.given.source))
 
 
 def _metric(given: _Given, weighted: bool, moments: Moments | None) -> Moments | None:

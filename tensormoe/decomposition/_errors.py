@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import hypot, sqrt
+from typing import TYPE_CHECKING, Any
 
 from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array
@@ -16,6 +17,9 @@ from tensormoe.decomposition._source import Source, norm, norms, power
 from tensormoe.decomposition._starts import given
 from tensormoe.factorizations import INPUT, OUTPUT
 from tensormoe.functional._dtypes import cast, widened
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def shares(missing: Sequence[float], whole: Sequence[float]) -> tuple[float, tuple[float, ...]]:
@@ -83,9 +87,16 @@ def moment_error(
     spec: LayerSpec, factors: Mapping[str, Array], source: Source, moments: Moments
 ) -> float:
     """Relative error of weights, biases included, in the metric of second moments."""
+    return moments.error(expert_pairs(spec, factors, source))
+
+
+def expert_pairs(
+    spec: LayerSpec, factors: Mapping[str, Array], source: Source
+) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    """Of every expert its matrix, biases included, and what is missing of it, on the host."""
     backend = source.backend
-    pairs = zip(source.matrices(), _left(spec, factors, source).matrices(), strict=True)
-    return moments.error((wide(whole, backend), wide(left, backend)) for whole, left in pairs)
+    for whole, left in zip(source.matrices(), _left(spec, factors, source).matrices(), strict=True):
+        yield wide(whole, backend) / source.scale, wide(left, backend) / source.scale
 
 
 def bias_error(

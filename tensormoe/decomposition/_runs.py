@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf, prod
 
@@ -141,7 +141,7 @@ class Runs:
         """The best of several factorizations, of those closest after a short search a long one."""
         trials: list[tuple[float, Factorization, Found | None]] = []
         for name in several.within(self.sizes, budget, self.bias, self._dense > LARGE):
-            kind, found = self._best(name, budget, _EACH)
+            kind, found = self._best(name, budget, few=True)
             if found is None:
                 found = self._or(trials[-1][2] if trials else None, kind, TRIAL)
             trials.append((self._score(kind, found), kind, found))
@@ -192,14 +192,19 @@ class Runs:
         return kind, self.run(kind)
 
     def _best(
-        self, name: str | type[Factorization], budget: Budget | int, most: int | None = None
+        self, name: str | type[Factorization], budget: Budget | int, few: bool = False
     ) -> tuple[Factorization, Found | None]:
         """The candidate within a budget with the lowest error of a short search, and its result.
 
-        Candidates that a stopped search did not get to are left out, and those beyond ``most``.
+        Candidates that a stopped search did not get to are left out.
+
+        Args:
+            name: of the factorization.
+            budget: for the factors.
+            few: whether it is one of several, of each of which few ranks are tried.
         """
-        kinds = candidates(name, self.sizes, budget, self.bias)
-        kinds = kinds if most is None else kinds[:: -(-len(kinds) // most)]
+        kinds: Sequence[Factorization] = candidates(name, self.sizes, budget, self.bias)
+        kinds = tried(kinds) if few else kinds
         if len(kinds) == 1 or self._dense > LARGE:
             return kinds[0], None
         best: tuple[Factorization, Found] | None = None
@@ -272,6 +277,11 @@ class Runs:
             assert last is not None
             return last[0], replace(last[1], ended=reason.why)
         return last if last is not None and last[0] == kind else (kind, self.run(kind))
+
+
+def tried(kinds: Sequence[Factorization]) -> Sequence[Factorization]:
+    """The ranks of one of several factorizations that are tried, evenly spread."""
+    return kinds[:: -(-len(kinds) // _EACH)]
 
 
 def _least(found: Found) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import TypeAlias
 
 from tensormoe._spec import LayerSpec
@@ -21,7 +20,7 @@ from tensormoe.factorizations import (
     Factorization,
     FactorizationLike,
     factorization_class,
-    rank_pattern,
+    resolve_factorization,
 )
 from tensormoe.selection import Budget, select_rank
 
@@ -97,16 +96,12 @@ def several(choice: Choice, metric: Moments | None) -> Several | None:
     return Several(tuple(choice), False, metric)
 
 
-def _closed(name: str | type[Factorization], rank: int | tuple[int, ...], sizes: Sizes) -> bool:
+def _closed(
+    name: str | type[Factorization], rank: int | tuple[int, ...] | None, sizes: Sizes
+) -> bool:
     """Whether the best factors are known from singular values, without a search."""
-    if not rank_pattern(name, len(sizes[2])):
-        return False
-    kind = factorization_class(name)
-    spec = LayerSpec(*sizes, kind(rank=rank), bias=False)  # type: ignore[call-arg]
-    network = spec.network
+    network = LayerSpec(*sizes, resolve_factorization(name, rank), bias=False).network
     open_legs = (*network.expert_legs, INPUT, OUTPUT)
     terms = structures(network, open_legs, dict(network.sizes))
-    if len(terms) > 1 or not prod(sizes[2]):
-        return False
-    found = cuts(terms[0])
+    found = cuts(terms[0]) if len(terms) == 1 else None
     return found is not None and found.exact

@@ -88,12 +88,8 @@ def check_metric(factorization: FactorizationLike, sizes: Sizes, moments: Moment
     Raises:
         SpecError: moments of that side, and such a network.
     """
-    kind = factorization
-    if not isinstance(kind, Factorization):
-        # any rank has the same legs
-        pattern = rank_pattern(kind, len(sizes[2]))
-        kind = resolve_factorization(kind, 1 if pattern else None)
-    network = LayerSpec(*sizes, kind, bias=False).network
+    spec = any_rank(factorization, sizes)
+    network, kind = spec.network, spec.factorization
     sides = (("inputs", INPUT, moments.inputs), ("outputs", OUTPUT, moments.outputs))
     for term, (side, leg, given) in product(network.terms, sides):
         holders = [each.name for each in term.factors if leg in each.legs]
@@ -102,6 +98,14 @@ def check_metric(factorization: FactorizationLike, sizes: Sizes, moments: Moment
                 f"moments of {side} need one factor that has the {side}; in {kind.name!r}, "
                 f"{' and '.join(holders)} have them. Leave the moments of {side} out."
             )
+
+
+def any_rank(factorization: FactorizationLike, sizes: Sizes) -> LayerSpec:
+    """A layer of a factorization: those of all ranks have the same legs."""
+    kind = factorization
+    if not isinstance(kind, Factorization):
+        kind = resolve_factorization(kind, 1 if rank_pattern(kind, len(sizes[2])) else None)
+    return LayerSpec(*sizes, kind, bias=False)
 
 
 def turns_experts(spec: LayerSpec) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from tensormoe import LayerSpec
 from tensormoe._validation import flag, instance
 from tensormoe.compression import Calibration
-from tensormoe.compression._predicted import lost
+from tensormoe.compression._predicted import badness, lost
 from tensormoe.decomposition import Decomposition, Progress, Search, decompose
+from tensormoe.decomposition._several import Choice
 from tensormoe.errors import RankError, SpecError
-from tensormoe.factorizations import FactorizationLike, resolve_factorization
+from tensormoe.factorizations import resolve_factorization
 from tensormoe.selection import Allocation, Budget
 from tensormoe_torch._hub import mark
 from tensormoe_torch._layer import MuMoE
@@ -40,6 +42,7 @@ from tensormoe_torch.compression._samples import (
     output_error,
     standing_in,
 )
+from tensormoe_torch.compression._share import budgets, check_choice, check_share
 from tensormoe_torch.surgery._allocated import allocated_modules, check_alone, layer_of
 from tensormoe_torch.surgery._replace import at, num_parameters
 from tensormoe_torch.surgery._select import Select
@@ -48,7 +51,7 @@ from tensormoe_torch.surgery._surroundings import check_surroundings
 
 def compress(
     model: nn.Module,
-    factorization: FactorizationLike | Allocation,
+    factorization: Choice | Allocation,
     *,
     rank: int | tuple[int, ...] | None = None,
     budget: Budget | int | float | None = None,
@@ -60,6 +63,7 @@ def compress(
     calibration: Calibration | None = None,
     weighting: str = "inputs",
     expert_weights: str = "equal",
+    share: str = "equal",
     search: Search | None = None,
     callback: Callable[[Progress], bool | None] | None = None,
     seed: int = 0,
@@ -82,7 +86,11 @@ def compress(
     Args:
         model: it holds the experts.
         factorization: of every projection: a value such as ``CP(64)``, or a name with one of the
-            three below. Or a :class:`tensormoe.selection.Allocation` of experts, which has one with
+            three below. With a budget also several names, or ``"auto"`` for all that there are:
+            each projection gets the one that loses least, as
+            :func:`tensormoe.decomposition.decompose` finds it; with a calibration, the one by
+            which the outputs, or with gradients the loss, lose least. Or a
+            :class:`tensormoe.selection.Allocation` of experts, which has one with
             its rank for each projection of each layer, and names the layers.
         rank: bond sizes, with a name.
         budget: of each projection: a :class:`tensormoe.Budget`, a number of parameters, or as a
@@ -105,6 +113,9 @@ def compress(
             :data:`tensormoe.compression.WEIGHTINGS`.
         expert_weights: what an expert counts, one of
             :data:`tensormoe.compression.EXPERT_WEIGHTS`.
+        share: how a budget that is a share is shared out over projections, one of
+            :data:`tensormoe.compression.SHARES`: each has the same, or, with a calibration, those
+            have more by which the model loses more.
         search: how long to search for each projection, a time limit included.
         callback: called with a :class:`tensormoe.decomposition.Progress` after every sweep, which
             has the projection's name; True ends the search for that projection.
@@ -143,6 +154,8 @@ def compress(
     if flag(sequential, "sequential") and not weighted:
         raise SpecError("sequential compression is weighted by inputs. Pass weighted=True too.")
     _check_calibration(model, calibration, weighted, weighting, expert_weights)
+    check_share(share, budget, calibration)
+    check_choice(factorization, rank, budget, tolerance)
     if isinstance(factorization, Allocation):
         given = {"rank": rank, "budget": budget, "tolerance": tolerance, "select": select}
         check_alone("compress", given)
@@ -153,7 +166,7 @@ def compress(
     # a module that is used in several places is replaced by one
     names = list({id(module): name for name, module in reversed(chosen.items())}.values())[::-1]
     sources = [read_experts(chosen[name], name) for name in names]
-    kinds: dict[str, Mapping[str, FactorizationLike]] = {}
+    kinds: dict[str, Mapping[str, Choice]] = {}
     for source in sources:
         kinds[source.name] = _kinds(source, factorization)
         if budget is None and tolerance is None:
@@ -165,6 +178,7 @@ def compress(
     elif inputs is not None:
         samples = collect(model, sources, batches)
 
+    given_budgets = budgets(sources, budget, share, calibration)
     count = num_parameters(model)
     made: dict[int, FactorizedExperts] = {}
     modules = []
@@ -180,7 +194,7 @@ def compress(
                         sample,
                         kinds[source.name][role],
                         rank=rank,
-                        budget=budget,
+                        budget=given_budgets.get((source.name, role), budget),
                         tolerance=tolerance,
                         weighted=weighted,
                         calibrated=_calibrated(source, role, calibration),
@@ -206,9 +220,7 @@ def compress(
     return CompressionReport(tuple(modules), (count, num_parameters(model)))
 
 
-def _kinds(
-    source: DenseExperts, factorization: FactorizationLike | Allocation
-) -> Mapping[str, FactorizationLike]:
+def _kinds(source: DenseExperts, factorization: Choice | Allocation) -> Mapping[str, Choice]:
     """The factorization of each projection.
 
     Raises:
@@ -285,7 +297,7 @@ def _calibrated(
 
 def _check_sizes(
     source: DenseExperts,
-    kinds: Mapping[str, FactorizationLike],
+    kinds: Mapping[str, Choice],
     rank: int | tuple[int, ...] | None,
 ) -> None:
     """Refuse, before any work, factors that are larger than what they stand for.
@@ -294,7 +306,7 @@ def _check_sizes(
         RankError: they are; or bonds that do not fit.
     """
     for role, stack in source.stacks.items():
-        kind = resolve_factorization(kinds[role], rank)
+        kind = resolve_factorization(kinds[role], rank)  # type: ignore[arg-type]
         with at(f"{source.name}.{role}"):
             rows, columns = stack.sizes
             bias = stack.biases is not None and not source.keeps_biases
@@ -320,7 +332,7 @@ def _decomposed(
     source: DenseExperts,
     role: str,
     sample: Samples | None,
-    factorization: FactorizationLike,
+    factorization: Choice,
     *,
     rank: int | tuple[int, ...] | None,
     budget: Budget | int | float | None,
@@ -334,9 +346,10 @@ def _decomposed(
 ) -> tuple[Decomposition, float | None]:
     """Factors of a projection, and the increase of the loss that a calibration predicts."""
     weights, bias = source.decomposed(role)
-    moments = None
+    moments = judge = None
     if calibrated is not None:
         calibration, layer = calibrated
+        judge = partial(badness, calibration, layer, role, bias=bias is not None)
         moments = calibration.moments(layer, role, *weighting, bias=bias is not None)
     found = decompose(
         weights,
@@ -351,6 +364,7 @@ def _decomposed(
         moments=moments,
         search=search,
         callback=callback,
+        judge=judge,
         seed=seed,
     )
     if calibrated is None:
