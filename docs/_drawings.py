@@ -256,6 +256,24 @@ def shared_basis() -> Drawing:
     return new
 
 
+def low_rank() -> Drawing:
+    new = Drawing(
+        260,
+        170,
+        "Low rank: a product of two small factors per expert",
+    )
+    new.node("u", 88, 60, "", EXPERT)
+    new.node("v", 88, 128, "", EXPERT)
+    new.dot("n", 150, 94)
+    new.bond("u", "v", "r")
+    new.bond("u", "n")
+    new.bond("v", "n")
+    new.leg("n", 30, 0, "N")
+    new.leg("u", -46, 0, "I")
+    new.leg("v", -46, 0, "O")
+    return new
+
+
 def base_delta() -> Drawing:
     new = Drawing(
         260,
@@ -402,6 +420,7 @@ DRAWINGS = {
     "network-tensor-train": tensor_train,
     "network-tucker": tucker,
     "network-hadamard": hadamard,
+    "network-low-rank": low_rank,
     "network-shared-basis": shared_basis,
     "network-base-delta": base_delta,
     "capacity": capacity,
