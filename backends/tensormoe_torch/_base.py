@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tensormoe import functional
 from tensormoe._layers import Costs, LayerMethods, check_constructor
+from tensormoe._rounding import checked_bits
 from tensormoe.errors import SpecError
 from tensormoe.factorizations import OUTPUT
 from tensormoe.functional import EachExpert, LayerConfig
@@ -21,8 +22,10 @@ from tensormoe_torch._checks import Given, merged
 from tensormoe_torch._dtypes import checked_device, checked_dtype
 from tensormoe_torch._factors import Factors, with_lead
 from tensormoe_torch._gate import ExpertGate
+from tensormoe_torch._hooks import move_hooks
+from tensormoe_torch._rounded import RoundedFactor, RoundedFactors
 from tensormoe_torch._saving import OF, Stored
-from tensormoe_torch._sharded import gathered, held_here, put, stored
+from tensormoe_torch._sharded import gathered, held_here, is_sharded, put, stored
 from tensormoe_torch._tracing import is_traced
 
 if TYPE_CHECKING:
@@ -70,6 +73,8 @@ class Mixture(Stored[LayerConfig], LayerMethods[Tensor]):
         """One of the factors: it has the layer's dtype and device."""
         # an adapter around the factors has what it adapts first
         weight: Tensor | None = getattr(self.factors, self._first, None)
+        if isinstance(weight, RoundedFactor):
+            return weight.scales
         found = next(self.factors.parameters()) if weight is None else weight
         # a layer that is cut over devices takes plain inputs
         return found if self._part is None else held_here(found)
@@ -84,6 +89,81 @@ class Mixture(Stored[LayerConfig], LayerMethods[Tensor]):
     def _makes_slices(self) -> bool:
         """Whether outputs of a cut layer's parts are slices, and not terms of a sum."""
         return self._part is not None and self._part.leg == OUTPUT
+
+    @property
+    def bits(self) -> int | None:
+        """8 or 4 where the factors are rounded to so many bits; None elsewhere."""
+        return self.factors.bits if isinstance(self.factors, RoundedFactors) else None
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of the factors as they are stored, scales included."""
+        held = (*self.factors.parameters(), *self.factors.buffers())
+        return sum(each.numel() * each.element_size() for each in held)
+
+    def quantize(self, bits: int) -> Self:
+        """Round the factors to 8 or 4 bits, in place.
+
+        They become buffers of integers with a scale for every 64 entries, and floating-point
+        numbers again whenever the layer is called. They do not train, nor can they be edited;
+        gradients of inputs and gates stay.
+
+        Args:
+            bits: 8 or 4.
+
+        Returns:
+            The layer itself.
+
+        Raises:
+            SpecError: other bits, or factors that are rounded, computed or cut over devices.
+            ShapeError: factors that are not finite.
+
+        >>> import torch
+        >>> from tensormoe_torch import MuMoE
+        >>> layer = MuMoE(64, 32, experts=8, rank=16, bias=False)
+        >>> before = layer.factor_bytes
+        >>> layer.quantize(8).factor_bytes / before
+        0.265625
+        """
+        bits = _given_bits(bits)
+        if self.bits is not None:
+            raise SpecError(
+                f"factors must be floating-point to be rounded; got some of {self.bits} bits. Call "
+                "dequantize() first."
+            )
+        held = stored(self.factors, self.spec.shapes)
+        weight = self._weight
+        if self._part is not None or any(is_sharded(each) for each in held.values()):
+            raise SpecError(
+                "factors must be whole on every device to be rounded; got some that are cut or "
+                "sharded. Round them before."
+            )
+        new = RoundedFactors(self.config, bits, weight.device, weight.dtype)
+        if weight.device.type != "meta":
+            for name, parameter in held.items():
+                new.get_submodule(name).put(parameter.detach())
+        self._exchange_factors(new)
+        return self
+
+    def dequantize(self) -> Self:
+        """Turn rounded factors into parameters of their values, in place.
+
+        Returns:
+            The layer itself; as it was where its factors are not rounded.
+        """
+        if self.bits is not None:
+            values = {name: nn.Parameter(each) for name, each in self.factors.items()}
+            self._exchange_factors(Factors(self.config, values))
+        return self
+
+    def _exchange_factors(self, new: Factors) -> None:
+        new.train(self.factors.training)
+        move_hooks(self.factors, new)
+        self.factors = new
+
+    def __repr__(self) -> str:
+        rounded = "" if self.bits is None else f".quantize({self.bits})"
+        return f"{super().__repr__()}{rounded}"
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew from PyTorch's generator, as at construction."""
@@ -184,3 +264,15 @@ class Mixture(Stored[LayerConfig], LayerMethods[Tensor]):
             sort=True,
         )
         return made.reshape(*lead, spec.out_features)
+
+
+def _given_bits(bits: int) -> int:
+    """8 or 4.
+
+    Raises:
+        SpecError: neither.
+    """
+    found = checked_bits(bits)
+    if found is None:
+        raise SpecError(f"bits must be 8 or 4 to round to; got {bits!r}.")
+    return found

@@ -24,6 +24,7 @@ from torch import finfo as finfo
 from torch import float32 as float32
 from torch import float64 as float64
 from torch import full_like as full_like
+from torch import int8 as int8
 from torch import int32 as int32
 from torch import int64 as int64
 from torch import isfinite as isfinite
@@ -35,7 +36,9 @@ from torch import minimum as minimum
 from torch import moveaxis as moveaxis
 from torch import ones as ones
 from torch import ones_like as ones_like
+from torch import round as round
 from torch import sqrt as sqrt
+from torch import uint8 as uint8
 from torch import where as where
 from torch import zeros as zeros
 from torch import zeros_like as zeros_like

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormoe._layers import Methods
+from tensormoe._rounding import CODES, code_names
 from tensormoe.backend import Backend
 from tensormoe.checkpoint import match_arrays
 from tensormoe.errors import BackendError, CheckpointError
@@ -149,6 +150,7 @@ def save_module(
     values = config.to_dict()
     arrays = module.state_dict()
     shapes = {**config.parameter_shapes(), **config.buffer_shapes()}
+    bits, shapes = _in_codes(arrays, shapes)
     found = {name: sized(array, shapes.get(name)) for name, array in arrays.items()}
     match = match_arrays(shapes, found, strict=False)
     besides = ", ".join(map(repr, match.unexpected))
@@ -167,4 +169,26 @@ def save_module(
             "them."
         )
     match_arrays(shapes, found)
-    save_whole(path, config.block, values, {name: arrays[name] for name in shapes}, shapes)
+    save_whole(path, config.block, values, {name: arrays[name] for name in shapes}, shapes, bits)
+
+
+def _in_codes(
+    arrays: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[int | None, dict[str, tuple[int, ...]]]:
+    """Bits of rounded factors, and shapes in the file, of their codes and scales.
+
+    Raises:
+        CheckpointError: factors of different bits.
+    """
+    codes = {name: arrays[f"{name}.{CODES}"] for name in shapes if f"{name}.{CODES}" in arrays}
+    if not codes:
+        return None, dict(shapes)
+    found = {8 if each.dtype == torch.int8 else 4 for each in codes.values()}
+    if len(found) > 1:
+        raise CheckpointError(
+            "a checkpoint holds factors of as many bits each; got some of 8 and some of 4. "
+            "Dequantize one kind of them, or save the state_dict()."
+        )
+    (bits,) = found
+    rest = {name: shape for name, shape in shapes.items() if name not in codes}
+    return bits, rest | code_names({name: shapes[name] for name in codes}, bits)

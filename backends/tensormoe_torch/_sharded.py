@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tensormoe._rounding import CODES
 from tensormoe.checkpoint import save_checkpoint
 from tensormoe.checkpoint._format import file_order
 from tensormoe.errors import SpecError
@@ -131,6 +132,12 @@ def stored(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
     # a state dict has the shards also where the whole is in the module's place, from the last call
     held = module.state_dict(keep_vars=True)
     for name in names:
+        if f"{name}.{CODES}" in held:
+            raise SpecError(
+                f"factors must be floating-point to be changed; got codes of few bits for "
+                f"{name!r}. Call dequantize() of the layer or of its experts first, and "
+                "quantize(…) afterwards."
+            )
         if not isinstance(held.get(name), nn.Parameter):
             raise SpecError(
                 f"parameters must be stored under their own names to be changed; got a computed "
@@ -182,6 +189,7 @@ def save_whole(
     config: Mapping[str, Any],
     arrays: Mapping[str, Tensor],
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    bits: int | None = None,
 ) -> None:
     """Write a checkpoint of arrays of which some may be sharded.
 
@@ -195,6 +203,7 @@ def save_whole(
         config: plain values that rebuild it.
         arrays: by name.
         shapes: in the file, by name; those of the arrays by default.
+        bits: 8 or 4 where factors are given as codes and scales.
 
     Raises:
         CheckpointError: as ``checkpoint.save_checkpoint``; in every process that made the call.
@@ -204,14 +213,14 @@ def save_whole(
         dict.fromkeys(each.device_mesh for each in arrays.values() if is_sharded(each))  # type: ignore[attr-defined]
     )
     if not meshes:
-        save_checkpoint(path, kind, config, arrays)
+        save_checkpoint(path, kind, config, arrays, bits)
         return
     writes = not any(place for mesh in meshes for place in mesh.get_coordinate())
     whole = _Gathered(arrays, shapes)
     outcome: list[Exception | None] = [None]
     if writes:
         try:
-            save_checkpoint(path, kind, config, whole)
+            save_checkpoint(path, kind, config, whole, bits)
         except Exception as error:
             outcome = [error]
     # the others take part, also if the first one cannot write

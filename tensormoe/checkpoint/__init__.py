@@ -12,6 +12,8 @@ version     schema version of the file, an integer
 block       class of the block, e.g. ``MuMoE``
 config      JSON of the block's spec, gate and options
 prefix      what stands before every name, in files that a model is made of; none otherwise
+bits        8 or 4 where factors are rounded, and stored as ``….codes`` and ``….scales``; none
+            otherwise. Such a file has the version 2, all others 1
 ==========  ==================================================================================
 
 Blocks save and load themselves with the functions below, which know neither blocks nor names.

@@ -9,6 +9,7 @@ from typing import TypeVar
 from tensormoe._config import BlockConfig, LayerConfig
 from tensormoe._mixture import MixtureConfig
 from tensormoe._names import makes_logits
+from tensormoe._rounding import CODES, SCALES, code_names, rounded_values
 from tensormoe._validation import brief, instance
 from tensormoe.backend import Array, Backend, check_array
 from tensormoe.checkpoint._checkpoint import match_arrays, read_checkpoint
@@ -41,8 +42,37 @@ def read_block(
         config: C = kind.from_dict(saved.config)  # type: ignore[assignment]
     except TensormoeError as error:
         raise CheckpointError(f"the file does not describe a {block}: {error}") from error
-    match_arrays({**config.parameter_shapes(), **config.buffer_shapes()}, saved.arrays)
-    return config, saved.arrays
+    shapes = {**config.parameter_shapes(), **config.buffer_shapes()}
+    if saved.bits is None:
+        match_arrays(shapes, saved.arrays)
+        return config, saved.arrays
+    return config, _dequantized(shapes, saved.arrays, saved.bits, backend)
+
+
+def _dequantized(
+    shapes: Mapping[str, tuple[int, ...]], arrays: Mapping[str, Array], bits: int, backend: Backend
+) -> dict[str, Array]:
+    """Arrays of which some are stored as codes and scales, all in floating point.
+
+    Raises:
+        CheckpointError: names, shapes or dtypes that are not those of the block.
+    """
+    rounded = {name: shape for name, shape in shapes.items() if f"{name}.{CODES}" in arrays}
+    plain = {name: shape for name, shape in shapes.items() if name not in rounded}
+    match_arrays(plain | code_names(rounded, bits), arrays)
+    found = {name: arrays[name] for name in plain}
+    xp = backend.namespace
+    wanted = xp.int8 if bits == 8 else xp.uint8
+    for name in rounded:
+        codes, scales = arrays[f"{name}.{CODES}"], arrays[f"{name}.{SCALES}"]
+        if codes.dtype != wanted or not xp.isdtype(scales.dtype, "real floating"):
+            raise CheckpointError(
+                f"codes of {bits} bits must be {wanted}, and their scales floating-point; got "
+                f"{codes.dtype} and {scales.dtype} for {name!r}. The file is damaged: restore it "
+                "from a copy."
+            )
+        found[name] = rounded_values(codes, scales, shapes[name], bits, backend)
+    return found
 
 
 def check_config(config: LayerConfig | BlockConfig | MixtureConfig, *blocks: str) -> None:

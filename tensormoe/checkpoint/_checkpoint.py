@@ -30,12 +30,14 @@ class Checkpoint:
         config: the values that rebuild the block, as JSON knows them.
         arrays: the arrays by name, all of one library.
         version: schema version of the file.
+        bits: 8 or 4 where factors are rounded, and stored as codes and scales.
     """
 
     block: str
     config: Mapping[str, Any]
     arrays: Mapping[str, Array]
     version: int
+    bits: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +79,7 @@ def save_checkpoint(
     block: str,
     config: Mapping[str, Any],
     arrays: Mapping[str, Array],
+    bits: int | None = None,
 ) -> None:
     """Write a checkpoint that is there whole or not at all.
 
@@ -92,6 +95,7 @@ def save_checkpoint(
             ``list`` of these) that rebuild the block; they come back equal.
         arrays: arrays of one library by name; of any shape, and of the dtypes bool, (u)int8 to
             (u)int64, float16, bfloat16, float32 and float64.
+        bits: 8 or 4 where factors are given as codes and scales.
 
     Raises:
         TypeError: ``path`` is neither a string nor a path.
@@ -113,7 +117,7 @@ def save_checkpoint(
             infos[name] = ArrayInfo(_dtype_name(array), tuple(array.shape))
         except CheckpointError as error:
             raise CheckpointError(f"array {name!r}: {error}") from None
-    head = encode_header(CheckpointHeader(block, config, infos))
+    head = encode_header(CheckpointHeader(block, config, infos, bits=bits))
     contents = (_content(name, arrays[name], infos[name]) for name in file_order(infos))
     write_whole(target, chain([head], contents))
 
@@ -165,7 +169,7 @@ def read_checkpoint(path: str | os.PathLike[str], backend: Backend) -> Checkpoin
             name: _read_array(source, file, name, info, backend)
             for name, info in header.arrays.items()
         }
-    return Checkpoint(header.block, header.config, arrays, header.version)
+    return Checkpoint(header.block, header.config, arrays, header.version, header.bits)
 
 
 def peek_checkpoint(path: str | os.PathLike[str]) -> CheckpointHeader:

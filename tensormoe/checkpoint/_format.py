@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeGuard
 
+from tensormoe._rounding import checked_bits
 from tensormoe._validation import brief
 from tensormoe.checkpoint._safetensors import (
     DAMAGED,
@@ -30,8 +31,10 @@ from tensormoe.checkpoint._safetensors import (
 from tensormoe.errors import CheckpointError
 
 FORMAT = "tensormoe"
-SCHEMA_VERSION = 1
-"""Version of the files that are written; a newer one is an error."""
+SCHEMA_VERSION = 2
+"""Version of the files that can be read; a newer one is an error."""
+# what has nothing that readers of that version do not know is written as such
+_PLAIN, _ROUNDED = 1, 2
 _MAX_DEPTH = 32
 
 
@@ -46,18 +49,24 @@ class CheckpointHeader:
         version: schema version of the file.
         prefix: what stands before every name in the file, so that the arrays of several blocks
             have different names for other programs.
+        bits: 8 or 4 where factors are rounded: ``factors.input`` is stored as
+            ``factors.input.codes`` and ``factors.input.scales``; None elsewhere.
 
     Raises:
         CheckpointError: a block, a config or a name that no checkpoint can have.
+        SpecError: other bits.
     """
 
     block: str
     config: Mapping[str, Any]
     arrays: Mapping[str, ArrayInfo]
-    version: int = SCHEMA_VERSION
+    version: int = _PLAIN
     prefix: str = ""
+    bits: int | None = None
 
     def __post_init__(self) -> None:
+        if checked_bits(self.bits) is not None:
+            object.__setattr__(self, "version", max(self.version, _ROUNDED))
         if not isinstance(self.block, str) or not self.block.isidentifier():
             raise CheckpointError(
                 f"block must be a class name such as 'MuMoE'; got {brief(self.block)}."
@@ -90,6 +99,7 @@ def encode_header(header: CheckpointHeader) -> bytes:
         "block": header.block,
         "config": canonical_json(dict(header.config)),
         **({"prefix": header.prefix} if header.prefix else {}),
+        **({"bits": str(header.bits)} if header.bits else {}),
     }
     infos = ((name, header.arrays[name]) for name in file_order(header.arrays))
     frame = encode_frame(
@@ -146,7 +156,8 @@ def parse_header(text: bytes, data_bytes: int) -> CheckpointHeader:
     prefix = metadata.get("prefix", "")
     arrays = _parse_arrays(entries, data_bytes, prefix)
     config = parse_json(metadata["config"].encode("utf-8", "surrogatepass"), "config")
-    return CheckpointHeader(metadata["block"], config, arrays, version, prefix)
+    bits = _parse_bits(metadata.get("bits"), version)
+    return CheckpointHeader(metadata["block"], config, arrays, version, prefix, bits)
 
 
 def _parse_version(text: str | None) -> int:
@@ -161,6 +172,17 @@ def _parse_version(text: str | None) -> int:
             "written by a newer tensormoe: update with pip install --upgrade tensormoe."
         )
     return version
+
+
+def _parse_bits(text: str | None, version: int) -> int | None:
+    if text is None:
+        return None
+    if text not in ("4", "8") or version < _ROUNDED:
+        raise CheckpointError(
+            f"bits must be 4 or 8, in a file of version {_ROUNDED} or later; got {brief(text)} in "
+            f"version {version}. {DAMAGED}"
+        )
+    return int(text)
 
 
 def _parse_arrays(entries: Mapping[str, Any], data_bytes: int, prefix: str) -> dict[str, ArrayInfo]:

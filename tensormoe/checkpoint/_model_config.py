@@ -8,7 +8,10 @@ from typing import Any
 
 METHOD = "tensormoe"
 """Value of ``quant_method``."""
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Version of the descriptions that can be read; a newer one is an error."""
+# what has nothing that readers of that version do not know is written as such
+_PLAIN, _ROUNDED = 1, 2
 IMPORT = "tensormoe_torch.huggingface"
 """The module that has to be imported before such a model is loaded."""
 
@@ -31,7 +34,7 @@ def model_config(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """
     return {
         "quant_method": METHOD,
-        "version": SCHEMA_VERSION,
+        "version": _ROUNDED if any("bits" in each for each in modules.values()) else _PLAIN,
         "import": IMPORT,
         "modules": {name: dict(values) for name, values in modules.items()},
     }

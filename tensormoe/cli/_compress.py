@@ -43,6 +43,11 @@ def add_parser(commands: Commands) -> None:
     option("--rank", metavar="RANK", help="one size for all bonds, or one per bond: 4,4,94")
     option("--allocation", metavar="FILE", help="ranks from tensormoe allocate --output FILE")
     option("--tolerance", metavar="ERROR", help="relative error that each layer is to reach: 0.1")
+    option(
+        "--bits",
+        metavar="N",
+        help="8 or 4: factors rounded to integers with scales; --budget is then a share of bytes",
+    )
     add_switch(parser, "dense", "write rebuilt matrices under their old keys")
     option("--calibration", metavar="FILE", help="of calibrate-model: errors of outputs count")
     option(

@@ -91,6 +91,7 @@ def _settings(arguments: argparse.Namespace) -> Compression:
         weighting=arguments.weighting,
         expert_weights=arguments.expert_weights,
         share=arguments.share,
+        bits=None if arguments.bits is None else _bits(arguments.bits),
     )
 
 
@@ -106,6 +107,17 @@ def _factorization(text: str | None, allocation: Allocation | None) -> str | tup
     if allocation is None or not allocation.layers:
         return "tensor_ring"
     return allocation.layers[0].factorizations[0].name
+
+
+def _bits(text: str) -> int:
+    """Bits of an entry.
+
+    >>> _bits("8")
+    8
+    """
+    if text not in ("4", "8", "16"):
+        raise SpecError(f"--bits must be 8, 4 or 16; got {text!r}. Write 8.")
+    return int(text)
 
 
 def _budget(text: str) -> int | float:

@@ -14,6 +14,7 @@ from tensormoe._format import (
     format_time,
     plain_rank,
 )
+from tensormoe._rounding import checked_bits
 from tensormoe.cli._console import make_console, make_table
 from tensormoe.compression import (
     Compression,
@@ -112,6 +113,13 @@ def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> Non
         f"{_at_most(format_bytes(plan.output_bytes), settings)}",
         soft_wrap=True,
     )
+    if checked_bits(settings.bits) is not None:
+        console.print(
+            f"{settings.bits} bits: {format_bytes(plan.dense_bytes)} → "
+            f"{_at_most(format_bytes(plan.factor_bytes), settings)} "
+            f"({plan.factor_bytes / plan.dense_bytes:.1%}), scales included",
+            soft_wrap=True,
+        )
     console.print(
         f"memory: {format_bytes(plan.memory)} at most; time: about {format_time(plan.seconds)} "
         f"on {device.name}, as far as FLOPs tell",
@@ -167,6 +175,14 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
         f"({result.parameters / result.dense_parameters:.1%}), {_factors(settings)}",
         soft_wrap=True,
     )
+    if checked_bits(settings.bits) is not None:
+        console.print(
+            f"{settings.bits} bits: {format_bytes(result.dense_bytes)} → "
+            f"{format_bytes(result.nbytes)} ({result.nbytes / result.dense_bytes:.1%}), "
+            f"{'if factors were stored' if settings.dense else 'scales included'}; SVDs are of "
+            "no more parameters, and not rounded",
+            soft_wrap=True,
+        )
     if calibrated:
         console.print(
             f"error: of weights; outputs: error of outputs on the calibration's data, weighted by "
@@ -235,6 +251,8 @@ def plan_dict(plan: CompressionPlan, device: Roofline, limit: int | None) -> dic
         "output_bytes": plan.output_bytes,
         "dense_parameters": plan.dense_entries,
         "parameters": plan.parameters,
+        "dense_bytes": plan.dense_bytes,
+        "factor_bytes": plan.factor_bytes,
         "groups": [
             {
                 "name": each.group.name,
@@ -247,6 +265,7 @@ def plan_dict(plan: CompressionPlan, device: Roofline, limit: int | None) -> dic
                 "ranks": [plain_rank(spec.factorization.rank) for spec in each.specs],
                 "dense_parameters": each.group.entries,
                 "parameters": each.parameters,
+                "nbytes": each.nbytes,
                 "memory": each.memory,
                 "seconds": each.seconds,
                 "rows": each.rows,
@@ -266,6 +285,8 @@ def result_dict(result: CompressionResult, settings: Compression) -> dict[str, A
         "dense_parameters": result.dense_parameters,
         "parameters": result.parameters,
         "predicted_loss": result.predicted_loss,
+        "dense_bytes": result.dense_bytes,
+        "factor_bytes": result.nbytes,
         "groups": [each.to_dict() | {"svd_error": each.svd_error} for each in result.groups],
     }
 
@@ -285,7 +306,7 @@ def _planned_rank(each: GroupPlan, settings: Compression) -> str:
 
 
 def _at_most(text: str, settings: Compression) -> str:
-    exact = settings.rank is not None or settings.allocation is not None
+    exact = settings.budget is None and settings.tolerance is None
     return text if exact else f"≤ {text}"
 
 
@@ -302,7 +323,10 @@ def _wish(settings: Compression) -> str:
     if settings.tolerance is not None:
         return f"errors up to {settings.tolerance:g}"
     if isinstance(settings.budget, float):
-        return f"{100 * settings.budget:.3g}% of the experts' parameters"
+        unit = "parameters" if checked_bits(settings.bits) is None else "bytes"
+        return f"{100 * settings.budget:.3g}% of the experts' {unit}"
     if settings.budget is not None:
         return f"{format_parameters(settings.budget)} parameters"
+    if settings.rank is None:
+        return f"in {settings.bits} bits"
     return f"rank {format_rank(settings.rank)}"

@@ -35,6 +35,8 @@ BASE_MEMORY = 144 * 2**20
 # a bound for what is held at once: copies of the factors, matrices of an expert, and float64
 # matrices of each part of a factor's equations, or of the smaller side of an expert
 _FACTORS, _MATRICES, _SQUARES = 9, 4, 6
+# copies of a single factor, which nothing is searched for
+_ALONE = 5
 # float64 matrices of each side's size
 _MOMENTS = 5
 # sweeps after which a search usually ends, and those on the tensor itself
@@ -58,7 +60,8 @@ def memory_needed(spec: LayerSpec, itemsize: int, compare: bool) -> int:
     matrix = itemsize * spec.in_features * spec.out_features
     factors = itemsize * spec.num_parameters
     search = max(_search_peak(term, itemsize) for term in _terms(spec))
-    search += _FACTORS * factors + _MATRICES * matrix
+    copies = _FACTORS if len(spec.shapes) > 1 else _ALONE
+    search += copies * factors + _MATRICES * matrix
     spectra = factors + _spectra_peak(spec, matrix) if compare else 0
     return BASE_MEMORY + spec.num_experts * matrix + max(search, spectra)
 

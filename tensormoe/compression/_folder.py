@@ -83,7 +83,10 @@ def place_of(group: Group) -> Place | None:
 
 
 def whole_model(
-    model: Model, configs: Iterable[tuple[Group, Mapping[str, Any]]], kept: Collection[str]
+    model: Model,
+    configs: Iterable[tuple[Group, Mapping[str, Any]]],
+    kept: Collection[str],
+    bits: int | None = None,
 ) -> Whole:
     """The configuration of a compressed model, or why it can have none.
 
@@ -91,6 +94,7 @@ def whole_model(
         model: as it was.
         configs: of the layer of each group, as checkpoints store them.
         kept: keys of all tensors that are not in factors.
+        bits: 8 or 4 of the factors' entries; None for entries of their dtype.
     """
     modules: dict[str, dict[str, Mapping[str, Any]]] = {}
     for group, config in configs:
@@ -115,6 +119,7 @@ def whole_model(
             "act": None,
             "biases": biases,
             "projections": layers,
+            **({} if bits is None else {"bits": dict.fromkeys(layers, bits)}),
         }
     try:
         config = read_config(model)

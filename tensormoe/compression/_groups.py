@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from tensormoe.checkpoint._safetensors import Placed
+from tensormoe.checkpoint._safetensors import ArrayInfo, Placed
 from tensormoe.compression._config_file import found_config, model_types
 from tensormoe.compression._match import Match, find_matches
 from tensormoe.compression._patterns import AUTO, PRESETS
@@ -67,6 +67,21 @@ class Group:
     def entries(self) -> int:
         """Entries of all experts together."""
         return self.experts * self.in_features * self.out_features
+
+    @property
+    def sizes(self) -> tuple[int, int, tuple[int, ...]]:
+        """In, out, and the experts."""
+        return self.in_features, self.out_features, (self.experts,)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an entry in the dtype."""
+        return ArrayInfo(self.dtype, ()).nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all experts in the dtype."""
+        return self.entries * self.itemsize
 
     @property
     def label(self) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tensormoe._config import LayerConfig
 from tensormoe._format import plain_rank
 from tensormoe.backend import get_backend
+from tensormoe.checkpoint import ArrayInfo
 from tensormoe.compression._values import rounded
 from tensormoe.decomposition._controls import EACH, Control, best_joint, closest
 from tensormoe.decomposition._errors import shares
@@ -49,6 +50,9 @@ class GroupReport:
             calibration.
         predicted_loss: increase of the model's loss if this group alone is compressed, in nats per
             token, see :func:`predicted_loss`; None without gradients in a calibration.
+        bits: 8 or 4 of the factors' entries; None for entries of the dtype.
+        nbytes: of the factors as they are stored, scales included; also where matrices were
+            written instead.
     """
 
     name: str
@@ -68,6 +72,22 @@ class GroupReport:
     output_error: float | None = None
     predicted_loss: float | None = None
     factorization: str = ""
+    bits: int | None = None
+    nbytes: int = 0
+
+    def __post_init__(self) -> None:
+        # reports from before there were bits
+        if not self.nbytes:
+            object.__setattr__(self, "nbytes", self.parameters * self._itemsize)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the experts in their dtype."""
+        return self.dense_parameters * self._itemsize
+
+    @property
+    def _itemsize(self) -> int:
+        return ArrayInfo(self.dtype, ()).nbytes
 
     @property
     def svd_error(self) -> float | None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from tensormoe._rounding import checked_bits
 from tensormoe.checkpoint import peek_checkpoint
 from tensormoe.checkpoint._files import write_whole
 from tensormoe.compression._config_file import CONFIG
@@ -147,7 +148,8 @@ def _describe(plan: CompressionPlan, plain: Plain, work: Work, files: Mapping[st
         for each, header in zip(plan.groups, headers.values(), strict=True)
     ]
     kept = [key for key in plan.plain if key not in plan.expert_keys]
-    whole = whole_model(model, configs, kept)
+    bits = checked_bits(plan.settings.bits)
+    whole = whole_model(model, configs, kept, bits)
     added = {} if whole.config is None else headers
     index = model.index or f"model{INDEX_SUFFIX}"
     write_index(plain, plan.expert_keys, added, work.path(index), kept_name)
@@ -158,7 +160,7 @@ def _describe(plan: CompressionPlan, plain: Plain, work: Work, files: Mapping[st
     names = {work.done[each.group.name]["factorization"]: None for each in plan.groups}
     summary = (
         f"Its experts are stored as factors ({', '.join(names)}): {after:,} parameters in place of "
-        f"{before:,}."
+        f"{before:,}{'' if bits is None else f', rounded to {bits} bits'}."
     )
     write_whole(work.path(README), (readme(model, whole, summary).encode(),))
 

@@ -9,10 +9,12 @@ from functools import lru_cache
 from heapq import heapreplace
 from math import prod
 
+from tensormoe._rounding import checked_bits
 from tensormoe._spec import LayerSpec
 from tensormoe._validation import positive_int
 from tensormoe.checkpoint._safetensors import ArrayInfo, Placed
 from tensormoe.compression._allocated import allocated_kinds
+from tensormoe.compression._bits import Names, entries_for, layer_bytes
 from tensormoe.compression._calibrated import calibrated_group, check_calibration
 from tensormoe.compression._effort import memory_needed, moments_needed, seconds_needed
 from tensormoe.compression._groups import Group, find_groups
@@ -24,8 +26,8 @@ from tensormoe.compression._values import working_dtype
 from tensormoe.decomposition._choose import Sizes, candidates
 from tensormoe.decomposition._runs import LARGE, tried
 from tensormoe.decomposition._several import several
-from tensormoe.errors import BudgetError, RankError, TensormoeError, located
-from tensormoe.factorizations import Factorization, resolve_factorization
+from tensormoe.errors import BudgetError, RankError, SpecError, TensormoeError, located
+from tensormoe.factorizations import Dense, Factorization, resolve_factorization
 from tensormoe.planning import PUBLISHED_ROOFLINES, Roofline
 
 
@@ -41,6 +43,7 @@ class GroupPlan:
         memory: bytes that a process takes for it, at most, the interpreter included.
         seconds: that its decomposition takes, about.
         rows: of the calibration that its outputs are weighted by; None without one.
+        bits: 8 or 4 of the factors' entries; None for entries of the group's dtype.
     """
 
     group: Group
@@ -49,6 +52,13 @@ class GroupPlan:
     memory: int
     seconds: float
     rows: int | None = None
+    bits: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors as they are stored, at most."""
+        itemsize = self.group.itemsize
+        return max(layer_bytes(spec, self.bits, itemsize) for spec in self.specs)
 
     @property
     def parameters(self) -> int:
@@ -113,6 +123,16 @@ class CompressionPlan:
         return sum(each.parameters for each in self.groups)
 
     @property
+    def dense_bytes(self) -> int:
+        """Bytes of the experts in the dtypes of their groups."""
+        return sum(each.group.nbytes for each in self.groups)
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of the factors as they are stored, at most."""
+        return sum(each.nbytes for each in self.groups)
+
+    @property
     def expert_keys(self) -> frozenset[str]:
         """Keys of the experts' tensors, as they are written with ``dense``."""
         return frozenset(key for each in self.groups for key in each.group.keys)
@@ -133,9 +153,7 @@ class CompressionPlan:
         """Bytes of the tensors that are written, at most."""
         if self.settings.dense:
             return sum(each.nbytes for each in self.plain.values())
-        return self.kept_bytes + sum(
-            each.parameters * ArrayInfo(each.group.dtype, ()).nbytes for each in self.groups
-        )
+        return self.kept_bytes + self.factor_bytes
 
 
 def settings_of(plan: CompressionPlan, each: GroupPlan) -> Compression:
@@ -198,9 +216,25 @@ def _shares(groups: Sequence[Group], settings: Compression) -> list[int | None]:
     if budget is None:
         return [None] * len(groups)
     if isinstance(budget, float):
+        bits = checked_bits(settings.bits)
+        if bits is not None:
+            return [_entries(group, settings, int(budget * group.nbytes), bits) for group in groups]
         return [int(budget * group.entries) for group in groups]
     whole = sum(group.entries for group in groups)
     return [budget * group.entries // whole for group in groups]
+
+
+def _entries(group: Group, settings: Compression, size: int, bits: int) -> int:
+    """Entries of few bits that fit in bytes.
+
+    Raises:
+        BudgetError: none do.
+    """
+    try:
+        names: Names = settings.factorization  # type: ignore[assignment]
+        return entries_for(names, group.sizes, size, bits, group.itemsize)
+    except TensormoeError as error:
+        raise located(error, repr(group.name)) from None
 
 
 def _planned(
@@ -210,7 +244,7 @@ def _planned(
     given: Factorization | None,
     roofline: Roofline,
 ) -> GroupPlan:
-    sizes = (group.in_features, group.out_features, (group.experts,))
+    sizes, bits = group.sizes, _checked_bits(group, settings)
     name = settings.factorization
     try:
         kinds: tuple[Factorization, ...]
@@ -230,17 +264,40 @@ def _planned(
             assert isinstance(name, str)
             kinds = (resolve_factorization(name, settings.rank),)
         specs = tuple(LayerSpec(*sizes, kind, bias=False) for kind in kinds)
-        _check_smaller(specs[0], group)
+        _check_smaller(specs[0], group, bits)
     except TensormoeError as error:
         raise located(error, repr(group.name)) from None
     itemsize = ArrayInfo(working_dtype(group.dtype), ()).nbytes
-    memory = max(memory_needed(spec, itemsize, settings.compare) for spec in specs)
+    compare = compares(settings)
+    memory = max(memory_needed(spec, itemsize, compare) for spec in specs)
     calibrated = calibrated_group(group, settings)
     if calibrated is not None:
         memory += moments_needed(specs[0])
-    seconds = seconds_needed(specs, itemsize, settings.compare, roofline)
+    seconds = seconds_needed(specs, itemsize, compare, roofline)
     rows = None if calibrated is None else calibrated.rows
-    return GroupPlan(group, specs, share, memory, seconds, rows)
+    return GroupPlan(group, specs, share, memory, seconds, rows, bits)
+
+
+def compares(settings: Compression) -> bool:
+    """Whether truncated singular value decompositions are compared with.
+
+    Of as many entries as the experts have, they are the experts themselves.
+    """
+    return settings.compare and settings.factorization != Dense.name
+
+
+def _checked_bits(group: Group, settings: Compression) -> int | None:
+    """Bits of the factors; None for entries of the group's dtype.
+
+    Raises:
+        SpecError: 16 bits of wider numbers.
+    """
+    if settings.bits == 16 and group.itemsize != 2:
+        raise SpecError(
+            f"{group.name!r}: 16 bits are of models in bfloat16 or float16; got {group.dtype}. "
+            "Convert the model first, or take 8 bits."
+        )
+    return checked_bits(settings.bits)
 
 
 @lru_cache(maxsize=256)
@@ -257,9 +314,16 @@ def _within(name: str | tuple[str, ...], sizes: Sizes, budget: int) -> tuple[Fac
     return tuple(kind for each in listed for kind in (each[:1] if large else tried(each)))
 
 
-def _check_smaller(spec: LayerSpec, group: Group) -> None:
-    """Refuse factors that are not fewer than what they stand for."""
-    if spec.num_parameters >= group.entries:
+def _check_smaller(spec: LayerSpec, group: Group, bits: int | None) -> None:
+    """Refuse factors that are not smaller than what they stand for."""
+    if bits is not None:
+        size = layer_bytes(spec, bits, group.itemsize)
+        if size >= group.nbytes:
+            raise RankError(
+                f"factors must have fewer bytes than the experts' {group.nbytes:,}; got {size:,} "
+                f"for {spec.factorization!r} of {bits} bits. Lower the rank."
+            )
+    elif spec.num_parameters >= group.entries:
         raise RankError(
             f"factors must have fewer entries than the experts' {group.entries:,}; got "
             f"{spec.num_parameters:,} for {spec.factorization!r}. Lower the rank."

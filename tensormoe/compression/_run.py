@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tensormoe import __version__
+from tensormoe._rounding import checked_bits
+from tensormoe.compression._bits import Names, fitting
 from tensormoe.compression._calibrated import calibrated_group, calibration_identity
 from tensormoe.compression._cluster import check_cluster, on_cluster
 from tensormoe.compression._limits import check_apart, check_disk, check_memory
@@ -59,6 +61,16 @@ class CompressionResult:
         None without gradients in a calibration, see :func:`predicted_loss`.
         """
         return summed(each.predicted_loss for each in self.groups)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the experts of all groups in their dtypes."""
+        return sum(each.dense_bytes for each in self.groups)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors of all groups as they are stored, scales included."""
+        return sum(each.nbytes for each in self.groups)
 
 
 def compress_checkpoint(
@@ -200,8 +212,22 @@ def _shares(plan: CompressionPlan, work: Work, tell: Teller) -> Mapping[str, int
             done += each.group.entries
         limit = sum(each.budget or 0 for each in plan.groups)
         sizes = {each.group.name: each.group.entries for each in plan.groups}
-        work.record(_SHARES, shared(curves, sizes, limit))
+        work.record(_SHARES, _in_bytes(plan, shared(curves, sizes, limit)))
     return work.done[_SHARES]
+
+
+def _in_bytes(plan: CompressionPlan, entries: Mapping[str, int]) -> Mapping[str, int]:
+    """Entries of each group, fewer where factors of few bits would take more bytes for them."""
+    settings = plan.settings
+    bits = checked_bits(settings.bits)
+    if bits is None or not isinstance(settings.budget, float):
+        return entries
+    names: Names = settings.factorization  # type: ignore[assignment]
+    groups = (each.group for each in plan.groups)
+    return {
+        each.name: fitting(names, each.sizes, entries[each.name], bits, each.itemsize)
+        for each in groups
+    }
 
 
 def _resumed(plan: CompressionPlan, work: Work) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from tensormoe._format import plain_rank
+from tensormoe._rounding import checked_bits
 from tensormoe._validation import (
     brief,
     choice,
@@ -39,7 +40,8 @@ class Compression:
         rank: bond sizes, for every group of experts; one integer stands for all bonds. Of rank,
             budget and tolerance one must be given, but for a factorization without rank.
         budget: what the factors may take instead: as a float in (0, 1) a share of each group's
-            entries, as an integer the entries of all groups together, shared out by their sizes.
+            entries (of its bytes, with bits), as an integer the entries of all groups together,
+            shared out by their sizes.
         tolerance: relative error in (0, 1) that each group is to reach instead, with as few
             entries as can be.
         experts: patterns of the experts' keys, one for each projection; see :class:`Pattern`.
@@ -62,10 +64,14 @@ class Compression:
         expert_weights: what an expert counts, one of :data:`EXPERT_WEIGHTS`.
         share: how the budget of all groups is shared out, one of :data:`SHARES`: the same share of
             each, or, with a calibration, more for those by which the model loses more.
+        bits: 8 or 4 to round the factors to the nearest integers of so many bits, with a scale for
+            every 64 entries; 16 or None for entries as they are. A budget that is a share is then
+            one of the experts' bytes, and ``"dense"``, which rounds the experts themselves, needs
+            none.
 
     Raises:
         SpecError: an unknown name, an invalid pattern, a seed, tolerance or limit that cannot
-            be, values that exclude one another, or weights without a calibration.
+            be, other bits, values that exclude one another, or weights without a calibration.
         RankError: a rank of other values than positive integers.
         BudgetError: a budget that is neither a share nor a positive integer.
 
@@ -91,9 +97,11 @@ class Compression:
     weighting: str = "inputs"
     expert_weights: str = "equal"
     share: str = "equal"
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
+        _check_promise(self)
         self._check_factorization()
         if self.allocation is not None:
             _check_allocation(self.allocation, self.factorization)
@@ -190,7 +198,9 @@ class Compression:
                 del plain[name]
         if self.share == "equal":
             del plain["share"]
-        # outputs from before there were allocations go on with the same command
+        # outputs from before there were bits or allocations go on with the same command
+        if self.bits is None:
+            del plain["bits"]
         if plain.pop("allocation") is not None:
             assert self.allocation is not None
             plain["allocation"] = self.allocation.to_dict()
@@ -207,6 +217,19 @@ def _registered(factorization: str | type[Factorization]) -> str:
     if factorization_class(kind.name) is not kind:
         raise SpecError(f"factorization {kind.name!r} must be registered as {kind!r}.")
     return kind.name
+
+
+def _check_promise(settings: Compression) -> None:
+    """Refuse bits that cannot be, or a tolerance that they might not keep.
+
+    Raises:
+        SpecError: there are such.
+    """
+    if checked_bits(settings.bits) is not None and settings.tolerance is not None:
+        raise SpecError(
+            f"a tolerance can't be promised with {settings.bits} bits, whose rounding adds an "
+            "error of its own. Give a rank or a budget."
+        )
 
 
 def _check_allocation(allocation: Allocation, name: object) -> None:

@@ -36,24 +36,34 @@ Report = Callable[[int], None]
 
 
 def write_factors(
-    path: str, config: LayerConfig, factors: Mapping[str, Any], dtype: str, prefix: str
+    path: str,
+    config: LayerConfig,
+    factors: Mapping[str, Any],
+    dtype: str,
+    prefix: str,
+    bits: int | None = None,
 ) -> None:
     """A checkpoint of a layer, as every framework's layer loads it.
 
     Args:
         path: the file.
         config: of the layer.
-        factors: NumPy arrays by canonical name, in the working dtype.
-        dtype: that they are stored in.
+        factors: NumPy arrays by canonical name, in the working dtype; of few bits codes and scales.
+        dtype: that they are stored in, codes apart.
         prefix: of their names in a model.
+        bits: 8 or 4 of codes.
     """
-    infos = {name: ArrayInfo(dtype, array.shape) for name, array in factors.items()}
-    head = encode_header(CheckpointHeader("MuMoE", config.to_dict(), infos, prefix=prefix))
+    infos = {
+        name: ArrayInfo(array.dtype.name if array.dtype.kind in "iu" else dtype, array.shape)
+        for name, array in factors.items()
+    }
+    header = CheckpointHeader("MuMoE", config.to_dict(), infos, prefix=prefix, bits=bits)
+    head = encode_header(header)
 
     def parts() -> Iterator[bytes]:
         yield head
         for name in file_order(infos):
-            yield from pieces(factors[name], dtype)
+            yield from pieces(factors[name], infos[name].dtype)
 
     write_whole(path, parts())
 

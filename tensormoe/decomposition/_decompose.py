@@ -8,6 +8,7 @@ from math import prod
 from typing import Any, TypeAlias
 
 from tensormoe._extras import missing
+from tensormoe._rounding import checked_bits
 from tensormoe._spec import LayerSpec
 from tensormoe._validation import instance
 from tensormoe.backend import Array, Backend, backend_of
@@ -28,6 +29,7 @@ from tensormoe.decomposition._errors import (
 )
 from tensormoe.decomposition._gauge import robust, stretched
 from tensormoe.decomposition._host import Workplace
+from tensormoe.decomposition._in_bits import in_bits
 from tensormoe.decomposition._moments import Moments
 from tensormoe.decomposition._report import Decomposition, Report
 from tensormoe.decomposition._runs import Runs
@@ -45,6 +47,7 @@ from tensormoe.decomposition._weighted import (
     weigh,
 )
 from tensormoe.errors import ShapeError, SpecError
+from tensormoe.factorizations import Dense
 from tensormoe.selection import Budget
 
 Judge: TypeAlias = Callable[[Iterable[tuple[Any, Any]]], float]
@@ -68,6 +71,7 @@ def decompose(
     compare: bool = True,
     judge: Judge | None = None,
     seed: int = 0,
+    bits: int | None = None,
 ) -> Decomposition:
     """Factors of dense experts by alternating least squares, and what was lost.
 
@@ -107,6 +111,8 @@ def decompose(
             every expert's matrix (in, out), on the host, and of what is missing of it. By default
             their error, in the metric of moments if there are some.
         seed: of the random starts.
+        bits: 8 or 4 to round the factors to the nearest integers of so many bits, with a scale for
+            every 64 entries: factors are the values of what can be stored so, and errors theirs.
 
     Returns:
         Factors by name, in the library, dtype and device of the weights, and a report. Of a search
@@ -121,7 +127,8 @@ def decompose(
         ShapeError: weights that are not a stack of matrices, not finite, or other shapes that do
             not fit, those of moments included.
         SpecError, RankError, BudgetError: a factorization, rank, budget or tolerance that cannot
-            be, a rank above what any tensor of the shape can need among them.
+            be, a rank above what any tensor of the shape can need among them; other bits, or bits
+            with a tolerance, which rounding might miss.
 
     >>> import numpy as np
     >>> experts = np.random.default_rng(0).standard_normal((6, 1, 1)) * np.ones((1, 8, 5))
@@ -133,6 +140,12 @@ def decompose(
         raise absent
     search = Search() if search is None else search
     instance(search, Search, "search", "a Search or None", SpecError)
+    bits = checked_bits(bits)
+    if bits is not None and tolerance is not None:
+        raise SpecError(
+            f"a tolerance can't be promised with {bits} bits, whose rounding adds an error of its "
+            "own. Give a rank or a budget."
+        )
     watch = Watch(search.seconds, callback)
     given = _taken(weights, bias, inputs, coefficients)
     metric = _metric(given, weighted, moments)
@@ -157,7 +170,9 @@ def decompose(
     )
     kind, found = runs.find(choice or factorization, rank, budget, tolerance)  # type: ignore[arg-type]
     spec = LayerSpec(*sizes, kind, bias=bias is not None)
-    factors = _stored(spec, weightings.undo(spec, found.factors), given)
+    factors = _stored(spec, weightings.undo(spec, found.factors), given, bits)
+    # of as many entries as the weights have, other factors are the weights themselves
+    compare = compare and not (bits is not None and isinstance(kind, Dense))
     report = _report(spec, factors, given, found, compare, watch)
     if choice is not None:
         report = replace(report, tried=tuple(choice.tried.items()))
@@ -276,14 +291,23 @@ def _taken(
     return _Given(weights, place, lent, source, bias, inputs, coefficients)
 
 
-def _stored(spec: LayerSpec, factors: Mapping[str, Array], given: _Given) -> dict[str, Array]:
+def _stored(
+    spec: LayerSpec, factors: Mapping[str, Array], given: _Given, bits: int | None
+) -> dict[str, Array]:
     """Factors at the tensor's own scale, in the library, dtype and device of the weights."""
     # the bias is a row of the input's factor as yet
     matrix = replace(spec, bias=False)
     found = stretched(matrix.network, factors, 1.0 / given.source.scale)
-    if given.place.owner.namespace.finfo(given.weights.dtype).bits == 16:
-        found = _rounded_well(spec, found, given.place.backend)
+    backend = given.place.backend
+    if bits is not None or given.place.owner.namespace.finfo(given.weights.dtype).bits == 16:
+        found = _rounded_well(spec, found, backend)
     found = without_bias_rows(spec.network, found)
+    if bits is not None:
+        dtype = str(getattr(given.weights.dtype, "name", given.weights.dtype)).rpartition(".")[2]
+        found = {
+            name: from_host(in_bits(to_host(array, backend), bits, dtype)[2], array, backend)
+            for name, array in found.items()
+        }
     return {name: given.place.give(found[name], given.weights) for name in spec.shapes}
 
 

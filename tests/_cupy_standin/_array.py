@@ -176,7 +176,9 @@ def _operator(name: str, function: Callable[..., Any], swapped: bool) -> Callabl
     return method
 
 
-_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or")
+_OPERATORS = (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "rshift"),
+)
 for _name in _OPERATORS:
     for _prefix in ("", "r", "i"):
         _method = f"__{_prefix}{_name}__"

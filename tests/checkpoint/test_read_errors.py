@@ -54,7 +54,7 @@ BAD_METADATA = {
     "fractional version": ({**METADATA, "version": "1.0"}, "positive integer; got '1.0'"),
     "negative version": ({**METADATA, "version": "-1"}, "positive integer"),
     "long version": ({**METADATA, "version": "9" * 5000}, "positive integer"),
-    "newer version": ({**METADATA, "version": "2"}, "at most 1; got 2.*update"),
+    "newer version": ({**METADATA, "version": "3"}, "at most 2; got 3.*update"),
     "no block": ({k: v for k, v in METADATA.items() if k != "block"}, "'block' is missing"),
     "no config": ({k: v for k, v in METADATA.items() if k != "config"}, "'config' is missing"),
     "bad block": ({**METADATA, "block": "a b"}, "block must be a class name"),

@@ -43,7 +43,7 @@ def move(name: str) -> Change:
 
 
 DAMAGES: dict[str, tuple[Change, str]] = {
-    "another version": (put("version", 2), "version"),
+    "another version": (put("version", 3), "version"),
     "no version": (put("version", True), "version"),
     "an unknown key": (put("more", 1), "exactly"),
     "no modules": (lambda config: config.pop("modules"), "exactly"),

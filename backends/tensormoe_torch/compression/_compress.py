@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from tensormoe import LayerSpec
+from tensormoe._rounding import checked_bits
 from tensormoe._validation import flag, instance
 from tensormoe.compression import Calibration
+from tensormoe.compression._bits import entries_for, layer_bytes
 from tensormoe.compression._predicted import badness, lost
 from tensormoe.decomposition import Decomposition, Progress, Search, decompose
 from tensormoe.decomposition._several import Choice
 from tensormoe.errors import RankError, SpecError
-from tensormoe.factorizations import resolve_factorization
+from tensormoe.factorizations import Factorization, resolve_factorization
 from tensormoe.selection import Allocation, Budget
 from tensormoe_torch._hub import mark
 from tensormoe_torch._layer import MuMoE
@@ -42,9 +44,9 @@ from tensormoe_torch.compression._samples import (
     output_error,
     standing_in,
 )
-from tensormoe_torch.compression._share import budgets, check_choice, check_share
+from tensormoe_torch.compression._share import budgets, check_choice, check_share, named
 from tensormoe_torch.surgery._allocated import allocated_modules, check_alone, layer_of
-from tensormoe_torch.surgery._replace import at, num_parameters
+from tensormoe_torch.surgery._replace import at, num_bytes, num_parameters
 from tensormoe_torch.surgery._select import Select
 from tensormoe_torch.surgery._surroundings import check_surroundings
 
@@ -67,6 +69,7 @@ def compress(
     search: Search | None = None,
     callback: Callable[[Progress], bool | None] | None = None,
     seed: int = 0,
+    bits: int | None = None,
 ) -> CompressionReport:
     """Replace the experts of a sparse model by factors of them, in place; its router stays.
 
@@ -120,6 +123,10 @@ def compress(
         callback: called with a :class:`tensormoe.decomposition.Progress` after every sweep, which
             has the projection's name; True ends the search for that projection.
         seed: of the random starts.
+        bits: 8 or 4 to keep the factors as integers of so many bits with scales, see
+            :meth:`MuMoE.quantize`; 16 or None for factors in the dtype of the weights. A budget
+            that is a share is then one of the weights' bytes, and ``"dense"``, which rounds the
+            weights themselves, needs none. Errors are those of the rounded factors.
 
     Returns:
         What was replaced, with errors and parameters; ``print`` it for a table.
@@ -127,11 +134,12 @@ def compress(
     Raises:
         SpecError: no experts, a selection that matches nothing or something else, experts that
             compute something else, weights that are used in other places too, or arguments that
-            cannot be.
+            cannot be, a tolerance with bits among them.
         ShapeError: experts of different shapes, or weights that are not finite.
         CheckpointError: a calibration of another model.
         RankError, BudgetError: as :func:`tensormoe.decomposition.decompose`, with the name of the
-            projection; and a rank with which factors would have more entries than the weights.
+            projection; and a rank with which factors would have more entries than the weights, or
+            more bytes.
         KeyboardInterrupt: Ctrl-C; the model is as it was.
 
     >>> class Expert(nn.Module):
@@ -169,8 +177,10 @@ def compress(
     kinds: dict[str, Mapping[str, Choice]] = {}
     for source in sources:
         kinds[source.name] = _kinds(source, factorization)
+        _check_bits(source, bits)
         if budget is None and tolerance is None:
-            _check_sizes(source, kinds[source.name], rank)
+            _check_sizes(source, kinds[source.name], rank, checked_bits(bits))
+    bits = checked_bits(bits)
     samples: list[Samples] | list[None] = [None] * len(sources)
     batches = [] if inputs is None else listed(inputs)
     if sequential:
@@ -178,8 +188,8 @@ def compress(
     elif inputs is not None:
         samples = collect(model, sources, batches)
 
-    given_budgets = budgets(sources, budget, share, calibration)
-    count = num_parameters(model)
+    given_budgets = budgets(sources, budget, share, calibration, kinds, bits)
+    count, size = num_parameters(model), num_bytes(model)
     made: dict[int, FactorizedExperts] = {}
     modules = []
     with ExitStack() as replaced:
@@ -194,7 +204,10 @@ def compress(
                         sample,
                         kinds[source.name][role],
                         rank=rank,
-                        budget=given_budgets.get((source.name, role), budget),
+                        budget=given_budgets.get(
+                            (source.name, role),
+                            _budget(source, role, kinds[source.name][role], budget, bits),
+                        ),
                         tolerance=tolerance,
                         weighted=weighted,
                         calibrated=_calibrated(source, role, calibration),
@@ -202,22 +215,76 @@ def compress(
                         search=search,
                         callback=_named(callback, f"{source.name}.{role}"),
                         seed=seed,
+                        bits=bits,
                     )
                 if found[role].report.ended == "interrupted":
                     # all or nothing
                     raise KeyboardInterrupt
-            layers = {r: MuMoE.restore(each.config(), each.parameters) for r, each in found.items()}
+            layers = {role: _layer(each, bits) for role, each in found.items()}
             new = FactorizedExperts(layers, source.act, _kept_biases(source))
             made[id(source.module)] = new
             off = None if sample is None else output_error(source, new, sample)
             new.groups = source.groups
             if sequential:
                 replaced.enter_context(standing_in(source, new))
-            modules.append(_reported(source, found, increases, off))
+            sizes = {role: each.factor_bytes for role, each in layers.items()}
+            modules.append(_reported(source, found, increases, off, bits, sizes))
     for name, old in chosen.items():
         put_experts(model, name, old, made[id(old)])
     mark(model)
-    return CompressionReport(tuple(modules), (count, num_parameters(model)))
+    kept = sum(_rounded_entries(each) for each in {id(m): m for m in made.values()}.values())
+    counts, nbytes = (count, num_parameters(model) + kept), (size, num_bytes(model))
+    return CompressionReport(tuple(modules), counts, nbytes)
+
+
+def _layer(found: Decomposition, bits: int | None) -> MuMoE:
+    """The layer of factors; rounded ones have the codes again that their values were made of."""
+    layer = MuMoE.restore(found.config(), found.parameters)
+    return layer if bits is None else layer.quantize(bits)
+
+
+def _rounded_entries(experts: FactorizedExperts) -> int:
+    """Entries of factors that are no parameters any more."""
+    layers = (each for each in experts.modules() if isinstance(each, MuMoE))
+    return sum(each.spec.num_parameters for each in layers if each.bits is not None)
+
+
+def _check_bits(source: DenseExperts, bits: int | None) -> None:
+    """Refuse bits that no factors of these experts have.
+
+    Raises:
+        SpecError: there are such.
+    """
+    checked_bits(bits)
+    dtype = source.dtype
+    if bits == 16 and dtype.itemsize != 2:
+        raise SpecError(
+            f"{source.name!r}: 16 bits are of models in bfloat16 or float16; got {dtype}. Convert "
+            "the model first, or take 8 bits."
+        )
+
+
+def _budget(
+    source: DenseExperts,
+    role: str,
+    kind: Choice,
+    budget: Budget | int | float | None,
+    bits: int | None,
+) -> Budget | int | float | None:
+    """A budget of entries: of few bits, a share is one of bytes.
+
+    Raises:
+        BudgetError: a share that leaves no entry.
+    """
+    if bits is None or not isinstance(budget, float) or not 0 < budget <= 1:
+        return budget
+    if isinstance(kind, Factorization):
+        return budget
+    rows, columns, bias = source.own_sizes(role)
+    itemsize = source.dtype.itemsize
+    size = int(budget * source.count * (rows + bias) * columns * itemsize)
+    sizes = rows, columns, (source.count,)
+    return entries_for(named(kind), sizes, size, bits, itemsize, bias)
 
 
 def _kinds(source: DenseExperts, factorization: Choice | Allocation) -> Mapping[str, Choice]:
@@ -244,10 +311,19 @@ def _reported(
     found: Mapping[str, Decomposition],
     increases: Mapping[str, float | None],
     off: float | None,
+    bits: int | None,
+    sizes: Mapping[str, int],
 ) -> CompressedModule:
+    itemsize = source.dtype.itemsize
     projections = tuple(
         CompressedProjection(
-            r, source.stacks[r].sizes, each.spec.factorization, each.report, increases[r]
+            r,
+            source.stacks[r].sizes,
+            each.spec.factorization,
+            each.report,
+            bits,
+            (itemsize * each.report.dense_parameters, sizes[r]),
+            increases[r],
         )
         for r, each in found.items()
     )
@@ -299,20 +375,27 @@ def _check_sizes(
     source: DenseExperts,
     kinds: Mapping[str, Choice],
     rank: int | tuple[int, ...] | None,
+    bits: int | None,
 ) -> None:
     """Refuse, before any work, factors that are larger than what they stand for.
 
     Raises:
         RankError: they are; or bonds that do not fit.
     """
-    for role, stack in source.stacks.items():
+    for role in source.stacks:
         kind = resolve_factorization(kinds[role], rank)  # type: ignore[arg-type]
         with at(f"{source.name}.{role}"):
-            rows, columns = stack.sizes
-            bias = stack.biases is not None and not source.keeps_biases
-            parameters = LayerSpec(rows, columns, (source.count,), kind, bias=bias).num_parameters
+            rows, columns, bias = source.own_sizes(role)
+            spec = LayerSpec(rows, columns, (source.count,), kind, bias=bias)
             dense = source.count * (rows + bias) * columns
-            if parameters > dense:
+            parameters, itemsize = spec.num_parameters, source.dtype.itemsize
+            size = layer_bytes(spec, bits, itemsize)
+            if bits is not None and size > itemsize * dense:
+                raise RankError(
+                    f"factors must have no more bytes than the weights, {itemsize * dense:,}; "
+                    f"{kind} of {bits} bits has {size:,}. Lower the rank, or give a budget."
+                )
+            if bits is None and parameters > dense:
                 raise RankError(
                     f"factors must have no more entries than the weights, {dense:,}; {kind} has "
                     f"{parameters:,}. Lower the rank, or give a budget."
@@ -343,6 +426,7 @@ def _decomposed(
     search: Search | None,
     callback: Callable[[Progress], bool | None] | None,
     seed: int,
+    bits: int | None,
 ) -> tuple[Decomposition, float | None]:
     """Factors of a projection, and the increase of the loss that a calibration predicts."""
     weights, bias = source.decomposed(role)
@@ -366,6 +450,7 @@ def _decomposed(
         callback=callback,
         judge=judge,
         seed=seed,
+        bits=bits,
     )
     if calibrated is None:
         return found, None

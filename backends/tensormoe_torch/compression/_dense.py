@@ -102,6 +102,16 @@ class DenseExperts:
         """
         return isinstance(self.act, Own)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.stacks["down_proj"].weights[0].dtype
+
+    def own_sizes(self, role: str) -> tuple[int, int, bool]:
+        """In, out, and whether factors replace biases of a projection."""
+        stack = self.stacks[role]
+        return *stack.sizes, stack.biases is not None and not self.keeps_biases
+
     def decomposed(self, role: str) -> tuple[Tensor, Tensor | None]:
         """Weights (experts, in, out) of a projection, and the biases that factors replace."""
         weights, biases = self.stacks[role].tensors()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from operator import index as as_index
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +130,41 @@ class FactorizedExperts(Loads):
         """The layer (hidden → out)."""
         layer: MuMoE = self.projections["down_proj"]  # type: ignore[assignment]
         return layer
+
+    @property
+    def bits(self) -> int | None:
+        """8 or 4 where the factors of all layers are rounded to so many bits; None elsewhere."""
+        found = {each.bits for each in self._own_layers()}
+        return found.pop() if len(found) == 1 else None
+
+    def quantize(self, bits: int) -> Self:
+        """Round the layers' factors to 8 or 4 bits, in place, as :meth:`MuMoE.quantize`.
+
+        Returns:
+            The experts themselves.
+
+        Raises:
+            SpecError: other bits, or factors that are rounded, computed or cut over devices.
+            ShapeError: factors that are not finite.
+        """
+        for each in self._own_layers():
+            each.quantize(bits)
+        return self
+
+    def dequantize(self) -> Self:
+        """Turn rounded factors into parameters of their values, in place, to be trained or edited.
+
+        Returns:
+            The experts themselves; as they were where no factors are rounded.
+        """
+        for each in self._own_layers():
+            each.dequantize()
+        return self
+
+    def _own_layers(self) -> list[MuMoE]:
+        """The layers of factors, also those in adapters, without the adapters' own."""
+        held: list[Any] = [getattr(each, "base", each) for each in self.projections.children()]
+        return [each for each in held if isinstance(each, MuMoE)]
 
     def _layer(self, role: str) -> MuMoE | None:
         found: MuMoE | None = dict(self.projections.items()).get(role)  # type: ignore[assignment]

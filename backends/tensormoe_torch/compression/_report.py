@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tensormoe._format import Cell, align_totals, format_share
+from tensormoe._format import Cell, align_totals, format_bytes, format_share
 from tensormoe._html import table_html
 from tensormoe.compression._predicted import summed
 from tensormoe.decomposition import Report
@@ -24,6 +24,8 @@ class CompressedProjection:
         factorization: with its rank.
         report: errors and parameters, as ``decompose`` reports them. Its output error is that of
             the rows that the router gave the experts, in its weights.
+        bits: 8 or 4 of the factors' entries; None for entries of the weights' dtype.
+        nbytes: of the weights, and of what takes their place, scales included.
         predicted_loss: increase of the model's loss if this projection alone is compressed, in nats
             per token, see :func:`tensormoe.compression.predicted_loss`; None without gradients in a
             calibration.
@@ -33,6 +35,8 @@ class CompressedProjection:
     sizes: tuple[int, int]
     factorization: Factorization
     report: Report
+    bits: int | None
+    nbytes: tuple[int, int]
     predicted_loss: float | None = None
 
     @property
@@ -67,6 +71,12 @@ class CompressedModule:
         reports = [each.report for each in self.projections]
         return sum(r.dense_parameters for r in reports), sum(r.parameters for r in reports)
 
+    @property
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes before and after."""
+        before, after = zip(*(each.nbytes for each in self.projections), strict=True)
+        return sum(before), sum(after)
+
 
 @dataclass(frozen=True)
 class CompressionReport:
@@ -74,11 +84,14 @@ class CompressionReport:
 
     Args:
         modules: one a replaced module, in the model's order.
-        model_parameters: parameters of the whole model before and after, tied ones counted once.
+        model_parameters: parameters of the whole model before and after, tied ones counted once,
+            and entries of rounded factors, which train no more.
+        model_bytes: of its parameters and buffers, before and after.
     """
 
     modules: tuple[CompressedModule, ...]
     model_parameters: tuple[int, int]
+    model_bytes: tuple[int, int]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -100,6 +113,12 @@ class CompressionReport:
         return summed(p.predicted_loss for each in self.modules for p in each.projections)
 
     @property
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes of all experts before and after."""
+        before, after = zip(*(each.nbytes for each in self.modules), strict=True)
+        return sum(before), sum(after)
+
+    @property
     def seconds(self) -> float:
         """Seconds that the decompositions took."""
         return sum(p.report.seconds for each in self.modules for p in each.projections)
@@ -115,6 +134,8 @@ class CompressionReport:
                     "factorization": p.factorization.name,
                     "rank": p.rank,
                     "predicted_loss": p.predicted_loss,
+                    "bits": p.bits,
+                    "bytes": p.nbytes,
                     **p.report.to_dict(),
                 }
                 for p in each.projections
@@ -125,6 +146,7 @@ class CompressionReport:
             "modules": modules,
             "model_parameters": self.model_parameters,
             "predicted_loss": self.predicted_loss,
+            "model_bytes": self.model_bytes,
         }
 
     def __str__(self) -> str:
@@ -167,6 +189,7 @@ class CompressionReport:
     def _notes(self) -> list[str]:
         before, after = self.model_parameters
         return [
+            *self._sizes(),
             f"whole model: {before:,} → {after:,} parameters; {self.seconds:.1f} s",
             "SVDs: truncated, with no more parameters, of each expert; joint SVD: the best of "
             "all together",
@@ -178,6 +201,17 @@ class CompressionReport:
         """A line on where the loss is from."""
         said = "loss: nats per token, as gradients and inputs predict it for small errors"
         return [] if self.predicted_loss is None else [said]
+
+    def _sizes(self) -> Iterator[str]:
+        """Bytes, where they are not those of as many parameters."""
+        bits = {each.bits for module in self.modules for each in module.projections}
+        if bits != {None}:
+            sizes = [
+                " → ".join(map(format_bytes, pair)) for pair in (self.nbytes, self.model_bytes)
+            ]
+            share = self.nbytes[1] / self.nbytes[0]
+            shown = " and ".join(str(each) for each in bits)
+            yield f"factors in {shown} bits: experts {sizes[0]} ({share:.1%}), model {sizes[1]}"
 
     def _verdicts(self) -> Iterator[str]:
         """Of each projection that a truncated singular value decomposition is closer to."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
+from tensormoe._rounding import entries_within
 from tensormoe._validation import choice
 from tensormoe.compression import SHARES, Calibration
+from tensormoe.compression._bits import Names, fitting
 from tensormoe.compression._sharing import loss_curve, shared
 from tensormoe.decomposition._several import Choice, several
 from tensormoe.errors import SpecError
@@ -62,6 +64,8 @@ def budgets(
     budget: Budget | int | float | None,
     share: str,
     calibration: Calibration | None,
+    kinds: Mapping[str, Mapping[str, Choice]],
+    bits: int | None,
 ) -> dict[Place, int]:
     """Entries for each projection, where they are shared out by sensitivity; else nothing."""
     if share == "equal" or calibration is None or not isinstance(budget, float):
@@ -78,5 +82,24 @@ def budgets(
             name = f"{source.name}.{role}"
             places[name], sizes[name] = (source.name, role), stack.size
             curves[name] = loss_curve(stack, calibration, layer, role, bias is not None)
-    found = shared(curves, sizes, int(budget * sum(sizes.values())))
-    return {places[name]: entries for name, entries in found.items()}
+    limit = budget * sum(sizes.values())
+    if bits is None:
+        found = shared(curves, sizes, int(limit))
+        return {places[name]: entries for name, entries in found.items()}
+    itemsize = sources[0].dtype.itemsize
+    found = shared(curves, sizes, entries_within(int(limit * itemsize), bits, itemsize))
+    fitted = {}
+    for source in sources:
+        for role in source.stacks:
+            rows, columns, bias = source.own_sizes(role)
+            own = rows, columns, (source.count,)
+            entries = found[f"{source.name}.{role}"]
+            names = named(kinds[source.name][role])
+            fitted[source.name, role] = fitting(names, own, entries, bits, itemsize, bias)
+    return fitted
+
+
+def named(kind: Choice) -> Names:
+    """A factorization by name, or several of which the best is taken."""
+    found: Names = tuple(kind) if isinstance(kind, list) else kind  # type: ignore[assignment]
+    return found

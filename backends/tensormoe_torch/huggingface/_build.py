@@ -26,7 +26,7 @@ from tensormoe_torch.adapters import AdaptedExperts
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.compression._find import is_stacked, takes_blocks, takes_routing
 from tensormoe_torch.huggingface._activations import activation_of
-from tensormoe_torch.huggingface._describe import ADAPTERS, EXPERTS, block_config, entry
+from tensormoe_torch.huggingface._describe import ADAPTERS, BITS, EXPERTS, block_config, entry
 from tensormoe_torch.mixtures import ResidualExperts
 from tensormoe_torch.surgery._linears import is_linear, read_linear
 from tensormoe_torch.surgery._replace import at
@@ -72,18 +72,26 @@ def install(
 def _check_files(modules: Mapping[str, Mapping[str, Any]], files: Sequence[str]) -> None:
     """Refuse, before anything is planned or allocated, layers that the files do not hold."""
     specs = []
+    needed = wanted = 0
     for name, values in modules.items():
         with at(name):
             specs += [_spec(each) for each in _layers(values)]
-    entries = sum(each.num_parameters for each in specs)
+            for role, bits in values.get(BITS, {}).items():
+                spec = _spec(values["projections"][role])
+                # less than the two bytes that all others have
+                needed -= spec.num_parameters * (16 - bits) // 8
+                # scales beside the codes
+                wanted += len(spec.shapes)
     # every entry has two bytes or more
-    most = sum(os.path.getsize(each) for each in files) // 2
-    if entries > most:
+    entries = sum(each.num_parameters for each in specs)
+    needed += 2 * entries
+    size = sum(os.path.getsize(each) for each in files)
+    if needed > size:
         raise CheckpointError(
-            f"the layers that config.json describes have {entries:,} entries; the files of the "
-            f"model hold {most:,} at most. {_DAMAGED}"
+            f"the layers that config.json describes have {entries:,} entries, of {needed:,} bytes "
+            f"or more; the files of the model hold {size:,}. {_DAMAGED}"
         )
-    wanted = sum(len(each.shapes) for each in specs)
+    wanted += sum(len(each.shapes) for each in specs)
     found = sum(".factors." in key for each in files for key in _keys(each))
     if found != wanted:
         raise CheckpointError(
@@ -224,6 +232,8 @@ def _experts(
         role: torch.empty(count, specs[role].out_features, **options) for role in values["biases"]
     }
     layers: dict[str, Any] = {role: MuMoE.of(each, **options) for role, each in configs.items()}
+    for role, bits in values.get(BITS, {}).items():
+        layers[role].quantize(bits)
     for role, each in values.get(ADAPTERS, {}).items():
         residual = ResidualConfig.from_dict(each)
         layers[role] = ResidualExperts.of(residual, layers[role], **options)

@@ -26,6 +26,8 @@ EXPERTS = (FactorizedExperts.__name__, AdaptedExperts.__name__)
 """Kinds whose layers are in ``projections``."""
 ADAPTERS = "adapters"
 """Mixtures that are added to projections, by role."""
+BITS = "bits"
+"""8 or 4 of projections whose factors are rounded, by role."""
 _KEYS = {each.__name__: {"kind", "config"} for each in KINDS} | {
     MuMoEMLP.__name__: {"kind", "act", "config"},
     FactorizedExperts.__name__: {"kind", "act", "biases", "projections"},
@@ -64,6 +66,8 @@ def entry(name: str, values: Any) -> str:
     optional = {ADAPTERS} if kind in EXPERTS else set()
     if kind == FactorizedExperts.__name__ and values.get("merged") is True:
         optional = optional | {"merged"}
+    if kind == FactorizedExperts.__name__:
+        optional = optional | {BITS}
     if set(values) - optional != _KEYS[kind]:
         raise SpecError(
             f"a {kind} must have exactly {sorted(_KEYS[kind])}; {name!r} has "
@@ -84,6 +88,10 @@ def entry(name: str, values: Any) -> str:
         adapters = values.get(ADAPTERS, {})
         if not isinstance(adapters, Mapping) or not {*adapters} <= roles:
             raise SpecError(f"adapters must be of the projections; {name!r} has {adapters!r:.80}.")
+        bits = values.get(BITS, {})
+        known = isinstance(bits, Mapping) and {*bits} <= roles
+        if not known or not all(type(each) is int and each in (4, 8) for each in bits.values()):
+            raise SpecError(f"bits must be 4 or 8, of the projections; {name!r} has {bits!r:.80}.")
     return kind
 
 
@@ -101,6 +109,8 @@ def _values(module: nn.Module) -> dict[str, Any]:
     values: dict[str, Any] = {"kind": _kind(module)}
     if isinstance(module, ResidualExperts):
         _check_own(module.base)
+    if type(module) is not FactorizedExperts:
+        _check_floats(module)
     if isinstance(module, MuMoEMLP):
         return values | _block_values(module)
     if not isinstance(module, FactorizedExperts):
@@ -117,7 +127,30 @@ def _values(module: nn.Module) -> dict[str, Any]:
         "projections": {role: each.config.to_dict() for role, each in layers.items()},
         # which became one is in the buffer `groups`, with the weights
         **({} if getattr(module, "groups", None) is None else {"merged": True}),
+        **({BITS: bits} if (bits := _bits(layers)) else {}),
     }
+
+
+def _bits(layers: Mapping[str, Any]) -> dict[str, int]:
+    """Bits of rounded layers, by role."""
+    found = {role: getattr(each, "bits", None) for role, each in layers.items()}
+    return {role: bits for role, bits in found.items() if bits is not None}
+
+
+def _check_floats(module: nn.Module) -> None:
+    """Refuse rounded factors of other layers than experts.
+
+    Raises:
+        SpecError: the module holds some.
+    """
+    for each in module.modules():
+        bits = getattr(each, "bits", None) if isinstance(each, MuMoE | MuMoEEmbedding) else None
+        if bits is not None:
+            raise SpecError(
+                f"factors of {type(module).__name__} must be floating-point to be saved with a "
+                f"model of transformers; got some of {bits} bits. Call dequantize() first, or save "
+                "the layer by itself."
+            )
 
 
 def _check_own(base: nn.Module) -> None:

@@ -19,6 +19,7 @@ from tensormoe_torch._factors import Factors
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._mlp import MuMoEMLP
 from tensormoe_torch._parts import Boundary, Part
+from tensormoe_torch._rounded import RoundedFactors
 from tensormoe_torch._sharded import Copied, held_here, is_sharded, stored
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.mixtures import DiverseMoE, MultiGateMoE, SoftMoE, SparseMoE
@@ -247,6 +248,11 @@ def _check_hidden(features: int, devices: int) -> None:
 def cut_factors(layer: Mixture, part: Part, name: str) -> Do:
     """Cut the factors of a layer."""
     factors = layer.factors
+    if isinstance(factors, RoundedFactors):
+        raise SpecError(
+            f"factors must be floating-point to be cut over devices; got some of {factors.bits} "
+            f"bits in {name!r}. Call dequantize() first."
+        )
     if isinstance(factors, Factors):
         check_own(factors, [*layer.spec.shapes], name)
     if type(factors) is not Factors:

@@ -249,6 +249,12 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def num_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, tied ones counted once."""
+    held = (*model.parameters(), *model.buffers())
+    return sum(each.numel() * each.element_size() for each in held)
+
+
 def swap(model: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` where ``old`` was, with its mode, flags and hooks."""
     new.train(old.training)
