@@ -21,6 +21,10 @@ from tensormoe._validation import brief
 from tensormoe.backend import Array, Backend, device_of
 from tensormoe.errors import ShapeError, SpecError
 
+BITS = (8, 4)
+"""Numbers of bits that there are."""
+AUTO = "auto"
+"""Stands for the bits that lose least within a budget of bytes."""
 GROUP = 64
 """Entries with one scale; the last ones may be fewer."""
 CODES, SCALES = "codes", "scales"
@@ -46,6 +50,15 @@ def checked_bits(bits: Any) -> int | None:
             f"bits must be 16, 8, 4 or None, for entries as they are; got {brief(bits)}."
         )
     return None if bits in (None, 16) else int(bits)
+
+
+def checked_bits_or_auto(bits: Any) -> int | str | None:
+    """Bits, or ``"auto"`` where they are chosen.
+
+    Raises:
+        SpecError: neither.
+    """
+    return bits if bits == AUTO else checked_bits(bits)
 
 
 def code_shapes(shape: tuple[int, ...], bits: int) -> dict[str, tuple[int, ...]]:

@@ -46,7 +46,8 @@ def add_parser(commands: Commands) -> None:
     option(
         "--bits",
         metavar="N",
-        help="8 or 4: factors rounded to integers with scales; --budget is then a share of bytes",
+        help="8 or 4: factors rounded to integers with scales; auto, with a calibration: what "
+        "loses least in each stack; --budget is then a share of bytes",
     )
     add_switch(parser, "dense", "write rebuilt matrices under their old keys")
     option("--calibration", metavar="FILE", help="of calibrate-model: errors of outputs count")

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from tensormoe._extras import require
+from tensormoe._rounding import AUTO
 from tensormoe.choosing._words import parse_bytes, parse_parameters, parse_rank
 from tensormoe.cli._compress_show import (
     bars,
@@ -109,15 +110,15 @@ def _factorization(text: str | None, allocation: Allocation | None) -> str | tup
     return allocation.layers[0].factorizations[0].name
 
 
-def _bits(text: str) -> int:
+def _bits(text: str) -> int | str:
     """Bits of an entry.
 
     >>> _bits("8")
     8
     """
-    if text not in ("4", "8", "16"):
-        raise SpecError(f"--bits must be 8, 4 or 16; got {text!r}. Write 8.")
-    return int(text)
+    if text not in ("4", "8", "16", AUTO):
+        raise SpecError(f"--bits must be 8, 4, 16 or auto; got {text!r}. Write 8.")
+    return text if text == AUTO else int(text)
 
 
 def _budget(text: str) -> int | float:

@@ -14,7 +14,7 @@ from tensormoe._format import (
     format_time,
     plain_rank,
 )
-from tensormoe._rounding import checked_bits
+from tensormoe._rounding import checked_bits_or_auto
 from tensormoe.cli._console import make_console, make_table
 from tensormoe.compression import (
     Compression,
@@ -113,7 +113,7 @@ def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> Non
         f"{_at_most(format_bytes(plan.output_bytes), settings)}",
         soft_wrap=True,
     )
-    if checked_bits(settings.bits) is not None:
+    if checked_bits_or_auto(settings.bits) is not None:
         console.print(
             f"{settings.bits} bits: {format_bytes(plan.dense_bytes)} → "
             f"{_at_most(format_bytes(plan.factor_bytes), settings)} "
@@ -175,7 +175,7 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
         f"({result.parameters / result.dense_parameters:.1%}), {_factors(settings)}",
         soft_wrap=True,
     )
-    if checked_bits(settings.bits) is not None:
+    if checked_bits_or_auto(settings.bits) is not None:
         console.print(
             f"{settings.bits} bits: {format_bytes(result.dense_bytes)} → "
             f"{format_bytes(result.nbytes)} ({result.nbytes / result.dense_bytes:.1%}), "
@@ -323,7 +323,7 @@ def _wish(settings: Compression) -> str:
     if settings.tolerance is not None:
         return f"errors up to {settings.tolerance:g}"
     if isinstance(settings.budget, float):
-        unit = "parameters" if checked_bits(settings.bits) is None else "bytes"
+        unit = "parameters" if checked_bits_or_auto(settings.bits) is None else "bytes"
         return f"{100 * settings.budget:.3g}% of the experts' {unit}"
     if settings.budget is not None:
         return f"{format_parameters(settings.budget)} parameters"

@@ -30,13 +30,20 @@ def fitting(
     kind: Names, sizes: Sizes, entries: int, bits: int, itemsize: int, bias: bool = False
 ) -> int:
     """:func:`entries_for` of the bytes that so many entries take in groups that are full."""
-    size = entries * (bits * GROUP + 8 * itemsize) // (8 * GROUP)
+    size = full_bytes(entries, bits, itemsize)
     return entries_for(kind, sizes, size, bits, itemsize, bias)
+
+
+def full_bytes(entries: int, bits: int | None, itemsize: int) -> int:
+    """Bytes of so many entries in groups that are full, scales included."""
+    if bits is None:
+        return entries * itemsize
+    return entries * (bits * GROUP + 8 * itemsize) // (8 * GROUP)
 
 
 @lru_cache(maxsize=256)
 def entries_for(
-    kind: Names, sizes: Sizes, size: int, bits: int, itemsize: int, bias: bool = False
+    kind: Names, sizes: Sizes, size: int, bits: int | None, itemsize: int, bias: bool = False
 ) -> int:
     """A number of entries with which every factorization that may be the best one fits in bytes.
 
@@ -44,7 +51,7 @@ def entries_for(
         kind: the factorization, or those to choose from.
         sizes: in, out, and the experts.
         size: how many bytes.
-        bits: 8 or 4.
+        bits: 8 or 4; None for entries of the dtype.
         itemsize: bytes of an entry of the dtype.
         bias: whether the layer has biases.
 
@@ -79,7 +86,7 @@ def _specs(
     sizes: Sizes,
     count: int,
     size: int,
-    bits: int,
+    bits: int | None,
     itemsize: int,
     bias: bool,
 ) -> list[LayerSpec]:
@@ -94,7 +101,7 @@ def _specs(
     needed = layer_bytes(spec, bits, itemsize)
     if needed > size or spec.num_parameters > count:
         raise BudgetError(
-            f"{spec.factorization.name} of {bits} bits takes {needed:,} bytes; the budget leaves "
-            f"{size:,}. Raise it, or take fewer bits."
+            f"{spec.factorization.name} of {bits or 8 * itemsize} bits takes {needed:,} bytes; "
+            f"the budget leaves {size:,}. Raise it, or take fewer bits."
         )
     return [spec]

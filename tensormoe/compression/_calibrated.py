@@ -41,6 +41,14 @@ class CalibratedGroup:
         """Tokens times the experts that each went to."""
         return self.calibration.rows(self.layer)
 
+    def check(self, stack: NDArray[Any]) -> None:
+        """Refuse experts (experts, in, out) that are not the calibrated ones.
+
+        Raises:
+            CheckpointError: they are not.
+        """
+        self.calibration.check_values(self.layer, self.role, stack[:, 0, :VALUES])
+
     def moments(self, stack: NDArray[Any]) -> Moments | None:
         """Moments that the decomposition is weighted by.
 
@@ -50,7 +58,7 @@ class CalibratedGroup:
         Raises:
             CheckpointError: they are not.
         """
-        self.calibration.check_values(self.layer, self.role, stack[:, 0, :VALUES])
+        self.check(stack)
         chosen = self.settings.weighting, self.settings.expert_weights
         return self.calibration.moments(self.layer, self.role, *chosen)
 

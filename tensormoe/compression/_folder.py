@@ -86,7 +86,7 @@ def whole_model(
     model: Model,
     configs: Iterable[tuple[Group, Mapping[str, Any]]],
     kept: Collection[str],
-    bits: int | None = None,
+    bits: Mapping[str, int | None] | None = None,
 ) -> Whole:
     """The configuration of a compressed model, or why it can have none.
 
@@ -94,14 +94,18 @@ def whole_model(
         model: as it was.
         configs: of the layer of each group, as checkpoints store them.
         kept: keys of all tensors that are not in factors.
-        bits: 8 or 4 of the factors' entries; None for entries of their dtype.
+        bits: 8 or 4 of the entries of each group, by its name; None for entries of their dtype.
     """
     modules: dict[str, dict[str, Mapping[str, Any]]] = {}
+    rounded: dict[str, dict[str, int]] = {}
     for group, config in configs:
         place = place_of(group)
         if place is None:
             return Whole(None, f"the name {group.name!r} does not tell which projection it is")
         modules.setdefault(place.module, {})[place.role] = config
+        few = (bits or {}).get(group.name)
+        if few is not None:
+            rounded.setdefault(place.module, {})[place.role] = few
     entries: dict[str, dict[str, Any]] = {}
     for module, layers in modules.items():
         left = {key.removeprefix(f"{module}.") for key in kept if key.startswith(f"{module}.")}
@@ -119,7 +123,7 @@ def whole_model(
             "act": None,
             "biases": biases,
             "projections": layers,
-            **({} if bits is None else {"bits": dict.fromkeys(layers, bits)}),
+            **({"bits": rounded[module]} if module in rounded else {}),
         }
     try:
         config = read_config(model)

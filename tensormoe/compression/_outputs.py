@@ -7,7 +7,6 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from tensormoe._rounding import checked_bits
 from tensormoe.checkpoint import peek_checkpoint
 from tensormoe.checkpoint._files import write_whole
 from tensormoe.compression._config_file import CONFIG
@@ -148,7 +147,7 @@ def _describe(plan: CompressionPlan, plain: Plain, work: Work, files: Mapping[st
         for each, header in zip(plan.groups, headers.values(), strict=True)
     ]
     kept = [key for key in plan.plain if key not in plan.expert_keys]
-    bits = checked_bits(plan.settings.bits)
+    bits = {each.group.name: work.done[each.group.name]["bits"] for each in plan.groups}
     whole = whole_model(model, configs, kept, bits)
     added = {} if whole.config is None else headers
     index = model.index or f"model{INDEX_SUFFIX}"
@@ -158,9 +157,13 @@ def _describe(plan: CompressionPlan, plain: Plain, work: Work, files: Mapping[st
     before = plan.dense_entries
     after = sum(work.done[each.group.name]["parameters"] for each in plan.groups)
     names = {work.done[each.group.name]["factorization"]: None for each in plan.groups}
+    rounded = sorted({each for each in bits.values() if each is not None})
+    few = f", in part rounded to {' and '.join(map(str, rounded))} bits" if rounded else ""
+    if len(rounded) == 1 and None not in bits.values():
+        few = f", rounded to {rounded[0]} bits"
     summary = (
         f"Its experts are stored as factors ({', '.join(names)}): {after:,} parameters in place of "
-        f"{before:,}{'' if bits is None else f', rounded to {bits} bits'}."
+        f"{before:,}{few}."
     )
     write_whole(work.path(README), (readme(model, whole, summary).encode(),))
 

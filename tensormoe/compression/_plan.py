@@ -9,19 +9,19 @@ from functools import lru_cache
 from heapq import heapreplace
 from math import prod
 
-from tensormoe._rounding import checked_bits
+from tensormoe._rounding import AUTO, BITS, checked_bits
 from tensormoe._spec import LayerSpec
 from tensormoe._validation import positive_int
 from tensormoe.checkpoint._safetensors import ArrayInfo, Placed
 from tensormoe.compression._allocated import allocated_kinds
-from tensormoe.compression._bits import Names, entries_for, layer_bytes
+from tensormoe.compression._bits import Names, entries_for, full_bytes, layer_bytes
 from tensormoe.compression._calibrated import calibrated_group, check_calibration
 from tensormoe.compression._effort import memory_needed, moments_needed, seconds_needed
 from tensormoe.compression._groups import Group, find_groups
 from tensormoe.compression._quantized import Quantized, plain_tensors
 from tensormoe.compression._settings import Compression
 from tensormoe.compression._shards import Model, open_model
-from tensormoe.compression._sharing import MOST
+from tensormoe.compression._sharing import MOST, Form
 from tensormoe.compression._values import working_dtype
 from tensormoe.decomposition._choose import Sizes, candidates
 from tensormoe.decomposition._runs import LARGE, tried
@@ -44,6 +44,8 @@ class GroupPlan:
         seconds: that its decomposition takes, about.
         rows: of the calibration that its outputs are weighted by; None without one.
         bits: 8 or 4 of the factors' entries; None for entries of the group's dtype.
+        form: that was chosen for it when the work began; None where none was to choose.
+        limit: bytes of its share where forms are chosen, or shares are found, when work begins.
     """
 
     group: Group
@@ -53,10 +55,14 @@ class GroupPlan:
     seconds: float
     rows: int | None = None
     bits: int | None = None
+    form: Form | None = None
+    limit: int | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the factors as they are stored, at most."""
+        if self.limit is not None:
+            return self.limit
         itemsize = self.group.itemsize
         return max(layer_bytes(spec, self.bits, itemsize) for spec in self.specs)
 
@@ -157,7 +163,10 @@ class CompressionPlan:
 
 
 def settings_of(plan: CompressionPlan, each: GroupPlan) -> Compression:
-    """The settings of one group: its own rank, where an allocation has one for each."""
+    """The settings of one group: its own rank or form, where each has one."""
+    if each.form is not None:
+        chosen = replace(plan.settings, bits=each.form.bits, share="equal")
+        return replace(chosen, factorization=Dense.name, budget=None) if each.form.whole else chosen
     if plan.settings.allocation is None:
         return plan.settings
     rank = each.specs[0].factorization.rank
@@ -216,7 +225,7 @@ def _shares(groups: Sequence[Group], settings: Compression) -> list[int | None]:
     if budget is None:
         return [None] * len(groups)
     if isinstance(budget, float):
-        bits = checked_bits(settings.bits)
+        bits = planned_bits(settings)
         if bits is not None:
             return [_entries(group, settings, int(budget * group.nbytes), bits) for group in groups]
         return [int(budget * group.entries) for group in groups]
@@ -231,7 +240,7 @@ def _entries(group: Group, settings: Compression, size: int, bits: int) -> int:
         BudgetError: none do.
     """
     try:
-        names: Names = settings.factorization  # type: ignore[assignment]
+        names: Names = settings.factorization
         return entries_for(names, group.sizes, size, bits, group.itemsize)
     except TensormoeError as error:
         raise located(error, repr(group.name)) from None
@@ -275,7 +284,12 @@ def _planned(
         memory += moments_needed(specs[0])
     seconds = seconds_needed(specs, itemsize, compare, roofline)
     rows = None if calibrated is None else calibrated.rows
-    return GroupPlan(group, specs, share, memory, seconds, rows, bits)
+    limit = None
+    if settings.share != "equal" or settings.bits == AUTO:
+        whole = settings.budget
+        limit = full_bytes(share or 0, bits, group.itemsize)
+        limit = int(whole * group.nbytes) if isinstance(whole, float) else limit
+    return GroupPlan(group, specs, share, memory, seconds, rows, bits, limit=limit)
 
 
 def compares(settings: Compression) -> bool:
@@ -297,7 +311,12 @@ def _checked_bits(group: Group, settings: Compression) -> int | None:
             f"{group.name!r}: 16 bits are of models in bfloat16 or float16; got {group.dtype}. "
             "Convert the model first, or take 8 bits."
         )
-    return checked_bits(settings.bits)
+    return planned_bits(settings)
+
+
+def planned_bits(settings: Compression) -> int | None:
+    """Bits that a plan counts with: where they are chosen, those that leave the most entries."""
+    return min(BITS) if settings.bits == AUTO else checked_bits(settings.bits)
 
 
 @lru_cache(maxsize=256)

@@ -6,27 +6,31 @@ import os
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tensormoe import __version__
-from tensormoe._rounding import checked_bits
-from tensormoe.compression._bits import Names, fitting
+from tensormoe._rounding import AUTO, checked_bits
+from tensormoe.compression._bits import Names, entries_for
 from tensormoe.compression._calibrated import calibrated_group, calibration_identity
 from tensormoe.compression._cluster import check_cluster, on_cluster
 from tensormoe.compression._limits import check_apart, check_disk, check_memory
 from tensormoe.compression._measure import GroupReport
 from tensormoe.compression._outputs import EXPERTS, factor_files, write_model
-from tensormoe.compression._plan import CompressionPlan, plan_compression, settings_of
+from tensormoe.compression._plan import CompressionPlan, GroupPlan, plan_compression, settings_of
 from tensormoe.compression._predicted import summed
 from tensormoe.compression._progress import CompressionCallback, Teller
 from tensormoe.compression._resume import Work, open_work
 from tensormoe.compression._settings import Compression
-from tensormoe.compression._sharing import loss_curve, shared
+from tensormoe.compression._sharing import FORMS, Form, loss_curve, shared
 from tensormoe.compression._stack import compress_stack
 from tensormoe.compression._values import read_stack
+from tensormoe.errors import TensormoeError, located
 
 if TYPE_CHECKING:
     from distributed import Client
+
+Parts = Mapping[str, Mapping[str, Any]]
+"""Bytes, bits and form by the name of a group."""
 
 # in the journal beside the groups, none of which can have this name
 _SHARES = "*shares*"
@@ -171,9 +175,8 @@ def _made(
         for each in plan.groups
         if each.group.name not in work.done or not os.path.isfile(paths[each.group.name])
     ]
-    if plan.settings.share != "equal":
-        entries = _shares(plan, work, tell)
-        left = [replace(each, budget=entries[each.group.name]) for each in left]
+    if plan.settings.share != "equal" or plan.settings.bits == AUTO:
+        left = _shared(plan, left, _parts(plan, work, tell))
     total = plan.dense_entries
     done = total - sum(each.group.entries for each in left)
     if client is not None and left:
@@ -197,37 +200,53 @@ def _made(
     return tuple(GroupReport.from_dict(work.done[each.group.name]) for each in plan.groups)
 
 
-def _shares(plan: CompressionPlan, work: Work, tell: Teller) -> Mapping[str, int]:
-    """Entries for each group, by what the model loses; kept for when the command goes on."""
+def _shared(plan: CompressionPlan, left: list[GroupPlan], parts: Parts) -> list[GroupPlan]:
+    """Groups with what each gets.
+
+    Raises:
+        BudgetError: a group gets too little for its factorization.
+    """
+    found = []
+    for each in left:
+        group, part = each.group, parts[each.group.name]
+        form, entries = Form(part["bits"], part["whole"]), None
+        if not form.whole:
+            names: Names = plan.settings.factorization
+            given = group.sizes, part["bytes"], form.bits, group.itemsize
+            try:
+                entries = entries_for(names, *given)
+            except TensormoeError as error:
+                raise located(error, repr(group.name)) from None
+        found.append(replace(each, budget=entries, bits=form.bits, form=form))
+    return found
+
+
+def _parts(plan: CompressionPlan, work: Work, tell: Teller) -> Parts:
+    """Bytes and form of each group, by what the model loses; kept for when the command goes on."""
     if _SHARES not in work.done:
-        curves = {}
+        settings = plan.settings
+        forms = FORMS if settings.bits == AUTO else (Form(checked_bits(settings.bits)),)
+        curves, sizes, limit = {}, {}, 0
         total, done = plan.dense_entries, 0
         for each in plan.groups:
-            tell(EXPERTS, f"weighing {each.group.label}", done, total)
-            found = calibrated_group(each.group, plan.settings)
+            group = each.group
+            tell(EXPERTS, f"weighing {group.label}", done, total)
+            found = calibrated_group(group, settings)
             assert found is not None
-            stack = read_stack(plan.model, each.group)
-            found.moments(stack)
-            curves[each.group.name] = loss_curve(stack, found.calibration, found.layer, found.role)
-            done += each.group.entries
-        limit = sum(each.budget or 0 for each in plan.groups)
-        sizes = {each.group.name: each.group.entries for each in plan.groups}
-        work.record(_SHARES, _in_bytes(plan, shared(curves, sizes, limit)))
+            stack = read_stack(plan.model, group)
+            found.check(stack)
+            place = found.calibration, found.layer, found.role
+            curves[group.name] = loss_curve(stack, *place, forms=forms, itemsize=group.itemsize)
+            sizes[group.name] = group.nbytes
+            done += group.entries
+            limit += each.nbytes
+        parts = shared(curves, sizes, limit, alike=settings.share == "equal")
+        plain = {
+            name: {"bytes": part.nbytes, "bits": part.form.bits, "whole": part.form.whole}
+            for name, part in parts.items()
+        }
+        work.record(_SHARES, plain)
     return work.done[_SHARES]
-
-
-def _in_bytes(plan: CompressionPlan, entries: Mapping[str, int]) -> Mapping[str, int]:
-    """Entries of each group, fewer where factors of few bits would take more bytes for them."""
-    settings = plan.settings
-    bits = checked_bits(settings.bits)
-    if bits is None or not isinstance(settings.budget, float):
-        return entries
-    names: Names = settings.factorization  # type: ignore[assignment]
-    groups = (each.group for each in plan.groups)
-    return {
-        each.name: fitting(names, each.sizes, entries[each.name], bits, each.itemsize)
-        for each in groups
-    }
 
 
 def _resumed(plan: CompressionPlan, work: Work) -> str:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from tensormoe._format import plain_rank
-from tensormoe._rounding import checked_bits
+from tensormoe._rounding import AUTO as AUTO_BITS
+from tensormoe._rounding import checked_bits_or_auto
 from tensormoe._validation import (
     brief,
     choice,
@@ -67,7 +68,8 @@ class Compression:
         bits: 8 or 4 to round the factors to the nearest integers of so many bits, with a scale for
             every 64 entries; 16 or None for entries as they are. A budget that is a share is then
             one of the experts' bytes, and ``"dense"``, which rounds the experts themselves, needs
-            none.
+            none. With a calibration ``"auto"``: each group is stored as it loses least within its
+            bytes, in 16, 8 or 4 bits, and factors or the experts themselves.
 
     Raises:
         SpecError: an unknown name, an invalid pattern, a seed, tolerance or limit that cannot
@@ -97,7 +99,7 @@ class Compression:
     weighting: str = "inputs"
     expert_weights: str = "equal"
     share: str = "equal"
-    bits: int | None = None
+    bits: int | str | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -172,6 +174,13 @@ class Compression:
         choice(self.weighting, WEIGHTINGS, "weighting", SpecError)
         choice(self.expert_weights, EXPERT_WEIGHTS, "expert_weights", SpecError)
         choice(self.share, SHARES, "share", SpecError)
+        if self.bits == AUTO_BITS and (
+            self.calibration is None or not isinstance(self.budget, float)
+        ):
+            raise SpecError(
+                "bits='auto' needs a calibration, and a budget that is a share, such as 0.25. Give "
+                "both."
+            )
         if self.share != "equal" and (self.calibration is None or self.budget is None):
             raise SpecError(
                 "a budget is shared out by sensitivity with a calibration; got no "
@@ -225,7 +234,7 @@ def _check_promise(settings: Compression) -> None:
     Raises:
         SpecError: there are such.
     """
-    if checked_bits(settings.bits) is not None and settings.tolerance is not None:
+    if checked_bits_or_auto(settings.bits) is not None and settings.tolerance is not None:
         raise SpecError(
             f"a tolerance can't be promised with {settings.bits} bits, whose rounding adds an "
             "error of its own. Give a rank or a budget."

@@ -1,16 +1,21 @@
 """Shares of one budget for the projections of all layers, by what a model loses.
 
 Of every projection the singular values of its experts, weighted by second moments, say what the
-closest product of every rank loses: a curve of loss against entries without any search. Entries go
-where they lower the sum most (Shoham & Gersho 1988). Factors of other networks lose something else,
+closest product of every rank loses: a curve of loss against bytes without any search. Bytes go
+where they lower the sum most (Shoham & Gersho 1988). Of entries in few bits, what rounding loses
+comes on top. Factors of other networks lose something else,
 but mostly need more where products do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from tensormoe._rounding import round_to_nearest, rounded_values, stored_bytes
+from tensormoe.backend import get_backend
+from tensormoe.compression._predicted import lost
 from tensormoe.selection._allocate_solve import Point, along_curves
 
 if TYPE_CHECKING:
@@ -25,10 +30,51 @@ LEAST, MOST = 0.25, 3.0
 """Of an equal share, that a projection gets at least and at most."""
 
 
+@dataclass(frozen=True)
+class Form:
+    """How a projection is stored.
+
+    Args:
+        bits: 8 or 4 of each entry; None for entries of the dtype.
+        whole: whether the experts themselves are rounded, and not factors.
+    """
+
+    bits: int | None = None
+    whole: bool = False
+
+
+PLAIN = (Form(),)
+"""Factors of the dtype."""
+FORMS = (Form(), Form(8), Form(4), Form(8, whole=True), Form(4, whole=True))
+"""All forms that there are."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one projection gets of a budget.
+
+    Args:
+        form: how it is stored.
+        nbytes: that it may take.
+    """
+
+    form: Form
+    nbytes: int
+
+
 def loss_curve(
-    stack: NDArray[Any], calibration: Calibration, layer: str, role: str, bias: bool = False
+    stack: NDArray[Any],
+    calibration: Calibration,
+    layer: str,
+    role: str,
+    bias: bool = False,
+    *,
+    forms: Sequence[Form] = PLAIN,
+    itemsize: int = 4,
 ) -> tuple[Point, ...]:
-    """Loss of the closest product of every rank for each expert, against its entries.
+    """Loss of the closest product of every rank for each expert, against its bytes.
+
+    Rounding adds what it takes from the experts themselves, and twice that from two factors.
 
     Args:
         stack: the experts (N, in, out), with one more row each where there are biases.
@@ -37,18 +83,44 @@ def loss_curve(
         layer: one of its layers.
         role: of the projection.
         bias: whether the matrices have a row of biases.
+        forms: that factors may be stored in; each is the label of its points.
+        itemsize: bytes of an entry that is not rounded.
 
     Raises:
         CheckpointError: no such layer or projection.
     """
+    experts, rows, columns = stack.shape
+    losses = _tails(stack, calibration, layer, role, bias)
+    noise = {
+        bits: 0.0 if bits is None else _noise(stack, calibration, layer, role, bias, bits)
+        for bits in dict.fromkeys(form.bits for form in forms)
+    }
+    points = []
+    for form in forms:
+        lost = noise[form.bits]
+        if form.whole:
+            size = stored_bytes(stack.shape, form.bits, itemsize)
+            points.append(Point(size, lost, form))
+            continue
+        for rank, loss in enumerate(losses):
+            size = sum(
+                stored_bytes((side, experts, rank), form.bits, itemsize) for side in (rows, columns)
+            )
+            points.append(Point(size, loss + (2.0 * lost if rank else 0.0), form))
+    return tuple(points)
+
+
+def _tails(
+    stack: NDArray[Any], calibration: Calibration, layer: str, role: str, bias: bool
+) -> list[float]:
+    """What is lost by products of every rank from none on."""
     import numpy as np
 
-    experts, rows, columns = stack.shape
-    side = min(rows, columns)
+    _, rows, columns = stack.shape
     per_token = calibration.arrays[f"{layer}.counts"] / calibration.tokens[layer]
     metric = calibration.gradients(layer, role)
     writing = None if metric is None else _root(metric)
-    tails = np.zeros(side + 1)
+    tails = np.zeros(min(rows, columns) + 1)
     for matrix, own, share in zip(
         stack, calibration.inputs_of_experts(layer, role, bias), per_token.tolist(), strict=True
     ):
@@ -60,43 +132,74 @@ def loss_curve(
         squares = np.maximum(np.linalg.eigvalsh(gram), 0.0) * share
         # from the largest rank to none: nothing is missing, then the smallest values
         tails[1:] += np.cumsum(squares)
-    losses = tails[::-1] * (0.5 if metric is not None else 1.0 / (tails[-1] or 1.0))
-    cost = experts * (rows + columns)
-    return tuple(Point(rank * cost, float(loss)) for rank, loss in enumerate(losses))
+    scale = 0.5 if metric is not None else 1.0 / (tails[-1] or 1.0)
+    return [float(each) for each in tails[::-1] * scale]
+
+
+def _noise(
+    stack: NDArray[Any], calibration: Calibration, layer: str, role: str, bias: bool, bits: int
+) -> float:
+    """What is lost by rounding the experts themselves."""
+    backend = get_backend("numpy")
+    codes, scales = round_to_nearest(stack.astype("float32"), bits, backend)
+    values = rounded_values(codes, scales, stack.shape, bits, backend)
+    pairs = ((matrix, matrix - near) for matrix, near in zip(stack, values, strict=True))
+    found = lost(calibration, layer, role, pairs, bias)
+    return found.output_error**2 if found.predicted_loss is None else found.predicted_loss
 
 
 def shared(
-    curves: Mapping[str, Sequence[Point]], sizes: Mapping[str, int], limit: int
-) -> dict[str, int]:
-    """Entries for each projection, together at most a limit, with the smallest sum of losses.
+    curves: Mapping[str, Sequence[Point]],
+    sizes: Mapping[str, int],
+    limit: int,
+    *,
+    alike: bool = False,
+) -> dict[str, Part]:
+    """Bytes and a form for each projection, together at most a limit, with the least loss.
 
     None gets less than :data:`LEAST` or more than :data:`MOST` of the share that its size gives it,
     as a curve says nothing of other networks far from there.
 
     Args:
-        curves: of each, from no entries on.
-        sizes: entries of its experts.
-        limit: of entries for all together.
+        curves: of each, from no bytes on, in every form.
+        sizes: bytes of its experts.
+        limit: of bytes for all together.
+        alike: whether each gets the same share of its size, and the best form within that.
 
-    >>> steep, flat = [Point(0, 9.0), Point(40, 0.0)], [Point(0, 1.0), Point(40, 0.0)]
-    >>> shared({"a": steep, "b": flat}, {"a": 40, "b": 40}, 40)
+    >>> steep, flat = [Point(0, 9.0, 1), Point(40, 0.0, 1)], [Point(0, 1.0, 1), Point(40, 0.0, 1)]
+    >>> parts = shared({"a": steep, "b": flat}, {"a": 40, "b": 40}, 40)
+    >>> {name: part.nbytes for name, part in parts.items()}
     {'a': 35, 'b': 5}
     """
-    whole = sum(sizes.values())
-    bounded = []
+    whole, bounded = sum(sizes.values()), []
     for name, points in curves.items():
         equal = limit * sizes[name] / whole
-        bounded.append(_between(points, LEAST * equal, min(MOST * equal, sizes[name] - 1)))
+        if alike:
+            least = most = equal
+        else:
+            least, most = LEAST * equal, min(MOST * equal, sizes[name] - 1)
+        by_form: dict[Any, list[Point]] = {}
+        for point in points:
+            by_form.setdefault(point.label, []).append(point)
+        ends = [part for each in by_form.values() for part in _between(each, least, most)]
+        bounded.append([min(ends, key=lambda each: each.loss)] if alike else ends)
     found = along_curves(bounded, limit)
-    return {name: int(point.cost) for name, point in zip(curves, found, strict=True)}
+    return {
+        name: Part(point.label, int(point.cost))  # type: ignore[arg-type]
+        for name, point in zip(curves, found, strict=True)
+    }
 
 
 def _between(points: Sequence[Point], least: float, most: float) -> list[Point]:
-    """The part of a curve between two costs, with points on its ends."""
+    """The part of a curve of one form between two costs, with points on its ends."""
     import numpy as np
 
+    label = points[0].label
+    if len(points) == 1:
+        # it is there, or it is not
+        return [replace(points[0], cost=max(points[0].cost, least))] * (points[0].cost <= most)
     costs, losses = [each.cost for each in points], [each.loss for each in points]
-    ends = [Point(each, float(np.interp(each, costs, losses))) for each in (least, most)]
+    ends = [Point(each, float(np.interp(each, costs, losses)), label) for each in (least, most)]
     inside = [each for each in points if least < each.cost < most]
     return [ends[0], *inside, ends[1]]
 

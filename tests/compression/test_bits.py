@@ -259,7 +259,7 @@ def test_the_command_says_bytes(
     assert "rounded to 8 bits" in (tmp_path / "out" / "README.md").read_text()
     for text in ("5", "eight", ""):
         assert main([*words[:-1], text]) == 2
-        assert "--bits must be 8, 4 or 16" in capsys.readouterr().err
+        assert "--bits must be 8, 4, 16 or auto" in capsys.readouterr().err
     dense = ["compress", str(model), "--experts", PATTERN[0], "--factorization", "dense"]
     assert main([*dense, "--bits", "4", "--dry-run"]) == 0
     assert "dense, in 4 bits" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from tensormoe.compression import (
     plan_compression,
     predicted_loss,
 )
-from tensormoe.compression._sharing import LEAST, MOST, loss_curve, shared
+from tensormoe.compression._sharing import LEAST, MOST, Form, loss_curve, shared
 from tensormoe.decomposition import decompose
 from tensormoe.errors import CheckpointError, SpecError
 from tensormoe.selection._allocate_solve import Point
@@ -73,7 +73,7 @@ def test_a_curve_is_what_products_of_every_rank_lose(folder: Path, kind: str) ->
     for key, role in (("w1", "gate_proj"), ("w2", "down_proj")):
         name = f"model.layers.1.block_sparse_moe.experts.*.{key}.weight"
         stack = np.stack(stacks(folder)[name]).astype("float64")
-        curve = loss_curve(stack, calibration, layer, role)
+        curve = loss_curve(stack, calibration, layer, role, itemsize=8)
         cost = len(stack) * sum(stack.shape[1:])
         for rank in (2, 5):
             moments = calibration.moments(layer, role, weighting)
@@ -83,22 +83,40 @@ def test_a_curve_is_what_products_of_every_rank_lose(folder: Path, kind: str) ->
             loss = predicted_loss(calibration, layer, role, pairs)
             if loss is None:
                 loss = calibration.output_error(layer, role, pairs) ** 2
-            assert curve[rank].cost == rank * cost
+            assert curve[rank].cost == 8 * rank * cost
             # what is fitted has a ridge, and experts of few rows have others' inputs too
             assert curve[rank].loss <= loss * 1.0001
             assert curve[rank].loss == pytest.approx(loss, rel=0.25)
 
 
-def test_entries_go_where_they_help_most() -> None:
-    steep = [Point(k, 10.0 * 0.5**k) for k in range(21)]
-    flat = [Point(k, 1.0 * 0.9**k) for k in range(21)]
+def test_bytes_go_where_they_help_most() -> None:
+    steep = [Point(k, 10.0 * 0.5**k, Form()) for k in range(21)]
+    flat = [Point(k, 1.0 * 0.9**k, Form()) for k in range(21)]
     found = shared({"steep": steep, "flat": flat}, {"steep": 20, "flat": 20}, 20)
-    assert sum(found.values()) <= 20
-    assert found["steep"] != found["flat"]
-    for entries in found.values():
-        assert LEAST * 10 <= entries <= MOST * 10
+    sizes = {name: part.nbytes for name, part in found.items()}
+    assert sum(sizes.values()) <= 20
+    assert sizes["steep"] != sizes["flat"]
+    for size in sizes.values():
+        assert LEAST * 10 <= size <= MOST * 10
     alike = shared({"a": steep, "b": steep}, {"a": 20, "b": 20}, 20)
-    assert abs(alike["a"] - alike["b"]) <= 1
+    assert abs(alike["a"].nbytes - alike["b"].nbytes) <= 1
+
+
+def test_each_gets_the_form_that_loses_least() -> None:
+    factors = [Point(k, 10.0 * 0.8**k, Form(8)) for k in range(21)]
+    rounded = [Point(9, 0.1, Form(4, whole=True))]
+    sizes = {"a": 40, "b": 40}
+    # within ten bytes each, the experts themselves fit
+    found = shared({"a": [*factors, *rounded], "b": factors}, sizes, 20, alike=True)
+    assert {name: part.form for name, part in found.items()} == {
+        "a": Form(4, whole=True),
+        "b": Form(8),
+    }
+    assert [part.nbytes for part in found.values()] == [10, 10]
+    # within eight they do not, unless the other one gets fewer
+    curves = {"a": [*factors, *rounded], "b": [Point(k, 0.01, Form(8)) for k in range(21)]}
+    assert shared(curves, sizes, 16, alike=True)["a"].form == Form(8)
+    assert shared(curves, sizes, 16)["a"].form == Form(4, whole=True)
 
 
 def test_every_stack_gets_the_factors_that_lose_least(folder: Path, tmp_path: Path) -> None:
@@ -242,3 +260,69 @@ def test_in_place_choices_that_cannot_be(folder: Path) -> None:
         wanted: Any = options
         with pytest.raises(SpecError, match=message):
             compress(model, kind, **wanted)
+
+
+@pytest.mark.parametrize("share", ["equal", "sensitivity"])
+@pytest.mark.parametrize("budget", [0.3, 0.55])
+def test_bits_are_chosen_stack_by_stack(
+    folder: Path, tmp_path: Path, share: str, budget: float
+) -> None:
+    import tensormoe_torch.huggingface  # noqa: F401
+
+    wanted = settings(folder, bits="auto", share=share, budget=budget, factorization="low_rank")
+    plan = plan_compression(folder / "model", wanted)
+    result = compress_checkpoint(folder / "model", tmp_path / "out", wanted)
+    assert result.nbytes <= budget * result.dense_bytes
+    assert result.nbytes <= plan.factor_bytes * 1.01
+    assert result.predicted_loss is not None
+    for bits in (None, 8, 4):
+        one = replace(wanted, bits=bits, share="equal")
+        alone = compress_checkpoint(folder / "model", tmp_path / str(bits), one)
+        assert alone.predicted_loss is not None
+        assert result.predicted_loss <= 1.05 * alone.predicted_loss, bits
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for report in result.groups:
+        layer = model.model.layers[int(report.name.split(".")[2])].mlp.experts
+        role = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}[report.name.split(".")[-2]]
+        found = layer.projections[role]
+        assert found.bits == report.bits
+        assert found.spec.factorization.name == report.factorization
+        assert found.spec.factorization.rank == report.rank
+
+
+def test_rounded_experts_may_be_what_is_chosen(folder: Path, tmp_path: Path) -> None:
+    wanted = settings(folder, bits="auto", budget=0.6, factorization="low_rank")
+    result = compress_checkpoint(folder / "model", tmp_path / "out", wanted)
+    # float32 on disk: 8 bits of the experts themselves take a quarter and lose next to nothing
+    assert {(each.factorization, each.bits) for each in result.groups} == {("dense", 8)}
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "rounded to 8 bits" in text
+
+
+def test_bits_are_chosen_in_place(folder: Path) -> None:
+    import copy
+
+    from tensormoe_torch import compress
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    calibration = Calibration.load(folder / "fisher.safetensors")
+    options: Any = {"budget": 0.12, "calibration": calibration}
+    mine = copy.deepcopy(model)
+    report = compress(mine, "low_rank", bits="auto", share="sensitivity", **options)
+    before, after = 0, 0
+    for module in report.modules:
+        for each in module.projections:
+            before, after = before + each.nbytes[0], after + each.nbytes[1]
+            layer = mine.get_submodule(module.name).projections[each.role]
+            assert layer.bits == each.bits
+    assert after <= 0.12 * before
+    alone = compress(copy.deepcopy(model), "low_rank", bits=8, **options)
+    assert report.predicted_loss is not None
+    assert alone.predicted_loss is not None
+    assert report.predicted_loss <= 1.05 * alone.predicted_loss
+
+
+def test_bits_cannot_be_chosen_blindly(folder: Path) -> None:
+    for changes in ({"calibration": None}, {"budget": 1000}, {"budget": None, "rank": 2}):
+        with pytest.raises(SpecError, match="needs a calibration, and a budget that is a share"):
+            settings(folder, bits="auto", factorization="low_rank", **changes)

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from tensormoe import LayerSpec
-from tensormoe._rounding import checked_bits
+from tensormoe._rounding import checked_bits, checked_bits_or_auto
 from tensormoe._validation import flag, instance
 from tensormoe.compression import Calibration
-from tensormoe.compression._bits import entries_for, layer_bytes
+from tensormoe.compression._bits import layer_bytes
 from tensormoe.compression._predicted import badness, lost
 from tensormoe.decomposition import Decomposition, Progress, Search, decompose
 from tensormoe.decomposition._several import Choice
 from tensormoe.errors import RankError, SpecError
-from tensormoe.factorizations import Factorization, resolve_factorization
+from tensormoe.factorizations import resolve_factorization
 from tensormoe.selection import Allocation, Budget
 from tensormoe_torch._hub import mark
 from tensormoe_torch._layer import MuMoE
@@ -44,7 +44,7 @@ from tensormoe_torch.compression._samples import (
     output_error,
     standing_in,
 )
-from tensormoe_torch.compression._share import budgets, check_choice, check_share, named
+from tensormoe_torch.compression._share import check_choice, check_share, given_parts
 from tensormoe_torch.surgery._allocated import allocated_modules, check_alone, layer_of
 from tensormoe_torch.surgery._replace import at, num_bytes, num_parameters
 from tensormoe_torch.surgery._select import Select
@@ -69,7 +69,7 @@ def compress(
     search: Search | None = None,
     callback: Callable[[Progress], bool | None] | None = None,
     seed: int = 0,
-    bits: int | None = None,
+    bits: int | str | None = None,
 ) -> CompressionReport:
     """Replace the experts of a sparse model by factors of them, in place; its router stays.
 
@@ -126,7 +126,9 @@ def compress(
         bits: 8 or 4 to keep the factors as integers of so many bits with scales, see
             :meth:`MuMoE.quantize`; 16 or None for factors in the dtype of the weights. A budget
             that is a share is then one of the weights' bytes, and ``"dense"``, which rounds the
-            weights themselves, needs none. Errors are those of the rounded factors.
+            weights themselves, needs none. Errors are those of the rounded factors. With a
+            calibration and such a budget ``"auto"``: each projection is stored as it loses least
+            within its bytes, in 16, 8 or 4 bits, and factors or the weights themselves.
 
     Returns:
         What was replaced, with errors and parameters; ``print`` it for a table.
@@ -162,7 +164,7 @@ def compress(
     if flag(sequential, "sequential") and not weighted:
         raise SpecError("sequential compression is weighted by inputs. Pass weighted=True too.")
     _check_calibration(model, calibration, weighted, weighting, expert_weights)
-    check_share(share, budget, calibration)
+    check_share(share, bits, budget, calibration)
     check_choice(factorization, rank, budget, tolerance)
     if isinstance(factorization, Allocation):
         given = {"rank": rank, "budget": budget, "tolerance": tolerance, "select": select}
@@ -180,7 +182,6 @@ def compress(
         _check_bits(source, bits)
         if budget is None and tolerance is None:
             _check_sizes(source, kinds[source.name], rank, checked_bits(bits))
-    bits = checked_bits(bits)
     samples: list[Samples] | list[None] = [None] * len(sources)
     batches = [] if inputs is None else listed(inputs)
     if sequential:
@@ -188,7 +189,7 @@ def compress(
     elif inputs is not None:
         samples = collect(model, sources, batches)
 
-    given_budgets = budgets(sources, budget, share, calibration, kinds, bits)
+    parts = given_parts(sources, kinds, budget, share, bits, calibration)
     count, size = num_parameters(model), num_bytes(model)
     made: dict[int, FactorizedExperts] = {}
     modules = []
@@ -197,17 +198,15 @@ def compress(
             sample = collect(model, [source], batches)[0] if sequential else at_once
             found, increases = {}, {}
             for role in (each for each in ROLES if each in source.stacks):
+                part = parts[source.name, role]
                 with at(f"{source.name}.{role}"):
                     found[role], increases[role] = _decomposed(
                         source,
                         role,
                         sample,
-                        kinds[source.name][role],
+                        part.kind,
                         rank=rank,
-                        budget=given_budgets.get(
-                            (source.name, role),
-                            _budget(source, role, kinds[source.name][role], budget, bits),
-                        ),
+                        budget=part.budget,
                         tolerance=tolerance,
                         weighted=weighted,
                         calibrated=_calibrated(source, role, calibration),
@@ -215,12 +214,13 @@ def compress(
                         search=search,
                         callback=_named(callback, f"{source.name}.{role}"),
                         seed=seed,
-                        bits=bits,
+                        bits=part.bits,
                     )
                 if found[role].report.ended == "interrupted":
                     # all or nothing
                     raise KeyboardInterrupt
-            layers = {role: _layer(each, bits) for role, each in found.items()}
+            few = {role: parts[source.name, role].bits for role in found}
+            layers = {role: _layer(each, few[role]) for role, each in found.items()}
             new = FactorizedExperts(layers, source.act, _kept_biases(source))
             made[id(source.module)] = new
             off = None if sample is None else output_error(source, new, sample)
@@ -228,7 +228,7 @@ def compress(
             if sequential:
                 replaced.enter_context(standing_in(source, new))
             sizes = {role: each.factor_bytes for role, each in layers.items()}
-            modules.append(_reported(source, found, increases, off, bits, sizes))
+            modules.append(_reported(source, found, increases, off, few, sizes))
     for name, old in chosen.items():
         put_experts(model, name, old, made[id(old)])
     mark(model)
@@ -249,42 +249,19 @@ def _rounded_entries(experts: FactorizedExperts) -> int:
     return sum(each.spec.num_parameters for each in layers if each.bits is not None)
 
 
-def _check_bits(source: DenseExperts, bits: int | None) -> None:
+def _check_bits(source: DenseExperts, bits: int | str | None) -> None:
     """Refuse bits that no factors of these experts have.
 
     Raises:
         SpecError: there are such.
     """
-    checked_bits(bits)
+    checked_bits_or_auto(bits)
     dtype = source.dtype
     if bits == 16 and dtype.itemsize != 2:
         raise SpecError(
             f"{source.name!r}: 16 bits are of models in bfloat16 or float16; got {dtype}. Convert "
             "the model first, or take 8 bits."
         )
-
-
-def _budget(
-    source: DenseExperts,
-    role: str,
-    kind: Choice,
-    budget: Budget | int | float | None,
-    bits: int | None,
-) -> Budget | int | float | None:
-    """A budget of entries: of few bits, a share is one of bytes.
-
-    Raises:
-        BudgetError: a share that leaves no entry.
-    """
-    if bits is None or not isinstance(budget, float) or not 0 < budget <= 1:
-        return budget
-    if isinstance(kind, Factorization):
-        return budget
-    rows, columns, bias = source.own_sizes(role)
-    itemsize = source.dtype.itemsize
-    size = int(budget * source.count * (rows + bias) * columns * itemsize)
-    sizes = rows, columns, (source.count,)
-    return entries_for(named(kind), sizes, size, bits, itemsize, bias)
 
 
 def _kinds(source: DenseExperts, factorization: Choice | Allocation) -> Mapping[str, Choice]:
@@ -311,7 +288,7 @@ def _reported(
     found: Mapping[str, Decomposition],
     increases: Mapping[str, float | None],
     off: float | None,
-    bits: int | None,
+    bits: Mapping[str, int | None],
     sizes: Mapping[str, int],
 ) -> CompressedModule:
     itemsize = source.dtype.itemsize
@@ -321,7 +298,7 @@ def _reported(
             source.stacks[r].sizes,
             each.spec.factorization,
             each.report,
-            bits,
+            bits[r],
             (itemsize * each.report.dense_parameters, sizes[r]),
             increases[r],
         )

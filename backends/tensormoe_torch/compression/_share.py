@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from tensormoe._rounding import entries_within
+from tensormoe._rounding import AUTO, checked_bits
 from tensormoe._validation import choice
 from tensormoe.compression import SHARES, Calibration
-from tensormoe.compression._bits import Names, fitting
-from tensormoe.compression._sharing import loss_curve, shared
+from tensormoe.compression._bits import Names, entries_for
+from tensormoe.compression._sharing import FORMS, Form, loss_curve, shared
 from tensormoe.decomposition._several import Choice, several
 from tensormoe.errors import SpecError
+from tensormoe.factorizations import Dense, Factorization
 from tensormoe.selection import Allocation, Budget
 from tensormoe_torch.compression._dense import DenseExperts
+from tensormoe_torch.surgery._replace import at
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Place = tuple[str, str]
 """A layer's name, and a role of its projections."""
 
 
 def check_share(
-    share: str, budget: Budget | int | float | None, calibration: Calibration | None
+    share: str,
+    bits: int | str | None,
+    budget: Budget | int | float | None,
+    calibration: Calibration | None,
 ) -> None:
     """Refuse to share out what can't be.
 
@@ -30,6 +40,11 @@ def check_share(
         SpecError: an unknown word, no calibration, or a budget that is not a share.
     """
     choice(share, SHARES, "share", SpecError)
+    if bits == AUTO and (calibration is None or not isinstance(budget, float)):
+        raise SpecError(
+            "bits='auto' needs a calibration, and a budget that is a share, such as 0.25. Give "
+            "both."
+        )
     if share != "equal" and (calibration is None or not isinstance(budget, float)):
         raise SpecError(
             "a budget that is a share, such as 0.25, is shared out by sensitivity with a "
@@ -58,45 +73,109 @@ def check_choice(
         )
 
 
+@dataclass(frozen=True)
+class Given:
+    """What one projection gets.
+
+    Args:
+        kind: of its factors.
+        budget: for them.
+        bits: 8 or 4 of each entry; None for entries of the dtype.
+    """
+
+    kind: Choice
+    budget: Budget | int | float | None
+    bits: int | None
+
+
 @torch.no_grad()
-def budgets(
+def given_parts(
     sources: Sequence[DenseExperts],
+    kinds: Mapping[str, Mapping[str, Choice]],
     budget: Budget | int | float | None,
     share: str,
+    bits: int | str | None,
     calibration: Calibration | None,
-    kinds: Mapping[str, Mapping[str, Choice]],
+) -> dict[Place, Given]:
+    """What each projection gets of a budget.
+
+    Raises:
+        BudgetError: too little for some.
+    """
+    places = [(source, role) for source in sources for role in source.stacks]
+    own = {(source.name, role): kinds[source.name][role] for source, role in places}
+    if share == "equal" and bits != AUTO:
+        few = checked_bits(bits)
+        return {
+            (source.name, role): Given(
+                own[source.name, role],
+                entries_of(source, role, own[source.name, role], budget, few),
+                few,
+            )
+            for source, role in places
+        }
+    assert calibration is not None
+    assert isinstance(budget, float)
+    forms = FORMS if bits == AUTO else (Form(checked_bits(bits)),)
+    curves, sizes = {}, {}
+    for source, role in places:
+        stack, bias = _host(source, role)
+        where = calibration, calibration.find(source.name), role, bias
+        size = source.dtype.itemsize
+        key = f"{source.name}.{role}"
+        curves[key] = loss_curve(stack, *where, forms=forms, itemsize=size)
+        sizes[key] = stack.size * size
+    limit = int(budget * sum(sizes.values()))
+    parts = shared(curves, sizes, limit, alike=share == "equal")
+    found = {}
+    for source, role in places:
+        part, kind = parts[f"{source.name}.{role}"], own[source.name, role]
+        if part.form.whole:
+            found[source.name, role] = Given(Dense(), None, part.form.bits)
+            continue
+        rows, columns, bias = source.own_sizes(role)
+        shape = rows, columns, (source.count,)
+        with at(f"{source.name}.{role}"):
+            entries = entries_for(
+                named(kind), shape, part.nbytes, part.form.bits, source.dtype.itemsize, bias
+            )
+        found[source.name, role] = Given(kind, entries, part.form.bits)
+    return found
+
+
+def entries_of(
+    source: DenseExperts,
+    role: str,
+    kind: Choice,
+    budget: Budget | int | float | None,
     bits: int | None,
-) -> dict[Place, int]:
-    """Entries for each projection, where they are shared out by sensitivity; else nothing."""
-    if share == "equal" or calibration is None or not isinstance(budget, float):
-        return {}
-    curves, sizes, places = {}, {}, {}
-    for source in sources:
-        layer = calibration.find(source.name)
-        for role in source.stacks:
-            weights, bias = source.decomposed(role)
-            stack = weights.double().cpu().numpy()
-            if bias is not None:
-                row = bias.double().cpu().numpy()[:, None]
-                stack = np.concatenate([stack, row], axis=1)
-            name = f"{source.name}.{role}"
-            places[name], sizes[name] = (source.name, role), stack.size
-            curves[name] = loss_curve(stack, calibration, layer, role, bias is not None)
-    limit = budget * sum(sizes.values())
-    if bits is None:
-        found = shared(curves, sizes, int(limit))
-        return {places[name]: entries for name, entries in found.items()}
-    itemsize = sources[0].dtype.itemsize
-    found = shared(curves, sizes, entries_within(int(limit * itemsize), bits, itemsize))
-    fitted = {}
-    for source in sources:
-        for role in source.stacks:
-            rows, columns, bias = source.own_sizes(role)
-            own = rows, columns, (source.count,)
-            entries = found[f"{source.name}.{role}"]
-            names = named(kinds[source.name][role])
-            fitted[source.name, role] = fitting(names, own, entries, bits, itemsize, bias)
-    return fitted
+) -> Budget | int | float | None:
+    """A budget of entries: of few bits, a share is one of bytes.
+
+    Raises:
+        BudgetError: a share that leaves no entry.
+    """
+    if bits is None or not isinstance(budget, float) or not 0 < budget <= 1:
+        return budget
+    if isinstance(kind, Factorization):
+        return budget
+    rows, columns, bias = source.own_sizes(role)
+    itemsize = source.dtype.itemsize
+    size = int(budget * source.count * (rows + bias) * columns * itemsize)
+    with at(f"{source.name}.{role}"):
+        return entries_for(
+            named(kind), (rows, columns, (source.count,)), size, bits, itemsize, bias
+        )
+
+
+def _host(source: DenseExperts, role: str) -> tuple[NDArray[Any], bool]:
+    """The experts on the host, with a row of biases each where there are some."""
+    weights, bias = source.decomposed(role)
+    stack = weights.double().cpu().numpy()
+    if bias is not None:
+        row = bias.double().cpu().numpy()[:, None]
+        stack = np.concatenate([stack, row], axis=1)
+    return stack, bias is not None
 
 
 def named(kind: Choice) -> Names:
