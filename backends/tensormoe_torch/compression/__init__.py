@@ -11,6 +11,7 @@ from tensormoe_torch.compression._calibrate_checkpoint import (
     CalibrationProgress,
     calibrate_checkpoint,
 )
+from tensormoe_torch.compression._compare import Comparison, compare_checkpoints
 from tensormoe_torch.compression._compress import compress
 from tensormoe_torch.compression._evaluate import Evaluation, LayerEffect, evaluate
 from tensormoe_torch.compression._evaluate_checkpoints import evaluate_checkpoints
@@ -26,6 +27,7 @@ from tensormoe_torch.compression._text import TextWindows, next_token_loss
 
 __all__ = [
     "CalibrationProgress",
+    "Comparison",
     "CompressedModule",
     "CompressedProjection",
     "CompressionReport",
@@ -38,6 +40,7 @@ __all__ = [
     "calibrate",
     "calibrate_checkpoint",
     "calibration_memory",
+    "compare_checkpoints",
     "compress",
     "evaluate",
     "evaluate_checkpoints",
