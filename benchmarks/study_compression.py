@@ -33,7 +33,7 @@ from tensormoe.compression import Compression, compress_checkpoint
 from tensormoe_torch.compression import TextWindows, calibrate_checkpoint, evaluate_checkpoints
 
 BUDGETS = (0.5, 0.25)
-ALL = ("low_rank", "shared_basis", "tucker", "tensor_train", "base_delta")
+ALL = ("low_rank", "shared_basis", "tucker")
 _CALIBRATED = {"calibration": True}
 KINDS: dict[str, dict[str, Any]] = {
     "SVD of each expert": {"factorization": "low_rank"},
