@@ -199,19 +199,22 @@ def _rounded(flat: Array, bits: int, backend: Backend) -> tuple[Array, Array]:
         )
     top = 2 ** (bits - 1)
     extreme = xp.where(high > -low, high, low)
-    best = scales = error = None
-    for shrunk in _SHRUNK[bits]:
-        tried = _short(extreme * (-shrunk / top), flat.dtype, top, xp)
+    first, *smaller = (_short(extreme * (-k / top), flat.dtype, top, xp) for k in _SHRUNK[bits])
+    best, scales = _codes(groups, first, top, xp), first
+    # in units in which no square is too large or too small
+    unit = xp.where(extreme == 0.0, xp.ones_like(extreme), extreme)
+    error = None if not smaller else _squares((best * scales - groups) / unit, xp)
+    for tried in smaller:
         codes = _codes(groups, tried, top, xp)
-        missing = codes * tried - groups
-        found = xp.sum(missing * missing, axis=-1, keepdims=True)
-        if best is None:
-            best, scales, error = codes, tried, found
-            continue
+        found = _squares((codes * tried - groups) / unit, xp)
         less = found < error
         best, scales = xp.where(less, codes, best), xp.where(less, tried, scales)
         error = xp.where(less, found, error)
     return _packed(best, count, bits, backend), xp.astype(scales[:, 0], flat.dtype)
+
+
+def _squares(array: Array, xp: Any) -> Array:
+    return xp.sum(array * array, axis=-1, keepdims=True)
 
 
 def _by_group(flat: Array, backend: Backend) -> Array:

@@ -72,10 +72,10 @@ class Mixture(Stored[LayerConfig], LayerMethods[Tensor]):
     def _weight(self) -> Tensor:
         """One of the factors: it has the layer's dtype and device."""
         # an adapter around the factors has what it adapts first
-        weight: Tensor | None = getattr(self.factors, self._first, None)
+        weight: Any = getattr(self.factors, self._first, None)
         if isinstance(weight, RoundedFactor):
             return weight.scales
-        found = next(self.factors.parameters()) if weight is None else weight
+        found: Tensor = next(self.factors.parameters()) if weight is None else weight
         # a layer that is cut over devices takes plain inputs
         return found if self._part is None else held_here(found)
 
@@ -141,7 +141,7 @@ class Mixture(Stored[LayerConfig], LayerMethods[Tensor]):
         new = RoundedFactors(self.config, bits, weight.device, weight.dtype)
         if weight.device.type != "meta":
             for name, parameter in held.items():
-                new.get_submodule(name).put(parameter.detach())
+                new.factor(name).put(parameter.detach())
         self._exchange_factors(new)
         return self
 

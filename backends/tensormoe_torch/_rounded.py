@@ -108,8 +108,14 @@ class RoundedFactors(Factors):
         single = config.spec.levels == 1 and all(expert_leg(0) in each for each in legs.values())
         self._axes = {n: each.index(expert_leg(0)) for n, each in legs.items()} if single else {}
 
+    def factor(self, name: str) -> RoundedFactor:
+        """Codes and scales of a factor."""
+        found = self.get_submodule(name)
+        assert isinstance(found, RoundedFactor)
+        return found
+
     def __getitem__(self, name: str) -> Any:
-        return super().__getitem__(name)()
+        return self.factor(name)()
 
     def __setitem__(self, name: str, value: Any) -> None:
         raise SpecError(unchanged(name, self.bits))
@@ -118,11 +124,9 @@ class RoundedFactors(Factors):
         """The mixture (..., out); of few rows with an expert each, from the slices of these."""
         first = coefficients[0] if len(coefficients) == 1 else None
         if isinstance(first, OneExpert) and self._takes_slices(x, first):
-            held = {name: self.get_submodule(name) for name in self._axes}
             some = {
-                f"factors.{name}": each.some(first.indices, self._axes[name])
-                for name, each in held.items()
-                if isinstance(each, RoundedFactor)
+                f"factors.{name}": self.factor(name).some(first.indices, axis)
+                for name, axis in self._axes.items()
             }
             return each_row(_of_experts(self.config, len(x)), some, x[:, None])[:, 0]
         return super().forward(x, *coefficients)

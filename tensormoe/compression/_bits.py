@@ -26,14 +26,6 @@ def layer_bytes(spec: LayerSpec, bits: int | None, itemsize: int) -> int:
     return sum(stored_bytes(shape, bits, itemsize) for shape in spec.shapes.values())
 
 
-def fitting(
-    kind: Names, sizes: Sizes, entries: int, bits: int, itemsize: int, bias: bool = False
-) -> int:
-    """:func:`entries_for` of the bytes that so many entries take in groups that are full."""
-    size = full_bytes(entries, bits, itemsize)
-    return entries_for(kind, sizes, size, bits, itemsize, bias)
-
-
 def full_bytes(entries: int, bits: int | None, itemsize: int) -> int:
     """Bytes of so many entries in groups that are full, scales included."""
     if bits is None:

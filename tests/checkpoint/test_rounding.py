@@ -140,6 +140,27 @@ def test_large_arrays_are_rounded_in_pieces(bits: int, rng: np.random.Generator)
 
 
 @BITS
+@pytest.mark.parametrize("exponent", [-100, -40, 40, 90])
+def test_numbers_of_any_size_are_rounded_alike(
+    bits: int, exponent: int, rng: np.random.Generator
+) -> None:
+    array = rng.standard_normal(300, dtype="float32")
+    codes, scales, _ = rounded(array, bits)
+    found = rounded(np.ldexp(array, exponent), bits)
+    np.testing.assert_array_equal(found[0], codes)
+    np.testing.assert_array_equal(found[1], np.ldexp(scales, exponent))
+
+
+@BITS
+def test_the_largest_float16_stays_finite(bits: int) -> None:
+    array = torch.tensor([65504.0, -65504.0, 3.0], dtype=torch.float16)
+    codes, scales = round_to_nearest(array, bits, TORCH)
+    values = rounded_values(codes, scales, (3,), bits, TORCH)
+    assert torch.isfinite(values).all()
+    assert values.abs().max() > 65000
+
+
+@BITS
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e31])
 def test_what_has_no_scale_is_refused(bits: int, value: float) -> None:
     array = np.ones(70, "float32")

@@ -19,10 +19,13 @@ from tensormoe import CP, Hadamard, LayerSpec, TensorRing
 from tensormoe.checkpoint import peek_checkpoint
 from tensormoe.cli import main
 from tensormoe.compression import Compression, compress_checkpoint, plan_compression
-from tensormoe.compression._bits import entries_for, layer_bytes
+from tensormoe.compression._bits import entries_for, full_bytes, layer_bytes
 from tensormoe.compression._measure import GroupReport
 from tensormoe.errors import BudgetError, RankError, SpecError
 from tensormoe_torch import MuMoE
+from tensormoe_torch.compression._calibrate_checkpoint import calibrate_checkpoint
+from tensormoe_torch.compression._text import TextWindows
+from tests._calibrated import save_model, save_text
 from tests._compress_models import PATTERN, content, experts, save, save_shards
 from tests._rounded import stored
 
@@ -80,6 +83,44 @@ def test_files_hold_codes_and_errors_are_theirs(
     torch.testing.assert_close(
         loaded.detach().double(), torch.tensor(stored(path)), rtol=rounding, atol=8 * rounding
     )
+
+
+@BITS
+def test_scales_that_float16_hardly_holds(
+    bits: int, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    tensors = {key: (1e-4 * each).half() for key, each in sizable(rng, torch.float32).items()}
+    model = save(tmp_path / "m.safetensors", tensors)
+    (report,) = compress_checkpoint(model, tmp_path / "out", wanted("dense", bits=bits)).groups
+    assert report.file is not None
+    given = tensor(tensors)
+    missing = given - stored(tmp_path / "out" / report.file)
+    assert report.error == pytest.approx(np.linalg.norm(missing) / np.linalg.norm(given), rel=1e-3)
+    assert report.error < (0.02 if bits == 8 else 0.12)
+
+
+def test_nearly_dependent_factors_survive_8_bits(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a search ends with for large Tucker factors, made by hand."""
+    from tensormoe.compression import _stack
+
+    decompose = _stack.decompose
+    bad = np.eye(5, dtype="float32") * 1e-2 + 1
+
+    def bent(*given: Any, **named: Any) -> Any:
+        found = decompose(*given, **named)
+        factors = dict(found.factors)
+        factors["output"] = factors["output"] @ bad
+        factors["core"] = factors["core"] @ np.linalg.inv(bad.T).astype("float32")
+        return replace(found, factors=factors)
+
+    model = save(tmp_path / "m.safetensors", sizable(rng, torch.float32))
+    chosen = wanted("tucker", rank=(3, 4, 5), bits=8, compare=False)
+    (plain,) = compress_checkpoint(model, tmp_path / "plain", chosen).groups
+    monkeypatch.setattr(_stack, "decompose", bent)
+    (report,) = compress_checkpoint(model, tmp_path / "out", chosen).groups
+    assert report.error == pytest.approx(plain.error, abs=1e-3)
 
 
 @BITS
@@ -177,6 +218,19 @@ def test_budgets_of_bytes_are_kept_and_used(
     assert left <= group * (1 + max(len(spec.shapes) for spec in specs))
 
 
+@given(entries=st.integers(60, 4000), bits=st.sampled_from([8, 4]))
+def test_shares_of_entries_become_shares_of_bytes(entries: int, bits: int) -> None:
+    from tensormoe.decomposition._choose import candidates
+
+    sizes = (17, 13, (5,))
+    size = full_bytes(entries + 200, bits, 2)
+    count = entries_for(("cp", "low_rank"), sizes, size, bits, 2)
+    for name in ("cp", "low_rank"):
+        for kind in candidates(name, sizes, count, False):
+            spec = LayerSpec(*sizes, kind, bias=False)
+            assert layer_bytes(spec, bits, 2) <= size
+
+
 def test_what_cannot_be(tmp_path: Path, rng: np.random.Generator) -> None:
     model = save(tmp_path / "m.safetensors", sizable(rng, torch.float32))
     with pytest.raises(SpecError, match="bits must be 16, 8, 4 or None"):
@@ -263,3 +317,59 @@ def test_the_command_says_bytes(
     dense = ["compress", str(model), "--experts", PATTERN[0], "--factorization", "dense"]
     assert main([*dense, "--bits", "4", "--dry-run"]) == 0
     assert "dense, in 4 bits" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calibrated")
+    save_model(folder / "model")
+    save_text(folder / "text.txt")
+    options: Any = {"windows": TextWindows(12, 16), "per_expert": True, "dtype": "float64"}
+    found = calibrate_checkpoint(folder / "model", folder / "text.txt", fisher=True, **options)
+    found.save(folder / "c.safetensors")
+    return folder
+
+
+@BITS
+@pytest.mark.parametrize("share", ["equal", "sensitivity"])
+@pytest.mark.parametrize("name", ["auto", ("cp", "low_rank"), "low_rank"])
+def test_choices_and_shares_keep_to_the_bytes(
+    name: Any, share: str, bits: int, calibrated: Path, tmp_path: Path
+) -> None:
+    path = str(calibrated / "c.safetensors")
+    options: Any = {"calibration": path, "share": share, "preset": "mixtral", "compare": False}
+    chosen = Compression(name, budget=0.3, bits=bits, **options)
+    result = compress_checkpoint(calibrated / "model", tmp_path / "out", chosen)
+    held = sum(
+        each.nbytes
+        for file in (tmp_path / "out" / "experts").iterdir()
+        for each in load_file(file).values()
+    )
+    assert held == result.nbytes <= 0.3 * result.dense_bytes
+    assert result.predicted_loss is not None
+    if share == "equal":
+        assert all(each.nbytes <= 0.3 * each.dense_bytes for each in result.groups)
+    if name == "low_rank":
+        loss = compress_checkpoint(
+            calibrated / "model", tmp_path / "plain", replace(chosen, bits=None)
+        ).predicted_loss
+        assert loss is not None
+        # twice the entries lose less
+        assert result.predicted_loss < loss
+
+
+@BITS
+def test_errors_of_outputs_are_those_of_rounded_factors(
+    bits: int, calibrated: Path, tmp_path: Path
+) -> None:
+    path = str(calibrated / "c.safetensors")
+    wanted = Compression("low_rank", rank=6, calibration=path, preset="mixtral", compare=False)
+    plain, rounded = (
+        compress_checkpoint(calibrated / "model", tmp_path / str(each), replace(wanted, bits=each))
+        for each in (None, bits)
+    )
+    for before, after in zip(plain.groups, rounded.groups, strict=True):
+        assert before.output_error is not None
+        assert after.output_error is not None
+        assert after.output_error > before.output_error
+        assert after.nbytes < 0.6 * before.nbytes

@@ -18,7 +18,8 @@ from tensormoe.gates import OneExpert
 from tensormoe_torch import MuMoE, compress, scale_experts, silence_experts
 from tensormoe_torch._rounded import RoundedFactors
 from tensormoe_torch.adapters import add_adapters
-from tensormoe_torch.compression import FactorizedExperts, calibrate, evaluate
+from tensormoe_torch.compression import FactorizedExperts, calibrate, evaluate, next_token_loss
+from tensormoe_torch.parallel._cut import cut_factors
 from tests._torch_moe import TOKENS, rebuilt, sparse
 
 QUICK = Search(sweeps=4, polish=1)
@@ -168,6 +169,19 @@ def test_compiled_and_differentiated_by_its_inputs(bits: int) -> None:
     assert all(each.grad is not None for each in made.parameters())
 
 
+def test_hooks_and_modes_stay() -> None:
+    made = layer(gate=None).eval()
+    calls = []
+    made.factors.register_forward_hook(lambda *_: calls.append(1))
+    x, given = torch.randn(3, 24), torch.rand(3, 5)
+    for change in (lambda: made.quantize(8), made.dequantize):
+        change()
+        calls.clear()
+        made(x, given)
+        assert calls == [1]
+        assert not made.factors.training
+
+
 @BITS
 def test_what_needs_floats_is_refused(bits: int) -> None:
     made = layer().quantize(bits)
@@ -183,6 +197,9 @@ def test_what_needs_floats_is_refused(bits: int) -> None:
             change()
     for name, each in made.state_dict().items():
         assert torch.equal(each, before[name])
+    part: Any = None
+    with pytest.raises(SpecError, match=r"cut over devices; got some of . bits in 'a'"):
+        cut_factors(made, part, "a")
     made.dequantize().reset_parameters()
     for wrong in (16, None, 5, "8"):
         with pytest.raises(SpecError, match="bits must be"):
@@ -293,6 +310,23 @@ def test_calibrated_errors_are_of_rounded_factors(bits: int) -> None:
         assert plain is not None
         assert rounded is not None
         assert rounded > plain
+
+
+@pytest.mark.parametrize("share", ["equal", "sensitivity"])
+def test_choices_and_shares_keep_to_the_bytes(share: str) -> None:
+    model = mixtral(torch.bfloat16)
+    calibration = calibrate(model, TOKENS, per_expert=True, loss=next_token_loss)
+    report = compress(
+        model,
+        ["low_rank", "cp"],
+        budget=0.3,
+        bits=8,
+        calibration=calibration,
+        share=share,
+        search=QUICK,
+    )
+    assert report.nbytes[1] == sum(nbytes(each.mlp.experts) for each in model.model.layers)
+    assert report.nbytes[1] <= 0.3 * report.nbytes[0]
 
 
 def test_what_is_done_with_rounded_experts() -> None:
