@@ -13,9 +13,11 @@ The work is done on NumPy in float32, or in float64 where the experts are. Memor
 counted in bytes, parameters in entries, times in seconds. Errors are Frobenius norms of what is
 missing, relative to those of the experts: 0 where nothing was lost, 1 where everything was.
 
-Another way to fewer bytes is fewer experts: :func:`choice_frequencies` and
-:func:`cosine_similarity` say which of them :func:`group_experts` puts together, and
-:func:`merge_stacks` makes one of each group, on any library.
+Another way to fewer bytes is fewer experts, on any library. :func:`choice_frequencies` and
+:func:`cosine_similarity` say which of them :func:`group_experts` puts together,
+:func:`cluster_experts` does so by their outputs, and :func:`merge_stacks` makes one of each group.
+:func:`most_frequent` says which ones stay where the others are pruned, by frequencies or
+:func:`reap_saliency`.
 
 >>> import tempfile
 >>> from pathlib import Path
@@ -45,11 +47,10 @@ Another way to fewer bytes is fewer experts: :func:`choice_frequencies` and
 from __future__ import annotations
 
 from tensormoe.compression._calibration import EXPERT_WEIGHTS, WEIGHTINGS, Calibration
+from tensormoe.compression._clustering import cluster_experts
 from tensormoe.compression._grouping import (
     ExpertGroups,
     allot_experts,
-    choice_frequencies,
-    cosine_similarity,
     group_experts,
     most_frequent,
 )
@@ -65,6 +66,11 @@ from tensormoe.compression._run import CompressionResult, compress_checkpoint
 from tensormoe.compression._settings import Compression
 from tensormoe.compression._shards import Model, Shard
 from tensormoe.compression._sharing import SHARES
+from tensormoe.compression._statistics import (
+    choice_frequencies,
+    cosine_similarity,
+    reap_saliency,
+)
 
 __all__ = [
     "EXPERT_WEIGHTS",
@@ -87,6 +93,7 @@ __all__ = [
     "Shard",
     "allot_experts",
     "choice_frequencies",
+    "cluster_experts",
     "compress_checkpoint",
     "cosine_similarity",
     "group_experts",
@@ -96,4 +103,5 @@ __all__ = [
     "plan_compression",
     "predicted_loss",
     "prune_mixture",
+    "reap_saliency",
 ]

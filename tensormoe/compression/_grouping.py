@@ -1,4 +1,4 @@
-"""Fewer experts: which stay, and which become one (M-SMoE, Li et al. 2024)."""
+"""Fewer experts: which stay, and which become one (Li et al. 2024; Chen et al. 2025)."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from dataclasses import dataclass
 from math import isfinite
 
 from tensormoe._validation import positive_int
-from tensormoe.backend import Array, backend_of
-from tensormoe.decomposition._solve import to_host, wide
 from tensormoe.errors import ShapeError, SpecError
 
 
 @dataclass(frozen=True)
 class ExpertGroups:
-    """Experts of a layer that become one, by :func:`group_experts`.
+    """Experts of a layer that become one, by :func:`group_experts` or :func:`cluster_experts`.
 
     Args:
         groups: (N,) number of the group of each expert.
         dominant: (M,) the expert of each group that is chosen most often; in ascending order.
         shares: (N,) weight of each expert in its group's average; they sum to one per group.
-        similarity: (N,) cosine of each expert's router logits and its dominant expert's.
+        similarity: (N,) cosine of each expert's router logits, or average outputs, and its dominant
+            expert's.
     """
 
     groups: tuple[int, ...]
@@ -35,73 +34,6 @@ class ExpertGroups:
             (first, *(n for n, each in enumerate(self.groups) if each == group and n != first))
             for group, first in enumerate(self.dominant)
         )
-
-
-def choice_frequencies(index: Array, experts: int) -> tuple[float, ...]:
-    """Shares of a router's choices that fall on each expert.
-
-    Args:
-        index: (tokens, k) numbers of chosen experts, of any library.
-        experts: N.
-
-    Returns:
-        N shares, which sum to one.
-
-    Raises:
-        ShapeError: no choices, or numbers that are not of these experts.
-
-    >>> import numpy as np
-    >>> choice_frequencies(np.array([[0, 2], [2, 1]]), 4)
-    (0.25, 0.25, 0.5, 0.0)
-    """
-    import numpy as np
-
-    count = positive_int(experts, "experts")
-    backend = backend_of(index)
-    if not backend.namespace.isdtype(index.dtype, "integral"):
-        raise ShapeError(f"index must hold integers, numbers of experts; got {index.dtype}.")
-    found = to_host(index, backend).reshape(-1)
-    if not found.size:
-        raise ShapeError("index must hold a choice at least; got none. Give calibration tokens.")
-    outside = found[(found < 0) | (found >= count)]
-    if outside.size:
-        raise ShapeError(
-            f"index must hold numbers of experts, 0 to {count - 1}; got {int(outside[0])}."
-        )
-    counts = np.bincount(found.astype("int64"), minlength=count)
-    return tuple((counts / counts.sum()).tolist())
-
-
-def cosine_similarity(columns: Array) -> tuple[tuple[float, ...], ...]:
-    """Cosines between columns: of router logits (tokens, N), how alike experts are chosen.
-
-    Args:
-        columns: (tokens, N) logits of a router, of any library.
-
-    Returns:
-        (N, N) cosines; of a column of zeros 0.
-
-    Raises:
-        ShapeError: not a matrix, no tokens, or entries that are not finite.
-
-    >>> import numpy as np
-    >>> cosine_similarity(np.array([[1.0, 2.0, 0.0], [0.0, 0.0, 3.0]]))[0]
-    (1.0, 1.0, 0.0)
-    """
-    import numpy as np
-
-    if columns.ndim != 2 or not columns.shape[0]:
-        raise ShapeError(
-            f"logits must be a matrix (tokens, N) of one token at least; got shape "
-            f"{tuple(columns.shape)}. Give calibration tokens."
-        )
-    found = wide(columns, backend_of(columns))
-    if not np.isfinite(found).all():
-        column = int(np.argwhere(~np.isfinite(found))[0][1])
-        raise ShapeError(f"logits must be finite; those of expert {column} are not.")
-    lengths = np.linalg.norm(found, axis=0)
-    unit = found / np.where(lengths == 0.0, 1.0, lengths)
-    return tuple(map(tuple, np.clip(unit.T @ unit, -1.0, 1.0).tolist()))
 
 
 def allot_experts(
@@ -163,6 +95,10 @@ def _ranked(frequencies: Sequence[float]) -> list[int]:
 def most_frequent(frequencies: Sequence[float], keep: int) -> tuple[int, ...]:
     """The ``keep`` experts that are chosen most often, in ascending order.
 
+    Args:
+        frequencies: (N,) of the experts, or other scores, as :func:`reap_saliency` gives them.
+        keep: how many stay.
+
     >>> most_frequent((0.1, 0.5, 0.1, 0.3), 2)
     (1, 3)
     """
@@ -192,12 +128,7 @@ def group_experts(
     >>> groups.shares, groups.similarity
     ((0.6666666666666666, 1.0, 0.3333333333333333), (1.0, 1.0, 0.5))
     """
-    count, groups = len(frequencies), positive_int(keep, "keep")
-    if groups > count:
-        raise SpecError(f"keep must be at most the {count} experts; got {groups}. Lower it.")
-    for n, each in enumerate(frequencies):
-        if not isfinite(each) or each < 0.0:
-            raise SpecError(f"frequencies must be finite and not negative; got {each} at {n}.")
+    count, groups = len(frequencies), checked_keep(frequencies, keep)
     if len(similarity) != count or any(len(row) != count for row in similarity):
         raise ShapeError(f"similarity must be a matrix ({count}, {count}); got another shape.")
     if any(each != each for row in similarity for each in row):
@@ -207,21 +138,46 @@ def group_experts(
     # ties go to the expert that is chosen more often
     ordered = sorted(dominant, key=lambda n: -frequencies[n])
     found = [place[n] if n in place else place[_best(similarity[n], ordered)] for n in range(count)]
-    totals = [0.0] * groups
-    for n, group in enumerate(found):
+    return weighted_groups(frequencies, similarity, found, dominant)
+
+
+def weighted_groups(
+    frequencies: Sequence[float],
+    similarity: Sequence[Sequence[float]],
+    groups: Sequence[int],
+    dominant: tuple[int, ...],
+) -> ExpertGroups:
+    """Groups, and the weight of each expert in its group's average: its share of the choices."""
+    totals = [0.0] * len(dominant)
+    for n, group in enumerate(groups):
         totals[group] += frequencies[n]
     return ExpertGroups(
-        tuple(found),
+        tuple(groups),
         dominant,
         tuple(
-            frequencies[n] / totals[group] if totals[group] else float(n in place)
-            for n, group in enumerate(found)
+            frequencies[n] / totals[group] if totals[group] else float(n in dominant)
+            for n, group in enumerate(groups)
         ),
         tuple(
-            1.0 if n in place else float(similarity[n][dominant[group]])
-            for n, group in enumerate(found)
+            1.0 if n in dominant else float(similarity[n][dominant[group]])
+            for n, group in enumerate(groups)
         ),
     )
+
+
+def checked_keep(frequencies: Sequence[float], keep: int) -> int:
+    """The number of groups.
+
+    Raises:
+        SpecError: not 1 to N groups, or frequencies that are negative or not finite.
+    """
+    count, groups = len(frequencies), positive_int(keep, "keep")
+    if groups > count:
+        raise SpecError(f"keep must be at most the {count} experts; got {groups}. Lower it.")
+    for n, each in enumerate(frequencies):
+        if not isfinite(each) or each < 0.0:
+            raise SpecError(f"frequencies must be finite and not negative; got {each} at {n}.")
+    return groups
 
 
 def _best(similarity: Sequence[float], among: Sequence[int]) -> int:

@@ -1,4 +1,4 @@
-"""Experts that are used least, taken out of a model with their router's outputs."""
+"""Experts that matter least, taken out of a model with their router's outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from tensormoe_torch.compression._find import above, find_experts
 from tensormoe_torch.compression._put import dense_layers, put_experts, sparse_parent
 from tensormoe_torch.compression._reduce_report import ReducedModule
 from tensormoe_torch.compression._routers import COUNTS
-from tensormoe_torch.compression._samples import collect
+from tensormoe_torch.compression._samples import Samples, watched
+from tensormoe_torch.surgery._inputs import evaluating, run_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,16 +31,23 @@ class Pruned:
         router: chooses from them.
         kept: numbers of those that stay, in ascending order.
         frequencies: how often each was chosen.
+        saliency: by which they were kept; None where it was their frequency.
     """
 
     source: DenseExperts
     router: nn.Module
     kept: tuple[int, ...]
     frequencies: tuple[float, ...]
+    saliency: tuple[float, ...] | None
 
 
 def check_model(model: nn.Module, names: Sequence[str], keep: int | float) -> None:
     """Refuse to prune models of transformers to what their configuration can't say.
+
+    Args:
+        model: a model of any kind.
+        names: of the experts that are selected.
+        keep: experts per layer; a float for a share that is allotted over layers.
 
     Raises:
         SpecError: layers would have different numbers of experts.
@@ -49,8 +57,8 @@ def check_model(model: nn.Module, names: Sequence[str], keep: int | float) -> No
     if isinstance(keep, float):
         raise SpecError(
             f"pruned models of transformers must keep equally many experts in every layer, as "
-            f"their configuration has one number; got keep={keep!r}. Give an integer, or merge: "
-            "how='merge'."
+            f"their configuration has one number; got keep={keep!r}. Give an integer, pass "
+            "uniform=True, or merge: how='merge'."
         )
     left = [name for name in find_experts(model, None) if name not in names]
     if left:
@@ -72,8 +80,16 @@ def prune(
     chosen: Mapping[str, nn.Module],
     layers: Sequence[Pruned],
     batches: list[Any],
+    tell: Callable[[int], None],
 ) -> tuple[ReducedModule, ...]:
     """Prune layers, and see whether the model still runs.
+
+    Args:
+        model: it holds them.
+        chosen: the modules of experts by name.
+        layers: what stays of each.
+        batches: that the model runs again.
+        tell: called with the number of batches that it ran.
 
     Raises:
         SpecError: it does not; then it is as it was.
@@ -96,7 +112,7 @@ def prune(
                 )
             else:
                 _prune_theirs(model, name, layer, undo.callback)
-        _try(model, layers, batches)
+        _try(model, layers, batches, tell)
         undo.pop_all()
     return tuple(
         ReducedModule(
@@ -105,6 +121,7 @@ def prune(
             (layer.source.count, len(layer.kept)),
             tuple((n,) for n in layer.kept),
             layer.frequencies,
+            layer.saliency,
             None,
             layer.source.parameters_of(len(layer.kept)),
             None,
@@ -174,7 +191,9 @@ def _take(module: nn.Module, kept: list[int], count: int, later: Callable[..., A
             )
 
 
-def _try(model: nn.Module, layers: Sequence[Pruned], batches: list[Any]) -> None:
+def _try(
+    model: nn.Module, layers: Sequence[Pruned], batches: list[Any], tell: Callable[[int], None]
+) -> None:
     """Run the batches again.
 
     Raises:
@@ -183,17 +202,25 @@ def _try(model: nn.Module, layers: Sequence[Pruned], batches: list[Any]) -> None
     sources = [
         replace(layer.source, module=model.get_submodule(layer.source.name)) for layer in layers
     ]
+    most = [-1] * len(layers)
+
+    def take(place: int, samples: Samples) -> None:
+        if samples.index.numel():
+            most[place] = max(most[place], int(samples.index.max()))
+
     try:
-        samples = collect(model, sources, batches)
+        with watched(sources, take), evaluating(model):
+            for count, batch in enumerate(batches, 1):
+                run_model(model, batch)
+                tell(count)
     except Exception as error:
         # any code may run here
         raise SpecError(
             f"the model must run with fewer experts; it fails: {error} Merge them: how='merge'."
         ) from error
-    for layer, sample in zip(layers, samples, strict=True):
-        most = int(sample.index.max())
-        if most >= len(layer.kept):
+    for layer, last in zip(layers, most, strict=True):
+        if last >= len(layer.kept):
             raise SpecError(
                 f"the router of {layer.source.name!r} must choose from the {len(layer.kept)} "
-                f"experts that are left; it chose {most}. Merge them: how='merge'."
+                f"experts that are left; it chose {last}. Merge them: how='merge'."
             )

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from tensormoe._validation import choice, flag
-from tensormoe.compression import (
-    ExpertGroups,
-    allot_experts,
-    choice_frequencies,
-    cosine_similarity,
-    group_experts,
-    merge_stacks,
-    most_frequent,
-)
+from tensormoe.compression import ExpertGroups, cluster_experts, group_experts, most_frequent
 from tensormoe.errors import SpecError
 from tensormoe_torch._hub import mark
 from tensormoe_torch.compression._dense import DenseExperts
-from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.compression._find import find_experts, takes_blocks
+from tensormoe_torch.compression._merge import Grouped, merge
 from tensormoe_torch.compression._prune import Pruned, check_model, prune
-from tensormoe_torch.compression._put import dense_layers, put_experts, sparse_parent
-from tensormoe_torch.compression._read import is_concatenated, read_experts
-from tensormoe_torch.compression._reduce_report import ReducedModule, ReductionReport
-from tensormoe_torch.compression._routers import check_prunable, find_router, watched
-from tensormoe_torch.compression._samples import Batch, Samples, collect, output_error
+from tensormoe_torch.compression._put import sparse_parent
+from tensormoe_torch.compression._read import read_experts
+from tensormoe_torch.compression._reduce_report import ReductionReport
+from tensormoe_torch.compression._reduction import Reduction
+from tensormoe_torch.compression._routers import check_prunable, find_router
+from tensormoe_torch.compression._routers import watched as watched_routers
+from tensormoe_torch.compression._samples import Batch, Samples, watched
+from tensormoe_torch.compression._tally import Tally
+from tensormoe_torch.surgery._inputs import evaluating, run_model
 from tensormoe_torch.surgery._replace import at, num_parameters
 from tensormoe_torch.surgery._select import Select
 from tensormoe_torch.surgery._surroundings import check_surroundings
-
-WAYS = ("merge", "prune")
 
 
 def reduce_experts(
@@ -43,17 +35,27 @@ def reduce_experts(
     *,
     keep: int | float,
     how: str = "merge",
+    groups: str = "router",
+    score: str = "frequency",
+    uniform: bool = False,
     select: Select | None = None,
     align: bool = True,
+    callback: Callable[[int], None] | None = None,
 ) -> ReductionReport:
-    """Leave a sparse model fewer experts, in place: merge experts, or prune those used least.
+    """Leave a sparse model fewer experts, in place: merge experts, or prune the least important.
 
-    ``"merge"`` (M-SMoE; Li et al. 2024): the experts that are chosen most often stay, each other
-    one joins the one with the most similar router logits, its hidden units are permuted to fit, and
-    the average over the group, weighted by how often each is chosen, takes their place. The router
-    stays and chooses from all old experts: two choices of one merged expert count with the sum of
-    their weights. ``"prune"``: the other experts are gone, and so are the router's outputs for
-    them; it chooses from what is left, and normalizes over that.
+    ``"merge"``: experts become groups, and of each group the average takes the place of all,
+    weighted by how often each is chosen, hidden units permuted to fit those of the one that is
+    chosen most often. The router stays and chooses from all old experts: two choices of one merged
+    expert count with the sum of their weights. Groups are by ``"router"`` (M-SMoE; Li et al. 2024:
+    the experts that are chosen most often, each with those whose router logits are most like its
+    own) or by ``"outputs"`` (HC-SMoE; Chen et al. 2025: hierarchical clustering of the experts'
+    average outputs).
+
+    ``"prune"``: some experts stay, and the others are gone with the router's outputs for them; it
+    chooses from what is left, and normalizes over that. Those stay that have the highest score:
+    ``"frequency"``, how often they are chosen, or ``"reap"`` (Lasby et al. 2025), the mean of
+    router weight times norm of output over the tokens that go to an expert.
 
     Experts are found as by :func:`compress`, which can decompose merged ones further (MC-SMoE).
     Dtype, device, mode, hooks and ``requires_grad`` stay. Either all that is selected is changed,
@@ -61,13 +63,19 @@ def reduce_experts(
 
     Args:
         model: it holds the experts.
-        inputs: calibration batches, as for :func:`compress`; the model runs each once, in
-            evaluation mode, and when it was pruned once more, to see that it runs.
+        inputs: calibration batches, as for :func:`compress`; the model runs each twice, in
+            evaluation mode: for statistics, and to compare outputs or, pruned, to see that it runs.
+            Memory does not grow with their number.
         keep: experts per layer as an integer; or as a float in (0, 1] a share of all experts, those
             that are chosen most often in their layer, so that layers may keep different numbers.
         how: ``"merge"`` or ``"prune"``.
+        groups: of experts that are merged: ``"router"``, or ``"outputs"``, for which every expert
+            runs all tokens.
+        score: of experts when some are pruned: ``"frequency"``, or ``"reap"``.
+        uniform: whether a share is of every layer's experts, so that all layers keep it.
         select: which experts, as for :func:`compress`; all by default.
         align: whether hidden units are permuted before they are averaged.
+        callback: called with the number of batches that ran, up to twice their number.
 
     Returns:
         Which experts became one or stayed, how often they were chosen, and what it saves; ``print``
@@ -76,12 +84,14 @@ def reduce_experts(
     Raises:
         SpecError: no experts or none that are known, a selection that matches nothing or something
             else, no router beside them, experts that were merged before, weights that are used in
-            other places too, calibration batches without a token, or arguments that cannot be.
+            other places too, calibration batches without a token or that choose fewer experts than
+            are to stay, or arguments that cannot be.
             Pruned models of transformers must keep equally many experts in every layer, as their
             configuration has one number.
         ShapeError: experts of different shapes, or weights or logits that are not finite.
         MissingDependencyError: SciPy is not installed, which matches hidden units.
 
+    >>> import torch
     >>> from tensormoe_torch import SparseMoE
     >>> layer = SparseMoE(8, 16, experts=6, top_k=2)
     >>> model = nn.Sequential(nn.Linear(8, 8), layer)
@@ -91,68 +101,55 @@ def reduce_experts(
     """
     if not isinstance(model, nn.Module):
         raise SpecError(f"model must be an nn.Module; got {type(model).__name__}.")
-    how = choice(how, WAYS, "how", SpecError)
-    flag(align, "align")
-    allot_experts([], keep)
+    wanted = Reduction(keep, how, groups, score, uniform, align)
     chosen = find_experts(model, select)
     check_surroundings(model, chosen)
     names = list({id(module): name for name, module in reversed(chosen.items())}.values())[::-1]
     layers = [_layer(model, chosen[name], name) for name in names]
-    if how == "merge" and align:
-        _check_alignable(layers)
+    for layer in layers:
+        wanted.check_experts(layer.source)
     if how == "prune":
-        check_model(model, names, keep)
+        check_model(model, names, keep if wanted.allots else 1)
         for layer in layers:
             check_prunable(model, layer.source, layer.router)
     batches = _listed(inputs)
-    with watched([layer.router for layer in layers]) as logits:
-        samples = collect(model, [layer.source for layer in layers], batches)
+    tallies = _tallies(model, layers, wanted, batches, _told(callback, 0))
     count = num_parameters(model)
-    for layer, sample, found in zip(layers, samples, logits, strict=True):
-        layer.calibrate(sample, found)
-    least = 1 if how == "merge" else max(sample.index.shape[1] for sample in samples)
-    kept = allot_experts([layer.frequencies for layer in layers], keep, least=least)
+    frequencies = [each.frequencies() for each in tallies]
+    least = 1 if how == "merge" else max(each.most for each in tallies)
+    kept = wanted.counts(frequencies, least)
+    for tally, number in zip(tallies, kept, strict=True):
+        _check_chosen(tally, number, wanted)
+    tell = _told(callback, len(batches))
     if how == "merge":
-        modules = _merge(model, chosen, layers, kept, align)
-    else:
-        wanted = [
-            Pruned(each.source, each.router, most_frequent(each.frequencies, n), each.frequencies)
-            for each, n in zip(layers, kept, strict=True)
+        grouped = [
+            Grouped(each.experts, _groups(each, number, groups), each.frequencies())
+            for each, number in zip(tallies, kept, strict=True)
         ]
-        modules = prune(model, chosen, wanted, batches)
+        modules = merge(model, chosen, grouped, align, batches, tell)
+    else:
+        stay = [
+            _stay(layer, each, n, score)
+            for layer, each, n in zip(layers, tallies, kept, strict=True)
+        ]
+        modules = prune(model, chosen, stay, batches, tell)
     mark(model)
-    return ReductionReport(how, modules, (count, num_parameters(model)))
+    tokens = max(each.tokens for each in tallies)
+    sizes = (count, num_parameters(model))
+    return ReductionReport(how, wanted.criterion, tokens, modules, sizes)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _Layer:
-    """The experts of a layer, and what calibration says of them.
+    """The experts of a layer.
 
     Args:
-        source: the experts.
+        source: them.
         router: chooses from them.
-        sample: tokens, with the experts that they went to.
-        frequencies: how often each expert was chosen.
-        similarity: of their router logits.
     """
 
     source: DenseExperts
     router: nn.Module
-    sample: Samples = field(init=False)
-    frequencies: tuple[float, ...] = field(init=False)
-    similarity: tuple[tuple[float, ...], ...] = field(init=False)
-
-    def calibrate(self, sample: Samples, logits: list[Tensor]) -> None:
-        if not logits:
-            raise SpecError(
-                f"the router of experts must be called; that of {self.source.name!r}, a "
-                f"{type(self.router).__name__}, is not. Leave {self.source.name!r} out of the "
-                "selection."
-            )
-        with at(self.source.name):
-            self.sample = sample
-            self.frequencies = choice_frequencies(sample.index, self.source.count)
-            self.similarity = cosine_similarity(torch.cat(logits))
 
 
 def _layer(model: nn.Module, module: nn.Module, name: str) -> _Layer:
@@ -172,21 +169,6 @@ def _layer(model: nn.Module, module: nn.Module, name: str) -> _Layer:
     return _Layer(source, find_router(model, source))
 
 
-def _check_alignable(layers: list[_Layer]) -> None:
-    """Refuse units that can't be permuted: those whose gate and up projection take turns.
-
-    Raises:
-        SpecError: they do.
-    """
-    for layer in layers:
-        source = layer.source
-        if source.keeps_biases and not is_concatenated(source.module):
-            raise SpecError(
-                f"units of experts can't be aligned where gate and up projection take turns, as in "
-                f"{source.name!r} ({type(source.module).__name__}). Pass align=False."
-            )
-
-
 def _listed(inputs: Any) -> list[Any]:
     """Batches that can be gone through twice."""
     if isinstance(inputs, Tensor | tuple | Mapping):
@@ -196,54 +178,81 @@ def _listed(inputs: Any) -> list[Any]:
     return [*inputs]
 
 
-def _merge(
+def _told(callback: Callable[[int], None] | None, before: int) -> Callable[[int], None]:
+    def tell(count: int) -> None:
+        if callback is not None:
+            callback(before + count)
+
+    return tell
+
+
+def _tallies(
     model: nn.Module,
-    chosen: Mapping[str, nn.Module],
     layers: list[_Layer],
-    kept: tuple[int, ...],
-    align: bool,
-) -> tuple[ReducedModule, ...]:
-    """Merge experts, then put them where the old ones were."""
-    made: dict[int, tuple[FactorizedExperts, tuple[int, ...]]] = {}
-    modules = []
-    for layer, number in zip(layers, kept, strict=True):
-        source = layer.source
-        with at(source.name):
-            groups = group_experts(layer.frequencies, layer.similarity, number)
-            off = 0.0
-            if number < source.count:
-                new = _merged(source, groups, align)
-                new.groups = torch.tensor(groups.groups, device=layer.sample.index.device)
-                off = output_error(source, new, layer.sample)
-                made[id(source.module)] = new, groups.groups
-        modules.append(
-            ReducedModule(
-                source.name,
-                type(source.module).__name__,
-                (source.count, number),
-                groups.members,
-                layer.frequencies,
-                groups.similarity,
-                source.parameters_of(number),
-                off,
+    wanted: Reduction,
+    batches: list[Any],
+    tell: Callable[[int], None],
+) -> list[Tally]:
+    """Statistics of all layers, from a run of the model.
+
+    Raises:
+        SpecError: experts that get no tokens, or a router that is not called.
+        ShapeError: activations that are not finite.
+    """
+    saliency, means = wanted.score == "reap", wanted.groups == "outputs"
+    tallies = [Tally(layer.source, saliency, means) for layer in layers]
+
+    def take(place: int, samples: Samples) -> None:
+        with at(layers[place].source.name):
+            tallies[place].add(samples)
+
+    def take_logits(place: int, logits: Tensor) -> None:
+        tallies[place].add_logits(logits)
+
+    sources, routers = [each.source for each in layers], [each.router for each in layers]
+    with watched_routers(routers, take_logits), watched(sources, take), evaluating(model):
+        for count, batch in enumerate(batches, 1):
+            run_model(model, batch)
+            tell(count)
+    for layer, tally in zip(layers, tallies, strict=True):
+        name = layer.source.name
+        if not tally.seen:
+            raise SpecError(
+                f"inputs must give all selected experts tokens; those of {name!r} got none. Give "
+                "other batches, or leave these experts out of the selection."
             )
-        )
-    for name, old in chosen.items():
-        if id(old) not in made:
-            continue
-        new, behind = made[id(old)]
-        if sparse_parent(model, name) is None:
-            put_experts(model, name, old, new)
-        else:
-            # the configuration has them
-            new.groups = None
-            put_experts(model, name, old, new, groups=behind)
-    return tuple(modules)
+        if not tally.called:
+            raise SpecError(
+                f"the router of experts must be called; that of {name!r}, a "
+                f"{type(layer.router).__name__}, is not. Leave {name!r} out of the selection."
+            )
+    return tallies
 
 
-@torch.no_grad()
-def _merged(source: DenseExperts, groups: ExpertGroups, align: bool) -> FactorizedExperts:
-    weights = {role: stack.weights for role, stack in source.stacks.items()}
-    biases = {r: stack.biases for r, stack in source.stacks.items() if stack.biases is not None}
-    merged = merge_stacks(weights, groups, biases=biases, align=align)
-    return FactorizedExperts(dense_layers(*merged), source.act)
+def _check_chosen(tally: Tally, kept: int, wanted: Reduction) -> None:
+    """Refuse statistics that do not say which experts stay.
+
+    Raises:
+        SpecError: fewer experts were chosen at all.
+    """
+    if kept == tally.experts.count or wanted.groups == "outputs" or tally.chosen >= kept:
+        return
+    raise SpecError(
+        f"inputs must choose at least the {kept} experts that stay; the {tally.tokens:,} tokens of "
+        f"{tally.experts.name!r} chose {tally.chosen} of {tally.experts.count}. Give more of them, "
+        "or lower keep."
+    )
+
+
+def _groups(tally: Tally, number: int, by: str) -> ExpertGroups:
+    with at(tally.experts.name):
+        if by == "outputs":
+            return cluster_experts(tally.frequencies(), tally.mean_outputs(), number)
+        return group_experts(tally.frequencies(), tally.similarity(), number)
+
+
+def _stay(layer: _Layer, tally: Tally, number: int, score: str) -> Pruned:
+    frequencies = tally.frequencies()
+    saliency = tally.salient() if score == "reap" else None
+    kept = most_frequent(frequencies if saliency is None else saliency, number)
+    return Pruned(layer.source, layer.router, kept, frequencies, saliency)

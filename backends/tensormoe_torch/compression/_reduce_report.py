@@ -10,6 +10,12 @@ from tensormoe._html import table_html
 
 # groups that a line of the table shows
 _SHOWN = 8
+_CRITERIA = {
+    "router": "merged by router logits (M-SMoE)",
+    "outputs": "merged by average outputs (HC-SMoE)",
+    "frequency": "kept: the experts that are chosen most often",
+    "reap": "kept: the experts with the highest router weight times norm of output (REAP)",
+}
 
 
 @dataclass(frozen=True)
@@ -23,8 +29,9 @@ class ReducedModule:
         groups: of each expert that is left, the old ones that it is made of, the one that is
             chosen most often first.
         frequencies: share of the router's choices that fell on each old expert.
-        similarity: cosine of each old expert's router logits and those of the first in its group;
-            None of pruned ones.
+        saliency: of each old expert, where those with the highest one were kept; else None.
+        similarity: cosine of each old expert's router logits, or average outputs, and those of the
+            first in its group; None of pruned ones.
         parameters: entries of the experts before and after.
         output_error: of the layer's outputs for the calibration inputs, relative to what the old
             experts give; of experts that are called one by one, before the router's weights. None
@@ -36,6 +43,7 @@ class ReducedModule:
     experts: tuple[int, int]
     groups: tuple[tuple[int, ...], ...]
     frequencies: tuple[float, ...]
+    saliency: tuple[float, ...] | None
     similarity: tuple[float, ...] | None
     parameters: tuple[int, int]
     output_error: float | None
@@ -52,11 +60,15 @@ class ReductionReport:
 
     Args:
         how: "merge" or "prune".
+        criterion: of merged experts "router" or "outputs", of pruned ones "frequency" or "reap".
+        tokens: of the calibration batches.
         modules: one per layer, in the model's order.
         model_parameters: parameters of the whole model before and after, tied ones counted once.
     """
 
     how: str
+    criterion: str
+    tokens: int
     modules: tuple[ReducedModule, ...]
     model_parameters: tuple[int, int]
 
@@ -74,7 +86,13 @@ class ReductionReport:
     def to_dict(self) -> dict[str, Any]:
         """The report in plain values, for JSON."""
         modules = [asdict(each) for each in self.modules]
-        return {"how": self.how, "modules": modules, "model_parameters": self.model_parameters}
+        return {
+            "how": self.how,
+            "criterion": self.criterion,
+            "tokens": self.tokens,
+            "modules": modules,
+            "model_parameters": self.model_parameters,
+        }
 
     def __str__(self) -> str:
         return "\n".join([*align_totals(self._rows()), *self._notes()])
@@ -106,6 +124,7 @@ class ReductionReport:
         before, after = self.model_parameters
         return [
             f"whole model: {before:,} → {after:,} parameters",
+            f"{_CRITERIA[self.criterion]}, over {self.tokens:,} tokens",
             "choices: share of the router's choices that fell on the experts that stay, before",
         ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,38 +62,41 @@ def _outputs(module: nn.Module) -> int | None:
 
 
 @contextmanager
-def watched(routers: Sequence[nn.Module]) -> Iterator[list[list[Tensor]]]:
-    """Logits (tokens, experts) of routers, in float32 at least, of every call meanwhile.
+def watched(routers: Sequence[nn.Module], take: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Hand over logits (tokens, experts) of routers, in float32 at least, of every call meanwhile.
 
     A router of others may be one part of several, so its logits are made of what reaches it.
+
+    Args:
+        routers: of the model.
+        take: called with a router's place in the list and its logits.
     """
-    found: list[list[Tensor]] = [[] for _ in routers]
     handles = []
-    for logits, router in zip(found, routers, strict=True):
-        hook: Any = _record(logits) if "projection" in router._parameters else _product(logits)
-        handles.append(router.register_forward_hook(hook))
+    for place, router in enumerate(routers):
+        make = _record if "projection" in router._parameters else _product
+        handles.append(router.register_forward_hook(make(partial(take, place))))
     try:
-        yield found
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _record(found: list[Tensor]) -> Callable[..., None]:
+def _record(take: Callable[[Tensor], None]) -> Callable[..., None]:
     def hook(_: nn.Module, __: object, routes: Any) -> None:
-        found.append(routes.logits.detach().flatten(0, -2))
+        take(routes.logits.detach().flatten(0, -2))
 
     return hook
 
 
-def _product(found: list[Tensor]) -> Callable[..., None]:
+def _product(take: Callable[[Tensor], None]) -> Callable[..., None]:
     def hook(router: nn.Module, args: tuple[Tensor, ...], _: object) -> None:
         weight = router.get_parameter("weight")
         wide = torch.promote_types(weight.dtype, torch.float32)
         bias = router._parameters.get("bias")
         x = args[0].detach().reshape(-1, weight.shape[1]).to(wide)
         logits = x @ weight.detach().to(wide).T
-        found.append(logits if bias is None else logits + bias.detach().to(wide))
+        take(logits if bias is None else logits + bias.detach().to(wide))
 
     return hook
 

@@ -230,6 +230,15 @@ def _joined(parts: list[Samples], experts: DenseExperts) -> Samples:
 @torch.no_grad()
 def output_error(experts: DenseExperts, factorized: FactorizedExperts, samples: Samples) -> float:
     """Error of outputs for samples, relative to those of the dense experts."""
+    missing, whole = output_squares(experts, factorized, samples)
+    return (missing / whole) ** 0.5 if whole else 0.0
+
+
+@torch.no_grad()
+def output_squares(
+    experts: DenseExperts, factorized: FactorizedExperts, samples: Samples
+) -> tuple[float, float]:
+    """Squared norms of the error of outputs for samples, and of the dense experts' outputs."""
     missing = whole = 0.0
     arrays = (samples.x, samples.index, samples.weights)
     for x, index, weights in zip(*(each.split(_BLOCK) for each in arrays), strict=True):
@@ -238,4 +247,4 @@ def output_error(experts: DenseExperts, factorized: FactorizedExperts, samples: 
         found = factorized(x, index, weights)
         missing += float((found - wanted).float().square().sum())
         whole += float(wanted.float().square().sum())
-    return (missing / whole) ** 0.5 if whole else 0.0
+    return missing, whole
