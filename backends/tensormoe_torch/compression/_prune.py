@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -113,6 +114,7 @@ def prune(
             else:
                 _prune_theirs(model, name, layer, undo.callback)
         _try(model, layers, batches, tell)
+        _check_shapes(model, layers)
         undo.pop_all()
     return tuple(
         ReducedModule(
@@ -163,6 +165,9 @@ def _prune_theirs(model: nn.Module, name: str, layer: Pruned, later: Callable[..
         left = [each for n, each in enumerate(own.values()) if n in layer.kept]
         _fill(own, {str(n): each for n, each in enumerate(left)})
     _take(layer.router, kept, count, later)
+    block = model.get_submodule(name.rpartition(".")[0])
+    for each in _around(block, layer.router):
+        _take_vectors(each, kept, count, later)
     configs = [each.config for each in _pretrained(model)]
     for each in (*modules, *configs):
         for key in COUNTS:
@@ -176,19 +181,41 @@ def _fill(table: dict[str, Any], values: Mapping[str, Any]) -> None:
     table.update(values)
 
 
-@torch.no_grad()
 def _take(module: nn.Module, kept: list[int], count: int, later: Callable[..., Any]) -> None:
     """Take entries of those parameters and buffers whose first axis is that of experts."""
+    for table, key, old in _held(module):
+        if old.ndim and old.shape[0] == count:
+            _put(table, key, old, 0, kept, later)
+
+
+def _around(block: nn.Module, router: nn.Module) -> list[nn.Module]:
+    """Modules that may hold a scale or bias of a router's choice: it may lie beside its weight."""
+    path = next(name for name, each in block.named_modules() if each is router)
+    return [*above(block, path), *router.children()]
+
+
+def _take_vectors(
+    module: nn.Module, kept: list[int], count: int, later: Callable[..., Any]
+) -> None:
+    """Take entries of those that hold one number per expert, in whichever axis."""
+    for table, key, old in _held(module):
+        if old.numel() == count and count in old.shape:
+            _put(table, key, old, old.shape.index(count), kept, later)
+
+
+def _held(module: nn.Module) -> list[tuple[Any, str, Tensor]]:
+    """A module's own parameters and buffers, with the tables that they are in."""
     tables: tuple[Any, Any] = (module._parameters, module._buffers)
-    for table in tables:
-        for key, old in [*table.items()]:
-            if old is None or not old.ndim or old.shape[0] != count:
-                continue
-            new: Tensor = old[kept].clone()
-            later(table.__setitem__, key, old)
-            table[key] = (
-                nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-            )
+    return [(each, key, old) for each in tables for key, old in each.items() if old is not None]
+
+
+@torch.no_grad()
+def _put(
+    table: Any, key: str, old: Tensor, axis: int, kept: list[int], later: Callable[..., Any]
+) -> None:
+    new = old.index_select(axis, torch.tensor(kept, device=old.device))
+    later(table.__setitem__, key, old)
+    table[key] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
 def _try(
@@ -224,3 +251,30 @@ def _try(
                 f"the router of {layer.source.name!r} must choose from the {len(layer.kept)} "
                 f"experts that are left; it chose {last}. Merge them: how='merge'."
             )
+
+
+def _check_shapes(model: nn.Module, layers: Sequence[Pruned]) -> None:
+    """Refuse a model of transformers that no longer is what its configuration says.
+
+    Raises:
+        SpecError: a router has something per expert that was not found.
+    """
+    blocks = [f"{layer.source.name.rpartition('.')[0]}." for layer in layers]
+    names = {id(module): name for name, module in model.named_modules()}
+    for each in _pretrained(model):
+        try:
+            with torch.device("meta"):
+                wanted = type(each)(copy.deepcopy(each.config)).state_dict()
+        except Exception:
+            # any code may run here; a class that is made in another way says nothing
+            continue
+        start = names[id(each)]
+        for key, array in each.state_dict().items():
+            name = f"{start}.{key}" if start else key
+            whole = wanted.get(key, array).shape
+            if whole != array.shape and name.startswith(tuple(blocks)):
+                raise SpecError(
+                    f"all that a pruned model holds per expert must be found; {name!r} has shape "
+                    f"{tuple(array.shape)}, and the configuration gives it {tuple(whole)}. Merge "
+                    "the experts: how='merge'."
+                )

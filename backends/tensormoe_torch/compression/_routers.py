@@ -14,7 +14,14 @@ from tensormoe.errors import SpecError
 from tensormoe_torch.compression._dense import DenseExperts
 from tensormoe_torch.compression._put import sparse_parent
 
-COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_experts", "out_features")
+COUNTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "n_experts",
+    "moe_num_experts",
+    "out_features",
+)
 """Attributes of modules and configurations that may say how many experts there are."""
 _NAMES = ("gate", "router")
 _LIMITS = ("n_group", "num_group", "num_expert_group")
