@@ -151,22 +151,46 @@ def readme(model: Model, whole: Whole, summary: str) -> str:
         whole: whether loaders can open it.
         summary: a sentence on what was done.
     """
+    opening = (
+        f"{opened_by(whole.config, needs_import=True)} {_FACTORS}"
+        if whole.config is not None
+        else _CLOSED.format(reason=whole.reason)
+    )
+    return headed_readme(model, "experts in factors", f"{summary}\n\n{opening}")
+
+
+def headed_readme(model: Model, title: str, text: str) -> str:
+    """A section of its own, then the README that the model had.
+
+    Args:
+        model: as it was.
+        title: behind its name.
+        text: of the section.
+    """
     before = _own_readme(model)
     # the hub reads the text between these lines
     front, rest = "", before
     if before.startswith("---\n") and "\n---\n" in before[3:]:
         end = before.index("\n---\n", 3) + 5
         front, rest = before[:end] + "\n", before[end:].lstrip("\n")
-    opening = (
-        _OPENED.format(module=IMPORT, loader=_loader(whole.config))
-        if whole.config is not None
-        else _CLOSED.format(reason=whole.reason)
-    )
-    text = f"{front}# {model.name}, experts in factors\n\n{summary}\n\n{opening}"
-    return f"{text}\n{rest}" if rest else text
+    found = f"{front}# {model.name}, {title}\n\n{text}"
+    return f"{found}\n{rest}" if rest else found
 
 
-_OPENED = """\
+def opened_by(config: Mapping[str, Any], *, needs_import: bool) -> str:
+    """How a folder is opened, in Markdown.
+
+    Args:
+        config: of the model.
+        needs_import: whether transformers has to know the library first.
+    """
+    loader = _loader(config)
+    if needs_import:
+        return _IMPORTED.format(module=IMPORT, loader=loader)
+    return _PLAIN.format(loader=loader)
+
+
+_IMPORTED = """\
 This line has to run before the model is loaded:
 
 ```python
@@ -182,9 +206,21 @@ model = {loader}.from_pretrained("this folder")
 ```
 
 Without it, transformers warns of an unknown quantization type, and fills the experts with random
-numbers. Each file in `experts/` is a layer of tensormoe as well, which `MuMoE.load` opens in every
+numbers."""
+
+_FACTORS = """\
+Each file in `experts/` is a layer of tensormoe as well, which `MuMoE.load` opens in every
 framework. `tensormoe.json` says what was lost.
 """
+
+_PLAIN = """\
+The folder is opened as any other:
+
+```python
+from transformers import {loader}
+
+model = {loader}.from_pretrained("this folder")
+```"""
 
 _CLOSED = """\
 No loader of models can open this folder, so it has no `config.json`: {reason}. Each file in

@@ -20,7 +20,7 @@ from tensormoe.compression._folder import (
 from tensormoe.compression._plan import CompressionPlan
 from tensormoe.compression._progress import Teller
 from tensormoe.compression._resume import Work
-from tensormoe.compression._shards import INDEX_SUFFIX, Shard
+from tensormoe.compression._shards import INDEX_SUFFIX, Model, Shard
 from tensormoe.compression._write import (
     Plain,
     Rebuilt,
@@ -72,10 +72,7 @@ def write_model(plan: CompressionPlan, work: Work, files: Mapping[str, str], tel
     if config is not None:
         write_whole(work.path(CONFIG), (config_bytes(config),))
     written = () if dense and config is None else (CONFIG,) if dense else (CONFIG, README)
-    for name in side_files(model):
-        assert model.folder is not None
-        if name not in written:
-            _copy(os.path.join(model.folder, name), work.path(name))
+    copy_side_files(model, work, written)
 
 
 @dataclass(eq=False)
@@ -166,6 +163,18 @@ def _describe(plan: CompressionPlan, plain: Plain, work: Work, files: Mapping[st
         f"{before:,}{few}."
     )
     write_whole(work.path(README), (readme(model, whole, summary).encode(),))
+
+
+def copy_side_files(model: Model, work: Work, written: Collection[str]) -> None:
+    """Copy the files beside a model's weights, but those that were written anew.
+
+    Raises:
+        CheckpointError: one can't be read, or the folder can't be written.
+    """
+    for name in side_files(model):
+        assert model.folder is not None
+        if name not in written:
+            _copy(os.path.join(model.folder, name), work.path(name))
 
 
 def _copy(source: str, target: str) -> None:

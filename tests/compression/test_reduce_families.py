@@ -67,6 +67,8 @@ def test_pruned(name: str, score: str, tmp_path: Path) -> None:
             wanted = whole.index_select(cut[0], torch.tensor(kept)) if cut else whole
             assert torch.equal(array, wanted), key
     model.save_pretrained(tmp_path)
+    # a plain model
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
     again = opened(tmp_path)
     assert type(again) is type(model)
     assert len(experts_of(again)) == len(report.modules)

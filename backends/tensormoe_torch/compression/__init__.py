@@ -17,6 +17,10 @@ from tensormoe_torch.compression._evaluate import Evaluation, LayerEffect, evalu
 from tensormoe_torch.compression._evaluate_checkpoints import evaluate_checkpoints
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.compression._reduce import reduce_experts
+from tensormoe_torch.compression._reduce_checkpoint import (
+    ReductionProgress,
+    reduce_checkpoint,
+)
 from tensormoe_torch.compression._reduce_report import ReducedModule, ReductionReport
 from tensormoe_torch.compression._report import (
     CompressedModule,
@@ -35,6 +39,7 @@ __all__ = [
     "FactorizedExperts",
     "LayerEffect",
     "ReducedModule",
+    "ReductionProgress",
     "ReductionReport",
     "TextWindows",
     "calibrate",
@@ -45,5 +50,6 @@ __all__ = [
     "evaluate",
     "evaluate_checkpoints",
     "next_token_loss",
+    "reduce_checkpoint",
     "reduce_experts",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tensormoe.compression import ExpertGroups, cluster_experts, group_experts, most_frequent
 from tensormoe.errors import SpecError
-from tensormoe_torch._hub import mark
+from tensormoe_torch._hub import mark, unmark
 from tensormoe_torch.compression._dense import DenseExperts
 from tensormoe_torch.compression._find import find_experts, takes_blocks
 from tensormoe_torch.compression._merge import Grouped, merge
@@ -134,6 +134,8 @@ def reduce_experts(
         ]
         modules = prune(model, chosen, stay, batches, tell)
     mark(model)
+    # a pruned model of transformers is a plain one
+    unmark(model)
     tokens = max(each.tokens for each in tallies)
     sizes = (count, num_parameters(model))
     return ReductionReport(how, wanted.criterion, tokens, modules, sizes)

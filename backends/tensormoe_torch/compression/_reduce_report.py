@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,10 +12,10 @@ from tensormoe._html import table_html
 # groups that a line of the table shows
 _SHOWN = 8
 _CRITERIA = {
-    "router": "merged by router logits (M-SMoE)",
-    "outputs": "merged by average outputs (HC-SMoE)",
-    "frequency": "kept: the experts that are chosen most often",
-    "reap": "kept: the experts with the highest router weight times norm of output (REAP)",
+    "router": "Experts merged by router logits (M-SMoE)",
+    "outputs": "Experts merged by average outputs (HC-SMoE)",
+    "frequency": "Experts pruned to those that are chosen most often",
+    "reap": "Experts pruned to those of the highest saliency (REAP)",
 }
 
 
@@ -83,6 +84,11 @@ class ReductionReport:
         before, after = zip(*(each.parameters for each in self.modules), strict=True)
         return sum(before), sum(after)
 
+    @property
+    def summary(self) -> str:
+        """Words that say how experts became fewer."""
+        return f"{_CRITERIA[self.criterion]}, over {self.tokens:,} tokens"
+
     def to_dict(self) -> dict[str, Any]:
         """The report in plain values, for JSON."""
         modules = [asdict(each) for each in self.modules]
@@ -93,6 +99,13 @@ class ReductionReport:
             "modules": modules,
             "model_parameters": self.model_parameters,
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ReductionReport:
+        """The report of what :meth:`to_dict` gave, also as JSON."""
+        given = dict(values)
+        modules = tuple(ReducedModule(**_tuples(each)) for each in given.pop("modules"))
+        return cls(**_tuples(given), modules=modules)
 
     def __str__(self) -> str:
         return "\n".join([*align_totals(self._rows()), *self._notes()])
@@ -124,9 +137,18 @@ class ReductionReport:
         before, after = self.model_parameters
         return [
             f"whole model: {before:,} → {after:,} parameters",
-            f"{_CRITERIA[self.criterion]}, over {self.tokens:,} tokens",
+            self.summary,
             "choices: share of the router's choices that fell on the experts that stay, before",
         ]
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with tuples where JSON has lists."""
+
+    def of(value: Any) -> Any:
+        return tuple(map(of, value)) if isinstance(value, list | tuple) else value
+
+    return {key: of(each) for key, each in values.items()}
 
 
 def _groups(groups: tuple[tuple[int, ...], ...]) -> str:

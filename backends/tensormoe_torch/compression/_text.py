@@ -99,7 +99,7 @@ def load_model(folder: str | os.PathLike[str], device: str, dtype: str = "auto")
             f"the model must be a folder with config.json and weights; there is none at {path!r}."
         )
     try:
-        with _quiet():
+        with quiet():
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, local_files_only=True
             )
@@ -158,7 +158,7 @@ def next_token_loss(output: Any, batch: Tensor) -> Tensor:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' bars where nobody watches them."""
     from transformers.utils import logging
 
