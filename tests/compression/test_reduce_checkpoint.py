@@ -138,8 +138,8 @@ def test_shares_may_be_allotted_over_layers(
     assert sorted(each["experts"][1] for each in found["modules"]) == [2, 3]
     shown = run(capsys, *words, "--keep", "3", "--allot", "--output", tmp_path / "no")
     assert "--allot needs a share" in shown
-    words = (*words, "--how", "prune", "--keep", "50%", "--allot", "--output", tmp_path / "no")
-    assert "equally many experts in every layer" in run(capsys, *words)
+    more = ("--how", "prune", "--keep", "50%", "--allot", "--output", tmp_path / "no")
+    assert "equally many experts in every layer" in run(capsys, *words, *more)
     assert not (tmp_path / "no").exists()
 
 

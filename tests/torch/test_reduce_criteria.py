@@ -149,7 +149,7 @@ def test_lists_of_experts_merge_by_outputs() -> None:
 
 def test_sparse_mixtures_of_ours() -> None:
     torch.manual_seed(0)
-    layer = SparseMoE(5, 7, experts=6, top_k=2, bias=True, dtype=torch.float64)
+    layer: Any = SparseMoE(5, 7, experts=6, top_k=2, bias=True, dtype=torch.float64)
     x = torch.randn(40, 5, dtype=torch.float64)
     with torch.no_grad():
         # it has few tokens, but gives much
