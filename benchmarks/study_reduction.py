@@ -13,13 +13,15 @@ divergence KL(whole ‖ reduced), and how often both find the same token likelie
 trained afterwards.
 
 Models are kept in ``out/compression``, where those that are missing are trained, a quarter of an
-hour each on one core. The rest takes some minutes.
+hour each on one core. The rest takes as long; runs are written to ``reduction.jsonl`` there as they
+end, and a second call goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -31,7 +33,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tensormoe_torch import compress, reduce_experts
-from tensormoe_torch.compression import Evaluation, TextWindows, calibrate, evaluate
+from tensormoe_torch.compression import TextWindows, calibrate, evaluate
 
 Change = Callable[[nn.Module, list[Any], int, int], None]
 
@@ -67,6 +69,8 @@ def factorized(model: nn.Module, batches: list[Any], keep: int, seed: int) -> No
     compress(model, "tucker", budget=share, calibration=calibration, seed=seed)
 
 
+SHARES = (0.5, 0.25)
+BATCH = 16
 CHANGES: dict[str, Change] = {
     "pruned at random": at_random,
     "pruned by frequency": reduced(how="prune"),
@@ -94,32 +98,44 @@ def main() -> None:
         cut, scored = TextWindows(32, 32), TextWindows(32, 32)
     folders = [host.trained(folder, seed) for seed in range(seeds)]
     texts = written(folder)
-    shares = (0.5, 0.25)
-    found: dict[tuple[str, float], list[Evaluation]] = {}
+    runs = folder / "reduction.jsonl"
+    lines = runs.read_text("utf-8").splitlines() if runs.exists() else []
+    found = {tuple(key): values for key, values in map(json.loads, lines)}
+    keys = [(name, share) for share in SHARES for name in CHANGES]
     for seed, path in enumerate(folders):
+        if all((*key, seed) in found for key in keys):
+            continue
         whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(path)
         train, test = (
             torch.tensor(tokenizer(texts[part].read_text(), verbose=False)["input_ids"])
             for part in ("train", "test")
         )
-        given, wanted = cut.of(train, whole), scored.of(test, whole)
-        for share in shares:
-            for name, change in CHANGES.items():
+        # many windows at once, as experts run one after the other
+        given, wanted = (
+            [*torch.cat(windows).split(BATCH)]
+            for windows in (cut.of(train, whole), scored.of(test, whole))
+        )
+        for name, share in keys:
+            key = (name, share, seed)
+            if key not in found:
                 model = copy.deepcopy(whole)
-                change(model, given, int(share * host.experts), seed)
-                found.setdefault((name, share), []).append(evaluate(whole, model, wanted))
-    first = next(iter(found.values()))
-    losses = ", ".join(f"{each.losses[0]:.3f}" for each in first)
-    tokens = cut.samples * host.context if cut.samples else 0
-    print(f"{tokens:,} tokens to choose by, {first[0].tokens:,} scored; whole models: {losses}")
+                CHANGES[name](model, given, int(share * host.experts), seed)
+                found[key] = evaluate(whole, model, wanted).to_dict()
+                with runs.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([key, found[key]]) + "\n")
+    plain = [found[(*keys[0], seed)] for seed in range(seeds)]
+    losses = ", ".join(f"{each['losses'][0]:.3f}" for each in plain)
+    tokens = (cut.samples or 0) * host.context
+    print(f"{tokens:,} tokens to choose by, {plain[0]['tokens']:,} scored; whole models: {losses}")
     print("\n| experts | kept | loss, mean (range) | divergence | same |")
     print("| --- | ---: | ---: | ---: | ---: |")
-    for (name, share), each in found.items():
-        gaps = [evaluation.losses[1] - evaluation.losses[0] for evaluation in each]
+    for name, share in keys:
+        every = [found[(name, share, seed)] for seed in range(seeds)]
+        gaps = [each["losses"][1] - each["losses"][0] for each in every]
         loss = f"{mean(gaps):+.3f} ({min(gaps):+.3f} to {max(gaps):+.3f})"
-        divergence = mean(evaluation.divergence for evaluation in each)
-        same = mean(evaluation.agreement for evaluation in each)
+        divergence = mean(each["divergence"] for each in every)
+        same = mean(each["agreement"] for each in every)
         print(f"| {name} | {share:.0%} | {loss} | {divergence:.3f} | {same:.1%} |")
 
 
