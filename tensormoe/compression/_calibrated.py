@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,23 @@ def calibration_identity(settings: Compression) -> dict[str, Any]:
     if settings.calibration is None:
         return {}
     return {"calibration_file": open_shard(settings.calibration).identity}
+
+
+def check_same_calibration(settings: Compression, marks: Mapping[str, Any]) -> None:
+    """Refuse a calibration that is not the one that another process has opened.
+
+    Args:
+        settings: of the compression.
+        marks: of that process, by :func:`calibration_identity`.
+
+    Raises:
+        CheckpointError: it is not there, or another one.
+    """
+    if calibration_identity(settings) != dict(marks):
+        raise CheckpointError(
+            f"{settings.calibration!r} must be the calibration that the compression began with; it "
+            "was changed since."
+        )
 
 
 def calibrated_group(group: Group, settings: Compression) -> CalibratedGroup | None:

@@ -16,12 +16,13 @@ from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from queue import Empty, Queue
 from time import monotonic, sleep
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tensormoe import __version__
 from tensormoe._extras import require
 from tensormoe._format import format_bytes
 from tensormoe.checkpoint._files import PARTIAL_SUFFIX, sync_folder
+from tensormoe.compression._calibrated import calibration_identity
 from tensormoe.compression._effort import BASE_MEMORY
 from tensormoe.compression._measure import GroupReport
 from tensormoe.compression._plan import (
@@ -138,6 +139,8 @@ def on_cluster(
         TensormoeError: a group that can't be done.
     """
     waiting = deque(longest_first(groups))
+    # of the file as it is now, not when a task is sent
+    marks = calibration_identity(plan.settings)
     running: dict[Future[GroupReport], GroupPlan] = {}
     ended: Queue[Future[GroupReport]] = Queue()
     folder = os.path.dirname(os.path.dirname(next(iter(paths.values()))))
@@ -147,7 +150,8 @@ def on_cluster(
                 slots = _AHEAD * sum(_workers(client, _REPLACED).values())
                 while waiting and len(running) < slots:
                     each = waiting.popleft()
-                    task = _task(plan, each, inbox, os.path.basename(paths[each.group.name]))
+                    file = os.path.basename(paths[each.group.name])
+                    task = _task(plan, each, inbox, file, marks)
                     with _reaching():
                         future = client.submit(compress_task, task, pure=False)
                     running[future] = each
@@ -169,14 +173,17 @@ def on_cluster(
                 client.cancel(list(running))
 
 
-def _task(plan: CompressionPlan, each: GroupPlan, inbox: str, file: str) -> Task:
+def _task(
+    plan: CompressionPlan, each: GroupPlan, inbox: str, file: str, marks: Mapping[str, Any]
+) -> Task:
     shards = {
         shard.path: shard
         for key in sorted(each.group.stored_keys)
         for shard in (plan.model.places[key][0],)
     }
     read = tuple((path, dict(shard.identity)) for path, shard in shards.items())
-    return Task(__version__, inbox, file, read, each.group, settings_of(plan, each), each.budget)
+    settings = settings_of(plan, each)
+    return Task(__version__, inbox, file, read, marks, each.group, settings, each.budget)
 
 
 def _result(future: Future[GroupReport], each: GroupPlan) -> GroupReport | None:

@@ -15,6 +15,7 @@ from time import monotonic
 from typing import Any
 
 from tensormoe import __version__
+from tensormoe.compression._calibrated import check_same_calibration
 from tensormoe.compression._groups import Group
 from tensormoe.compression._measure import GroupReport
 from tensormoe.compression._settings import Compression
@@ -24,8 +25,8 @@ from tensormoe.decomposition._watch import Callback, Progress
 from tensormoe.errors import CheckpointError, ClusterError, TensormoeError, located
 
 SHARED = (
-    "The model and the output must be on a file system that all workers share with the process "
-    "that calls, under the same paths."
+    "The model, a calibration and the output must be on a file system that all workers share with "
+    "the process that calls, under the same paths."
 )
 
 # seconds between two looks at the inbox
@@ -41,6 +42,7 @@ class Task:
         inbox: folder that the file of factors goes to.
         file: its name.
         shards: path and identity of the files with the group's keys.
+        calibration: identity of the calibration's file; empty without one.
         group: the experts.
         settings: of the compression.
         budget: entries that the factors may take, if that is what is given.
@@ -50,6 +52,7 @@ class Task:
     inbox: str
     file: str
     shards: tuple[tuple[str, Mapping[str, Any]], ...]
+    calibration: Mapping[str, Any]
     group: Group
     settings: Compression
     budget: int | None
@@ -60,7 +63,8 @@ def compress_task(task: Task) -> GroupReport:
 
     Raises:
         ClusterError: the worker has another version of tensormoe.
-        CheckpointError: the worker sees another model or output folder than who sent the task.
+        CheckpointError: the worker sees another model, calibration or output folder than who sent
+            the task.
         TensormoeError: a group that can't be done.
     """
     from distributed import get_worker
@@ -71,6 +75,7 @@ def compress_task(task: Task) -> GroupReport:
         _check_inbox(task.inbox)
         try:
             model = open_shards(task.shards)
+            check_same_calibration(task.settings, task.calibration)
         except CheckpointError as error:
             raise CheckpointError(f"{error} {SHARED}") from None
         path = os.path.join(task.inbox, task.file)

@@ -138,7 +138,8 @@ def test_another_version(
         with pytest.raises(ClusterError, match=rule):
             compress_checkpoint(model, tmp_path / "out", WANTED, client=threads)
     # a worker that comes when all are asked
-    task = Task("1.2.3", "", "", (), plan_compression(model, WANTED).groups[0].group, WANTED, None)
+    group = plan_compression(model, WANTED).groups[0].group
+    task = Task("1.2.3", "", "", (), {}, group, WANTED, None)
     with pytest.raises(ClusterError, match=rule):
         threads.submit(compress_task, task).result()
     monkeypatch.setattr(_cluster.pkgutil, "resolve_name", _missing)
