@@ -11,7 +11,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor, nn
 
 from tensormoe.errors import ShapeError, SpecError
-from tensormoe_torch import SparseMoE, reduce_experts
+from tensormoe_torch import SparseMoE, compress, reduce_experts
 from tests._more_models import low_rank
 from tests._torch_moe import STACKED, TOKENS, Expert, OneByOne, sparse
 
@@ -229,3 +229,16 @@ def test_experts_with_a_gate_of_their_own() -> None:
     model = low_rank("gpt_oss")
     report = reduce_experts(model, TOKENS, keep=2, groups="outputs", align=False)
     assert report.parameters[0] == 2 * report.parameters[1]
+
+
+@pytest.mark.parametrize("how", ["merge", "prune"])
+def test_rounded_experts_are_refused_and_merged_ones_rounded(how: str) -> None:
+    model = sparse("mixtral", torch.float32)
+    compress(model, "dense", budget=1.0, bits=8)
+    with pytest.raises(SpecError, match=r"'model.layers.0.mlp.experts' are rounded to 8 bits"):
+        reduce_experts(model, TOKENS, keep=3, how=how)
+    model = sparse("mixtral", torch.float32)
+    reduce_experts(model, TOKENS, keep=3, how=how)
+    before = model(TOKENS).logits
+    compress(model, "dense", budget=1.0, bits=8)
+    assert (model(TOKENS).logits - before).norm() < 0.05 * before.norm()

@@ -12,6 +12,7 @@ from tensormoe.compression import ExpertGroups, cluster_experts, group_experts, 
 from tensormoe.errors import SpecError
 from tensormoe_torch._hub import mark, unmark
 from tensormoe_torch.compression._dense import DenseExperts
+from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.compression._find import find_experts, takes_blocks
 from tensormoe_torch.compression._merge import Grouped, merge
 from tensormoe_torch.compression._prune import Pruned, check_model, prune
@@ -161,6 +162,11 @@ def _layer(model: nn.Module, module: nn.Module, name: str) -> _Layer:
             f"experts must be called with what the router chose to be merged or pruned; those of "
             f"{name!r} ({type(module).__name__}) get a block of tokens each. Factorize them with "
             "compress."
+        )
+    if isinstance(module, FactorizedExperts) and module.bits is not None:
+        raise SpecError(
+            f"experts must be floating-point numbers to become fewer; those of {name!r} are rounded "
+            f"to {module.bits} bits. Reduce first, then round what is left."
         )
     sparse = sparse_parent(model, name)
     if source.groups is not None or (sparse is not None and sparse.config.groups is not None):
