@@ -165,8 +165,8 @@ def _layer(model: nn.Module, module: nn.Module, name: str) -> _Layer:
         )
     if isinstance(module, FactorizedExperts) and module.bits is not None:
         raise SpecError(
-            f"experts must be floating-point numbers to become fewer; those of {name!r} are rounded "
-            f"to {module.bits} bits. Reduce first, then round what is left."
+            f"experts must be floating-point numbers to become fewer; those of {name!r} are "
+            f"rounded to {module.bits} bits. Reduce first, then round what is left."
         )
     sparse = sparse_parent(model, name)
     if source.groups is not None or (sparse is not None and sparse.config.groups is not None):
