@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe_torch import SparseMoE, compress, reduce_experts
+from tensormoe_torch.compression import ReductionReport
 from tests._more_models import low_rank
 from tests._torch_moe import STACKED, TOKENS, Expert, OneByOne, sparse
 
@@ -129,6 +131,21 @@ def test_several_batches_count_as_one() -> None:
             assert module.groups == twin.groups
             assert module.output_error == pytest.approx(twin.output_error)
         torch.testing.assert_close(one(TOKENS).logits, other(TOKENS).logits)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"groups": "outputs"}, {"how": "prune"}, {"how": "prune", "score": "reap"}]
+)
+def test_batches_of_any_shape_and_reports_as_json(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    layer = SparseMoE(5, 7, experts=6, top_k=2)
+    batches = [torch.empty(0, 5), torch.randn(30, 5), torch.randn(2, 3, 5)]
+    report = reduce_experts(nn.Sequential(layer), batches, keep=3, **options)
+    assert report.tokens == 36
+    assert ReductionReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    model = nn.Sequential(SparseMoE(5, 7, experts=6, top_k=2))
+    with pytest.raises(SpecError, match="must give all selected experts tokens"):
+        reduce_experts(model, torch.empty(0, 5), keep=3, **options)
 
 
 def test_lists_of_experts_merge_by_outputs() -> None:

@@ -195,9 +195,11 @@ class _Read:
             index, weights = choice if choice else (None, None)
             if index is None or weights is None:
                 return self._blocks(rows)
-            index = index.reshape(len(rows), -1)
+            # no size is left open: a call may have no rows
+            k = index.numel() // len(rows) if len(rows) else index.shape[-1]
+            index = index.reshape(len(rows), k)
             index = index if self.groups is None else self.groups[index]
-            return Samples(rows, index, weights.reshape(len(rows), -1))
+            return Samples(rows, index, weights.reshape(len(rows), k))
         x = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)).detach()
         rows = x.reshape(-1, x.shape[-1])
         index = torch.full((len(rows), 1), self.expert, device=rows.device)
