@@ -72,7 +72,7 @@ def test_stacks_of_mxfp4_are_those_of_transformers(
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, wanted.float().numpy())
         # as a worker of a cluster gets it, which knows no other file
-        task = _task(plan, each, str(folder), "x")
+        task = _task(plan, each, str(folder), "x", {})
         assert len(task.shards) == 2
         np.testing.assert_array_equal(read_stack(open_shards(task.shards), task.group), found)
 
