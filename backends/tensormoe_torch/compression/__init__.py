@@ -23,7 +23,12 @@ from tensormoe_torch.compression._report import (
     CompressedProjection,
     CompressionReport,
 )
-from tensormoe_torch.compression._text import TextWindows, next_token_loss
+from tensormoe_torch.compression._text import (
+    TextWindows,
+    load_model,
+    load_tokens,
+    next_token_loss,
+)
 
 __all__ = [
     "CalibrationProgress",
@@ -44,6 +49,8 @@ __all__ = [
     "compress",
     "evaluate",
     "evaluate_checkpoints",
+    "load_model",
+    "load_tokens",
     "next_token_loss",
     "reduce_experts",
 ]
