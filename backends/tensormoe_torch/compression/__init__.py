@@ -1,7 +1,8 @@
 """Experts of sparse models, compressed in place: factorized, merged, or pruned.
 
 Before that, :func:`calibrate` gathers second moments of what experts get and give on data; after
-it, :func:`evaluate` says what became of the model's predictions.
+it, :func:`evaluate` says what became of the model's predictions, and :func:`heal` trains the model
+to predict again what the original does.
 """
 
 from __future__ import annotations
@@ -16,6 +17,12 @@ from tensormoe_torch.compression._compress import compress
 from tensormoe_torch.compression._evaluate import Evaluation, LayerEffect, evaluate
 from tensormoe_torch.compression._evaluate_checkpoints import evaluate_checkpoints
 from tensormoe_torch.compression._experts import FactorizedExperts
+from tensormoe_torch.compression._healing import (
+    Healing,
+    HealingProgress,
+    HealingReport,
+    heal,
+)
 from tensormoe_torch.compression._reduce import reduce_experts
 from tensormoe_torch.compression._reduce_report import ReducedModule, ReductionReport
 from tensormoe_torch.compression._report import (
@@ -38,6 +45,9 @@ __all__ = [
     "CompressionReport",
     "Evaluation",
     "FactorizedExperts",
+    "Healing",
+    "HealingProgress",
+    "HealingReport",
     "LayerEffect",
     "ReducedModule",
     "ReductionReport",
@@ -49,6 +59,7 @@ __all__ = [
     "compress",
     "evaluate",
     "evaluate_checkpoints",
+    "heal",
     "load_model",
     "load_tokens",
     "next_token_loss",
