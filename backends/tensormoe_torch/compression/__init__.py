@@ -22,6 +22,7 @@ from tensormoe_torch.compression._healing import (
     HealingProgress,
     HealingReport,
     heal,
+    heal_checkpoint,
 )
 from tensormoe_torch.compression._reduce import reduce_experts
 from tensormoe_torch.compression._reduce_report import ReducedModule, ReductionReport
@@ -60,6 +61,7 @@ __all__ = [
     "evaluate",
     "evaluate_checkpoints",
     "heal",
+    "heal_checkpoint",
     "load_model",
     "load_tokens",
     "next_token_loss",

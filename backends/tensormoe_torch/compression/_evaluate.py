@@ -82,6 +82,16 @@ class Evaluation:
         """The evaluation in plain values, for JSON."""
         return asdict(self) | {"perplexities": self.perplexities}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
+        """The inverse of :meth:`to_dict`, from JSON as well, which has no tuples."""
+        plain = {name: values[name] for name in cls.__dataclass_fields__}
+        for name, each in plain.items():
+            if isinstance(each, list | tuple):
+                plain[name] = tuple(each)
+        plain["layers"] = tuple(LayerEffect(**each) for each in plain["layers"])
+        return cls(**plain)
+
     def __str__(self) -> str:
         return "\n".join([*align_totals(self._rows()), "", *self._notes()])
 

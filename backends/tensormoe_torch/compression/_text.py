@@ -112,7 +112,7 @@ def load_model(folder: str | os.PathLike[str], device: str = "cpu", dtype: str =
             f"the model must be a folder with config.json and weights; there is none at {path!r}."
         )
     try:
-        with _quiet():
+        with quiet():
             config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
             kind = model_class(config, transformers.AutoModelForCausalLM)
             model = kind.from_pretrained(path, dtype=dtype, local_files_only=True)
@@ -184,7 +184,7 @@ def next_token_loss(output: Any, batch: Tensor) -> Tensor:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' bars where nobody watches them."""
     from transformers.utils import logging
 

@@ -87,7 +87,8 @@ def heal(
     >>> from transformers import MixtralConfig, MixtralForCausalLM
     >>> from tensormoe_torch.compression import compress
     >>> config = MixtralConfig(vocab_size=32, hidden_size=8, intermediate_size=12,
-    ...     num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_local_experts=4)
+    ...     num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_local_experts=4,
+    ...     initializer_range=0.5)
     >>> original = MixtralForCausalLM(config)
     >>> model = copy.deepcopy(original)
     >>> _ = compress(model, "cp", rank=4)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,17 +14,18 @@ from torch import Tensor
 
 from tensormoe._validation import brief
 from tensormoe.checkpoint._files import write_whole
-from tensormoe.checkpoint._safetensors import DTYPES, encode_frame
-from tensormoe.compression._shards import Shard, open_shard, read_range
+from tensormoe.checkpoint._safetensors import encode_frame
+from tensormoe.compression._shards import Shard, open_shard
 from tensormoe.errors import CheckpointError
 from tensormoe_torch._sharded import gathered, is_sharded
 from tensormoe_torch.compression._evaluate import Evaluation
+from tensormoe_torch.compression._healing._processes import first_process
 from tensormoe_torch.compression._healing._settings import Healing
+from tensormoe_torch.compression._healing._tensors import code_of, read_tensor, tensor_bytes
 from tensormoe_torch.compression._healing._trained import Trained
 
 _KEY = "healing"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_CODES = {name: code for code, name in DTYPES.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +59,7 @@ class State:
 
     def _read(self, key: str, like: Tensor) -> Tensor:
         """A tensor in the manner of another: its device, and its part of it where it is cut."""
-        placed = self.shard.entries[key]
-        data = bytearray(b"".join(read_range(self.shard, placed.begin, placed.end)))
-        flat = torch.frombuffer(data, dtype=like.dtype) if data else torch.empty(0)
-        whole = flat.to(like.dtype).reshape(placed.shape)
+        whole = read_tensor(self.shard, self.shard.entries[key])
         if not is_sharded(like):
             return whole.to(like.device)
         from torch.distributed.tensor import distribute_tensor
@@ -84,20 +83,19 @@ def write_state(
         CheckpointError: it can't be written.
     """
     arrays = dict(_arrays(trained))
-    if _rank() == 0:
+    if first_process():
         values = {
             "settings": settings.to_dict(),
             "losses": [*losses],
             "tokens": tokens,
-            "before": None if before is None else asdict(before),
+            "before": None if before is None else before.to_dict(),
             "moves": _moves(trained),
         }
         entries = (
-            (key, _code(each), tuple(each.shape), each.numel() * each.element_size())
-            for key, each in arrays.items()
+            (key, code_of(each), tuple(each.shape), each.nbytes) for key, each in arrays.items()
         )
         head = encode_frame(entries, {_KEY: json.dumps(values)})
-        write_whole(path, (head, *(each.numpy().tobytes() for each in arrays.values())))
+        write_whole(path, chain((head,), map(tensor_bytes, arrays.values())))
     if any(is_sharded(each) for each in trained.copies.values()):
         torch.distributed.barrier()
 
@@ -114,13 +112,8 @@ def read_state(path: str, trained: Trained, settings: Healing) -> State | None:
     try:
         values = json.loads(shard.metadata[_KEY])
         found = values["settings"]
-        state = State(
-            shard,
-            values["losses"],
-            values["tokens"],
-            _evaluation(values["before"]),
-            values["moves"],
-        )
+        before = values["before"] and Evaluation.from_dict(values["before"])
+        state = State(shard, values["losses"], values["tokens"], before, values["moves"])
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"{path!r} must be the state of a healing; it is another file. Name a file that does "
@@ -153,7 +146,7 @@ def _check_shapes(path: str, shard: Shard, trained: Trained) -> None:
         for key, each in shard.entries.items()
         if key.startswith(prefix)
     }
-    here = {name: (tuple(each.shape), _code(each)) for name, each in trained.copies.items()}
+    here = {name: (tuple(each.shape), code_of(each)) for name, each in trained.copies.items()}
     if there != here:
         first = sorted(name for name in there.keys() | here if there.get(name) != here.get(name))[0]
         raise CheckpointError(
@@ -179,22 +172,3 @@ def _on_host(array: Tensor) -> Tensor:
 def _moves(trained: Trained) -> dict[str, float]:
     states = {name: trained.optimizer.state.get(each) for name, each in trained.copies.items()}
     return {name: float(each["step"]) for name, each in states.items() if each}
-
-
-def _code(array: Tensor) -> str:
-    return _CODES[str(array.dtype).removeprefix("torch.")]
-
-
-def _evaluation(values: Mapping[str, Any] | None) -> Evaluation | None:
-    if values is None:
-        return None
-    # JSON has no tuples
-    plain = {key: tuple(each) if isinstance(each, list) else each for key, each in values.items()}
-    return Evaluation(**plain)
-
-
-def _rank() -> int:
-    """Number of this process among those that train together."""
-    distributed = torch.distributed
-    here = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_rank() if here else 0
