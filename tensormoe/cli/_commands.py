@@ -63,6 +63,7 @@ COMMANDS: Mapping[str, Command] = {
         "_calibrate_model", "what a model's experts get and give on a text, for compress"
     ),
     "evaluate": Command("_evaluate", "what a compression does to what a model predicts"),
+    "heal": Command("_heal", "a compressed model trained to predict what the original predicts"),
     "allocate": Command("_allocate", "one budget for all layers of a model: a rank for each"),
     "explore": Command("_explore", "a page that shows what every expert of a layer does"),
     "config": Command("_config", "defaults that are in force, and where each comes from"),

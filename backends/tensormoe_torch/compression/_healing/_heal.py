@@ -118,8 +118,9 @@ def heal(
         _tell(callback, losses, settings)
         for step in range(len(losses), settings.steps):
             batch = given[step % len(given)]
-            losses.append(_one(step, batch, loss_of, trained))
-            tokens += int(next_tokens(batch, torch.device("cpu"))[1].sum())
+            loss, count = _one(step, batch, loss_of, trained)
+            losses.append(loss)
+            tokens += count
             done = step + 1
             if path is not None and (done % every == 0 or done == settings.steps):
                 write_state(path, trained, settings, losses, tokens, before)
@@ -149,15 +150,16 @@ def _compare(teacher: nn.Module, model: nn.Module, held: list[Any] | None) -> Ev
     return None if held is None else evaluate(teacher, model, held)
 
 
-def _one(step: int, batch: Any, loss_of: Distillation, trained: Trained) -> float:
-    """One step; returns the loss before it.
+def _one(step: int, batch: Any, loss_of: Distillation, trained: Trained) -> tuple[float, int]:
+    """One step; returns the loss before it, and how many tokens were predicted.
 
     Raises:
         TrainingError: the loss or the gradients are not finite.
     """
     loss = loss_of(batch)
     loss.backward()  # type: ignore[no-untyped-call]
-    value, norm = _mean(loss.detach(), trained), trained.gradient_norm()
+    value, tokens = _over_processes(loss.detach(), batch, trained)
+    norm = trained.gradient_norm()
     if not isfinite(value) or not isfinite(norm):
         trained.go_back()
         what = "the gradients are" if isfinite(value) else "the loss is"
@@ -167,18 +169,19 @@ def _one(step: int, batch: Any, loss_of: Distillation, trained: Trained) -> floa
             "infinite weights."
         )
     trained.step(step)
-    return value
+    return value, tokens
 
 
-def _mean(loss: Tensor, trained: Trained) -> float:
-    """Mean over processes, where they share the parameters."""
-    if any(is_sharded(each) for each in trained.named.values()):
-        import torch.distributed as dist
+def _over_processes(loss: Tensor, batch: Any, trained: Trained) -> tuple[float, int]:
+    """The mean loss and all tokens of the processes that share the parameters."""
+    counted = int(next_tokens(batch, torch.device("cpu"))[1].sum())
+    if not any(is_sharded(each) for each in trained.named.values()):
+        return float(loss), counted
+    import torch.distributed as dist
 
-        loss = loss.clone()
-        dist.all_reduce(loss)
-        loss /= dist.get_world_size()
-    return float(loss)
+    both = torch.stack([loss.double(), loss.new_tensor(counted, dtype=torch.float64)])
+    dist.all_reduce(both)
+    return float(both[0]) / dist.get_world_size(), int(both[1])
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tensormoe.errors import SpecError
 from tensormoe_torch._base import Mixture
 from tensormoe_torch._gate import ExpertGate
-from tensormoe_torch._sharded import gathered
+from tensormoe_torch._sharded import gathered, held_here
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.compression._healing._settings import Healing
 from tensormoe_torch.compression._put import sparse_parent
@@ -166,14 +166,16 @@ class Trained:
     @torch.no_grad()
     def keep(self) -> None:
         """Remember the parameters as they are."""
+        here = [held_here(each.detach()) for each in self.copies.values()]
         if self._kept:
-            torch._foreach_copy_(self._kept, [*self.copies.values()])
+            torch._foreach_copy_(self._kept, here)
         else:
-            self._kept = [each.detach().clone() for each in self.copies.values()]
+            self._kept = [each.clone() for each in here]
 
     @torch.no_grad()
     def go_back(self) -> None:
         """Put back what was remembered last, if anything was."""
-        for copy, kept in zip(self.copies.values(), self._kept, strict=bool(self._kept)):
-            copy.copy_(kept)
-        self.round()
+        if self._kept:
+            here = [held_here(each.detach()) for each in self.copies.values()]
+            torch._foreach_copy_(here, self._kept)
+            self.round()
