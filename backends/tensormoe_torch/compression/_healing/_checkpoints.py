@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tensormoe import __version__
+from tensormoe._validation import positive_int
 from tensormoe.checkpoint._files import checkpoint_path, open_regular
 from tensormoe.compression._identity import tokenizer_identity
 from tensormoe.compression._limits import check_apart
@@ -28,14 +32,64 @@ from tensormoe_torch.compression._healing._folder import (
     write_healed,
 )
 from tensormoe_torch.compression._healing._heal import HealingCallback, heal
-from tensormoe_torch.compression._healing._processes import joined
+from tensormoe_torch.compression._healing._processes import Processes, joined
 from tensormoe_torch.compression._healing._report import HealingReport
 from tensormoe_torch.compression._healing._settings import Healing
 from tensormoe_torch.compression._healing._trained import trained_parameters
 from tensormoe_torch.compression._text import TextWindows, load_model, load_tokens
 
 _STATE = "healing.safetensors"
+_HELD = 128
 _WINDOWS = TextWindows(None, batch=8)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is healed, by what, on what; as of :func:`heal_checkpoint`."""
+
+    original: str
+    compressed: str
+    data: str
+    settings: Healing
+    held: str | None
+    tokenizer: str
+    windows: TextWindows
+    every: int
+    dtype: str
+
+    def command(self, source: Source) -> dict[str, Any]:
+        """Plain values that decide what comes out."""
+        cut = self.windows
+        return {
+            "version": __version__,
+            "original": open_model(self.original).identity,
+            "compressed": source.identity,
+            "tokenizer": tokenizer_identity(self.tokenizer),
+            "data": _digest(self.data),
+            "held": None if self.held is None else _digest(self.held),
+            "windows": [cut.samples, cut.context, cut.seed, cut.batch],
+            "dtype": self.dtype,
+            **self.settings.to_dict(),
+        }
+
+    def batches(
+        self, models: Sequence[Any], processes: Processes
+    ) -> tuple[ShuffledWindows, list[Tensor] | None]:
+        """Batches to train on, and those that are held out.
+
+        Raises:
+            SpecError: too short texts, or tokens of another vocabulary.
+        """
+        cut = self.windows
+        ids = load_tokens(self.data, self.tokenizer, models)
+        rows = torch.cat(cut.of(ids, models[0]))
+        steps, seed = self.settings.steps, cut.seed
+        given = ShuffledWindows(rows, cut.batch, steps, seed, processes)
+        if self.held is None:
+            return given, None
+        ids = load_tokens(self.held, self.tokenizer, models)
+        held = TextWindows(_HELD, cut.context, seed, cut.batch).of(ids, models[0])
+        return given, [each.to(processes.device) for each in held]
 
 
 def heal_checkpoint(
@@ -86,72 +140,86 @@ def heal_checkpoint(
         TrainingError: a loss or gradients that are not finite. The state before is kept.
         MissingDependencyError: transformers is not installed.
     """
-    folder = checkpoint_path(compressed)
-    for each in (original, folder):
+    job = _Job(
+        checkpoint_path(original),
+        checkpoint_path(compressed),
+        checkpoint_path(data),
+        settings,
+        None if held is None else checkpoint_path(held),
+        checkpoint_path(original if tokenizer is None else tokenizer),
+        windows,
+        positive_int(every, "every"),
+        dtype,
+    )
+    for each in (job.original, job.compressed):
         check_apart(each, output)
-    source = open_source(folder)
-    words = checkpoint_path(original) if tokenizer is None else checkpoint_path(tokenizer)
-    command = {
-        "version": __version__,
-        "original": open_model(original).identity,
-        "compressed": source.identity,
-        "tokenizer": tokenizer_identity(words),
-        "data": _digest(data),
-        "held": None if held is None else _digest(held),
-        "windows": [windows.samples, windows.context, windows.seed, windows.batch],
-        "dtype": dtype,
-        **settings.to_dict(),
-    }
+    source = open_source(job.compressed)
+    command = job.command(source)
     with joined(device) as processes, processes.work(output, command) as work:
         if work.manifest is not None:
             return _told(work.manifest)
-        state = os.path.join(work.folder, _STATE)
-        models = [load_model(each, processes.device, dtype) for each in (original, folder)]
-        teacher, model = (each.eval() for each in models)
-        _check_vocabularies(teacher, model)
-        # before anything is trained, not after
-        trained_parameters(model, settings.train)
-        ids = load_tokens(data, words, models)
-        given = ShuffledWindows(
-            torch.cat(windows.of(ids, teacher)),
-            windows.batch,
-            settings.steps,
-            windows.seed,
-            processes,
-        )
-        compared = None
-        if held is not None:
-            cut = TextWindows(128, windows.context, windows.seed, windows.batch)
-            found = cut.of(load_tokens(held, words, models), teacher)
-            compared = [each.to(processes.device) for each in found]
-        save_beside(model, work)
-        if processes.rank == 0:
-            check_names(source, work)
-        teacher, model = processes.shard(teacher), processes.shard(model)
         try:
-            report = heal(
-                model,
-                teacher,
-                given,
-                **settings.to_dict(),
-                held=compared,
-                checkpoint=state,
-                every=every,
-                callback=callback,
-            )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"the same command goes on from the last state in {work.folder!r}"
-            ) from None
-        except TrainingError as error:
-            raise TrainingError(
-                f"{error} The last state is in {work.folder!r}; remove it, or choose another "
-                "output."
-            ) from error
-        save_beside(model, work)
-        if processes.rank == 0:
-            _finish(source, work, command, report, settings, checkpoint_path(original))
-        return report
+            return _healed(job, source, work, processes, command, callback)
+        except BaseException:
+            if processes.rank == 0 and not os.path.exists(_state(work)):
+                # nothing that a corrected command would meet
+                shutil.rmtree(os.path.join(work.folder, SAVED), ignore_errors=True)
+            raise
+
+
+def _healed(
+    job: _Job,
+    source: Source,
+    work: Work,
+    processes: Processes,
+    command: Mapping[str, Any],
+    callback: HealingCallback | None,
+) -> HealingReport:
+    """Load, train and write."""
+    models = [
+        load_model(each, processes.device, job.dtype) for each in (job.original, job.compressed)
+    ]
+    teacher, model = models
+    _check_vocabularies(teacher, model)
+    # before anything is trained, not after
+    trained_parameters(model, job.settings.train)
+    given, held = job.batches(models, processes)
+    save_beside(model, work)
+    if processes.rank == 0:
+        check_names(source, work)
+    teacher, model = processes.shard(teacher), processes.shard(model)
+    try:
+        report = heal(
+            model,
+            teacher,
+            given,
+            **job.settings.to_dict(),
+            held=held,
+            checkpoint=_state(work),
+            every=job.every,
+            callback=callback,
+        )
+    except (KeyboardInterrupt, TrainingError) as error:
+        raise type(error)(_stopped(error, work)) from error
+    save_beside(model, work)
+    if processes.rank == 0:
+        _finish(source, work, command, report, job)
+    return report
+
+
+def _stopped(error: BaseException, work: Work) -> str:
+    """Message of a healing that did not reach its end."""
+    kept = os.path.exists(_state(work))
+    if isinstance(error, TrainingError):
+        rest = f" The last state is in {work.folder!r}; remove it, or choose another output."
+        return f"{error}{rest if kept else ''}"
+    if not kept:
+        return "no state was written yet"
+    return f"the same command goes on from the last state in {work.folder!r}"
+
+
+def _state(work: Work) -> str:
+    return os.path.join(work.folder, _STATE)
 
 
 def _finish(
@@ -159,14 +227,13 @@ def _finish(
     work: Work,
     command: Mapping[str, Any],
     report: HealingReport,
-    settings: Healing,
-    original: str,
+    job: _Job,
 ) -> None:
     """Write every file, and give the folder its name."""
-    write_healed(source, work, _note(report, settings, os.path.basename(os.path.abspath(original))))
-    os.unlink(os.path.join(work.folder, _STATE))
+    write_healed(source, work, _note(report, job))
+    os.unlink(_state(work))
     before = _manifest(source)
-    done = {"settings": settings.to_dict(), "report": report.to_dict()}
+    done = {"settings": job.settings.to_dict(), "report": report.to_dict()}
     manifest = {
         **before,
         "healings": [*before.get("healings", []), done],
@@ -196,13 +263,14 @@ def _told(manifest: Mapping[str, Any]) -> HealingReport:
     return HealingReport(**{**values, "losses": tuple(values["losses"])})
 
 
-def _note(report: HealingReport, settings: Healing, original: str) -> str:
+def _note(report: HealingReport, job: _Job) -> str:
     """What the README says of the healing."""
     what = {
         "factors": "factors and routers were",
         "factors only": "factors were",
         "all": "parameters were all",
-    }[settings.train]
+    }[job.settings.train]
+    original = os.path.basename(os.path.abspath(job.original))
     text = (
         "## Healed\n\n"
         f"Its {what} trained for {report.steps:,} steps to predict what `{original}` predicts. "

@@ -117,15 +117,17 @@ def heal(
         tokens = 0 if state is None else state.tokens
         _tell(callback, losses, settings)
         for step in range(len(losses), settings.steps):
-            batch = given[step % len(given)]
-            loss, count = _one(step, batch, loss_of, trained)
+            loss, count = _gradients(step, given[step % len(given)], loss_of, trained)
+            if path is not None and step and step % every == 0:
+                # parameters whose loss was seen
+                write_state(path, trained, settings, losses, tokens, before)
+            trained.step(step)
             losses.append(loss)
             tokens += count
-            done = step + 1
-            if path is not None and (done % every == 0 or done == settings.steps):
-                write_state(path, trained, settings, losses, tokens, before)
             _tell(callback, losses, settings)
         _check_finite(trained, losses)
+        if path is not None:
+            write_state(path, trained, settings, losses, tokens, before)
     count = sum(each.numel() for each in named.values())
     after = _compare(teacher, model, compared)
     return HealingReport(settings.steps, count, tokens, tuple(losses), before, after)
@@ -150,8 +152,8 @@ def _compare(teacher: nn.Module, model: nn.Module, held: list[Any] | None) -> Ev
     return None if held is None else evaluate(teacher, model, held)
 
 
-def _one(step: int, batch: Any, loss_of: Distillation, trained: Trained) -> tuple[float, int]:
-    """One step; returns the loss before it, and how many tokens were predicted.
+def _gradients(step: int, batch: Any, loss_of: Distillation, trained: Trained) -> tuple[float, int]:
+    """Gradients of a batch; returns its loss, and how many tokens were predicted.
 
     Raises:
         TrainingError: the loss or the gradients are not finite.
@@ -159,17 +161,16 @@ def _one(step: int, batch: Any, loss_of: Distillation, trained: Trained) -> tupl
     loss = loss_of(batch)
     loss.backward()  # type: ignore[no-untyped-call]
     value, tokens = _over_processes(loss.detach(), batch, trained)
-    norm = trained.gradient_norm()
-    if not isfinite(value) or not isfinite(norm):
-        trained.go_back()
-        what = "the gradients are" if isfinite(value) else "the loss is"
-        raise TrainingError(
-            f"{what} not finite at step {step + 1}; the model is as it was "
-            f"{'at the start' if step < 2 else f'after step {step - 1}'}. Lower lr, or look for "
-            "infinite weights."
-        )
-    trained.step(step)
-    return value, tokens
+    if isfinite(value) and isfinite(trained.gradient_norm()):
+        return value, tokens
+    good = step
+    if not isfinite(value):
+        good -= trained.go_back()
+    raise TrainingError(
+        f"{'the gradients are' if isfinite(value) else 'the loss is'} not finite at step "
+        f"{step + 1}; the model is as it was {f'after step {good}' if good else 'at the start'}. "
+        "Lower lr, or look for weights that are too large for their dtype."
+    )
 
 
 def _over_processes(loss: Tensor, batch: Any, trained: Trained) -> tuple[float, int]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensormoe.errors import SpecError
-from tensormoe_torch.compression._evaluate import next_tokens, plain_logits
+from tensormoe_torch.compression._evaluate import next_tokens, plain_logits, token_ids
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.compression._healing._settings import Healing
 from tensormoe_torch.surgery._inputs import evaluating, run_model
@@ -41,6 +41,7 @@ class Distillation:
             SpecError: models of different vocabularies, or no tokens to predict.
         """
         settings = self._settings
+        token_ids(batch)
         with _outputs(self._teacher, self._names) as wanted, evaluating(self._teacher):
             before = plain_logits(self._teacher, run_model(self._teacher, batch))
         with _outputs(self._model, self._names) as found:

@@ -173,9 +173,10 @@ class Trained:
             self._kept = [each.clone() for each in here]
 
     @torch.no_grad()
-    def go_back(self) -> None:
-        """Put back what was remembered last, if anything was."""
+    def go_back(self) -> bool:
+        """Put back what was remembered last; returns whether anything was."""
         if self._kept:
             here = [held_here(each.detach()) for each in self.copies.values()]
             torch._foreach_copy_(here, self._kept)
             self.round()
+        return bool(self._kept)
