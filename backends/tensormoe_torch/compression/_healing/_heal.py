@@ -102,7 +102,7 @@ def heal(
         instance(each, nn.Module, "model and teacher", "nn.Modules", SpecError)
     positive_int(every, "every")
     given = _indexed(batches)
-    compared = None if held is None else [*listed(held)]
+    compared = None if held is None else [*_indexed(held)]
     named = trained_parameters(model, settings.train)
     path = None if checkpoint is None else checkpoint_path(checkpoint)
     with only(model, named):
@@ -139,10 +139,13 @@ def _indexed(batches: Any) -> Sequence[Any]:
     Raises:
         SpecError: none.
     """
+    if isinstance(batches, tuple):
+        # as Tensor.split gives one; elsewhere it is the arguments of a model
+        raise SpecError(
+            "batches must be a list or one batch; got a tuple, which could be either. Give a list "
+            "of token ids (batch, tokens): list(batches)."
+        )
     found = batches if isinstance(batches, Sequence) else [*listed(batches)]
-    if isinstance(found, tuple | str):
-        # the arguments of a model
-        found = [found]
     if not len(found):
         raise SpecError("batches must hold tokens; got none. Give token ids (batch, tokens).")
     return found
