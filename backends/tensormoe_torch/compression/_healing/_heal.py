@@ -162,7 +162,7 @@ def _gradients(step: int, batch: Any, loss_of: Distillation, trained: Trained) -
         TrainingError: the loss or the gradients are not finite.
     """
     loss = loss_of(batch)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     value, tokens = _over_processes(loss.detach(), batch, trained)
     if isfinite(value) and isfinite(trained.gradient_norm()):
         return value, tokens

@@ -48,7 +48,7 @@ def trained_parameters(model: nn.Module, train: str) -> dict[str, nn.Parameter]:
         if each.dtype not in (*_WIDE, *_NARROW):
             raise SpecError(
                 f"parameters must be float64, float32 or bfloat16 to be trained; {name!r} is "
-                f"{str(each.dtype).removeprefix('torch.')}. Load the model in one of these."
+                f"{str(each.dtype).removeprefix('torch.')}. Load the model with dtype='float32'."
             )
     return named
 
