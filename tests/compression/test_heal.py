@@ -306,6 +306,16 @@ def test_what_cannot_be_is_refused(model: Any, teacher: Any) -> None:
     assert not changed(model, before)
 
 
+def test_factors_of_few_bits_are_refused(model: Any, teacher: Any) -> None:
+    layer = model.model.layers[1].mlp.experts.down_proj
+    layer.quantize(8)
+    for train in ("factors", "all"):
+        with pytest.raises(SpecError, match=r"layers.1.*down_proj' have 8 bits. Call dequantize"):
+            heal(model, teacher, BATCHES, steps=1, train=train)
+    layer.dequantize()
+    heal(model, teacher, BATCHES, steps=1)
+
+
 def test_settings_as_values() -> None:
     settings = Healing(40, lr=2e-3)
     assert eval(repr(settings), {"Healing": Healing}) == settings

@@ -34,6 +34,13 @@ def trained_parameters(model: nn.Module, train: str) -> dict[str, nn.Parameter]:
             trained.
     """
     named = dict(model.named_parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, Mixture) and module.bits is not None:
+            raise SpecError(
+                f"factors must be floating-point to be trained; those of {name!r} have "
+                f"{module.bits} bits. Call dequantize() of such layers before, and "
+                f"quantize({module.bits}) after."
+            )
     if train != "all":
         wanted = {id(each) for each in _factors(model)}
         if not wanted:
