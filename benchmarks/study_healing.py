@@ -109,12 +109,14 @@ def run(subject: Subject, rate: float, steps: int, out: Path) -> dict[str, Any]:
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
         return found
-    model = subject.healed(Healing(steps, lr=rate), out / f"{name}.safetensors")
+    state = out / f"{name}.safetensors"
+    model = subject.healed(Healing(steps, lr=rate), state)
     found = {}
     for part, batches in (("held", subject.held), ("test", subject.tested)):
         original, before = subject.loss(subject.compressed, batches)
         found[part] = [original, before, subject.loss(model, batches)[1]]
     path.write_text(json.dumps(found))
+    state.unlink()
     print(name, found, flush=True)
     return found
 

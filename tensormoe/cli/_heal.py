@@ -45,7 +45,6 @@ def add_parser(commands: Commands) -> None:
     )
     option("--warmup", default="0.1", metavar="S", help="share of steps at rising rates (0.1)")
     option("--labels", default="0", metavar="S", help="share of the text's own tokens (0)")
-    option("--layers", default="0", metavar="W", help="weight of errors of experts' outputs (0)")
     option("--weight-decay", default="0", metavar="W", help="of factors without experts (0)")
     option("--clip", default="1", metavar="N", help="norm of gradients at most (1)")
     option("--every", default="100", metavar="N", help="steps between saved states (100)")
@@ -66,7 +65,6 @@ def run(arguments: argparse.Namespace) -> None:
         number(arguments.rate, "--rate"),
         number(arguments.warmup, "--warmup"),
         number(arguments.labels, "--labels"),
-        number(arguments.layers, "--layers"),
         number(arguments.weight_decay, "--weight-decay"),
         number(arguments.clip, "--clip"),
     )

@@ -35,7 +35,6 @@ def heal(
     lr: float = 1e-3,
     warmup: float = 0.1,
     labels: float = 0.0,
-    layers: float = 0.0,
     weight_decay: float = 0.0,
     clip: float = 1.0,
     held: Batch | Iterable[Batch] | None = None,
@@ -63,8 +62,6 @@ def heal(
         lr: the highest learning rate; it rises to it linearly, and falls to zero by a cosine.
         warmup: share of the steps over which it rises.
         labels: share of the loss that is the cross-entropy of the text's own next tokens.
-        layers: weight of the squared errors of the experts' outputs, layer by layer, relative to
-            the original's, that are added to the loss.
         weight_decay: as of :func:`tensormoe_torch.parameter_groups`.
         clip: norm of the gradients at most.
         held: batches that both models are compared on before and after; see :func:`evaluate`.
@@ -97,7 +94,7 @@ def heal(
     >>> report.losses[-1] < report.losses[0]
     True
     """
-    settings = Healing(steps, train, lr, warmup, labels, layers, weight_decay, clip)
+    settings = Healing(steps, train, lr, warmup, labels, weight_decay, clip)
     for each in (model, teacher):
         instance(each, nn.Module, "model and teacher", "nn.Modules", SpecError)
     positive_int(every, "every")

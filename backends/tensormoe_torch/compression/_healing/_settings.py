@@ -25,8 +25,6 @@ class Healing:
         warmup: share of the steps over which it rises, in [0, 1).
         labels: share of the loss that is the cross-entropy of the text's own next tokens, in
             [0, 1]; the rest is the divergence from the original's predictions.
-        layers: weight of the squared errors of the experts' outputs, layer by layer, relative to
-            the original's, that are added to the loss.
         weight_decay: as of :func:`tensormoe_torch.parameter_groups`.
         clip: norm of the gradients at most.
 
@@ -42,7 +40,6 @@ class Healing:
     lr: float = 1e-3
     warmup: float = 0.1
     labels: float = 0.0
-    layers: float = 0.0
     weight_decay: float = 0.0
     clip: float = 1.0
 
@@ -52,7 +49,6 @@ class Healing:
         _number(self.lr, "lr", positive=True)
         _number(self.warmup, "warmup", below=1.0)
         _number(self.labels, "labels", most=1.0)
-        _number(self.layers, "layers")
         _number(self.weight_decay, "weight_decay")
         _number(self.clip, "clip", positive=True)
 
