@@ -131,7 +131,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     host = QUICK if arguments.quick else Host()
-    folder = arguments.out / "quick" if arguments.quick else arguments.out
+    folder = arguments.out / "healing-quick" if arguments.quick else arguments.out
     folder.mkdir(parents=True, exist_ok=True)
     steps = max(host.steps // 20, 1)
     seeds = [0] if arguments.quick else arguments.seeds
