@@ -32,6 +32,7 @@ __all__ = [
     "ShapeError",
     "SpecError",
     "TensormoeError",
+    "TrainingError",
 ]
 
 
@@ -152,6 +153,10 @@ class CheckpointError(TensormoeError, ValueError):
 
 class ClusterError(TensormoeError, RuntimeError):
     """A cluster that cannot do the work: out of reach, without workers, or of another version."""
+
+
+class TrainingError(TensormoeError, RuntimeError):
+    """A training that cannot go on: a loss or gradients that are not finite."""
 
 
 class BackendError(TensormoeError, TypeError):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
-from tensormoe._extras import require
+from tensormoe.cli._calibrate_model import torch_compression
 from tensormoe.cli._commands import Commands
 from tensormoe.errors import SpecError
+
+# windows of a text that a model runs at a time
+_BATCH = 8
 
 
 def add_parser(commands: Commands) -> None:
@@ -134,19 +136,18 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
             return empty_model(values), None
         return name, None
-    context = parse_size(arguments.context, "--context")
-    windows = parse_size(arguments.windows, "--windows")
-    try:
-        text = Path(arguments.data).read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise SpecError(
-            f"--data must be a text file; {arguments.data!r} is not: {error}."
-        ) from None
-    require("tensormoe allocate --data", ("torch", "transformers"), "huggingface")
-    from tensormoe_torch.allocation import load_model, text_batches
-
-    model, tokenizer = load_model(name)
-    return model, text_batches(tokenizer, text, context, windows)
+    # before a model is loaded, not after
+    if not os.path.isfile(arguments.data):
+        raise SpecError(f"--data must be a text file; {arguments.data!r} is none.")
+    models = torch_compression()
+    cut = models.TextWindows(
+        parse_size(arguments.windows, "--windows"),
+        parse_size(arguments.context, "--context"),
+        batch=_BATCH,
+    )
+    model = models.load_model(name)
+    ids = models.load_tokens(arguments.data, name, (model,))
+    return model, cut.of(ids, model)
 
 
 def _has_transformers() -> bool:

@@ -51,21 +51,23 @@ def add_parser(commands: Commands) -> None:
     option("--json", action="store_true", help="print one JSON object")
 
 
-def add_windows(parser: argparse.ArgumentParser) -> None:
+def add_windows(parser: argparse.ArgumentParser, samples: str = "128") -> None:
     """Windows of tokens that a text is cut into."""
     option = parser.add_argument
-    option("--samples", default="128", metavar="N", help="windows at most, or all (default: 128)")
+    most = f"windows at most, or all (default: {samples})"
+    option("--samples", default=samples, metavar="N", help=most)
     option("--context", metavar="N", help="tokens of a window (default: 2048, or the model's most)")
     option("--seed", default="0", metavar="N", help="of the draw of windows (default: 0)")
 
 
-def windows(arguments: argparse.Namespace) -> Any:
-    """The words of :func:`add_windows`, checked."""
+def windows(arguments: argparse.Namespace, batch: int = 1) -> Any:
+    """The words of :func:`add_windows`, checked, with as many windows per batch."""
     samples = arguments.samples
     return torch_compression().TextWindows(
-        None if samples == "all" else _integer(samples, "--samples"),
-        None if arguments.context is None else _integer(arguments.context, "--context"),
-        _integer(arguments.seed, "--seed"),
+        None if samples == "all" else integer(samples, "--samples"),
+        None if arguments.context is None else integer(arguments.context, "--context"),
+        integer(arguments.seed, "--seed"),
+        batch,
     )
 
 
@@ -88,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise CheckpointError(f"the folder of --output must exist; {folder!r} does not.")
     cut, ridge = windows(arguments), None
     if arguments.ridge is not None:
-        ridge = _number(arguments.ridge, "--ridge")
+        ridge = number(arguments.ridge, "--ridge")
     console = None if arguments.json else make_console()
     with _bar(console) as callback:
         found = torch_compression().calibrate_checkpoint(
@@ -176,13 +178,23 @@ def _show(console: Console, found: Calibration, path: str) -> None:
     )
 
 
-def _integer(text: str, name: str) -> int:
+def integer(text: str, name: str) -> int:
+    """The value of an option that takes an integer.
+
+    Raises:
+        SpecError: something else, or a negative one.
+    """
     if not re.fullmatch("[0-9]{1,18}", text):
         raise SpecError(f"{name} must be an integer that is not negative; got {text!r}.")
     return int(text)
 
 
-def _number(text: str, name: str) -> float:
+def number(text: str, name: str) -> float:
+    """The value of an option that takes a number.
+
+    Raises:
+        SpecError: something else.
+    """
     try:
         return float(text)
     except ValueError:

@@ -63,6 +63,7 @@ COMMANDS: Mapping[str, Command] = {
         "_calibrate_model", "what a model's experts get and give on a text, for compress"
     ),
     "evaluate": Command("_evaluate", "what a compression does to what a model predicts"),
+    "heal": Command("_heal", "a compressed model trained to predict what the original predicts"),
     "reduce": Command("_reduce", "the experts of a model on disk, merged or pruned to fewer"),
     "allocate": Command("_allocate", "one budget for all layers of a model: a rank for each"),
     "explore": Command("_explore", "a page that shows what every expert of a layer does"),

@@ -194,6 +194,9 @@ def test_sensitivities_of_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert found["by"] == "sensitivity"
     assert found["parameters"] <= found["limit"]
     assert all(each["loss"] is not None for each in found["layers"])
-    short = ("--context", "9999")
-    assert main(["allocate", str(model), "--budget", "60%", "--data", str(text), *short]) == 2
+    words = ["allocate", str(model), "--budget", "60%", "--data", str(text)]
+    assert main([*words, "--context", "9999"]) == 2
+    assert "at most the 32 positions" in capsys.readouterr().err
+    text.write_text("a b c")
+    assert main([*words, "--context", "16"]) == 2
     assert "at least one window" in capsys.readouterr().err

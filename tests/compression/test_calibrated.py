@@ -11,17 +11,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import AutoModelForCausalLM
 
 from tensormoe.cli import main
 from tensormoe.compression import Calibration, Compression, compress_checkpoint, plan_compression
 from tensormoe.errors import CheckpointError, SpecError
 from tensormoe_torch import MuMoE
-from tensormoe_torch.compression import calibrate, next_token_loss
+from tensormoe_torch.compression import calibrate, load_model, load_tokens, next_token_loss
 from tensormoe_torch.compression._calibrate_checkpoint import calibrate_checkpoint
 from tensormoe_torch.compression._text import TextWindows
 from tests._calibrated import save_model, save_text
 
+BERT = transformers.BertConfig(
+    hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=16
+)
 WANTED = Compression("cp", rank=6, preset="mixtral", compare=False)
 
 
@@ -215,3 +219,22 @@ def test_per_expert_and_pooled_moments_meet_where_experts_get_the_same() -> None
         pairs = [(rng.standard_normal((24, 16)), rng.standard_normal((24, 16))) for _ in range(4)]
         found = [each.output_error(layer, "down_proj", pairs) for each in (pooled, exact)]
         assert found[0] != pytest.approx(found[1], rel=1e-3)
+
+
+def test_batches_of_a_text(folder: Path) -> None:
+    model = load_model(folder / "model")
+    assert not model.training
+    ids = load_tokens(folder / "text.txt", folder / "model", (model,))
+    found = TextWindows(9, 16, batch=4).of(ids, model)
+    assert [tuple(each.shape) for each in found] == [(4, 16), (4, 16), (1, 16)]
+    assert torch.equal(torch.cat(found), torch.cat(TextWindows(9, 16).of(ids, model)))
+    with pytest.raises(SpecError, match="batch must be a positive integer; got 0"):
+        TextWindows(batch=0)
+
+
+def test_models_of_the_class_that_they_name(folder: Path, tmp_path: Path) -> None:
+    transformers.BertForMaskedLM(BERT).save_pretrained(tmp_path)
+    assert type(load_model(tmp_path)).__name__ == "BertForMaskedLM"
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": None}))
+    assert type(load_model(tmp_path)).__name__ == "BertLMHeadModel"

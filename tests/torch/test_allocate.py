@@ -17,7 +17,7 @@ from tensormoe.errors import BudgetError, SpecError
 from tensormoe.selection import Allocation, allocate
 from tensormoe_torch import MuMoE, MuMoEMLP, SparseMoE, compress, from_linear
 from tensormoe_torch import replace as surgery
-from tensormoe_torch.allocation import measure_sensitivities, model_sites, text_batches
+from tensormoe_torch.allocation import measure_sensitivities, model_sites
 from tests._torch_moe import TOKENS, Expert, OneByOne, sparse
 
 QUICK = Search(sweeps=4, polish=1)
@@ -374,18 +374,6 @@ def test_failures_leave_the_model_as_it_was() -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         measure_sensitivities(model, IDS, experts=1, loss=fails)
     assert same(model, before)
-
-
-def test_texts() -> None:
-    def letters(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) for letter in text]}
-
-    found = text_batches(letters, "abcdefghij" * 10, 5, 9)
-    assert [tuple(each.shape) for each in found] == [(8, 5), (1, 5)]
-    assert found[0][0].tolist() == [97, 98, 99, 100, 101]
-    assert int(found[1][0, -1]) == ord("j")
-    with pytest.raises(SpecError, match="at least one window of 200 tokens; got 100"):
-        text_batches(letters, "abcdefghij" * 10, 200, 9)
 
 
 def test_points_are_told() -> None:

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from tensormoe_torch.allocation._measure import measure_sensitivities
 from tensormoe_torch.allocation._sites import model_sites
-from tensormoe_torch.allocation._transformers import empty_model, load_model, text_batches
+from tensormoe_torch.allocation._transformers import empty_model
 
-__all__ = ["empty_model", "load_model", "measure_sensitivities", "model_sites", "text_batches"]
+__all__ = ["empty_model", "measure_sensitivities", "model_sites"]

@@ -1,7 +1,8 @@
 """Experts of sparse models, compressed in place: factorized, merged, or pruned.
 
 Before that, :func:`calibrate` gathers second moments of what experts get and give on data; after
-it, :func:`evaluate` says what became of the model's predictions.
+it, :func:`evaluate` says what became of the model's predictions, and :func:`heal` trains the model
+to predict again what the original does.
 """
 
 from __future__ import annotations
@@ -16,6 +17,13 @@ from tensormoe_torch.compression._compress import compress
 from tensormoe_torch.compression._evaluate import Evaluation, LayerEffect, evaluate
 from tensormoe_torch.compression._evaluate_checkpoints import evaluate_checkpoints
 from tensormoe_torch.compression._experts import FactorizedExperts
+from tensormoe_torch.compression._healing import (
+    Healing,
+    HealingProgress,
+    HealingReport,
+    heal,
+    heal_checkpoint,
+)
 from tensormoe_torch.compression._reduce import reduce_experts
 from tensormoe_torch.compression._reduce_checkpoint import (
     ReductionProgress,
@@ -27,7 +35,12 @@ from tensormoe_torch.compression._report import (
     CompressedProjection,
     CompressionReport,
 )
-from tensormoe_torch.compression._text import TextWindows, next_token_loss
+from tensormoe_torch.compression._text import (
+    TextWindows,
+    load_model,
+    load_tokens,
+    next_token_loss,
+)
 
 __all__ = [
     "CalibrationProgress",
@@ -37,6 +50,9 @@ __all__ = [
     "CompressionReport",
     "Evaluation",
     "FactorizedExperts",
+    "Healing",
+    "HealingProgress",
+    "HealingReport",
     "LayerEffect",
     "ReducedModule",
     "ReductionProgress",
@@ -49,6 +65,10 @@ __all__ = [
     "compress",
     "evaluate",
     "evaluate_checkpoints",
+    "heal",
+    "heal_checkpoint",
+    "load_model",
+    "load_tokens",
     "next_token_loss",
     "reduce_checkpoint",
     "reduce_experts",

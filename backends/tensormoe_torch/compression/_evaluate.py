@@ -82,6 +82,16 @@ class Evaluation:
         """The evaluation in plain values, for JSON."""
         return asdict(self) | {"perplexities": self.perplexities}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
+        """The inverse of :meth:`to_dict`, from JSON as well, which has no tuples."""
+        plain = {name: values[name] for name in cls.__dataclass_fields__}
+        for name, each in plain.items():
+            if isinstance(each, list | tuple):
+                plain[name] = tuple(each)
+        plain["layers"] = tuple(LayerEffect(**each) for each in plain["layers"])
+        return cls(**plain)
+
     def __str__(self) -> str:
         return "\n".join([*align_totals(self._rows()), "", *self._notes()])
 
@@ -160,7 +170,7 @@ def evaluate(
     if not given:
         raise SpecError("batches must hold tokens; got none. Give token ids (batch, tokens).")
     for batch in given:
-        _ids(batch)
+        token_ids(batch)
     pairs = _Sides(_Side(model), _Side(compressed))
     pairs.warm(given[0])
     compared = _Compared()
@@ -194,14 +204,14 @@ class _Side:
             torch.cuda.reset_peak_memory_stats(self.cuda)
             before = torch.cuda.memory_allocated(self.cuda)
         start = perf_counter()
-        logits = _logits(self.model, batch)
+        logits = logits_of(self.model, batch)
         if self.cuda is not None:
             torch.cuda.synchronize(self.cuda)
             used = torch.cuda.max_memory_allocated(self.cuda) - before
             self.peak = max(self.peak, self.nbytes + used)
         if counted:
             self.seconds += perf_counter() - start
-            self.tokens += _ids(batch).numel()
+            self.tokens += token_ids(batch).numel()
         return logits
 
 
@@ -238,7 +248,7 @@ class _Compared:
 
     def add(self, before: Tensor, after: Tensor, batch: Any) -> None:
         """Predictions of a batch."""
-        labels, wanted = _labels(batch, before.device)
+        labels, wanted = next_tokens(batch, before.device)
         rows = [each[:, :-1].flatten(0, 1)[wanted] for each in (before, after)]
         targets = labels[wanted]
         for first, second, target in zip(*(e.split(_BLOCK) for e in (*rows, targets)), strict=True):
@@ -289,8 +299,8 @@ def _effects(
         with standing_in(source, _counterpart(source, compressed)):
             found, tokens = 0.0, 0
             for batch in batches:
-                logits = _logits(model, batch)
-                labels, wanted = _labels(batch, logits.device)
+                logits = logits_of(model, batch)
+                labels, wanted = next_tokens(batch, logits.device)
                 rows = logits[:, :-1].flatten(0, 1)[wanted].float()
                 found += float(F.cross_entropy(rows, labels[wanted], reduction="sum"))
                 tokens += int(wanted.sum())
@@ -324,7 +334,7 @@ def _counterpart(experts: DenseExperts, compressed: nn.Module) -> Any:
     return found
 
 
-def _logits(model: nn.Module, batch: Any) -> Tensor:
+def logits_of(model: nn.Module, batch: Any) -> Tensor:
     """Predictions of a model, in evaluation mode.
 
     Raises:
@@ -332,13 +342,7 @@ def _logits(model: nn.Module, batch: Any) -> Tensor:
         ShapeError: they are not finite.
     """
     with evaluating(model):
-        output = run_model(model, batch)
-    found = getattr(output, "logits", output)
-    if not isinstance(found, Tensor) or found.ndim != 3:
-        raise SpecError(
-            f"models must give logits (batch, tokens, vocabulary); {type(model).__name__} gave "
-            f"{type(output).__name__}. Give causal language models."
-        )
+        found = plain_logits(model, run_model(model, batch))
     if not bool(torch.isfinite(found).all()):
         raise ShapeError(
             f"logits must be finite; {type(model).__name__} gave NaN or infinity. Look at its "
@@ -347,7 +351,22 @@ def _logits(model: nn.Module, batch: Any) -> Tensor:
     return found
 
 
-def _ids(batch: Any) -> Tensor:
+def plain_logits(model: nn.Module, output: Any) -> Tensor:
+    """Logits (batch, tokens, vocabulary) in the output of a model.
+
+    Raises:
+        SpecError: something else.
+    """
+    found = getattr(output, "logits", output)
+    if not isinstance(found, Tensor) or found.ndim != 3:
+        raise SpecError(
+            f"models must give logits (batch, tokens, vocabulary); {type(model).__name__} gave "
+            f"{type(output).__name__}. Give causal language models."
+        )
+    return found
+
+
+def token_ids(batch: Any) -> Tensor:
     """Token ids (batch, tokens).
 
     Raises:
@@ -366,9 +385,9 @@ def _ids(batch: Any) -> Tensor:
     return found
 
 
-def _labels(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+def next_tokens(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """The next tokens, flat, and which of them count."""
-    ids = _ids(batch)
+    ids = token_ids(batch)
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     mask = torch.ones_like(ids) if mask is None else mask
     wanted = (mask[:, 1:].bool() & mask[:, :-1].bool()).flatten()

@@ -31,6 +31,7 @@ class TextWindows:
         samples: windows at most; None for all that there are.
         context: tokens of a window; None for 2048, or fewer where the model takes fewer.
         seed: of the draw.
+        batch: windows per batch.
 
     Raises:
         SpecError: numbers that cannot be.
@@ -39,6 +40,7 @@ class TextWindows:
     samples: int | None = 128
     context: int | None = None
     seed: int = 0
+    batch: int = 1
 
     def __post_init__(self) -> None:
         if self.samples is not None:
@@ -46,9 +48,12 @@ class TextWindows:
         if self.context is not None:
             positive_int(self.context, "context")
         non_negative_int(self.seed, "seed")
+        positive_int(self.batch, "batch")
 
     def of(self, ids: Tensor, model: nn.Module) -> list[Tensor]:
-        """Windows (1, context) of token ids, in the order of the text.
+        """Batches (batch, context) of token ids, in the order of the text.
+
+        The last batch may be smaller.
 
         Raises:
             SpecError: windows longer than what the model takes, or not one whole window.
@@ -70,11 +75,19 @@ class TextWindows:
             generator = torch.Generator().manual_seed(self.seed)
             order = torch.randperm(count, generator=generator)
             chosen = order[: self.samples].sort().values
-        return [ids[k * context : (k + 1) * context][None] for k in chosen.tolist()]
+        rows = torch.stack([ids[k * context : (k + 1) * context] for k in chosen.tolist()])
+        return list(rows.split(self.batch))
 
 
-def load_model(folder: str | os.PathLike[str], device: str, dtype: str = "auto") -> Any:
-    """A causal language model of transformers from a folder on disk.
+def load_model(folder: str | os.PathLike[str], device: str = "cpu", dtype: str = "auto") -> Any:
+    """A language model of transformers from a folder on disk, in evaluation mode.
+
+    It is of the class that its ``config.json`` names, or the causal language model of its family.
+
+    Args:
+        folder: that ``save_pretrained`` or ``tensormoe compress`` wrote.
+        device: where it goes.
+        dtype: of its weights; that of the files by default.
 
     Raises:
         CheckpointError: transformers can't open it.
@@ -100,9 +113,9 @@ def load_model(folder: str | os.PathLike[str], device: str, dtype: str = "auto")
         )
     try:
         with quiet():
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, local_files_only=True
-            )
+            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+            kind = model_class(config, transformers.AutoModelForCausalLM)
+            model = kind.from_pretrained(path, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(f"transformers can't open {path!r}: {error}") from error
     try:
@@ -110,6 +123,19 @@ def load_model(folder: str | os.PathLike[str], device: str, dtype: str = "auto")
     except (RuntimeError, AssertionError) as error:
         # not there, or too small
         raise SpecError(f"the model does not run on {device!r}: {error}") from error
+
+
+def model_class(config: Any, default: Any) -> Any:
+    """The class of transformers that a configuration names, or the default's for its family.
+
+    Raises:
+        KeyError: the default has none for the family.
+    """
+    import transformers
+
+    listed = getattr(config, "architectures", None)
+    named = getattr(transformers, listed[0], None) if listed else None
+    return default._model_mapping[type(config)] if named is None else named
 
 
 def load_tokens(
