@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from _shared import settings
 
-from tensormoe import CP, TensorRing, TensorTrain, Tucker
-from tensormoe.decomposition import Decomposition, Search, decompose
+from tensormoe import CP, LowRank, TensorRing, TensorTrain, Tucker
+from tensormoe.decomposition import Decomposition, Moments, Search, decompose
 from tensormoe.factorizations import Factorization
 
 Array = Any
@@ -125,32 +125,67 @@ def libraries(shape: tuple[int, int, int], kind: Factorization, pairs: int = 15)
     print(f"{kind!s:>30} {shape!s:>18} {numpy:7.3f} {ratio:6.2f}", flush=True)
 
 
-def large(share: float) -> None:
-    """Mixtral's size: 8 experts 4096 × 14336 in bfloat16, singular values falling like k^-0.7."""
+def decaying(shape: tuple[int, int, int]) -> Any:
+    """Experts in bfloat16 with singular values falling like k^-0.7, half of them in common."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    shape = (8, 4096, 14336)
     weights = torch.empty(shape, dtype=torch.bfloat16)
-    common = torch.randn(512, shape[2], generator=generator)
+    count = shape[1] // 8
+    common = torch.randn(count, shape[2], generator=generator)
     for expert in weights:
-        scale = torch.arange(1, 513) ** -0.7
-        left = torch.randn(shape[1], 512, generator=generator) * scale
-        own = torch.randn(512, shape[2], generator=generator)
+        scale = torch.arange(1, count + 1) ** -0.7
+        left = torch.randn(shape[1], count, generator=generator) * scale
+        own = torch.randn(count, shape[2], generator=generator)
         expert.copy_(left @ (common + own) + 0.05 * torch.randn(shape[1:], generator=generator))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return weights
+
+
+def moments_of(size: int) -> Moments:
+    """Second moments of inputs whose variances fall like 1/k in directions of their own."""
+    rng = np.random.default_rng(1)
+    samples = rng.standard_normal((2 * size, size), dtype="float32")
+    samples *= np.arange(1, size + 1, dtype="float32") ** -0.5
+    samples += 0.2 * samples[:, ::-1]
+    return Moments(samples.T @ samples / len(samples))
+
+
+def peak() -> float:
+    """Most memory of the process so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def large(name: str, shape: tuple[int, int, int], calibrated: bool, plain: bool) -> None:
+    """A stack in bfloat16, by default of Mixtral's size, to a quarter of its entries."""
+    weights = decaying(shape)
+    moments = moments_of(shape[1]) if calibrated else None
     experts, rows, columns = shape
-    rank = int(share * weights.numel() - experts**2) // (experts * rows + columns)
-    kind = TensorTrain((experts, rank))
+    entries = experts * rows * columns // 4
+    kinds = {
+        "low_rank": lambda: LowRank(entries // (experts * (rows + columns))),
+        "tensor_train": lambda: TensorTrain(
+            (experts, (entries - experts**2) // (experts * rows + columns))
+        ),
+    }
+    kind = kinds[name]()
     search = Search(starts=1, sweeps=10, polish=1)
-    seconds, found = timed(lambda: decompose(weights, kind, search=search, compare=False))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(
-        f"{shape} bfloat16 to {found.report.ratio:.1%} as {kind}: {seconds:.0f} s, error "
-        f"{found.report.error:.4f}, peak of the process {peak / 2**20:.2f} GiB "
-        f"({before / 2**20:.2f} before)",
-        flush=True,
-    )
+    print(f"{shape} bfloat16; the process has {peak():.2f} GiB", flush=True)
+    first = 0.0
+    for given in ((None,) if moments is None else (None, moments) if plain else (moments,)):
+        seconds, found = timed(
+            lambda given=given: decompose(
+                weights, kind, search=search, moments=given, compare=False
+            )
+        )
+        report = found.report
+        error = report.error if given is None else report.weighted_error
+        share = "" if not first else f", {seconds / first:.2f} times the one without moments"
+        first = first or seconds
+        print(
+            f"{'weights' if given is None else 'calibrated'} to {report.ratio:.1%} as {kind}: "
+            f"{seconds:.0f} s{share}, error {error:.4f}, peak of the process {peak():.2f} GiB",
+            flush=True,
+        )
 
 
 def compare_libraries() -> None:
@@ -164,6 +199,10 @@ def compare_libraries() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--large", action="store_true", help="only the stack of Mixtral's size")
+    parser.add_argument("--calibrated", action="store_true", help="weighted by moments as well")
+    parser.add_argument("--alone", action="store_true", help="weighted by moments alone")
+    parser.add_argument("--kind", choices=("low_rank", "tensor_train"), default="tensor_train")
+    parser.add_argument("--shape", type=int, nargs=3, default=(8, 4096, 14336))
     parser.add_argument("--libraries", action="store_true", help="only PyTorch against NumPy")
     options = parser.parse_args()
     print(f"decomposition; {settings()}")
@@ -171,7 +210,8 @@ def main() -> None:
         compare_libraries()
         return
     if options.large:
-        large(0.25)
+        calibrated = options.calibrated or options.alone
+        large(options.kind, tuple(options.shape), calibrated, not options.alone)
         return
     head = f"{'':>12} {'shape':>18} {'ours s':>7} {'theirs s':>8} {'ratio':>6}"
     print(f"{head} {'error':>8} {'theirs':>8} sweeps  extra", flush=True)

@@ -215,18 +215,24 @@ class Calibration:
         for place in range(experts):
             yield self._inputs(layer, role, bias, place)
 
-    def gradients(self, layer: str, role: str) -> NDArray[Any] | None:
-        """Second moments of a loss's gradients with respect to a projection's outputs, (out, out).
+    def gradients_of_experts(self, layer: str, role: str) -> Iterator[NDArray[Any] | None]:
+        """Second moments of a loss's gradients with respect to each expert's outputs, (out, out).
 
-        Those of two halves are taken to be independent. None where they were not gathered.
+        Its own where they were gathered, or all rows'. Those of two halves are taken to be
+        independent. None where they were not gathered.
 
         Raises:
             CheckpointError: no such layer or projection.
         """
         keys = [f"{layer}.{part}.gradients" for part in self._parts(layer, role)]
+        experts = _shape(self.arrays, f"{layer}.counts")[0]
         if any(key not in self.arrays for key in keys):
-            return None
-        return _beside([self.arrays[key] for key in keys])
+            yield from repeat(None, experts)
+        elif any(f"{key}.experts" not in self.arrays for key in keys):
+            yield from repeat(_beside([self.arrays[key] for key in keys]), experts)
+        else:
+            for place in range(experts):
+                yield _beside([self.arrays[f"{key}.experts"][place] for key in keys])
 
     def sizes(self, layer: str, role: str) -> tuple[int, int, int | None]:
         """Experts, inputs and outputs of a projection, from shapes alone; None if not known."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tensormoe.backend import Array
 from tensormoe.decomposition._contractions import Structure
 from tensormoe.decomposition._solve import from_host, to_host
-from tensormoe.decomposition._source import Source, joined
+from tensormoe.decomposition._source import Operator, Source, along, joined
 from tensormoe.factorizations import INPUT, OUTPUT, Leg
 
 if TYPE_CHECKING:
@@ -81,11 +81,13 @@ def compress(structure: Structure, source: Source, squared_norm: float, rng: Gen
     shape = tuple(after.sizes[leg] for leg in after.open_legs)
 
     def projected() -> Iterator[Array]:
-        for matrix in source.matrices():
+        for each in source.operators():
             if INPUT in bases:
-                matrix = backend.matmul(backend.permute(bases[INPUT], (1, 0)), matrix)
-            if OUTPUT in bases:
-                matrix = backend.matmul(matrix, bases[OUTPUT])
+                matrix = each.after(backend.permute(bases[INPUT], (1, 0)))
+                if OUTPUT in bases:
+                    matrix = backend.matmul(matrix, bases[OUTPUT])
+            else:
+                matrix = each.times(bases[OUTPUT])
             yield matrix
 
     rows = joined(projected(), 0, prod(shape[:-1]), backend)
@@ -109,15 +111,8 @@ def expand(core: Core, factors: Mapping[str, Array]) -> dict[str, Array]:
     for factor in core.structure.factors:
         for leg, basis in core.bases.items():
             if leg in factor.legs:
-                index = factor.legs.index(leg)
-                array = found[factor.name]
-                axes = (index, *(k for k in range(array.ndim) if k != index))
-                moved = backend.permute(array, axes)
-                rest = tuple(moved.shape[1:])
-                flat = backend.reshape(moved, (moved.shape[0], prod(rest)))
-                wide = backend.reshape(backend.matmul(basis, flat), (basis.shape[0], *rest))
-                back = tuple(axes.index(k) for k in range(array.ndim))
-                found[factor.name] = backend.permute(wide, back)
+                axis = factor.legs.index(leg)
+                found[factor.name] = along(basis, found[factor.name], axis, backend)
     return found
 
 
@@ -175,17 +170,17 @@ def _range(
     sketch: Array = None
     for turn in range(PASSES):
         total: Array = None
-        for matrix in source.matrices():
+        for matrix in source.operators():
             if left is not None:
-                matrix = backend.matmul(backend.permute(left, (1, 0)), matrix)
+                matrix = Operator((matrix.after(backend.permute(left, (1, 0))),), backend)
             if leg == OUTPUT:
-                matrix = backend.permute(matrix, (1, 0))
+                matrix = matrix.transposed
             if turn:
-                probe = backend.matmul(backend.permute(matrix, (1, 0)), sketch)
+                probe = matrix.transposed.times(sketch)
             else:
                 drawn = rng.standard_normal((other, count), dtype=np.float32)
-                probe = from_host(drawn, matrix, backend)
-            part = backend.matmul(matrix, probe)
+                probe = from_host(drawn, source.like, backend)
+            part = matrix.times(probe)
             total = part if total is None else total + part
         columns, rest = np.linalg.qr(to_host(total, backend))
         if turn == _POWERS:
