@@ -171,7 +171,7 @@ def large(name: str, shape: tuple[int, int, int], calibrated: bool, plain: bool)
     search = Search(starts=1, sweeps=10, polish=1)
     print(f"{shape} bfloat16; the process has {peak():.2f} GiB", flush=True)
     first = 0.0
-    for given in ((None,) if moments is None else (None, moments) if plain else (moments,)):
+    for given in (None,) if moments is None else (None, moments) if plain else (moments,):
         seconds, found = timed(
             lambda given=given: decompose(
                 weights, kind, search=search, moments=given, compare=False

@@ -18,7 +18,6 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from math import sqrt
 from pathlib import Path
 from statistics import mean
 from typing import Any

@@ -247,6 +247,12 @@ class Operator:
     backend: Backend
 
     @property
+    def columns(self) -> int:
+        """The product's number of columns."""
+        size: int = self.parts[-1].shape[1]
+        return size
+
+    @property
     def transposed(self) -> Operator:
         """The product's transpose."""
         turned = (self.backend.permute(each, (1, 0)) for each in reversed(self.parts))

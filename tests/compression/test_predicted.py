@@ -88,7 +88,6 @@ def test_it_is_a_sum_over_experts_of_their_rows_moments(per_expert: bool) -> Non
     total = 0.0
     for role, before, gone in halves:
         wanted = 0.0
-        metric = found.arrays[f"{NAME}.{role}.gradients"]
         for n, count in enumerate(found.arrays[f"{NAME}.counts"]):
             key = f"{NAME}.inputs"
             moments = found.arrays[f"{key}.experts"][n] if per_expert else found.arrays[key]
