@@ -44,10 +44,9 @@ KINDS = ("low_rank", "shared_basis", "tucker", "tensor_train")
 FIGURES = {
     "weights": "errors of weights, squared and summed",
     "outputs": "errors of outputs, squared and summed",
-    "outputs, pooled": "the same, moments of all experts' rows",
-    "loss": "gradients and inputs of each expert",
-    "loss, pooled gradients": "gradients of all experts' rows, inputs of each",
-    "loss, pooled": "gradients and inputs of all experts' rows",
+    "outputs, pooled": "the same, by inputs of all rows",
+    "loss": "loss, by all rows' gradients and each expert's inputs",
+    "loss, pooled": "loss, by gradients and inputs of all rows",
 }
 
 
@@ -91,7 +90,6 @@ def variants(calibration: Calibration) -> dict[str, Calibration]:
 
     return {
         "": calibration,
-        ", pooled gradients": without("gradients.experts"),
         ", pooled": without(".experts", ".experts.mean"),
     }
 
@@ -155,7 +153,7 @@ def run(folder: Path, seed: int, done: dict[str, Any], keep: Callable[[], None])
         report = compress(mine, of_size(kind, budget), search=SEARCH, **options)
         predicted = figures(model, report, mine, known)
         increase = loss_of(mine, batches) - before
-        done[name] = {"loss": before, "true": increase, **predicted}
+        done[name] = {"before": before, "true": increase, **predicted}
         keep()
         print(seed, name, {k: round(v, 4) for k, v in done[name].items()}, flush=True)
 

@@ -215,24 +215,18 @@ class Calibration:
         for place in range(experts):
             yield self._inputs(layer, role, bias, place)
 
-    def gradients_of_experts(self, layer: str, role: str) -> Iterator[NDArray[Any] | None]:
-        """Second moments of a loss's gradients with respect to each expert's outputs, (out, out).
+    def gradients(self, layer: str, role: str) -> NDArray[Any] | None:
+        """Second moments of a loss's gradients with respect to a projection's outputs, (out, out).
 
-        Its own where they were gathered, or all rows'. Those of two halves are taken to be
-        independent. None where they were not gathered.
+        Those of two halves are taken to be independent. None where they were not gathered.
 
         Raises:
             CheckpointError: no such layer or projection.
         """
         keys = [f"{layer}.{part}.gradients" for part in self._parts(layer, role)]
-        experts = _shape(self.arrays, f"{layer}.counts")[0]
         if any(key not in self.arrays for key in keys):
-            yield from repeat(None, experts)
-        elif any(f"{key}.experts" not in self.arrays for key in keys):
-            yield from repeat(_beside([self.arrays[key] for key in keys]), experts)
-        else:
-            for place in range(experts):
-                yield _beside([self.arrays[f"{key}.experts"][place] for key in keys])
+            return None
+        return _beside([self.arrays[key] for key in keys])
 
     def sizes(self, layer: str, role: str) -> tuple[int, int, int | None]:
         """Experts, inputs and outputs of a projection, from shapes alone; None if not known."""
@@ -362,8 +356,8 @@ class Calibration:
         if expert is None:
             found, mean = self.arrays[key], self.arrays[f"{key}.mean"]
         else:
-            found = self.arrays[f"{key}.experts"][expert]
-            mean = self.arrays[f"{key}.experts.mean"][expert]
+            found = _entry(self.arrays, f"{key}.experts", expert)
+            mean = _entry(self.arrays, f"{key}.experts.mean", expert)
         if not bias:
             return found
         return np.block([[found, mean[:, None]], [mean[None, :], np.ones((1, 1), found.dtype)]])
@@ -437,6 +431,14 @@ def _shape(arrays: Mapping[str, Any], key: str) -> tuple[int, ...]:
     if isinstance(arrays, StoredArrays):
         return arrays.shape(key)
     return tuple(arrays[key].shape)
+
+
+def _entry(arrays: Mapping[str, Any], key: str, place: int) -> NDArray[Any]:
+    """One expert's part of an array; of a file, no more is read."""
+    found: NDArray[Any] = (
+        arrays.entry(key, place) if isinstance(arrays, StoredArrays) else arrays[key][place]
+    )
+    return found
 
 
 def _beside(blocks: list[NDArray[Any]]) -> NDArray[Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from tensormoe.decomposition._moments import energy, relative
@@ -83,19 +82,16 @@ def predicted_loss(
 def lost(calibration: Calibration, layer: str, role: str, pairs: Pairs, bias: bool = False) -> Lost:
     """Error of outputs and increase of the loss, of one pass over the experts."""
     rows = calibration.arrays[f"{layer}.counts"] / calibration.tokens[layer]
-    inputs = calibration.inputs_of_experts(layer, role, bias)
-    metrics = calibration.gradients_of_experts(layer, role)
-    if _one_by_one(calibration, layer):
-        metrics = repeat(None, len(rows))
-    increase: float | None = None
-    squares = []
-    for share, own, metric, (matrix, missing) in zip(rows, inputs, metrics, pairs, strict=True):
+    metric = None if _one_by_one(calibration, layer) else calibration.gradients(layer, role)
+    moments = calibration.inputs_of_experts(layer, role, bias)
+    increase, squares = 0.0, []
+    for share, own, (matrix, missing) in zip(rows.tolist(), moments, pairs, strict=True):
         if not share:
             continue
         squares.append((share * energy(missing, own, None), share * energy(matrix, own, None)))
         if metric is not None:
-            increase = (increase or 0.0) + 0.5 * float(share) * energy(missing, own, metric)
-    return Lost(relative(squares), increase)
+            increase += 0.5 * share * energy(missing, own, metric)
+    return Lost(relative(squares), None if metric is None else increase)
 
 
 def badness(

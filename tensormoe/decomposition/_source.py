@@ -296,7 +296,7 @@ def _transposed(matrix: Array, backend: Backend) -> Array:
 
 
 def turned(array: Array, inputs: Array | None, outputs: Array | None, backend: Backend) -> Array:
-    """Rᵀ X Q of matrices X (…, in, out) and lower triangular roots, R of each (N, in, in) or of all.
+    """Rᵀ X Q of matrices X (…, in, out) and lower triangular roots; R of all, or (N, in, in).
 
     Large ones are cut into strips, so that what is zero is not multiplied: nearly half.
     """

@@ -154,7 +154,7 @@ def weigh(source: Source, moments: Moments) -> Weighting:
     like, backend = source.like, source.backend
     weighted, loads = source, None
     if moments.inputs is not None:
-        root = _roots(moments)
+        root = _roots(moments, to_host(like, backend).dtype)
         weighted = replace(weighted, inputs=from_host(root, like, backend))
         del root
     if moments.outputs is not None:
@@ -175,20 +175,29 @@ def weigh(source: Source, moments: Moments) -> Weighting:
     return Weighting(weighted, loads)
 
 
-def _roots(moments: Moments) -> NDArray[Any]:
-    """Of the inputs' moments, or of every expert's, all to one scale."""
+def _roots(moments: Moments, dtype: Any) -> NDArray[Any]:
+    """Of the inputs' moments, or of every expert's, all to one scale.
+
+    Args:
+        moments: of inputs.
+        dtype: of the roots; no more than one is there in float64.
+    """
     import numpy as np
 
     assert moments.inputs is not None
     if not moments.apart:
-        return _root(moments.inputs, moments.ridge)
+        return _root(moments.inputs, moments.ridge).astype(dtype, copy=False)
     size = moments.inputs.shape[-1]
-    pooled = np.asarray(moments.pooled().inputs, "float64")
-    mean = np.trace(pooled) / size or 1.0
-    ridge = moments.ridge * np.eye(size)
-    return np.stack(
-        [np.linalg.cholesky(each.astype("float64") / mean + ridge) for each in moments.inputs]
-    )
+    pooled = np.asarray(moments.pooled().inputs)
+    mean = float(np.trace(pooled, dtype="float64")) / size or 1.0
+    del pooled
+    found = np.empty(moments.inputs.shape, dtype)
+    for root, each in zip(found, moments.inputs, strict=True):
+        whole = each.astype("float64")
+        whole /= mean
+        whole[np.diag_indices(size)] += moments.ridge
+        root[...] = np.linalg.cholesky(whole)
+    return found
 
 
 def _root(matrix: NDArray[Any], ridge: float) -> NDArray[Any]:

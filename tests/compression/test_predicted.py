@@ -88,11 +88,10 @@ def test_it_is_a_sum_over_experts_of_their_rows_moments(per_expert: bool) -> Non
     total = 0.0
     for role, before, gone in halves:
         wanted = 0.0
+        metric = found.arrays[f"{NAME}.{role}.gradients"]
         for n, count in enumerate(found.arrays[f"{NAME}.counts"]):
-            moments, metric = (
-                found.arrays[f"{key}.experts"][n] if per_expert else found.arrays[key]
-                for key in (f"{NAME}.inputs", f"{NAME}.{role}.gradients")
-            )
+            key = f"{NAME}.inputs"
+            moments = found.arrays[f"{key}.experts"][n] if per_expert else found.arrays[key]
             delta = gone[n].numpy()
             share = count / TOKENS.numel()
             wanted += 0.5 * share * np.einsum("oi,ij,pj,po->", delta, moments, delta, metric)

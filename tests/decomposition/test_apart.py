@@ -125,6 +125,29 @@ def test_roots_go_to_factors_or_to_the_result_and_nothing_changes() -> None:
             )
 
 
+def test_roots_of_every_expert_go_to_what_has_the_experts() -> None:
+    shape = (3, 70, 80)
+    weights, rng = experts(shape), np.random.default_rng(0)
+    roots = np.stack([np.linalg.cholesky(moments_of(70, seed)) for seed in range(3)])
+    source = Source(weights, backend, inputs=roots)
+    plain = Source(np.swapaxes(roots, 1, 2) @ weights, backend)
+    for kind in (Tucker((2, 5, 6)), LowRank(4)):
+        structure = structure_of(kind, shape)
+        factors = {f.name: rng.standard_normal(structure.shape(f)) for f in structure.factors}
+        for each in structure.factors:
+
+            def mttkrp(s: Any, name: str = each.name) -> Any:
+                update = plan_update(s, name)
+                return update.mttkrp, update.legs
+
+            wanted = plain.contract(structure, mttkrp, factors)
+            got = source.contract(structure, mttkrp, factors)
+            np.testing.assert_allclose(got, wanted, rtol=1e-8, atol=1e-8)
+    for one, two in zip(source.operators(), plain.operators(), strict=True):
+        x = rng.standard_normal((80, 3))
+        np.testing.assert_allclose(one.times(x), two.times(x), rtol=1e-8, atol=1e-8)
+
+
 def test_no_whole_matrix_is_weighted_by_contractions(monkeypatch: pytest.MonkeyPatch) -> None:
     """A root times a whole expert takes longer than all that is done with factors."""
     from tensormoe.decomposition import _source, _spectral

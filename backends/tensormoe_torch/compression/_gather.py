@@ -40,7 +40,7 @@ class Kept:
         outs = [stack.sizes[1] for stack in experts.stacks.values()]
         entries = count * sum(size**2 + size for size in rows.values())
         entries += self.outputs * count * sum(size**2 for size in outs)
-        entries += self.gradients * count * sum(size**2 for size in outs)
+        entries += self.gradients * sum(size**2 for size in outs)
         return 8 * (entries + 3 * experts.count)
 
 
@@ -101,7 +101,7 @@ class Sums:
                 found |= dict(zip(others, listed, strict=True))
             for role, each in found.items():
                 self._check(each, f"gradients of {role}")
-                self._add(f"{role}.gradients", each, index)
+                self._put(f"{role}.gradients", _product(each))
 
     def finished(self, dtype: str) -> Iterator[tuple[str, Any]]:
         """The arrays on the host: means over rows in a dtype, counts, and what tells the model."""
