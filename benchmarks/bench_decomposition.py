@@ -3,9 +3,11 @@
 - CP at rank 256 against ``tensorly.decomposition.parafac`` (random start, 50 iterations) on tensors
   of a planted rank with 15 % noise, in float32. Ours is given sweeps until its error is no larger.
 - A tensor ring against ``tensorly.decomposition.tensor_ring_als`` (random start, 50 iterations).
-- PyTorch tensors against NumPy arrays: median ratio of pairs that are taken in turn.
+- PyTorch and JAX arrays against NumPy's: median ratio of runs that are taken in turn.
 - With ``--large``: an (8, 4096, 14336) bfloat16 stack with a decaying spectrum to 25 % of its
-  entries, with the peak of the process (needs PyTorch, 6 GiB and minutes).
+  entries, with the peak of the process (needs PyTorch, 6 GiB and minutes). With ``--calibrated``
+  also weighted by second moments of inputs, as a ratio of times, or with ``--alone`` without the
+  run to compare with.
 
 *extra* is the most that was allocated at once beyond the tensor, in units of it.
 
@@ -111,18 +113,22 @@ def compare(name: str, tensor: Array, kind: Factorization, theirs: Callable[[], 
 
 
 def libraries(shape: tuple[int, int, int], kind: Factorization, pairs: int = 15) -> None:
-    """One line: a PyTorch tensor against a NumPy array, both in float32."""
+    """One line: arrays of PyTorch and JAX in float32 and bfloat16 against NumPy's in float32."""
+    import jax.numpy as jnp
     import torch
 
     array = planted(shape, 32)
-    tensor = torch.from_numpy(array)
+    tensor, jaxes = torch.from_numpy(array), jnp.asarray(array)
+    given = [array, tensor, tensor.bfloat16(), jaxes, jaxes.astype(jnp.bfloat16)]
 
-    def once(given: Array) -> float:
-        return timed(lambda: decompose(given, kind, compare=False))[0]
+    def once(each: Array) -> float:
+        return timed(lambda: decompose(each, kind, compare=False))[0]
 
-    times = [(once(array), once(tensor)) for _ in range(pairs + 1)]
-    numpy, ratio = median(a for a, _ in times[1:]), median(b / a for a, b in times[1:])
-    print(f"{kind!s:>30} {shape!s:>18} {numpy:7.3f} {ratio:6.2f}", flush=True)
+    times = [[once(each) for each in given] for _ in range(pairs + 1)][1:]
+    ratios = [median(row[k] / row[0] for row in times) for k in range(1, len(given))]
+    numpy = median(row[0] for row in times)
+    shown = "  ".join(f"{each:6.2f}" for each in ratios)
+    print(f"{kind!s:>30} {shape!s:>18} {numpy:7.3f} {shown}", flush=True)
 
 
 def decaying(shape: tuple[int, int, int]) -> Any:
@@ -188,12 +194,13 @@ def large(name: str, shape: tuple[int, int, int], calibrated: bool, plain: bool)
         )
 
 
-def compare_libraries() -> None:
-    """PyTorch tensors against NumPy arrays."""
-    print(f"{'':>30} {'shape':>18} {'numpy s':>7} torch ÷ numpy", flush=True)
+def compare_libraries(pairs: int) -> None:
+    """Arrays of PyTorch and JAX against NumPy's."""
+    heads = "  ".join(("torch", "bfloat16", "jax", "bfloat16"))
+    print(f"{'':>30} {'shape':>18} {'numpy s':>7} ÷ numpy: {heads}", flush=True)
     for shape in ((16, 192, 256), (8, 256, 512)):
-        for kind in (CP(64), TensorRing((4, 4, 16)), Tucker((8, 48, 48))):
-            libraries(shape, kind)
+        for kind in (CP(64), TensorRing((4, 4, 16)), Tucker((8, 48, 48)), LowRank(16)):
+            libraries(shape, kind, pairs)
 
 
 def main() -> None:
@@ -203,11 +210,14 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="weighted by moments alone")
     parser.add_argument("--kind", choices=("low_rank", "tensor_train"), default="tensor_train")
     parser.add_argument("--shape", type=int, nargs=3, default=(8, 4096, 14336))
-    parser.add_argument("--libraries", action="store_true", help="only PyTorch against NumPy")
+    parser.add_argument(
+        "--libraries", action="store_true", help="only PyTorch and JAX against NumPy"
+    )
+    parser.add_argument("--pairs", type=int, default=15, help="runs of each library")
     options = parser.parse_args()
     print(f"decomposition; {settings()}")
     if options.libraries:
-        compare_libraries()
+        compare_libraries(options.pairs)
         return
     if options.large:
         calibrated = options.calibrated or options.alone
@@ -221,7 +231,7 @@ def main() -> None:
     compare("cp", wide, CP(256), lambda: by_parafac(wide, 256))
     ring = planted_ring((16, 192, 256), (4, 4, 16), 0.15)
     compare("tensor ring", ring, TensorRing((4, 4, 16)), lambda: by_ring_als(ring, (4, 4, 16)))
-    compare_libraries()
+    compare_libraries(options.pairs)
 
 
 if __name__ == "__main__":
