@@ -75,7 +75,7 @@ def compress(structure: Structure, source: Source, squared_norm: float, rng: Gen
     bases: dict[Leg, Array] = {}
     for leg, count in counts.items():
         operators = partial(_operators, source, leg, bases.get(INPUT))
-        basis, squares = _range(operators, source.like, count, backend, rng)
+        basis, squares = _range(operators, source.like, backend, count, rng)
         least = max(round(share ** (1 / len(counts)) * sizes[leg]), _needed(structure, leg))
         bases[leg] = from_host(
             basis[:, : _enough(squares, least, squared_norm)], source.like, backend
@@ -87,21 +87,32 @@ def compress(structure: Structure, source: Source, squared_norm: float, rng: Gen
 
 def _apart(structure: Structure, source: Source, counts: Mapping[Leg, int], rng: Generator) -> Core:
     """The core of experts that share no factor, each in subspaces of its own."""
+    import numpy as np
+
     backend, shape = source.backend, source.shape
     count = prod(shape[:-2])
     found: dict[Leg, list[Array]] = {leg: [] for leg in counts}
 
-    def projections() -> Iterator[Array]:
-        for each in source.operators():
-            own: dict[Leg, Array] = {}
-            for leg, size in counts.items():
-                operators = partial(_turned, each, leg, own.get(INPUT))
-                columns, _ = _range(operators, source.like, size, backend, rng)
-                own[leg] = from_host(columns, source.like, backend)
-                found[leg].append(own[leg])
-            yield _projected(each, own, backend)
+    def leading(each: Operator, leg: Leg) -> NDArray[Any]:
+        return _range(lambda: (each,), source.like, backend, counts[leg], rng)[0]
 
-    core = _core(structure, source, {}, counts, projections())
+    def kept(leg: Leg, columns: NDArray[Any]) -> Array:
+        found[leg].append(from_host(columns, source.like, backend))
+        return found[leg][-1]
+
+    def projected(each: Operator) -> Array:
+        if INPUT not in counts:
+            return each.times(kept(OUTPUT, leading(each.transposed, OUTPUT)))
+        basis = kept(INPUT, leading(each, INPUT))
+        matrix = each.after(backend.permute(basis, (1, 0)))
+        if OUTPUT not in counts:
+            return matrix
+        # as many rows as there are directions: all of them
+        columns, rest = np.linalg.qr(to_host(matrix, backend).T)
+        kept(OUTPUT, columns)
+        return from_host(rest.T, source.like, backend)
+
+    core = _core(structure, source, {}, counts, map(projected, source.operators()))
     bases: dict[Leg, Array] = {}
     for leg, listed in found.items():
         rows = joined(listed, 0, count * listed[0].shape[0], backend)
@@ -200,23 +211,18 @@ def _enough(squares: NDArray[Any], least: int, squared_norm: float) -> int:
 
 def _operators(source: Source, leg: Leg, left: Array | None) -> Iterator[Operator]:
     """Matrices of all experts with a mode as rows, the input mode projected onto a basis first."""
+    backend = source.backend
     for each in source.operators():
-        yield from _turned(each, leg, left)
-
-
-def _turned(each: Operator, leg: Leg, left: Array | None) -> Iterator[Operator]:
-    """One of them."""
-    backend = each.backend
-    if left is not None:
-        each = Operator((each.after(backend.permute(left, (1, 0))),), backend)
-    yield each.transposed if leg == OUTPUT else each
+        if left is not None:
+            each = Operator((each.after(backend.permute(left, (1, 0))),), backend)
+        yield each.transposed if leg == OUTPUT else each
 
 
 def _range(
     operators: Callable[[], Iterable[Operator]],
     like: Array,
-    count: int,
     backend: Backend,
+    count: int,
     rng: Generator,
 ) -> tuple[Array, NDArray[Any]]:
     """Orthonormal columns that span the leading subspace of a mode, nearly, and their squares.
@@ -224,8 +230,8 @@ def _range(
     Args:
         operators: the tensor's matrices with that mode as rows, read in each pass.
         like: an array of the library that they are of.
-        count: how many columns.
         backend: adapter of the library.
+        count: how many columns.
         rng: NumPy's generator.
 
     Returns:
