@@ -207,4 +207,4 @@ def test_one_start_is_enough_for_the_best_there_is(
     assert (few, len(tried)) == (1, 9)
     for kind in (SharedBasis((1, 4)), LowRank(3)):
         report = decompose(weights, kind, search=Search(polish=0), compare=False).report
-        assert (report.sweeps, report.ended) == (2, "converged")
+        assert (report.sweeps <= 2, report.ended) == (True, "converged")
