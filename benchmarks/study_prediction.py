@@ -179,11 +179,30 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """True increases against predicted ones, and against errors of weights."""
+    from tensormoe.plotting import COLOURS, figure, tidy
+
+    with figure(path, width=8.4, height=3.6, transparent=True) as drawn:
+        sides = (("loss", "predicted, nats per token"), ("weights", "errors of weights, squared"))
+        for axis, (name, label) in zip(drawn.subplots(1, 2, sharey=True), sides, strict=True):
+            for seed, colour in zip(results.values(), COLOURS, strict=False):
+                for alone, marker in ((False, "o"), (True, "x")):
+                    ways = [way for key, way in seed.items() if ("layer" in key) == alone]
+                    x, y = [way[name] for way in ways], [way["true"] for way in ways]
+                    axis.plot(x, y, marker, color=colour, markersize=4.5, alpha=0.8)
+            axis.set(xscale="log" if name == "loss" else "linear", yscale="log", xlabel=label)
+            tidy(axis)
+        drawn.axes[0].set_ylabel("true increase, nats per token")
+        drawn.axes[0].axline((0.05, 0.05), (1, 1), color="#7b8794", linewidth=1)
+
+
 def main() -> None:
     """Run the study, and print its table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("out/compression"))
     parser.add_argument("--table", type=Path, help="print the table of a file of results")
+    parser.add_argument("--plot", type=Path, help="a picture of the results")
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
     arguments = parser.parse_args()
     path = arguments.table or arguments.folder / "prediction.json"
@@ -195,6 +214,8 @@ def main() -> None:
     for seed in () if arguments.table else arguments.seeds:
         run(arguments.folder, seed, results.setdefault(str(seed), {}), keep)
     print(table(results))
+    if arguments.plot is not None:
+        draw(results, arguments.plot)
 
 
 if __name__ == "__main__":
