@@ -167,13 +167,9 @@ def large(name: str, shape: tuple[int, int, int], calibrated: bool, plain: bool)
     moments = moments_of(shape[1]) if calibrated else None
     experts, rows, columns = shape
     entries = experts * rows * columns // 4
-    kinds = {
-        "low_rank": lambda: LowRank(entries // (experts * (rows + columns))),
-        "tensor_train": lambda: TensorTrain(
-            (experts, (entries - experts**2) // (experts * rows + columns))
-        ),
-    }
-    kind = kinds[name]()
+    kind: Factorization = LowRank(entries // (experts * (rows + columns)))
+    if name == "tensor_train":
+        kind = TensorTrain((experts, (entries - experts**2) // (experts * rows + columns)))
     search = Search(starts=1, sweeps=10, polish=1)
     print(f"{shape} bfloat16; the process has {peak():.2f} GiB", flush=True)
     first = 0.0

@@ -94,7 +94,8 @@ def _apart(structure: Structure, source: Source, counts: Mapping[Leg, int], rng:
     found: dict[Leg, list[Array]] = {leg: [] for leg in counts}
 
     def leading(each: Operator, leg: Leg) -> NDArray[Any]:
-        return _range(lambda: (each,), source.like, backend, counts[leg], rng)[0]
+        columns, _ = _range(lambda: (each,), source.like, backend, counts[leg], rng)
+        return columns
 
     def kept(leg: Leg, columns: NDArray[Any]) -> Array:
         found[leg].append(from_host(columns, source.like, backend))
@@ -224,7 +225,7 @@ def _range(
     backend: Backend,
     count: int,
     rng: Generator,
-) -> tuple[Array, NDArray[Any]]:
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """Orthonormal columns that span the leading subspace of a mode, nearly, and their squares.
 
     Args:
