@@ -109,7 +109,7 @@ def _readable(array: Array) -> Any:
     import numpy as np
 
     try:
-        found = np.asarray(array, copy=False)
+        found = np.asarray(array)
     except (TypeError, ValueError, RuntimeError):
         return None
     return found if found.dtype.itemsize == 2 else None
