@@ -47,7 +47,7 @@ def add_parser(commands: Commands) -> None:
     )
     option("--dtype", default="float32", metavar="NAME", help="of moments: float32 or float64")
     option("--device", default="cpu", metavar="NAME", help="that the model runs on: cuda (cpu)")
-    option("--max-memory", metavar="BYTES", help="refuse sums that would take more: 6GiB")
+    option("--max-memory", metavar="BYTES", help="for sums at a time: 6GiB; more runs if more")
     option("--json", action="store_true", help="print one JSON object")
 
 

@@ -41,6 +41,12 @@ class CalibratedGroup:
         """Tokens times the experts that each went to."""
         return self.calibration.rows(self.layer)
 
+    @property
+    def apart(self) -> bool:
+        """Whether every expert is weighted by moments of its own inputs."""
+        own = self.calibration.apart(self.layer, self.role)
+        return own and self.settings.weighting != "none"
+
     def check(self, stack: NDArray[Any]) -> None:
         """Refuse experts (experts, in, out) that are not the calibrated ones.
 

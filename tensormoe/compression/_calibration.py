@@ -194,6 +194,10 @@ class Calibration:
         """
         return lost(self, layer, role, pairs, bias).output_error
 
+    def apart(self, layer: str, role: str) -> bool:
+        """Whether second moments of each expert's own inputs of a projection were gathered."""
+        return f"{_side(layer, role)}.experts" in self.arrays
+
     def inputs_of_experts(
         self, layer: str, role: str, bias: bool = False
     ) -> Iterator[NDArray[Any]]:
@@ -209,7 +213,7 @@ class Calibration:
         """
         self._parts(layer, role)
         experts = _shape(self.arrays, f"{layer}.counts")[0]
-        if f"{_side(layer, role)}.experts" not in self.arrays:
+        if not self.apart(layer, role):
             yield from repeat(self._inputs(layer, role, bias), experts)
             return
         for place in range(experts):
@@ -356,8 +360,8 @@ class Calibration:
         if expert is None:
             found, mean = self.arrays[key], self.arrays[f"{key}.mean"]
         else:
-            found = self.arrays[f"{key}.experts"][expert]
-            mean = self.arrays[f"{key}.experts.mean"][expert]
+            found = _entry(self.arrays, f"{key}.experts", expert)
+            mean = _entry(self.arrays, f"{key}.experts.mean", expert)
         if not bias:
             return found
         return np.block([[found, mean[:, None]], [mean[None, :], np.ones((1, 1), found.dtype)]])
@@ -367,12 +371,15 @@ class Calibration:
         import numpy as np
 
         pooled = self._inputs(layer, role, bias)
-        if f"{_side(layer, role)}.experts" not in self.arrays:
+        if not self.apart(layer, role):
             return pooled
         size = len(pooled)
         counts = self.arrays[f"{layer}.counts"].tolist()
-        own = zip(counts, self.inputs_of_experts(layer, role, bias), strict=True)
-        return np.stack([(rows * each + size * pooled) / (rows + size) for rows, each in own])
+        found = np.empty((len(counts), size, size), pooled.dtype)
+        own = self.inputs_of_experts(layer, role, bias)
+        for mixed, rows, each in zip(found, counts, own, strict=True):
+            mixed[...] = (rows * each + size * pooled) / (rows + size)
+        return found
 
     def _metric(self, key: str) -> NDArray[Any]:
         """The metric of outputs: second moments of theirs or of gradients, and a ridge."""
@@ -431,6 +438,14 @@ def _shape(arrays: Mapping[str, Any], key: str) -> tuple[int, ...]:
     if isinstance(arrays, StoredArrays):
         return arrays.shape(key)
     return tuple(arrays[key].shape)
+
+
+def _entry(arrays: Mapping[str, Any], key: str, place: int) -> NDArray[Any]:
+    """One expert's part of an array; of a file, no more is read."""
+    found: NDArray[Any] = (
+        arrays.entry(key, place) if isinstance(arrays, StoredArrays) else arrays[key][place]
+    )
+    return found
 
 
 def _beside(blocks: list[NDArray[Any]]) -> NDArray[Any]:

@@ -33,13 +33,25 @@ class StoredArrays(Mapping[str, "NDArray[Any]"]):
         self._shard = shard
 
     def __getitem__(self, key: str) -> NDArray[Any]:
+        placed = self._shard.entries[key]
+        return self._read(key, placed.begin, placed.end, placed.shape)
+
+    def entry(self, key: str, place: int) -> NDArray[Any]:
+        """One entry of an array along its first axis, of which no more is read."""
+        placed = self._shard.entries[key]
+        size = placed.nbytes // placed.shape[0]
+        begin = placed.begin + place * size
+        return self._read(key, begin, begin + size, placed.shape[1:])
+
+    def _read(self, key: str, begin: int, end: int, shape: tuple[int, ...]) -> NDArray[Any]:
         import numpy as np
 
-        placed = self._shard.entries[key]
-        assert placed.info is not None
-        data = b"".join(read_range(self._shard, placed.begin, placed.end))
-        dtype = np.dtype(placed.info.dtype)
-        found = np.frombuffer(data, dtype.newbyteorder("<")).astype(dtype).reshape(placed.shape)
+        info = self._shard.entries[key].info
+        assert info is not None
+        data = b"".join(read_range(self._shard, begin, end))
+        dtype = np.dtype(info.dtype)
+        found = np.frombuffer(data, dtype.newbyteorder("<")).astype(dtype, copy=False)
+        found = found.reshape(shape)
         if not np.isfinite(found).all():
             raise CheckpointError(
                 f"{self._shard.path!r}: {key} must be finite; got NaN or infinity. Calibrate anew."

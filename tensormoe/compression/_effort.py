@@ -39,6 +39,8 @@ _FACTORS, _MATRICES, _SQUARES = 9, 4, 6
 _ALONE = 5
 # float64 matrices of each side's size
 _MOMENTS = 5
+# and of each expert's inputs: moments, and roots
+_APART = 2
 # sweeps after which a search usually ends, and those on the tensor itself
 _SWEEPS, _POLISH = 40, 5
 # products with each part of the equations for one factor
@@ -66,10 +68,16 @@ def memory_needed(spec: LayerSpec, itemsize: int, compare: bool) -> int:
     return BASE_MEMORY + spec.num_experts * matrix + max(search, spectra)
 
 
-def moments_needed(spec: LayerSpec) -> int:
-    """Bytes of second moments of both sides, their roots and inverses, and an expert in float64."""
+def moments_needed(spec: LayerSpec, apart: bool) -> int:
+    """Bytes of second moments of both sides and their roots, and an expert in float64, at most.
+
+    Args:
+        spec: the layer.
+        apart: whether every expert has moments of its own inputs.
+    """
     rows, columns = spec.in_features, spec.out_features
-    return 8 * (_MOMENTS * (rows**2 + columns**2) + 3 * rows * columns)
+    own = _APART * spec.num_experts * rows**2 if apart else 0
+    return 8 * (_MOMENTS * (rows**2 + columns**2) + own + 3 * rows * columns)
 
 
 def _spectra_peak(spec: LayerSpec, matrix: int) -> int:

@@ -12,7 +12,7 @@ from tensormoe.decomposition._bias_rows import with_bias_rows
 from tensormoe.decomposition._contractions import structures
 from tensormoe.decomposition._gauge import stretched
 from tensormoe.decomposition._moments import Moments
-from tensormoe.decomposition._solve import wide
+from tensormoe.decomposition._solve import to_host
 from tensormoe.decomposition._source import Source, norm, norms, power
 from tensormoe.decomposition._starts import given
 from tensormoe.factorizations import INPUT, OUTPUT
@@ -95,8 +95,13 @@ def expert_pairs(
 ) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
     """Of every expert its matrix, biases included, and what is missing of it, on the host."""
     backend = source.backend
+
+    def on_host(array: Array) -> NDArray[Any]:
+        found = to_host(array, backend)
+        return found if source.scale == 1.0 else found.astype("float64") / source.scale
+
     for whole, left in zip(source.matrices(), _left(spec, factors, source).matrices(), strict=True):
-        yield wide(whole, backend) / source.scale, wide(left, backend) / source.scale
+        yield on_host(whole), on_host(left)
 
 
 def bias_error(

@@ -14,7 +14,7 @@ from tensormoe.decomposition._compress import Core, compress, expand
 from tensormoe.decomposition._contractions import Structure
 from tensormoe.decomposition._search import Found, Problem, Search, advance, worst
 from tensormoe.decomposition._source import Source
-from tensormoe.decomposition._spectral import cuts
+from tensormoe.decomposition._spectral import closed, cuts
 from tensormoe.decomposition._starts import given, starts, zeros
 from tensormoe.decomposition._watch import Follower, Watch
 
@@ -144,14 +144,17 @@ def _fit_term(
 def _on_core(small: Problem, core: Core, search: Search, rng: Generator) -> Found:
     """Continue the search from the best of a few starts."""
     count, tolerance = min(_TRIAL, search.sweeps), search.tolerance
+    best = closed(core.structure, core.source)
     tries = starts(core.structure, core.source, search.starts or _affordable(core), rng)
-    trials = [advance(small, each, count, tolerance) for each in tries]
+    # the first sweep that gains nothing tells
+    patience = {"patience": 1} if best else {}
+    trials = [advance(small, each, count, tolerance, **patience) for each in tries]
     trials.sort(key=lambda trial: trial.errors[-1] if trial.errors else inf)
     # only the search holds the factors that it starts from
     del trials[1:]
     trial = trials.pop()
     known = trial.errors[-1] if trial.errors else inf
-    if len(trial.errors) == search.sweeps:
+    if len(trial.errors) == search.sweeps or (best and trial.ended == "converged"):
         return trial
     first, factors = trial.errors, trial.factors
     if small.follower is not None:

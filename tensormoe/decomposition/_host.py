@@ -93,5 +93,23 @@ class _Widened:
         self.ndim = len(self.shape)
         self.dtype = array.dtype
 
+        self._host = _readable(array)
+
     def __getitem__(self, key: Any) -> Any:
+        if self._host is not None:
+            return self._host[key].astype("float32")
         return convert(widened(self._array[key], self._owner), "numpy")
+
+
+def _readable(array: Array) -> Any:
+    """The same memory as a NumPy array, of a library that brings NumPy its own 16-bit dtype.
+
+    Slices of it are cheap, and those of such a library are not.
+    """
+    import numpy as np
+
+    try:
+        found = np.asarray(array)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return found if found.dtype.itemsize == 2 else None

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 RIDGE = 1e-3
 """Of the mean second moment, added to all: directions that no sample shows are not free."""
 
+# entries up to which a matrix is widened, and rows of a product of two that are held at a time
+_LARGE, _STRIP = 2**22, 512
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:
@@ -158,13 +161,29 @@ class Moments:
 def energy(
     matrix: NDArray[Any], inputs: NDArray[Any] | None, outputs: NDArray[Any] | None
 ) -> float:
-    """tr(M Wᵀ S W) of a matrix W (in, out), in float64."""
-    wide = matrix.astype("float64")
-    found = wide if inputs is None else inputs.astype("float64") @ wide
-    if outputs is not None:
-        found = found @ outputs.astype("float64")
+    """tr(M Wᵀ S W) of a matrix W (in, out), in float64, or for a large one in its own dtype.
+
+    Args:
+        matrix: W.
+        inputs: S, (in, in) and symmetric; None for ones.
+        outputs: M, (out, out) and symmetric; None for ones.
+    """
+    import numpy as np
+
+    left = matrix if matrix.size > _LARGE else matrix.astype("float64")
+    right = left if outputs is None else left @ outputs.astype(left.dtype, copy=False)
+    if inputs is None:
+        return max(float(np.sum(left * right, dtype="float64")), 0.0)
+    total, size = 0.0, len(left)
+    # W M Wᵀ is symmetric: strips of one half of it, so that no more is held
+    for start in range(0, size, _STRIP):
+        stop = min(start + _STRIP, size)
+        weights = inputs[start:stop, start:].astype(left.dtype)
+        weights[:, stop - start :] *= 2.0
+        weights *= left[start:stop] @ right[start:].T
+        total += float(np.sum(weights, dtype="float64"))
     # rounding may leave less than nothing
-    return max(float((wide * found).sum()), 0.0)
+    return max(total, 0.0)
 
 
 def relative(squares: Iterable[tuple[float, float]]) -> float:

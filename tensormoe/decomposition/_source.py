@@ -20,6 +20,8 @@ from tensormoe.planning import Program
 _SAFE = {32: 24, 64: 240}
 # entries of a block; larger ones are no faster, and what is made of them costs memory
 _BLOCK = 2**17
+# a triangular matrix is cut into so many strips of at least so many rows
+_STRIPS, _STRIP = 8, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +32,11 @@ class Source:
         array: in any floating-point dtype; its work is done in float32 at least.
         backend: adapter of its library.
         bias: (experts…, out), one more row of every matrix, if any.
-        inputs: R, of the input's size, if inputs weigh differently: the tensor stands for Rᵀ times
-            itself; (experts₀, …, …) where those of every expert do.
+        inputs: R, of the input's size and lower triangular, if inputs weigh differently: the tensor
+            stands for Rᵀ times itself; (experts₀, …, …) where those of every expert do.
         weights: (experts₀,) of the first level, if experts weigh differently.
-        outputs: Q, of the output's size, if outputs weigh differently: itself times Q.
+        outputs: Q, of the output's size and lower triangular, if outputs weigh differently: itself
+            times Q.
         taken: networks that are subtracted, and their factors by name; after all weights.
         scale: a power of two that the array and the bias are multiplied with.
     """
@@ -72,14 +75,10 @@ class Source:
             found = self.backend.namespace.concat([found, row], axis=-2)
         if self.scale != 1.0:
             found = found * self.scale
-        if self.inputs is not None:
-            if self.inputs.ndim == 2:
-                turned = self.backend.permute(self.inputs, (1, 0))
-            else:
-                turned = self.backend.permute(self.inputs[start:stop], (0, 2, 1))
-            found = self.backend.matmul(turned, found)
-        if self.outputs is not None:
-            found = self.backend.matmul(found, self.outputs)
+        inputs = self.inputs
+        if inputs is not None and inputs.ndim == 3:
+            inputs = inputs[start:stop]
+        found = turned(found, inputs, self.outputs, self.backend)
         if self.weights is not None:
             ones = (1,) * (found.ndim - 1)
             found = found * self.backend.reshape(self.weights[start:stop], (-1, *ones))
@@ -122,6 +121,21 @@ class Source:
             for index in range(rows.shape[0]):
                 yield rows[index]
 
+    def operators(self) -> Iterator[Operator]:
+        """One expert's matrix (in, out) after the other, as a product that is not carried out."""
+        if self.taken or (self.inputs is None and self.outputs is None):
+            for matrix in self.matrices():
+                yield Operator((matrix,), self.backend)
+            return
+        for place, matrix in enumerate(self._bare.matrices()):
+            parts = [matrix]
+            if self.inputs is not None:
+                root = self.inputs if self.inputs.ndim == 2 else self.inputs[place]
+                parts.insert(0, self.backend.permute(root, (1, 0)))
+            if self.outputs is not None:
+                parts.append(self.outputs)
+            yield Operator(tuple(parts), self.backend)
+
     def squared_norm(self) -> float:
         """The sum of squares."""
         return sum(_squares(self.block(*span), self.backend) for span in self.blocks())
@@ -142,7 +156,10 @@ class Source:
             at_once: whether blocks save nothing, since the result is the largest array.
         """
         leg, count = structure.open_legs[0], self.shape[0]
-        _, legs = plan(structure)
+        program, legs = plan(structure)
+        roots = self._movable(structure, program, legs)
+        if roots:
+            return self._around(roots, structure, plan, factors, at_once)
         spans = [(0, count)] if self.plain and at_once else list(self.blocks())
         results = (self._part(structure, plan, factors, *span) for span in spans)
         if leg in legs:
@@ -151,6 +168,56 @@ class Source:
         for result in results:
             total = plus(total, result, self.backend)
         return total
+
+    @property
+    def _bare(self) -> Source:
+        """The tensor whose inputs and outputs weigh alike."""
+        return replace(self, inputs=None, outputs=None)
+
+    def _movable(
+        self, structure: Structure, program: Program, legs: tuple[Leg, ...]
+    ) -> dict[Leg, Array]:
+        """Roots by leg that factors or the result can be multiplied with instead of the tensor.
+
+        Those are far smaller. None of them where one has to stay with the tensor.
+        """
+        sides = zip(structure.open_legs[-2:], (self.inputs, self.outputs), strict=True)
+        roots = {leg: root for leg, root in sides if root is not None}
+        used = [each.legs for each in program.operands if each.name != SOURCE]
+        for leg, root in roots.items():
+            holders = [each for each in (*used, legs) if leg in each]
+            if len(holders) != 1 or not set(self._axes(structure, leg, root)) <= set(holders[0]):
+                return {}
+        return {} if self.taken else roots
+
+    @staticmethod
+    def _axes(structure: Structure, leg: Leg, root: Array) -> tuple[Leg, ...]:
+        """The leg that a root is of, after that of the experts if each has its own."""
+        return (leg,) if root.ndim == 2 else (structure.open_legs[0], leg)
+
+    def _around(
+        self,
+        roots: Mapping[Leg, Array],
+        structure: Structure,
+        plan: Callable[[Structure], tuple[Program, tuple[Leg, ...]]],
+        factors: Mapping[str, Array],
+        at_once: bool,
+    ) -> Array:
+        """The contraction of the bare tensor with factors that roots were moved to."""
+        backend, moved = self.backend, dict(factors)
+        program, legs = plan(structure)
+
+        def times(root: Array, array: Array, leg: Leg, its: tuple[Leg, ...]) -> Array:
+            axes = tuple(its.index(each) for each in self._axes(structure, leg, roots[leg]))
+            return along(root, array, axes, backend)
+
+        for each in program.operands:
+            for leg in (leg for leg in roots if leg in each.legs and each.name != SOURCE):
+                moved[each.name] = times(roots[leg], moved[each.name], leg, each.legs)
+        found = self._bare.contract(structure, plan, moved, at_once)
+        for leg in (leg for leg in roots if leg in legs):
+            found = times(_transposed(roots[leg], backend), found, leg, legs)
+        return found
 
     def _part(
         self,
@@ -165,6 +232,96 @@ class Source:
         arrays = _sliced(structure, factors, start, stop)
         arrays[SOURCE] = self.block(start, stop)
         return run(program, arrays, self.backend)
+
+
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """A product of matrices that is not carried out.
+
+    Args:
+        parts: the matrices, the first one leftmost.
+        backend: adapter of their library.
+    """
+
+    parts: tuple[Array, ...]
+    backend: Backend
+
+    @property
+    def columns(self) -> int:
+        """The product's number of columns."""
+        size: int = self.parts[-1].shape[1]
+        return size
+
+    @property
+    def transposed(self) -> Operator:
+        """The product's transpose."""
+        turned = (self.backend.permute(each, (1, 0)) for each in reversed(self.parts))
+        return Operator(tuple(turned), self.backend)
+
+    def times(self, columns: Array) -> Array:
+        """The product with some columns, from the right to the left."""
+        for each in reversed(self.parts):
+            columns = self.backend.matmul(each, columns)
+        return columns
+
+    def after(self, rows: Array) -> Array:
+        """The product of some rows with it, from the left to the right."""
+        for each in self.parts:
+            rows = self.backend.matmul(rows, each)
+        return rows
+
+
+def along(matrix: Array, array: Array, axes: tuple[int, ...], backend: Backend) -> Array:
+    """The product of a matrix with an axis of an array.
+
+    Args:
+        matrix: (rows, size); or (N, rows, size), one for each entry of other axes.
+        array: of any shape.
+        axes: these others, if any, and the axis at the end.
+        backend: adapter of their library.
+    """
+    order = (*axes, *(k for k in range(array.ndim) if k not in axes))
+    moved = backend.permute(array, order)
+    *levels, size = moved.shape[: len(axes)]
+    rest = tuple(moved.shape[len(axes) :])
+    batch = (prod(levels),) if levels else ()
+    flat = backend.matmul(matrix, backend.reshape(moved, (*batch, size, prod(rest))))
+    wide = backend.reshape(flat, (*levels, matrix.shape[-2], *rest))
+    return backend.permute(wide, tuple(order.index(k) for k in range(array.ndim)))
+
+
+def _transposed(matrix: Array, backend: Backend) -> Array:
+    """Rows and columns of a matrix, or of each of several, in turn."""
+    return backend.permute(matrix, (1, 0) if matrix.ndim == 2 else (0, 2, 1))
+
+
+def turned(array: Array, inputs: Array | None, outputs: Array | None, backend: Backend) -> Array:
+    """Rᵀ X Q of matrices X (…, in, out) and lower triangular roots; R of all, or (N, in, in).
+
+    Large ones are cut into strips, so that what is zero is not multiplied: nearly half.
+    """
+    xp = backend.namespace
+    if inputs is not None:
+        root = _transposed(inputs, backend)
+        strips = [
+            backend.matmul(root[..., start:stop, start:], array[..., start:, :])
+            for start, stop in _strips(root.shape[-1])
+        ]
+        array = strips[0] if len(strips) == 1 else xp.concat(strips, axis=-2)
+    if outputs is not None:
+        strips = [
+            backend.matmul(array[..., start:], outputs[start:, start:stop])
+            for start, stop in _strips(outputs.shape[0])
+        ]
+        array = strips[0] if len(strips) == 1 else xp.concat(strips, axis=-1)
+    return array
+
+
+def _strips(size: int) -> Iterator[tuple[int, int]]:
+    """Parts of a triangular matrix: one of a small one."""
+    step = size if size < _STRIP * _STRIPS else -(-size // _STRIPS)
+    for start in range(0, size, step):
+        yield start, min(start + step, size)
 
 
 def power(largest: float, bits: int) -> float:

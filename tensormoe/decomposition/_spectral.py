@@ -209,6 +209,12 @@ def spectral(structure: Structure, source: Source) -> dict[str, Array] | None:
     }
 
 
+def closed(structure: Structure, source: Source) -> bool:
+    """Whether :func:`spectral` finds factors that nothing is better than."""
+    plan = cuts(structure)
+    return plan is not None and plan.exact and _readable(plan, structure, source)
+
+
 def _readable(plan: Cuts, structure: Structure, source: Source) -> bool:
     """Whether no large copy of the tensor is made."""
     if source.plain or prod(source.shape) <= _COPIED:

@@ -18,7 +18,7 @@ from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array
 from tensormoe.decomposition._choose import Sizes
 from tensormoe.decomposition._moments import Moments
-from tensormoe.decomposition._solve import from_host, wide
+from tensormoe.decomposition._solve import from_host, to_host, wide
 from tensormoe.decomposition._source import Source, power
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.factorizations import (
@@ -34,6 +34,9 @@ from tensormoe.factorizations import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+# rows of a triangular system that are solved at a time
+_STRIP = 256
+
 
 @dataclass(frozen=True, eq=False)
 class Weighting:
@@ -41,16 +44,11 @@ class Weighting:
 
     Args:
         source: the tensor, weighted.
-        back: the inverse of Rᵀ (in, in), in float64 on the host, or those of all experts
-            (N, in, in); None where nothing is weighted.
-        loads: √p of the first level, on the host.
-        out: the inverse of Qᵀ (out, out), as ``back``.
+        loads: √p of the first level, on the host; None where experts weigh alike.
     """
 
     source: Source
-    back: NDArray[Any] | None = None
     loads: NDArray[Any] | None = None
-    out: NDArray[Any] | None = None
 
     def undo(self, spec: LayerSpec, factors: Mapping[str, Array]) -> dict[str, Array]:
         """The factors of the tensor without weights."""
@@ -58,26 +56,28 @@ class Weighting:
 
         found = dict(factors)
         backend = self.source.backend
-        weighted = ((INPUT, self.back), (expert_leg(0), self.loads), (OUTPUT, self.out))
-        for term, (leg, inverse) in product(spec.network.terms, weighted):
+        roots = {INPUT: self.source.inputs, OUTPUT: self.source.outputs}
+        hosts = {leg: to_host(each, backend) for leg, each in roots.items() if each is not None}
+        for term, leg in product(spec.network.terms, (INPUT, expert_leg(0), OUTPUT)):
+            weighted = leg in hosts or (leg == expert_leg(0) and self.loads is not None)
             # a term that is the same for all experts was found for weights of one
-            if inverse is None or leg not in term.legs:
+            if not weighted or leg not in term.legs:
                 continue
             # a mode that several factors have is taken back in one of them
             factor = next(each for each in term.factors if leg in each.legs)
-            axis = factor.legs.index(leg)
+            legs = (expert_leg(0), leg) if leg in hosts and hosts[leg].ndim == 3 else (leg,)
+            axes = [factor.legs.index(each) for each in legs]
             host = wide(found[factor.name], backend)
-            if inverse.ndim == 3:
-                moved = np.moveaxis(host, (factor.legs.index(expert_leg(0)), axis), (0, 1))
-                flat = inverse @ moved.reshape(*moved.shape[:2], -1)
-                back = (0, 1), (factor.legs.index(expert_leg(0)), axis)
-                host = np.moveaxis(flat.reshape(moved.shape), *back)
-                found[factor.name] = from_host(host, found[factor.name], backend)
-                continue
-            moved = host.swapaxes(0, axis)
-            flat = moved.reshape(moved.shape[0], -1)
-            flat = inverse @ flat if inverse.ndim == 2 else flat / inverse[:, None]
-            host = flat.reshape(moved.shape).swapaxes(0, axis)
+            moved = np.moveaxis(host, axes, range(len(axes)))
+            flat = moved.reshape(*moved.shape[: len(axes)], -1)
+            if leg not in hosts:
+                assert self.loads is not None
+                flat = flat / self.loads[:, None]
+            elif len(legs) == 1:
+                flat = solved(hosts[leg].T, flat)
+            else:
+                flat = np.stack([solved(a.T, b) for a, b in zip(hosts[leg], flat, strict=True)])
+            host = np.moveaxis(flat.reshape(moved.shape), range(len(axes)), axes)
             found[factor.name] = from_host(host, found[factor.name], backend)
         return found
 
@@ -152,11 +152,11 @@ def weigh(source: Source, moments: Moments) -> Weighting:
     import numpy as np
 
     like, backend = source.like, source.backend
-    weighted, back, loads, out = source, None, None, None
+    weighted, loads = source, None
     if moments.inputs is not None:
-        root = _roots(moments)
-        back = np.linalg.inv(root.swapaxes(-1, -2))
+        root = _roots(moments, to_host(like, backend).dtype)
         weighted = replace(weighted, inputs=from_host(root, like, backend))
+        del root
     if moments.outputs is not None:
         try:
             root = _root(moments.outputs, 0.0)
@@ -165,7 +165,6 @@ def weigh(source: Source, moments: Moments) -> Weighting:
                 "outputs of moments must be positive definite; this matrix is not. Add a small "
                 "multiple of the identity."
             ) from None
-        out = np.linalg.inv(root.T)
         weighted = replace(weighted, outputs=from_host(root, like, backend))
     if moments.experts is not None:
         shares = moments.experts.astype("float64")
@@ -173,32 +172,58 @@ def weigh(source: Source, moments: Moments) -> Weighting:
         loads = np.sqrt(np.maximum(shares, moments.ridge * shares.mean()))
         loads = loads / np.sqrt(np.mean(loads**2))
         weighted = replace(weighted, weights=from_host(loads, like, backend))
-    return Weighting(weighted, back, loads, out)
+    return Weighting(weighted, loads)
 
 
-def _roots(moments: Moments) -> NDArray[Any]:
-    """Of the inputs' moments, or of every expert's, all to one scale."""
+def _roots(moments: Moments, dtype: Any) -> NDArray[Any]:
+    """Of the inputs' moments, or of every expert's, all to one scale.
+
+    Args:
+        moments: of inputs.
+        dtype: of the roots; no more than one is there in float64.
+    """
     import numpy as np
 
     assert moments.inputs is not None
     if not moments.apart:
-        return _root(moments.inputs, moments.ridge)
+        return _root(moments.inputs, moments.ridge).astype(dtype, copy=False)
     size = moments.inputs.shape[-1]
-    pooled = np.asarray(moments.pooled().inputs, "float64")
-    mean = np.trace(pooled) / size or 1.0
-    ridge = moments.ridge * np.eye(size)
-    return np.stack(
-        [np.linalg.cholesky(each.astype("float64") / mean + ridge) for each in moments.inputs]
-    )
+    pooled = np.asarray(moments.pooled().inputs)
+    mean = float(np.trace(pooled, dtype="float64")) / size or 1.0
+    del pooled
+    found = np.empty(moments.inputs.shape, dtype)
+    for root, each in zip(found, moments.inputs, strict=True):
+        whole = each.astype("float64")
+        whole /= mean
+        whole[np.diag_indices(size)] += moments.ridge
+        root[...] = np.linalg.cholesky(whole)
+    return found
 
 
 def _root(matrix: NDArray[Any], ridge: float) -> NDArray[Any]:
     """R with R Rᵀ the matrix and a ridge, scaled to a mean of the diagonal of 1."""
     import numpy as np
 
+    # one copy alone, which may be larger than the weights
     found = matrix.astype("float64")
     size = len(found)
-    mean = np.trace(found) / size or 1.0
-    found = found / mean
+    found /= np.trace(found) / size or 1.0
     found[np.diag_indices(size)] += ridge
-    return np.linalg.cholesky(found / (np.trace(found) / size or 1.0))
+    found /= np.trace(found) / size or 1.0
+    return np.linalg.cholesky(found)
+
+
+def solved(upper: NDArray[Any], columns: NDArray[Any]) -> NDArray[Any]:
+    """The solution of an upper triangular system for some columns, in float64.
+
+    Strips of rows from the last one up: no inverse, which would be another matrix of that size.
+    """
+    import numpy as np
+
+    found: NDArray[Any] = columns.astype("float64")
+    for stop in range(len(upper), 0, -_STRIP):
+        start = max(stop - _STRIP, 0)
+        strip = upper[start:stop].astype("float64")
+        known = found[start:stop] - strip[:, stop:] @ found[stop:]
+        found[start:stop] = np.linalg.solve(strip[:, start:stop], known)
+    return found

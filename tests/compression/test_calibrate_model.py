@@ -59,6 +59,12 @@ def test_a_text_becomes_a_file(
         np.testing.assert_allclose(calibration.arrays[key], array, rtol=1e-5, atol=1e-6)
     assert set(calibration.model) == {"checkpoint", "config", "tokenizer", "module"}
     assert f"{calibration.layers[0]}.gate_proj.gradients" in calibration.arrays
+    # in two runs, one for each layer: half of the memory, and the same file
+    needed = 8 * (5 * (16**2 + 16 + 24**2 + 24 + 2 * 24**2 + 16**2) + 2 * 24**2 + 16**2 + 3 * 4)
+    before = output.read_bytes()
+    capsys.readouterr()
+    run(capsys, *words, "--fisher", "--per-expert", "--json", "--max-memory", f"{needed}")
+    assert output.read_bytes() == before
     capsys.readouterr()
     shown = run(capsys, *words, "--no-outputs")
     # 16² + 24² and their means, and three counts of four experts, in each of two layers

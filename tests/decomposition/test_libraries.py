@@ -120,3 +120,14 @@ def test_jax_arrays_too(stack: np.ndarray) -> None:
     narrow = decompose(jnp.asarray(stack, jnp.bfloat16), CP(5), search=QUICK)
     assert {each.dtype for each in narrow.factors.values()} == {jnp.dtype("bfloat16")}
     assert narrow.report.error == pytest.approx(wanted.report.error, rel=0.02)
+
+
+def test_bfloat16_of_jax_is_read_where_it_lies(stack: np.ndarray) -> None:
+    given = jnp.asarray(stack, "bfloat16")
+    lent = Workplace.of(given, backend_of(given)).lend(given)
+    assert lent._host.ctypes.data == given.unsafe_buffer_pointer()
+    part = lent[1:3]
+    assert part.dtype == np.float32
+    np.testing.assert_array_equal(part, np.asarray(given[1:3].astype("float32")))
+    assert Workplace.of(stack, backend_of(stack)).lend(stack) is stack
+    assert decompose(given, CP(4), search=QUICK, compare=False).factors["input"].dtype == "bfloat16"

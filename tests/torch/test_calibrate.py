@@ -204,6 +204,30 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
     assert not any(module._forward_pre_hooks for module in bad.modules())
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_little_memory_takes_more_runs_and_changes_nothing(gradients: bool) -> None:
+    model = sparse("mixtral")
+    options: Any = {"loss": loss if gradients else None, "per_expert": True, "ridge": 0.1}
+    whole = calibrate(model, [TOKENS[:1], TOKENS[1:]], **options)
+    total = calibration_memory(model, per_expert=True, gradients=gradients)
+    half = calibration_memory(model, per_expert=True, gradients=gradients, max_memory=total - 1)
+    assert half == total / 2
+    told: list[int] = []
+    batches = iter([TOKENS[:1], TOKENS[1:]])
+    parts = calibrate(model, batches, max_memory=half, callback=told.append, **options)
+    assert told == [1, 2, 3, 4]
+    assert parts.layers == whole.layers
+    assert parts.tokens == whole.tokens
+    assert set(parts.arrays) == set(whole.arrays)
+    for key, each in whole.arrays.items():
+        np.testing.assert_array_equal(parts.arrays[key], each)
+    told.clear()
+    calibrate(model, TOKENS, max_memory=total, callback=told.append, **options)
+    assert told == [1]
+    with pytest.raises(PlanError, match=r"each layer must fit .* 'model.layers.0.mlp.experts'"):
+        calibrate(model, TOKENS, max_memory=half - 1, **options)
+
+
 def test_files_of_others_are_refused(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 

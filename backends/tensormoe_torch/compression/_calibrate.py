@@ -64,9 +64,10 @@ def calibrate(
             as many tokens as its experts have inputs, and as many rows (tokens times experts per
             token) as they have hidden units. With a ridge that is given, fewer are taken.
         dtype: of moments in memory and on disk: ``"float32"`` or ``"float64"``.
-        max_memory: bytes that the sums may take.
+        max_memory: bytes that the sums may take. Where those of all layers do not fit, the model
+            runs all batches once more for every further part of the layers.
         identity: digests of the model on disk, which are kept as well.
-        callback: called with the number of batches that are done.
+        callback: called with the number of batches that are done, those of all runs.
 
     Returns:
         The calibration, for :func:`compress`, ``tensormoe compress`` and ``save``.
@@ -75,7 +76,7 @@ def calibrate(
         SpecError: no experts, no batches, batches with padding, experts that get no tokens, too few
             of them, or a loss that gives no gradients.
         ShapeError: NaN or infinity in what experts get or give; the message names the layer.
-        PlanError: ``max_memory`` is too little; nothing ran then.
+        PlanError: ``max_memory`` is too little for one layer; nothing ran then.
 
     >>> class Expert(nn.Module):
     ...     def __init__(self):
@@ -97,29 +98,57 @@ def calibrate(
     sources = _sources(model, select)
     kept = Kept(flag(outputs, "outputs"), flag(per_expert, "per_expert"), loss is not None)
     checked = checked_options(ridge, dtype)
-    needed = sum(kept.nbytes(each) for each in sources)
-    if max_memory is not None and needed > positive_int(max_memory, "max_memory"):
-        raise PlanError(
-            f"sums of a calibration must fit in max_memory; they take {format_bytes(needed)}, and "
-            f"max_memory is {format_bytes(max_memory)}. Leave out outputs or moments per expert, "
-            "or select some layers."
-        )
-    sums = [Sums(each, kept) for each in sources]
-    run = _Run(model, sums, loss)
-    for count, batch in enumerate(listed(batches), 1):
-        _check_whole(batch)
-        run(batch)
-        if callback is not None:
-            callback(count)
-    for each in sums:
-        _check_rows(each, ridge)
-    arrays = {
-        f"{each.experts.name}.{name}": array
-        for each in sums
-        for name, array in each.finished(dtype)
-    }
-    tokens = {each.experts.name: each.tokens for each in sums}
+    parts = calibration_parts(sources, kept, max_memory)
+    given = listed(batches)
+    if len(parts) > 1:
+        # each part takes a run
+        given = [*given]
+    arrays: dict[str, Any] = {}
+    tokens: dict[str, int] = {}
+    done = 0
+    for part in parts:
+        sums = [Sums(each, kept) for each in part]
+        run = _Run(model, sums, loss)
+        for batch in given:
+            _check_whole(batch)
+            run(batch)
+            done += 1
+            if callback is not None:
+                callback(done)
+        for each in sums:
+            _check_rows(each, ridge)
+            found = each.finished(dtype)
+            arrays |= {f"{each.experts.name}.{name}": array for name, array in found}
+            tokens[each.experts.name] = each.tokens
+            # sums of one layer are there beside its means
+            each.arrays.clear()
     return Calibration(arrays, tokens, {**(identity or {}), **module_identity(model)}, checked)
+
+
+def calibration_parts(
+    sources: Sequence[DenseExperts], kept: Kept, max_memory: int | None
+) -> list[list[DenseExperts]]:
+    """Layers whose sums fit in memory together, in the model's order.
+
+    Raises:
+        PlanError: those of one layer do not.
+    """
+    parts: list[list[DenseExperts]] = [[]]
+    held = 0
+    for each in sources:
+        needed = kept.nbytes(each)
+        if max_memory is not None and needed > positive_int(max_memory, "max_memory"):
+            raise PlanError(
+                f"sums of each layer must fit in max_memory; those of {each.name!r} take "
+                f"{format_bytes(needed)}, and max_memory is {format_bytes(max_memory)}. Leave out "
+                "outputs or moments per expert."
+            )
+        if max_memory is not None and parts[-1] and held + needed > max_memory:
+            parts.append([])
+            held = 0
+        parts[-1].append(each)
+        held += needed
+    return parts
 
 
 def calibration_memory(
@@ -129,8 +158,9 @@ def calibration_memory(
     outputs: bool = True,
     per_expert: bool = False,
     gradients: bool = False,
+    max_memory: int | None = None,
 ) -> int:
-    """Bytes of the sums of a calibration, in float64; nothing runs.
+    """Bytes of the sums of a calibration at a time, in float64; nothing runs.
 
     Args:
         model: it holds experts.
@@ -138,12 +168,20 @@ def calibration_memory(
         outputs: as of :func:`calibrate`.
         per_expert: as of :func:`calibrate`.
         gradients: whether a loss is given.
+        max_memory: as of :func:`calibrate`.
 
     Raises:
         SpecError: no experts.
+        PlanError: ``max_memory`` is too little for one layer.
     """
     kept = Kept(outputs, per_expert, gradients)
-    return sum(kept.nbytes(each) for each in _sources(model, select))
+    parts = calibration_parts(_sources(model, select), kept, max_memory)
+    return max(sum(kept.nbytes(each) for each in part) for part in parts)
+
+
+def calibration_runs(model: nn.Module, kept: Kept, max_memory: int | None) -> int:
+    """Times that a model runs all batches of a calibration of all of its layers."""
+    return len(calibration_parts(_sources(model, None), kept, max_memory))
 
 
 def checked_options(ridge: float | None, dtype: str) -> float:

@@ -14,9 +14,11 @@ from tensormoe.errors import CheckpointError, SpecError
 from tensormoe_torch.compression._calibrate import (
     calibrate,
     calibration_memory,
+    calibration_runs,
     checked_options,
     needed_tokens,
 )
+from tensormoe_torch.compression._gather import Kept
 from tensormoe_torch.compression._text import (
     TextWindows,
     load_model,
@@ -31,8 +33,9 @@ class CalibrationProgress:
 
     Args:
         done: windows that the model ran.
-        total: of them.
-        nbytes: that the sums of moments take, in float64.
+        total: of them; those of a further run for each part of the layers, if memory is limited,
+            count again.
+        nbytes: that the sums of moments take at a time, in float64.
     """
 
     done: int
@@ -100,17 +103,25 @@ def calibrate_checkpoint(
             f"inputs and hidden units; got {count:,}. Give more text or samples, or a ridge of "
             "your own such as 0.01."
         )
-    nbytes = calibration_memory(loaded, outputs=outputs, per_expert=per_expert, gradients=fisher)
+    kept = Kept(outputs, per_expert, fisher)
+    nbytes = calibration_memory(
+        loaded,
+        outputs=outputs,
+        per_expert=per_expert,
+        gradients=fisher,
+        max_memory=max_memory,
+    )
+    total = len(batches) * calibration_runs(loaded, kept, max_memory)
 
     def tell(done: int) -> None:
         if callback is not None:
-            callback(CalibrationProgress(done, len(batches), nbytes))
+            callback(CalibrationProgress(done, total, nbytes))
 
-    if max_memory is None or nbytes <= max_memory:
-        tell(0)
+    tell(0)
+    given = (each.to(device) for each in batches)
     return calibrate(
         loaded,
-        (each.to(device) for each in batches),
+        given,
         outputs=outputs,
         per_expert=per_expert,
         loss=next_token_loss if fisher else None,
