@@ -65,14 +65,12 @@ def _products(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
 
 def _written(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     """The same without gradients: every product where its rows of the result are."""
-    made, start = rows.new_empty((len(rows), matrices.shape[2])), 0
-    for matrix, count in zip(matrices, counts.tolist(), strict=False):
-        if count:
-            some = slice(start, start + count)
-            torch.mm(rows[some], matrix, out=made[some])
-            start += count
-    if start < len(made):
-        made[start:].zero_()
+    made, end = rows.new_empty((len(rows), matrices.shape[2])), 0
+    for expert, some in _groups(counts[: len(matrices)]):
+        if some is not None:
+            torch.mm(rows[some], matrices[expert], out=made[some])
+            end = some.stop
+    made[end:].zero_()
     return made
 
 

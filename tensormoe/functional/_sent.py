@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from tensormoe._config import LayerConfig
 from tensormoe.backend import Array, Backend
 from tensormoe.execution import execute
-from tensormoe.factorizations import BATCH
 from tensormoe.functional._dtypes import cast
 from tensormoe.functional._experts import operands_of
 from tensormoe.gates import OneExpert
-from tensormoe.planning import Program
 from tensormoe.planning._sent import Stages
 
 
@@ -58,7 +56,7 @@ def enter_experts(
     shared, _ = execute(stages.first, arrays, backend)
     taken = {
         name: backend.take(array, sent.token, axis)
-        for name, array, axis in zip(stages.carried, shared, _axes(stages.first), strict=True)
+        for name, array, axis in zip(stages.carried, shared, stages.axes, strict=True)
     }
     del shared
     arrays = operands_of(stages.second, parameters, x, [sent.chosen], backend, taken)
@@ -94,7 +92,7 @@ def leave_experts(
     arrays = operands_of(stages.first, parameters, x, [sent.chosen], backend)
     made = list(execute(stages.first, arrays, backend)[0])
     summed = {}
-    for name, axis in zip(stages.carried, _axes(stages.first), strict=True):
+    for name, axis in zip(stages.carried, stages.axes, strict=True):
         summed[name] = sum_rows(made.pop(0), sent, weights, axis, backend)
     arrays = operands_of(stages.second, parameters, x, [sent.chosen], backend, summed)
     summed.clear()
@@ -120,7 +118,3 @@ def _stages(config: LayerConfig, sent: Sent, any_batch: bool) -> tuple[Stages, S
     regimes, stages = config.routed_regimes[ordered], config.sent_stages[ordered]
     return stages[-1 if any_batch else regimes.index(sent.token.shape[0])]
 
-
-def _axes(program: Program) -> list[int]:
-    """The axis of the batch of each output."""
-    return [program.legs[slot].index(BATCH) for slot in program.outputs]

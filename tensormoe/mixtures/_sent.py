@@ -20,6 +20,7 @@ def run_sent(
     x: Array,
     index: Array,
     weights: Array,
+    experts: int,
     backend: Backend,
     *,
     biases: Mapping[str, Array] | None = None,
@@ -39,6 +40,7 @@ def run_sent(
         x: (tokens, in).
         index: (tokens, k) numbers of experts.
         weights: (tokens, k), in any floating-point dtype.
+        experts: N.
         backend: the adapter of the arrays' library.
         biases: (N, out) by role, of layers without a bias of their own.
         sort: whether rows are sorted by expert.
@@ -50,7 +52,7 @@ def run_sent(
     tokens, k = index.shape
     shares = backend.reshape(weights, (tokens * k,))
     if sort:
-        found = by_expert(index, layers["down_proj"].spec.num_experts, backend)
+        found = by_expert(index, experts, backend)
         sent = Sent(found.token, OneExpert(found.expert, found.counts), tokens)
         shares = backend.take(shares, found.order, 0)
     else:

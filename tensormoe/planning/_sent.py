@@ -22,11 +22,13 @@ class Stages:
         first: its outputs are arrays over its batch.
         second: takes them by the names ``carried``.
         carried: names of operands of the second program, in the order of the first one's outputs.
+        axes: the axis of the batch of each.
     """
 
     first: Program
     second: Program
     carried: tuple[str, ...]
+    axes: tuple[int, ...]
 
 
 def entered(program: Program) -> Stages:
@@ -81,7 +83,8 @@ def _stages(program: Program, slots: list[int]) -> Stages:
     first = _between(program, {}, slots)
     second = _between(program, dict(zip(slots, carried, strict=True)), program.outputs)
     made = [k for k, each in enumerate(second.operands) if each.name in carried]
-    return Stages(first, second.with_liveness(made), carried)
+    axes = tuple(program.legs[slot].index(BATCH) for slot in slots)
+    return Stages(first, second.with_liveness(made), carried, axes)
 
 
 def _between(

@@ -254,6 +254,7 @@ class FactorizedExperts(Loads):
                 x.reshape(-1, x.shape[-1]).to(dtype),
                 index.reshape(-1, k),
                 weights.reshape(-1, k),
+                self._count,
                 BACKEND if is_traced(x) or torch.is_grad_enabled() else direct(x),
                 biases={role: bias.to(dtype) for role, bias in biases.items() if bias is not None},
                 sort=self._sorts(x, index.numel()),
