@@ -117,4 +117,3 @@ def _stages(config: LayerConfig, sent: Sent, any_batch: bool) -> tuple[Stages, S
     ordered = sent.chosen.counts is not None
     regimes, stages = config.routed_regimes[ordered], config.sent_stages[ordered]
     return stages[-1 if any_batch else regimes.index(sent.token.shape[0])]
-

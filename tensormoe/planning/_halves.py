@@ -73,7 +73,5 @@ def _legs(network: Network, factors: list[Factor]) -> tuple[Leg, ...]:
 
 
 def _contracted(network: Network, factors: list[Factor], output: tuple[Leg, ...]) -> Program:
-    operands = tuple(
-        Operand(each.name, _legs(network, [each]), "factor") for each in factors
-    )
+    operands = tuple(Operand(each.name, _legs(network, [each]), "factor") for each in factors)
     return contraction(operands, output, network.sizes)

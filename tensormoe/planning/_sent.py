@@ -87,9 +87,7 @@ def _stages(program: Program, slots: list[int]) -> Stages:
     return Stages(first, second.with_liveness(made), carried, axes)
 
 
-def _between(
-    program: Program, given: Mapping[int, str], outputs: Collection[int]
-) -> Program:
+def _between(program: Program, given: Mapping[int, str], outputs: Collection[int]) -> Program:
     """The part of a program from slots that are given, by their names, to others."""
     needed = {*outputs}
     steps = []
@@ -100,10 +98,10 @@ def _between(
     made = {step.output for step in steps}
     inputs = sorted(needed - made)
     operands = tuple(
-        Operand(given[slot], program.legs[slot], "data") if slot in given else program.operands[slot]
+        Operand(given[slot], program.legs[slot], "data")
+        if slot in given
+        else program.operands[slot]
         for slot in inputs
     )
-    part = replace(
-        program, operands=operands, steps=tuple(reversed(steps)), outputs=tuple(outputs)
-    )
+    part = replace(program, operands=operands, steps=tuple(reversed(steps)), outputs=tuple(outputs))
     return renumbered(part, inputs)

@@ -66,7 +66,9 @@ def silu(x):
 
 def expected(layers, x, index, weights, biases):
     found = np.zeros((len(x), OUT))
-    made = {role: materialize(each.config, each.parameters, BACKEND) for role, each in layers.items()}
+    made = {
+        role: materialize(each.config, each.parameters, BACKEND) for role, each in layers.items()
+    }
 
     def project(role, row, expert):
         matrices, own = made[role]

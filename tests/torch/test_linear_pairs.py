@@ -34,9 +34,7 @@ SIZES = {"gate_proj": (20, 28), "up_proj": (20, 28), "down_proj": (28, 20)}
 
 def experts_of(factorization: Any, *, bias: bool = False, **options: Any) -> FactorizedExperts:
     layers = {
-        role: randomize(
-            MuMoE(*size, 4, factorization, bias=bias, gate=None, dtype=torch.float64)
-        )
+        role: randomize(MuMoE(*size, 4, factorization, bias=bias, gate=None, dtype=torch.float64))
         for role, size in SIZES.items()
     }
     return FactorizedExperts(layers, nn.SiLU(), **options)

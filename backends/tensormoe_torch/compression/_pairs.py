@@ -64,7 +64,9 @@ def to_linear_pairs(experts: FactorizedExperts) -> nn.ModuleList:
         roles = {}
         for role, layer in experts.projections.items():
             with at(role):
-                bias = experts.get_parameter(f"{role}_bias")[number] if _has(experts, role) else None
+                bias = (
+                    experts.get_parameter(f"{role}_bias")[number] if _has(experts, role) else None
+                )
                 roles[role] = _pair(layer, number, bias)
         made.append(nn.ModuleDict(roles))
     groups = range(len(made)) if experts.groups is None else experts.groups.tolist()
