@@ -1,8 +1,8 @@
 """Speed and memory of factorized experts next to the dense ones of a Mixtral, on a CPU.
 
 ``MixtralExperts`` of transformers, in the fastest of its implementations (``eager``, ``grouped_mm``
-and, for one token, ``batched_mm``), against :class:`FactorizedExperts` whose projections have 25 % of
-the parameters, with random values; routes are random, k different experts per token.
+and, for one token, ``batched_mm``), against :class:`FactorizedExperts` whose projections have 25 %
+of the parameters, with random values; routes are random, k different experts per token.
 
 - ``time``: one call against one of the dense experts, medians of calls in turns;
 - ``FLOPs``: multiply-adds of the products that ran, against those of the chosen dense experts;
@@ -18,6 +18,7 @@ import argparse
 import os
 import platform
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from _peers_measure import peak_memory
@@ -135,9 +136,7 @@ def compare(size: Size, names: list[str], dtype: torch.dtype, seconds: float) ->
     for tokens in (1, 512):
         given = routes(size, tokens, dtype)
         baseline = dense_calls(dense, given)
-        calls: dict[str, Call] = {
-            name: (lambda experts=experts: experts(*given)) for name, experts in made.items()
-        }
+        calls: dict[str, Call] = {name: partial(experts, *given) for name, experts in made.items()}
         times = interleaved([*baseline.values(), *calls.values()], seconds)
         by_name = dict(zip([*baseline, *calls], times, strict=True))
         best = min(baseline, key=lambda each: by_name[each])
@@ -166,8 +165,8 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     print(
-        f"PyTorch {torch.__version__}, {options.dtype}, {options.threads} of {os.cpu_count()} cores, "
-        f"{platform.machine()}\n{'':>13} {'time':>11} {'ratio':>6} {'FLOPs':>6} {'memory':>7}",
+        f"PyTorch {torch.__version__}, {options.dtype}, {options.threads} of {os.cpu_count()} "
+        f"cores, {platform.machine()}\n{'':>13} {'time':>11} {'ratio':>6} {'FLOPs':>6} {'memory':>7}",
         flush=True,
     )
     chosen = SIZES if options.size is None else SIZES[options.size : options.size + 1]

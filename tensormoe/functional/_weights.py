@@ -80,8 +80,8 @@ def expert_factors(
         raise SpecError(
             "experts must be products of two matrices with fewer than "
             f"{min(spec.in_features, spec.out_features)} rows between them; got "
-            f"{spec.factorization!r}, whose experts have full rank. Build whole matrices: expert(n), "
-            "or tensormoe compress --dense."
+            f"{spec.factorization!r}, whose experts have full rank. Build whole matrices: "
+            "expert(n), or tensormoe compress --dense."
         )
     chosen = _picked(config, parameters, index)
 

@@ -30,8 +30,8 @@ def run_sent(
     """Weighted sums (tokens, out) of the outputs of the experts that each token was sent to.
 
     The same numbers as those of :func:`send` around :func:`run_expert`, but what all experts have
-    in common is multiplied once per token: by the input of the first layers, and by the weighted sum
-    behind the last one.
+    in common is multiplied once per token: by the input of the first layers, and by the weighted
+    sum behind the last one.
 
     Args:
         layers: by role, two at least.

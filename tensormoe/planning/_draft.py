@@ -94,6 +94,9 @@ class Draft:
 
     rows: tuple[Leg, ...] = (BATCH,)
     output: tuple[Leg, ...] = (BATCH, OUTPUT)
+    grouped: Literal["rows", "experts"] | None = None
+    premixed = False
+    joined = False
 
     def __init__(
         self,
@@ -165,15 +168,11 @@ class Draft:
         """A builder after the work on indices, and the terms to contract."""
         builder = Builder(self.operands, self.lowered_sizes)
         data = [self._dense(builder, slot) for slot in self.data]
-        # tables that are contracted with another factor have no slot any more
-        stored: dict[str, int | None] = dict(self.factors)
+        stored = dict(self.factors)
         for table, other in self._premixed():
             stored[other.name] = self._mixed(builder, table, other)
-            stored[table.name] = None
-        slots = {
-            name: None if slot is None else self._gather(builder, slot)
-            for name, slot in stored.items()
-        }
+            del stored[table.name]
+        slots = {name: self._gather(builder, slot) for name, slot in stored.items()}
         parts = [self._part(builder, term, data, slots) for term in self.terms]
         return builder, parts
 
@@ -217,10 +216,11 @@ class Draft:
         return builder.contract(*slots, frozenset(self._mixed_legs(table, other)))
 
     def _part(
-        self, builder: Builder, term: Term, dense: Sequence[int], slots: Mapping[str, int | None]
+        self, builder: Builder, term: Term, dense: Sequence[int], slots: Mapping[str, int]
     ) -> Part:
-        named = ((factor.name, slots[factor.name]) for factor in term.factors)
-        listed = {name: slot for name, slot in named if slot is not None}
+        # tables that were contracted with another factor have no slot any more
+        names = (factor.name for factor in term.factors)
+        listed = {name: slots[name] for name in names if name in slots}
         bias = None if term.bias is None else slots[term.bias.name]
         name = term.input_factor.name
         if bias is not None and self.x is None:

@@ -57,8 +57,8 @@ class Layout:
 
         Args:
             rows: the batch, then legs that are summed.
-            matrices: the expert leg and the others; an expert's matrix is a view where the leg comes
-                first, or between the legs that are summed and those that are kept.
+            matrices: the expert leg and the others; an expert's matrix is a view where the leg
+                comes first, or between the legs that are summed and those that are kept.
             result: the batch, then legs that are kept.
             expert: the expert leg.
             sizes: of the legs.

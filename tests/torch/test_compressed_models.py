@@ -74,7 +74,7 @@ def test_logits_and_generation_are_those_of_dense_experts(kind: Any) -> None:
 @pytest.mark.parametrize("kind", [BaseDelta(16), Tucker((4, 34, 34))], ids=str)
 def test_whole_model_compiles_in_one_graph(kind: Any) -> None:
     model, wanted = pair(kind)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (TOKENS, TOKENS[:, :5]):
         found = compiled(tokens, use_cache=False).logits
         dense = wanted(tokens, use_cache=False).logits

@@ -64,17 +64,11 @@ def to_linear_pairs(experts: FactorizedExperts) -> nn.ModuleList:
         roles = {}
         for role, layer in experts.projections.items():
             with at(role):
-                bias = (
-                    experts.get_parameter(f"{role}_bias")[number] if _has(experts, role) else None
-                )
-                roles[role] = _pair(layer, number, bias)
+                bias = experts._parameters.get(f"{role}_bias")
+                roles[role] = _pair(layer, number, None if bias is None else bias[number])
         made.append(nn.ModuleDict(roles))
     groups = range(len(made)) if experts.groups is None else experts.groups.tolist()
     return nn.ModuleList(made[group] for group in groups)
-
-
-def _has(experts: FactorizedExperts, role: str) -> bool:
-    return f"{role}_bias" in experts._parameters
 
 
 def _pair(layer: nn.Module, number: int, beside: torch.Tensor | None) -> nn.Sequential:
