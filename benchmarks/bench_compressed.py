@@ -166,7 +166,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     print(
         f"PyTorch {torch.__version__}, {options.dtype}, {options.threads} of {os.cpu_count()} "
-        f"cores, {platform.machine()}\n{'':>13} {'time':>11} {'ratio':>6} {'FLOPs':>6} {'memory':>7}",
+        f"cores, {platform.machine()}\n"
+        f"{'':>13} {'time':>11} {'ratio':>6} {'FLOPs':>6} {'memory':>7}",
         flush=True,
     )
     chosen = SIZES if options.size is None else SIZES[options.size : options.size + 1]

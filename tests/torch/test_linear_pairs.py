@@ -69,7 +69,8 @@ def test_every_expert_is_two_linear_layers(factorization: Any, inner: int, bias:
     for number in range(4):
         found: Any = pairs[number]
         for role, (rows, columns) in SIZES.items():
-            first, second = found[role]
+            first: Any = found[role][0]
+            second: Any = found[role][1]
             assert type(first) is type(second) is nn.Linear
             assert (first.in_features, first.out_features) == (rows, inner)
             assert first.bias is None
