@@ -4,7 +4,8 @@
 and, for one token, ``batched_mm``), against :class:`FactorizedExperts` whose projections have 25 %
 of the parameters, with random values; routes are random, k different experts per token.
 
-- ``time``: one call against one of the dense experts, medians of calls in turns;
+- ``time``: one call against one of the dense experts, the least of many in turns, since the memory
+  of a machine that is shared is at times several times as slow;
 - ``FLOPs``: multiply-adds of the products that ran, against those of the chosen dense experts;
 - ``memory``: parameters, and tensors alive at the worst moment of a call, against those of dense
   experts.
@@ -137,7 +138,7 @@ def compare(size: Size, names: list[str], dtype: torch.dtype, seconds: float) ->
         given = routes(size, tokens, dtype)
         baseline = dense_calls(dense, given)
         calls: dict[str, Call] = {name: partial(experts, *given) for name, experts in made.items()}
-        times = interleaved([*baseline.values(), *calls.values()], seconds)
+        times = interleaved([*baseline.values(), *calls.values()], seconds, of=min)
         by_name = dict(zip([*baseline, *calls], times, strict=True))
         best = min(baseline, key=lambda each: by_name[each])
         memory = nbytes(dense) + min(peak_memory(each)[0] for each in baseline.values())
