@@ -35,7 +35,6 @@ def interleaved(
     clock: Callable[[], float] = perf_counter,
     *,
     turn: Callable[[Call], float] | None = None,
-    of: Callable[[list[float]], float] = median,
 ) -> list[float]:
     """Median seconds of each call; repeats take turns, so that a busy machine slows all alike.
 
@@ -44,7 +43,6 @@ def interleaved(
         seconds: for all of them together; each has seven turns at least.
         clock: gives seconds.
         turn: gives the seconds of a call instead, where a call returns before its work is done.
-        of: makes one number of the times of a call.
     """
     for call in calls:
         call()
@@ -57,7 +55,7 @@ def interleaved(
         pairs.append(pairs.pop(0))
         for call, taken in pairs:
             taken.append(timed(call))
-    return [of(taken) for taken in times]
+    return [median(taken) for taken in times]
 
 
 def _once(clock: Callable[[], float], call: Call) -> float:

@@ -4,8 +4,8 @@
 and, for one token, ``batched_mm``), against :class:`FactorizedExperts` whose projections have 25 %
 of the parameters, with random values; routes are random, k different experts per token.
 
-- ``time``: one call against one of the dense experts, the least of many in turns, since the memory
-  of a machine that is shared is at times several times as slow;
+- ``time`` and ``ratio``: medians of calls in turns, and of their ratios to the dense experts' call of
+  the same turn, since a machine that is shared is at times several times as slow;
 - ``FLOPs``: multiply-adds of the products that ran, against those of the chosen dense experts;
 - ``memory``: parameters, and tensors alive at the worst moment of a call, against those of dense
   experts.
@@ -20,10 +20,12 @@ import os
 import platform
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
+from time import perf_counter
 
 import torch
 from _peers_measure import peak_memory
-from _shared import Call, interleaved
+from _shared import Call
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig
@@ -118,6 +120,25 @@ def dense_calls(experts: MixtralExperts, given: tuple[Tensor, ...]) -> dict[str,
     return {name: call(name) for name in names}
 
 
+def in_turns(calls: dict[str, Call], seconds: float) -> dict[str, list[float]]:
+    """Seconds of each call in every turn; seven turns at least."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    end = perf_counter() + seconds
+    while perf_counter() < end or len(next(iter(taken.values()))) < 7:
+        for name, call in calls.items():
+            start = perf_counter()
+            call()
+            taken[name].append(perf_counter() - start)
+    return taken
+
+
+def ratio(times: list[float], others: list[float]) -> float:
+    """Median ratio of times in the same turns."""
+    return median(one / other for one, other in zip(times, others, strict=True))
+
+
 def flops(call: Call) -> int:
     """Multiply-adds, twice, of the products of a call."""
     with FlopCounterMode(display=False) as counter:
@@ -138,8 +159,8 @@ def compare(size: Size, names: list[str], dtype: torch.dtype, seconds: float) ->
         given = routes(size, tokens, dtype)
         baseline = dense_calls(dense, given)
         calls: dict[str, Call] = {name: partial(experts, *given) for name, experts in made.items()}
-        times = interleaved([*baseline.values(), *calls.values()], seconds, of=min)
-        by_name = dict(zip([*baseline, *calls], times, strict=True))
+        turns = in_turns(baseline | calls, seconds)
+        by_name = {name: median(taken) for name, taken in turns.items()}
         best = min(baseline, key=lambda each: by_name[each])
         memory = nbytes(dense) + min(peak_memory(each)[0] for each in baseline.values())
         work = flops(baseline["eager"])
@@ -149,7 +170,7 @@ def compare(size: Size, names: list[str], dtype: torch.dtype, seconds: float) ->
             held = nbytes(made[name]) + peak_memory(call)[0]
             rank = made[name].down_proj.spec.factorization
             print(
-                f"{name:>13} {by_name[name] * 1e3:8.2f} ms {by_name[name] / by_name[best]:6.2f} "
+                f"{name:>13} {by_name[name] * 1e3:8.2f} ms {ratio(turns[name], turns[best]):6.2f} "
                 f"{flops(call) / work:6.2f} {held / memory:7.2f}  {rank}",
                 flush=True,
             )
