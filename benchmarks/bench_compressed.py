@@ -4,8 +4,8 @@
 and, for one token, ``batched_mm``), against :class:`FactorizedExperts` whose projections have 25 %
 of the parameters, with random values; routes are random, k different experts per token.
 
-- ``time`` and ``ratio``: medians of calls in turns, and of their ratios to the dense experts' call of
-  the same turn, since a machine that is shared is at times several times as slow;
+- ``time`` and ``ratio``: medians of calls in turns, and of ratios to the dense experts in the same
+  turn, since a machine that is shared is at times several times as slow;
 - ``FLOPs``: multiply-adds of the products that ran, against those of the chosen dense experts;
 - ``memory``: parameters, and tensors alive at the worst moment of a call, against those of dense
   experts.
