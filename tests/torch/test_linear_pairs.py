@@ -71,7 +71,7 @@ def test_every_expert_is_two_linear_layers(factorization: Any, inner: int, bias:
         for role, (rows, columns) in SIZES.items():
             first: Any = found[role][0]
             second: Any = found[role][1]
-            assert type(first) is type(second) is nn.Linear
+            assert {type(first), type(second)} == {nn.Linear}
             assert (first.in_features, first.out_features) == (rows, inner)
             assert first.bias is None
             assert (second.in_features, second.out_features) == (inner, columns)
