@@ -62,6 +62,9 @@ class FactorizedExperts(Loads):
         act_fn: the activation.
         groups: as given, a buffer; None where every expert of the router has its own.
         boundary: of the experts, where they are cut or spread over devices; None elsewhere.
+        shares_work: whether what a token's experts have in common may be multiplied once for all of
+            them; true but for experts of this library's mixtures, which every framework runs by
+            rows and whose costs count these.
 
     >>> layers = {
     ...     role: MuMoE(i, o, experts=4, rank=2, bias=False, gate=None)
@@ -90,6 +93,7 @@ class FactorizedExperts(Loads):
             self.register_parameter(f"{role}_bias", nn.Parameter(bias))
         self.act_fn = act
         self.boundary: Boundary | None = None
+        self.shares_work = True
         self.cut_biases: Mapping[str, CutAxis | None] = {}
         self.groups: Tensor | None
         # kept in state dicts, as other groups would fit the same factors
@@ -229,7 +233,12 @@ class FactorizedExperts(Loads):
         eager calls are those of a layer.
         """
         layers = [*self.projections.values()]
-        if self.boundary is not None or len(layers) == 1 or not all(map(_is_plain, layers)):
+        if (
+            not self.shares_work
+            or self.boundary is not None
+            or len(layers) == 1
+            or not all(map(_is_plain, layers))
+        ):
             return False
         if is_traced(given[0]) or not torch.is_grad_enabled():
             return True
