@@ -26,6 +26,7 @@ from tensormoe.planning import (
 )
 from tensormoe.planning._each import each_regimes
 from tensormoe.planning._library import DEFAULT
+from tensormoe.planning._sent import Stages, entered, left
 
 __all__ = ["ACTIVATIONS", "BlockConfig", "LayerConfig"]
 
@@ -64,6 +65,17 @@ class LayerConfig:
         by_expert = Routing(None, self.indexed_input, one_expert=True, by_expert=True)
         network = self.spec.network
         return plan_regimes(network, any_order), plan_regimes(network, by_expert)
+
+    @cached_property
+    def sent_stages(self) -> tuple[tuple[tuple[Stages, Stages], ...], ...]:
+        """The same programs for rows that tokens were sent as, in stages.
+
+        For each way to order rows and each regime, what enters experts and what leaves them.
+        """
+        return tuple(
+            tuple((entered(program), left(program)) for program in regimes.programs)
+            for regimes in self.routed_regimes
+        )
 
     def sorts(self, rows: int) -> bool:
         """Whether so many rows of one expert each run faster when they are sorted by expert."""

@@ -7,6 +7,7 @@ need, so that memory is released as the cost model predicts.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import cast
 
 from tensormoe.backend import Array, Backend, Groups, device_of
 from tensormoe.planning._program import Program, Step
@@ -117,15 +118,16 @@ def _scatter(program: Program, step: Step, operands: list[Array], backend: Backe
 
 
 def _grouped(program: Program, step: Step, operands: list[Array], backend: Backend) -> Array:
-    assert isinstance(backend, Groups)
-    return backend.grouped_matmul(operands[0], operands[1], operands[2])
+    # planned for backends that have it; checks of protocols are slow
+    made: Array = cast(Groups, backend).grouped_matmul(*operands)
+    return made
 
 
 def _outer(program: Program, step: Step, operands: list[Array], backend: Backend) -> Array:
-    assert isinstance(backend, Groups)
     # rows that meet no matrix come last, and have no part in a sum
     counts = operands[2][: program.sizes[step.legs[0]]]
-    return backend.grouped_outer(operands[0], operands[1], counts)
+    made: Array = cast(Groups, backend).grouped_outer(operands[0], operands[1], counts)
+    return made
 
 
 def _eye(program: Program, step: Step, operands: list[Array], backend: Backend) -> Array:

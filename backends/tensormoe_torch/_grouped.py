@@ -51,6 +51,8 @@ def _products(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
         behind = torch.arange(len(rows), device=rows.device) >= ends[-1]
         # nobody has written there
         return made.masked_fill(behind[:, None], 0.0)
+    if not (torch.is_grad_enabled() and (rows.requires_grad or matrices.requires_grad)):
+        return _written(rows, matrices, counts)
     parts = [
         rows[some] @ matrices[expert]
         for expert, some in _groups(counts)
@@ -59,6 +61,17 @@ def _products(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     left = len(rows) - sum(len(part) for part in parts)
     parts += [rows.new_zeros((left, matrices.shape[2]))] if left or not parts else []
     return torch.cat(parts)
+
+
+def _written(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
+    """The same without gradients: every product where its rows of the result are."""
+    made, end = rows.new_empty((len(rows), matrices.shape[2])), 0
+    for expert, some in _groups(counts[: len(matrices)]):
+        if some is not None:
+            torch.mm(rows[some], matrices[expert], out=made[some])
+            end = some.stop
+    made[end:].zero_()
+    return made
 
 
 def _outers(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:

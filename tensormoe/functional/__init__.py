@@ -40,6 +40,7 @@ from tensormoe.functional._rules import ParameterRule as ParameterRule
 from tensormoe.functional._rules import parameter_rules as parameter_rules
 from tensormoe.functional._upcycling import checked_noise as checked_noise
 from tensormoe.functional._upcycling import upcycle as upcycle
+from tensormoe.functional._weights import expert_factors as expert_factors
 from tensormoe.functional._weights import expert_weight as expert_weight
 from tensormoe.functional._weights import materialize as materialize
 
@@ -63,6 +64,7 @@ __all__ = [
     "check_input",
     "checked_noise",
     "cut_axes",
+    "expert_factors",
     "expert_weight",
     "experts_backward",
     "experts_forward",

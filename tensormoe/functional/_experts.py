@@ -43,7 +43,7 @@ def apply_experts(
         The output (batch, out).
     """
     program = _program(config, coefficients, None if any_batch else x.shape[0])
-    arrays = _operands(program, parameters, x, coefficients, backend)
+    arrays = operands_of(program, parameters, x, coefficients, backend)
     if consume and isinstance(coefficients, list):
         coefficients.clear()
     return execute(program, arrays, backend)[0][0]
@@ -103,7 +103,7 @@ def experts_forward(
         short = {name.removeprefix("factors.") for name in wanted}
         operands = tuple(each.name for each in program.operands if each.name in short)
     back = reverse(program, operands)
-    arrays = _operands(program, parameters, x, coefficients, backend)
+    arrays = operands_of(program, parameters, x, coefficients, backend)
     (result,), kept = execute(program, arrays, backend, back.saved)
     return result, Residuals(back, tuple(kept[slot] for slot in back.saved))
 
@@ -154,14 +154,24 @@ def _program(config: LayerConfig, coefficients: Coefficients, batch: int | None)
     return regimes.programs[-1] if batch is None else regimes.program(batch)
 
 
-def _operands(
+def operands_of(
     program: Program,
     parameters: Mapping[str, Array],
     x: Array,
     coefficients: Coefficients,
     backend: Backend,
+    carried: Mapping[str, Array] | None = None,
 ) -> list[Array]:
-    """The arrays of a program in slot order."""
+    """The arrays of a program in slot order.
+
+    Args:
+        program: that will run.
+        parameters: by canonical name.
+        x: its input.
+        coefficients: one entry per level.
+        backend: the adapter of the arrays' library.
+        carried: results of a program before it, by the names of their operands.
+    """
     dtype = next(value.dtype for name, value in parameters.items() if name.startswith("factors."))
     data = {"x": x, "ids": x}
     for level, given in enumerate(coefficients):
@@ -172,6 +182,7 @@ def _operands(
             data[f"indices_{level}"] = given.indices
             given = given.values
         data[f"coefficients_{level}"] = cast(given, dtype, backend)
+    data.update(carried or {})
     return [
         parameters["factors." + operand.name] if operand.role == "factor" else data[operand.name]
         for operand in program.operands

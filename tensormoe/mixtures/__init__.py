@@ -67,6 +67,7 @@ from tensormoe.mixtures._residual_merge import merged_experts as merged_experts
 from tensormoe.mixtures._residual_merge import summed as summed
 from tensormoe.mixtures._residual_start import start_at_zero as start_at_zero
 from tensormoe.mixtures._routing import route_tokens as route_tokens
+from tensormoe.mixtures._sent import run_sent as run_sent
 from tensormoe.mixtures._sizes import paired_sizes as paired_sizes
 from tensormoe.mixtures._soft import SoftConfig as SoftConfig
 from tensormoe.mixtures._soft import counting_tokens as counting_tokens
@@ -139,6 +140,7 @@ __all__ = [
     "run_expert",
     "run_networks",
     "run_routed",
+    "run_sent",
     "run_shared",
     "run_tables",
     "send",

@@ -166,7 +166,6 @@ class ConvDraft(Draft):
     """
 
     def __init__(self, network: Network, form: Convolved, way: Way, positions: int) -> None:
-        self.grouped = self.joined = False
         self.way = way
         self.positions = positions
         self.terms = network.terms

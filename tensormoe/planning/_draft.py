@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from tensormoe._validation import positive_int
 from tensormoe.errors import PlanError
-from tensormoe.factorizations import BATCH, INPUT, OUTPUT, Leg, Network, Term
+from tensormoe.factorizations import BATCH, INPUT, OUTPUT, Factor, Leg, Network, Term
 from tensormoe.planning._grouping import COUNTS
 from tensormoe.planning._lowering import volume
 from tensormoe.planning._path import WRITE_WEIGHT
@@ -78,7 +79,10 @@ class Draft:
         routing: what its data operands look like.
         spread: whether coefficients that come by index are spread over all experts. Otherwise
             the rows of every factor that they name are gathered.
-        grouped: whether gathers of large matrices become products grouped by expert.
+        grouped: whether gathers of large matrices become products grouped by expert, and what their
+            cost counts the matrices by: "rows", one for each row, or "experts", each of them once.
+        premixed: whether a table of experts is contracted with a factor beside it first, for all
+            experts, where that takes no more memory than the layer.
         joined: whether the coefficients of all levels are multiplied out first, which makes one
             level of them.
 
@@ -90,6 +94,9 @@ class Draft:
 
     rows: tuple[Leg, ...] = (BATCH,)
     output: tuple[Leg, ...] = (BATCH, OUTPUT)
+    grouped: Literal["rows", "experts"] | None = None
+    premixed = False
+    joined = False
 
     def __init__(
         self,
@@ -97,11 +104,14 @@ class Draft:
         routing: Routing,
         *,
         spread: bool = False,
-        grouped: bool = False,
+        grouped: Literal["rows", "experts"] | None = None,
+        premixed: bool = False,
         joined: bool = False,
     ) -> None:
         self.grouped = grouped
+        self.premixed = premixed
         self.joined = joined
+        self.most = network.num_parameters
         self.experts = frozenset(network.expert_legs)
         self.terms = network.terms
         self.sizes: dict[Leg, int] = dict(network.sizes)
@@ -158,14 +168,59 @@ class Draft:
         """A builder after the work on indices, and the terms to contract."""
         builder = Builder(self.operands, self.lowered_sizes)
         data = [self._dense(builder, slot) for slot in self.data]
-        slots = {name: self._gather(builder, slot) for name, slot in self.factors.items()}
+        stored = dict(self.factors)
+        for table, other in self._premixed():
+            stored[other.name] = self._mixed(builder, table, other)
+            del stored[table.name]
+        slots = {name: self._gather(builder, slot) for name, slot in stored.items()}
         parts = [self._part(builder, term, data, slots) for term in self.terms]
         return builder, parts
+
+    def _premixed(self) -> list[tuple[Factor, Factor]]:
+        """Tables of experts, each with the factor that it is contracted with for all experts."""
+        if not self.premixed or self.x is None:
+            return []
+        found = []
+        for term in self.terms:
+            tables = [
+                each
+                for each in term.factors
+                if self.experts.intersection(each.legs) and not {INPUT, OUTPUT} & {*each.legs}
+            ]
+            # a bias takes the place of the input's factor alone
+            fixed = None if term.bias is None else term.input_factor
+            for table in tables[:1]:
+                sizes = {
+                    each: volume(self._mixed_legs(table, each), self.sizes, 1)
+                    for each in term.factors
+                    if each not in (table, fixed)
+                    and {*table.legs} & {*each.legs}
+                    and not self.experts.intersection(each.legs)
+                }
+                best = min(sizes, key=lambda each: sizes[each], default=None)
+                if best is not None and sizes[best] <= self.most:
+                    found.append((table, best))
+        return found
+
+    def _mixed_legs(self, table: Factor, other: Factor) -> tuple[Leg, ...]:
+        """Legs of the contraction of two factors of a term."""
+        term = next(each for each in self.terms if table in each.factors)
+        around = {INPUT, OUTPUT, *self.experts}
+        for each in term.factors:
+            around.update(each.legs if each not in (table, other) else ())
+        both = dict.fromkeys((*table.legs, *other.legs))
+        return tuple(leg for leg in both if leg in around)
+
+    def _mixed(self, builder: Builder, table: Factor, other: Factor) -> int:
+        slots = self.factors[table.name], self.factors[other.name]
+        return builder.contract(*slots, frozenset(self._mixed_legs(table, other)))
 
     def _part(
         self, builder: Builder, term: Term, dense: Sequence[int], slots: Mapping[str, int]
     ) -> Part:
-        listed = {factor.name: slots[factor.name] for factor in term.factors}
+        # tables that were contracted with another factor have no slot any more
+        names = (factor.name for factor in term.factors)
+        listed = {name: slots[name] for name in names if name in slots}
         bias = None if term.bias is None else slots[term.bias.name]
         name = term.input_factor.name
         if bias is not None and self.x is None:

@@ -34,6 +34,7 @@ class Layout:
         summed: legs that the product sums over.
         kept: legs of the result besides the batch.
         behind: whether the matrices have the kept legs behind the summed ones.
+        stacked: legs of the matrices with the expert first.
     """
 
     views: tuple[View, View, View]
@@ -41,6 +42,7 @@ class Layout:
     summed: tuple[Leg, ...]
     kept: tuple[Leg, ...]
     behind: bool
+    stacked: tuple[Leg, ...]
 
     @classmethod
     def of(
@@ -48,32 +50,42 @@ class Layout:
         rows: tuple[Leg, ...],
         matrices: tuple[Leg, ...],
         result: tuple[Leg, ...],
+        expert: Leg,
         sizes: Mapping[Leg, int],
     ) -> Layout | None:
         """The layout for operands in these leg orders, if one product can do without copies.
 
         Args:
             rows: the batch, then legs that are summed.
-            matrices: the expert leg, then the others.
+            matrices: the expert leg and the others; an expert's matrix is a view where the leg
+                comes first, or between the legs that are summed and those that are kept.
             result: the batch, then legs that are kept.
+            expert: the expert leg.
             sizes: of the legs.
         """
         summed, kept = rows[1:], result[1:]
-        behind = matrices[1:] == summed + kept
         if rows[:1] != (BATCH,) or result[:1] != (BATCH,) or not summed or not kept:
             return None
-        if not behind and matrices[1:] != kept + summed:
+        place = matrices.index(expert)
+        others = matrices[:place] + matrices[place + 1 :]
+        behind = others == summed + kept
+        if not behind and others != kept + summed:
             return None
-        inner, outer = (prod(sizes[leg] for leg in legs) for legs in (summed, kept))
-        count = sizes[matrices[0]]
-        shape = (count, inner, outer) if behind else (count, outer, inner)
+        first, second = (summed, kept) if behind else (kept, summed)
+        if place not in (0, len(first)):
+            return None
+        groups = ((expert,), first, second) if place == 0 else (first, (expert,), second)
+        ordered = ((expert,), summed, kept)
+        axes = tuple(groups.index(group) for group in ordered)
+        shape = tuple(prod(sizes[leg] for leg in group) for group in groups)
+        inner = prod(sizes[leg] for leg in summed)
         views = (
             View((-1, inner)) if len(summed) > 1 else IDENTITY,
-            View(shape if len(matrices) > 3 else None, None if behind else (0, 2, 1)),
+            View(shape if len(matrices) > 3 else None, None if axes == (0, 1, 2) else axes),
             IDENTITY,
         )
         split = (-1, *(sizes[leg] for leg in kept)) if len(kept) > 1 else None
-        return cls(views, split, summed, kept, behind)
+        return cls(views, split, summed, kept, behind, (expert, *first, *second))
 
 
 def grouped(program: Program) -> Program:
@@ -87,7 +99,7 @@ def grouped(program: Program) -> Program:
     gathers = {
         step.output: step
         for step in program.steps
-        if step.kind == "gather" and step.axis == 0 and len(step.inputs) == 2
+        if step.kind == "gather" and len(step.inputs) == 2
     }
     steps: list[Step] = []
     dropped: set[int] = set()
@@ -109,33 +121,45 @@ def _fused(
     step: Step, place: int, gather: Step, counts: int, sizes: Mapping[Leg, int]
 ) -> Step | None:
     rows, matrices = step.input_legs[place], gather.input_legs[0]
-    if prod(sizes[leg] for leg in matrices[1:]) < LEAST_ENTRIES:
+    expert = matrices[gather.axis]
+    if prod(sizes[leg] for leg in matrices if leg != expert) < LEAST_ENTRIES:
         return None
-    layout = Layout.of(rows, matrices, step.legs, sizes)
+    layout = Layout.of(rows, matrices, step.legs, expert, sizes)
     if layout is None:
         return None
     return Step(
         "grouped",
         (step.inputs[place], gather.inputs[0], counts),
         step.output,
-        (rows, matrices, matrices[:1]),
+        (rows, matrices, (expert,)),
         step.legs,
         layout.views,
         layout.shape,
     )
 
 
-def saving(program: Program, sizes: Mapping[Leg, int], weight: int) -> tuple[int, int]:
+def saving(
+    program: Program, sizes: Mapping[Leg, int], weight: int, *, whole: bool
+) -> tuple[int, int]:
     """Change of a plan's cost by its grouped products: constant and slope over the batch.
 
-    A gather counts twice the entries that it copies, since they are read and written; a product
-    reads them at most once per row, and takes time to start for every expert.
+    A gather counts twice the entries that it copies, since they are read and written. A product
+    reads them at most once per row, and at most once per expert, and takes time to start for every
+    expert. The smaller of the two is no straight line: each of them is a bound on the cost.
+
+    Args:
+        program: with grouped products.
+        sizes: of its legs.
+        weight: of an entry that is read.
+        whole: whether to count all matrices once, instead of one for every row.
     """
     const = slope = 0
     for step in program.steps:
         if step.kind == "grouped":
-            const += weight * START * sizes[step.input_legs[1][0]]
-            slope -= weight * prod(sizes[leg] for leg in step.input_legs[1][1:])
+            (expert,) = step.input_legs[2]
+            matrix = prod(sizes[leg] for leg in step.input_legs[1] if leg != expert)
+            const += weight * sizes[expert] * (START + (matrix if whole else 0))
+            slope -= weight * matrix * (2 if whole else 1)
     return const, slope
 
 
@@ -143,15 +167,15 @@ def transposed(
     builder: Builder, step: Step, position: int, cotangent: int, slots: Mapping[int, int]
 ) -> int:
     """The gradient that rows or matrices of a grouped product get from that of its result."""
-    rows, matrices, _ = step.input_legs
+    rows, matrices, (expert,) = step.input_legs
     counts = slots[step.inputs[2]]
     legs = builder.legs[cotangent]
     if position == 0:
-        layout = Layout.of(legs, matrices, rows, builder.sizes)
+        layout = Layout.of(legs, matrices, rows, expert, builder.sizes)
         assert layout is not None
         inputs = cotangent, slots[step.inputs[1]], counts
         return builder.add("grouped", inputs, rows, layout.views, layout.shape)
-    layout = Layout.of(rows, matrices, legs, builder.sizes)
+    layout = Layout.of(rows, matrices, legs, expert, builder.sizes)
     assert layout is not None
     inner, outer = (
         View((-1, prod(builder.sizes[leg] for leg in each))) if len(each) > 1 else IDENTITY
@@ -161,6 +185,7 @@ def transposed(
     views = (inner, outer, IDENTITY)
     if not layout.behind:
         left, right, views = right, left, (outer, inner, IDENTITY)
-    shape = tuple(builder.sizes[leg] for leg in matrices)
+    shape = tuple(builder.sizes[leg] for leg in layout.stacked)
     split = shape if len(matrices) > 3 else None
-    return builder.add("outer", (left, right, counts), matrices, views, split)
+    made = builder.add("outer", (left, right, counts), layout.stacked, views, split)
+    return builder.permute(made, matrices)

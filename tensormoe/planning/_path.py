@@ -80,7 +80,30 @@ def _exact(
     # in order, not as sets: of equally cheap paths every process finds the same one
     ordered: Any = [tuple(each) for each in legs]
     path = search(ordered, cast(Any, tuple(output)), dict(sizes))
-    return _tree_of(legs, tuple(tuple(pair) for pair in path), output)
+    return _scaled_early(_tree_of(legs, tuple(tuple(pair) for pair in path), output), sizes)
+
+
+def _scaled_early(node: Node, sizes: Mapping[Leg, int]) -> Node:
+    """``node`` with numbers per input multiplied into the smallest array on the way.
+
+    What has the batch and bonds of one entry alone is such a number. The search would call its
+    product with what lacks these bonds an outer one, and leave it out.
+    """
+    if not node.children:
+        return node
+    first, second = (_scaled_early(child, sizes) for child in node.children)
+    best = Node(node.legs, children=(first, second))
+    for product, number in ((first, second), (second, first)):
+        if not product.children or any(sizes[leg] > 1 for leg in number.legs - {BATCH}):
+            continue
+        for one, other in (product.children, product.children[::-1]):
+            if BATCH not in one.legs:
+                continue
+            legs = (one.legs | number.legs) & (other.legs | node.legs)
+            scaled = _scaled_early(Node(legs, children=(one, number)), sizes)
+            found = Node(node.legs, children=(scaled, other))
+            best = min(best, found, key=lambda tree: _total(tree, sizes))
+    return best
 
 
 class _Improvement:

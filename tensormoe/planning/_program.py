@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -129,8 +129,12 @@ class Program:
         listed = {slot: operand.legs for slot, operand in enumerate(self.operands)}
         return listed | {step.output: step.legs for step in self.steps}
 
-    def with_liveness(self) -> Program:
-        """The same program with every slot freed, or taken over, after its last use."""
+    def with_liveness(self, owned: Collection[int] = ()) -> Program:
+        """The same program with every slot freed, or taken over, after its last use.
+
+        Args:
+            owned: operands that the caller has made for the program, and does not need after it.
+        """
         last = {slot: index for index, step in enumerate(self.steps) for slot in step.inputs}
         kept = set(self.outputs)
         ends: dict[int, list[int]] = {}
@@ -138,7 +142,7 @@ class Program:
             if slot not in kept:
                 ends.setdefault(index, []).append(slot)
         # what ``expand`` gives is a view
-        own = {step.output for step in self.steps if step.kind != "expand"}
+        own = {step.output for step in self.steps if step.kind != "expand"}.union(owned)
         steps = []
         for index, step in enumerate(self.steps):
             free = tuple(sorted(ends.get(index, ())))

@@ -102,7 +102,8 @@ def _drafts(network: Network, routing: Routing) -> list[Draft]:
     elif not routing.one_expert and levels > 1:
         drafts.append(Draft(network, routing, joined=True))
     if routing.by_expert and levels == 1:
-        drafts.append(Draft(network, routing, grouped=True))
+        drafts += [Draft(network, routing, grouped=each) for each in ("rows", "experts")]
+        drafts.append(Draft(network, routing, grouped="experts", premixed=True))
     return drafts
 
 
@@ -116,7 +117,10 @@ def regimes_of(drafts: Sequence[Draft]) -> Regimes:
         else:
             starts.append(threshold)
             chosen.append(candidate)
-    return Regimes(tuple(starts), tuple(build_program(candidate) for candidate in chosen))
+    programs = [build_program(candidate) for candidate in chosen]
+    # two bounds on the cost of one program
+    new = [k for k, each in enumerate(programs) if not k or each != programs[k - 1]]
+    return Regimes(tuple(starts[k] for k in new), tuple(programs[k] for k in new))
 
 
 def _crossings(
@@ -178,7 +182,8 @@ def _candidate(draft: Draft, batch: int) -> Candidate:
     made = Candidate(draft, terms, const + sum(consts), slope + sum(slopes) + added)
     if not draft.grouped:
         return made
-    more, less = saving(build_program(made), sizes, WRITE_WEIGHT)
+    whole = draft.grouped == "experts"
+    more, less = saving(build_program(made), sizes, WRITE_WEIGHT, whole=whole)
     return replace(made, const=made.const + more, slope=made.slope + less)
 
 

@@ -59,8 +59,8 @@ def test_routers_biases_and_shared_experts_count() -> None:
     assert biased.cost(9).parameters == plain.cost(9).parameters + 6
     assert shared.cost(9).parameters - plain.cost(9).parameters == 16 * 10 + 5 * 12
     more = shared.cost(9).matmul_flops - plain.cost(9).matmul_flops
-    # each layer's outputs times the coefficient of one, too
-    assert more == 2 * 9 * (16 * 10 + 10 + 5 * 12 + 12)
+    # the coefficient of one meets the smaller side of each layer: outputs in a product, inputs not
+    assert more == 2 * 9 * (16 * 10 + 10 + 5 * 12)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -110,12 +110,14 @@ def test_no_tree_is_cheaper(spec: LayerSpec, batch: int) -> None:
     assume(len(spec.network.factors) + spec.levels <= 7)
     program = spec.plan(batch).program
     apart = least_layer_work(spec, batch)
-    if not has_joined(program):
-        assert program_work(program, batch) == apart
-        return
-    assert spec.levels > 1
-    assert program_work(program, batch) == least_layer_work(spec, batch, joined=True)
-    assert program_work(program, batch) < apart
+    joined = has_joined(program)
+    found, least = program_work(program, batch), least_layer_work(spec, batch, joined=joined)
+    # numbers per input may go anywhere, which the search here calls outer products
+    numbers = any(size == 1 for size in spec.network.sizes.values())
+    assert found <= least if numbers else found == least
+    if joined:
+        assert spec.levels > 1
+        assert found < apart
 
 
 def has_joined(program: Program) -> bool:

@@ -1,5 +1,7 @@
 """Products grouped by expert: rows that are sorted, against an expert at a time."""
 
+from math import prod
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,18 @@ import torch
 
 import tensormoe_jax
 import tensormoe_torch
-from tensormoe import CP, Dense, Hadamard, LayerSpec, Tucker
+from tensormoe import (
+    CP,
+    BaseDelta,
+    Dense,
+    Hadamard,
+    LayerSpec,
+    LowRank,
+    SharedBasis,
+    SharedDelta,
+    TensorTrain,
+    Tucker,
+)
 from tensormoe.errors import PlanError
 from tensormoe.functional import LayerConfig, apply_experts, experts_vjp, materialize
 from tensormoe.gates import OneExpert
@@ -141,3 +154,69 @@ def test_rows_of_no_expert_come_last_and_give_zeros(width):
         np.testing.assert_allclose(
             by_matrices[2], np.outer(rows[2:6].sum(0), np.ones(width)), rtol=1e-4, atol=1e-5
         )
+
+
+MIDDLE = [LowRank(30), SharedBasis((1, 32)), SharedBasis((3, 32)), BaseDelta(30), SharedDelta(30)]
+"""Factorizations whose factors have the expert leg between the others."""
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("factorization", MIDDLE, ids=str)
+def test_experts_in_the_middle_of_a_factor_are_grouped(factorization, bias):
+    made = layer(factorization, bias)
+    x, index, counts = rows_of(500)
+    given = [OneExpert(index, counts)]
+    assert "grouped" in kinds(made, 500)
+    assert "grouped" not in kinds(made, 500, by_expert=False)
+    output, pull = experts_vjp(made.config, made.parameters, x, given, BACKEND)
+    np.testing.assert_allclose(output, expected(made, x, index), atol=1e-12)
+    # gathered, every factor's gradient is a sum over rows
+    cotangent = np.random.default_rng(2).standard_normal(output.shape)
+    _, plain = experts_vjp(made.config, made.parameters, x, [OneExpert(index)], BACKEND)
+    wanted = plain(cotangent)
+    for name, found in pull(cotangent).items():
+        np.testing.assert_allclose(found, wanted[name], atol=1e-9, err_msg=name)
+
+
+def test_no_factor_is_copied_for_the_products():
+    for factorization in MIDDLE:
+        program = layer(factorization, bias=False).config.routed_regimes[1].programs[-1]
+        big = {step.kind for step in program.steps if step.kind in ("gather", "permute")}
+        assert not big or all(
+            len(step.legs) == 2 for step in program.steps if step.kind == "gather"
+        )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("factorization", [Tucker((5, 36, 36)), TensorTrain((5, 36))], ids=str)
+def test_tables_of_experts_are_mixed_once_for_many_rows(factorization, bias):
+    made = layer(factorization, bias)
+    x, index, counts = rows_of(3000)
+    program = made.config.routed_regimes[1].program(3000)
+    mixed = not (bias and isinstance(factorization, TensorTrain))
+    assert any(not step.batched for step in program.steps) == mixed
+    assert ("grouped" in kinds(made, 3000)) == mixed
+    assert all(step.batched for step in made.config.routed_regimes[1].program(1).steps)
+    given = [OneExpert(index, counts)]
+    output, pull = experts_vjp(made.config, made.parameters, x, given, BACKEND)
+    np.testing.assert_allclose(output, expected(made, x, index), atol=1e-11)
+    cotangent = np.random.default_rng(2).standard_normal(output.shape)
+    _, plain = experts_vjp(made.config, made.parameters, x, [OneExpert(index)], BACKEND)
+    wanted = plain(cotangent)
+    for name, found in pull(cotangent).items():
+        np.testing.assert_allclose(found, wanted[name], atol=1e-8, err_msg=name)
+
+
+def test_tables_are_not_mixed_into_arrays_larger_than_the_layer():
+    spec = LayerSpec(IN, 400, N, SharedBasis((2, 36)), bias=False)
+    assert spec.num_parameters < N * 400 * 36
+    for program in LayerConfig(spec, None).routed_regimes[1].programs:
+        assert all(step.batched for step in program.steps)
+
+
+def test_numbers_per_row_are_multiplied_into_the_smallest_array():
+    spec = LayerSpec(IN, 400, N, SharedBasis((1, 24)), bias=False)
+    for regimes in LayerConfig(spec, None).routed_regimes:
+        for program in regimes.programs:
+            (step,) = (each for each in program.steps if each.kind == "multiply")
+            assert prod(program.sizes[leg] for leg in step.legs if leg != "b") == 24

@@ -24,6 +24,7 @@ from tensormoe_torch.compression._healing import (
     heal,
     heal_checkpoint,
 )
+from tensormoe_torch.compression._pairs import to_linear_pairs
 from tensormoe_torch.compression._reduce import reduce_experts
 from tensormoe_torch.compression._reduce_checkpoint import (
     ReductionProgress,
@@ -72,4 +73,5 @@ __all__ = [
     "next_token_loss",
     "reduce_checkpoint",
     "reduce_experts",
+    "to_linear_pairs",
 ]

@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.functional import CutAxis, EachExpert
 from tensormoe.gates import OneExpert
-from tensormoe.mixtures import run_expert, send
+from tensormoe.mixtures import run_expert, run_sent, send
 from tensormoe_torch._adapter import BACKEND
+from tensormoe_torch._autograd import no_autocast
+from tensormoe_torch._checks import check_ids, check_input
+from tensormoe_torch._factors import Factors, narrowed
 from tensormoe_torch._layer import MuMoE
+from tensormoe_torch._operator import direct
 from tensormoe_torch._sharded import Loads
 from tensormoe_torch._tracing import is_traced
 
@@ -58,6 +62,9 @@ class FactorizedExperts(Loads):
         act_fn: the activation.
         groups: as given, a buffer; None where every expert of the router has its own.
         boundary: of the experts, where they are cut or spread over devices; None elsewhere.
+        shares_work: whether what a token's experts have in common may be multiplied once for all of
+            them; true but for experts of this library's mixtures, which every framework runs by
+            rows and whose costs count these.
 
     >>> layers = {
     ...     role: MuMoE(i, o, experts=4, rank=2, bias=False, gate=None)
@@ -86,6 +93,7 @@ class FactorizedExperts(Loads):
             self.register_parameter(f"{role}_bias", nn.Parameter(bias))
         self.act_fn = act
         self.boundary: Boundary | None = None
+        self.shares_work = True
         self.cut_biases: Mapping[str, CutAxis | None] = {}
         self.groups: Tensor | None
         # kept in state dicts, as other groups would fit the same factors
@@ -101,7 +109,7 @@ class FactorizedExperts(Loads):
         )
         for each in self._layers:
             # no compiler has to follow the planner
-            _ = each.routed_regimes
+            _ = each.sent_stages
 
     @property
     def num_experts(self) -> int:
@@ -202,6 +210,8 @@ class FactorizedExperts(Loads):
                 )
             return self._blocks(hidden_states)
         batch_shape, k = check_choices(hidden_states, top_k_index, top_k_weights)
+        if self._shares_work(hidden_states, top_k_weights):
+            return self._sent(hidden_states, top_k_index, top_k_weights)
         rows, weights = self._entered(hidden_states), self._entered(top_k_weights)
         index = self._grouped(top_k_index.reshape(-1, k))
         exchange = self._exchange
@@ -215,6 +225,51 @@ class FactorizedExperts(Loads):
             sort=exchange is not None or self._sorts(rows, index.numel()),
         )
         return self._left(made.reshape(*batch_shape, made.shape[-1]), hidden_states)
+
+    def _shares_work(self, *given: Tensor) -> bool:
+        """Whether what a token's experts have in common can be multiplied once for all of them.
+
+        That goes around the calls of layers, so that nothing may hang on them; and gradients of
+        eager calls are those of a layer.
+        """
+        layers = [*self.projections.values()]
+        if (
+            not self.shares_work
+            or self.boundary is not None
+            or len(layers) == 1
+            or not all(map(_is_plain, layers))
+        ):
+            return False
+        if is_traced(given[0]) or not torch.is_grad_enabled():
+            return True
+        return not any(each.requires_grad for each in (*given, *self.parameters()))
+
+    def _sent(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The experts' outputs, with what they share multiplied once per token."""
+        layers: dict[str, MuMoE] = dict(self.projections.items())  # type: ignore[arg-type]
+        for role in layers:
+            if role != "down_proj":
+                check_input(x, layers[role].in_features, layers[role]._weight)
+        lead, k = x.shape[:-1], index.shape[-1]
+        index = check_ids(self._grouped(index), self._count, layers["down_proj"]._weight)
+        narrow = {role: narrowed(each.factors.by_name()) for role, each in layers.items()}
+        dtype = narrow["down_proj"][0]
+        biases = {role: self._bias(role) for role in layers}
+        with no_autocast(x.device.type):
+            made: Tensor = run_sent(
+                {role: each.config for role, each in layers.items()},
+                {role: parameters for role, (_, parameters) in narrow.items()},
+                self.act_fn,
+                x.reshape(-1, x.shape[-1]).to(dtype),
+                index.reshape(-1, k),
+                weights.reshape(-1, k),
+                self._count,
+                BACKEND if is_traced(x) or torch.is_grad_enabled() else direct(x),
+                biases={role: bias.to(dtype) for role, bias in biases.items() if bias is not None},
+                sort=self._sorts(x, index.numel()),
+                any_batch=torch.compiler.is_exporting(),
+            )
+        return made.reshape(*lead, made.shape[-1])
 
     def _blocks(self, hidden_states: Tensor) -> Tensor:
         """Outputs (N · rows, out) for an equal block of rows (N · rows, in) per expert."""
@@ -404,6 +459,23 @@ class _Expert:
         return self._experts.routed(x, index)
 
     __call__ = forward
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is one of ours, whole, and nobody watches or changes its calls."""
+    if type(layer) is not MuMoE or type(layer.factors) is not Factors or layer._part is not None:
+        return False
+    return not any(_is_watched(each) for each in (layer, layer.factors))
+
+
+def _is_watched(module: nn.Module) -> bool:
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(map(bool, hooks)) or "forward" in vars(module)
 
 
 def _name(function: Activation) -> str:

@@ -104,7 +104,10 @@ def make_experts(
 ) -> FactorizedExperts:
     """Experts as a module that is called with tokens, indices and weights."""
     layers = {role: MuMoE.of(layer, init, device, dtype) for role, layer in experts.layers.items()}
-    return FactorizedExperts(layers, activation_of(experts))
+    made = FactorizedExperts(layers, activation_of(experts))
+    # as their costs count
+    made.shares_work = False
+    return made
 
 
 def activation_of(experts: ExpertsConfig) -> Callable[[Tensor], Tensor]:
