@@ -178,7 +178,7 @@ def headed_readme(model: Model, title: str, text: str) -> str:
 
 
 def opened_by(config: Mapping[str, Any], *, needs_import: bool) -> str:
-    """How a folder is opened, in Markdown.
+    """Code that opens a folder, in Markdown.
 
     Args:
         config: of the model.

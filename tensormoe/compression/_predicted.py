@@ -97,7 +97,7 @@ def lost(calibration: Calibration, layer: str, role: str, pairs: Pairs, bias: bo
 def badness(
     calibration: Calibration, layer: str, role: str, pairs: Pairs, bias: bool = False
 ) -> float:
-    """What factors of a projection lose: of the loss where that is known, else of the outputs."""
+    """Loss by the factors of a projection: of the model where that is known, else of outputs."""
     found = lost(calibration, layer, role, pairs, bias)
     return found.output_error if found.predicted_loss is None else found.predicted_loss
 

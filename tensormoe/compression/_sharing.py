@@ -32,7 +32,7 @@ LEAST, MOST = 0.25, 3.0
 
 @dataclass(frozen=True)
 class Form:
-    """How a projection is stored.
+    """Form in which a projection is stored.
 
     Args:
         bits: 8 or 4 of each entry; None for entries of the dtype.
@@ -51,7 +51,7 @@ FORMS = (Form(), Form(8), Form(4), Form(8, whole=True), Form(4, whole=True))
 
 @dataclass(frozen=True)
 class Part:
-    """What one projection gets of a budget.
+    """Part of a budget for one projection.
 
     Args:
         form: how it is stored.
@@ -113,7 +113,7 @@ def loss_curve(
 def _tails(
     stack: NDArray[Any], calibration: Calibration, layer: str, role: str, bias: bool
 ) -> list[float]:
-    """What is lost by products of every rank from none on."""
+    """Losses of products of every rank, from none on."""
     import numpy as np
 
     _, rows, columns = stack.shape
@@ -139,7 +139,7 @@ def _tails(
 def _noise(
     stack: NDArray[Any], calibration: Calibration, layer: str, role: str, bias: bool, bits: int
 ) -> float:
-    """What is lost by rounding the experts themselves."""
+    """Loss by rounding the experts themselves."""
     backend = get_backend("numpy")
     codes, scales = round_to_nearest(stack.astype("float32"), bits, backend)
     values = rounded_values(codes, scales, stack.shape, bits, backend)

@@ -31,7 +31,7 @@ def choice_frequencies(index: Array, experts: int) -> tuple[float, ...]:
 
 
 def choice_counts(index: Array, experts: int) -> Any:
-    """How often each expert is chosen, (N,) on the host; counts of several calls add up.
+    """Counts of choices of each expert, (N,) on the host; counts of several calls add up.
 
     Raises:
         ShapeError: numbers that are not of these experts.

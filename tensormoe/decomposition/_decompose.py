@@ -51,7 +51,7 @@ from tensormoe.factorizations import Dense
 from tensormoe.selection import Budget
 
 Judge: TypeAlias = Callable[[Iterable[tuple[Any, Any]]], float]
-"""How bad factors are, from every expert's matrix and what is missing of it."""
+"""A number for factors, smaller for better ones, from every expert's matrix and what is missing of it."""
 
 
 def decompose(
@@ -238,7 +238,7 @@ class _Weightings:
         return (self.apart if own and self.apart else self.pooled).undo(spec, factors)
 
     def score(self, spec: LayerSpec, factors: Mapping[str, Array]) -> float:
-        """What the judge says, or else the error in the metric itself: of any network."""
+        """The judge's number, or else the error in the metric itself: of any network."""
         found = without_bias_rows(spec.network, self.undo(spec, factors))
         judge = self.judge
         if judge is None:

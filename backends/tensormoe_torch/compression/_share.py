@@ -75,7 +75,7 @@ def check_choice(
 
 @dataclass(frozen=True)
 class Given:
-    """What one projection gets.
+    """Factorization, budget and bits of one projection.
 
     Args:
         kind: of its factors.
@@ -97,7 +97,7 @@ def given_parts(
     bits: int | str | None,
     calibration: Calibration | None,
 ) -> dict[Place, Given]:
-    """What each projection gets of a budget.
+    """Part of each projection in a budget.
 
     Raises:
         BudgetError: too little for some.

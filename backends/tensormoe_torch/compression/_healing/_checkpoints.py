@@ -45,7 +45,7 @@ _WINDOWS = TextWindows(None, batch=8)
 
 @dataclass(frozen=True)
 class _Job:
-    """What is healed, by what, on what; as of :func:`heal_checkpoint`."""
+    """The folders, texts and settings of a healing; as of :func:`heal_checkpoint`."""
 
     original: str
     compressed: str
@@ -244,7 +244,7 @@ def _finish(
 
 
 def _manifest(source: Source) -> dict[str, Any]:
-    """What the compressed folder says of itself, if anything."""
+    """Manifest of the compressed folder, if it has one."""
     path = os.path.join(source.folder, MANIFEST)
     if not os.path.isfile(path):
         return {}
@@ -264,7 +264,7 @@ def _told(manifest: Mapping[str, Any]) -> HealingReport:
 
 
 def _note(report: HealingReport, job: _Job) -> str:
-    """What the README says of the healing."""
+    """Part of the README about the healing."""
     what = {
         "factors": "factors and routers were",
         "factors only": "factors were",

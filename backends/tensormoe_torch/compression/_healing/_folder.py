@@ -49,7 +49,7 @@ class Source:
 
     @property
     def identity(self) -> list[Mapping[str, Any]]:
-        """What changes if somebody changes a file of tensors."""
+        """A mark that changes with the files of tensors."""
         return [{**each.identity, "name": path} for path, each in self.shards.items()]
 
 

@@ -89,7 +89,7 @@ class Processes:
         dist.broadcast_object_list([found])
 
     def _opened(self, found: Work | str | None) -> Work:
-        """What the first process tells."""
+        """A value of the first process, in all of them."""
         told = [found]
         dist.broadcast_object_list(told)
         if not isinstance(told[0], Work):

@@ -29,7 +29,7 @@ class HealingProgress:
 
 @dataclass(frozen=True)
 class HealingReport:
-    """What a healing did; ``print`` it for a table.
+    """Report of a healing; ``print`` it for a table.
 
     Args:
         steps: that were made, those before an interruption included.

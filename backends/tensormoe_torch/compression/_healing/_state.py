@@ -30,7 +30,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What a file holds.
+    """Contents of a file.
 
     Args:
         shard: the file.
