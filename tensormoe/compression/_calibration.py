@@ -7,10 +7,18 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import repeat
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from tensormoe._validation import choice, is_number
+from tensormoe._validation import choice
+from tensormoe.compression._calibration_arrays import (
+    beside,
+    checked_ridge,
+    entry_of,
+    fits,
+    listed,
+    shape_of,
+    side_of,
+)
 from tensormoe.compression._calibration_file import StoredArrays, open_arrays, write_arrays
 from tensormoe.compression._predicted import Pairs, lost
 from tensormoe.decomposition import Moments
@@ -124,7 +132,7 @@ class Calibration:
         found = [each for each in self.tokens if re.findall("[0-9]+", each) == numbers]
         if len(found) != 1:
             raise CheckpointError(
-                f"the calibration must have the layer {module!r}; it has {_listed(self.layers)}. "
+                f"the calibration must have the layer {module!r}; it has {listed(self.layers)}. "
                 "Calibrate all layers that are compressed."
             )
         return found[0]
@@ -167,7 +175,7 @@ class Calibration:
         outputs = None
         if weighting in ("both", "fisher"):
             kind = "outputs" if weighting == "both" else "gradients"
-            outputs = _beside([self._metric(f"{layer}.{part}.{kind}") for part in parts])
+            outputs = beside([self._metric(f"{layer}.{part}.{kind}") for part in parts])
         shares = None
         if experts != "equal":
             kept = "counts" if experts == "frequency" else "squares"
@@ -196,7 +204,7 @@ class Calibration:
 
     def apart(self, layer: str, role: str) -> bool:
         """Whether second moments of each expert's own inputs of a projection were gathered."""
-        return f"{_side(layer, role)}.experts" in self.arrays
+        return f"{side_of(layer, role)}.experts" in self.arrays
 
     def inputs_of_experts(
         self, layer: str, role: str, bias: bool = False
@@ -212,7 +220,7 @@ class Calibration:
             CheckpointError: no such layer or projection.
         """
         self._parts(layer, role)
-        experts = _shape(self.arrays, f"{layer}.counts")[0]
+        experts = shape_of(self.arrays, f"{layer}.counts")[0]
         if not self.apart(layer, role):
             yield from repeat(self._inputs(layer, role, bias), experts)
             return
@@ -230,14 +238,14 @@ class Calibration:
         keys = [f"{layer}.{part}.gradients" for part in self._parts(layer, role)]
         if any(key not in self.arrays for key in keys):
             return None
-        return _beside([self.arrays[key] for key in keys])
+        return beside([self.arrays[key] for key in keys])
 
     def sizes(self, layer: str, role: str) -> tuple[int, int, int | None]:
         """Experts, inputs and outputs of a projection, from shapes alone; None if not known."""
         keys = [f"{layer}.{part}.outputs" for part in self._parts(layer, role)]
-        outputs = [_shape(self.arrays, key)[0] for key in keys if key in self.arrays]
-        rows = _shape(self.arrays, _side(layer, role))[0]
-        experts = _shape(self.arrays, f"{layer}.counts")[0]
+        outputs = [shape_of(self.arrays, key)[0] for key in keys if key in self.arrays]
+        rows = shape_of(self.arrays, side_of(layer, role))[0]
+        experts = shape_of(self.arrays, f"{layer}.counts")[0]
         return experts, rows, sum(outputs) if len(outputs) == len(keys) else None
 
     def check_kept(self, layer: str, role: str, weighting: str) -> None:
@@ -349,19 +357,19 @@ class Calibration:
             return ("gate_proj", "up_proj")
         raise CheckpointError(
             f"the calibration must have the projection {role!r} of {layer!r}; it has "
-            f"{_listed(there)}."
+            f"{listed(there)}."
         )
 
     def _inputs(self, layer: str, role: str, bias: bool, expert: int | None = None) -> NDArray[Any]:
         """Second moments of the inputs of a projection: of all rows, or of an expert's."""
         import numpy as np
 
-        key = _side(layer, role)
+        key = side_of(layer, role)
         if expert is None:
             found, mean = self.arrays[key], self.arrays[f"{key}.mean"]
         else:
-            found = _entry(self.arrays, f"{key}.experts", expert)
-            mean = _entry(self.arrays, f"{key}.experts.mean", expert)
+            found = entry_of(self.arrays, f"{key}.experts", expert)
+            mean = entry_of(self.arrays, f"{key}.experts.mean", expert)
         if not bias:
             return found
         return np.block([[found, mean[:, None]], [mean[None, :], np.ones((1, 1), found.dtype)]])
@@ -393,7 +401,7 @@ class Calibration:
     def _check(self, layer: str) -> None:
         """Refuse arrays that are missing or do not fit."""
         shapes = {
-            key.removeprefix(f"{layer}."): _shape(self.arrays, key)
+            key.removeprefix(f"{layer}."): shape_of(self.arrays, key)
             for key in self.arrays
             if key.startswith(f"{layer}.")
         }
@@ -403,65 +411,5 @@ class Calibration:
         if len(shapes["counts"]) != 1:
             raise CheckpointError(f"{layer}.counts must have shape (N,); got {shapes['counts']}.")
         for name, shape in shapes.items():
-            if not _fits(name, shape, shapes["counts"][0]):
+            if not fits(name, shape, shapes["counts"][0]):
                 raise CheckpointError(f"{layer}.{name} must fit its layer; got shape {shape}.")
-
-
-def _fits(name: str, shape: tuple[int, ...], experts: int) -> bool:
-    """Whether an array has a shape that its name allows."""
-    if name in ("counts", "weights", "squares"):
-        return shape == (experts,)
-    lead = (experts,) if "experts" in name.split(".") else ()
-    if name.endswith(".values"):
-        return len(shape) == 2 and shape[0] == experts
-    if name.endswith(".mean"):
-        return shape[:-1] == lead
-    return shape[:-2] == lead and len(shape) >= 2 and shape[-1] == shape[-2]
-
-
-def checked_ridge(ridge: Any) -> float:
-    """A ridge as a float.
-
-    Raises:
-        SpecError: not a positive number.
-    """
-    if not is_number(ridge) or not isfinite(ridge) or ridge <= 0:
-        raise SpecError(f"ridge must be a positive number; got {ridge!r}. The usual: {RIDGE:g}.")
-    return float(ridge)
-
-
-def _side(layer: str, role: str) -> str:
-    return f"{layer}.{'hidden' if role == 'down_proj' else 'inputs'}"
-
-
-def _shape(arrays: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    if isinstance(arrays, StoredArrays):
-        return arrays.shape(key)
-    return tuple(arrays[key].shape)
-
-
-def _entry(arrays: Mapping[str, Any], key: str, place: int) -> NDArray[Any]:
-    """One expert's part of an array; of a file, no more is read."""
-    found: NDArray[Any] = (
-        arrays.entry(key, place) if isinstance(arrays, StoredArrays) else arrays[key][place]
-    )
-    return found
-
-
-def _beside(blocks: list[NDArray[Any]]) -> NDArray[Any]:
-    """A matrix of blocks on the diagonal."""
-    import numpy as np
-
-    sizes = [len(each) for each in blocks]
-    whole = np.zeros((sum(sizes),) * 2)
-    start = 0
-    for block in blocks:
-        stop = start + len(block)
-        whole[start:stop, start:stop] = block
-        start = stop
-    return whole
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    shown = ", ".join(map(repr, names[:3]))
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

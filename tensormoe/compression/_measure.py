@@ -13,7 +13,7 @@ from tensormoe.checkpoint import ArrayInfo
 from tensormoe.compression._values import rounded
 from tensormoe.decomposition._controls import EACH, Control, best_joint, closest
 from tensormoe.decomposition._errors import shares
-from tensormoe.decomposition._source import norm
+from tensormoe.decomposition._norms import norm
 from tensormoe.functional import expert_weight
 
 if TYPE_CHECKING:

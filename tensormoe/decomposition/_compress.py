@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from tensormoe.backend import Array, Backend
 from tensormoe.decomposition._contractions import Structure
+from tensormoe.decomposition._matrices import Operator, along
 from tensormoe.decomposition._solve import from_host, to_host
-from tensormoe.decomposition._source import Operator, Source, along, joined
+from tensormoe.decomposition._source import Source, joined
 from tensormoe.factorizations import INPUT, OUTPUT, Leg
 
 if TYPE_CHECKING:

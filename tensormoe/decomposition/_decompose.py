@@ -51,7 +51,7 @@ from tensormoe.factorizations import Dense
 from tensormoe.selection import Budget
 
 Judge: TypeAlias = Callable[[Iterable[tuple[Any, Any]]], float]
-"""A number for factors, smaller for better ones, from every expert's matrix and what is missing of it."""
+"""A number for factors, smaller for better ones, from every expert's matrix and what is missing."""
 
 
 def decompose(

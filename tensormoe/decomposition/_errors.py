@@ -12,8 +12,9 @@ from tensormoe.decomposition._bias_rows import with_bias_rows
 from tensormoe.decomposition._contractions import structures
 from tensormoe.decomposition._gauge import stretched
 from tensormoe.decomposition._moments import Moments
+from tensormoe.decomposition._norms import norm, norms, power
 from tensormoe.decomposition._solve import to_host
-from tensormoe.decomposition._source import Source, norm, norms, power
+from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._starts import given
 from tensormoe.factorizations import INPUT, OUTPUT
 from tensormoe.functional._dtypes import cast, widened

@@ -5,23 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
-from math import frexp, inf, prod, sqrt
+from math import prod
 from typing import Any
 
 from tensormoe.backend import Array, Backend, device_of
 from tensormoe.decomposition._contractions import SOURCE, Structure, plan_whole
-from tensormoe.decomposition._solve import to_host
+from tensormoe.decomposition._matrices import Operator, along, transposed, turned
+from tensormoe.decomposition._norms import scaling, squares
 from tensormoe.execution import execute, plus
 from tensormoe.factorizations import Leg
 from tensormoe.functional._dtypes import widened
 from tensormoe.planning import Program
 
-# powers of two within which squares of entries are far from the ends of a dtype's range
-_SAFE = {32: 24, 64: 240}
 # entries of a block; larger ones are no faster, and what is made of them costs memory
 _BLOCK = 2**17
-# a triangular matrix is cut into so many strips of at least so many rows
-_STRIPS, _STRIP = 8, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +135,7 @@ class Source:
 
     def squared_norm(self) -> float:
         """The sum of squares."""
-        return sum(_squares(self.block(*span), self.backend) for span in self.blocks())
+        return sum(squares(self.block(*span), self.backend) for span in self.blocks())
 
     def contract(
         self,
@@ -216,7 +213,7 @@ class Source:
                 moved[each.name] = times(roots[leg], moved[each.name], leg, each.legs)
         found = self._bare.contract(structure, plan, moved, at_once)
         for leg in (leg for leg in roots if leg in legs):
-            found = times(_transposed(roots[leg], backend), found, leg, legs)
+            found = times(transposed(roots[leg], backend), found, leg, legs)
         return found
 
     def _part(
@@ -232,140 +229,6 @@ class Source:
         arrays = _sliced(structure, factors, start, stop)
         arrays[SOURCE] = self.block(start, stop)
         return run(program, arrays, self.backend)
-
-
-@dataclass(frozen=True, eq=False)
-class Operator:
-    """A product of matrices that is not carried out.
-
-    Args:
-        parts: the matrices, the first one leftmost.
-        backend: adapter of their library.
-    """
-
-    parts: tuple[Array, ...]
-    backend: Backend
-
-    @property
-    def columns(self) -> int:
-        """The product's number of columns."""
-        size: int = self.parts[-1].shape[1]
-        return size
-
-    @property
-    def transposed(self) -> Operator:
-        """The product's transpose."""
-        turned = (self.backend.permute(each, (1, 0)) for each in reversed(self.parts))
-        return Operator(tuple(turned), self.backend)
-
-    def times(self, columns: Array) -> Array:
-        """The product with some columns, from the right to the left."""
-        for each in reversed(self.parts):
-            columns = self.backend.matmul(each, columns)
-        return columns
-
-    def after(self, rows: Array) -> Array:
-        """The product of some rows with it, from the left to the right."""
-        for each in self.parts:
-            rows = self.backend.matmul(rows, each)
-        return rows
-
-
-def along(matrix: Array, array: Array, axes: tuple[int, ...], backend: Backend) -> Array:
-    """The product of a matrix with an axis of an array.
-
-    Args:
-        matrix: (rows, size); or (N, rows, size), one for each entry of other axes.
-        array: of any shape.
-        axes: these others, if any, and the axis at the end.
-        backend: adapter of their library.
-    """
-    order = (*axes, *(k for k in range(array.ndim) if k not in axes))
-    moved = backend.permute(array, order)
-    *levels, size = moved.shape[: len(axes)]
-    rest = tuple(moved.shape[len(axes) :])
-    batch = (prod(levels),) if levels else ()
-    flat = backend.matmul(matrix, backend.reshape(moved, (*batch, size, prod(rest))))
-    wide = backend.reshape(flat, (*levels, matrix.shape[-2], *rest))
-    return backend.permute(wide, tuple(order.index(k) for k in range(array.ndim)))
-
-
-def _transposed(matrix: Array, backend: Backend) -> Array:
-    """Rows and columns of a matrix, or of each of several, in turn."""
-    return backend.permute(matrix, (1, 0) if matrix.ndim == 2 else (0, 2, 1))
-
-
-def turned(array: Array, inputs: Array | None, outputs: Array | None, backend: Backend) -> Array:
-    """Rᵀ X Q of matrices X (…, in, out) and lower triangular roots; R of all, or (N, in, in).
-
-    Large ones are cut into strips, so that what is zero is not multiplied: nearly half.
-    """
-    xp = backend.namespace
-    if inputs is not None:
-        root = _transposed(inputs, backend)
-        strips = [
-            backend.matmul(root[..., start:stop, start:], array[..., start:, :])
-            for start, stop in _strips(root.shape[-1])
-        ]
-        array = strips[0] if len(strips) == 1 else xp.concat(strips, axis=-2)
-    if outputs is not None:
-        strips = [
-            backend.matmul(array[..., start:], outputs[start:, start:stop])
-            for start, stop in _strips(outputs.shape[0])
-        ]
-        array = strips[0] if len(strips) == 1 else xp.concat(strips, axis=-1)
-    return array
-
-
-def _strips(size: int) -> Iterator[tuple[int, int]]:
-    """Parts of a triangular matrix: one of a small one."""
-    step = size if size < _STRIP * _STRIPS else -(-size // _STRIPS)
-    for start in range(0, size, step):
-        yield start, min(start + step, size)
-
-
-def power(largest: float, bits: int) -> float:
-    """The power of two that takes a positive number near one, as far as a dtype has it.
-
-    Args:
-        largest: the number; 1 is returned for zero and for what is not finite.
-        bits: of the dtype.
-    """
-    if not 0.0 < largest < inf:
-        return 1.0
-    most = 126 if bits == 32 else 1022
-    return float(2.0 ** max(min(1 - frexp(largest)[1], most), -most))
-
-
-def scaling(largest: float, bits: int) -> float:
-    """:func:`power`, or 1 where squares of numbers up to ``largest`` are in no danger."""
-    found = power(largest, bits)
-    return found if abs(frexp(found)[1]) > _SAFE[bits] else 1.0
-
-
-def norm(array: Array, backend: Backend) -> float:
-    """The Frobenius norm, of numbers of any scale."""
-    (found,) = norms(backend.reshape(array, (1, -1, array.shape[-1])), backend)
-    return found
-
-
-def norms(array: Array, backend: Backend) -> list[float]:
-    """The Frobenius norms of matrices (…, rows, columns), each of any scale."""
-    xp, info = backend.namespace, backend.namespace.finfo(array.dtype)
-    matrices = backend.reshape(array, (-1, *array.shape[-2:]))
-    rows = backend.square_sums(backend.reshape(array, (-1, array.shape[-1])))
-    squares = xp.sum(backend.reshape(rows, (-1, array.shape[-2])), axis=-1)
-    # less may lack squares that are rounded to zero
-    least = prod(array.shape[-2:]) * float(info.smallest_normal) / float(info.eps)
-    found = []
-    for index, total in enumerate(to_host(squares, backend).tolist()):
-        scale = 1.0
-        if not least <= total < inf:
-            matrix = matrices[index]
-            scale = power(float(xp.max(xp.abs(matrix))), info.bits)
-            total = _squares(matrix * scale, backend)
-        found.append(sqrt(total) / scale)
-    return found
 
 
 def _narrowed(structure: Structure, start: int, stop: int) -> Structure:
@@ -413,8 +276,3 @@ def run(program: Program, arrays: Mapping[str, Array], backend: Backend) -> Arra
     """A program's result for operands by name."""
     operands = [arrays[operand.name] for operand in program.operands]
     return execute(program, operands, backend)[0][0]
-
-
-def _squares(array: Array, backend: Backend) -> float:
-    rows = backend.reshape(array, (-1, array.shape[-1]))
-    return float(backend.namespace.sum(backend.square_sums(rows)))

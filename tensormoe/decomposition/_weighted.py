@@ -18,8 +18,9 @@ from tensormoe._spec import LayerSpec
 from tensormoe.backend import Array
 from tensormoe.decomposition._choose import Sizes
 from tensormoe.decomposition._moments import Moments
+from tensormoe.decomposition._norms import power
 from tensormoe.decomposition._solve import from_host, to_host, wide
-from tensormoe.decomposition._source import Source, power
+from tensormoe.decomposition._source import Source
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.factorizations import (
     INPUT,

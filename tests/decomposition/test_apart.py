@@ -13,7 +13,8 @@ from tensormoe.backend import get_backend
 from tensormoe.decomposition import Moments, Search, decompose
 from tensormoe.decomposition._compress import compress, expand, falls_apart
 from tensormoe.decomposition._contractions import plan_node, plan_update, structures
-from tensormoe.decomposition._source import Source, turned
+from tensormoe.decomposition._matrices import turned
+from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._weighted import solved
 from tensormoe.factorizations import Factorization
 

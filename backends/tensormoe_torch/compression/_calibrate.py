@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tensormoe._format import format_bytes
 from tensormoe._validation import choice, flag, positive_int
 from tensormoe.compression import Calibration
-from tensormoe.compression._calibration import checked_ridge
+from tensormoe.compression._calibration_arrays import checked_ridge
 from tensormoe.compression._identity import shapes_digest
 from tensormoe.decomposition._moments import RIDGE
 from tensormoe.errors import PlanError, SpecError

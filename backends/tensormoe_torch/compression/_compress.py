@@ -11,24 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensormoe import LayerSpec
-from tensormoe._rounding import checked_bits, checked_bits_or_auto
-from tensormoe._validation import flag, instance
+from tensormoe._rounding import checked_bits
+from tensormoe._validation import flag
 from tensormoe.compression import Calibration
-from tensormoe.compression._bits import layer_bytes
 from tensormoe.compression._predicted import badness, lost
 from tensormoe.decomposition import Decomposition, Progress, Search, decompose
 from tensormoe.decomposition._several import Choice
-from tensormoe.errors import RankError, SpecError
-from tensormoe.factorizations import resolve_factorization
+from tensormoe.errors import SpecError
 from tensormoe.selection import Allocation, Budget
 from tensormoe_torch._hub import mark
 from tensormoe_torch._layer import MuMoE
-from tensormoe_torch.compression._calibrate import module_identity
+from tensormoe_torch.compression._compress_checks import (
+    calibrated_layer,
+    check_bits,
+    check_calibration,
+    check_sizes,
+    kinds_of,
+)
 from tensormoe_torch.compression._dense import ROLES, DenseExperts
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.compression._find import find_experts
-from tensormoe_torch.compression._gather import first_values
 from tensormoe_torch.compression._put import put_experts
 from tensormoe_torch.compression._read import read_experts
 from tensormoe_torch.compression._report import (
@@ -45,7 +47,7 @@ from tensormoe_torch.compression._samples import (
     standing_in,
 )
 from tensormoe_torch.compression._share import check_choice, check_share, given_parts
-from tensormoe_torch.surgery._allocated import allocated_modules, check_alone, layer_of
+from tensormoe_torch.surgery._allocated import allocated_modules, check_alone
 from tensormoe_torch.surgery._replace import at, num_bytes, num_parameters
 from tensormoe_torch.surgery._select import Select
 from tensormoe_torch.surgery._surroundings import check_surroundings
@@ -163,7 +165,7 @@ def compress(
         raise SpecError("weighted compression needs inputs; got none. Pass inputs=….")
     if flag(sequential, "sequential") and not weighted:
         raise SpecError("sequential compression is weighted by inputs. Pass weighted=True too.")
-    _check_calibration(model, calibration, weighted, weighting, expert_weights)
+    check_calibration(model, calibration, weighted, weighting, expert_weights)
     check_share(share, bits, budget, calibration)
     check_choice(factorization, rank, budget, tolerance)
     if isinstance(factorization, Allocation):
@@ -176,12 +178,12 @@ def compress(
     # a module that is used in several places is replaced by one
     names = list({id(module): name for name, module in reversed(chosen.items())}.values())[::-1]
     sources = [read_experts(chosen[name], name) for name in names]
-    kinds: dict[str, Mapping[str, Choice]] = {}
+    chosen_kinds: dict[str, Mapping[str, Choice]] = {}
     for source in sources:
-        kinds[source.name] = _kinds(source, factorization)
-        _check_bits(source, bits)
+        chosen_kinds[source.name] = kinds_of(source, factorization)
+        check_bits(source, bits)
         if budget is None and tolerance is None:
-            _check_sizes(source, kinds[source.name], rank, checked_bits(bits))
+            check_sizes(source, chosen_kinds[source.name], rank, checked_bits(bits))
     samples: list[Samples] | list[None] = [None] * len(sources)
     batches = [] if inputs is None else listed(inputs)
     if sequential:
@@ -189,7 +191,7 @@ def compress(
     elif inputs is not None:
         samples = collect(model, sources, batches)
 
-    parts = given_parts(sources, kinds, budget, share, bits, calibration)
+    parts = given_parts(sources, chosen_kinds, budget, share, bits, calibration)
     count, size = num_parameters(model), num_bytes(model)
     made: dict[int, FactorizedExperts] = {}
     modules = []
@@ -209,7 +211,7 @@ def compress(
                         budget=part.budget,
                         tolerance=tolerance,
                         weighted=weighted,
-                        calibrated=_calibrated(source, role, calibration),
+                        calibrated=calibrated_layer(source, role, calibration),
                         weighting=(weighting, expert_weights),
                         search=search,
                         callback=_named(callback, f"{source.name}.{role}"),
@@ -249,40 +251,6 @@ def _rounded_entries(experts: FactorizedExperts) -> int:
     return sum(each.spec.num_parameters for each in layers if each.bits is not None)
 
 
-def _check_bits(source: DenseExperts, bits: int | str | None) -> None:
-    """Refuse bits that no factors of these experts have.
-
-    Raises:
-        SpecError: there are such.
-    """
-    checked_bits_or_auto(bits)
-    dtype = source.dtype
-    if bits == 16 and dtype.itemsize != 2:
-        raise SpecError(
-            f"{source.name!r}: 16 bits are of models in bfloat16 or float16; got {dtype}. Convert "
-            "the model first, or take 8 bits."
-        )
-
-
-def _kinds(source: DenseExperts, factorization: Choice | Allocation) -> Mapping[str, Choice]:
-    """The factorization of each projection.
-
-    Raises:
-        SpecError: an allocation for experts of other sizes or another number.
-    """
-    if not isinstance(factorization, Allocation):
-        return dict.fromkeys(source.stacks, factorization)
-    sizes = {role: stack.sizes for role, stack in source.stacks.items()}
-    layer = layer_of(factorization, source.name, sizes)
-    if layer.site.experts != source.count:
-        raise SpecError(
-            f"an allocation must have as many experts as the model; {source.name!r} has "
-            f"{source.count}, the allocation {layer.site.experts}. Allocate anew for this model."
-        )
-    roles = (each.role for each in layer.site.projections)
-    return dict(zip(roles, layer.factorizations, strict=True))
-
-
 def _reported(
     source: DenseExperts,
     found: Mapping[str, Decomposition],
@@ -307,76 +275,6 @@ def _reported(
     return CompressedModule(
         source.name, type(source.module).__name__, source.count, projections, off
     )
-
-
-def _check_calibration(
-    model: nn.Module,
-    calibration: Calibration | None,
-    weighted: bool,
-    weighting: str,
-    expert_weights: str,
-) -> None:
-    """Refuse a calibration of another model, or words without one.
-
-    Raises:
-        SpecError, CheckpointError: there is one, or there are.
-    """
-    if calibration is None:
-        if (weighting, expert_weights) != ("inputs", "equal"):
-            raise SpecError(
-                "weighting and expert_weights need a calibration; got none. Pass calibration=…."
-            )
-        return
-    instance(calibration, Calibration, "calibration", "a Calibration or None", SpecError)
-    if weighted:
-        raise SpecError("one of weighted and calibration must be given; got both. Leave one out.")
-    calibration.check_model(module_identity(model), f"this {type(model).__name__}")
-
-
-def _calibrated(
-    source: DenseExperts, role: str, calibration: Calibration | None
-) -> tuple[Calibration, str] | None:
-    """The calibration, and its name of a layer whose weights it was gathered with.
-
-    Raises:
-        CheckpointError: other weights, or no such layer.
-    """
-    if calibration is None:
-        return None
-    layer = calibration.find(source.name)
-    calibration.check_values(layer, role, first_values(source, role).numpy())
-    return calibration, layer
-
-
-def _check_sizes(
-    source: DenseExperts,
-    kinds: Mapping[str, Choice],
-    rank: int | tuple[int, ...] | None,
-    bits: int | None,
-) -> None:
-    """Refuse, before any work, factors that are larger than what they stand for.
-
-    Raises:
-        RankError: they are; or bonds that do not fit.
-    """
-    for role in source.stacks:
-        kind = resolve_factorization(kinds[role], rank)  # type: ignore[arg-type]
-        with at(f"{source.name}.{role}"):
-            rows, columns, bias = source.own_sizes(role)
-            spec = LayerSpec(rows, columns, (source.count,), kind, bias=bias)
-            dense = source.count * (rows + bias) * columns
-            parameters, itemsize = spec.num_parameters, source.dtype.itemsize
-            size = layer_bytes(spec, bits, itemsize)
-            if bits is not None and size > itemsize * dense:
-                raise RankError(
-                    f"factors must have no more bytes than the weights, {itemsize * dense:,}; "
-                    f"{kind} of {bits} bits has {size:,}. Lower the rank, or give a budget."
-                )
-            if bits is None and parameters > dense:
-                raise RankError(
-                    f"factors must have no more entries than the weights, {dense:,}; {kind} has "
-                    f"{parameters:,}. Lower the rank, or give a budget."
-                )
 
 
 def _kept_biases(source: DenseExperts) -> dict[str, Tensor]:
