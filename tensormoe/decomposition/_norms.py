@@ -41,11 +41,11 @@ def norms(array: Array, backend: Backend) -> list[float]:
     xp, info = backend.namespace, backend.namespace.finfo(array.dtype)
     matrices = backend.reshape(array, (-1, *array.shape[-2:]))
     rows = backend.square_sums(backend.reshape(array, (-1, array.shape[-1])))
-    squares = xp.sum(backend.reshape(rows, (-1, array.shape[-2])), axis=-1)
+    totals = xp.sum(backend.reshape(rows, (-1, array.shape[-2])), axis=-1)
     # less may lack squares that are rounded to zero
     least = prod(array.shape[-2:]) * float(info.smallest_normal) / float(info.eps)
     found = []
-    for index, total in enumerate(to_host(squares, backend).tolist()):
+    for index, total in enumerate(to_host(totals, backend).tolist()):
         scale = 1.0
         if not least <= total < inf:
             matrix = matrices[index]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # of each expert, and of the three unfoldings
 _DASHES = ("--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
 # one more than colours, so that pairs repeat late
-_MARKERS = "osD^vPX*h"
+_MARKERS = "osD^vPX*hp"
 _SHARES = [digit * 10.0**power for power in range(-6, 0) for digit in (1, 2, 5)] + [1.0]
 
 

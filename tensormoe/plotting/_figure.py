@@ -31,11 +31,10 @@ COLOURS = (
     "#661100",
     "#332288",
     "#117733",
-    "#882255",
 )
 """Told apart by people who do not see red and green alike.
 
-Okabe and Ito 2008, with a darker yellow; the last four are dark ones of Tol 2021.
+Okabe and Ito 2008, with a darker yellow; the last three are dark ones of Tol 2021.
 """
 
 _STYLE: dict[str, Any] = {
