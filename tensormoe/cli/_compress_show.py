@@ -22,9 +22,8 @@ from tensormoe.compression import (
     CompressionProgress,
     CompressionResult,
     GroupPlan,
-    GroupReport,
 )
-from tensormoe.decomposition._controls import Control, verdict
+from tensormoe.compression._verdict import verdicts
 from tensormoe.planning import Roofline
 
 if TYPE_CHECKING:
@@ -195,7 +194,7 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
             "errors; tensormoe evaluate measures it",
             soft_wrap=True,
         )
-    for line in _verdicts(result):
+    for line in _notes(result):
         console.print(line, soft_wrap=True)
     what = (
         "the model with rebuilt experts"
@@ -213,24 +212,13 @@ def _calibrated(settings: Compression) -> str:
     return f"{shown}, experts {experts[settings.expert_weights]}"
 
 
-def _verdicts(result: CompressionResult) -> Iterator[str]:
-    """Notes on groups whose truncated SVDs are closer, or whose search was cut short."""
-    beaten = [each for each in result.groups if each.closer is not None]
-    if beaten:
-        worst = max(beaten, key=lambda each: each.error / max(_closer(each).error, 1e-12))
-        yield (
-            f"truncated SVDs are closer at no more parameters in {len(beaten)} of "
-            f"{len(result.groups)} groups; {worst.name}: {verdict(_closer(worst), worst.error)}"
-        )
+def _notes(result: CompressionResult) -> Iterator[str]:
+    """Controls that lose less, and searches that were cut short."""
+    yield from verdicts(result.groups)
     for ended, what in (("time", "the time limit"), ("stalled", "rounding")):
         count = sum(each.ended == ended for each in result.groups)
         if count:
             yield f"{what} ended the search in {count} of {len(result.groups)} groups"
-
-
-def _closer(each: GroupReport) -> Control:
-    assert each.closer is not None
-    return each.closer
 
 
 def plan_dict(plan: CompressionPlan, device: Roofline, limit: int | None) -> dict[str, Any]:
@@ -287,6 +275,7 @@ def result_dict(result: CompressionResult, settings: Compression) -> dict[str, A
         "predicted_loss": result.predicted_loss,
         "dense_bytes": result.dense_bytes,
         "factor_bytes": result.nbytes,
+        "verdicts": list(verdicts(result.groups)),
         "groups": [each.to_dict() | {"svd_error": each.svd_error} for each in result.groups],
     }
 

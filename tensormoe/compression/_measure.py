@@ -11,6 +11,7 @@ from tensormoe._format import plain_rank
 from tensormoe.backend import get_backend
 from tensormoe.checkpoint import ArrayInfo
 from tensormoe.compression._values import rounded
+from tensormoe.compression._verdict import Rounding
 from tensormoe.decomposition._controls import EACH, Control, best_joint, closest
 from tensormoe.decomposition._errors import shares
 from tensormoe.decomposition._norms import norm
@@ -53,6 +54,8 @@ class GroupReport:
         bits: 8 or 4 of the factors' entries; None for entries of the dtype.
         nbytes: of the factors as they are stored, scales included; also where matrices were
             written instead.
+        rounding: the experts themselves in 8 and in 4 bits, to compare with; empty if not asked
+            for.
     """
 
     name: str
@@ -74,6 +77,7 @@ class GroupReport:
     factorization: str = ""
     bits: int | None = None
     nbytes: int = 0
+    rounding: tuple[Rounding, ...] = ()
 
     def __post_init__(self) -> None:
         # reports from before there were bits
@@ -117,6 +121,7 @@ class GroupReport:
             "rank": tuple(rank) if isinstance(rank, list) else rank,
             "expert_errors": tuple(values["expert_errors"]),
             "controls": tuple(Control(**each) for each in values["controls"]),
+            "rounding": tuple(Rounding(**each) for each in values.get("rounding", ())),
         }
         return cls(**{**values, **parts})
 

@@ -16,6 +16,7 @@ from tensormoe.compression._plan import compares
 from tensormoe.compression._settings import Compression
 from tensormoe.compression._shards import Model
 from tensormoe.compression._values import read_stack, rounded, working_dtype
+from tensormoe.compression._verdict import roundings
 from tensormoe.compression._write import write_factors
 from tensormoe.decomposition._decompose import decompose
 from tensormoe.decomposition._gauge import robust
@@ -112,4 +113,5 @@ def compress_stack(
         config.spec.factorization.name,
         bits,
         layer_bytes(config.spec, bits, group.itemsize),
+        roundings(stack, group.dtype, group.itemsize, calibrated) if compares(settings) else (),
     )
