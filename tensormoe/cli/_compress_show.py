@@ -14,7 +14,7 @@ from tensormoe._format import (
     format_time,
     plain_rank,
 )
-from tensormoe._rounding import checked_bits_or_auto
+from tensormoe._rounding import AUTO, checked_bits_or_auto
 from tensormoe.cli._console import make_console, make_table
 from tensormoe.compression import (
     Compression,
@@ -144,6 +144,7 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
     """Show a result."""
     several = not isinstance(settings.factorization, str) or settings.factorization == "auto"
     columns = ["experts", "shape", *(["factors"] if several else []), "rank"]
+    columns += ["bits"] if settings.bits == AUTO else []
     columns += ["before", "after", "error"]
     calibrated = settings.calibration is not None
     predicted = result.predicted_loss
@@ -156,6 +157,7 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
             _shape(each.experts, each.in_features, each.out_features),
             *([each.factorization] if several else []),
             format_rank(each.rank),
+            *([_bits(each)] if settings.bits == AUTO else []),
             format_parameters(each.dense_parameters),
             format_parameters(each.parameters),
             format_share(each.error),
@@ -297,6 +299,11 @@ def _planned_rank(each: GroupPlan, settings: Compression) -> str:
 def _at_most(text: str, settings: Compression) -> str:
     exact = settings.budget is None and settings.tolerance is None
     return text if exact else f"≤ {text}"
+
+
+def _bits(each: GroupReport) -> str:
+    """Bits of an entry of what was written."""
+    return str(each.bits or 8 * each.dense_bytes // each.dense_parameters)
 
 
 def _factors(settings: Compression) -> str:

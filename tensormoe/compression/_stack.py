@@ -65,6 +65,7 @@ def compress_stack(
             compare=compares(settings),
             judge=None if calibrated is None else calibrated.judged,
             seed=settings.seed,
+            bits=bits,
         )
     except TensormoeError as reason:
         raise type(reason)(f"{group.name!r}: {reason}") from reason
@@ -75,7 +76,8 @@ def compress_stack(
     # matrices are rebuilt from factors that were never rounded
     stored = working_dtype(group.dtype) if settings.dense else group.dtype
     best = found.factors
-    if bits is not None or stored != working_dtype(group.dtype):
+    # those of few bits are rounded already, and keep their codes
+    if bits is None and stored != working_dtype(group.dtype):
         best = robust(config.spec.network, best)
     named = {f"factors.{name}": array for name, array in best.items()}
     codes: dict[str, Any] = {}

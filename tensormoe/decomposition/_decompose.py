@@ -30,7 +30,7 @@ from tensormoe.decomposition._errors import (
 from tensormoe.decomposition._gauge import robust, stretched
 from tensormoe.decomposition._host import Workplace
 from tensormoe.decomposition._in_bits import in_bits
-from tensormoe.decomposition._moments import Moments
+from tensormoe.decomposition._moments import Moments, relative
 from tensormoe.decomposition._report import Decomposition, Report
 from tensormoe.decomposition._runs import Runs
 from tensormoe.decomposition._search import Found, Search
@@ -157,7 +157,7 @@ def decompose(
     own = metric is not None and metric.apart
     if own and choice is None:
         own = turns_experts(any_rank(factorization, sizes))  # type: ignore[arg-type]
-    weightings = _Weightings.of(given, metric, own, judge)
+    weightings = _Weightings.of(given, metric, own, judge, bits)
     runs = Runs(
         weightings.pooled.source,
         sizes,
@@ -166,7 +166,7 @@ def decompose(
         seed,
         watch,
         None if weightings.apart is None else weightings.apart.source,
-        weightings.score if judge is not None or weightings.apart is not None else None,
+        weightings.score if weightings.compares else None,
     )
     kind, found = runs.find(choice or factorization, rank, budget, tolerance)  # type: ignore[arg-type]
     spec = LayerSpec(*sizes, kind, bias=bias is not None)
@@ -215,6 +215,7 @@ class _Weightings:
         pooled: of networks whose experts share their input side.
         apart: of those whose experts do not; None where all experts weigh their inputs alike.
         judge: of factors.
+        bits: that factors are rounded to before they are judged.
     """
 
     given: _Given
@@ -222,15 +223,27 @@ class _Weightings:
     pooled: Weighting
     apart: Weighting | None = None
     judge: Judge | None = None
+    bits: int | None = None
+
+    @property
+    def compares(self) -> bool:
+        """Whether factors are told apart by something else than what searches minimize."""
+        return self.judge is not None or self.apart is not None or self.bits is not None
 
     @classmethod
     def of(
-        cls, given: _Given, metric: Moments | None, own: bool, judge: Judge | None
+        cls,
+        given: _Given,
+        metric: Moments | None,
+        own: bool,
+        judge: Judge | None,
+        bits: int | None,
     ) -> _Weightings:
         if metric is None:
-            return cls(given, None, Weighting(given.source), judge=judge)
+            return cls(given, None, Weighting(given.source), judge=judge, bits=bits)
         pooled = weigh(given.source, metric.pooled())
-        return cls(given, metric, pooled, weigh(given.source, metric) if own else None, judge)
+        apart = weigh(given.source, metric) if own else None
+        return cls(given, metric, pooled, apart, judge, bits)
 
     def undo(self, spec: LayerSpec, factors: Mapping[str, Array]) -> dict[str, Array]:
         """The factors of the tensor without weights."""
@@ -238,13 +251,17 @@ class _Weightings:
         return (self.apart if own and self.apart else self.pooled).undo(spec, factors)
 
     def score(self, spec: LayerSpec, factors: Mapping[str, Array]) -> float:
-        """The judge's number, or else the error in the metric itself: of any network."""
-        found = without_bias_rows(spec.network, self.undo(spec, factors))
-        judge = self.judge
-        if judge is None:
-            assert self.metric is not None
-            judge = self.metric.error
-        return judge(expert_pairs(spec, found, self.given.source))
+        """The judge's number, or else the error in the metric itself: of any network, as stored.
+
+        Large entries that cancel one another lose much by rounding.
+        """
+        stored = _stored(spec, self.undo(spec, factors), self.given, self.bits)
+        pairs = expert_pairs(spec, _read(stored, self.given), self.given.source)
+        if self.judge is not None:
+            return self.judge(pairs)
+        if self.metric is not None:
+            return self.metric.error(pairs)
+        return relative((float((b**2).sum()), float((a**2).sum())) for a, b in pairs)
 
 
 def _metric(given: _Given, weighted: bool, moments: Moments | None) -> Moments | None:

@@ -208,10 +208,12 @@ class Runs:
         if len(kinds) == 1 or self._dense > LARGE:
             return kinds[0], None
         best: tuple[Factorization, Found] | None = None
+        least = inf
         for kind in kinds:
             found = self._or(best and best[1], kind, TRIAL)
-            if best is None or _least(found) < _least(best[1]):
-                best = kind, found
+            score = self._score(kind, found)
+            if best is None or score < least:
+                best, least = (kind, found), score
             if found.ended in _STOPPED:
                 return best[0], replace(best[1], ended=found.ended)
         return best  # type: ignore[return-value]

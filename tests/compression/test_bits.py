@@ -103,13 +103,13 @@ def test_nearly_dependent_factors_survive_8_bits(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a search ends with for large Tucker factors, made by hand."""
-    from tensormoe.compression import _stack
+    from tensormoe.decomposition import _runs
 
-    decompose = _stack.decompose
+    fit = _runs.fit
     bad = np.eye(5, dtype="float32") * 1e-2 + 1
 
     def bent(*given: Any, **named: Any) -> Any:
-        found = decompose(*given, **named)
+        found = fit(*given, **named)
         factors = dict(found.factors)
         factors["output"] = factors["output"] @ bad
         factors["core"] = factors["core"] @ np.linalg.inv(bad.T).astype("float32")
@@ -118,7 +118,7 @@ def test_nearly_dependent_factors_survive_8_bits(
     model = save(tmp_path / "m.safetensors", sizable(rng, torch.float32))
     chosen = wanted("tucker", rank=(3, 4, 5), bits=8, compare=False)
     (plain,) = compress_checkpoint(model, tmp_path / "plain", chosen).groups
-    monkeypatch.setattr(_stack, "decompose", bent)
+    monkeypatch.setattr(_runs, "fit", bent)
     (report,) = compress_checkpoint(model, tmp_path / "out", chosen).groups
     assert report.error == pytest.approx(plain.error, abs=1e-3)
 

@@ -141,3 +141,27 @@ def test_moments_of_other_experts_are_refused() -> None:
         decompose(apart(5), LowRank(2), moments=few)
     with pytest.raises(ShapeError, match="symmetric"):
         Moments(RNG.standard_normal((3, 4, 4)))
+
+
+def test_factors_are_compared_as_they_are_stored() -> None:
+    """Shared matrices that cancel one another fit best, and lose all of it in four bits."""
+    rng = np.random.default_rng(5)
+    shared, own = rng.standard_normal((24, 3)), rng.standard_normal((6, 3, 20))
+    tilt = 1e-2 * rng.standard_normal((6, 24, 3))
+    weights = (shared + tilt) @ own
+    for bits in (None, 4):
+        found = decompose(
+            weights, ("shared_basis", "low_rank"), budget=0.6, bits=bits, search=SHORT
+        )
+        errors = dict(found.report.tried)
+        chosen = found.spec.factorization
+        assert errors[chosen] == min(errors.values())
+        assert found.report.error == pytest.approx(errors[chosen], rel=1e-3, abs=1e-6)
+
+
+def test_weights_out_of_range_are_compared_at_their_own_scale() -> None:
+    moments = Moments(spread(5, 16))
+    weights = RNG.standard_normal((5, 16, 12)).astype("float32") * np.float32(1e-18)
+    found = decompose(weights, ("low_rank", "cp"), budget=0.4, moments=moments, search=SHORT)
+    errors = dict(found.report.tried)
+    assert found.report.weighted_error == pytest.approx(errors[found.spec.factorization], rel=1e-2)
