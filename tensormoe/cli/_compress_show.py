@@ -22,6 +22,7 @@ from tensormoe.compression import (
     CompressionProgress,
     CompressionResult,
     GroupPlan,
+    GroupReport,
 )
 from tensormoe.compression._verdict import verdicts
 from tensormoe.planning import Roofline
@@ -114,7 +115,7 @@ def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> Non
     )
     if checked_bits_or_auto(settings.bits) is not None:
         console.print(
-            f"{settings.bits} bits: {format_bytes(plan.dense_bytes)} → "
+            f"{_bits_asked(settings)}: {format_bytes(plan.dense_bytes)} → "
             f"{_at_most(format_bytes(plan.factor_bytes), settings)} "
             f"({plan.factor_bytes / plan.dense_bytes:.1%}), scales included",
             soft_wrap=True,
@@ -178,7 +179,7 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
     )
     if checked_bits_or_auto(settings.bits) is not None:
         console.print(
-            f"{settings.bits} bits: {format_bytes(result.dense_bytes)} → "
+            f"{_bits_asked(settings)}: {format_bytes(result.dense_bytes)} → "
             f"{format_bytes(result.nbytes)} ({result.nbytes / result.dense_bytes:.1%}), "
             f"{'if factors were stored' if settings.dense else 'scales included'}; SVDs are of "
             "no more parameters, and not rounded",
@@ -299,6 +300,11 @@ def _planned_rank(each: GroupPlan, settings: Compression) -> str:
 def _at_most(text: str, settings: Compression) -> str:
     exact = settings.budget is None and settings.tolerance is None
     return text if exact else f"≤ {text}"
+
+
+def _bits_asked(settings: Compression) -> str:
+    """Bits of an entry, in words."""
+    return "bits as chosen" if settings.bits == AUTO else f"{settings.bits} bits"
 
 
 def _bits(each: GroupReport) -> str:
