@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tensormoe.compression._calibrated import CalibratedGroup
     from tensormoe.compression._measure import GroupReport
 
-ABOUT = 1.1
+ABOUT = 1.2
 """Of the factors' bytes, up to which a control counts as about as large."""
 
 
