@@ -3,7 +3,7 @@
 import { byId, draw } from "./dom.js";
 import { whole } from "./format.js";
 
-const COLOURS = 9;
+const COLOURS = 10;
 const TOP = 14, RIGHT = 18, BOTTOM = 44, LEFT = 56;
 // corners of the marks, and by how much of the way from one to the next they are turned
 const CORNERS = [0, 4, 3, 5, 4, 6, 3];
@@ -16,6 +16,7 @@ function outline(index, radius) {
     const [far, near] = [radius, radius / 3].map((size) => size.toFixed(2));
     return `M${-near} ${-far}H${near}V${-near}H${far}V${near}H${near}V${far}H${-near}V${near}H${-far}V${-near}H${-near}Z`;
   }
+  if (kind === 9) return `M${-radius / 2} ${-radius}H${radius / 2}V${radius}H${-radius / 2}Z`;
   if (kind === 8) return `M${-radius} ${-radius / 2}H${radius}V${radius / 2}H${-radius}Z`;
   if (!corners) return `M${-radius} 0a${radius} ${radius} 0 1 0 ${2 * radius} 0a${radius} ${radius} 0 1 0 ${-2 * radius} 0Z`;
   const points = Array.from({ length: corners }, (_, k) => {
