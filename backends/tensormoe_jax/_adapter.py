@@ -42,10 +42,12 @@ class JaxBackend:
 
     def matmul(self, left: Array, right: Array, /) -> Array:
         if right.ndim > 2 and jax.default_backend() == "cpu":
-            if left.shape[-2] <= right.shape[-1]:
+            rows = left.shape[-2]
+            # not those of an export, whose number is open
+            if isinstance(rows, int) and 8 * rows <= right.shape[-1]:
                 # of rows that all matrices meet XLA would make one product, and for it a transposed
                 # copy of the matrices
-                batch = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+                batch = jnp.broadcast_shapes(left.shape[:-2], right.shape[:-2])
                 left = jnp.broadcast_to(left, (*batch, *left.shape[-2:]))
             if left.ndim > 2:
                 # XLA would fold the transposes around a batched product into it, and then runs it

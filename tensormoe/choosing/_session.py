@@ -28,7 +28,7 @@ class Session:
     >>> asked = {"in_features": 768, "out_features": 768, "experts": 512}
     >>> response = session.explore({**asked, "parts": ["rows"]})
     >>> response["best"]["name"], session.rows
-    ('tensor_ring', 9)
+    ('tensor_ring', 10)
     >>> session.explore({**asked, "parts": ["selected"]})["selected"]["factorization"]
     'tensor_ring'
     >>> session.rows

@@ -31,9 +31,9 @@ def merge_experts(
     """Replace several experts by their weighted mean, weights and biases.
 
     Where an expert has one array of its own, as in CP, tensor ring, tensor train, Tucker, Hadamard,
-    dense experts and ``SharedDelta``, its slices are averaged and the mean is exact. With a shared
-    basis or a base and deltas, it has several, and gets those that come closest to the mean, found
-    as :func:`replace_expert` finds them.
+    dense experts and ``SharedDelta``, its slices are averaged and the mean is exact. With low rank,
+    a shared basis or a base and deltas, it has several, and gets those that come closest to the
+    mean, found as :func:`replace_expert` finds them.
 
     Coefficients stay as they are: merged experts are equal, and an input gets their mean as often
     as all their coefficients together say. No expert is dropped, since no logit has the sum of

@@ -65,6 +65,7 @@ def test_errors_are_what_callers_would_catch_anyway(error: str) -> None:
         "ClusterError": RuntimeError,
         "LayoutError": NotImplementedError,
         "MissingDependencyError": ImportError,
+        "TrainingError": RuntimeError,
     }
     if kind is not TensormoeError:
         assert issubclass(kind, builtin.get(error, ValueError))

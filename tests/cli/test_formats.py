@@ -132,7 +132,7 @@ def test_fronts_are_asked_for_where_they_are_shown(
         printed(capsys, *RANK, "--format", form)
     assert not asked
     printed(capsys, *RANK, "--front")
-    assert len(asked) == 9
+    assert len(asked) == 10
 
 
 def flat(text: str) -> str:

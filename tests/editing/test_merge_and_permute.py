@@ -21,7 +21,7 @@ from tensormoe_numpy import MuMoE, MuMoEMLP
 from tests._kinds import KINDS
 
 Arrays = dict[str, np.ndarray]
-FITTED = ("shared_basis", "base_delta")
+FITTED = ("low_rank", "shared_basis", "base_delta")
 
 
 def values_of(config: LayerConfig | BlockConfig, seed: int = 0, dtype: str = "float64") -> Arrays:

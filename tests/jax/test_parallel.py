@@ -16,7 +16,7 @@ from tests._python import run_python
 HERE = Path(__file__).resolve().parent
 WIDE = bool(os.environ.get("TENSORMOE_DISTRIBUTED"))
 KINDS = (
-    *("cp", "tensor_ring", "tensor_train", "tucker", "shared_basis", "base_delta"),
+    *("cp", "tensor_ring", "tensor_train", "tucker", "low_rank", "shared_basis", "base_delta"),
     *("shared_delta", "hadamard", "dense"),
 )
 NAMES = [

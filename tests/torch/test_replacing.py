@@ -16,7 +16,7 @@ from tests.torch._helpers import assert_near, build, factors_of, normal, pick, p
 
 EXPERTS = [(5,), (4, 3), (2, 3, 2)]
 
-SEVERAL = ("shared_basis", "base_delta")
+SEVERAL = ("low_rank", "shared_basis", "base_delta")
 """Where an expert has more than one array of its own."""
 
 
@@ -25,6 +25,8 @@ def carriers(layer: MuMoE, level: int) -> dict[str, int]:
     kind = layer.spec.factorization.name
     if kind == "dense":
         return {"weight": level, "bias": level}
+    if kind == "low_rank":
+        return {"input": 1 + level, "bias": level}
     if kind == "base_delta":
         # all of them are affine in these, around the base
         return {"input": 1 + level, "bias_1": level}
@@ -112,8 +114,8 @@ def test_what_the_factors_span_is_reached(kind: Any, experts: tuple[int, ...]) -
     level = len(experts) - 1
     before = weights(layer)
     shares = (0.3, -2.0)
-    if kind.name == "shared_basis":
-        # other experts mix the basis otherwise
+    if kind.name in ("low_rank", "shared_basis"):
+        # other experts mix the basis otherwise, or have none in common
         shares = (0.3, 0.0)
     elif kind.name == "base_delta":
         # what is not the base's spans an expert's own space

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from tensormoe._rounding import AUTO, checked_bits
@@ -170,6 +169,8 @@ def entries_of(
 
 def _host(source: DenseExperts, role: str) -> tuple[NDArray[Any], bool]:
     """The experts on the host, with a row of biases each where there are some."""
+    import numpy as np
+
     weights, bias = source.decomposed(role)
     stack = weights.double().cpu().numpy()
     if bias is not None:
