@@ -32,7 +32,7 @@ class Session:
     >>> session.explore({**asked, "parts": ["selected"]})["selected"]["factorization"]
     'tensor_ring'
     >>> session.rows
-    9
+    10
     """
 
     def __init__(self) -> None:
