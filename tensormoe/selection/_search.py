@@ -47,6 +47,8 @@ def best(family: Family, spending: Spending, measure: Measure) -> Choice | None:
         found, goal = None, (goal[0], goal[1] - 1)
         for sizes in ranks.search(outers, measure, lambda pair: measure(*pair) > goal):  # noqa: B023
             found, goal = sizes, measure(*family.figures(sizes))
+    if found is None and spending.allows(family.spec((1, 1))):
+        found = ranks.allowed(measure)
     return found
 
 
@@ -115,6 +117,18 @@ class _Ranks:
             # of paths that are equal to the planner, a layer may run by another one
             if self._spending.allows(family.spec(sizes)):
                 yield sizes
+
+    def allowed(self, measure: Measure) -> Choice:
+        """A rank that the layer's own plan allows, where plans for one batch size allow none.
+
+        The best one of a small family; of a large one the smallest, which must be allowed.
+        """
+        grid = [(1, 1)]
+        if self._few:
+            inners = range(1, self._family.saturation(INNER) + 1)
+            grid = list(product(range(1, self.last + 1), inners))
+            grid.sort(key=lambda sizes: measure(*self._family.figures(sizes)), reverse=True)
+        return next(sizes for sizes in grid if self._spending.allows(self._family.spec(sizes)))
 
     def _shares(self) -> Callable[[Choice], float]:
         """The largest share of a limit that a rank takes."""

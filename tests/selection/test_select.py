@@ -337,3 +337,14 @@ print(select_rank("tucker", 64, 64, (8, 4), budget=Budget(time=1e-3)))
 def test_selection_needs_no_array_library() -> None:
     done = run_python("-c", WITHOUT_ARRAYS)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_the_layers_own_plan_allows_is_not_refused() -> None:
+    """A plan for one batch size alone takes 183 FLOPs here, the layer's 154."""
+    options: Any = {"bias": False, "gate": None}
+    budget = Budget(flops=154, batch=7)
+    for objective in ("capacity", "expert_span"):
+        found = select_rank("shared_delta", 2, 2, 1, budget=budget, objective=objective, **options)
+        assert found == 1
+    with pytest.raises(BudgetError, match="at least 154"):
+        select_rank("shared_delta", 2, 2, 1, budget=Budget(flops=153, batch=7), **options)
