@@ -82,7 +82,7 @@ def verdicts(groups: Sequence[GroupReport]) -> Iterator[str]:
     beaten = [each for each in groups if each.closer is not None]
     if beaten:
         quiet = False
-        worst = max(beaten, key=lambda each: each.error / max(_error(each.closer), 1e-12))
+        worst = max(beaten, key=_times)
         assert worst.closer is not None
         yield (
             f"truncated SVDs are closer at no more parameters in {len(beaten)} of "
@@ -109,7 +109,7 @@ def verdicts(groups: Sequence[GroupReport]) -> Iterator[str]:
 
 
 def _lost(each: GroupReport | Rounding) -> float:
-    """What two forms of a group are compared by."""
+    """Number by which two forms of a group are compared."""
     if each.predicted_loss is not None:
         return each.predicted_loss
     return each.error if each.output_error is None else each.output_error
@@ -126,5 +126,7 @@ def _compared(rounded: Iterable[Rounding], factors: Iterable[GroupReport]) -> st
     return f", {sums[0]:+.4f} nats per token predicted instead of {sums[1]:+.4f}"
 
 
-def _error(control: Any) -> float:
-    return float(control.error)
+def _times(each: GroupReport) -> float:
+    """Error of a group's factors, over that of the closest truncated SVD."""
+    assert each.closer is not None
+    return each.error / max(each.closer.error, 1e-12)

@@ -102,7 +102,7 @@ def test_scales_that_float16_hardly_holds(
 def test_nearly_dependent_factors_survive_8_bits(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a search ends with for large Tucker factors, made by hand."""
+    """Factors as a search for large Tucker networks ends with, made by hand."""
     from tensormoe.decomposition import _runs
 
     fit = _runs.fit

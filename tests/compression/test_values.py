@@ -91,7 +91,7 @@ def test_orthonormal_factors_make_the_same_tensor(
 def test_nearly_dependent_factors_survive_16_bits(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a search ends with for large Tucker factors, made by hand."""
+    """Factors as a search for large Tucker networks ends with, made by hand."""
     from tensormoe.compression import _stack
 
     decompose = _stack.decompose

@@ -222,7 +222,7 @@ def test_16_bits_lose_what_rounding_the_weights_does(
 def test_factors_that_a_search_bends_are_straightened_before_they_are_rounded(
     dtype: torch.dtype, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a search ends with for large Tucker factors, made by hand."""
+    """Factors as a search for large Tucker networks ends with, made by hand."""
     kind = Tucker((3, 4, 5))
     run = Runs.run
     bad = (np.eye(5) * 1e-3 + 1).astype("f4")

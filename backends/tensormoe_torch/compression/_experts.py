@@ -17,11 +17,12 @@ from tensormoe.mixtures import run_expert, run_sent, send
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._autograd import no_autocast
 from tensormoe_torch._checks import check_ids, check_input
-from tensormoe_torch._factors import Factors, narrowed
+from tensormoe_torch._factors import narrowed
 from tensormoe_torch._layer import MuMoE
 from tensormoe_torch._operator import direct
 from tensormoe_torch._sharded import Loads
 from tensormoe_torch._tracing import is_traced
+from tensormoe_torch.compression._calls import check_choices, is_plain
 
 if TYPE_CHECKING:
     from tensormoe_torch._exchange import Exchange
@@ -237,7 +238,7 @@ class FactorizedExperts(Loads):
             not self.shares_work
             or self.boundary is not None
             or len(layers) == 1
-            or not all(map(_is_plain, layers))
+            or not all(map(is_plain, layers))
         ):
             return False
         if is_traced(given[0]) or not torch.is_grad_enabled():
@@ -429,24 +430,6 @@ class FactorizedExperts(Loads):
         return f"num_experts={self.num_experts}{merged}{named}"
 
 
-def check_choices(
-    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> tuple[tuple[int, ...], int]:
-    """The leading shape of a call of experts, and how many each token has.
-
-    Raises:
-        ShapeError: indices or weights that do not fit the input.
-    """
-    batch_shape = tuple(hidden_states.shape[:-1])
-    if top_k_index.shape[:-1] != batch_shape or top_k_weights.shape != top_k_index.shape:
-        raise ShapeError(
-            f"top_k_index and top_k_weights must both have shape {(*batch_shape, 'k')}, one row "
-            f"per token; got {tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}. Give "
-            "what the router gives."
-        )
-    return batch_shape, top_k_index.shape[-1]
-
-
 class _Expert:
     """One of the experts, called as its module was."""
 
@@ -459,23 +442,6 @@ class _Expert:
         return self._experts.routed(x, index)
 
     __call__ = forward
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is one of ours, whole, and nobody watches or changes its calls."""
-    if type(layer) is not MuMoE or type(layer.factors) is not Factors or layer._part is not None:
-        return False
-    return not any(_is_watched(each) for each in (layer, layer.factors))
-
-
-def _is_watched(module: nn.Module) -> bool:
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return any(map(bool, hooks)) or "forward" in vars(module)
 
 
 def _name(function: Activation) -> str:

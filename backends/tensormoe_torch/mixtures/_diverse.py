@@ -16,7 +16,8 @@ from tensormoe.routing import Router, Routes
 from tensormoe.selection import Budget
 from tensormoe_torch._adapter import BACKEND
 from tensormoe_torch._tracing import is_traced
-from tensormoe_torch.compression._experts import FactorizedExperts, check_choices
+from tensormoe_torch.compression._calls import check_choices
+from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.mixtures._base import MixtureModule, make_experts
 from tensormoe_torch.mixtures._router import MixtureRouter
 
