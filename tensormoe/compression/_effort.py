@@ -25,6 +25,7 @@ from tensormoe.decomposition._contractions import (
 from tensormoe.decomposition._controls import EXACT, TURNS, estimated
 from tensormoe.decomposition._fit import WORKSPACE
 from tensormoe.decomposition._runs import TRIAL
+from tensormoe.decomposition._weighted import KEPT
 from tensormoe.factorizations import INPUT, OUTPUT, Factor, Leg
 from tensormoe.planning import Cost, Program, Roofline, StepCost
 from tensormoe.planning._cost import program_cost, program_peak
@@ -68,16 +69,21 @@ def memory_needed(spec: LayerSpec, itemsize: int, compare: bool) -> int:
     return BASE_MEMORY + spec.num_experts * matrix + max(search, spectra)
 
 
-def moments_needed(spec: LayerSpec, apart: bool) -> int:
-    """Bytes of second moments of both sides and their roots, and an expert in float64, at most.
+def moments_needed(spec: LayerSpec, itemsize: int, apart: bool) -> int:
+    """Bytes of weighted experts, second moments of both sides and their roots, at most.
 
     Args:
         spec: the layer.
+        itemsize: bytes per entry in the working dtype.
         apart: whether every expert has moments of its own inputs.
     """
     rows, columns = spec.in_features, spec.out_features
     own = _APART * spec.num_experts * rows**2 if apart else 0
-    return 8 * (_MOMENTS * (rows**2 + columns**2) + own + 3 * rows * columns)
+    # several networks need them twice, each expert by itself and all alike
+    entries = spec.num_experts * rows * columns
+    counts = (2 * entries, entries) if apart else (entries,)
+    kept = next((count for count in counts if count <= KEPT), 0)
+    return itemsize * kept + 8 * (_MOMENTS * (rows**2 + columns**2) + own + 3 * rows * columns)
 
 
 def _spectra_peak(spec: LayerSpec, matrix: int) -> int:

@@ -281,7 +281,7 @@ def _planned(
     memory = max(memory_needed(spec, itemsize, compare) for spec in specs)
     calibrated = calibrated_group(group, settings)
     if calibrated is not None:
-        memory += moments_needed(specs[0], calibrated.apart)
+        memory += moments_needed(specs[0], itemsize, calibrated.apart)
     seconds = seconds_needed(specs, itemsize, compare, roofline)
     rows = None if calibrated is None else calibrated.rows
     limit = None

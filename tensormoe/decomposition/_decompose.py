@@ -20,12 +20,14 @@ from tensormoe.decomposition._checks import (
 )
 from tensormoe.decomposition._controls import Control, spectra
 from tensormoe.decomposition._errors import (
+    Norms,
     bias_error,
     expert_pairs,
     moment_error,
     output_error,
+    residual_norms,
+    shares,
     total_error,
-    weight_errors,
 )
 from tensormoe.decomposition._gauge import robust, stretched
 from tensormoe.decomposition._host import Workplace
@@ -154,10 +156,8 @@ def decompose(
     choice = several(factorization, metric)
     if metric is not None and choice is None:
         check_metric(factorization, sizes, metric)  # type: ignore[arg-type]
-    own = metric is not None and metric.apart
-    if own and choice is None:
-        own = turns_experts(any_rank(factorization, sizes))  # type: ignore[arg-type]
-    weightings = _Weightings.of(given, metric, own, judge, bits)
+    turns = turns_experts(any_rank(factorization, sizes)) if choice is None else None  # type: ignore[arg-type]
+    weightings = _Weightings.of(given, metric, turns, judge, bits)
     runs = Runs(
         weightings.pooled.source,
         sizes,
@@ -173,12 +173,12 @@ def decompose(
     factors = _stored(spec, weightings.undo(spec, found.factors), given, bits)
     # of as many entries as the weights have, other factors are the weights themselves
     compare = compare and not (bits is not None and isinstance(kind, Dense))
-    report = _report(spec, factors, given, found, compare, watch)
+    norms = residual_norms(spec, _read(factors, given), _matrices(given))
+    report = _report(spec, factors, given, found, norms, compare, watch)
     if choice is not None:
         report = replace(report, tried=tuple(choice.tried.items()))
     if moments is not None:
-        off = moment_error(spec, _read(factors, given), given.source, moments)
-        report = replace(report, weighted_error=off)
+        report = replace(report, weighted_error=weightings.error(spec, factors, norms))
     return Decomposition(spec, factors, report)
 
 
@@ -235,20 +235,55 @@ class _Weightings:
         cls,
         given: _Given,
         metric: Moments | None,
-        own: bool,
+        turns: bool | None,
         judge: Judge | None,
         bits: int | None,
     ) -> _Weightings:
+        """Weightings of a metric.
+
+        Args:
+            given: the arrays.
+            metric: of the errors, if any.
+            turns: whether the network turns every expert by itself; None for several networks.
+            judge: of factors.
+            bits: that they are rounded to.
+        """
         if metric is None:
             return cls(given, None, Weighting(given.source), judge=judge, bits=bits)
-        pooled = weigh(given.source, metric.pooled())
-        apart = weigh(given.source, metric) if own else None
+        # one network alone needs one of them
+        count = 2 if metric.apart and turns is None else 1
+        apart = weigh(given.source, metric, count) if metric.apart and turns is not False else None
+        pooled = apart if apart and turns else weigh(given.source, metric.pooled(), count)
         return cls(given, metric, pooled, apart, judge, bits)
 
     def undo(self, spec: LayerSpec, factors: Mapping[str, Array]) -> dict[str, Array]:
         """The factors of the tensor without weights."""
+        return self._of(spec).undo(spec, factors)
+
+    def error(self, spec: LayerSpec, factors: Mapping[str, Array], norms: Norms) -> float:
+        """The error of factors, as they are stored, in the metric itself.
+
+        Args:
+            spec: of the layer.
+            factors: by name.
+            norms: of the residuals without biases.
+        """
+        assert self.metric is not None
+        weighting, source = self._of(spec), self.given.source
+        same = weighting is self.apart or not self.metric.apart
+        return moment_error(
+            spec,
+            _read(factors, self.given),
+            source,
+            self.metric,
+            weighting if same else None,
+            norms if source.bias is None else None,
+        )
+
+    def _of(self, spec: LayerSpec) -> Weighting:
+        """The weighting that a network's factors were found in."""
         own = self.apart is not None and turns_experts(replace(spec, bias=False))
-        return (self.apart if own and self.apart else self.pooled).undo(spec, factors)
+        return self.apart if own and self.apart else self.pooled
 
     def score(self, spec: LayerSpec, factors: Mapping[str, Array]) -> float:
         """The judge's number, or else the error in the metric itself: of any network, as stored.
@@ -333,19 +368,18 @@ def _report(
     factors: Mapping[str, Array],
     given: _Given,
     found: Found,
+    norms: Norms,
     compare: bool,
     watch: Watch,
 ) -> Report:
     """Errors of the factors as they are stored, next to those of singular value decompositions."""
     read = _read(factors, given)
     bias, dense, off = given.bias, prod(given.weights.shape), None
-    backend = given.place.backend
-    plain = given.source if bias is None else Source(given.lent, backend).scaled()
-    error, each = weight_errors(spec, read, plain)
+    error, each = shares(*norms)
     controls, ended = _controls(spec, given, found, compare)
     total, outputs = error, None
     if bias is not None:
-        tensor = Source(bias[..., None, :], backend).scaled()
+        plain, tensor = _matrices(given), Source(bias[..., None, :], given.place.backend).scaled()
         off = bias_error(spec, read, tensor, plain)
         total, dense = total_error(error, off, plain, tensor), dense + prod(bias.shape)
     if given.inputs is not None:
@@ -364,6 +398,11 @@ def _report(
         ended=ended,
         total_error=total,
     )
+
+
+def _matrices(given: _Given) -> Source:
+    """The weights without biases."""
+    return given.source if given.bias is None else Source(given.lent, given.place.backend).scaled()
 
 
 def _read(factors: Mapping[str, Array], given: _Given) -> dict[str, Array]:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import hypot, sqrt
-from typing import TYPE_CHECKING, Any
+from math import hypot, prod, sqrt
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tensormoe._spec import LayerSpec
-from tensormoe.backend import Array
+from tensormoe.backend import Array, Backend
 from tensormoe.decomposition._bias_rows import with_bias_rows
 from tensormoe.decomposition._contractions import structures
 from tensormoe.decomposition._gauge import stretched
-from tensormoe.decomposition._moments import Moments
+from tensormoe.decomposition._matrices import along, transposed
+from tensormoe.decomposition._moments import LARGE, Moments, relative
 from tensormoe.decomposition._norms import norm, norms, power
 from tensormoe.decomposition._solve import to_host
 from tensormoe.decomposition._source import Source
 from tensormoe.decomposition._starts import given
-from tensormoe.factorizations import INPUT, OUTPUT
+from tensormoe.decomposition._weighted import Weighting
+from tensormoe.factorizations import INPUT, OUTPUT, Network, expert_leg
 from tensormoe.functional._dtypes import cast, widened
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+Norms: TypeAlias = tuple[list[float], list[float]]
+"""Norms of what is missing of every expert, and of the experts' matrices."""
 
 
 def shares(missing: Sequence[float], whole: Sequence[float]) -> tuple[float, tuple[float, ...]]:
@@ -36,14 +42,12 @@ def shares(missing: Sequence[float], whole: Sequence[float]) -> tuple[float, tup
     return hypot(*missing) / total, each
 
 
-def weight_errors(
-    spec: LayerSpec, factors: Mapping[str, Array], source: Source
-) -> tuple[float, tuple[float, ...]]:
-    """Relative error of all experts together, and of each; biases are a row of a source with them.
+def residual_norms(spec: LayerSpec, factors: Mapping[str, Array], source: Source) -> Norms:
+    """Norms of the residuals of a layer's factors, which may have any scales.
 
-    Norms are computed per expert, so that experts may have any scales.
+    Biases are a row of a source with them.
     """
-    return shares(*_norms(source, _left(spec, factors, source)))
+    return _norms(source, _left(spec, factors, source))
 
 
 def output_error(
@@ -85,10 +89,38 @@ def output_error(
 
 
 def moment_error(
-    spec: LayerSpec, factors: Mapping[str, Array], source: Source, moments: Moments
+    spec: LayerSpec,
+    factors: Mapping[str, Array],
+    source: Source,
+    moments: Moments,
+    weighting: Weighting | None = None,
+    known: Norms | None = None,
 ) -> float:
-    """Relative error of weights, biases included, in the metric of second moments."""
-    return moments.error(expert_pairs(spec, factors, source))
+    """Relative error of weights, biases included, in the metric of second moments.
+
+    Args:
+        spec: of the layer.
+        factors: by name, as they are stored.
+        source: the tensor without weights.
+        moments: the metric.
+        weighting: the tensor that is weighted by it, if there is one.
+        known: the :func:`residual_norms`, if they are known.
+    """
+    turned = None if weighting is None else weighting.turned
+    if turned is None or prod(source.shape[-2:]) <= LARGE:
+        return moments.error(expert_pairs(spec, factors, source))
+    # products of large matrices with moments take as long as a search: the weighted tensor is there
+    assert weighting is not None
+    root = weighting.roots[INPUT]
+    weighted = _norms(turned, _left(spec, factors, source, root.array, turned))
+    plain = known or residual_norms(spec, factors, source)
+
+    def energy(place: int, side: int) -> float:
+        # without the ridge
+        found = weighted[side][place] ** 2 - root.ridge * plain[side][place] ** 2
+        return moments.share(place) * max(found, 0.0)
+
+    return relative((energy(place, 0), energy(place, 1)) for place in range(len(plain[0])))
 
 
 def expert_pairs(
@@ -126,7 +158,7 @@ def total_error(error: float, bias_error: float, weights: Source, bias: Source) 
     return lacking / hypot(*parts) if any(parts) else 0.0
 
 
-def _norms(source: Source, left: Source) -> tuple[list[float], list[float]]:
+def _norms(source: Source, left: Source) -> Norms:
     """Norms of the experts' residuals, and of the experts' matrices."""
     missing: list[float] = []
     whole: list[float] = []
@@ -137,7 +169,12 @@ def _norms(source: Source, left: Source) -> tuple[list[float], list[float]]:
 
 
 def _left(
-    spec: LayerSpec, factors: Mapping[str, Array], source: Source, only_bias: bool = False
+    spec: LayerSpec,
+    factors: Mapping[str, Array],
+    source: Source,
+    root: Array | None = None,
+    turned: Source | None = None,
+    only_bias: bool = False,
 ) -> Source:
     """Residual of a tensor after subtracting a layer's factors.
 
@@ -145,23 +182,41 @@ def _left(
         spec: of the layer.
         factors: by name, as they are stored.
         source: the weights, with biases or without them, or biases alone.
-        only_bias: whether it is the latter.
+        root: R, of inputs' moments, if they weigh.
+        turned: Rᵀ times the weights.
+        only_bias: whether it is biases alone.
     """
-    network, xp = spec.network, source.backend.namespace
-    wide = {name: cast(array, source.dtype, source.backend) for name, array in factors.items()}
+    network, backend = spec.network, source.backend
+    wide = {name: cast(array, source.dtype, backend) for name, array in factors.items()}
     named = stretched(network, wide, source.scale)
     if only_bias:
         for term in network.terms:
             assert term.bias is not None
             axis = term.input_factor.legs.index(INPUT)
-            named[term.input_factor.name] = xp.expand_dims(named[term.bias.name], axis=axis)
+            row = backend.namespace.expand_dims(named[term.bias.name], axis=axis)
+            named[term.input_factor.name] = row
     elif source.bias is not None:
-        named = with_bias_rows(network, named, source.backend)
+        named = with_bias_rows(network, named, backend)
+    if root is not None:
+        named |= _turned(network, named, root, backend)
+    whole = source if turned is None else turned
     open_legs = (*network.expert_legs, INPUT, OUTPUT)
     terms = structures(network, open_legs, {**network.sizes, INPUT: source.shape[-2]})
     for each in terms:
-        named |= given(each, source)
-    return source.without(terms, named)
+        named |= given(each, whole)
+    return whole.without(terms, named)
+
+
+def _turned(
+    network: Network, factors: Mapping[str, Array], root: Array, backend: Backend
+) -> dict[str, Array]:
+    """The factors with the input mode, of Rᵀ times what a network stands for."""
+    found = {}
+    for factor in (term.input_factor for term in network.terms):
+        legs = (INPUT,) if root.ndim == 2 else (expert_leg(0), INPUT)
+        axes = tuple(factor.legs.index(leg) for leg in legs)
+        found[factor.name] = along(transposed(root, backend), factors[factor.name], axes, backend)
+    return found
 
 
 def _near_one(array: Array, source: Source) -> Array:

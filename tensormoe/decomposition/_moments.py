@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 RIDGE = 1e-3
 """Of the mean second moment, added to all: directions that no sample shows are not free."""
 
-# entries up to which a matrix is widened, and rows of a product of two that are held at a time
-_LARGE, _STRIP = 2**22, 512
+LARGE = 2**22
+"""Entries up to which a matrix is widened before its error is computed."""
+
+# rows of a product of two large matrices that are held at a time
+_STRIP = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +149,7 @@ class Moments:
 
         def squares() -> Iterable[tuple[float, float]]:
             for place, (matrix, missing) in enumerate(pairs):
-                share, given = self._share(place), (self._inputs(place), self.outputs)
+                share, given = self.share(place), (self._inputs(place), self.outputs)
                 yield share * energy(missing, *given), share * energy(matrix, *given)
 
         return relative(squares())
@@ -154,7 +157,8 @@ class Moments:
     def _inputs(self, place: int) -> NDArray[Any] | None:
         return self.inputs[place] if self.apart and self.inputs is not None else self.inputs
 
-    def _share(self, place: int) -> float:
+    def share(self, place: int) -> float:
+        """Weight of an expert."""
         return 1.0 if self.experts is None else float(self.experts[place])
 
 
@@ -170,7 +174,7 @@ def energy(
     """
     import numpy as np
 
-    left = matrix if matrix.size > _LARGE else matrix.astype("float64")
+    left = matrix if matrix.size > LARGE else matrix.astype("float64")
     right = left if outputs is None else left @ outputs.astype(left.dtype, copy=False)
     if inputs is None:
         return max(float(np.sum(left * right, dtype="float64")), 0.0)

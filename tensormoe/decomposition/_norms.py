@@ -7,8 +7,9 @@ from math import frexp, inf, prod, sqrt
 from tensormoe.backend import Array, Backend
 from tensormoe.decomposition._solve import to_host
 
-# powers of two within which squares of entries are far from the ends of a dtype's range
-_SAFE = {32: 24, 64: 240}
+# powers of two within which squares of entries are far from the ends of a dtype's range, and which
+# rounding of random starts, whose entries are near one, does not reach
+_SAFE = 24
 
 
 def power(largest: float, bits: int) -> float:
@@ -25,9 +26,9 @@ def power(largest: float, bits: int) -> float:
 
 
 def scaling(largest: float, bits: int) -> float:
-    """:func:`power`, or 1 where squares of numbers up to ``largest`` are in no danger."""
+    """:func:`power`, or 1 where numbers up to ``largest`` are in no danger."""
     found = power(largest, bits)
-    return found if abs(frexp(found)[1]) > _SAFE[bits] else 1.0
+    return found if abs(frexp(found)[1]) > _SAFE else 1.0
 
 
 def norm(array: Array, backend: Backend) -> float:

@@ -92,6 +92,11 @@ class Source:
         largest = max(float(xp.max(xp.abs(block))) for block in spans)
         return replace(self, scale=self.scale * scaling(largest, xp.finfo(self.dtype).bits))
 
+    def kept(self) -> Source:
+        """The same tensor as an array, in the dtype that the work is done in."""
+        blocks = (self.block(*span) for span in self.blocks())
+        return Source(joined(blocks, 0, self.shape[0], self.backend), self.backend)
+
     def without(self, terms: Iterable[Structure], factors: Mapping[str, Array]) -> Source:
         """The rest of the tensor after a sum of networks is subtracted."""
         return replace(self, taken=(*self.taken, *((each, factors) for each in terms)))

@@ -10,12 +10,13 @@ factors, taken back, are those of the weights. A metric M = Q Qᵀ of the output
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from tensormoe._spec import LayerSpec
-from tensormoe.backend import Array
+from tensormoe.backend import Array, Backend
 from tensormoe.decomposition._choose import Sizes
 from tensormoe.decomposition._moments import Moments
 from tensormoe.decomposition._norms import power
@@ -27,6 +28,7 @@ from tensormoe.factorizations import (
     OUTPUT,
     Factorization,
     FactorizationLike,
+    Leg,
     expert_leg,
     rank_pattern,
     resolve_factorization,
@@ -35,8 +37,26 @@ from tensormoe.factorizations import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+KEPT = 2**29
+"""Entries of weighted tensors that are kept; larger ones are weighted again in every pass."""
+
 # rows of a triangular system that are solved at a time
 _STRIP = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Root:
+    """A root R of second moments S: R Rᵀ = scale · S + ridge · 1.
+
+    Args:
+        array: R, (size, size) and lower triangular; (N, size, size) where every expert has its own.
+        scale: of the moments.
+        ridge: that was added.
+    """
+
+    array: Array
+    scale: float
+    ridge: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +66,18 @@ class Weighting:
     Args:
         source: the tensor, weighted.
         loads: √p of the first level, on the host; None where experts weigh alike.
+        roots: of the moments of inputs and outputs, by leg.
     """
 
     source: Source
     loads: NDArray[Any] | None = None
+    roots: Mapping[Leg, Root] = field(default_factory=dict)
+
+    @property
+    def turned(self) -> Source | None:
+        """The tensor Rᵀ W of inputs' moments alone, whatever experts weigh; None unless kept."""
+        bare = replace(self.source, weights=None)
+        return bare if set(self.roots) == {INPUT} and bare.plain else None
 
     def undo(self, spec: LayerSpec, factors: Mapping[str, Array]) -> dict[str, Array]:
         """The factors of the tensor without weights."""
@@ -57,8 +85,7 @@ class Weighting:
 
         found = dict(factors)
         backend = self.source.backend
-        roots = {INPUT: self.source.inputs, OUTPUT: self.source.outputs}
-        hosts = {leg: to_host(each, backend) for leg, each in roots.items() if each is not None}
+        hosts = {leg: to_host(each.array, backend) for leg, each in self.roots.items()}
         for term, leg in product(spec.network.terms, (INPUT, expert_leg(0), OUTPUT)):
             weighted = leg in hosts or (leg == expert_leg(0) and self.loads is not None)
             # a term that is the same for all experts was found for weights of one
@@ -144,8 +171,13 @@ def from_samples(source: Source, inputs: Array, coefficients: Array | None) -> M
     return Moments(moments, experts=shares if shares.any() else None)
 
 
-def weigh(source: Source, moments: Moments) -> Weighting:
+def weigh(source: Source, moments: Moments, count: int = 1) -> Weighting:
     """A tensor weighted by second moments, those of every expert by its own.
+
+    Args:
+        source: the tensor.
+        moments: to weight by.
+        count: of such tensors that there will be.
 
     Raises:
         ShapeError: a metric of outputs that is not positive definite.
@@ -153,65 +185,70 @@ def weigh(source: Source, moments: Moments) -> Weighting:
     import numpy as np
 
     like, backend = source.like, source.backend
-    weighted, loads = source, None
+    weighted, loads, roots = source, None, {}
     if moments.inputs is not None:
-        root = _roots(moments, to_host(like, backend).dtype)
-        weighted = replace(weighted, inputs=from_host(root, like, backend))
-        del root
+        roots[INPUT] = root = _roots(moments, like, backend)
+        weighted = replace(weighted, inputs=root.array)
     if moments.outputs is not None:
         try:
-            root = _root(moments.outputs, 0.0)
+            roots[OUTPUT] = root = _root(moments.outputs, 0.0, like, backend)
         except np.linalg.LinAlgError:
             raise ShapeError(
                 "outputs of moments must be positive definite; this matrix is not. Add a small "
                 "multiple of the identity."
             ) from None
-        weighted = replace(weighted, outputs=from_host(root, like, backend))
+        weighted = replace(weighted, outputs=root.array)
+    if roots and count * prod(source.shape) <= KEPT:
+        weighted = weighted.kept()
     if moments.experts is not None:
         shares = moments.experts.astype("float64")
         # experts that no sample used stay worth something
         loads = np.sqrt(np.maximum(shares, moments.ridge * shares.mean()))
         loads = loads / np.sqrt(np.mean(loads**2))
         weighted = replace(weighted, weights=from_host(loads, like, backend))
-    return Weighting(weighted, loads)
+    return Weighting(weighted, loads, roots)
 
 
-def _roots(moments: Moments, dtype: Any) -> NDArray[Any]:
-    """Of the inputs' moments, or of every expert's, all to one scale.
+def _roots(moments: Moments, like: Array, backend: Backend) -> Root:
+    """Root of the inputs' moments, or of every expert's, all to one scale.
 
     Args:
         moments: of inputs.
-        dtype: of the roots; no more than one is there in float64.
+        like: of the dtype of the roots; no more than one is there in float64.
+        backend: adapter of its library.
     """
     import numpy as np
 
     assert moments.inputs is not None
     if not moments.apart:
-        return _root(moments.inputs, moments.ridge).astype(dtype, copy=False)
+        return _root(moments.inputs, moments.ridge, like, backend)
     size = moments.inputs.shape[-1]
     pooled = np.asarray(moments.pooled().inputs)
     mean = float(np.trace(pooled, dtype="float64")) / size or 1.0
     del pooled
-    found = np.empty(moments.inputs.shape, dtype)
+    found = np.empty(moments.inputs.shape, to_host(like, backend).dtype)
     for root, each in zip(found, moments.inputs, strict=True):
         whole = each.astype("float64")
         whole /= mean
         whole[np.diag_indices(size)] += moments.ridge
         root[...] = np.linalg.cholesky(whole)
-    return found
+    return Root(from_host(found, like, backend), 1.0 / mean, moments.ridge)
 
 
-def _root(matrix: NDArray[Any], ridge: float) -> NDArray[Any]:
-    """R with R Rᵀ the matrix and a ridge, scaled to a mean of the diagonal of 1."""
+def _root(matrix: NDArray[Any], ridge: float, like: Array, backend: Backend) -> Root:
+    """Root of a matrix and a ridge, scaled to a mean of the diagonal of 1."""
     import numpy as np
 
     # one copy alone, which may be larger than the weights
     found = matrix.astype("float64")
     size = len(found)
-    found /= np.trace(found) / size or 1.0
+    mean = float(np.trace(found)) / size or 1.0
+    found /= mean
     found[np.diag_indices(size)] += ridge
-    found /= np.trace(found) / size or 1.0
-    return np.linalg.cholesky(found)
+    whole = float(np.trace(found)) / size or 1.0
+    found /= whole
+    root = from_host(np.linalg.cholesky(found), like, backend)
+    return Root(root, 1.0 / (mean * whole), ridge / whole)
 
 
 def solved(upper: NDArray[Any], columns: NDArray[Any]) -> NDArray[Any]:

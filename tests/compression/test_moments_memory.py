@@ -65,11 +65,11 @@ def test_moments_take_no_more_than_the_plan_says(
     weighting_of = weigh(source, moments)
     weighting_of.source.squared_norm()
     weighting_of.undo(spec, factors)
-    moment_error(spec, factors, source, moments)
+    moment_error(spec, factors, source, moments, weighting_of)
     found.output_error("a", "down_proj", ((each, each) for each in weights))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    needed = moments_needed(spec, weighting == "apart")
+    needed = moments_needed(spec, 4, weighting == "apart")
     assert peak <= needed
     # a bound that is worth something
     assert needed <= 4 * peak

@@ -149,9 +149,12 @@ def test_roots_of_every_expert_go_to_what_has_the_experts() -> None:
         np.testing.assert_allclose(one.times(x), two.times(x), rtol=1e-8, atol=1e-8)
 
 
-def test_no_whole_matrix_is_weighted_by_contractions(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept", [True, False])
+def test_no_whole_matrix_is_weighted_by_contractions(
+    kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A root times a whole expert takes longer than all that is done with factors."""
-    from tensormoe.decomposition import _source, _spectral
+    from tensormoe.decomposition import _source, _spectral, _weighted
 
     called: list[int] = []
 
@@ -163,11 +166,13 @@ def test_no_whole_matrix_is_weighted_by_contractions(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(_source, "turned", counted)
     # as of a matrix that is too large to be decomposed as a whole
     monkeypatch.setattr(_spectral, "_SMALL", 1)
+    if not kept:
+        monkeypatch.setattr(_weighted, "KEPT", 0)
     weights = experts((2, 60, 600)).astype("float32")
     moments = Moments(moments_of(60, 1), moments_of(600, 2))
     decompose(weights, LowRank(4), moments=moments, search=Search(1, 5, 1), compare=False)
-    # the norm, and the error after the last sweep
-    assert sum(called) == 2 * len(weights)
+    # once; or for the norm, and the error after the last sweep
+    assert sum(called) == (1 if kept else 2) * len(weights)
 
 
 @pytest.mark.parametrize("size", [5, 700])
@@ -188,7 +193,7 @@ def test_energies_of_matrices_strip_by_strip(
 ) -> None:
     from tensormoe.decomposition import _moments
 
-    monkeypatch.setattr(_moments, "_LARGE", 10 if large else 2**22)
+    monkeypatch.setattr(_moments, "LARGE", 10 if large else 2**22)
     weights = experts((1300, 40)).astype(dtype)
     inputs, outputs = moments_of(1300, 1), moments_of(40, 2)
     rel = 1e-9 if dtype == "float64" or not large else 1e-4

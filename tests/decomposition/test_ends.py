@@ -178,7 +178,7 @@ def test_with_nothing_to_return_it_is_raised(
         return
     from tensormoe.decomposition import _decompose
 
-    monkeypatch.setattr(_decompose, "weight_errors", interrupted)
+    monkeypatch.setattr(_decompose, "residual_norms", interrupted)
     with pytest.raises(KeyboardInterrupt):
         decompose(stack, CP(9), callback=Ends(4, KeyboardInterrupt))
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensormoe import CP, BaseDelta, Hadamard, TensorRing, Tucker
-from tensormoe.decomposition import Moments, Search, decompose
+from tensormoe import CP, BaseDelta, Hadamard, LowRank, SharedDelta, TensorRing, Tucker
+from tensormoe.decomposition import Moments, Search, _errors, _weighted, decompose
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.testing import reconstruct
 
@@ -60,6 +60,44 @@ def test_the_error_is_that_of_all_inputs_summed(
             out = x @ matrix if scale is None else x @ matrix @ scale.T
             sums[place] += (1.0 if p is None else p[n]) * float((out**2).sum())
     assert found.report.weighted_error == pytest.approx((sums[0] / sums[1]) ** 0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, LowRank(2), SharedDelta(2)])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+def test_errors_of_large_matrices_are_read_off_the_weighted_tensor(
+    kind: Any, biased: bool, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ridge that is half of the second moments is no part of them."""
+    rng = np.random.default_rng(2)
+    weights = 1e-20 * rng.standard_normal((4, 6, 5))
+    bias = 1e-20 * rng.standard_normal((4, 5)) if biased else None
+    x = np.stack([_uneven(rng, 40, 6 + biased) for _ in range(4)])
+    x[..., 6:] = 1.0
+    inputs = np.swapaxes(x, 1, 2) @ x / 40
+    inputs = inputs if apart else inputs.mean(axis=0)
+    moments = Moments(inputs, experts=rng.random(4), ridge=0.5)
+    options: Any = {"bias": bias, "moments": moments, "search": QUICK, "compare": False}
+    found = decompose(weights, kind, **options)
+
+    def refused(*_: Any) -> Any:
+        raise AssertionError("a product of moments with a whole matrix")
+
+    read_off = not apart or kind.name == "low_rank"
+    monkeypatch.setattr(_errors, "LARGE", 0)
+    if read_off:
+        monkeypatch.setattr(Moments, "error", refused)
+    again = decompose(weights, kind, **options)
+    assert again.report.weighted_error == pytest.approx(found.report.weighted_error, rel=1e-9)
+    monkeypatch.setattr(_weighted, "KEPT", 0)
+    if read_off:
+        with pytest.raises(AssertionError, match="whole matrix"):
+            decompose(weights, kind, **options)
+    monkeypatch.undo()
+    monkeypatch.setattr(_weighted, "KEPT", 0)
+    passes = decompose(weights, kind, **options)
+    assert passes.report.history[-1] == pytest.approx(found.report.history[-1], rel=1e-6)
+    assert passes.report.weighted_error == pytest.approx(found.report.weighted_error, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
