@@ -9,26 +9,46 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby, product
 from math import prod
 
 from tensormoe.factorizations import BATCH, Leg
-from tensormoe.planning._program import IDENTITY, Kind, View
+from tensormoe.planning._program import Kind, View
 
 Order = tuple[Leg, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class Look:
+    """A view of an operand of any sizes.
+
+    Args:
+        groups: runs of legs that are merged, in storage order, empty ones for axes of size one;
+            None where every leg has its own axis.
+        axes: their order; None where it stays.
+    """
+
+    groups: tuple[Order, ...] | None = None
+    axes: tuple[int, ...] | None = None
+
+    def sized(self, sizes: Mapping[Leg, int]) -> View:
+        """The view of an operand of these sizes."""
+        return View(None if self.groups is None else dims(self.groups, sizes), self.axes)
+
+
+@dataclass(frozen=True, slots=True)
 class Lowered:
-    """One way to run a contraction.
+    """One way to run a contraction, of any sizes.
 
     Args:
         kind: the kind of its step.
         legs: leg order of the result.
         swapped: whether the second operand comes first.
-        views: how the operands, in running order, are looked at.
-        shape: reshape of the result, if any.
-        loops: how many matrices a product with rows in several places is cut into.
+        looks: how the operands, in running order, are looked at.
+        groups: merged legs of a reshape of the result, if any.
+        looped: legs of rows or columns that lie in several places, and are looped over.
+        moved: how many operands' axes are moved.
         strided: for the operands in running order, whether the fastest axis is looped over, so that
             the entries of one matrix lie far apart.
     """
@@ -36,10 +56,29 @@ class Lowered:
     kind: Kind
     legs: Order
     swapped: bool
-    views: tuple[View, View]
-    shape: tuple[int, ...] | None
-    loops: int = 1
+    looks: tuple[Look, Look]
+    groups: tuple[Order, ...] | None = None
+    looped: Order = ()
+    moved: int = 0
     strided: tuple[bool, bool] = (False, False)
+
+    def loops(self, sizes: Mapping[Leg, int]) -> int:
+        """How many matrices a product with rows in several places is cut into."""
+        if self.kind == "multiply":
+            return 1 + self.moved
+        return volume(self.looped, sizes, 1)
+
+    def views(self, sizes: Mapping[Leg, int]) -> tuple[View, View]:
+        """Views of the operands."""
+        first, second = self.looks
+        return first.sized(sizes), second.sized(sizes)
+
+    def shape(self, sizes: Mapping[Leg, int]) -> tuple[int, ...] | None:
+        """Reshape of the result, if any."""
+        return None if self.groups is None else dims(self.groups, sizes)
+
+
+_WHOLE = Look()
 
 
 def dims(groups: Sequence[Order], sizes: Mapping[Leg, int]) -> tuple[int, ...]:
@@ -52,21 +91,18 @@ def volume(legs: Sequence[Leg], sizes: Mapping[Leg, int], batch: int) -> int:
     return prod(batch if leg == BATCH else sizes[leg] for leg in legs)
 
 
-def lower(
-    left: Order, right: Order, kept: frozenset[Leg], sizes: Mapping[Leg, int]
-) -> Iterator[Lowered]:
+@lru_cache(maxsize=2**14)
+def lower(left: Order, right: Order, kept: frozenset[Leg]) -> tuple[Lowered, ...]:
     """Every way to contract two operands, stored in these orders, into the legs ``kept``.
 
-    Legs that are not kept must be in both operands. Yields nothing if the storage orders would
-    force a copy.
+    Legs that are not kept must be in both operands. None if the storage orders would force a copy.
     """
     if all(leg in kept for leg in left + right):
-        yield from _lower_product(left, right, sizes)
-    else:
-        yield from _lower_matmul(left, right, kept, sizes)
+        return tuple(_lower_product(left, right))
+    return tuple(_lower_matmul(left, right, kept))
 
 
-def _lower_product(left: Order, right: Order, sizes: Mapping[Leg, int]) -> Iterator[Lowered]:
+def _lower_product(left: Order, right: Order) -> Iterator[Lowered]:
     """Elementwise, with broadcasting: the result keeps one operand's order as far as it goes."""
     orders = [left + tuple(leg for leg in right if leg not in left)]
     orders.append(right + tuple(leg for leg in left if leg not in right))
@@ -76,28 +112,25 @@ def _lower_product(left: Order, right: Order, sizes: Mapping[Leg, int]) -> Itera
     orders.append(shared + only_left + only_right)
     orders.append(shared + only_right + only_left)
     for order in dict.fromkeys(orders):
-        views = (_aligned(left, order, sizes), _aligned(right, order, sizes))
-        moved = sum(view.axes is not None for view in views)
-        yield Lowered("multiply", order, False, views, None, 1 + moved)
+        looks = (_aligned(left, order), _aligned(right, order))
+        moved = sum(look.axes is not None for look in looks)
+        yield Lowered("multiply", order, False, looks, moved=moved)
 
 
-def _aligned(legs: Order, order: Order, sizes: Mapping[Leg, int]) -> View:
+def _aligned(legs: Order, order: Order) -> Look:
     """``legs`` seen in ``order``, with ones where it has no leg."""
     missing = [leg for leg in order if leg not in legs]
     if not missing and legs == order:
-        return IDENTITY
+        return _WHOLE
     present = tuple(leg for leg in order if leg in legs)
     if legs == present:
-        shape = tuple(1 if leg in missing else dims([(leg,)], sizes)[0] for leg in order)
-        return View(shape, None)
+        return Look(tuple(() if leg in missing else (leg,) for leg in order))
     stored = [*legs, *missing]
-    shape = (*dims([(leg,) for leg in legs], sizes), *(1 for _ in missing))
-    return View(shape if missing else None, tuple(stored.index(leg) for leg in order))
+    groups = (*((leg,) for leg in legs), *(() for _ in missing))
+    return Look(groups if missing else None, tuple(stored.index(leg) for leg in order))
 
 
-def _lower_matmul(
-    left: Order, right: Order, kept: frozenset[Leg], sizes: Mapping[Leg, int]
-) -> Iterator[Lowered]:
+def _lower_matmul(left: Order, right: Order, kept: frozenset[Leg]) -> Iterator[Lowered]:
     shared = frozenset(left) & frozenset(right)
     summed = shared - kept
     looped = tuple(leg for leg in left if leg in shared and leg in kept)
@@ -114,21 +147,33 @@ def _lower_matmul(
         right_loops = tuple(leg for run in right_rows if run != columns for leg in run)
         # a run that is looped over is looped leg by leg
         loops = (*looped, *left_loops, *right_loops)
-        extra = volume([*left_loops, *right_loops], sizes, 1)
-        first = _matrix_view(left, loops, rows, middle, sizes)
-        second = _matrix_view(right, loops, middle, columns, sizes)
+        looped_over = (*left_loops, *right_loops)
+        looks = _matrix(left, loops, rows, middle), _matrix(right, loops, middle, columns)
         flat = not looped and not left_loops and not right_loops
         one_side = (BATCH in left) != (BATCH in right)
         kind: Kind = "linear" if flat and one_side else "matmul"
-        legs = (*loops, *rows, *columns)
-        shape = _result_shape([(leg,) for leg in loops], rows, columns, sizes)
         strided = left[-1] in loops, right[-1] in loops
-        yield Lowered(kind, legs, False, (first, second), shape, extra, strided)
-        first = _matrix_view(right, loops, columns, middle, sizes)
-        second = _matrix_view(left, loops, middle, rows, sizes)
-        legs = (*loops, *columns, *rows)
-        shape = _result_shape([(leg,) for leg in loops], columns, rows, sizes)
-        yield Lowered(kind, legs, True, (first, second), shape, extra, strided[::-1])
+        yield Lowered(
+            kind,
+            (*loops, *rows, *columns),
+            False,
+            looks,
+            _unmerged(loops, rows, columns),
+            looped_over,
+            sum(look.axes is not None for look in looks),
+            strided,
+        )
+        looks = _matrix(right, loops, columns, middle), _matrix(left, loops, middle, rows)
+        yield Lowered(
+            kind,
+            (*loops, *columns, *rows),
+            True,
+            looks,
+            _unmerged(loops, columns, rows),
+            looped_over,
+            sum(look.axes is not None for look in looks),
+            strided[::-1],
+        )
 
 
 def _runs(order: Order, summed: frozenset[Leg], looped: Order) -> list[Order]:
@@ -141,9 +186,7 @@ def _runs(order: Order, summed: frozenset[Leg], looped: Order) -> list[Order]:
     return [tuple(order[k] for k in run) for _, run in groupby(range(len(order)), role)]
 
 
-def _matrix_view(
-    order: Order, loops: Order, rows: Order, columns: Order, sizes: Mapping[Leg, int]
-) -> View:
+def _matrix(order: Order, loops: Order, rows: Order, columns: Order) -> Look:
     """``order`` seen as matrices (rows, columns) over ``loops``; ones where it has no such leg."""
     wanted: list[Order] = [(leg,) if leg in order else () for leg in loops]
     # leading axes of size one broadcast by themselves
@@ -155,25 +198,21 @@ def _matrix_view(
         group = next(group for group in wanted if leg in group)
         if group not in stored:
             stored.append(group)
-    sized = dims(stored, sizes)
     real = [stored.index(group) for group in wanted if group]
     if real == sorted(real):
-        shape = tuple(sized[stored.index(group)] if group else 1 for group in wanted)
-        axes = tuple(range(len(wanted)))
+        groups, axes = tuple(wanted), tuple(range(len(wanted)))
     else:
         ones = iter(range(len(stored), len(wanted)))
-        shape = (*sized, *(1,) * (len(wanted) - len(stored)))
+        groups = (*stored, *((),) * (len(wanted) - len(stored)))
         axes = tuple(stored.index(group) if group else next(ones) for group in wanted)
-    unmerged = dims([(leg,) for leg in order], sizes)
-    return View(
-        None if shape == unmerged else shape,
+    return Look(
+        None if groups == tuple((leg,) for leg in order) else groups,
         None if axes == tuple(range(len(axes))) else axes,
     )
 
 
-def _result_shape(
-    loops: Sequence[Order], rows: Order, columns: Order, sizes: Mapping[Leg, int]
-) -> tuple[int, ...] | None:
-    """The reshape that gives every leg its own axis, if the product does not come so."""
-    unmerged = dims([*loops, *((leg,) for leg in (*rows, *columns))], sizes)
-    return None if len(rows) == 1 and len(columns) == 1 else unmerged
+def _unmerged(loops: Order, rows: Order, columns: Order) -> tuple[Order, ...] | None:
+    """An axis for every leg of a result, if the product does not come so."""
+    if len(rows) == 1 and len(columns) == 1:
+        return None
+    return tuple((leg,) for leg in (*loops, *rows, *columns))

@@ -126,7 +126,8 @@ class Builder:
             slots.append(self.permute(self._emit(child, source, table), wanted))
         inputs = (slots[1], slots[0]) if choice.lowered.swapped else (slots[0], slots[1])
         lowered = choice.lowered
-        return self.add(lowered.kind, inputs, order, lowered.views, lowered.shape)
+        views, shape = lowered.views(self.sizes), lowered.shape(self.sizes)
+        return self.add(lowered.kind, inputs, order, views, shape)
 
     def _choices(self, node: Node, table: dict[Node, Choices]) -> Choices:
         """For every leg order a node can be had in, the cheapest way to it."""
@@ -166,10 +167,9 @@ class Builder:
         sources: tuple[tuple[Leg, ...], tuple[Leg, ...]],
         cost: float,
     ) -> None:
-        for lowered in lower(pair[0], pair[1], node.legs, self.sizes):
+        for lowered in lower(pair[0], pair[1], node.legs):
             # a tie goes to fewer, larger products, and to views that move no axis
-            moved = sum(view.axes is not None for view in lowered.views)
-            total = cost + 1e-3 * lowered.loops + 1e-4 * moved
+            total = cost + 1e-3 * lowered.loops(self.sizes) + 1e-4 * lowered.moved
             running = reversed(pair) if lowered.swapped else pair
             for order, strided in zip(running, lowered.strided, strict=True):
                 # many small matrices with far-apart entries are slower than a copy in order
