@@ -10,6 +10,7 @@ if absent := missing("tensormoe_jax", ("jax",), "jax"):
 from tensormoe_jax._activations import ACTIVATIONS
 from tensormoe_jax._adapter import BACKEND, LIBRARY, JaxBackend
 from tensormoe_jax._initialize import initial_buffers, initialize
+from tensormoe_jax._memory import compiled_memory
 from tensormoe_jax._pure import Given, apply, coefficients, route, train
 from tensormoe_jax._specs import Legs, partition_specs
 
@@ -22,6 +23,7 @@ __all__ = [
     "Legs",
     "apply",
     "coefficients",
+    "compiled_memory",
     "initial_buffers",
     "initialize",
     "partition_specs",

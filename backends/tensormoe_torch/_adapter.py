@@ -21,7 +21,7 @@ from tensormoe.planning import Library
 from tensormoe_torch import _namespace
 from tensormoe_torch._convolution import convolution
 from tensormoe_torch._grouped import grouped_matmul, grouped_outer
-from tensormoe_torch._products import copies_transposed, product
+from tensormoe_torch._products import copies_transposed, packed_columns, product
 from tensormoe_torch._tracing import is_traced
 
 if TYPE_CHECKING:
@@ -228,6 +228,7 @@ def library(dtype: torch.dtype, *, keeps_input: bool = True) -> Library:
     return Library(
         EAGER.row_block_bytes,
         copies_transposed=copies_transposed(dtype),
+        packs=packed_columns(dtype),
         merges_batch_axes=True,
         frees_saved=True,
         keeps_input=keeps_input,

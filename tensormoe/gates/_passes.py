@@ -126,7 +126,10 @@ def entmax15_of_one_row(backend: Backend, values: Array, how: LayerNorm) -> Arra
         return None
     radius = 2.0 / how.spread * sqrt(variance + how.eps)
     bound = mean + (usual_threshold(experts, how.spread) - _MARGIN) * radius
-    largest = sorted(backend.floats(row[row > bound]), reverse=True)
+    above = row[row > bound]
+    if above.shape[0] > _MOST_FLOATS:
+        return None
+    largest = sorted(backend.floats(above), reverse=True)
     threshold = _threshold(largest, radius)
     if threshold is None or threshold < bound:
         return None  # what lies below the bound may matter too
@@ -138,7 +141,7 @@ def entmax15_of_one_row(backend: Backend, values: Array, how: LayerNorm) -> Arra
 
 def _threshold(largest: list[float], radius: float) -> float | None:
     """The t of logits in descending order; ``None`` where some may be missing."""
-    if not largest or len(largest) > _MOST_FLOATS:
+    if not largest:
         return None
     top = largest[0]
     total = square = 0.0

@@ -20,15 +20,15 @@ from typing import Literal
 
 from tensormoe.factorizations import BATCH, Leg
 from tensormoe.planning._access import product_sizes, runs
+from tensormoe.planning._copied import copied
 from tensormoe.planning._library import DEFAULT, Library
-from tensormoe.planning._program import Program, Role, Step
+from tensormoe.planning._program import PRODUCTS, Program, Role, Step
 
 INDEX_BYTES = 8
 """Size of an index: 64-bit integers, as NumPy, PyTorch and CuPy make them."""
 
 _ELEMENTWISE = frozenset({"multiply", "add"})
 _IN_RUNS = _ELEMENTWISE | {"permute"}
-_PRODUCTS = frozenset({"linear", "matmul"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +226,7 @@ def _step_cost(
     roles: list[Role] = [
         program.operands[slot].role if slot < count else "data" for slot in step.inputs
     ]
-    if step.kind in _PRODUCTS:
+    if step.kind in PRODUCTS:
         made = contraction_cost(label, step.input_legs, step.legs, sizes, itemsize)
         # as the library sees them: legs may be merged into a side, or left to a loop
         products, sides, turned = product_sizes(step, sizes)
@@ -291,41 +291,13 @@ def program_peak(
         itemsize: bytes per entry.
         owned: operands that count as live until their last use; the others belong to the caller.
         kept: slots that stay live to the end, for a reverse program.
-        library: which operands of products are copied.
+        library: what it copies for products.
     """
     moments = live_memory(program, sizes, itemsize, owned=owned, kept=kept)
     # the first moment is before the first step
     for index, step in enumerate(program.steps, 1):
-        copied = _transposed(step, sizes) if library.copies_transposed else 0
-        copied += _unmerged(step, sizes) if library.merges_batch_axes else 0
-        moments[index] += itemsize * copied
+        moments[index] += itemsize * copied(step, sizes, library)
     return max(moments)
-
-
-# products of fewer multiply-adds are left to libraries that copy nothing
-_LEAST_COPIED = 2**20
-
-
-def _transposed(step: Step, sizes: Mapping[Leg, int]) -> int:
-    """Entries of the first operand of a large product of two matrices, if it is transposed."""
-    if step.kind not in _PRODUCTS or step.views[0].axes != (1, 0):
-        return 0
-    work = prod(sizes[leg] for leg in {*step.input_legs[0], *step.input_legs[1]})
-    return prod(sizes[leg] for leg in step.input_legs[0]) if work >= _LEAST_COPIED else 0
-
-
-def _unmerged(step: Step, sizes: Mapping[Leg, int]) -> int:
-    """Entries of both operands, once all batch axes of a product are one: 0 if that is a view."""
-    axes = step.views[-1].axes
-    if step.kind != "matmul" or axes is None or len(axes) < 4 or axes[0] + 1 == axes[1]:
-        return 0
-    left, right = step.input_legs
-    batches = [sizes[leg] for leg in step.legs[:2]]
-    if min(batches) == 1:
-        return 0
-    batch = prod(batches)
-    summed = prod(sizes[leg] for leg in left if leg in right and leg not in step.legs)
-    return batch * summed + prod(sizes[leg] for leg in right)
 
 
 def live_memory(

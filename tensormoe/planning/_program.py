@@ -57,6 +57,9 @@ class View:
 
 IDENTITY = View()
 
+PRODUCTS = frozenset({"linear", "matmul"})
+"""Kinds of steps that are matrix products."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
