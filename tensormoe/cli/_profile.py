@@ -16,8 +16,10 @@ from tensormoe.planning import PUBLISHED_ROOFLINES, Roofline
 
 THIS_MACHINE = "this machine"
 THIS = "this"
-DEVICES = (THIS, *(f"{THIS}-{library}" for library in BENCHES), *PUBLISHED_ROOFLINES)
-"""Names of devices: ``this-torch`` is this machine with one of its libraries."""
+MEASURED = (THIS, *(f"{THIS}-{library}" for library in BENCHES))
+"""Names of this machine: ``this-torch`` is it with one of its libraries."""
+DEVICES = (*MEASURED, *PUBLISHED_ROOFLINES)
+"""Names of devices."""
 _DEFAULT = "cpu"
 _PROFILES = "profiles"
 # a file of the form that had one profile does not say of which library
@@ -77,6 +79,18 @@ def resolve_device(name: str | None) -> Roofline:
         fit = [each for library, each in known.items() if _other_threads(library, each) is None]
         return fit[0] if fit else PUBLISHED_ROOFLINES[_DEFAULT]
     return _one(name, known)
+
+
+def measured_devices() -> tuple[str, ...]:
+    """Names of this machine's profiles that can be used now, NumPy's first."""
+    if find_spec("platformdirs") is None:
+        return ()
+    try:
+        known = _measured()
+    except SpecError:
+        return ()
+    fit = [library for library, each in known.items() if _other_threads(library, each) is None]
+    return (THIS,) if len(known) == 1 and fit else tuple(f"{THIS}-{each}" for each in fit)
 
 
 def _one(name: str, known: Mapping[str, Roofline]) -> Roofline:

@@ -15,7 +15,7 @@ from importlib.resources import files
 from typing import Any
 
 from tensormoe.choosing import Session
-from tensormoe.cli._profile import resolve_device
+from tensormoe.cli._profile import MEASURED, measured_devices, resolve_device
 from tensormoe.errors import SpecError, TensormoeError
 from tensormoe.factorizations import FACTORIZATIONS
 
@@ -186,10 +186,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _explored(session: Session, question: Any) -> dict[str, Any]:
-    """The response, with the measured profile in place of the word for it."""
-    if isinstance(question, Mapping) and question.get("device") == "this":
+    """The response, with a measured profile in place of its name."""
+    device = question.get("device") if isinstance(question, Mapping) else None
+    if device in MEASURED:
         try:
-            question = {**question, "device": resolve_device("this")}
+            question = {**question, "device": resolve_device(device)}
         except TensormoeError as error:
             return {"errors": [{"field": "device", "message": str(error)}]}
     return session.explore(question)
@@ -197,14 +198,12 @@ def _explored(session: Session, question: Any) -> dict[str, Any]:
 
 def _engine() -> bytes:
     """A server of the page and of answers to its questions, with what it knows beyond the page."""
-    try:
-        resolve_device("this")
-    except TensormoeError:
-        measured = False
-    else:
-        measured = True
-    names = list(FACTORIZATIONS)
-    return json.dumps({"engine": "server", "measured": measured, "factorizations": names}).encode()
+    known = {
+        "engine": "server",
+        "measured": measured_devices(),
+        "factorizations": list(FACTORIZATIONS),
+    }
+    return json.dumps(known).encode()
 
 
 def _pages() -> dict[str, bytes]:

@@ -91,13 +91,23 @@ def test_the_measured_profile(
     [error] = json.loads(ask(server, asked)[1])["errors"]
     assert error["field"] == "device"
     assert "tensormoe calibrate" in error["message"]
-    assert not json.loads(send(server, "GET", "/engine.json")[1])["measured"]
+    assert json.loads(send(server, "GET", "/engine.json")[1])["measured"] == []
     device = Roofline("mine", 1e11, 1e9, 1e10, 1e-6).to_dict()
     path.write_text(json.dumps(device))
     response = json.loads(ask(server, asked)[1])
     assert response["request"]["device"]["name"] == "mine"
     assert response["rows"] == explore({**asked, "device": device})["rows"]
-    assert json.loads(send(server, "GET", "/engine.json")[1])["measured"]
+    assert json.loads(send(server, "GET", "/engine.json")[1])["measured"] == ["this"]
+    # of several libraries, one with other threads than there are now
+    others = {"torch": {**device, "name": "theirs", "threads": None}}
+    others |= {"numpy": device, "jax": {**device, "threads": 999}}
+    path.write_text(json.dumps({"profiles": others}))
+    measured = json.loads(send(server, "GET", "/engine.json")[1])["measured"]
+    assert measured == ["this-numpy", "this-torch"]
+    response = json.loads(ask(server, {**asked, "device": "this-torch"})[1])
+    assert response["request"]["device"]["name"] == "theirs"
+    [error] = json.loads(ask(server, asked)[1])["errors"]
+    assert "this-numpy or this-torch" in error["message"]
 
 
 def test_the_page_and_its_headers(server: ChoosingServer) -> None:

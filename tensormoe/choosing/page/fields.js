@@ -25,6 +25,12 @@ const SLIDERS = {
   batch: powers.slice(0, 18),
   devices: powers.slice(0, 10),
 };
+const MEASURED = {
+  this: "this machine, as measured",
+  "this-numpy": "this machine, NumPy",
+  "this-torch": "this machine, PyTorch",
+  "this-jax": "this machine, JAX",
+};
 const UNITS = { k: 1e3, m: 1e6, g: 1e9 };
 
 const defaults = {};
@@ -36,11 +42,10 @@ export function prepare(engine) {
   names = engine.factorizations;
   // a small screen has room for the results
   if (matchMedia("(max-width: 820px)").matches) for (const group of document.querySelectorAll(".group")) group.open = false;
-  if (engine.measured) {
-    const option = make("option", { value: "this" }, "this machine, as measured");
-    byId("device").prepend(option);
-    byId("device").value = "this";
-  }
+  const device = byId("device");
+  const measured = engine.measured ?? [];
+  device.prepend(...measured.map((value) => make("option", { value }, MEASURED[value])));
+  if (measured.length) device.value = measured[0];
   for (const name of [...FIELDS, ...SHOWN]) defaults[name] = byId(name).value;
   for (const name of FLAGS) defaults[name] = byId(name).checked ? "yes" : "no";
   defaults.factorizations = "";
