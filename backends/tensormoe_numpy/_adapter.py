@@ -21,6 +21,7 @@ class NumpyBackend(NumpyLikeBackend):
     name = "numpy"
     # what a core's own cache holds on current machines; larger slices were slower when measured
     row_block_bytes = 1024 * 1024
+    buffers = 8192
     eager = True
     checks_values = True
     keeps_constants = True

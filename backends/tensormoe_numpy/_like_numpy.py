@@ -30,6 +30,8 @@ class NumpyLikeBackend:
 
     name: str
     row_block_bytes: int | None = None
+    # entries of the buffer through which an operand is repeated
+    buffers: int = 0
     eager: bool = False
     checks_values: bool = False
     keeps_constants: bool = False
@@ -46,7 +48,7 @@ class NumpyLikeBackend:
     @property
     def library(self) -> Library:
         """Properties that the memory of a call depends on."""
-        return Library(self.row_block_bytes)
+        return Library(self.row_block_bytes, buffers=self.buffers)
 
     def check_device(self) -> None:
         """Refuse to go on where the library has nothing to run on."""

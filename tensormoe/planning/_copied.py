@@ -1,4 +1,4 @@
-"""Entries that libraries copy while a product runs."""
+"""Entries that libraries copy while a step runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from math import prod
 from tensormoe.factorizations import Leg
 from tensormoe.planning._access import product_sizes
 from tensormoe.planning._library import Library
-from tensormoe.planning._program import PRODUCTS, Step
+from tensormoe.planning._program import ELEMENTWISE, PRODUCTS, Step
 
 # products of fewer multiply-adds, or rows, are left to libraries that copy nothing
 _LEAST_COPIED, _LEAST_ROWS = 2**20, 8
@@ -27,6 +27,8 @@ def copied(step: Step, sizes: Mapping[Leg, int], library: Library) -> int:
         sizes: the size of every leg, the batch included.
         library: what it copies.
     """
+    if step.kind in ELEMENTWISE:
+        return _buffered(step, sizes, library.buffers)
     if step.kind not in PRODUCTS:
         return 0
     found = _transposed(step, sizes) if library.copies_transposed else 0
@@ -53,6 +55,13 @@ def _packed(step: Step, sizes: Mapping[Leg, int], columns: int) -> int:
     if step.views[1].axes != (1, 0) and not far:
         return 0
     return columns * (depth if depth <= _DEPTH else min(-(-depth // 2), 2 * _DEPTH))
+
+
+def _buffered(step: Step, sizes: Mapping[Leg, int], entries: int) -> int:
+    """Entries of the buffers by which operands are repeated along legs that they lack."""
+    whole = prod(sizes[leg] for leg in step.legs)
+    repeated = sum(prod(sizes[leg] for leg in legs) < whole for legs in step.input_legs)
+    return repeated * min(entries, whole)
 
 
 def _axes(step: Step, place: int) -> int:

@@ -22,13 +22,12 @@ from tensormoe.factorizations import BATCH, Leg
 from tensormoe.planning._access import product_sizes, runs
 from tensormoe.planning._copied import copied
 from tensormoe.planning._library import DEFAULT, Library
-from tensormoe.planning._program import PRODUCTS, Program, Role, Step
+from tensormoe.planning._program import ELEMENTWISE, PRODUCTS, Program, Role, Step
 
 INDEX_BYTES = 8
 """Size of an index: 64-bit integers, as NumPy, PyTorch and CuPy make them."""
 
-_ELEMENTWISE = frozenset({"multiply", "add"})
-_IN_RUNS = _ELEMENTWISE | {"permute"}
+_IN_RUNS = ELEMENTWISE | {"permute"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +245,7 @@ def _step_cost(
         for volume, role in zip(volumes, roles, strict=True)
     )
     work = {"reduce": volumes[0], "scatter": volumes[0]}.get(step.kind, 0)
-    work = written if step.kind in _ELEMENTWISE else work
+    work = written if step.kind in ELEMENTWISE else work
     pieces = runs(step, sizes) if step.kind in _IN_RUNS else 0
     views = _views(step)
     return StepCost(label, 0, work, read, itemsize * written, operations=views, runs=pieces)

@@ -21,6 +21,8 @@ class Library:
         copies_transposed: whether a transposed first operand of a large product is copied.
         packs: columns of the second operand of a large product of two matrices that are copied at
             a time where their entries lie apart; 0 for none.
+        buffers: most entries of the buffer for an operand that an elementwise step repeats; 0 for
+            none.
         merges_batch_axes: whether a product with several batch axes makes one of them first, which
             copies operands where they do not follow one another in memory.
         frees_saved: whether the backward pass frees saved arrays after their last use, as that of
@@ -38,6 +40,7 @@ class Library:
     row_block_bytes: int | None = None
     copies_transposed: bool = False
     packs: int = 0
+    buffers: int = 0
     merges_batch_axes: bool = False
     frees_saved: bool = False
     keeps_input: bool = True

@@ -60,6 +60,9 @@ IDENTITY = View()
 PRODUCTS = frozenset({"linear", "matmul"})
 """Kinds of steps that are matrix products."""
 
+ELEMENTWISE = frozenset({"multiply", "add"})
+"""Kinds of steps that combine operands entry by entry."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
