@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensormoe import CP, Gate, LayerSpec, TopK
+from tensormoe import CP, BaseDelta, Gate, LayerSpec, SharedBasis, TensorTrain, TopK
 from tensormoe.errors import PlanError
 from tensormoe.gates import Statistics, activate
 from tensormoe.testing import assert_output, batch_shapes, coefficients, dtypes, gates, specs
@@ -152,6 +152,22 @@ def test_memory_limits_cut_the_batch() -> None:
         layer(x, chosen, memory_limit=free // 2 + 400_000), layer(x, chosen), rtol=1e-10, atol=1e-10
     )
     assert layer(x[:0], memory_limit=free).shape == (0, 64)
+
+
+@pytest.mark.parametrize(
+    "kind", [SharedBasis((6, 24)), BaseDelta(6), TensorTrain((12, 96))], ids=str
+)
+def test_buffers_of_repeated_operands_are_planned(kind: Any) -> None:
+    layer = build(LayerSpec(640, 768, 256, kind), Gate(), "float32")
+    x = np.random.default_rng(0).standard_normal((4, 640), dtype="float32")
+    layer(x)
+    tracemalloc.start()
+    base = tracemalloc.get_traced_memory()[0]
+    kept = layer(x)
+    used = tracemalloc.get_traced_memory()[1] - base
+    tracemalloc.stop()
+    assert kept.shape == (4, 768)
+    assert abs(layer.cost(4).peak_memory - used) <= max(0.05 * used, 2**13)
 
 
 @given(data=st.data())
