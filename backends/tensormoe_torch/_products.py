@@ -43,8 +43,9 @@ def copies_transposed(dtype: torch.dtype) -> bool:
 
 
 def packed_columns(dtype: torch.dtype) -> int:
-    """Columns of a second operand that oneDNN copies at a time: 64 on every thread."""
-    return 64 * torch.get_num_threads() if copies_transposed(dtype) else 0
+    """Columns of a second operand that oneDNN copies at a time: 64 per thread with AVX-512."""
+    known = copies_transposed(dtype) and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return 64 * torch.get_num_threads() if known else 0
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
