@@ -77,6 +77,7 @@ def _words() -> dict[str, Iterable[str]]:
     from tensormoe.cli._options import FORMATS
     from tensormoe.cli._profile import DEVICES
     from tensormoe.cli.calibration import LIBRARIES
+    from tensormoe.compression._gate_up import GATE_UP
     from tensormoe.compression._patterns import AUTO, PRESETS
     from tensormoe.factorizations import FACTORIZATIONS
     from tensormoe.gates._gate import ACTIVATIONS
@@ -90,6 +91,7 @@ def _words() -> dict[str, Iterable[str]]:
         "--factorization": FACTORIZATIONS,
         "--format": FORMATS,
         "--gate": ("none", *ACTIVATIONS),
+        "--gate-up": GATE_UP,
         "--kind": KINDS,
         "--layout": ("auto", "out_in", "in_out"),
         "--objective": OBJECTIVES,

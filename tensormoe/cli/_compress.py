@@ -49,6 +49,13 @@ def add_parser(commands: Commands) -> None:
         help="8 or 4: factors rounded to integers with scales; auto, with a calibration: what "
         "loses least in each stack; --budget is then a share of bytes",
     )
+    option(
+        "--gate-up",
+        default="stored",
+        metavar="NAME",
+        help="gate and up projection: stored, joined as one tensor, apart as two, or auto: in each "
+        "layer what loses less (default: stored, as the files have them)",
+    )
     add_switch(parser, "dense", "write rebuilt matrices under their old keys")
     option("--calibration", metavar="FILE", help="of calibrate-model: errors of outputs count")
     option(

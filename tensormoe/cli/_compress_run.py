@@ -93,6 +93,7 @@ def _settings(arguments: argparse.Namespace) -> Compression:
         expert_weights=arguments.expert_weights,
         share=arguments.share,
         bits=None if arguments.bits is None else _bits(arguments.bits),
+        gate_up=arguments.gate_up,
     )
 
 

@@ -86,7 +86,7 @@ def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> Non
     calibrated = settings.calibration is not None
     columns = ["experts", "shape", "dtype", "rank", "before", "after", "memory", "time"]
     table = make_table(*columns, *(["rows"] if calibrated else []))
-    for each in plan.groups:
+    for each in plan.tried:
         table.add_row(
             each.group.label,
             _shape(each.group.experts, each.group.in_features, each.group.out_features),
@@ -97,6 +97,14 @@ def show_plan(plan: CompressionPlan, device: Roofline, limit: int | None) -> Non
             format_bytes(each.memory),
             format_time(each.seconds),
             *([f"{each.rows:,}"] if each.rows is not None else []),
+        )
+    if plan.others:
+        count = len(plan.others)
+        console.print()
+        console.print(
+            f"gate and up projection: as one tensor or as two, in each of {count} "
+            f"{'layer' if count == 1 else 'layers'} what loses less",
+            soft_wrap=True,
         )
     shards = len(plan.model.shards)
     console.print()
@@ -260,8 +268,9 @@ def plan_dict(plan: CompressionPlan, device: Roofline, limit: int | None) -> dic
                 "memory": each.memory,
                 "seconds": each.seconds,
                 "rows": each.rows,
+                **({"instead": list(each.instead)} if each.instead else {}),
             }
-            for each in plan.groups
+            for each in plan.tried
         ],
     }
 

@@ -48,6 +48,7 @@ from __future__ import annotations
 
 from tensormoe.compression._calibration import EXPERT_WEIGHTS, WEIGHTINGS, Calibration
 from tensormoe.compression._clustering import cluster_experts
+from tensormoe.compression._gate_up import GATE_UP
 from tensormoe.compression._grouping import (
     ExpertGroups,
     allot_experts,
@@ -74,6 +75,7 @@ from tensormoe.compression._statistics import (
 
 __all__ = [
     "EXPERT_WEIGHTS",
+    "GATE_UP",
     "LAYOUTS",
     "PRESETS",
     "SHARES",

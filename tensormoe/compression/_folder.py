@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tensormoe.checkpoint._model_config import IMPORT, PROJECTION_NAMES, model_config
@@ -74,8 +74,15 @@ class Whole:
 
 def place_of(group: Group) -> Place | None:
     """Position of a group in a model; None if its name does not determine it."""
-    stem, _, last = group.name.removesuffix(".weight").rpartition(".")
-    if group.stacked:
+    if group.pair is not None:
+        found = _place(group.pair.key, group.stacked)
+        return None if found is None else replace(found, role=group.pair.role)
+    return _place(group.name, group.stacked)
+
+
+def _place(name: str, stacked: bool) -> Place | None:
+    stem, _, last = name.removesuffix(".weight").rpartition(".")
+    if stacked:
         role, inside = _STACKS.get(last, ("", ""))
         return Place(stem + inside, role) if role and stem else None
     module, _, star = stem.rpartition(".")

@@ -30,6 +30,23 @@ _LISTED = 5
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Gate and up projection of a group, where files have them in another way.
+
+    Args:
+        role: ``"gate_up_proj"`` of both side by side, which files have apart; ``"gate_proj"`` or
+            ``"up_proj"`` of one of them, of a stack of both.
+        key: in the files: of the gate projections, with a ``*`` for the expert's number; a stack's
+            own key.
+        interleaved: whether the outputs of both take turns in the stack; else they are halves.
+    """
+
+    role: str
+    key: str
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
 class Group:
     """The experts of one layer and one projection, decomposed as one tensor (experts, in, out).
 
@@ -45,6 +62,9 @@ class Group:
         dtype: that the experts are stored in: ``"bfloat16"``, ``"float16"``, ``"float32"`` or
             ``"float64"``; bfloat16 for quantized ones.
         quantized: the tensors among them that are dequantized on the way.
+        pair: of gate and up projection, where the group has them in another way than the files: the
+            keys are then those of all gate and then of all up projections, or that of a stack of
+            both.
     """
 
     name: str
@@ -56,6 +76,35 @@ class Group:
     transposed: bool
     dtype: str
     quantized: tuple[Quantized, ...] = ()
+    pair: Pair | None = None
+
+    @property
+    def width(self) -> int:
+        """Outputs of a matrix in the files."""
+        if self.pair is None:
+            return self.out_features
+        return self.out_features * 2 if self.stacked else self.out_features // 2
+
+    @property
+    def taken(self) -> slice:
+        """Outputs of a matrix in the files that are the group's."""
+        if self.pair is None or not self.stacked:
+            return slice(0, self.width, 1)
+        second = self.pair.role == "up_proj"
+        if self.pair.interleaved:
+            return slice(int(second), self.width, 2)
+        half = self.out_features
+        return slice(half * second, half * second + half, 1)
+
+    def sources(self, number: int) -> tuple[tuple[str, slice], ...]:
+        """Keys of an expert's matrices, each with the outputs of the group that come from it."""
+        if self.stacked:
+            return ((self.keys[0], slice(0, self.out_features)),)
+        starts = range(0, self.out_features, self.width)
+        return tuple(
+            (self.keys[part * self.experts + number], slice(start, start + self.width))
+            for part, start in enumerate(starts)
+        )
 
     @property
     def stored_keys(self) -> frozenset[str]:

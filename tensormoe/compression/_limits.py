@@ -14,7 +14,7 @@ from tensormoe.errors import CheckpointError, PlanError
 def check_memory(plan: CompressionPlan, max_memory: int | None) -> None:
     if max_memory is None or plan.memory <= max_memory:
         return
-    worst = max(plan.groups, key=lambda each: each.memory)
+    worst = max(plan.tried, key=lambda each: each.memory)
     raise PlanError(
         f"max_memory must be at least {plan.memory:,} bytes, for {worst.group.name!r} "
         f"({worst.group.experts} × {worst.group.in_features} × {worst.group.out_features}); got "
@@ -33,7 +33,7 @@ def check_apart(model: str | os.PathLike[str], output: str | os.PathLike[str]) -
 
 def check_disk(plan: CompressionPlan, work: Work) -> None:
     """Refuse an output that does not fit on the disk."""
-    needed = plan.output_bytes
+    needed = plan.output_bytes + sum(each.nbytes for each in plan.others)
     if plan.settings.dense:
         needed += sum(4 * each.parameters for each in plan.groups)
     if plan.settings.tolerance is not None:

@@ -56,6 +56,8 @@ class GroupReport:
             written instead.
         rounding: the experts themselves in 8 and in 4 bits, to compare with; empty if not asked
             for.
+        energy: squared norm that the output error is relative to, or else the error; None in
+            results, where nothing is left to choose by it.
     """
 
     name: str
@@ -78,6 +80,7 @@ class GroupReport:
     bits: int | None = None
     nbytes: int = 0
     rounding: tuple[Rounding, ...] = ()
+    energy: float | None = None
 
     def __post_init__(self) -> None:
         # reports from before there were bits
@@ -111,7 +114,10 @@ class GroupReport:
     def to_dict(self) -> dict[str, Any]:
         """The report in plain values, as JSON knows them."""
         expert_errors = list(self.expert_errors)
-        return asdict(self) | {"rank": plain_rank(self.rank), "expert_errors": expert_errors}
+        plain = asdict(self) | {"rank": plain_rank(self.rank), "expert_errors": expert_errors}
+        if self.energy is None:
+            del plain["energy"]
+        return plain
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GroupReport:
@@ -150,6 +156,11 @@ class Stored:
             if self.dtype is not None:
                 found = rounded(found, self.dtype)
             yield matrix, matrix - found
+
+    def energy(self) -> float:
+        """Squared norm of the experts."""
+        backend = get_backend("numpy")
+        return float(sum(norm(matrix, backend) ** 2 for matrix in self.stack))
 
     def errors(self) -> tuple[float, tuple[float, ...]]:
         """Relative error of all experts, and of each."""

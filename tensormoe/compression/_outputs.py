@@ -17,6 +17,7 @@ from tensormoe.compression._folder import (
     readme,
     whole_model,
 )
+from tensormoe.compression._groups import Group
 from tensormoe.compression._plan import CompressionPlan
 from tensormoe.compression._progress import Teller
 from tensormoe.compression._resume import Work
@@ -41,7 +42,7 @@ def factor_files(plan: CompressionPlan) -> dict[str, str]:
     """A file name for the factors of each group, whatever its key."""
     found: dict[str, str] = {}
     taken: set[str] = set()
-    for index, each in enumerate(plan.groups):
+    for index, each in enumerate(plan.tried):
         name = each.group.name.removesuffix(".weight").replace(".*", "")
         name = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:120].strip(".") or "experts"
         if name.lower() in taken:
@@ -99,12 +100,13 @@ class _Count:
 
 def _rebuilt(plan: CompressionPlan, work: Work, files: Mapping[str, str]) -> Rebuilt:
     """Matrices of all experts; factors are held as far as the tensor that they came from was."""
-    groups = {
-        key: (work.path(EXPERTS, files[each.group.name]), each.group)
-        for each in plan.groups
-        for key in each.group.keys
-    }
-    return Rebuilt(groups, 4 * max(each.group.entries for each in plan.groups))
+    groups: dict[str, list[tuple[str, Group]]] = {}
+    for each in plan.groups:
+        for key in each.group.keys:
+            made = work.path(EXPERTS, files[each.group.name]), each.group
+            groups.setdefault(key, []).append(made)
+    entries = (sum(group.entries for _, group in made) for made in groups.values())
+    return Rebuilt(groups, 4 * max(entries))
 
 
 def _write_shard(

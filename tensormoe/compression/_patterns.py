@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from types import MappingProxyType
@@ -93,6 +93,8 @@ class Preset:
         families: names of the models, for people.
         stacked: whether one tensor, of three axes, holds all experts of a layer and projection.
         model_types: values of ``model_type`` in a ``config.json`` for which it is chosen.
+        interleaved: whether gate and up projection take turns in a stack, and the experts have a
+            function of both of their own; else they are halves.
 
     >>> PRESETS["mixtral"].alternatives[0][0]
     'layers.*.block_sparse_moe.experts.*.w1'
@@ -102,6 +104,7 @@ class Preset:
     families: str
     stacked: bool = False
     model_types: tuple[str, ...] = ()
+    interleaved: bool = False
 
 
 AUTO = "auto"
@@ -155,7 +158,9 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "nemotron_h": _listed(
             "mixer.experts", ("up_proj", "down_proj"), "Nemotron 3", "nemotron_h"
         ),
-        "gpt_oss": _listed("mlp.experts", _STACKS, "GPT-OSS", "gpt_oss", True),
+        "gpt_oss": replace(
+            _listed("mlp.experts", _STACKS, "GPT-OSS", "gpt_oss", True), interleaved=True
+        ),
         "llama4": _listed("feed_forward.experts", _STACKS, "Llama 4", "llama4 llama4_text", True),
         "granite_moe": _listed(
             "block_sparse_moe",
@@ -176,6 +181,14 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
     }
 )
 """Known families of models by the name that :class:`Compression` and ``--preset`` take."""
+
+
+def takes_turns(preset: str | None, model_types: Iterable[str]) -> bool:
+    """Whether gate and up projection of a model take turns, by its family or its type."""
+    if preset in PRESETS and PRESETS[preset].interleaved:
+        return True
+    kinds = {*model_types}
+    return any(each.interleaved and kinds & {*each.model_types} for each in PRESETS.values())
 
 
 def closest(patterns: Iterable[str], keys: Iterable[str]) -> list[str]:

@@ -16,8 +16,11 @@ from tensormoe.checkpoint._safetensors import ArrayInfo, Placed
 from tensormoe.compression._allocated import allocated_kinds
 from tensormoe.compression._bits import Names, entries_for, full_bytes, layer_bytes
 from tensormoe.compression._calibrated import calibrated_group, check_calibration
+from tensormoe.compression._config_file import found_config, model_types
 from tensormoe.compression._effort import memory_needed, moments_needed, seconds_needed
+from tensormoe.compression._gate_up import arranged
 from tensormoe.compression._groups import Group, find_groups
+from tensormoe.compression._patterns import takes_turns
 from tensormoe.compression._quantized import Quantized, plain_tensors
 from tensormoe.compression._settings import Compression
 from tensormoe.compression._shards import Model, open_model
@@ -46,6 +49,8 @@ class GroupPlan:
         bits: 8 or 4 of the factors' entries; None for entries of the group's dtype.
         form: that was chosen for it when the work began; None where none was to choose.
         limit: bytes of its share where forms are chosen, or shares are found, when work begins.
+        instead: names of the groups of gate and up projection that it takes the place of if it
+            loses less than both together.
     """
 
     group: Group
@@ -57,6 +62,7 @@ class GroupPlan:
     bits: int | None = None
     form: Form | None = None
     limit: int | None = None
+    instead: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -82,22 +88,30 @@ class CompressionPlan:
         groups: in the order in which they are decomposed: layer by layer.
         quantized: tensors that are dequantized on the way, experts and others, by their name in
             what is written.
+        others: groups of gate and up projection together that are tried as well, and take the place
+            of two where they lose less.
     """
 
     model: Model
     settings: Compression
     groups: tuple[GroupPlan, ...]
     quantized: Mapping[str, Quantized] = field(default_factory=dict)
+    others: tuple[GroupPlan, ...] = ()
+
+    @property
+    def tried(self) -> tuple[GroupPlan, ...]:
+        """All groups that are decomposed, those that may be dropped included."""
+        return (*self.groups, *self.others)
 
     @property
     def memory(self) -> int:
         """Bytes that a process takes, at most: for the group that takes most."""
-        return max(each.memory for each in self.groups)
+        return max(each.memory for each in self.tried)
 
     @property
     def seconds(self) -> float:
         """Seconds that the decompositions take, about; those of the files come on top."""
-        return sum(each.seconds for each in self.groups)
+        return sum(each.seconds for each in self.tried)
 
     def seconds_on(self, machines: int) -> float:
         """Seconds that the decompositions take on several machines like the one of the plan.
@@ -112,8 +126,8 @@ class CompressionPlan:
         Raises:
             SpecError: ``machines`` is not a positive integer.
         """
-        loads = [0.0] * min(positive_int(machines, "machines"), len(self.groups))
-        for each in longest_first(self.groups):
+        loads = [0.0] * min(positive_int(machines, "machines"), len(self.tried))
+        for each in longest_first(self.tried):
             # the machine that is free first
             heapreplace(loads, loads[0] + each.seconds)
         return max(loads)
@@ -165,7 +179,7 @@ class CompressionPlan:
 def settings_of(plan: CompressionPlan, each: GroupPlan) -> Compression:
     """The settings of one group: its own rank or form, where each has one."""
     if each.form is not None:
-        chosen = replace(plan.settings, bits=each.form.bits, share="equal")
+        chosen = replace(plan.settings, bits=each.form.bits, share="equal", gate_up="stored")
         return replace(chosen, factorization=Dense.name, budget=None) if each.form.whole else chosen
     if plan.settings.allocation is None:
         return plan.settings
@@ -199,12 +213,21 @@ def plan_compression(
         CheckpointError: not a model, or without experts, or with some that do not make a tensor;
             a calibration of another model.
         RankError, BudgetError: a rank or budget that a group cannot have; the message names it.
-        SpecError: a factorization that can't be fitted, or moments that were not gathered.
+        SpecError: a factorization that can't be fitted, moments that were not gathered, or gate and
+            up projection that must stay as they are stored.
     """
     opened = open_model(model)
     groups, quantized = find_groups(opened, settings.experts, settings.preset, settings.layout)
-    check_calibration(opened, groups, settings)
-    shares = _shares(groups, settings)
+    wanted = arranged(
+        groups,
+        settings.gate_up,
+        interleaved=takes_turns(settings.preset, model_types(found_config(opened))),
+        dense=settings.dense,
+        keys=opened.places,
+    )
+    groups, others = wanted
+    check_calibration(opened, (*groups, *(each for each, _ in others)), settings)
+    shares = dict(zip((each.name for each in groups), _shares(groups, settings), strict=True))
     given: Mapping[str, Factorization] = {}
     if settings.allocation is not None:
         given = allocated_kinds(groups, settings.allocation)
@@ -212,11 +235,30 @@ def plan_compression(
         opened,
         settings,
         tuple(
-            _planned(group, settings, share, given.get(group.name), roofline)
-            for group, share in zip(groups, shares, strict=True)
+            _planned(each, settings, shares[each.name], given.get(each.name), roofline)
+            for each in groups
         ),
         quantized,
+        tuple(
+            replace(
+                _planned(both, settings, _together(both, parts, shares, settings), None, roofline),
+                instead=parts,
+            )
+            for both, parts in others
+        ),
     )
+
+
+def _together(
+    both: Group,
+    parts: Sequence[str],
+    shares: Mapping[str, int | None],
+    settings: Compression,
+) -> int | None:
+    """Entries of the factors of a group that may take the place of two: what these have."""
+    if isinstance(settings.budget, float):
+        return _shares([both], settings)[0]
+    return sum(shares[name] or 0 for name in parts)
 
 
 def _shares(groups: Sequence[Group], settings: Compression) -> list[int | None]:

@@ -31,10 +31,12 @@ class Lost:
         output_error: relative error of its outputs.
         predicted_loss: increase of the model's loss, in nats per token; None where no gradients
             were gathered.
+        energy: squares of the outputs, summed over experts, that the error is relative to.
     """
 
     output_error: float
     predicted_loss: float | None
+    energy: float = 0.0
 
 
 def predicted_loss(
@@ -91,7 +93,8 @@ def lost(calibration: Calibration, layer: str, role: str, pairs: Pairs, bias: bo
         squares.append((share * energy(missing, own, None), share * energy(matrix, own, None)))
         if metric is not None:
             increase += 0.5 * share * energy(missing, own, metric)
-    return Lost(relative(squares), None if metric is None else increase)
+    whole = sum(each for _, each in squares)
+    return Lost(relative(squares), None if metric is None else increase, whole)
 
 
 def badness(

@@ -21,7 +21,8 @@ from tensormoe.compression._predicted import summed
 from tensormoe.compression._progress import CompressionCallback, Teller
 from tensormoe.compression._resume import Work, open_work
 from tensormoe.compression._settings import Compression
-from tensormoe.compression._sharing import FORMS, Form, loss_curve, shared
+from tensormoe.compression._settle import settle
+from tensormoe.compression._sharing import FORMS, Form, best_part, loss_curve, shared
 from tensormoe.compression._stack import compress_stack
 from tensormoe.compression._values import read_stack
 from tensormoe.errors import TensormoeError, located
@@ -172,12 +173,12 @@ def _made(
     paths = {name: work.path(EXPERTS, file) for name, file in files.items()}
     left = [
         each
-        for each in plan.groups
+        for each in plan.tried
         if each.group.name not in work.done or not os.path.isfile(paths[each.group.name])
     ]
     if plan.settings.share != "equal" or plan.settings.bits == AUTO:
         left = _shared(plan, left, _parts(plan, work, tell))
-    total = plan.dense_entries
+    total = sum(each.group.entries for each in plan.tried)
     done = total - sum(each.group.entries for each in left)
     if client is not None and left:
         check_cluster(client, plan, max_memory)
@@ -196,8 +197,15 @@ def _made(
             work.record(group.name, compress_stack(*given, follow).to_dict())
             done += group.entries
     tell(EXPERTS, "", done, total)
-    write_model(plan, work, files, tell)
-    return tuple(GroupReport.from_dict(work.done[each.group.name]) for each in plan.groups)
+    reports = {
+        each.group.name: GroupReport.from_dict(work.done[each.group.name]) for each in plan.tried
+    }
+    settled = settle(plan, reports)
+    write_model(settled, work, files, tell)
+    kept = {each.group.name for each in settled.groups}
+    for name in reports.keys() - kept:
+        os.unlink(paths[name])
+    return tuple(replace(reports[each.group.name], energy=None) for each in settled.groups)
 
 
 def _shared(plan: CompressionPlan, left: list[GroupPlan], parts: Parts) -> list[GroupPlan]:
@@ -227,8 +235,8 @@ def _parts(plan: CompressionPlan, work: Work, tell: Teller) -> Parts:
         settings = plan.settings
         forms = FORMS if settings.bits == AUTO else (Form(checked_bits(settings.bits)),)
         curves, sizes, limit = {}, {}, 0
-        total, done = plan.dense_entries, 0
-        for each in plan.groups:
+        total, done = sum(each.group.entries for each in plan.tried), 0
+        for each in plan.tried:
             group = each.group
             tell(EXPERTS, f"weighing {group.label}", done, total)
             found = calibrated_group(group, settings)
@@ -239,8 +247,13 @@ def _parts(plan: CompressionPlan, work: Work, tell: Teller) -> Parts:
             curves[group.name] = loss_curve(stack, *place, forms=forms, itemsize=group.itemsize)
             sizes[group.name] = group.nbytes
             done += group.entries
-            limit += each.nbytes
-        parts = shared(curves, sizes, limit, alike=settings.share == "equal")
+            limit += 0 if each.instead else each.nbytes
+        alone = {each.group.name: curves[each.group.name] for each in plan.groups}
+        parts = shared(alone, sizes, limit, alike=settings.share == "equal")
+        for each in plan.others:
+            name = each.group.name
+            size = sum(parts[part].nbytes for part in each.instead)
+            parts[name] = best_part(curves[name], sizes[name], size)
         plain = {
             name: {"bytes": part.nbytes, "bits": part.form.bits, "whole": part.form.whole}
             for name, part in parts.items()
@@ -255,6 +268,6 @@ def _resumed(plan: CompressionPlan, work: Work) -> str:
     if not count:
         return "nothing is done yet"
     return (
-        f"{count} of {len(plan.groups)} groups are done, in {work.folder!r}; the same "
+        f"{count} of {len(plan.tried)} groups are done, in {work.folder!r}; the same "
         "command goes on from there"
     )

@@ -19,6 +19,7 @@ from tensormoe._validation import (
 )
 from tensormoe.checkpoint._files import checkpoint_path
 from tensormoe.compression._calibration import EXPERT_WEIGHTS, WEIGHTINGS
+from tensormoe.compression._gate_up import GATE_UP
 from tensormoe.compression._patterns import AUTO, LAYOUTS, PRESETS, Pattern
 from tensormoe.compression._sharing import SHARES
 from tensormoe.decomposition._choose import checked_tolerance
@@ -70,6 +71,10 @@ class Compression:
             one of the experts' bytes, and ``"dense"``, which rounds the experts themselves, needs
             none. With a calibration ``"auto"``: each group is stored as it loses least within its
             bytes, in 16, 8 or 4 bits, and factors or the experts themselves.
+        gate_up: how gate and up projection are decomposed, one of :data:`GATE_UP`: as they are
+            stored, ``"joined"`` as one tensor, ``"apart"`` as two, or ``"auto"``, within a budget:
+            each layer gets the way that loses less of the outputs, or of the loss, where there is a
+            calibration, and of the weights elsewhere.
 
     Raises:
         SpecError: an unknown name, an invalid pattern, a seed, tolerance or limit that cannot
@@ -100,6 +105,7 @@ class Compression:
     expert_weights: str = "equal"
     share: str = "equal"
     bits: int | str | None = None
+    gate_up: str = "stored"
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -126,6 +132,16 @@ class Compression:
         if self.seconds is not None:
             put(self, "seconds", checked_seconds(self.seconds))
         self._check_calibration()
+        self._check_gate_up()
+
+    def _check_gate_up(self) -> None:
+        """The way of gate and up projection, and what it can be chosen by."""
+        choice(self.gate_up, GATE_UP, "gate_up", SpecError)
+        if self.gate_up == "auto" and self.budget is None:
+            raise SpecError(
+                "gate_up='auto' compares both ways at equal bytes, and needs a budget; got none. "
+                "Give for example a budget of 0.25, or one of 'joined' and 'apart'."
+            )
 
     def _check_factorization(self) -> None:
         """The names of factorizations, and what their size is given by."""
@@ -207,6 +223,8 @@ class Compression:
                 del plain[name]
         if self.share == "equal":
             del plain["share"]
+        if self.gate_up == "stored":
+            del plain["gate_up"]
         # outputs from before there were bits or allocations go on with the same command
         if self.bits is None:
             del plain["bits"]

@@ -171,7 +171,7 @@ def shared(
     >>> {name: part.nbytes for name, part in parts.items()}
     {'a': 35, 'b': 5}
     """
-    whole, bounded = sum(sizes.values()), []
+    whole, bounded = sum(sizes[name] for name in curves), []
     for name, points in curves.items():
         equal = limit * sizes[name] / whole
         if alike:
@@ -188,6 +188,17 @@ def shared(
         name: Part(point.label, int(point.cost))  # type: ignore[arg-type]
         for name, point in zip(curves, found, strict=True)
     }
+
+
+def best_part(curve: Sequence[Point], size: int, limit: int) -> Part:
+    """The form with the least loss within some bytes, for one projection.
+
+    Args:
+        curve: from no bytes on, in every form.
+        size: bytes of its experts.
+        limit: of bytes.
+    """
+    return shared({"": curve}, {"": size}, limit, alike=True)[""]
 
 
 def _between(points: Sequence[Point], least: float, most: float) -> list[Point]:

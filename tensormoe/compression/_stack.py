@@ -116,4 +116,5 @@ def compress_stack(
         bits,
         layer_bytes(config.spec, bits, group.itemsize),
         roundings(stack, group.dtype, group.itemsize, calibrated) if compares(settings) else (),
+        missing.energy() if off is None else off.energy,
     )

@@ -84,35 +84,50 @@ def read_stack(model: Model, group: Group) -> NDArray[Any]:
     stack = np.empty(sizes, working_dtype(group.dtype))
     quantized = {each.name: each for each in group.quantized}
     for number in range(group.experts):
-        key = group.keys[0 if group.stacked else number]
-        found = quantized.get(key)
-        place = number if group.stacked else 0
-        turned = group.transposed != (found is not None and found.turned)
-        matrix = stack[number].T if turned else stack[number]
-        step = max(1, _ENTRIES // matrix.shape[1])
-        for start in range(0, len(matrix), step):
-            rows = matrix[start : start + step]
-            if found is not None:
-                values = quantized_rows(model, found, place, start, start + len(rows))
-                key = found.values
-            else:
-                values = _rows(model, group, key, place, rows.shape, start)
-            if not np.isfinite(values).all():
-                shown = f"{key!r}, expert {number}" if group.stacked else repr(key)
-                raise CheckpointError(
-                    f"weights must be finite; got NaN or infinity in {shown}, of "
-                    f"{model.places[key][0].name!r}. Repair the checkpoint, or leave that layer "
-                    "out."
-                )
-            rows[...] = values.reshape(rows.shape)
+        for key, columns in group.sources(number):
+            found = quantized.get(key)
+            turned = group.transposed != (found is not None and found.turned)
+            matrix = stack[number][:, columns]
+            for rows, values in _read(model, group, key, number, found):
+                if not np.isfinite(values).all():
+                    held = key if found is None else found.values
+                    shown = f"{held!r}, expert {number}" if group.stacked else repr(held)
+                    raise CheckpointError(
+                        f"weights must be finite; got NaN or infinity in {shown}, of "
+                        f"{model.places[held][0].name!r}. Repair the checkpoint, or leave that "
+                        "layer out."
+                    )
+                (matrix.T if turned else matrix)[rows] = values
     return stack
+
+
+def _read(
+    model: Model, group: Group, key: str, number: int, found: Quantized | None
+) -> Iterator[tuple[slice, NDArray[Any]]]:
+    """What a group has of a stored matrix, some rows at a time, and where they belong."""
+    place = number if group.stacked else 0
+    turned = group.transposed != (found is not None and found.turned)
+    inputs = slice(0, group.in_features, 1)
+    taken, others = (group.taken, inputs) if turned else (inputs, group.taken)
+    size = group.in_features if turned else group.width
+    count = len(range(taken.start, taken.stop, taken.step))
+    step = max(1, _ENTRIES // (size * taken.step))
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        first = taken.start + start * taken.step
+        last = taken.start + (stop - 1) * taken.step + 1
+        if found is not None:
+            values = quantized_rows(model, found, place, first, last)
+        else:
+            values = _rows(model, group, key, place, (last - first, size), first)
+        yield slice(start, stop), values.reshape(last - first, size)[:: taken.step, others]
 
 
 def _rows(
     model: Model, group: Group, key: str, number: int, shape: tuple[int, ...], start: int
 ) -> NDArray[Any]:
     """Some rows of a matrix that is stored as it is."""
-    matrix = group.in_features * group.out_features
+    matrix = group.in_features * group.width
     itemsize = model.places[key][1].nbytes // (matrix * (group.experts if group.stacked else 1))
     first = number * matrix + start * shape[1]
     return decoded(_bytes(model, key, first * itemsize, prod(shape) * itemsize), group.dtype)

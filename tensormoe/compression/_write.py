@@ -132,11 +132,12 @@ class Rebuilt:
     """Experts' matrices, rebuilt from factors that were written to files.
 
     Args:
-        groups: file and group by key.
+        groups: by key, the files and groups that its tensor is made of: two where gate and up
+            projection of a stack are apart.
         limit: bytes of factors that are held.
     """
 
-    def __init__(self, groups: Mapping[str, tuple[str, Group]], limit: int) -> None:
+    def __init__(self, groups: Mapping[str, Sequence[tuple[str, Group]]], limit: int) -> None:
         self._groups = groups
         self._limit = limit
         self._held: OrderedDict[str, tuple[LayerConfig, Mapping[str, Any]]] = OrderedDict()
@@ -146,13 +147,27 @@ class Rebuilt:
 
     def parts(self, key: str) -> Iterator[bytes]:
         """The bytes of a key's tensor, in its dtype and layout."""
-        path, group = self._groups[key]
-        numbers = range(group.experts) if group.stacked else [group.keys.index(key)]
-        config, factors = self._layer(path)
-        backend = get_backend("numpy")
-        for number in numbers:
+        _, first = self._groups[key][0]
+        own = [first.keys.index(key) % first.experts]
+        for number in range(first.experts) if first.stacked else own:
+            matrix = self._matrix(key, number)
+            yield from pieces(matrix.T if first.transposed else matrix, first.dtype)
+
+    def _matrix(self, key: str, number: int) -> Any:
+        """One expert's matrix (in, out) as the file has it."""
+        import numpy as np
+
+        backend, whole = get_backend("numpy"), None
+        for path, group in self._groups[key]:
+            config, factors = self._layer(path)
             matrix, _ = expert_weight(config, factors, (number,), backend)
-            yield from pieces(matrix.T if group.transposed else matrix, group.dtype)
+            part = matrix[:, dict(group.sources(number))[key]]
+            if group.pair is None or not group.stacked:
+                return part
+            if whole is None:
+                whole = np.empty((group.in_features, group.width), part.dtype)
+            whole[:, group.taken] = part
+        return whole
 
     def _layer(self, path: str) -> tuple[LayerConfig, Mapping[str, Any]]:
         if path in self._held:

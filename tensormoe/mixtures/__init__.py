@@ -25,6 +25,7 @@ from tensormoe.mixtures._diverse import DiverseConfig as DiverseConfig
 from tensormoe.mixtures._diverse import diverse_config as diverse_config
 from tensormoe.mixtures._experts import ExpertsConfig as ExpertsConfig
 from tensormoe.mixtures._experts import experts_config as experts_config
+from tensormoe.mixtures._experts import gate_of as gate_of
 from tensormoe.mixtures._experts import gated as gated
 from tensormoe.mixtures._experts import hidden_units as hidden_units
 from tensormoe.mixtures._experts import run_expert as run_expert
@@ -119,6 +120,7 @@ __all__ = [
     "expert_kernel",
     "experts_config",
     "fixed_delta",
+    "gate_of",
     "gated",
     "grouped_index",
     "hidden_units",

@@ -280,6 +280,18 @@ def gated(act: Act, halves: Halves | None = None) -> Act:
     return partial(_both_halves, act, halves or _halves)
 
 
+def gate_of(act: Act) -> Act | None:
+    """The activation of the first half, of a function that :func:`gated` made; None of others.
+
+    >>> gate_of(gated(abs)) is abs, gate_of(abs)
+    (True, None)
+    """
+    if isinstance(act, partial) and act.func is _both_halves:
+        found: Act = act.args[0]
+        return found
+    return None
+
+
 def _both_halves(act: Act, halves: Halves, both: Array) -> Array:
     gate, up = halves(both)
     return act(gate) * up

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tensormoe._rounding import checked_bits
 from tensormoe._validation import flag
 from tensormoe.compression import Calibration
-from tensormoe.compression._predicted import badness, lost
+from tensormoe.compression._predicted import Lost, badness, lost
 from tensormoe.decomposition import Decomposition, Progress, Search, decompose
 from tensormoe.decomposition._several import Choice
 from tensormoe.errors import SpecError
@@ -28,9 +28,10 @@ from tensormoe_torch.compression._compress_checks import (
     check_sizes,
     kinds_of,
 )
-from tensormoe_torch.compression._dense import ROLES, DenseExperts
+from tensormoe_torch.compression._dense import DenseExperts
 from tensormoe_torch.compression._experts import FactorizedExperts
 from tensormoe_torch.compression._find import find_experts
+from tensormoe_torch.compression._gate_up import arranged, better, check_gate_up
 from tensormoe_torch.compression._put import put_experts
 from tensormoe_torch.compression._read import read_experts
 from tensormoe_torch.compression._report import (
@@ -72,6 +73,7 @@ def compress(
     callback: Callable[[Progress], bool | None] | None = None,
     seed: int = 0,
     bits: int | str | None = None,
+    gate_up: str = "stored",
 ) -> CompressionReport:
     """Replace the experts of a sparse model by factors of them, in place; its router stays.
 
@@ -131,6 +133,12 @@ def compress(
             weights themselves, needs none. Errors are those of the rounded factors. With a
             calibration and such a budget ``"auto"``: each projection is stored as it loses least
             within its bytes, in 16, 8 or 4 bits, and factors or the weights themselves.
+        gate_up: how gate and up projection are decomposed, one of
+            :data:`tensormoe.compression.GATE_UP`: ``"stored"``, as two, but for experts that gate
+            in a way of their own and those of a :class:`SparseMoE`, which have one; ``"joined"`` as
+            one layer, (in → 2 · hidden); ``"apart"`` as two; or ``"auto"``, with a budget that is a
+            share: each layer gets the way that loses less of the outputs, or of the loss, where
+            there is a calibration or ``weighted`` inputs, and of the weights elsewhere.
 
     Returns:
         What was replaced, with errors and parameters; ``print`` it for a table.
@@ -168,6 +176,7 @@ def compress(
     check_calibration(model, calibration, weighted, weighting, expert_weights)
     check_share(share, bits, budget, calibration)
     check_choice(factorization, rank, budget, tolerance)
+    check_gate_up(gate_up, factorization, budget)
     if isinstance(factorization, Allocation):
         given = {"rank": rank, "budget": budget, "tolerance": tolerance, "select": select}
         check_alone("compress", given)
@@ -177,10 +186,10 @@ def compress(
     check_surroundings(model, chosen)
     # a module that is used in several places is replaced by one
     names = list({id(module): name for name, module in reversed(chosen.items())}.values())[::-1]
-    sources = [read_experts(chosen[name], name) for name in names]
-    chosen_kinds: dict[str, Mapping[str, Choice]] = {}
+    sources = [arranged(model, read_experts(chosen[name], name), gate_up) for name in names]
+    others = [replace(each, joined=True) for each in sources] if gate_up == "auto" else []
+    chosen_kinds = _kinds(sources, others, factorization)
     for source in sources:
-        chosen_kinds[source.name] = kinds_of(source, factorization)
         check_bits(source, bits)
         if budget is None and tolerance is None:
             check_sizes(source, chosen_kinds[source.name], rank, checked_bits(bits))
@@ -191,18 +200,20 @@ def compress(
     elif inputs is not None:
         samples = collect(model, sources, batches)
 
-    parts = given_parts(sources, chosen_kinds, budget, share, bits, calibration)
+    parts = given_parts(sources, chosen_kinds, budget, share, bits, calibration, others)
     count, size = num_parameters(model), num_bytes(model)
     made: dict[int, FactorizedExperts] = {}
     modules = []
     with ExitStack() as replaced:
         for source, at_once in zip(sources, samples, strict=True):
             sample = collect(model, [source], batches)[0] if sequential else at_once
-            found, increases = {}, {}
-            for role in (each for each in ROLES if each in source.stacks):
+
+            def fitted(
+                source: DenseExperts, role: str, sample: Samples | None = sample
+            ) -> tuple[Decomposition, Lost | None]:
                 part = parts[source.name, role]
                 with at(f"{source.name}.{role}"):
-                    found[role], increases[role] = _decomposed(
+                    made, off = _decomposed(
                         source,
                         role,
                         sample,
@@ -218,12 +229,23 @@ def compress(
                         seed=seed,
                         bits=part.bits,
                     )
-                if found[role].report.ended == "interrupted":
+                if made.report.ended == "interrupted":
                     # all or nothing
                     raise KeyboardInterrupt
+                return made, off
+
+            made_of = {role: fitted(source, role) for role in source.roles}
+            if gate_up == "auto":
+                rows = sample if weighted else None
+                source, made_of = better(source, made_of, fitted, rows)
+            found = {role: each for role, (each, _) in made_of.items()}
+            increases = {
+                role: None if off is None else off.predicted_loss
+                for role, (_, off) in made_of.items()
+            }
             few = {role: parts[source.name, role].bits for role in found}
             layers = {role: _layer(each, few[role]) for role, each in found.items()}
-            new = FactorizedExperts(layers, source.act, _kept_biases(source))
+            new = FactorizedExperts(layers, source.new_act, _kept_biases(source))
             made[id(source.module)] = new
             off = None if sample is None else output_error(source, new, sample)
             new.groups = source.groups
@@ -237,6 +259,23 @@ def compress(
     kept = sum(_rounded_entries(each) for each in {id(m): m for m in made.values()}.values())
     counts, nbytes = (count, num_parameters(model) + kept), (size, num_bytes(model))
     return CompressionReport(tuple(modules), counts, nbytes)
+
+
+def _kinds(
+    sources: Iterable[DenseExperts],
+    others: Iterable[DenseExperts],
+    factorization: Choice | Allocation,
+) -> dict[str, Mapping[str, Choice]]:
+    """The factorization of each projection by layer, and of what is tried besides.
+
+    Raises:
+        SpecError: an allocation for other experts.
+    """
+    found: dict[str, Mapping[str, Choice]] = {}
+    for source in (*sources, *others):
+        kinds = kinds_of(source, factorization)
+        found[source.name] = {**found.get(source.name, {}), **kinds}
+    return found
 
 
 def _layer(found: Decomposition, bits: int | None) -> MuMoE:
@@ -263,7 +302,7 @@ def _reported(
     projections = tuple(
         CompressedProjection(
             r,
-            source.stacks[r].sizes,
+            source.own_sizes(r)[:2],
             each.spec.factorization,
             each.report,
             bits[r],
@@ -302,8 +341,8 @@ def _decomposed(
     callback: Callable[[Progress], bool | None] | None,
     seed: int,
     bits: int | None,
-) -> tuple[Decomposition, float | None]:
-    """Factors of a projection, and the increase of the loss that a calibration predicts."""
+) -> tuple[Decomposition, Lost | None]:
+    """Factors of a projection, and what is lost on a calibration's data."""
     weights, bias = source.decomposed(role)
     moments = judge = None
     if calibrated is not None:
@@ -331,7 +370,7 @@ def _decomposed(
         return found, None
     off = lost(calibration, layer, role, _pairs(found, weights, bias), bias is not None)
     report = replace(found.report, output_error=off.output_error)
-    return replace(found, report=report), off.predicted_loss
+    return replace(found, report=report), off
 
 
 def _pairs(found: Decomposition, weights: Tensor, bias: Tensor | None) -> Iterator[tuple[Any, Any]]:

@@ -87,7 +87,7 @@ def check_sizes(
     Raises:
         RankError: they are; or bonds that do not fit.
     """
-    for role in source.stacks:
+    for role in source.roles:
         kind = resolve_factorization(kinds[role], rank)  # type: ignore[arg-type]
         with at(f"{source.name}.{role}"):
             rows, columns, bias = source.own_sizes(role)
@@ -114,8 +114,8 @@ def kinds_of(source: DenseExperts, factorization: Choice | Allocation) -> Mappin
         SpecError: an allocation for experts of other sizes or another number.
     """
     if not isinstance(factorization, Allocation):
-        return dict.fromkeys(source.stacks, factorization)
-    sizes = {role: stack.sizes for role, stack in source.stacks.items()}
+        return dict.fromkeys(source.roles, factorization)
+    sizes = {role: source.own_sizes(role)[:2] for role in source.roles}
     layer = layer_of(factorization, source.name, sizes)
     if layer.site.experts != source.count:
         raise SpecError(

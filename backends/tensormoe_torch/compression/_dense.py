@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tensormoe.mixtures import hidden_units
+from tensormoe.mixtures import gated, hidden_units
+from tensormoe_torch._activations import halves
 from tensormoe_torch.compression._experts import Activation
 from tensormoe_torch.compression._gate import Own
 
@@ -75,6 +76,7 @@ class DenseExperts:
         act: the activation.
         stacks: the projections by role.
         groups: the expert behind each of the router's, where they were merged before.
+        joined: whether gate and up projection, two stacks, are decomposed side by side as one.
     """
 
     name: str
@@ -83,6 +85,19 @@ class DenseExperts:
     act: Activation
     stacks: Mapping[str, Stack]
     groups: Tensor | None = None
+    joined: bool = False
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Projections that are decomposed, in the order of reports."""
+        if self.joined:
+            return "gate_up_proj", "down_proj"
+        return tuple(role for role in ROLES if role in self.stacks)
+
+    @property
+    def new_act(self) -> Activation:
+        """The activation between the layers that take the place of the experts."""
+        return gated(self.act, halves) if self.joined else self.act
 
     @property
     def count(self) -> int:
@@ -109,13 +124,26 @@ class DenseExperts:
 
     def own_sizes(self, role: str) -> tuple[int, int, bool]:
         """In, out, and whether factors replace biases of a projection."""
-        stack = self.stacks[role]
-        return *stack.sizes, stack.biases is not None and not self.keeps_biases
+        parts = [self.stacks[each] for each in self._parts(role)]
+        rows, columns = parts[0].sizes[0], sum(each.sizes[1] for each in parts)
+        biases = any(each.biases is not None for each in parts)
+        return rows, columns, biases and not self.keeps_biases
 
     def decomposed(self, role: str) -> tuple[Tensor, Tensor | None]:
         """Weights (experts, in, out) of a projection, and the biases that factors replace."""
-        weights, biases = self.stacks[role].tensors()
+        found = [self.stacks[each].tensors() for each in self._parts(role)]
+        weights, biases = found[0]
+        if len(found) > 1:
+            weights = torch.cat([each for each, _ in found], dim=-1)
+            if any(each is not None for _, each in found):
+                # of a list of experts, one of both may have none
+                rows = [w[:, 0] * 0 if row is None else row for w, row in found]
+                biases = torch.cat(rows, dim=-1)
         return weights, None if self.keeps_biases else biases
+
+    def _parts(self, role: str) -> tuple[str, ...]:
+        """The stacks that make a projection."""
+        return (role,) if role in self.stacks else ("gate_proj", "up_proj")
 
     def parameters_of(self, count: int) -> tuple[int, int]:
         """Entries of all experts, and of ``count`` of them."""

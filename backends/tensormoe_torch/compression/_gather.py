@@ -196,7 +196,8 @@ def run_rows(
 
 def first_values(experts: DenseExperts, role: str) -> Tensor:
     """The first entries of every expert's matrix, in float32 on the host: (N, k)."""
-    weights = experts.stacks[role].weights
+    # of both projections as one, the first outputs are those of the gate
+    weights = experts.stacks[role if role in experts.stacks else "gate_proj"].weights
     return torch.stack([each[0, :VALUES].detach().float().cpu() for each in weights])
 
 

@@ -12,7 +12,7 @@ from tensormoe._rounding import AUTO, checked_bits
 from tensormoe._validation import choice
 from tensormoe.compression import SHARES, Calibration
 from tensormoe.compression._bits import Names, entries_for
-from tensormoe.compression._sharing import FORMS, Form, loss_curve, shared
+from tensormoe.compression._sharing import FORMS, Form, best_part, loss_curve, shared
 from tensormoe.decomposition._several import Choice, several
 from tensormoe.errors import SpecError
 from tensormoe.factorizations import Dense, Factorization
@@ -95,14 +95,26 @@ def given_parts(
     share: str,
     bits: int | str | None,
     calibration: Calibration | None,
+    others: Sequence[DenseExperts] = (),
 ) -> dict[Place, Given]:
     """Part of each projection in a budget.
+
+    Args:
+        sources: the experts.
+        kinds: factorizations by name of a layer and role.
+        budget: of each projection.
+        share: how one that is a share is shared out.
+        bits: of the factors' entries.
+        calibration: of the model, if any.
+        others: layers again whose gate and up projection are tried as one as well, of as many bytes
+            as both have.
 
     Raises:
         BudgetError: too little for some.
     """
-    places = [(source, role) for source in sources for role in source.stacks]
-    own = {(source.name, role): kinds[source.name][role] for source, role in places}
+    places = [(source, role) for source in sources for role in source.roles]
+    tried = [*places, *((source, "gate_up_proj") for source in others)]
+    own = {(source.name, role): kinds[source.name][role] for source, role in tried}
     if share == "equal" and bits != AUTO:
         few = checked_bits(bits)
         return {
@@ -111,23 +123,29 @@ def given_parts(
                 entries_of(source, role, own[source.name, role], budget, few),
                 few,
             )
-            for source, role in places
+            for source, role in tried
         }
     assert calibration is not None
     assert isinstance(budget, float)
     forms = FORMS if bits == AUTO else (Form(checked_bits(bits)),)
     curves, sizes = {}, {}
-    for source, role in places:
+    for source, role in tried:
         stack, bias = _host(source, role)
         where = calibration, calibration.find(source.name), role, bias
         size = source.dtype.itemsize
         key = f"{source.name}.{role}"
         curves[key] = loss_curve(stack, *where, forms=forms, itemsize=size)
         sizes[key] = stack.size * size
-    limit = int(budget * sum(sizes.values()))
-    parts = shared(curves, sizes, limit, alike=share == "equal")
+    names = [f"{source.name}.{role}" for source, role in places]
+    limit = int(budget * sum(sizes[name] for name in names))
+    alone = {name: curves[name] for name in names}
+    parts = shared(alone, sizes, limit, alike=share == "equal")
+    for source in others:
+        key = f"{source.name}.gate_up_proj"
+        both = (parts[f"{source.name}.{role}"].nbytes for role in ("gate_proj", "up_proj"))
+        parts[key] = best_part(curves[key], sizes[key], sum(both))
     found = {}
-    for source, role in places:
+    for source, role in tried:
         part, kind = parts[f"{source.name}.{role}"], own[source.name, role]
         if part.form.whole:
             found[source.name, role] = Given(Dense(), None, part.form.bits)

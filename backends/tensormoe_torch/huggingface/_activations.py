@@ -7,7 +7,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from tensormoe.errors import SpecError
-from tensormoe_torch._activations import ACTIVATIONS
+from tensormoe.mixtures import gate_of, gated
+from tensormoe_torch._activations import ACTIVATIONS, halves
 from tensormoe_torch.compression._experts import Activation
 from tensormoe_torch.compression._gate import Own, has_own_gate, own_activation
 
@@ -20,6 +21,10 @@ def name_of(act: Activation) -> str | None:
     """
     if isinstance(act, Own):
         return None
+    # gate and up projection as one: the activation of the first half
+    inner = gate_of(act)
+    if inner is not None:
+        return name_of(inner)
     for name, function in ACTIVATIONS.items():
         if act is function:
             return name
@@ -48,25 +53,24 @@ def activation_of(name: object, old: nn.Module, fused: bool) -> Activation:
     Raises:
         SpecError: an unknown name, or experts without an activation that can be found.
     """
-    if fused:
-        if name is not None:
-            raise SpecError(
-                "experts whose gate and up projection are one are gated as their model does it; "
-                f"act must be null; got {name!r:.80}."
-            )
+    first = next(old.children(), old) if isinstance(old, nn.ModuleList) else old
+    if fused and name is None and first is old:
         return Own(old)
+    if fused and has_own_gate(old):
+        raise SpecError(
+            f"{type(old).__name__} gate in a way of their own, which no name stands for; act must "
+            f"be null; got {name!r:.80}."
+        )
     if has_own_gate(old):
         raise SpecError(
             f"{type(old).__name__} gate in a way of their own, which takes gate and up projection "
-            "as one layer; got two. Compress such a model in place, or with --dense."
+            "as one layer; got two. Compress such a model in place, with --gate-up joined, or with "
+            "--dense."
         )
-    if name is None:
-        first = next(old.children(), old) if isinstance(old, nn.ModuleList) else old
-        found = own_activation(first)
-        if found is None:
-            raise SpecError(f"{type(first).__name__} must have an activation; it shows none.")
-        return found
-    return act_of(name)
+    found = own_activation(first) if name is None else act_of(name)
+    if found is None:
+        raise SpecError(f"{type(first).__name__} must have an activation; it shows none.")
+    return gated(found, halves) if fused else found
 
 
 def act_of(name: object) -> Activation:
