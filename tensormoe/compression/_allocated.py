@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tensormoe.compression._folder import place_of
+from tensormoe.compression._folder import Place, place_of
 from tensormoe.compression._groups import Group
 from tensormoe.errors import SpecError
 from tensormoe.factorizations import Factorization
@@ -31,7 +31,7 @@ def allocated_kinds(groups: Sequence[Group], allocation: Allocation) -> Mapping[
         if place is None or layer is None or place.role not in roles:
             raise SpecError(
                 f"an allocation must have every group of experts; it has none for {group.name!r}. "
-                "Narrow the patterns, or allocate anew."
+                f"{_remedy(place, roles)}"
             )
         index = roles.index(place.role)
         each = layer.site.projections[index]
@@ -52,6 +52,14 @@ def allocated_kinds(groups: Sequence[Group], allocation: Allocation) -> Mapping[
                     f"{layer.name!r} is not among its groups. Widen the patterns."
                 )
     return found
+
+
+def _remedy(place: Place | None, roles: Sequence[str]) -> str:
+    if place is not None and place.role == "gate_up_proj" and "gate_proj" in roles:
+        return "It has gate and up projection apart: give gate_up='apart' (--gate-up apart)."
+    if place is not None and place.role == "gate_proj" and "gate_up_proj" in roles:
+        return "It has gate and up projection as one: give gate_up='joined' (--gate-up joined)."
+    return "Narrow the patterns, or allocate anew."
 
 
 def _layer(module: str, layers: Sequence[AllocatedLayer]) -> AllocatedLayer | None:
