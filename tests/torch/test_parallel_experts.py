@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from tensormoe.mixtures import gated
 from tensormoe_torch import (
     DiverseMoE,
     MultiGateMoE,
@@ -17,6 +18,7 @@ from tensormoe_torch import (
     SoftMoE,
     SparseMoE,
 )
+from tensormoe_torch._activations import halves
 from tensormoe_torch.compression import FactorizedExperts
 from tests.torch._cut import assert_alike, assert_near, call, mesh, pair, scaled, sent, whole
 from tests.torch._helpers import normal
@@ -48,6 +50,7 @@ def one_behind_the_other(both: Tensor) -> Tensor:
 EXPERTS = {
     "gate and up": ("gate_proj up_proj down_proj", F.silu),
     "both": ("gate_up_proj down_proj", one_behind_the_other),
+    "joined": ("gate_up_proj down_proj", gated(F.silu, halves)),
     "by turns": ("gate_up_proj down_proj", side_by_side),
     "up": ("up_proj down_proj", nn.GELU()),
     "one": ("down_proj", nn.Identity()),
