@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -32,7 +33,7 @@ from tensormoe.compression._values import read_stack
 from tensormoe.errors import CheckpointError, SpecError
 from tensormoe.selection import allocate
 from tensormoe_torch.compression import FactorizedExperts
-from tests._compress_models import content, logits, save, save_shards
+from tests._compress_models import COMMON, LATENT, content, logits, save, save_shards
 from tests._more_models import MORE, RANK, experts_of, low_rank
 from tests._quantized_models import fp8, mxfp4
 
@@ -458,3 +459,28 @@ def test_the_command_line(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert ways([each["name"] for each in found["groups"]])[0] == "w1+w3.weight"
     assert main([*words[:-1], "both", "--dry-run"]) == 2
     assert "gate_up must be one of" in capsys.readouterr().err
+
+
+def test_gates_of_their_own_in_files_of_two_are_joined(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    more = {"num_experts": 4, "num_local_experts": 4, "head_dim": 8, "swiglu_limit": 0.1}
+    config = transformers.AutoConfig.for_model("deepseek_v4", **{**COMMON, **LATENT, **more})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    names = tuple(f"layers.*.ffn.experts.*.w{number}" for number in (1, 3, 2))
+    wanted = Compression("low_rank", budget=0.5, experts=names, gate_up="joined", **QUICK)
+    compress_checkpoint(tmp_path / "model", tmp_path / "factors", wanted)
+    compress_checkpoint(tmp_path / "model", tmp_path / "dense", replace(wanted, dense=True))
+    found = opened(tmp_path / "factors")
+    assert roles(found) == {BOTH}
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    torch.testing.assert_close(logits(found), logits(plain), atol=2e-4, rtol=1e-3)
+    # the clamp is reached
+    for each in plain.modules():
+        if hasattr(each, "_apply_gate"):
+            each.limit = 100.0
+    assert (logits(found) - logits(plain)).abs().max() > 1e-3
+    apart = replace(wanted, gate_up="apart")
+    compress_checkpoint(tmp_path / "model", tmp_path / "apart", apart)
+    with pytest.raises(SpecError, match=r"gate and up projection as one layer.*--gate-up joined"):
+        opened(tmp_path / "apart")

@@ -19,7 +19,7 @@ class CompressedProjection:
     """One projection of all experts of a layer.
 
     Args:
-        role: ``"gate_proj"``, ``"up_proj"`` or ``"down_proj"``.
+        role: ``"gate_proj"``, ``"up_proj"`` or ``"down_proj"``; ``"gate_up_proj"`` of both as one.
         sizes: in and out.
         factorization: with its rank.
         report: errors and parameters, as ``decompose`` reports them. Its output error is that of
