@@ -185,7 +185,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 
 def takes_turns(preset: str | None, model_types: Iterable[str]) -> bool:
     """Whether gate and up projection of a model take turns, by its family or its type."""
-    if preset in PRESETS and PRESETS[preset].interleaved:
+    if preset is not None and preset in PRESETS and PRESETS[preset].interleaved:
         return True
     kinds = {*model_types}
     return any(each.interleaved and kinds & {*each.model_types} for each in PRESETS.values())

@@ -234,7 +234,9 @@ def compress(
                     raise KeyboardInterrupt
                 return made, off
 
-            made_of = {role: fitted(source, role) for role in source.roles}
+            made_of: Mapping[str, tuple[Decomposition, Lost | None]] = {
+                role: fitted(source, role) for role in source.roles
+            }
             if gate_up == "auto":
                 rows = sample if weighted else None
                 source, made_of = better(source, made_of, fitted, rows)

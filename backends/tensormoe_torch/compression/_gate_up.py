@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -80,7 +81,7 @@ def arranged(model: nn.Module, source: DenseExperts, gate_up: str) -> DenseExper
     return replace(source, stacks=stacks, act=act)
 
 
-def _refuse(source: DenseExperts, gate_up: str, reason: str) -> None:
+def _refuse(source: DenseExperts, gate_up: str, reason: str) -> NoReturn:
     raise SpecError(
         f"experts whose gate and up projection are taken apart must have one function for each; "
         f"got gate_up={gate_up!r}, and those of {source.name!r} ({type(source.module).__name__}) "
