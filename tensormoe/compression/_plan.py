@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from heapq import heapreplace
@@ -140,7 +140,7 @@ class CompressionPlan:
     @property
     def parameters(self) -> int:
         """Entries of the factors, at most."""
-        return sum(each.parameters for each in self.groups)
+        return self._most(lambda each: each.parameters)
 
     @property
     def dense_bytes(self) -> int:
@@ -150,7 +150,14 @@ class CompressionPlan:
     @property
     def factor_bytes(self) -> int:
         """Bytes of the factors as they are stored, at most."""
-        return sum(each.nbytes for each in self.groups)
+        return self._most(lambda each: each.nbytes)
+
+    def _most(self, size: Callable[[GroupPlan], int]) -> int:
+        """The sum of a size of the groups, whichever of the ways that are tried is the larger."""
+        sizes = {each.group.name: size(each) for each in self.groups}
+        apart = (sum(sizes[name] for name in each.instead) for each in self.others)
+        more = (max(0, size(each) - both) for each, both in zip(self.others, apart, strict=True))
+        return sum(sizes.values()) + sum(more)
 
     @property
     def expert_keys(self) -> frozenset[str]:

@@ -28,6 +28,7 @@ from tensormoe.compression import (
 )
 from tensormoe.compression import _values as values_module
 from tensormoe.compression._cluster import _task
+from tensormoe.compression._settle import losses
 from tensormoe.compression._shards import open_shards
 from tensormoe.compression._values import read_stack
 from tensormoe.errors import CheckpointError, SpecError
@@ -269,6 +270,7 @@ def test_each_layer_gets_the_way_that_loses_less(mixed: Path, tmp_path: Path) ->
     # of those that are tried, one way alone counts
     assert plan.dense_entries == 2 * 4 * (240 + 120)
     assert plan.factor_bytes <= 0.42 * plan.dense_bytes
+    assert plan.parameters == 2 * 4 * (3 * (12 + 20) + 2 * (12 + 10))
     result = compress_checkpoint(mixed, tmp_path / "out", AUTO)
     names = [report.name for report in result.groups]
     assert ways(names) == ["w1+w3.weight", "w1.weight", "w3.weight"]
@@ -281,7 +283,7 @@ def test_each_layer_gets_the_way_that_loses_less(mixed: Path, tmp_path: Path) ->
     assert [each["name"] for each in manifest["groups"]] == names
     assert manifest["command"]["gate_up"] == "auto"
     assert not any("energy" in each for each in manifest["groups"])
-    assert result.nbytes <= 0.42 * result.dense_bytes
+    assert result.nbytes <= plan.factor_bytes
     # each way by itself is what it is as the only one
     for way, layer in (("joined", "layers.0"), ("apart", "layers.1")):
         alone = compress_checkpoint(mixed, tmp_path / way, replace(AUTO, gate_up=way))
@@ -297,6 +299,22 @@ def test_each_layer_gets_the_way_that_loses_less(mixed: Path, tmp_path: Path) ->
     assert compress_checkpoint(mixed, tmp_path / "out", AUTO).groups == tuple(
         replace(each, seconds=None) for each in result.groups
     )
+
+
+def test_losses_are_in_one_unit(mixed: Path, tmp_path: Path) -> None:
+    result = compress_checkpoint(mixed, tmp_path / "out", replace(AUTO, gate_up="apart"))
+    report, *_ = result.groups
+
+    def given(error: float, energy: float, **more: Any) -> Any:
+        return replace(report, error=error, energy=energy, **more)
+
+    # of a small projection much may be lost
+    one, two = given(0.5, 1.0), given(0.1, 100.0)
+    assert losses([one, two]) == pytest.approx(0.25 + 1.0)
+    assert losses([given(0.9, 2.0, output_error=0.5)]) == pytest.approx(0.5)
+    assert losses([given(0.9, 2.0, output_error=0.5, predicted_loss=0.1)] * 2) == 0.2
+    assert json.loads(json.dumps(one.to_dict()))["energy"] == 1.0
+    assert type(report).from_dict(one.to_dict()) == one
 
 
 @pytest.mark.parametrize("stop", range(1, 9, 2))
