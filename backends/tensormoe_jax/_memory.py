@@ -68,13 +68,14 @@ def compiled_memory(
             output, pull = jax.vjp(lambda given, x: forward(given, held, x), given, x)
         return output, pull(cotangent)
 
-    x = jax.ShapeDtypeStruct((count,), "int32")
+    shape: Any = jax.ShapeDtypeStruct
+    x = shape((count,), "int32")
     if not ids:
         spec = config.first.spec if isinstance(config, BlockConfig) else config.spec
         kind = next(iter(parameters.values())).dtype
-        x = jax.ShapeDtypeStruct((count, spec.in_features), kind)
+        x = shape((count, spec.in_features), kind)
     shapes: list[Any] = [parameters, buffers, x]
     if training:
         shapes.append(jax.eval_shape(forward, *shapes))
-    found = jax.jit(train if training else forward).lower(*shapes).compile().memory_analysis()
+    found: Any = jax.jit(train if training else forward).lower(*shapes).compile().memory_analysis()
     return int(found.temp_size_in_bytes + found.output_size_in_bytes)
