@@ -40,6 +40,12 @@ def add_parser(commands: Commands) -> None:
     option("--per-expert", action="store_true", help="moments of each expert too: N times as much")
     option("--fisher", action="store_true", help="moments of the loss's gradients too")
     option(
+        "--measure",
+        action="store_true",
+        help="with --fisher: measure what errors of each layer do to the loss, for better "
+        "predictions of it; six more runs of some windows per layer",
+    )
+    option(
         "--ridge",
         metavar="R",
         help="share of the mean second moment that is added to all; with one, fewer tokens than "
@@ -101,6 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
             outputs=arguments.outputs,
             per_expert=arguments.per_expert,
             fisher=arguments.fisher,
+            measure=arguments.measure,
             ridge=ridge,
             dtype=arguments.dtype,
             device=arguments.device,

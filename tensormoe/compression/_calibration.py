@@ -21,6 +21,7 @@ from tensormoe.compression._calibration_arrays import (
 )
 from tensormoe.compression._calibration_file import StoredArrays, open_arrays, write_arrays
 from tensormoe.compression._predicted import Pairs, lost
+from tensormoe.compression._response import Response
 from tensormoe.decomposition import Moments
 from tensormoe.decomposition._moments import RIDGE
 from tensormoe.errors import CheckpointError, SpecError
@@ -64,6 +65,8 @@ class Calibration:
       projection;
     - ``LAYER.ROLE.outputs`` (out, out): of the outputs of a projection, ``gate_proj``, ``up_proj``
       or ``down_proj``; ``LAYER.ROLE.gradients``: of a loss's gradients with respect to them;
+    - ``LAYER.ROLE.response`` (points, 2): predicted and measured increases of the loss, in nats per
+      token, by errors of several sizes;
     - ``LAYER.ROLE.values``: the first entries of every expert's matrix, which tell the model;
     - with ``.experts`` behind inputs, hidden and outputs, the same for each expert, (N, …, …), and
       with ``.experts.mean`` its means.
@@ -239,6 +242,26 @@ class Calibration:
         if any(key not in self.arrays for key in keys):
             return None
         return beside([self.arrays[key] for key in keys])
+
+    def response(self, layer: str, role: str) -> Response:
+        """The measured response of the loss to errors of a projection; the identity without one.
+
+        Raises:
+            CheckpointError: no such layer or projection.
+        """
+        keys = [f"{layer}.{part}.response" for part in self._parts(layer, role)]
+        if any(key not in self.arrays for key in keys):
+            return Response()
+        return Response.of([self.arrays[key] for key in keys])
+
+    @property
+    def measured(self) -> bool:
+        """Whether the response of the loss was measured, of all layers."""
+        return all(
+            f"{layer}.{role}.response" in self.arrays
+            for layer in self.layers
+            for role in self.roles(layer)
+        )
 
     def sizes(self, layer: str, role: str) -> tuple[int, int, int | None]:
         """Experts, inputs and outputs of a projection, from shapes alone; None if not known."""

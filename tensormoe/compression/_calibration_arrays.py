@@ -20,6 +20,8 @@ def fits(name: str, shape: tuple[int, ...], experts: int) -> bool:
     if name in ("counts", "weights", "squares"):
         return shape == (experts,)
     lead = (experts,) if "experts" in name.split(".") else ()
+    if name.endswith(".response"):
+        return len(shape) == 2 and shape[1] == 2
     if name.endswith(".values"):
         return len(shape) == 2 and shape[0] == experts
     if name.endswith(".mean"):

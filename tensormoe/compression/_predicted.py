@@ -3,13 +3,14 @@
 Errors of outputs change a loss by half of their square in the metric of its second derivatives,
 to second order and where the loss is at a minimum. Second moments of its gradients stand for
 those (the empirical Fisher information), and inputs and gradients are taken to be independent, as
-in K-FAC (Martens & Grosse 2015).
+in K-FAC (Martens & Grosse 2015). Where the response of the loss to known errors was measured, the
+increase is the measured one of an error of that size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tensormoe.decomposition._moments import energy, relative
@@ -50,8 +51,9 @@ def predicted_loss(
 
     half of the expected square of what the loss changes by to first order, in nats per token. G are
     the second moments of the loss's gradients with respect to the projection's outputs, and S those
-    of its inputs, of each expert where they were gathered. Increases of several projections and
-    layers add up, as far as they are small.
+    of its inputs, of each expert where they were gathered. Where the calibration measured what
+    errors of the layer do, ``calibrate(…, measure=True)``, the increase is what was measured of one
+    as large. Increases of several projections and layers add up, as far as they are small.
 
     Args:
         calibration: with gradients, of :func:`tensormoe_torch.compression.calibrate` with a loss.
@@ -83,6 +85,17 @@ def predicted_loss(
 
 def lost(calibration: Calibration, layer: str, role: str, pairs: Pairs, bias: bool = False) -> Lost:
     """Error of outputs and increase of the loss, of one pass over the experts."""
+    found = lost_to_second_order(calibration, layer, role, pairs, bias)
+    if found.predicted_loss is None:
+        return found
+    increase = calibration.response(layer, role)(found.predicted_loss)
+    return replace(found, predicted_loss=increase)
+
+
+def lost_to_second_order(
+    calibration: Calibration, layer: str, role: str, pairs: Pairs, bias: bool = False
+) -> Lost:
+    """The same without any measured response."""
     rows = calibration.arrays[f"{layer}.counts"] / calibration.tokens[layer]
     metric = None if _one_by_one(calibration, layer) else calibration.gradients(layer, role)
     moments = calibration.inputs_of_experts(layer, role, bias)

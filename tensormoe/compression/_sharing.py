@@ -1,9 +1,9 @@
 """Shares of one budget for the projections of all layers, by what a model loses.
 
 Of every projection the singular values of its experts, weighted by second moments, say what the
-closest product of every rank loses: a curve of loss against bytes without any search. Bytes go
-where they lower the sum most (Shoham & Gersho 1988). Of entries in few bits, what rounding loses
-comes on top. Factors of other networks lose something else,
+closest product of every rank loses: a curve of loss against bytes without any search. Of entries in
+few bits, what rounding loses comes on top. What the model's loss makes of it is the measured
+response where there is one. Bytes go where they lower the sum most (Shoham & Gersho 1988). Factors of other networks lose something else,
 but mostly need more where products do.
 """
 
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from tensormoe._rounding import round_to_nearest, rounded_values, stored_bytes
 from tensormoe.backend import get_backend
-from tensormoe.compression._predicted import lost
+from tensormoe.compression._predicted import lost_to_second_order
+from tensormoe.compression._response import Response
 from tensormoe.selection._allocate_solve import Point, along_curves
 
 if TYPE_CHECKING:
@@ -91,22 +92,25 @@ def loss_curve(
     """
     experts, rows, columns = stack.shape
     losses = _tails(stack, calibration, layer, role, bias)
+    known = calibration.gradients(layer, role) is not None
+    response = calibration.response(layer, role) if known else Response()
     noise = {
         bits: 0.0 if bits is None else _noise(stack, calibration, layer, role, bias, bits)
         for bits in dict.fromkeys(form.bits for form in forms)
     }
     points = []
     for form in forms:
-        lost = noise[form.bits]
+        rounding = noise[form.bits]
         if form.whole:
             size = stored_bytes(stack.shape, form.bits, itemsize)
-            points.append(Point(size, lost, form))
+            points.append(Point(size, response(rounding), form))
             continue
         for rank, loss in enumerate(losses):
             size = sum(
                 stored_bytes((side, experts, rank), form.bits, itemsize) for side in (rows, columns)
             )
-            points.append(Point(size, loss + (2.0 * lost if rank else 0.0), form))
+            whole = response(loss + (2.0 * rounding if rank else 0.0))
+            points.append(Point(size, whole, form))
     return tuple(points)
 
 
@@ -144,7 +148,7 @@ def _noise(
     codes, scales = round_to_nearest(stack.astype("float32"), bits, backend)
     values = rounded_values(codes, scales, stack.shape, bits, backend)
     pairs = ((matrix, matrix - near) for matrix, near in zip(stack, values, strict=True))
-    found = lost(calibration, layer, role, pairs, bias)
+    found = lost_to_second_order(calibration, layer, role, pairs, bias)
     return found.output_error**2 if found.predicted_loss is None else found.predicted_loss
 
 

@@ -21,6 +21,7 @@ from tensormoe_torch.compression._dense import DenseExperts
 from tensormoe_torch.compression._find import find_experts
 from tensormoe_torch.compression._gather import Kept, Sums
 from tensormoe_torch.compression._read import read_experts
+from tensormoe_torch.compression._respond import check_measurable, measured_runs, with_responses
 from tensormoe_torch.compression._samples import Batch, Samples, listed, watched
 from tensormoe_torch.surgery._inputs import evaluating, run_model
 from tensormoe_torch.surgery._select import Select
@@ -37,6 +38,7 @@ def calibrate(
     outputs: bool = True,
     per_expert: bool = False,
     loss: Loss | None = None,
+    measure: bool = False,
     ridge: float | None = None,
     dtype: str = "float32",
     max_memory: int | None = None,
@@ -59,6 +61,10 @@ def calibrate(
         loss: a function of the model's output and the batch that gives a loss summed over tokens;
             with it second moments of its gradients with respect to outputs are gathered, for
             ``weighting="fisher"``.
+        measure: whether the loss's response to errors of each layer is measured as well, by which
+            predictions of the loss hold for early layers and large errors too. Some batches, of
+            16,384 tokens or as many as there are, run six times more for each layer, with inputs on
+            some of their directions alone; no weight is touched. Needs a loss.
         ridge: share of the mean second moment that is added to all when errors are weighted. By
             default 1e-3, and too few rows for moments of full rank are an error: every layer needs
             as many tokens as its experts have inputs, and as many rows (tokens times experts per
@@ -74,7 +80,8 @@ def calibrate(
 
     Raises:
         SpecError: no experts, no batches, batches with padding, experts that get no tokens, too few
-            of them, or a loss that gives no gradients.
+            of them, or a loss that gives no gradients; nothing to measure, or experts that are
+            called one by one, of which no loss is predicted.
         ShapeError: NaN or infinity in what experts get or give; the message names the layer.
         PlanError: ``max_memory`` is too little for one layer; nothing ran then.
 
@@ -98,23 +105,30 @@ def calibrate(
     sources = _sources(model, select)
     kept = Kept(flag(outputs, "outputs"), flag(per_expert, "per_expert"), loss is not None)
     checked = checked_options(ridge, dtype)
+    if flag(measure, "measure"):
+        check_measurable(sources, loss)
     parts = calibration_parts(sources, kept, max_memory)
     given = listed(batches)
-    if len(parts) > 1:
+    if len(parts) > 1 or measure:
         # each part takes a run
         given = [*given]
     arrays: dict[str, Any] = {}
     tokens: dict[str, int] = {}
     done = 0
+
+    def tell() -> None:
+        nonlocal done
+        done += 1
+        if callback is not None:
+            callback(done)
+
     for part in parts:
         sums = [Sums(each, kept) for each in part]
         run = _Run(model, sums, loss)
         for batch in given:
             _check_whole(batch)
             run(batch)
-            done += 1
-            if callback is not None:
-                callback(done)
+            tell()
         for each in sums:
             _check_rows(each, ridge)
             found = each.finished(dtype)
@@ -122,7 +136,11 @@ def calibrate(
             tokens[each.experts.name] = each.tokens
             # sums of one layer are there beside its means
             each.arrays.clear()
-    return Calibration(arrays, tokens, {**(identity or {}), **module_identity(model)}, checked)
+    about = {**(identity or {}), **module_identity(model)}
+    calibration = Calibration(arrays, tokens, about, checked)
+    if loss is None or not measure:
+        return calibration
+    return with_responses(calibration, model, sources, [*given], loss, tell)
 
 
 def calibration_parts(
@@ -179,9 +197,28 @@ def calibration_memory(
     return max(sum(kept.nbytes(each) for each in part) for part in parts)
 
 
-def calibration_runs(model: nn.Module, kept: Kept, max_memory: int | None) -> int:
-    """Times that a model runs all batches of a calibration of all of its layers."""
-    return len(calibration_parts(_sources(model, None), kept, max_memory))
+def calibration_runs(
+    model: nn.Module,
+    kept: Kept,
+    max_memory: int | None,
+    *,
+    measure: bool,
+    batches: int,
+    tokens: int,
+) -> int:
+    """Batches that a model runs for a calibration of all of its layers.
+
+    Args:
+        model: it.
+        kept: what is gathered.
+        max_memory: as of :func:`calibrate`.
+        measure: the same.
+        batches: number of them.
+        tokens: of all of them.
+    """
+    sources = _sources(model, None)
+    runs = batches * len(calibration_parts(sources, kept, max_memory))
+    return runs + (measured_runs(len(sources), batches, tokens) if measure else 0)
 
 
 def checked_options(ridge: float | None, dtype: str) -> float:

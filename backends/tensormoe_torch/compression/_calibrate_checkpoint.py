@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tensormoe._validation import flag
 from tensormoe.checkpoint._files import checkpoint_path
 from tensormoe.compression import Calibration
 from tensormoe.compression._identity import checkpoint_identity, tokenizer_identity
@@ -34,7 +35,7 @@ class CalibrationProgress:
     Args:
         done: windows that the model ran.
         total: of them; those of a further run for each part of the layers, if memory is limited,
-            count again.
+            count again, and so do those on which the response of the loss is measured.
         nbytes: that the sums of moments take at a time, in float64.
     """
 
@@ -52,6 +53,7 @@ def calibrate_checkpoint(
     outputs: bool = True,
     per_expert: bool = False,
     fisher: bool = False,
+    measure: bool = False,
     ridge: float | None = None,
     dtype: str = "float32",
     device: str = "cpu",
@@ -69,6 +71,8 @@ def calibrate_checkpoint(
         per_expert: as of :func:`calibrate`.
         fisher: whether second moments of the gradients of the next tokens' cross-entropy are
             gathered: of the tokens of the text, the empirical Fisher information.
+        measure: whether the response of that loss to errors of each layer is measured as well, as
+            of :func:`calibrate`; needs ``fisher``.
         ridge: as of :func:`calibrate`.
         dtype: as of :func:`calibrate`.
         device: that the model runs on.
@@ -86,6 +90,10 @@ def calibrate_checkpoint(
     """
     # before a model is loaded, not after
     checked_options(ridge, dtype)
+    if flag(measure, "measure") and not flag(fisher, "fisher"):
+        raise SpecError(
+            "measure needs fisher: gradients of the loss tell what to expect of an error. Give both."
+        )
     folder = checkpoint_path(model)
     words = folder if tokenizer is None else checkpoint_path(tokenizer)
     identity = checkpoint_identity(open_model(folder))
@@ -111,7 +119,9 @@ def calibrate_checkpoint(
         gradients=fisher,
         max_memory=max_memory,
     )
-    total = len(batches) * calibration_runs(loaded, kept, max_memory)
+    total = calibration_runs(
+        loaded, kept, max_memory, measure=measure, batches=len(batches), tokens=count
+    )
 
     def tell(done: int) -> None:
         if callback is not None:
@@ -125,6 +135,7 @@ def calibrate_checkpoint(
         outputs=outputs,
         per_expert=per_expert,
         loss=next_token_loss if fisher else None,
+        measure=measure,
         ridge=ridge,
         dtype=dtype,
         max_memory=max_memory,

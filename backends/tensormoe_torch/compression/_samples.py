@@ -140,6 +140,26 @@ def standing_in(experts: DenseExperts, new: Any) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def giving(experts: DenseExperts, outputs: Callable[[Samples], Tensor]) -> Iterator[None]:
+    """Experts that are called together give something else meanwhile.
+
+    Args:
+        experts: of a layer.
+        outputs: called with what each call gets; gives (tokens, out).
+    """
+    read = _Read(experts.module, None, experts.routes, experts.groups)
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        return outputs(read(args, kwargs)).to(output.dtype).reshape(output.shape)
+
+    handle = experts.module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _taking(place: int, read: _Read, take: Callable[[int, Samples], None]) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with torch.no_grad():
