@@ -1,4 +1,4 @@
-"""Response of a model's loss to errors of one projection: measured increases next to predicted ones.
+"""Response of a model's loss to errors of a projection: measured increases by predicted ones.
 
 Half of a second derivative holds for small errors, each by itself. Larger ones, and those of early
 layers, which are inputs of all later ones, do more. How much more is measured at a few sizes.

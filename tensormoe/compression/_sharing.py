@@ -2,9 +2,9 @@
 
 Of every projection the singular values of its experts, weighted by second moments, say what the
 closest product of every rank loses: a curve of loss against bytes without any search. Of entries in
-few bits, what rounding loses comes on top. What the model's loss makes of it is the measured
-response where there is one. Bytes go where they lower the sum most (Shoham & Gersho 1988). Factors of other networks lose something else,
-but mostly need more where products do.
+few bits, what rounding loses comes on top. Where the response of the model's loss was measured, the
+curve is of what it makes of that. Bytes go where they lower the sum most (Shoham & Gersho 1988).
+Factors of other networks lose something else, but mostly need more where products do.
 """
 
 from __future__ import annotations

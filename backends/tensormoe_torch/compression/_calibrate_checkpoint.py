@@ -92,7 +92,8 @@ def calibrate_checkpoint(
     checked_options(ridge, dtype)
     if flag(measure, "measure") and not flag(fisher, "fisher"):
         raise SpecError(
-            "measure needs fisher: gradients of the loss tell what to expect of an error. Give both."
+            "measure needs fisher: gradients of the loss tell what to expect of an error. Give "
+            "both."
         )
     folder = checkpoint_path(model)
     words = folder if tokenizer is None else checkpoint_path(tokenizer)
