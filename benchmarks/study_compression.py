@@ -6,8 +6,9 @@
 Three Mixtrals of 4 layers with 16 experts each are trained on real text and stored in bfloat16, as
 ``tensormoe compress`` finds them. Each is calibrated on 128 windows of its training text, and its
 experts are compressed to half and to a quarter of their bytes in every way that ``KINDS`` and
-``GATE_UP`` have; the test text tells what that did to predictions. Results are kept, and the same
-command goes on. Takes an hour and a half on one core; ``--quick`` a minute or two.
+``GATE_UP`` have, with the loss's response to errors measured (``--measure``) and without where that
+decides anything; the test text tells what that did to predictions. Results are kept, and the same
+command goes on. Takes two hours on one core; ``--quick`` a minute or two.
 
 Needs ``pip install 'tensormoe[huggingface]'`` and, for its text, Debian's package bible-kjv.
 """
@@ -34,7 +35,8 @@ from tensormoe_torch.compression import TextWindows, calibrate_checkpoint, evalu
 
 BUDGETS = (0.5, 0.25)
 ALL = ("low_rank", "shared_basis", "tucker")
-_CALIBRATED = {"calibration": True}
+_CALIBRATED = {"calibration": "plain"}
+_MEASURED = {"calibration": "measured"}
 KINDS: dict[str, dict[str, Any]] = {
     "SVD of each expert": {"factorization": "low_rank"},
     "whitened SVD of each expert": {"factorization": "low_rank", **_CALIBRATED},
@@ -50,6 +52,18 @@ KINDS: dict[str, dict[str, Any]] = {
         "bits": "auto",
         "share": "sensitivity",
         **_CALIBRATED,
+    },
+    "auto, by sensitivity, measured": {
+        "factorization": ALL,
+        "share": "sensitivity",
+        **_MEASURED,
+    },
+    "auto, bits too, measured": {"factorization": ALL, "bits": "auto", **_MEASURED},
+    "auto, bits too, by sensitivity, measured": {
+        "factorization": ALL,
+        "bits": "auto",
+        "share": "sensitivity",
+        **_MEASURED,
     },
 }
 _JOINED = {"gate_up": "joined", **_CALIBRATED}
@@ -78,16 +92,18 @@ class Runs:
         self._known = {each["key"]: each for each in map(json.loads, lines)}
 
     @cache  # noqa: B019
-    def calibration(self, seed: int) -> Path:
-        """The calibration of a model."""
-        path = self._folder / f"calibration-{seed}.safetensors"
+    def calibration(self, seed: int, measure: bool) -> Path:
+        """The calibration of a model, with or without the measured response of its loss."""
+        name = "measured" if measure else "calibration"
+        path = self._folder / f"{name}-{seed}.safetensors"
         if not path.exists():
             found = calibrate_checkpoint(
                 self._host.trained(self._folder, seed),
                 written(self._folder)["train"],
-                windows=TextWindows(128, self._host.context),
+                windows=TextWindows(128, self._host.context, batch=16),
                 per_expert=True,
                 fisher=True,
+                measure=measure,
                 dtype="float32",
             )
             found.save(path)
@@ -125,8 +141,8 @@ class Runs:
     def settings(self, seed: int, budget: float, options: dict[str, Any]) -> Compression:
         """A compression; with a calibration if it wants one."""
         found = dict(options)
-        if found.pop("calibration", False):
-            found["calibration"] = str(self.calibration(seed))
+        if kind := found.pop("calibration", None):
+            found["calibration"] = str(self.calibration(seed, kind == "measured"))
         return Compression(**found, budget=budget, compare=False)
 
 

@@ -4,7 +4,7 @@
     python benchmarks/study_prediction.py --table out/compression/prediction.json
 
 The models of ``_compression_model.py`` are calibrated on windows of their training text, with
-gradients. Then their experts are factorized in some thirty ways, each from scratch: several
+gradients, and with the measured response of the loss to errors of each layer. Then their experts are factorized in some thirty ways, each from scratch: several
 factorizations, budgets and weightings of errors, all layers or one alone. The test text tells the
 true increase of the cross-entropy, and Spearman's coefficient how well each figure that is known
 before ranks the ways. Every result is kept in a file as soon as it is there; the same command goes
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from tensormoe import select_rank
 from tensormoe.compression import Calibration
-from tensormoe.compression._predicted import lost
+from tensormoe.compression._predicted import lost_to_second_order
 from tensormoe.decomposition import Search
 from tensormoe.factorizations import Factorization, resolve_factorization
 from tensormoe_torch import compress
@@ -47,6 +47,7 @@ FIGURES = {
     "outputs, pooled": "the same, by inputs of all rows",
     "loss": "loss, by all rows' gradients and each expert's inputs",
     "loss, pooled": "loss, by gradients and inputs of all rows",
+    "measured": "loss, by the measured response to errors of that size",
 }
 
 
@@ -109,8 +110,11 @@ def figures(
             pairs = [(a.numpy(), b.numpy()) for a, b in zip(whole, missing, strict=True)]
             found["weights"] += each.report.error**2
             for name, calibration in known.items():
-                got = lost(calibration, module.name, each.role, pairs)
-                found[f"loss{name}"] += got.predicted_loss or 0.0
+                got = lost_to_second_order(calibration, module.name, each.role, pairs)
+                increase = got.predicted_loss or 0.0
+                found[f"loss{name}"] += increase
+                if not name:
+                    found["measured"] += calibration.response(module.name, each.role)(increase)
                 if f"outputs{name}" in found:
                     found[f"outputs{name}"] += got.output_error**2
             stacks_of(dense)[each.role].copy_(rebuilt)
@@ -143,7 +147,7 @@ def run(folder: Path, seed: int, done: dict[str, Any], keep: Callable[[], None])
         for part, windows in (("train", CALIBRATED), ("test", TESTED))
     )
     batches = [torch.cat(given[k : k + 16]) for k in range(0, len(given), 16)]
-    calibration = calibrate(model, batches, loss=next_token_loss, per_expert=True)
+    calibration = calibrate(model, batches, loss=next_token_loss, measure=True, per_expert=True)
     known = variants(calibration)
     batches = [torch.cat(tested[k : k + 16]) for k in range(0, len(tested), 16)]
     before = loss_of(model, batches)
@@ -161,40 +165,51 @@ def run(folder: Path, seed: int, done: dict[str, Any], keep: Callable[[], None])
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Spearman's coefficient of each figure."""
     lines = [
-        "| predicted by | Spearman, mean (range) | predicted ÷ true, 16 % to 84 % |",
-        "| --- | ---: | ---: |",
+        "| predicted by | Spearman, mean (range) | predicted ÷ true, whole models | layers alone |",
+        "| --- | ---: | ---: | ---: |",
     ]
     for figure, text in FIGURES.items():
-        found, ratios = [], []
+        found = []
         for seed in results.values():
             true = [each["true"] for each in seed.values()]
             found.append(spearmanr(true, [each[figure] for each in seed.values()]).statistic)
-            ratios += [each[figure] / each["true"] for each in seed.values()]
-        ratios.sort()
-        span = f"{ratios[round(0.16 * len(ratios))]:.2f} to {ratios[int(0.84 * len(ratios))]:.2f}"
-        span = span if figure.startswith("loss") else ""
+        spans = ["", ""]
+        if figure.startswith(("loss", "measured")):
+            spans = [span(results, figure, alone) for alone in (False, True)]
         lines.append(
-            f"| {text} | {mean(found):.3f} ({min(found):.3f} to {max(found):.3f}) | {span} |"
+            f"| {text} | {mean(found):.3f} ({min(found):.3f} to {max(found):.3f}) | "
+            f"{' | '.join(spans)} |"
         )
     return "\n".join(lines)
 
 
+def span(results: Mapping[str, Mapping[str, Any]], figure: str, alone: bool) -> str:
+    """Predicted increases over true ones, of 16 % to 84 % of ways: layers alone, or whole models."""
+    ratios = sorted(
+        way[figure] / way["true"]
+        for seed in results.values()
+        for key, way in seed.items()
+        if ("layer" in key) == alone
+    )
+    return f"{ratios[round(0.16 * len(ratios))]:.2f} to {ratios[int(0.84 * len(ratios))]:.2f}"
+
+
 def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """True increases against predicted ones, and against errors of weights."""
+    """True increases against predicted ones, with and without the measured response."""
     from tensormoe.plotting import COLOURS, figure, tidy
 
     with figure(path, width=8.4, height=3.6, transparent=True) as drawn:
-        sides = (("loss", "predicted, nats per token"), ("weights", "errors of weights, squared"))
+        sides = (("loss", "predicted, nats per token"), ("measured", "by the measured response"))
         for axis, (name, label) in zip(drawn.subplots(1, 2, sharey=True), sides, strict=True):
             for seed, colour in zip(results.values(), COLOURS, strict=False):
                 for alone, marker in ((False, "o"), (True, "x")):
                     ways = [way for key, way in seed.items() if ("layer" in key) == alone]
                     x, y = [way[name] for way in ways], [way["true"] for way in ways]
                     axis.plot(x, y, marker, color=colour, markersize=4.5, alpha=0.8)
-            axis.set(xscale="log" if name == "loss" else "linear", yscale="log", xlabel=label)
+            axis.set(xscale="log", yscale="log", xlabel=label)
+            axis.axline((0.05, 0.05), (1, 1), color="#7b8794", linewidth=1)
             tidy(axis)
         drawn.axes[0].set_ylabel("true increase, nats per token")
-        drawn.axes[0].axline((0.05, 0.05), (1, 1), color="#7b8794", linewidth=1)
 
 
 def main() -> None:

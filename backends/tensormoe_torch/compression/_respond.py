@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,17 @@ from tensormoe_torch.surgery._inputs import evaluating, run_model
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-KEPT = (0.8, 0.5, 0.2)
-"""Shares of directions that inputs keep: what many compressions leave, and what few do."""
+KEPT = (0.8, 0.35)
+"""Shares of directions that inputs keep: errors of a mild compression, and of a strong one."""
 SIDES = ("inputs", "hidden")
 """Inputs of gate and up projection, and those of the down projection."""
+NARROWED = (*((side,) for side in SIDES), SIDES)
+"""What is measured of each layer: either side alone, and both."""
 
-# tokens from which an increase of a thousandth of a nat stands out of its noise
+# tokens from which increases of some thousandths of a nat stand out of their noise
 _TOKENS = 2**14
+# of the sum of what two sides do alone, what both do at least and at most: the rest is noise
+_LEAST, _MOST = 0.5, 2.0
 # tokens whose experts run at a time
 _BLOCK = 2048
 
@@ -67,7 +71,7 @@ def measured_places(count: int, tokens: int) -> range:
 
 def measured_runs(layers: int, count: int, tokens: int) -> int:
     """Batches that a model runs to measure the response of all layers."""
-    return len(measured_places(count, tokens)) * (1 + layers * len(SIDES) * len(KEPT))
+    return len(measured_places(count, tokens)) * (1 + layers * len(NARROWED) * len(KEPT))
 
 
 @torch.no_grad()
@@ -81,10 +85,10 @@ def with_responses(
 ) -> Calibration:
     """The calibration with the measured response of the loss to errors of each projection.
 
-    Inputs of a layer's first projections, then those of the last one, are projected on the leading
-    directions of their second moments, while the rest of the model computes what it always does.
-    That is an error of the weights, of which :func:`tensormoe.compression.predicted_loss` knows
-    what to expect. No weight is touched.
+    Inputs of a layer's first projections, then those of the last one, then both are projected on
+    the leading directions of their second moments, while the rest of the model computes what it
+    always does. That is an error of the weights, of which
+    :func:`tensormoe.compression.predicted_loss` knows what to expect. No weight is touched.
 
     Args:
         calibration: with gradients.
@@ -103,9 +107,7 @@ def with_responses(
     before = run()
     arrays = dict(calibration.arrays)
     for experts in sources:
-        for side in SIDES:
-            for key, array in _responses(calibration, experts, side, run, before):
-                arrays[key] = array
+        arrays |= _responses(calibration, experts, run, before)
     return replace(calibration, arrays=arrays)
 
 
@@ -145,29 +147,48 @@ class _Run:
 
 
 def _responses(
-    calibration: Calibration, experts: DenseExperts, side: str, run: _Run, before: float
-) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Predicted and measured increases of every projection of one side."""
+    calibration: Calibration, experts: DenseExperts, run: _Run, before: float
+) -> dict[str, NDArray[Any]]:
+    """Predicted and measured increases of every projection of a layer, (points, 2) each."""
     import numpy as np
 
     layer = experts.name
-    roles = [role for role in experts.stacks if side_of(layer, role) == f"{layer}.{side}"]
-    moments = torch.from_numpy(np.array(calibration.arrays[f"{layer}.{side}"], "float64"))
-    # in the order of rising moments
-    vectors = torch.linalg.eigh(moments.to(_device(experts))).eigenvectors
-    found: dict[str, list[tuple[float, float]]] = {role: [] for role in roles}
+    directions = {side: _directions(calibration, experts, side) for side in SIDES}
+    found: dict[str, list[tuple[float, float]]] = {role: [] for role in experts.stacks}
     for share in KEPT:
-        left = vectors[:, -max(1, round(share * len(vectors))) :]
-        predicted = {role: _predicted(calibration, experts, role, left) for role in roles}
-        narrow = _Narrow(experts, side, left.float())
-        with giving(experts, narrow):
-            increase = (run() - before) / narrow.tokens
-        whole = sum(predicted.values())
-        for role, each in predicted.items():
-            # errors of one side do more together: each gets its share of what they did
-            found[role].append((each, increase * each / whole if whole else 0.0))
-    for role, points in found.items():
-        yield f"{layer}.{role}.response", np.array(points)
+        left = {k: v[:, -max(1, round(share * len(v))) :] for k, v in directions.items()}
+        increases = {}
+        for sides in NARROWED:
+            narrow = _Narrow(experts, {side: left[side].float() for side in sides})
+            with giving(experts, narrow):
+                increases[sides] = (run() - before) / narrow.tokens
+        together = _together(increases)
+        for side in SIDES:
+            roles = [role for role in experts.stacks if side_of(layer, role) == f"{layer}.{side}"]
+            predicted = [_predicted(calibration, experts, role, left[side]) for role in roles]
+            whole = sum(predicted) or 1.0
+            # projections of one side do more together: each gets its share of what they did
+            for role, each in zip(roles, predicted, strict=True):
+                found[role].append((each, each / whole * together * increases[side,]))
+    return {f"{layer}.{role}.response": np.array(points) for role, points in found.items()}
+
+
+def _together(increases: Mapping[tuple[str, ...], float]) -> float:
+    """Increase by errors of both sides, over the sum of increases by either."""
+    *alone, both = (increases[sides] for sides in NARROWED)
+    if sum(alone) <= 0.0:
+        return 1.0
+    return min(max(both / sum(alone), _LEAST), _MOST)
+
+
+def _directions(calibration: Calibration, experts: DenseExperts, side: str) -> Tensor:
+    """Eigenvectors of the second moments of all inputs, in the columns, by rising moments."""
+    import numpy as np
+
+    # arrays of files are read-only
+    moments = torch.from_numpy(np.array(calibration.arrays[f"{experts.name}.{side}"], "float64"))
+    found: Tensor = torch.linalg.eigh(moments.to(_device(experts))).eigenvectors
+    return found
 
 
 def _predicted(calibration: Calibration, experts: DenseExperts, role: str, left: Tensor) -> float:
@@ -190,18 +211,16 @@ def _device(experts: DenseExperts) -> torch.device:
 
 @dataclass(eq=False)
 class _Narrow:
-    """The experts of a layer with inputs of one side on some directions alone.
+    """The experts of a layer with inputs on some directions alone.
 
     Args:
         experts: the layer.
-        side: one of :data:`SIDES`.
-        left: orthonormal directions, (features, kept).
+        left: by side, orthonormal directions, (features, kept).
         tokens: that came so far.
     """
 
     experts: DenseExperts
-    side: str
-    left: Tensor
+    left: Mapping[str, Tensor]
     tokens: int = 0
 
     def __call__(self, samples: Samples) -> Tensor:
@@ -215,11 +234,11 @@ class _Narrow:
         return torch.cat(parts)
 
     def _routed(self, x: Tensor, index: Tensor) -> Tensor:
-        if self.side == "inputs":
-            return self.experts.routed(self._narrowed(x), index)
-        hidden = self._narrowed(self.experts.hidden(x, index))
+        hidden = self._narrowed("hidden", self.experts.hidden(self._narrowed("inputs", x), index))
         return self.experts.stacks["down_proj"].routed(hidden, index)
 
-    def _narrowed(self, x: Tensor) -> Tensor:
-        wide = x.to(self.left.dtype)
-        return (wide @ self.left @ self.left.T).to(x.dtype)
+    def _narrowed(self, side: str, x: Tensor) -> Tensor:
+        if side not in self.left:
+            return x
+        left = self.left[side]
+        return (x.to(left.dtype) @ left @ left.T).to(x.dtype)
