@@ -4,11 +4,12 @@
     python benchmarks/study_prediction.py --table out/compression/prediction.json
 
 The models of ``_compression_model.py`` are calibrated on windows of their training text, with
-gradients, and with the measured response of the loss to errors of each layer. Then their experts are factorized in some thirty ways, each from scratch: several
-factorizations, budgets and weightings of errors, all layers or one alone. The test text tells the
-true increase of the cross-entropy, and Spearman's coefficient how well each figure that is known
-before ranks the ways. Every result is kept in a file as soon as it is there; the same command goes
-on from it. Takes some minutes per model on one core; models that are not there are trained first.
+gradients, and with the measured response of the loss to errors of each layer. Then their experts
+are factorized in some thirty ways, each from scratch: several factorizations, budgets and
+weightings of errors, all layers or one alone. The test text tells the true increase of the
+cross-entropy, and Spearman's coefficient how well each figure that is known before ranks the ways.
+Every result is kept in a file as soon as it is there; the same command goes on from it. Takes some
+minutes per model on one core; models that are not there are trained first.
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def span(results: Mapping[str, Mapping[str, Any]], figure: str, alone: bool) -> str:
-    """Predicted increases over true ones, of 16 % to 84 % of ways: layers alone, or whole models."""
+    """Predicted increases over true ones, 16 % to 84 % of ways: of layers alone, or of models."""
     ratios = sorted(
         way[figure] / way["true"]
         for seed in results.values()
