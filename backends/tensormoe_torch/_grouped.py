@@ -45,7 +45,7 @@ def _products(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     if _fits(rows, *matrices.shape[1:]):
         ends = _offsets(counts[:experts])
         # gradients of sums are rows that lie on one another in memory
-        made: Tensor = _GROUPED(rows.contiguous(), matrices, offs=ends)
+        made: Tensor = _GROUPED(rows.contiguous(), _by_lines(matrices), offs=ends)
         if len(counts) == experts:
             return made
         behind = torch.arange(len(rows), device=rows.device) >= ends[-1]
@@ -99,6 +99,16 @@ def _fits(rows: Tensor, *sizes: int) -> bool:
     """
     aligned = all(size * rows.dtype.itemsize % _ALIGNMENT == 0 for size in sizes)
     return _GROUPED is not None and rows.dtype in _DTYPES and aligned and len(rows) > 0
+
+
+def _by_lines(matrices: Tensor) -> Tensor:
+    """Matrices whose rows or columns lie in memory as lines: what a factor gives may have none."""
+    *outer, row, column = matrices.stride()
+    size = matrices.dtype.itemsize
+    for line, step in ((row, column), (column, row)):
+        if line == 1 and all(each * size % _ALIGNMENT == 0 for each in (*outer, step)):
+            return matrices
+    return matrices.contiguous()
 
 
 def _offsets(counts: Tensor) -> Tensor:

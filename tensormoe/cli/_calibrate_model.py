@@ -158,6 +158,7 @@ def _plain(found: Calibration) -> dict[str, Any]:
     return {
         "model": dict(found.model),
         "ridge": found.ridge,
+        "measured": found.measured,
         "bytes": found.nbytes,
         "layers": layers,
     }
@@ -178,6 +179,8 @@ def _show(console: Console, found: Calibration, path: str) -> None:
     console.print()
     console.print(table)
     console.print()
+    if found.measured:
+        console.print("responses of the loss: predicted losses hold for large errors too")
     console.print(
         f"{path}: {format_bytes(found.nbytes)}, ridge {found.ridge:g}; compress with "
         f"--calibration {path}",

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tensormoe.cli import main
 from tensormoe.compression import Calibration
-from tensormoe_torch.compression import calibrate
+from tensormoe_torch.compression import TextWindows, calibrate, calibrate_checkpoint
 from tests._calibrated import save_model, save_text, save_tokenizer
 from tests._compress_models import save
 
@@ -73,6 +73,39 @@ def test_a_text_becomes_a_file(
     assert "--calibration" in shown
     again = Calibration.load(output)
     assert not any(key.endswith("outputs") for key in again.arrays)
+
+
+def test_the_response_of_the_loss_is_measured(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "c.safetensors"
+    words = (folder / "model", "--data", folder / "text.txt", "--output", output, *SMALL)
+    assert "measure needs fisher" in run(capsys, *words, "--measure")
+    assert not output.exists()
+    found = json.loads(run(capsys, *words, "--fisher", "--measure", "--json"))
+    assert found["measured"] is True
+    calibration = Calibration.load(output)
+    assert calibration.measured
+    for layer in calibration.layers:
+        points = calibration.arrays[f"{layer}.down_proj.response"]
+        assert points.shape == (2, 2)
+        assert 0.0 < points[0, 0] < points[1, 0]
+    shown = run(capsys, *words, "--fisher", "--measure")
+    assert "losses hold for large errors too" in shown
+    assert "losses hold for" not in run(capsys, *words, "--fisher")
+    assert json.loads(run(capsys, *words, "--fisher", "--json"))["measured"] is False
+    told: list[Any] = []
+    calibrate_checkpoint(
+        folder / "model",
+        folder / "text.txt",
+        windows=TextWindows(5, 16),
+        fisher=True,
+        measure=True,
+        callback=told.append,
+    )
+    # five windows, five without errors, and six times as many for each of two layers
+    assert [each.done for each in told] == [*range(5 + 5 + 6 * 2 * 5 + 1)]
+    assert {each.total for each in told} == {70}
 
 
 def test_what_cannot_be_is_refused_and_nothing_written(
