@@ -17,6 +17,7 @@ from tensormoe._format import (
 from tensormoe._rounding import AUTO, checked_bits_or_auto
 from tensormoe.cli._console import make_console, make_table
 from tensormoe.compression import (
+    Calibration,
     Compression,
     CompressionPlan,
     CompressionProgress,
@@ -201,8 +202,8 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
         )
     if predicted is not None:
         console.print(
-            f"loss: {predicted:+.4f} nats per token, as gradients and inputs predict it for small "
-            "errors; tensormoe evaluate measures it",
+            f"loss: {predicted:+.4f} nats per token, as the calibration predicts it "
+            f"{_holding(settings)}; tensormoe evaluate measures it",
             soft_wrap=True,
         )
     for line in _notes(result):
@@ -213,6 +214,13 @@ def show_result(console: Console, result: CompressionResult, settings: Compressi
         else "experts in factors; README.md says how to open it"
     )
     console.print(f"{result.output}: {what}", soft_wrap=True)
+
+
+def _holding(settings: Compression) -> str:
+    """Errors for which a predicted loss holds."""
+    assert settings.calibration is not None
+    measured = Calibration.load(settings.calibration).measured
+    return "by measured responses" if measured else "for small errors"
 
 
 def _calibrated(settings: Compression) -> str:

@@ -123,14 +123,15 @@ def test_nothing_is_predicted_without_gradients_or_a_number_of_tokens() -> None:
     assert compress(lists, "cp", rank=3, search=QUICK, calibration=given).predicted_loss is None
 
 
+@pytest.mark.parametrize("measure", [False, True])
 def test_files_and_models_in_memory_report_the_same(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], measure: bool
 ) -> None:
     folder, text, path = save_model(tmp_path / "m"), tmp_path / "t.txt", tmp_path / "c.safetensors"
     save_text(text)
     cut = TextWindows(6, 16)
     options: Any = {"windows": cut, "per_expert": True, "dtype": "float64", "fisher": True}
-    calibrate_checkpoint(folder, text, **options).save(path)
+    calibrate_checkpoint(folder, text, measure=measure, **options).save(path)
     wanted = Compression("cp", rank=6, preset="mixtral", compare=False, calibration=str(path))
     result = compress_checkpoint(folder, tmp_path / "out", wanted)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -152,10 +153,13 @@ def test_files_and_models_in_memory_report_the_same(
     words = ["compress", str(folder), "--preset", "mixtral", "--rank", "6", "--factorization", "cp"]
     words += ["--calibration", str(path), "--no-svd", "--output", str(tmp_path / "out")]
     assert main(words) == 0
-    assert f"loss: {result.predicted_loss:+.4f} nats per token" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"loss: {result.predicted_loss:+.4f} nats per token" in said
+    assert ("predicts it by measured responses;" in said) is measure
+    assert ("predicts it for small errors;" in said) is not measure
     assert main([*words, "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["predicted_loss"] == result.predicted_loss
-    assert [e["predicted_loss"] for e in said["groups"]] == [
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["predicted_loss"] == result.predicted_loss
+    assert [e["predicted_loss"] for e in plain["groups"]] == [
         e.predicted_loss for e in result.groups
     ]

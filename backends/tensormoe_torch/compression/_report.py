@@ -199,7 +199,7 @@ class CompressionReport:
 
     def _predicted(self) -> list[str]:
         """A line on where the loss is from."""
-        said = "loss: nats per token, as gradients and inputs predict it for small errors"
+        said = "loss: nats per token, as the calibration predicts it"
         return [] if self.predicted_loss is None else [said]
 
     def _sizes(self) -> Iterator[str]:
