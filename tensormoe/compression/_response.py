@@ -69,7 +69,7 @@ class Response:
             size, increase = self.points[0]
             slope = self._slope(1) if len(sizes) > 1 else 1.0
             # no ratio above that of the smallest error that was measured
-            return max(predicted, increase * (predicted / size) ** max(slope, 1.0))
+            return max(predicted, increase * exp(max(slope, 1.0) * log(predicted / size)))
         size, increase = self.points[place - 1]
         return max(predicted, increase * exp(self._slope(place) * log(predicted / size)))
 
