@@ -142,7 +142,8 @@ def test_batches_are_drawn_evenly() -> None:
     found = measured_places(128, 128 * 2048)
     assert len(found) * 2048 == 2**14
     assert found[0] == 127 - found[-1] + 1
-    model, batches, seen = sparse("mixtral"), [*TOKENS.split(1)], []
+    model, batches = sparse("mixtral"), [each[None] for each in TOKENS]
+    seen: list[Tensor] = []
 
     def watching(output: Any, batch: Tensor) -> Tensor:
         seen.append(batch)
