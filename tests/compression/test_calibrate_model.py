@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tensormoe.cli import main
+from tensormoe.cli._calibrate_model import _responses
 from tensormoe.compression import Calibration
 from tensormoe_torch.compression import TextWindows, calibrate, calibrate_checkpoint
 from tests._calibrated import save_model, save_text, save_tokenizer
@@ -91,8 +93,16 @@ def test_the_response_of_the_loss_is_measured(
         assert points.shape == (2, 2)
         assert 0.0 < points[0, 0] < points[1, 0]
     shown = run(capsys, *words, "--fisher", "--measure")
-    assert "losses hold for large errors too" in shown
-    assert "losses hold for" not in run(capsys, *words, "--fisher")
+    # a model of random values gains as often as it loses
+    pairs = np.concatenate([a for k, a in calibration.arrays.items() if k.endswith("response")])
+    less = int((pairs[:, 1] < pairs[:, 0]).sum())
+    assert less
+    assert f"responses of the loss: {less} of {len(pairs)} measured increases are below" in shown
+    assert "responses of the loss" not in run(capsys, *words, "--fisher")
+    clear = {k: a * 1.0 for k, a in calibration.arrays.items()}
+    for key in [key for key in clear if key.endswith("response")]:
+        clear[key][:, 1] = 2.0 * clear[key][:, 0]
+    assert "hold for large errors too" in _responses(replace(calibration, arrays=clear))
     assert json.loads(run(capsys, *words, "--fisher", "--json"))["measured"] is False
     told: list[Any] = []
     calibrate_checkpoint(
