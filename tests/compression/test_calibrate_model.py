@@ -98,11 +98,11 @@ def test_the_response_of_the_loss_is_measured(
     less = int((pairs[:, 1] < pairs[:, 0]).sum())
     assert less
     assert f"responses of the loss: {less} of {len(pairs)} measured increases are below" in shown
-    assert "responses of the loss" not in run(capsys, *words, "--fisher")
     clear = {k: a * 1.0 for k, a in calibration.arrays.items()}
     for key in [key for key in clear if key.endswith("response")]:
         clear[key][:, 1] = 2.0 * clear[key][:, 0]
     assert "hold for large errors too" in _responses(replace(calibration, arrays=clear))
+    assert "responses of the loss" not in run(capsys, *words, "--fisher")
     assert json.loads(run(capsys, *words, "--fisher", "--json"))["measured"] is False
     told: list[Any] = []
     calibrate_checkpoint(
