@@ -15,7 +15,8 @@ REQUIREMENTS := pyproject.toml constraints.txt
 # JAX compiles each operation for each shape: quickly is better than well. Its usual code is what
 # the examples and the documentation run
 QUICKLY := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
-    XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true \
+    --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
