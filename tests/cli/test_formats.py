@@ -220,9 +220,12 @@ def test_narrow_terminals_show_every_figure_of_the_other_commands(
     width: int,
 ) -> None:
     # rough figures will do; what is shown of each layer is what is checked for
-    few = Samples(8, 24, 4, CP(5), (1, 3, 20)), Samples(32, 24, 4, Dense(), (1, 3, 20))
+    few = [
+        Samples(size, 24, 4, kind, (1, 3, 20)) for size in (8, 20, 32) for kind in (CP(5), Dense())
+    ]
     monkeypatch.setattr("tensormoe.cli.calibration._SECONDS", 0.001)
     monkeypatch.setattr("tensormoe.cli.calibration.SAMPLES", few)
+    monkeypatch.setattr("tensormoe.cli.calibration._CHECKED", few[:2])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", str(width))
     text = printed(capsys, "calibrate", "--dry-run")
