@@ -45,8 +45,16 @@ demo: $(VENV)/.ready-demo ## train factorized experts on real images, with NumPy
 
 ##@ Check
 
+# Checks of one process each, which leave other cores idle: beside `unit`, their output comes last.
+BESIDE := typecheck test-core docs build-check examples
+
 .PHONY: test
-test: lint typecheck unit test-core docs build-check examples ## all the checks below
+test: lint ## all the checks below
+	@log=$$(mktemp); trap 'kill $$! 2> /dev/null || true; rm -f "$$log"' EXIT; status=0; \
+	    $(MAKE) --no-print-directory $(BESIDE) > "$$log" 2>&1 & \
+	    $(MAKE) --no-print-directory unit || status=1; \
+	    wait $$! || status=1; \
+	    cat "$$log"; exit $$status
 	@echo "== all checks passed"
 
 .PHONY: lint
@@ -66,10 +74,13 @@ unit: $(VENV)/.ready-dev ## tests, doctests, and the code in README.md and docs/
 	@echo "== unit"
 	@# random examples are the same in every run; HYPOTHESIS_PROFILE=dev draws others, and make fuzz
 	@# many of them
-	@HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(QUICKLY) \
-	    $(BIN)/python -m pytest $(PYTEST_FLAGS) tests tensormoe backends
-	@# the blocks of a document build on one another: they stay in one process
-	@$(BIN)/python -m pytest -q README.md docs
+	@# the blocks of a document build on one another: they stay in one process, beside the others
+	@log=$$(mktemp); trap 'kill $$! 2> /dev/null || true; rm -f "$$log"' EXIT; status=0; \
+	    $(BIN)/python -m pytest -q README.md docs > "$$log" 2>&1 & \
+	    HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(QUICKLY) \
+	    $(BIN)/python -m pytest $(PYTEST_FLAGS) tests tensormoe backends || status=1; \
+	    wait $$! || status=1; \
+	    cat "$$log"; exit $$status
 
 .PHONY: test-core
 test-core: $(CORE_VENV)/.ready ## the core where no array library is installed
