@@ -15,9 +15,9 @@ from typing import Any
 
 __all__ = ["Ranks"]
 
-# imported once, by the process that all others are forks of
+# imported once, by the process that all others are forks of; none of ours, as that process doesn't
+# have the paths of this one
 LIBRARIES = [
-    "tensormoe_torch.parallel",
     "torch._dynamo",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
