@@ -27,6 +27,8 @@ Factors = dict[str, Array]
 # right-hand sides at a time: so many, or this part of a matrix of the equations; copies in float64
 # stay small so
 _COLUMNS, _PART = 32, 8
+# and of few bonds, as many entries as a call of NumPy takes in the time that it starts in
+_ENTRIES = 4096
 
 
 def sweep(
@@ -172,7 +174,8 @@ def squares(
 
 def _spans(shape: tuple[int, ...], square: int) -> Iterator[slice]:
     """Right-hand sides that are solved for at a time, for the largest matrix of the equations."""
-    step = max(_COLUMNS, square // (_PART * prod(shape[:-1])))
+    rows = prod(shape[:-1])
+    step = max(_COLUMNS, square // (_PART * rows), _ENTRIES // rows)
     return (slice(start, start + step) for start in range(0, shape[-1], step))
 
 

@@ -16,12 +16,14 @@ import pytest
 from markdown import markdown
 from rich.console import Console
 
+from tensormoe import CP, Dense
 from tensormoe._format import format_bytes, format_count, format_parameters, format_time
 from tensormoe.choosing import explore
 from tensormoe.choosing._schema import response_schema
 from tensormoe.cli import main
 from tensormoe.cli._columns import format_ranks, format_whole
 from tensormoe.cli._console import make_table
+from tensormoe.cli.calibration import Samples
 from tests._command import LAYER, ask
 from tests._compress_models import PATTERN, experts, save_shards
 
@@ -217,7 +219,13 @@ def test_narrow_terminals_show_every_figure_of_the_other_commands(
     tmp_path: Path,
     width: int,
 ) -> None:
-    monkeypatch.setattr("tensormoe.cli.calibration._SECONDS", 0.01)
+    # rough figures will do; what is shown of each layer is what is checked for
+    few = [
+        Samples(size, 24, 4, kind, (1, 3, 20)) for size in (8, 20, 32) for kind in (CP(5), Dense())
+    ]
+    monkeypatch.setattr("tensormoe.cli.calibration._SECONDS", 0.001)
+    monkeypatch.setattr("tensormoe.cli.calibration.SAMPLES", few)
+    monkeypatch.setattr("tensormoe.cli.calibration._CHECKED", few[:2])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", str(width))
     text = printed(capsys, "calibrate", "--dry-run")

@@ -238,10 +238,13 @@ def test_patterns(pattern: str, key: str, found: int | None) -> None:
         assert number[0].replace("*", str(found), 1) == key
 
 
+# every stage of a search, and few sweeps of each: memory is that of one
 _MEASURED = """
 import sys
-from tensormoe.compression import Compression, compress_checkpoint, plan_compression
+from functools import partial
+from tensormoe.compression import Compression, _stack, compress_checkpoint, plan_compression
 
+_stack.Search = partial(_stack.Search, sweeps=3, polish=2)
 model, output, name, budget, dense = sys.argv[1:]
 wanted = Compression(name, budget=float(budget), experts=("experts.*.w",), dense=dense == "dense")
 least = plan_compression(model, wanted).memory

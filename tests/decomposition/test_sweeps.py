@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from tensormoe import BaseDelta, LayerSpec, Tucker
 from tensormoe.backend import backend_of
-from tensormoe.decomposition._als import solve_factor, sweep, uses_tree
+from tensormoe.decomposition._als import _spans, solve_factor, sweep, uses_tree
 from tensormoe.decomposition._contractions import Structure, structures
 from tensormoe.decomposition._search import Problem
 from tensormoe.decomposition._solve import inverse
@@ -192,3 +193,14 @@ def test_elimination_that_ends_at_a_zero_is_tried_with_more(
     found = inverse(np.eye(3), 1e-3)
     assert added == pytest.approx([1e-3, 2e-3, 4e-3, 8e-3])
     np.testing.assert_allclose(found, np.eye(3) / (1.0 + added[-1]))
+
+
+@pytest.mark.parametrize("shape", [(1, 100_000), (3, 40, 5_000), (200, 5_000), (5_000, 70), (2, 0)])
+def test_equations_are_solved_for_many_columns_at_a_time(shape: tuple[int, ...]) -> None:
+    """As few calls as small copies allow: a column of one bond is one entry."""
+    spans = [*_spans(shape, 1)]
+    columns = [k for span in spans for k in range(shape[-1])[span]]
+    assert columns == [*range(shape[-1])]
+    rows = prod(shape[:-1])
+    assert all(rows * len(range(shape[-1])[span]) <= max(4096, 32 * rows) for span in spans)
+    assert len(spans) <= 1 + shape[-1] / max(32, 4096 // rows)

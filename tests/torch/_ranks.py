@@ -15,6 +15,15 @@ from typing import Any
 
 __all__ = ["Ranks"]
 
+# imported once, by the process that all others are forks of; none of ours, as that process doesn't
+# have the paths of this one
+LIBRARIES = [
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+]
+
 # a collective that waits for a process that never comes ends before the test does
 PATIENCE, LIMIT = 60, 120
 
@@ -64,7 +73,8 @@ class Ranks:
         self._processes, self._ends = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(LIBRARIES)
         store = Path(tempfile.mkdtemp()) / "store"
         for rank in range(self.count):
             here, there = context.Pipe()
