@@ -26,14 +26,14 @@ def compiled_memory(
     dtype: Any = None,
     act: Act | None = None,
 ) -> int:
-    """Bytes that a compiled call takes beyond its input and parameters, results included.
+    """Bytes that a compiled call takes beyond its arguments, results included.
 
     A compiler joins operations and orders arrays as it sees fit: on JAX, ``cost.peak_memory`` is no
     more than the order of magnitude. Here the call is compiled for shapes, which takes about a
     second and no memory for arrays, and XLA says what it planned, for the default device.
 
     Args:
-        config: of a layer, an embedding or a block.
+        config: of a layer, an embedding or a block; one without a gate gets coefficients.
         batch: number of inputs.
         training: whether gradients of parameters and features are computed too, from one of the
             output.
@@ -53,28 +53,28 @@ def compiled_memory(
     count = positive_int(batch, "batch")
     flag(training, "training")
     parameters = jax.eval_shape(partial(initialize, config, dtype=dtype), jax.random.key(0))
-    ids = isinstance(config, LayerConfig) and config.indexed_input
     buffers = jax.eval_shape(partial(initial_buffers, config, dtype=dtype))
+    first = config.first if isinstance(config, BlockConfig) else config
+    shape: Any = jax.ShapeDtypeStruct
+    kind = next(iter(parameters.values())).dtype
+    x = shape((count, first.spec.in_features), kind)
+    if first.indexed_input:
+        x = shape((count,), "int32")
+    made = None if first.gate else [shape((count, each), kind) for each in first.spec.experts]
 
-    def forward(given: Mapping[str, Array], held: Mapping[str, Array], x: Array) -> Array:
-        return apply(config, given, x, buffers=held or None, act=act)
+    def forward(given: Mapping[str, Array], x: Array, held: Any, made: Any) -> Array:
+        return apply(config, given, x, made, buffers=held or None, act=act)
 
     def train(
-        given: Mapping[str, Array], held: Mapping[str, Array], x: Array, cotangent: Array
+        given: Mapping[str, Array], x: Array, held: Any, made: Any, cotangent: Array
     ) -> tuple[Array, Any]:
-        if ids:
-            output, pull = jax.vjp(lambda given: forward(given, held, x), given)
+        if first.indexed_input:
+            output, pull = jax.vjp(lambda given: forward(given, x, held, made), given)
         else:
-            output, pull = jax.vjp(lambda given, x: forward(given, held, x), given, x)
+            output, pull = jax.vjp(lambda given, x: forward(given, x, held, made), given, x)
         return output, pull(cotangent)
 
-    shape: Any = jax.ShapeDtypeStruct
-    x = shape((count,), "int32")
-    if not ids:
-        spec = config.first.spec if isinstance(config, BlockConfig) else config.spec
-        kind = next(iter(parameters.values())).dtype
-        x = shape((count, spec.in_features), kind)
-    shapes: list[Any] = [parameters, buffers, x]
+    shapes: list[Any] = [parameters, x, buffers, made]
     if training:
         shapes.append(jax.eval_shape(forward, *shapes))
     found: Any = jax.jit(train if training else forward).lower(*shapes).compile().memory_analysis()

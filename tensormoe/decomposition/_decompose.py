@@ -170,15 +170,20 @@ def decompose(
     )
     kind, found = runs.find(choice or factorization, rank, budget, tolerance)  # type: ignore[arg-type]
     spec = LayerSpec(*sizes, kind, bias=bias is not None)
-    factors = _stored(spec, weightings.undo(spec, found.factors), given, bits)
+    unweighted = weightings.undo(spec, found.factors)
+    # each copy may be half as large as the weights
+    found = replace(found, factors={})
+    factors = _stored(spec, unweighted, given, bits)
+    del unweighted
+    read = _read(factors, given)
     # of as many entries as the weights have, other factors are the weights themselves
     compare = compare and not (bits is not None and isinstance(kind, Dense))
-    norms = residual_norms(spec, _read(factors, given), _matrices(given))
-    report = _report(spec, factors, given, found, norms, compare, watch)
+    norms = residual_norms(spec, read, _matrices(given))
+    report = _report(spec, read, given, found, norms, compare, watch)
     if choice is not None:
         report = replace(report, tried=tuple(choice.tried.items()))
     if moments is not None:
-        report = replace(report, weighted_error=weightings.error(spec, factors, norms))
+        report = replace(report, weighted_error=weightings.error(spec, read, norms))
     return Decomposition(spec, factors, report)
 
 
@@ -265,7 +270,7 @@ class _Weightings:
 
         Args:
             spec: of the layer.
-            factors: by name.
+            factors: by name, where the work is done.
             norms: of the residuals without biases.
         """
         assert self.metric is not None
@@ -273,7 +278,7 @@ class _Weightings:
         same = weighting is self.apart or not self.metric.apart
         return moment_error(
             spec,
-            _read(factors, self.given),
+            factors,
             source,
             self.metric,
             weighting if same else None,
@@ -365,7 +370,7 @@ def _stored(
 
 def _report(
     spec: LayerSpec,
-    factors: Mapping[str, Array],
+    read: Mapping[str, Array],
     given: _Given,
     found: Found,
     norms: Norms,
@@ -373,7 +378,6 @@ def _report(
     watch: Watch,
 ) -> Report:
     """Errors of the factors as they are stored, next to those of singular value decompositions."""
-    read = _read(factors, given)
     bias, dense, off = given.bias, prod(given.weights.shape), None
     error, each = shares(*norms)
     controls, ended = _controls(spec, given, found, compare)

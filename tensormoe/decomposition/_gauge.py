@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from math import exp, frexp, fsum, log
 from typing import TYPE_CHECKING, Any
 
+from tensormoe.decomposition._solve import orthonormal_columns
 from tensormoe.factorizations import INPUT, OUTPUT, Factor, Leg, Network, Term
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def orthonormal(term: Term, factors: Mapping[str, NDArray[Any]]) -> dict[str, ND
         matrix = moved.reshape(-1, moved.shape[-1])
         if len(matrix) < matrix.shape[1]:
             continue
-        basis, rest = np.linalg.qr(matrix)
+        basis, rest = orthonormal_columns(matrix)
         found[name] = np.moveaxis(basis.reshape(moved.shape), -1, axis)
         index = legs[parent].index(leg)
         found[parent] = np.moveaxis(np.tensordot(rest, found[parent], (1, index)), 0, index)

@@ -15,6 +15,11 @@ from tensormoe.functional._dtypes import widened
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+# rows of a large matrix that are widened at a time, and entries of a large one
+_ROWS, _LARGE = 4096, 2**22
+# of the largest entry of a triangular matrix's diagonal, the smallest that is not rounding
+_DETERMINED = 1e-6
+
 
 def to_host(array: Array, backend: Backend) -> NDArray[Any]:
     """The values as a NumPy array of the same dtype, in the same memory where that can be.
@@ -91,3 +96,29 @@ def inverse(gram: NDArray[Any], damping: float = 0.0) -> NDArray[Any]:
     wide /= rows
     wide /= columns
     return wide
+
+
+def orthonormal_columns(matrix: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Q and R of a tall matrix: orthonormal columns in its dtype, and what makes it of them.
+
+    LAPACK takes copies of a whole matrix in float64. Of a large one only blocks of rows are
+    widened: R first, block after block, and the columns from its inverse, as far as that is well
+    determined.
+    """
+    import numpy as np
+
+    count, size = matrix.shape
+    step = max(size, _ROWS)
+    if count <= 2 * step or matrix.size <= _LARGE:
+        return np.linalg.qr(matrix)
+    spans = [slice(start, start + step) for start in range(0, count, step)]
+    rest: Any = np.zeros((0, size))
+    for span in spans:
+        rest = np.linalg.qr(np.concatenate([rest, matrix[span].astype("float64")]), "r")
+    sizes = np.abs(np.diagonal(rest))
+    if not sizes.min() > _DETERMINED * sizes.max():
+        return np.linalg.qr(matrix)
+    inverted, columns = np.linalg.inv(rest), np.empty_like(matrix)
+    for span in spans:
+        columns[span] = matrix[span].astype("float64") @ inverted
+    return columns, rest.astype(matrix.dtype)

@@ -211,3 +211,33 @@ def test_other_libraries_do_the_same() -> None:
     theirs = decompose(torch.from_numpy(weights), LowRank(5), moments=moments)
     assert isinstance(theirs.factors["input"], torch.Tensor)
     assert theirs.report.weighted_error == pytest.approx(ours.report.weighted_error, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rank", ["full", "twin", "none"])
+def test_orthonormal_columns_of_a_large_matrix(
+    dtype: str, rank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensormoe.decomposition import _solve
+
+    monkeypatch.setattr(_solve, "_LARGE", 10)
+    monkeypatch.setattr(_solve, "_ROWS", 100)
+    rng = np.random.default_rng(0)
+    matrix = (rng.standard_normal((1111, 30)) * np.logspace(0, -4, 30)).astype(dtype)
+    if rank != "full":
+        matrix[:, 3] = matrix[:, 4] if rank == "twin" else 0.0
+    whole: list[int] = []
+    qr = np.linalg.qr
+
+    def counted(array: Any, *mode: str) -> Any:
+        whole.append(len(array))
+        return qr(array, *mode)
+
+    monkeypatch.setattr(np.linalg, "qr", counted)
+    columns, rest = _solve.orthonormal_columns(matrix)
+    # LAPACK gets it as a whole only where it does not determine all columns
+    assert (max(whole) == len(matrix)) == (rank != "full")
+    assert columns.dtype == rest.dtype == matrix.dtype
+    close = 1e-5 if dtype == "float32" else 1e-12
+    np.testing.assert_allclose(columns.T @ columns, np.eye(30), atol=close)
+    np.testing.assert_allclose(columns @ rest, matrix, atol=close)

@@ -48,8 +48,8 @@ def test_dtypes_batches_and_ids() -> None:
     # XLA widens bfloat16 on the CPU: only results are sure to be narrow
     assert compiled_memory(LAYER, 64, dtype="bfloat16") >= 64 * 20 * 2
     assert compiled_memory(LAYER, 64) < compiled_memory(LAYER, 128)
-    ids = LayerConfig(LayerSpec(24, 20, 6, CP(5), bias=False), Gate(), True)
-    assert 0 < compiled_memory(ids, 64) < compiled_memory(ids, 64, training=True)
+    for config in (IDS, LayerConfig(IDS.spec, None)):
+        assert 0 < compiled_memory(config, 64) < compiled_memory(config, 64, training=True)
 
 
 def test_what_cannot_be_compiled_is_refused() -> None:
