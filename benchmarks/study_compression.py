@@ -76,6 +76,19 @@ GATE_UP: dict[str, dict[str, Any]] = {
         "gate_up": "auto",
         **_CALIBRATED,
     },
+    "auto, gate and up as one, by sensitivity, measured": {
+        "factorization": ALL,
+        "gate_up": "joined",
+        "share": "sensitivity",
+        **_MEASURED,
+    },
+    "auto, bits too, gate and up as one, by sensitivity, measured": {
+        "factorization": ALL,
+        "bits": "auto",
+        "gate_up": "joined",
+        "share": "sensitivity",
+        **_MEASURED,
+    },
 }
 """Gate and up projection as one tensor; in all other rows they are two, as files have them."""
 ROUNDED = {"rounded to 8 bits": 8, "rounded to 4 bits": 4}

@@ -142,12 +142,25 @@ def test_damaged_descriptions(tmp_path: Path) -> None:
         ('"scale": 1.0', '"scale": 0.0'),
         ('"adapters": {', '"adapters": {"a": 1, '),
         ('"in_features": 16', '"in_features": 8'),
-        ('"kind": "AdaptedExperts"', '"kind": "FactorizedExperts"'),
+        ('"kind": "AdaptedExperts"', '"kind": "SparseMoE"'),
+        ('"kind": "AdaptedExperts"', '"kind": "ResidualExperts"'),
     ):
         assert old in text
         config.write_text(text.replace(old, new))
         with pytest.raises((SpecError, ValueError)):
             load(tmp_path)
+
+
+def test_experts_of_their_own_read_as_factorized_ones_are_the_same(tmp_path: Path) -> None:
+    """Both have dense layers under adapters, and gate and up projection as one."""
+    model = _moved(_fused()).eval()
+    model.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace("AdaptedExperts", "FactorizedExperts"))
+    found = load(tmp_path).eval()
+    assert any(type(each).__name__ == "FactorizedExperts" for each in found.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(found(TOKENS).logits, model(TOKENS).logits)
 
 
 def test_gradient_checkpointing() -> None:
