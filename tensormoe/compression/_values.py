@@ -104,7 +104,7 @@ def read_stack(model: Model, group: Group) -> NDArray[Any]:
 def _read(
     model: Model, group: Group, key: str, number: int, found: Quantized | None
 ) -> Iterator[tuple[slice, NDArray[Any]]]:
-    """What a group has of a stored matrix, some rows at a time, and where they belong."""
+    """Rows of a stored matrix that are a group's, some at a time, and where they belong."""
     place = number if group.stacked else 0
     turned = group.transposed != (found is not None and found.turned)
     inputs = slice(0, group.in_features, 1)

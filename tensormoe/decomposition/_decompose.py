@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
-from typing import Any, TypeAlias
 
 from tensormoe._extras import missing
 from tensormoe._rounding import checked_bits
 from tensormoe._spec import LayerSpec
 from tensormoe._validation import instance
-from tensormoe.backend import Array, Backend, backend_of
-from tensormoe.decomposition._bias_rows import without_bias_rows
+from tensormoe.backend import Array, backend_of
 from tensormoe.decomposition._checks import (
     checked_bias,
     checked_samples,
@@ -22,38 +20,36 @@ from tensormoe.decomposition._controls import Control, spectra
 from tensormoe.decomposition._errors import (
     Norms,
     bias_error,
-    expert_pairs,
-    moment_error,
     output_error,
     residual_norms,
     shares,
     total_error,
 )
-from tensormoe.decomposition._gauge import robust, stretched
 from tensormoe.decomposition._host import Workplace
-from tensormoe.decomposition._in_bits import in_bits
-from tensormoe.decomposition._moments import Moments, relative
+from tensormoe.decomposition._moments import Moments
 from tensormoe.decomposition._report import Decomposition, Report
 from tensormoe.decomposition._runs import Runs
 from tensormoe.decomposition._search import Found, Search
 from tensormoe.decomposition._several import Choice, several
-from tensormoe.decomposition._solve import from_host, to_host
 from tensormoe.decomposition._source import Source
+from tensormoe.decomposition._stored import (
+    Given,
+    Judge,
+    Weightings,
+    as_stored,
+    matrices_of,
+    read_back,
+)
 from tensormoe.decomposition._watch import Callback, Watch
 from tensormoe.decomposition._weighted import (
-    Weighting,
     any_rank,
     check_metric,
     from_samples,
     turns_experts,
-    weigh,
 )
 from tensormoe.errors import ShapeError, SpecError
 from tensormoe.factorizations import Dense
 from tensormoe.selection import Budget
-
-Judge: TypeAlias = Callable[[Iterable[tuple[Any, Any]]], float]
-"""A number for factors, smaller for better ones, from every expert's matrix and what is missing."""
 
 
 def decompose(
@@ -157,7 +153,7 @@ def decompose(
     if metric is not None and choice is None:
         check_metric(factorization, sizes, metric)  # type: ignore[arg-type]
     turns = turns_experts(any_rank(factorization, sizes)) if choice is None else None  # type: ignore[arg-type]
-    weightings = _Weightings.of(given, metric, turns, judge, bits)
+    weightings = Weightings.of(given, metric, turns, judge, bits)
     runs = Runs(
         weightings.pooled.source,
         sizes,
@@ -173,12 +169,12 @@ def decompose(
     unweighted = weightings.undo(spec, found.factors)
     # each copy may be half as large as the weights
     found = replace(found, factors={})
-    factors = _stored(spec, unweighted, given, bits)
+    factors = as_stored(spec, unweighted, given, bits)
     del unweighted
-    read = _read(factors, given)
+    read = read_back(factors, given)
     # of as many entries as the weights have, other factors are the weights themselves
     compare = compare and not (bits is not None and isinstance(kind, Dense))
-    norms = residual_norms(spec, read, _matrices(given))
+    norms = residual_norms(spec, read, matrices_of(given))
     report = _report(spec, read, given, found, norms, compare, watch)
     if choice is not None:
         report = replace(report, tried=tuple(choice.tried.items()))
@@ -187,124 +183,7 @@ def decompose(
     return Decomposition(spec, factors, report)
 
 
-@dataclass(frozen=True, eq=False)
-class _Given:
-    """The arrays of a decomposition, checked.
-
-    Args:
-        weights: of their own library.
-        place: the library that the work is done on.
-        lent: the weights there.
-        source: the same as a tensor, biases included.
-        bias: there, like what follows.
-        inputs: (samples, in).
-        coefficients: (samples, N).
-    """
-
-    weights: Array
-    place: Workplace
-    lent: Array
-    source: Source
-    bias: Array | None
-    inputs: Array | None
-    coefficients: Array | None
-
-
-@dataclass(frozen=True, eq=False)
-class _Weightings:
-    """The weighted tensor, and that of every expert weighted by itself.
-
-    Args:
-        given: the arrays.
-        metric: of the errors, if any.
-        pooled: of networks whose experts share their input side.
-        apart: of those whose experts do not; None where all experts weigh their inputs alike.
-        judge: of factors.
-        bits: that factors are rounded to before they are judged.
-    """
-
-    given: _Given
-    metric: Moments | None
-    pooled: Weighting
-    apart: Weighting | None = None
-    judge: Judge | None = None
-    bits: int | None = None
-
-    @property
-    def compares(self) -> bool:
-        """Whether factors are told apart by something else than what searches minimize."""
-        return self.judge is not None or self.apart is not None or self.bits is not None
-
-    @classmethod
-    def of(
-        cls,
-        given: _Given,
-        metric: Moments | None,
-        turns: bool | None,
-        judge: Judge | None,
-        bits: int | None,
-    ) -> _Weightings:
-        """Weightings of a metric.
-
-        Args:
-            given: the arrays.
-            metric: of the errors, if any.
-            turns: whether the network turns every expert by itself; None for several networks.
-            judge: of factors.
-            bits: that they are rounded to.
-        """
-        if metric is None:
-            return cls(given, None, Weighting(given.source), judge=judge, bits=bits)
-        # one network alone needs one of them
-        count = 2 if metric.apart and turns is None else 1
-        apart = weigh(given.source, metric, count) if metric.apart and turns is not False else None
-        pooled = apart if apart and turns else weigh(given.source, metric.pooled(), count)
-        return cls(given, metric, pooled, apart, judge, bits)
-
-    def undo(self, spec: LayerSpec, factors: Mapping[str, Array]) -> dict[str, Array]:
-        """The factors of the tensor without weights."""
-        return self._of(spec).undo(spec, factors)
-
-    def error(self, spec: LayerSpec, factors: Mapping[str, Array], norms: Norms) -> float:
-        """The error of factors, as they are stored, in the metric itself.
-
-        Args:
-            spec: of the layer.
-            factors: by name, where the work is done.
-            norms: of the residuals without biases.
-        """
-        assert self.metric is not None
-        weighting, source = self._of(spec), self.given.source
-        same = weighting is self.apart or not self.metric.apart
-        return moment_error(
-            spec,
-            factors,
-            source,
-            self.metric,
-            weighting if same else None,
-            norms if source.bias is None else None,
-        )
-
-    def _of(self, spec: LayerSpec) -> Weighting:
-        """The weighting that a network's factors were found in."""
-        own = self.apart is not None and turns_experts(replace(spec, bias=False))
-        return self.apart if own and self.apart else self.pooled
-
-    def score(self, spec: LayerSpec, factors: Mapping[str, Array]) -> float:
-        """The judge's number, or else the error in the metric itself: of any network, as stored.
-
-        Large entries that cancel one another lose much by rounding.
-        """
-        stored = _stored(spec, self.undo(spec, factors), self.given, self.bits)
-        pairs = expert_pairs(spec, _read(stored, self.given), self.given.source)
-        if self.judge is not None:
-            return self.judge(pairs)
-        if self.metric is not None:
-            return self.metric.error(pairs)
-        return relative((float((b**2).sum()), float((a**2).sum())) for a, b in pairs)
-
-
-def _metric(given: _Given, weighted: bool, moments: Moments | None) -> Moments | None:
+def _metric(given: Given, weighted: bool, moments: Moments | None) -> Moments | None:
     """The moments that weigh the error, if any do."""
     if weighted and moments is not None:
         raise SpecError("one of weighted and moments must be given; got both. Leave one out.")
@@ -321,7 +200,7 @@ def _metric(given: _Given, weighted: bool, moments: Moments | None) -> Moments |
 
 def _taken(
     weights: Array, bias: Array | None, inputs: Array | None, coefficients: Array | None
-) -> _Given:
+) -> Given:
     """Check the arrays of a decomposition, and take them to where the work is done."""
     if isinstance(weights, (list, tuple)):
         raise ShapeError(
@@ -345,33 +224,13 @@ def _taken(
         None if each is None else place.take(each) for each in (bias, inputs, coefficients)
     )
     source = Source(lent, place.backend, bias).scaled()
-    return _Given(weights, place, lent, source, bias, inputs, coefficients)
-
-
-def _stored(
-    spec: LayerSpec, factors: Mapping[str, Array], given: _Given, bits: int | None
-) -> dict[str, Array]:
-    """Factors at the tensor's own scale, in the library, dtype and device of the weights."""
-    # the bias is a row of the input's factor as yet
-    matrix = replace(spec, bias=False)
-    found = stretched(matrix.network, factors, 1.0 / given.source.scale)
-    backend = given.place.backend
-    if bits is not None or given.place.owner.namespace.finfo(given.weights.dtype).bits == 16:
-        found = _rounded_well(spec, found, backend)
-    found = without_bias_rows(spec.network, found)
-    if bits is not None:
-        dtype = str(getattr(given.weights.dtype, "name", given.weights.dtype)).rpartition(".")[2]
-        found = {
-            name: from_host(in_bits(to_host(array, backend), bits, dtype)[2], array, backend)
-            for name, array in found.items()
-        }
-    return {name: given.place.give(found[name], given.weights) for name in spec.shapes}
+    return Given(weights, place, lent, source, bias, inputs, coefficients)
 
 
 def _report(
     spec: LayerSpec,
     read: Mapping[str, Array],
-    given: _Given,
+    given: Given,
     found: Found,
     norms: Norms,
     compare: bool,
@@ -383,7 +242,7 @@ def _report(
     controls, ended = _controls(spec, given, found, compare)
     total, outputs = error, None
     if bias is not None:
-        plain, tensor = _matrices(given), Source(bias[..., None, :], given.place.backend).scaled()
+        plain, tensor = matrices_of(given), Source(bias[..., None, :], given.place.backend).scaled()
         off = bias_error(spec, read, tensor, plain)
         total, dense = total_error(error, off, plain, tensor), dense + prod(bias.shape)
     if given.inputs is not None:
@@ -404,18 +263,8 @@ def _report(
     )
 
 
-def _matrices(given: _Given) -> Source:
-    """The weights without biases."""
-    return given.source if given.bias is None else Source(given.lent, given.place.backend).scaled()
-
-
-def _read(factors: Mapping[str, Array], given: _Given) -> dict[str, Array]:
-    """Factors as they are stored, where the work is done."""
-    return {name: given.place.take(array) for name, array in factors.items()}
-
-
 def _controls(
-    spec: LayerSpec, given: _Given, found: Found, compare: bool
+    spec: LayerSpec, given: Given, found: Found, compare: bool
 ) -> tuple[tuple[Control, ...], str]:
     """Truncated singular value decompositions, if they are wanted, and why the work ended."""
     if not compare or found.ended == "interrupted":
@@ -426,12 +275,3 @@ def _controls(
     except KeyboardInterrupt:
         # the factors are there; only the comparison is not
         return (), "interrupted"
-
-
-def _rounded_well(
-    spec: LayerSpec, factors: Mapping[str, Array], backend: Backend
-) -> dict[str, Array]:
-    """The same tensor from factors that lose little when they are rounded to 16 bits."""
-    host = {name: to_host(array, backend) for name, array in factors.items()}
-    found = robust(spec.network, host)
-    return {name: from_host(found[name], factors[name], backend) for name in factors}

@@ -63,7 +63,7 @@ class Lowered:
     strided: tuple[bool, bool] = (False, False)
 
     def loops(self, sizes: Mapping[Leg, int]) -> int:
-        """How many matrices a product with rows in several places is cut into."""
+        """Number of matrices that a product with rows in several places is cut into."""
         if self.kind == "multiply":
             return 1 + self.moved
         return volume(self.looped, sizes, 1)

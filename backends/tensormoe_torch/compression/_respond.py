@@ -26,7 +26,7 @@ KEPT = (0.8, 0.35)
 SIDES = ("inputs", "hidden")
 """Inputs of gate and up projection, and those of the down projection."""
 NARROWED = (*((side,) for side in SIDES), SIDES)
-"""What is measured of each layer: either side alone, and both."""
+"""Sides of each layer that are measured together: either one alone, and both."""
 
 # tokens from which increases of some thousandths of a nat stand out of their noise
 _TOKENS = 2**14
@@ -224,7 +224,7 @@ class _Narrow:
     tokens: int = 0
 
     def __call__(self, samples: Samples) -> Tensor:
-        """What the layer gives for its tokens, (tokens, out)."""
+        """Output of the layer for its tokens, (tokens, out)."""
         self.tokens += len(samples.x)
         parts = []
         arrays = (samples.x, samples.index, samples.weights)
