@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -10,6 +11,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from tensormoe_torch.compression._calibrate_checkpoint import calibrate_checkpoint
+from tensormoe_torch.compression._text import TextWindows
 from tests._compress_models import family
 
 WORDS = 60
@@ -35,3 +38,16 @@ def save_text(path: Path, count: int = 400, seed: int = 0) -> Path:
     drawn = np.random.default_rng(seed).geometric(0.08, count) % WORDS
     path.write_text(" ".join(f"w{each}" for each in drawn), encoding="utf-8")
     return path
+
+
+def calibrated_folder(folder: Path) -> Path:
+    """A model, a text, and calibrations of each expert with gradients and without."""
+    save_model(folder / "model")
+    save_text(folder / "text.txt")
+    options: Any = {"windows": TextWindows(12, 16), "per_expert": True, "dtype": "float64"}
+    for name, fisher in (("plain", False), ("fisher", True)):
+        found = calibrate_checkpoint(
+            folder / "model", folder / "text.txt", fisher=fisher, **options
+        )
+        found.save(folder / f"{name}.safetensors")
+    return folder

@@ -107,6 +107,23 @@ def logits(model: Any) -> torch.Tensor:
         return model(torch.arange(24).reshape(2, 12)).logits.float()
 
 
+def tokens(model: Any) -> list[int]:
+    """A few tokens that a model generates."""
+    found = model.generate(
+        torch.arange(3, 9)[None], max_new_tokens=6, do_sample=False, pad_token_id=0
+    )
+    return list(found[0].tolist())
+
+
+def opened(folder: Path) -> Any:
+    """A model, all of whose weights were in the folder, and no others."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    return model.eval()
+
+
 def experts(
     rng: np.random.Generator, count: int = 4, rows: int = 6, columns: int = 8, layer: int = 0
 ) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import nn
 
+from tensormoe_torch.compression import FactorizedExperts
 from tests._compress_models import COMMON, LATENT
 
 _ALL = ["full_attention", "full_attention"]
@@ -144,3 +145,12 @@ def experts_of(model: nn.Module) -> list[nn.Module]:
         for each in model.modules()
         if getattr(each._parameters.get("down_proj"), "ndim", 0) == 3
     ]
+
+
+def roles(model: Any) -> set[tuple[str, ...]]:
+    """Projections of the factorized experts of each layer."""
+    found = (each for each in model.modules() if isinstance(each, FactorizedExperts))
+    return {tuple(each.projections) for each in found}
+
+
+BOTH, TWO = ("gate_up_proj", "down_proj"), ("gate_proj", "up_proj", "down_proj")

@@ -46,16 +46,14 @@ _STRIP = 256
 
 @dataclass(frozen=True, eq=False)
 class Root:
-    """A root R of second moments S: R Rᵀ = scale · S + ridge · 1.
+    """A root R of second moments: R Rᵀ is a multiple of them, and ridge · 1.
 
     Args:
         array: R, (size, size) and lower triangular; (N, size, size) where every expert has its own.
-        scale: of the moments.
         ridge: that was added.
     """
 
     array: Array
-    scale: float
     ridge: float
 
 
@@ -232,7 +230,7 @@ def _roots(moments: Moments, like: Array, backend: Backend) -> Root:
         whole /= mean
         whole[np.diag_indices(size)] += moments.ridge
         root[...] = np.linalg.cholesky(whole)
-    return Root(from_host(found, like, backend), 1.0 / mean, moments.ridge)
+    return Root(from_host(found, like, backend), moments.ridge)
 
 
 def _root(matrix: NDArray[Any], ridge: float, like: Array, backend: Backend) -> Root:
@@ -242,13 +240,12 @@ def _root(matrix: NDArray[Any], ridge: float, like: Array, backend: Backend) -> 
     # one copy alone, which may be larger than the weights
     found = matrix.astype("float64")
     size = len(found)
-    mean = float(np.trace(found)) / size or 1.0
-    found /= mean
+    found /= float(np.trace(found)) / size or 1.0
     found[np.diag_indices(size)] += ridge
     whole = float(np.trace(found)) / size or 1.0
     found /= whole
     root = from_host(np.linalg.cholesky(found), like, backend)
-    return Root(root, 1.0 / (mean * whole), ridge / whole)
+    return Root(root, ridge / whole)
 
 
 def solved(upper: NDArray[Any], columns: NDArray[Any]) -> NDArray[Any]:

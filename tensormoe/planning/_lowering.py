@@ -95,7 +95,8 @@ def volume(legs: Sequence[Leg], sizes: Mapping[Leg, int], batch: int) -> int:
 def lower(left: Order, right: Order, kept: frozenset[Leg]) -> tuple[Lowered, ...]:
     """Every way to contract two operands, stored in these orders, into the legs ``kept``.
 
-    Legs that are not kept must be in both operands. None if the storage orders would force a copy.
+    Legs that are not kept must be in both operands. There is no way where the storage orders would
+    force a copy.
     """
     if all(leg in kept for leg in left + right):
         return tuple(_lower_product(left, right))
@@ -148,32 +149,24 @@ def _lower_matmul(left: Order, right: Order, kept: frozenset[Leg]) -> Iterator[L
         # a run that is looped over is looped leg by leg
         loops = (*looped, *left_loops, *right_loops)
         looped_over = (*left_loops, *right_loops)
-        looks = _matrix(left, loops, rows, middle), _matrix(right, loops, middle, columns)
         flat = not looped and not left_loops and not right_loops
         one_side = (BATCH in left) != (BATCH in right)
         kind: Kind = "linear" if flat and one_side else "matmul"
         strided = left[-1] in loops, right[-1] in loops
-        yield Lowered(
-            kind,
-            (*loops, *rows, *columns),
-            False,
-            looks,
-            _unmerged(loops, rows, columns),
-            looped_over,
-            sum(look.axes is not None for look in looks),
-            strided,
-        )
-        looks = _matrix(right, loops, columns, middle), _matrix(left, loops, middle, rows)
-        yield Lowered(
-            kind,
-            (*loops, *columns, *rows),
-            True,
-            looks,
-            _unmerged(loops, columns, rows),
-            looped_over,
-            sum(look.axes is not None for look in looks),
-            strided[::-1],
-        )
+        for swapped in (False, True):
+            first, second = (right, left) if swapped else (left, right)
+            outer, inner = (columns, rows) if swapped else (rows, columns)
+            looks = _matrix(first, loops, outer, middle), _matrix(second, loops, middle, inner)
+            yield Lowered(
+                kind,
+                (*loops, *outer, *inner),
+                swapped,
+                looks,
+                _unmerged(loops, outer, inner),
+                looped_over,
+                sum(look.axes is not None for look in looks),
+                strided[::-1] if swapped else strided,
+            )
 
 
 def _runs(order: Order, summed: frozenset[Leg], looped: Order) -> list[Order]:

@@ -25,22 +25,13 @@ from tensormoe.errors import CheckpointError
 from tensormoe_numpy import MuMoE
 from tensormoe_torch.compression._calibrate_checkpoint import calibrate_checkpoint
 from tensormoe_torch.compression._text import TextWindows
-from tests._calibrated import save_model, save_text
+from tests._calibrated import calibrated_folder, save_model, save_text
 from tests._compress_models import content, logits
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("calibrated")
-    save_model(folder / "model")
-    save_text(folder / "text.txt")
-    options: Any = {"windows": TextWindows(12, 16), "per_expert": True, "dtype": "float64"}
-    for name, fisher in (("plain", False), ("fisher", True)):
-        found = calibrate_checkpoint(
-            folder / "model", folder / "text.txt", fisher=fisher, **options
-        )
-        found.save(folder / f"{name}.safetensors")
-    return folder
+    return calibrated_folder(tmp_path_factory.mktemp("calibrated"))
 
 
 def wanted(folder: Path, gate_up: str, kind: str = "fisher", **changes: Any) -> Compression:

@@ -13,32 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import tensormoe_torch.huggingface  # noqa: F401
 from tensormoe.compression import PRESETS, Compression, compress_checkpoint, plan_compression
 from tensormoe.errors import CheckpointError
 from tensormoe_torch import compress
 from tensormoe_torch.compression import FactorizedExperts
-from tests._compress_models import logits, save, save_shards
+from tests._compress_models import logits, opened, save, save_shards, tokens
 from tests._more_models import MORE, RANK, experts_of, low_rank
 
 QUICK = {"compare": False}
-
-
-def tokens(model: Any) -> list[int]:
-    """A few tokens that a model generates."""
-    found = model.generate(
-        torch.arange(3, 9)[None], max_new_tokens=6, do_sample=False, pad_token_id=0
-    )
-    return list(found[0].tolist())
-
-
-def opened(folder: Path) -> Any:
-    """A model, all of whose weights were in the folder, and no others."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), info
-    return model.eval()
 
 
 def factorized(model: Any) -> list[Any]:

@@ -23,23 +23,12 @@ from tensormoe.decomposition import decompose
 from tensormoe.errors import CheckpointError, SpecError
 from tensormoe.selection._allocate_solve import Point
 from tensormoe_numpy import MuMoE
-from tensormoe_torch.compression._calibrate_checkpoint import calibrate_checkpoint
-from tensormoe_torch.compression._text import TextWindows
-from tests._calibrated import save_model, save_text
+from tests._calibrated import calibrated_folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shared")
-    save_model(folder / "model")
-    save_text(folder / "text.txt")
-    options: Any = {"windows": TextWindows(12, 16), "per_expert": True, "dtype": "float64"}
-    for name, fisher in (("plain", False), ("fisher", True)):
-        found = calibrate_checkpoint(
-            folder / "model", folder / "text.txt", fisher=fisher, **options
-        )
-        found.save(folder / f"{name}.safetensors")
-    return folder
+    return calibrated_folder(tmp_path_factory.mktemp("shared"))
 
 
 def settings(folder: Path, **changes: Any) -> Compression:
